@@ -1,0 +1,241 @@
+"""From the roles of a recipe to sets of images, and everything that can be said about them without decoding one.
+
+A test role is read by nobody here: ``open_train`` and ``open_validation`` do not build its source, and the checks ask
+only whether its folders exist. ``open_source`` is for the one command that opens the seal.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from carft_ray.data.folder import FolderListing, class_problems, domain_problems, folder_source, list_folders
+from carft_ray.data.source import Source
+from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.loading import resolve_path
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import CategoricalParameter, FolderSet, Recipe, SandboxSet, SetSpec
+from carft_ray.recipe.text import dotted
+
+TEST_ROLES = ("id_test", "ood_test")
+
+
+def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
+    """Returns everything wrong with the sets of a recipe, without decoding an image.
+
+    Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
+    each with images; the words for the classes go with the list; no batch is larger than the training set. Of a test
+    role only the existence is looked at. An empty list means that ``open_train`` and ``open_validation`` will work;
+    otherwise raise it as a ``DataError``.
+
+    Args:
+        recipe: The recipe.
+        recipe_dir: Folder that relative paths count from.
+    """
+    problems: list[Problem] = []
+    listings: dict[str, FolderListing] = {}
+    for path, spec in named_sets(recipe).items():
+        place, role = dotted(path), path[1]
+        if isinstance(spec, SandboxSet):
+            problems += _sandbox_problems(spec, place)
+        elif role in TEST_ROLES:
+            problems += domain_problems(_root(spec, recipe_dir), spec.domains, place)
+        else:
+            listings[place] = list_folders(_root(spec, recipe_dir), spec.domains, place)
+            problems += listings[place].problems
+    if recipe.data.classes is None and (train := listings.get("data.train")) is not None and train.problems:
+        return problems  # without the classes of train there is nothing to compare with
+    classes = _class_list(recipe, listings.get("data.train"))
+    for path, spec in named_sets(recipe).items():
+        place, role = dotted(path), path[1]
+        if isinstance(spec, SandboxSet):
+            problems += _sandbox_class_problems(classes, place)
+        elif role not in TEST_ROLES and not listings[place].problems:
+            problems += class_problems(listings[place], classes, place)
+    return problems + _count_problems(recipe, classes, listings.get("data.train"))
+
+
+def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
+    """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
+
+    Two sets share images when they hold the same domain folder (links resolved) or the same domain and split of the
+    sandbox. Two sets of one role may.
+
+    Args:
+        recipe: The recipe.
+        recipe_dir: Folder that relative paths count from.
+    """
+    problems = []
+    seen: dict[tuple[str, ...], tuple[str, str]] = {}  # identity -> (role, place)
+    for path, spec in named_sets(recipe).items():
+        place, role = dotted(path), str(path[1])
+        for identity, text in _identities(spec, recipe_dir):
+            other_role, other_place = seen.setdefault(identity, (role, place))
+            if other_role != role:
+                rule = f"a set has one role, but these images are in {other_place} too"
+                problems.append(Problem(place, rule, text, next_step="Give each role images of its own."))
+    return problems
+
+
+def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, recipe_dir: Path) -> Source:
+    """Opens one set.
+
+    Args:
+        spec: The set as the recipe describes it.
+        name: Role or name of the set, for messages.
+        classes: Class folders in label order; None: those of the set.
+        recipe_dir: Folder that relative paths count from.
+
+    Raises:
+        DataError: Folders are missing, or the classes do not match.
+    """
+    if isinstance(spec, FolderSet):
+        return folder_source(_root(spec, recipe_dir), spec.domains, classes, name)
+    from carft_ray.data import sandbox
+
+    if classes is not None and (problems := _sandbox_class_problems(classes, name)):
+        raise DataError(problems)
+    return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
+
+
+def open_train(recipe: Recipe, recipe_dir: Path) -> Source:
+    """Opens the training set.
+
+    Raises:
+        DataError: As ``open_source``.
+    """
+    return open_source(recipe.data.train, "train", recipe.data.classes, recipe_dir)
+
+
+def open_validation(recipe: Recipe, recipe_dir: Path) -> tuple[Source, dict[str, Source]]:
+    """Opens the validation sets; no test set is touched.
+
+    Returns:
+        The ID set, named ``id_val``, and the OOD sets by their names in the recipe.
+
+    Raises:
+        DataError: As ``open_source``.
+    """
+    classes = class_folders(recipe, recipe_dir)
+    id_val = open_source(recipe.data.id_val, "id_val", classes, recipe_dir)
+    return id_val, {name: open_source(spec, name, classes, recipe_dir) for name, spec in recipe.data.ood_val.items()}
+
+
+def class_folders(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
+    """Returns the class list in label order: ``data.classes``, else the sorted class folders of the training set.
+
+    Raises:
+        DataError: The folders of the training set are missing.
+    """
+    listing = None
+    if recipe.data.classes is None and isinstance(recipe.data.train, FolderSet):
+        spec = recipe.data.train
+        listing = list_folders(_root(spec, recipe_dir), spec.domains, "data.train")
+        if listing.problems:
+            raise DataError(listing.problems)
+    return _class_list(recipe, listing)
+
+
+def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
+    """Returns the words for the classes in label order: ``prompts.class_names``, else the folders with '_' as a space.
+
+    Raises:
+        DataError: The words do not go with the class list, or the folders of the training set are missing.
+    """
+    folders = class_folders(recipe, recipe_dir)
+    if problems := _word_problems(recipe, folders):
+        raise DataError(problems)
+    return recipe.prompts.class_names or tuple(folder.replace("_", " ") for folder in folders)
+
+
+def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
+    """Returns the absolute path of the folder for decoded sets; it need not exist.
+
+    Args:
+        recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
+        recipe_dir: Folder that a relative ``data.cache_dir`` counts from; None: the working directory.
+    """
+    if recipe.data.cache_dir is not None:
+        return resolve_path(recipe.data.cache_dir, recipe_dir or Path())
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
+
+
+def _root(spec: FolderSet, recipe_dir: Path) -> Path:
+    return resolve_path(spec.path, recipe_dir)
+
+
+def _class_list(recipe: Recipe, train: FolderListing | None) -> tuple[str, ...]:
+    if recipe.data.classes is not None:
+        return recipe.data.classes
+    if train is not None:
+        return tuple(sorted(train.images))
+    from carft_ray.data import sandbox
+
+    return sandbox.CLASSES
+
+
+def _identities(spec: SetSpec, recipe_dir: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What makes a set's images the same as another's, each with words for a message."""
+    if isinstance(spec, SandboxSet):
+        yield ("sandbox", spec.domain, spec.split), f"sandbox domain {spec.domain}, split {spec.split}"
+        return
+    for domain in spec.domains:
+        folder = os.path.realpath(_root(spec, recipe_dir) / domain)
+        yield ("folder", folder), folder
+
+
+def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:
+    from carft_ray.data import sandbox
+
+    if spec.domain in sandbox.DOMAINS:
+        return []
+    allowed = tuple(sandbox.DOMAINS)
+    rule = "must be a domain of the sandbox"
+    return [Problem(f"{place}.domain", rule, repr(spec.domain), allowed, nearest(spec.domain, allowed))]
+
+
+def _sandbox_class_problems(classes: tuple[str, ...], place: str) -> list[Problem]:
+    from carft_ray.data import sandbox
+
+    if classes == sandbox.CLASSES:
+        return []
+    unknown = [name for name in classes if name not in sandbox.CLASSES]
+    rule = "a sandbox set has all classes of the sandbox, in their order, so the class list must be that too"
+    value = f"{unknown[0]!r}" if unknown else f"a list of {len(classes)}"
+    match = nearest(unknown[0], sandbox.CLASSES) if unknown else None
+    return [Problem(place, rule, value, sandbox.CLASSES, match, "Leave data.classes out.")]
+
+
+def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
+    names = recipe.prompts.class_names
+    if names is None or len(names) == len(classes):
+        return []
+    rule = f"there must be one text per class, in label order ({len(classes)}: {', '.join(classes[:5])} ...)"
+    return [Problem("prompts.class_names", rule, str(len(names)))]
+
+
+def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: FolderListing | None) -> list[Problem]:
+    problems = _word_problems(recipe, classes)
+    if len(classes) < 2:
+        problems.append(Problem("data.train", "there must be at least two classes", str(len(classes))))
+    spec = recipe.data.train
+    size = spec.num_per_class * len(classes) if isinstance(spec, SandboxSet) else len(train or ())
+    if (isinstance(spec, FolderSet) and train is not None and train.problems) or not size:
+        return problems
+    for place, batch_size in _batch_sizes(recipe):
+        if batch_size > size:
+            rule = f"must be at most the size of the training set, {size} images"
+            problems.append(Problem(place, rule, str(batch_size)))
+    return problems
+
+
+def _batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    """Every global batch that a training of the recipe may use, with its key path."""
+    yield "train.batch_size", recipe.train.batch_size
+    parameter = recipe.search.space.get("batch_size")
+    if parameter is not None:
+        ends = parameter.choices if isinstance(parameter, CategoricalParameter) else (parameter.high,)
+        yield from (("search.space.batch_size", value) for value in ends if isinstance(value, int))
+    for name, values in recipe.search.baselines.items():
+        value = values.get("batch_size")
+        if isinstance(value, int):
+            yield f"search.baselines.{name}.batch_size", value

@@ -1,0 +1,71 @@
+"""What a set of images is: the protocol that every kind of data answers, and the decoded form of a set.
+
+Shape letters: N images of a set, H height, W width, C = 3 colours.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+PixelArray = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+IdArray = npt.NDArray[np.uint64]
+
+
+class Source(Protocol):
+    """Images of one set, decoded one at a time. Members are read-only; indices run from 0 to ``len(source) - 1``."""
+
+    @property
+    def name(self) -> str:
+        """Role or name of the set, for messages."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class folders (or sandbox classes) in label order."""
+
+    @property
+    def labels(self) -> IntArray:
+        """Label of every image, int64 [N], each below ``len(class_names)``."""
+
+    @property
+    def sample_ids(self) -> IdArray:
+        """Stable ids, uint64 [N], unique in the set. They depend on neither order, machine nor place of the data."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes when any image, label or id of the set may have changed; not a secret, not a path."""
+
+    def __len__(self) -> int:
+        """Returns N."""
+        ...
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3].
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A decoded set whose images all have one size, usually memory-mapped; the arrays are read-only.
+
+    Attributes:
+        name: Role or name of the set, for messages.
+        images_NHWC: Pixels, uint8 [N, H, W, 3].
+        labels: Label of every image, int64 [N].
+        sample_ids: Stable ids, uint64 [N].
+    """
+
+    name: str
+    images_NHWC: PixelArray
+    labels: IntArray
+    sample_ids: IdArray
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.images_NHWC)

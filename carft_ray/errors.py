@@ -1,0 +1,122 @@
+"""Exceptions with exit codes, and the form of every message about bad input.
+
+All exceptions pass everything to ``Exception.__init__`` positionally, so that they survive the pickling
+with which Ray moves them between processes.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave.
+
+    Attributes:
+        place: Where: file, line, key path, or the option of the command.
+        rule: What must hold, as a sentence without a full stop.
+        value: What was given instead, already as text; empty when there is nothing to show.
+        allowed: The values that would do, when they can be listed.
+        nearest: The allowed value that looks most like the given one.
+        next_step: What to do now.
+    """
+
+    place: str
+    rule: str
+    value: str = ""
+    allowed: tuple[str, ...] = ()
+    nearest: str | None = None
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.rule}" if self.place else self.rule
+        if self.value:
+            text += f", but got {self.value}"
+        if self.nearest:
+            text += f"; did you mean {self.nearest!r}?"
+        if self.allowed:
+            shown = ", ".join(self.allowed[:20]) + (", ..." if len(self.allowed) > 20 else "")
+            text += f" (allowed: {shown})"
+        if self.next_step:
+            text += f"\n    {self.next_step}"
+        return text
+
+
+class CarftError(Exception):
+    """Root of all errors that carft-ray raises for a user's mistake or a broken surrounding.
+
+    Args:
+        problems: Problems to tell at once, or a plain message.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Problem | Sequence[Problem]) -> None:
+        super().__init__(problems)
+        if isinstance(problems, str):
+            problems = [Problem("", problems)]
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class UsageError(CarftError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeError(CarftError):
+    """The recipe, or a value set over it, is not valid."""
+
+    exit_code = 3
+
+
+class DataError(CarftError):
+    """Images, folders, class lists or model weights are missing or not what the recipe says."""
+
+    exit_code = 4
+
+
+class StorageError(CarftError):
+    """A file cannot be written or read back: no space, no permission, a damaged checkpoint or study."""
+
+    exit_code = 5
+
+
+class ClusterError(CarftError):
+    """Ray cannot be reached, or cannot give what a trial needs."""
+
+    exit_code = 5
+
+
+class NoSuccessfulTrialError(CarftError):
+    """The search ended and no trial has an objective."""
+
+    exit_code = 6
+
+
+class BudgetError(CarftError):
+    """The budget was used up before there was a result."""
+
+    exit_code = 7
+
+
+class HoldOutError(CarftError):
+    """A test set would be seen by something that must not see it."""
+
+    exit_code = 8
+
+
+class InterruptedRunError(CarftError):
+    """Stopped on request; everything needed to resume is on disk."""
+
+    exit_code = 130
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str | None:
+    """Returns the allowed word that looks most like ``value``, or None when none is close."""
+    matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
+    return matches[0] if matches else None

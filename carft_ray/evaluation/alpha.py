@@ -1,0 +1,277 @@
+"""The alpha curve: choosing the mixing coefficient from evaluations on a grid.
+
+The curve J(alpha) is the objective of the weights (1 - alpha) zero_shot + alpha fine_tuned. Neighbouring points differ
+by less than their noise, so the raw maximum is too high; an *anchored cubic*
+
+    J(alpha) = J(0) + c1 alpha + c2 alpha^2 + c3 alpha^3        (least squares over the grid points with alpha > 0)
+
+is fitted and the trial's objective is the fitted value at its best alpha. All objectives are fractions.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from carft_ray.data.source import IdArray
+from carft_ray.errors import CarftError, DataError, Problem
+from carft_ray.evaluation import predictions
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import BoolArray, FloatArray
+
+STEP = 0.05  # of the grid on which the fit is maximised
+MIN_POINTS = 4  # grid points, alpha = 0 included
+MAX_RESIDUAL = 1.5  # in paired standard errors
+
+CorrectBySet = Mapping[str, BoolArray]
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """The chosen alpha.
+
+    Attributes:
+        alpha: Chosen mixing coefficient, never below the lowest one allowed.
+        value: Objective there: of the fit, or measured when there is no fit.
+        fitted: Whether ``value`` is of the fit.
+        reason: Why there is no fit; empty with a fit.
+    """
+
+    alpha: float
+    value: float
+    fitted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AlphaProfile:
+    """A whole alpha curve of one training and what was chosen from it; every field goes into ``result.json``.
+
+    Attributes:
+        alphas: Grid points that were evaluated, rising.
+        id_accuracies: ID accuracy per grid point.
+        ood_accuracies: Per OOD set its accuracy per grid point.
+        objectives: Objective per grid point.
+        noise_se: Paired image standard error of neighbouring grid points.
+        choice: Alpha and objective of the trial.
+        cross_fit: Objective by two halves (``cross_fit``), a diagnostic; None when a half lacks images of a set.
+    """
+
+    alphas: tuple[float, ...]
+    id_accuracies: tuple[float, ...]
+    ood_accuracies: dict[str, tuple[float, ...]]
+    objectives: tuple[float, ...]
+    noise_se: float
+    choice: AlphaChoice
+    cross_fit: float | None
+
+
+def choose_alpha(
+    alphas: Sequence[float], objectives: Sequence[float], lowest: float, noise_se: float | None
+) -> AlphaChoice:
+    """Chooses alpha by the anchored cubic, or by the raw maximum where the cubic cannot be trusted.
+
+    The fit is maximised over the multiples of 0.05 from ``lowest`` to the largest alpha evaluated; of equal values
+    (within 1e-12) the smaller alpha wins. The raw maximum over the evaluated alphas from ``lowest`` on is taken, with
+    the reason, when there are fewer than four points (alpha = 0 counted), when alpha = 0 is missing, or when the
+    residual sd, sqrt(RSS / (number of points with alpha > 0 - 3)), exceeds 1.5 ``noise_se``. With four points the cubic
+    goes through all of them and nothing is left to check.
+
+    Args:
+        alphas: Evaluated alphas, different from each other, any order.
+        objectives: Objective at each.
+        lowest: Lowest alpha that may be chosen; alpha = 0 is a baseline and never a trial's objective.
+        noise_se: Paired image standard error of neighbouring points; None skips the check of the residuals.
+
+    Raises:
+        CarftError: An objective is not finite, or no alpha from ``lowest`` on was evaluated.
+        ValueError: The lists have different lengths, or an alpha comes twice.
+    """
+    if len(alphas) != len(objectives) or len(set(alphas)) != len(alphas):
+        raise ValueError(f"alphas must be different and have one objective each, but got {alphas}, {objectives}")
+    bad = [(alpha, value) for alpha, value in zip(alphas, objectives, strict=True) if not math.isfinite(value)]
+    if bad:
+        rule = "the objective must be finite"
+        raise CarftError([Problem(f"alpha {alpha:g}", rule, f"{value}") for alpha, value in bad])
+    order = np.argsort(alphas)
+    points, values = np.asarray(alphas, np.float64)[order], np.asarray(objectives, np.float64)[order]
+    eligible = points >= lowest - 1e-9
+    if not eligible.any():
+        shown = ", ".join(f"{alpha:g}" for alpha in points)
+        raise CarftError(Problem("alpha", f"at least one evaluated alpha must be {lowest:g} or more", shown))
+
+    reason = _no_fit_reason(points, values, noise_se)
+    fine = np.arange(round(1 / STEP) + 1) / round(1 / STEP)
+    fine = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
+    if not reason and not len(fine):
+        reason = f"no multiple of {STEP:g} from {lowest:g} to {points[-1]:g}"
+    if reason:
+        best = _first_maximum(values[eligible])
+        return AlphaChoice(float(points[eligible][best]), float(values[eligible][best]), False, reason)
+    fit = fitted_curve(points, values, fine)
+    best = _first_maximum(fit)
+    return AlphaChoice(float(fine[best]), float(fit[best]), True)
+
+
+def fitted_curve(
+    alphas: Sequence[float] | FloatArray, objectives: Sequence[float] | FloatArray, at: Sequence[float] | FloatArray
+) -> FloatArray:
+    """Returns the anchored cubic of the points (alpha = 0 among them) at the alphas ``at``."""
+    points, values = np.asarray(alphas, np.float64), np.asarray(objectives, np.float64)
+    anchor = float(values[points == 0][0])
+    coefficients, *_ = np.linalg.lstsq(_powers(points[points != 0]), values[points != 0] - anchor, rcond=None)
+    curve: FloatArray = anchor + _powers(np.asarray(at, np.float64)) @ coefficients
+    return curve
+
+
+def paired_se(
+    correct_a: CorrectBySet,
+    correct_b: CorrectBySet,
+    weights_a: Mapping[str, float],
+    weights_b: Mapping[str, float] | None = None,
+) -> float:
+    """Returns the image standard error of J(a) - J(b) for two models seen on the same images.
+
+    sqrt(sum_j var_k(d_jk) / n_j) with ddof = 1 and d_jk = w_aj x_ajk - w_bj x_bjk; a set of one image adds nothing.
+
+    Args:
+        correct_a: Per set j which images model a classifies right, bool [n_j].
+        correct_b: The same for model b, images in the same order.
+        weights_a: w_aj per set (``objective_weights``), by which the sets are chosen.
+        weights_b: w_bj; None: the same as ``weights_a`` (exact for a weighted mean).
+    """
+    variance = 0.0
+    for name, weight in weights_a.items():
+        weight_b = weight if weights_b is None else weights_b[name]
+        difference = weight * correct_a[name] - weight_b * correct_b[name]
+        if len(difference) > 1:
+            variance += float(np.var(difference, ddof=1)) / len(difference)
+    return math.sqrt(variance)
+
+
+def neighbour_se(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> float:
+    """Returns the paired image standard error of neighbouring grid points: root mean square over the pairs.
+
+    Args:
+        curve: Correctness per set, one entry per grid point, alphas rising; at least two.
+        spec: The objective; the weights of each point are its derivatives there.
+    """
+    weights = [spec.weights(_accuracies(point, spec)) for point in curve]
+    pairs = range(len(curve) - 1)
+    errors = [paired_se(curve[i], curve[i + 1], weights[i], weights[i + 1]) for i in pairs]
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+
+def cross_fit(
+    alphas: Sequence[float],
+    curve: Sequence[CorrectBySet],
+    sample_ids: Mapping[str, IdArray],
+    spec: ObjectiveSpec,
+    lowest: float,
+) -> float | None:
+    """Returns an objective that choosing alpha cannot flatter: alpha is chosen on one half, scored on the other.
+
+    The halves follow from a hash of the sample ids; the two directions are averaged. The score is read from the other
+    half the way the choice was made: from its fit after a fit, else as measured. A diagnostic, since half the images
+    choose worse.
+
+    Args:
+        alphas: Grid points, rising.
+        curve: Correctness per set, one entry per grid point; at least two.
+        sample_ids: Ids per set, uint64 [n_j], in the order of the images in ``curve``.
+        spec: The objective.
+        lowest: Lowest alpha that may be chosen.
+
+    Returns:
+        The objective, or None when a half has no image of some set.
+    """
+    names = (spec.id_set, *spec.ood_sets)
+    in_first = {name: _half(sample_ids[name]) for name in names}
+    if not all(half.any() and not half.all() for half in in_first.values()):
+        return None
+    halves = [
+        [{name: point[name][in_first[name] == first] for name in names} for point in curve] for first in (True, False)
+    ]
+    objectives = [[spec.value(_accuracies(point, spec)) for point in half] for half in halves]
+    scores = []
+    for chosen_on, scored_on in ((0, 1), (1, 0)):
+        choice = choose_alpha(alphas, objectives[chosen_on], lowest, neighbour_se(halves[chosen_on], spec))
+        if choice.fitted:
+            scores.append(float(fitted_curve(alphas, objectives[scored_on], [choice.alpha])[0]))
+        else:
+            scores.append(objectives[scored_on][list(alphas).index(choice.alpha)])
+    return sum(scores) / 2
+
+
+def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float) -> AlphaProfile:
+    """Makes the alpha curve of one training from its predictions and chooses alpha.
+
+    Args:
+        table: Predictions of all sets of the objective at all grid points (``predictions``).
+        spec: The objective.
+        lowest: Lowest alpha that may be chosen.
+
+    Raises:
+        DataError: The sets were not all evaluated at the same alphas.
+        CarftError: See ``choose_alpha``.
+    """
+    names = (spec.id_set, *spec.ood_sets)
+    alphas = predictions.alphas(table, spec.id_set)
+    for name in spec.ood_sets:
+        if predictions.alphas(table, name) != alphas:
+            rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
+            raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
+    matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
+    curve = [{name: matrices[name][i] for name in names} for i in range(len(alphas))]
+    objectives = [spec.value(_accuracies(point, spec)) for point in curve]
+    noise_se = neighbour_se(curve, spec) if len(curve) > 1 else 0.0
+    ids = {name: predictions.sample_ids(table, name, alphas[0]) for name in names}
+    accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
+    return AlphaProfile(
+        alphas=tuple(alphas),
+        id_accuracies=accuracies[spec.id_set],
+        ood_accuracies={name: accuracies[name] for name in spec.ood_sets},
+        objectives=tuple(objectives),
+        noise_se=noise_se,
+        choice=choose_alpha(alphas, objectives, lowest, noise_se),
+        cross_fit=cross_fit(alphas, curve, ids, spec, lowest) if len(curve) > 1 else None,
+    )
+
+
+def _accuracies(point: CorrectBySet, spec: ObjectiveSpec) -> dict[str, float]:
+    return {name: float(point[name].mean()) for name in (spec.id_set, *spec.ood_sets)}
+
+
+def _no_fit_reason(points: FloatArray, values: FloatArray, noise_se: float | None) -> str:
+    if len(points) < MIN_POINTS:
+        return f"fewer than {MIN_POINTS} points"
+    if points[0] != 0:
+        return "alpha 0 was not evaluated"
+    dof = len(points) - 1 - 3
+    if noise_se is None or dof < 1:
+        return ""
+    residuals = values - fitted_curve(points, values, points)
+    residual_sd = math.sqrt(float(residuals @ residuals) / dof)
+    if residual_sd > MAX_RESIDUAL * noise_se + 1e-12:
+        return f"residual sd {residual_sd:.4f} above {MAX_RESIDUAL:g} paired standard errors of {noise_se:.4f}"
+    return ""
+
+
+def _powers(alphas: FloatArray) -> FloatArray:
+    return np.stack([alphas, alphas**2, alphas**3], axis=1)
+
+
+def _first_maximum(values: FloatArray) -> int:
+    return int(np.flatnonzero(values >= values.max() - 1e-12)[0])
+
+
+def _half(sample_ids: IdArray) -> BoolArray:
+    """Returns a fair coin per id: the top bit of splitmix64 (Steele, Lea, Flood 2014)."""
+    with np.errstate(over="ignore"):
+        z = sample_ids + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        half: BoolArray = ((z ^ (z >> np.uint64(31))) >> np.uint64(63)).astype(np.bool_)
+    return half

@@ -1,0 +1,89 @@
+"""Running a classifier over decoded sets, shared out over the workers of a training, exactly."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from carft_ray.data.source import ImageSet
+from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
+from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.context import RunContext
+
+Metrics = dict[str, float]
+
+
+def predict(
+    classifier: ImageClassifier, image_set: ImageSet, alpha: float, batch_size: int, context: RunContext
+) -> pa.Table:
+    """Returns the predictions for every image of a set, the same table on every worker.
+
+    Worker r of w evaluates the images r, r + w, r + 2 w, ...; the parts are put together by position, so counts are
+    exact whatever w is.
+
+    Args:
+        classifier: On the device where it is to run.
+        image_set: N decoded images of the model's input size.
+        alpha: Written into the table.
+        batch_size: Images per forward pass.
+        context: Rank and number of workers.
+    """
+    device = classifier.class_head.device
+    positions = np.arange(context.rank, len(image_set), context.world_size)
+    parts = []
+    classifier.eval()
+    with torch.inference_mode():
+        for start in range(0, len(positions), batch_size):
+            pixels_BHWC = torch.from_numpy(image_set.images_NHWC[positions[start : start + batch_size]]).to(device)
+            parts.append(classifier(pixels_BHWC)[1].float().cpu().numpy())
+    logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
+    mine = predictions_table(
+        image_set.name, alpha, image_set.sample_ids[positions], image_set.labels[positions], logits_NC
+    )
+    shards = [(positions, mine)]
+    if context.world_size > 1:
+        gathered: list[tuple[np.ndarray, pa.Table] | None] = [None] * context.world_size
+        dist.all_gather_object(gathered, shards[0])
+        shards = [shard for shard in gathered if shard is not None]
+    return merge_shards(shards, len(image_set))
+
+
+def predict_all(
+    classifier: ImageClassifier, sets: Sequence[ImageSet], alpha: float, batch_size: int, context: RunContext
+) -> pa.Table:
+    """Returns the predictions for several sets in one table."""
+    return concat([predict(classifier, image_set, alpha, batch_size, context) for image_set in sets])
+
+
+def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:
+    """Returns ``accuracy/<set>``, ``id_accuracy``, ``ood_accuracy`` (mean of the OOD sets) and ``objective``.
+
+    Args:
+        table: Predictions that hold all sets of the objective at ``alpha``.
+        spec: The objective and its sets.
+        alpha: Which rows.
+    """
+    by_set = {name: accuracy(select(table, name, alpha)) for name in (spec.id_set, *spec.ood_sets)}
+    return metrics_of(by_set, spec)
+
+
+def metrics_of(by_set: Mapping[str, float], spec: ObjectiveSpec) -> Metrics:
+    """``metrics_at`` from accuracies by set. ``ood_accuracy`` is absent where there is no OOD set."""
+    metrics = {f"accuracy/{name}": value for name, value in by_set.items()}
+    metrics["id_accuracy"] = by_set[spec.id_set]
+    if spec.ood_sets:
+        metrics["ood_accuracy"] = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets})
+    return {**metrics, "objective": spec.value(by_set)}
+
+
+def subset(image_set: ImageSet, num_images: int) -> ImageSet:
+    """Returns the ``num_images`` images with the lowest sample ids, all if there are fewer; ids are hashes."""
+    if len(image_set) <= num_images:
+        return image_set
+    chosen = np.sort(np.argsort(image_set.sample_ids, kind="stable")[:num_images])
+    return ImageSet(
+        image_set.name, image_set.images_NHWC[chosen], image_set.labels[chosen], image_set.sample_ids[chosen]
+    )

@@ -1,0 +1,64 @@
+"""What every training of a study shares: model, prompts, training set, decoded validation sets."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from carft_ray.data.arrays import image_set
+from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
+from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
+from carft_ray.data.source import ImageSet, Source
+from carft_ray.learning.clip import Clip, load_clip, templates
+from carft_ray.recipe.schema import Recipe
+
+ID_SET = "id_val"
+
+
+@dataclass(frozen=True, eq=False)
+class Materials:
+    """What every training of a study shares; read-only.
+
+    Attributes:
+        clip: The model to start from.
+        class_names: Words for the classes, in label order.
+        templates: Prompts, each with ``{}``; also the contexts.
+        train: The training set.
+        validation: ``id_val`` first, then the OOD validation sets, decoded.
+        key: Changes whenever any of this changes.
+    """
+
+    clip: Clip
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: Source
+    validation: tuple[ImageSet, ...]
+    key: str
+
+
+_materials: dict[str, Materials] = {}  # of the last recipe: a process that runs many trials loads once
+
+
+def load_materials(recipe: Recipe, base_dir: Path) -> Materials:
+    """Opens model, training set and validation sets; test roles are never touched.
+
+    Raises:
+        RecipeError, DataError: The model or a set cannot be opened.
+    """
+    parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "prompts")}
+    asked = json.dumps({**parts, "base_dir": str(base_dir.resolve())}, sort_keys=True)
+    if asked not in _materials:
+        clip = load_clip(recipe.model, base_dir)
+        train = open_train(recipe, base_dir)
+        id_val, ood_val = open_validation(recipe, base_dir)
+        folder = cache_dir(recipe)
+        validation = tuple(
+            dataclasses.replace(image_set(source, clip.to_input, clip.input_key, folder), name=name)
+            for name, source in {ID_SET: id_val, **ood_val}.items()
+        )
+        names, prompts = class_names(recipe, base_dir), templates(recipe.prompts, SANDBOX_TEMPLATES)
+        sources = [source.fingerprint for source in (train, id_val, *ood_val.values())]
+        key = json.dumps([clip.weights_hash, names, prompts, sources])
+        _materials.clear()
+        _materials[asked] = Materials(clip, names, prompts, train, validation, key)
+    return _materials[asked]

@@ -1,0 +1,298 @@
+"""Results per image as Arrow tables; every accuracy in the product is derived from them.
+
+A row is one image of one set, seen by one model (one ``alpha``). A table may hold several sets and several alphas.
+The logits kept (true class, the ten largest, log-sum-exp) are enough for accuracy, negative log-likelihood,
+confidence and top-10 error without the images or the model.
+
+Shape letters: N images of a set, C classes, K = min(10, C) classes kept, R tables that are compared.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from carft_ray import files
+from carft_ray.data.source import IdArray, IntArray
+from carft_ray.errors import CarftError, DataError, Problem, StorageError
+
+FORMAT_VERSION = 1
+NUM_TOP_CLASSES = 10
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+SCHEMA = pa.schema(
+    [
+        ("set", pa.dictionary(pa.int32(), pa.string())),
+        ("alpha", pa.float64()),  # not float32, so that 0.6 is found again as 0.6
+        ("sample_id", pa.uint64()),
+        ("label", pa.int32()),
+        ("prediction", pa.int32()),
+        ("logit_true", pa.float32()),
+        ("log_sum_exp", pa.float32()),
+        ("top_classes", pa.list_(pa.int32())),  # K per row, largest logit first
+        ("top_logits", pa.list_(pa.float32())),
+    ],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)
+
+
+def predictions_table(
+    set_name: str, alpha: float, sample_ids: IdArray, labels: IntArray, logits_NC: npt.NDArray[np.float32]
+) -> pa.Table:
+    """Returns the results of one model on N images of one set, in the order given.
+
+    The prediction is the class with the largest logit; equal logits are ordered by class index, so the result does
+    not depend on batch size or machine. The log-sum-exp is taken in float64 with the largest logit subtracted.
+
+    Args:
+        set_name: Role or name of the set.
+        alpha: Mixing coefficient of the model.
+        sample_ids: Stable ids, uint64 [N].
+        labels: True classes, [N], each in 0 .. C - 1.
+        logits_NC: Class logits, [N, C]; kept as float32. N may be 0 (an empty part of a sharded evaluation).
+
+    Raises:
+        CarftError: A logit is not finite.
+        ValueError: The shapes do not belong together, or a label is no class.
+    """
+    logits_NC = np.asarray(logits_NC, np.float32)
+    if logits_NC.ndim != 2 or logits_NC.shape[1] < 1 or not len(logits_NC) == len(sample_ids) == len(labels):
+        raise ValueError(
+            f"logits [N, C], sample_ids [N] and labels [N] must belong together, but got {logits_NC.shape}, "
+            f"{np.shape(sample_ids)}, {np.shape(labels)}"
+        )
+    num_samples, num_classes = logits_NC.shape
+    labels = np.asarray(labels, np.int64)
+    if num_samples and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, but got {labels.min()} .. {labels.max()}")
+    if not np.isfinite(logits_NC).all():
+        bad = int((~np.isfinite(logits_NC)).any(axis=1).sum())
+        rule = f"class logits must be finite, but those of {bad} of {num_samples} images are not"
+        step = "The training has diverged; try a lower learning_rate."
+        raise CarftError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
+
+    num_kept = min(NUM_TOP_CLASSES, num_classes)
+    top_NK = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_kept]
+    top_logits_NK = np.take_along_axis(logits_NC, top_NK, axis=1)
+    largest_N1 = logits_NC.max(axis=1, keepdims=True).astype(np.float64)
+    log_sum_exp_N = largest_N1[:, 0] + np.log(np.exp(logits_NC - largest_N1).sum(axis=1))
+    offsets = pa.array(np.arange(num_samples + 1, dtype=np.int32) * num_kept)
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_samples, np.int32)), pa.array([set_name])),
+        pa.array(np.full(num_samples, alpha, np.float64)),
+        pa.array(np.asarray(sample_ids, np.uint64)),
+        pa.array(labels.astype(np.int32)),
+        pa.array(top_NK[:, 0].astype(np.int32)),
+        pa.array(logits_NC[np.arange(num_samples), labels]),
+        pa.array(log_sum_exp_N.astype(np.float32)),
+        pa.ListArray.from_arrays(offsets, pa.array(top_NK.astype(np.int32).ravel())),
+        pa.ListArray.from_arrays(offsets, pa.array(top_logits_NK.ravel())),
+    ]
+    schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION), "num_classes": str(num_classes)})
+    return pa.table(columns, schema=schema)
+
+
+def num_classes(table: pa.Table) -> int:
+    """Returns C, the number of classes that the logits had."""
+    return int(table.schema.metadata[b"num_classes"])
+
+
+def concat(tables: Sequence[pa.Table]) -> pa.Table:
+    """Returns the rows of all tables, in order; they must have the same number of classes.
+
+    Raises:
+        ValueError: No table, or different numbers of classes.
+    """
+    if len({num_classes(table) for table in tables}) != 1:
+        raise ValueError("tables to be joined must exist and have one number of classes")
+    return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+
+
+def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) -> pa.Table:
+    """Puts the parts of one evaluation together, in the order of the set, whatever the number of workers was.
+
+    Args:
+        shards: Per worker (or per batch) the positions of its rows in the set, int [n], and its table of n rows. All
+            parts are of one set and one alpha; a part may be empty.
+        num_samples: N of the set.
+
+    Returns:
+        Table of N rows, row i being image i of the set.
+
+    Raises:
+        CarftError: A position is missing, comes twice or lies outside; nothing is guessed or dropped.
+        ValueError: A part has other than n positions, or the parts are of different sets or alphas.
+    """
+    positions = np.concatenate([np.asarray(positions, np.int64) for positions, _ in shards] or [np.zeros(0, np.int64)])
+    if any(len(part) != len(table) for part, table in shards):
+        raise ValueError("every part must have one position per row")
+    counts = np.bincount(positions[(positions >= 0) & (positions < num_samples)], minlength=num_samples)
+    faults = [
+        f"{len(wrong)} {what} (first: {int(wrong[0])})"
+        for what, wrong in (
+            ("missing", np.flatnonzero(counts == 0)),
+            ("more than once", np.flatnonzero(counts > 1)),
+            ("outside the set", positions[(positions < 0) | (positions >= num_samples)]),
+        )
+        if len(wrong)
+    ]
+    if faults:
+        rule = f"the parts of an evaluation must hold each of the {num_samples} images exactly once"
+        raise CarftError(Problem("evaluation", rule, ", ".join(faults)))
+    table = concat([table for _, table in shards])
+    if num_samples and len(_pairs(table)) != 1:
+        raise ValueError(f"the parts must be of one set and one alpha, but got {_pairs(table)}")
+    return table.take(pa.array(np.argsort(positions)))
+
+
+def accuracy(table: pa.Table) -> float:
+    """Returns the share of rows whose prediction is the label.
+
+    Raises:
+        DataError: The table has no rows.
+    """
+    return _mean(table, pc.equal(table["prediction"], table["label"]))
+
+
+def negative_log_likelihood(table: pa.Table) -> float:
+    """Returns the mean of ``log_sum_exp - logit_true`` in nats.
+
+    Raises:
+        DataError: The table has no rows.
+    """
+    return _mean(table, pc.subtract(table["log_sum_exp"].cast(pa.float64()), table["logit_true"].cast(pa.float64())))
+
+
+def accuracies(table: pa.Table) -> dict[str, dict[float, float]]:
+    """Returns the accuracy of every set at every alpha: ``{set: {alpha: accuracy}}``, alphas rising."""
+    return {
+        name: {alpha: accuracy(select(table, name, alpha)) for alpha in alphas(table, name)} for name in sets(table)
+    }
+
+
+def sets(table: pa.Table) -> list[str]:
+    """Returns the names of the sets in order of appearance."""
+    names: list[str] = pc.unique(table["set"].cast(pa.string())).to_pylist()
+    return names
+
+
+def alphas(table: pa.Table, set_name: str) -> list[float]:
+    """Returns the alphas at which a set was evaluated, rising."""
+    found: list[float] = pc.unique(table.filter(pc.equal(table["set"], set_name))["alpha"]).to_pylist()
+    return sorted(found)
+
+
+def select(table: pa.Table, set_name: str, alpha: float) -> pa.Table:
+    """Returns the rows of one set at one alpha, in the order stored.
+
+    Raises:
+        DataError: There are none.
+    """
+    rows = table.filter(pc.and_(pc.equal(table["set"], set_name), pc.equal(table["alpha"], float(alpha))))
+    if not len(rows):
+        known = tuple(f"{name} at {value:g}" for name, value in _pairs(table))
+        place = "predictions"
+        raise DataError(
+            Problem(place, "the set must have been evaluated at the alpha", f"{set_name} at {alpha:g}", known)
+        )
+    return rows
+
+
+def correct(table: pa.Table, set_name: str, alpha: float) -> BoolArray:
+    """Returns which images are classified right, bool [N], ordered by sample id.
+
+    The order depends on nothing but the images, so arrays of two models can be compared image by image.
+
+    Raises:
+        DataError: The set was not evaluated at this alpha.
+    """
+    row: BoolArray = correct_matrix([(table, alpha)], set_name)[0]
+    return row
+
+
+def correct_matrix(evaluations: Sequence[tuple[pa.Table, float]], set_name: str) -> BoolArray:
+    """Returns which images which model classifies right, bool [R, N], images ordered by sample id.
+
+    Args:
+        evaluations: Per model (seed, trial, alpha) its predictions and the alpha to take from them.
+        set_name: The set, the same images in all tables.
+
+    Raises:
+        DataError: A table lacks the set at its alpha, or the images differ between tables.
+    """
+    rows = []
+    reference: IdArray | None = None
+    for table, alpha in evaluations:
+        part = select(table, set_name, alpha)
+        ids: IdArray = part["sample_id"].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        if reference is None:
+            reference = ids[order]
+        elif not np.array_equal(reference, ids[order]):
+            rule = "results that are compared image by image must be of the same images"
+            step = "Evaluate both models again on the same set."
+            raise DataError(Problem(f"predictions of {set_name}", rule, next_step=step))
+        rows.append((part["prediction"].to_numpy() == part["label"].to_numpy())[order])
+    return np.stack(rows)
+
+
+def sample_ids(table: pa.Table, set_name: str, alpha: float) -> IdArray:
+    """Returns the sample ids that belong to ``correct``, uint64 [N], rising.
+
+    Raises:
+        DataError: The set was not evaluated at this alpha.
+    """
+    ids: IdArray = select(table, set_name, alpha)["sample_id"].to_numpy()
+    return np.sort(ids)
+
+
+def write_predictions(path: Path, table: pa.Table) -> None:
+    """Writes a table as Parquet (zstd); the file appears under its name only whole.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    files.write_bytes(path, buffer.getvalue())
+
+
+def read_predictions(path: Path) -> pa.Table:
+    """Reads a table back, equal to the one written.
+
+    Raises:
+        StorageError: The file is missing, damaged, no predictions, or of another format version.
+    """
+    step = "Evaluate the model again to write it anew."
+    try:
+        table = pq.read_table(io.BytesIO(path.read_bytes()))
+    except (OSError, pa.ArrowException) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise StorageError(Problem(str(path), "must be a readable Parquet file", cause, next_step=step)) from error
+    metadata = table.schema.metadata or {}
+    version = metadata.get(b"format_version", b"none").decode(errors="replace")
+    if version != str(FORMAT_VERSION):
+        rule = f"format_version of predictions must be {FORMAT_VERSION}"
+        raise StorageError(Problem(str(path), rule, version, next_step=step))
+    if not table.schema.equals(SCHEMA) or not metadata.get(b"num_classes", b"").isdigit():
+        rule = f"must have the columns {', '.join(SCHEMA.names)} and num_classes"
+        raise StorageError(Problem(str(path), rule, ", ".join(table.schema.names), next_step=step))
+    return table
+
+
+def _mean(table: pa.Table, values: Any) -> float:
+    if not len(table):
+        raise DataError(Problem("predictions", "a set must have at least one image"))
+    return float(pc.mean(values).as_py())
+
+
+def _pairs(table: pa.Table) -> list[tuple[str, float]]:
+    return [(name, alpha) for name in sets(table) for alpha in alphas(table, name)]

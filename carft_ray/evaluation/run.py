@@ -1,0 +1,301 @@
+"""One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
+
+    out_dir/{metrics.jsonl, tensorboard/, checkpoint/, fine_tuned.safetensors,
+             predictions/validation.parquet, result.json}
+
+``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
+``ood_val`` are opened; the test roles are not even built.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from carft_ray import files
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
+from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
+from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
+from carft_ray.evaluation.targets import TargetStore
+from carft_ray.learning.checkpoint import load_tensors, save_tensors
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.heads import build_heads
+from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
+from carft_ray.learning.mixing import mix_weights
+from carft_ray.recipe.schema import Recipe
+
+__all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
+
+RESULT_VERSION = 1
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+WEIGHTS = "fine_tuned.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+def objective_spec(recipe: Recipe) -> ObjectiveSpec:
+    """Returns the objective of a recipe over its validation sets."""
+    part = recipe.search.objective
+    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Returns where a worker computes: the GPU that it was given, else the CPU."""
+    use_gpu = recipe.resources.gpus_per_worker != 0 and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def num_threads(recipe: Recipe) -> int:
+    """Returns the torch threads of a worker; trials that fight for cores were measured 100 times slower."""
+    return recipe.resources.threads or max(1, int(recipe.resources.cpus_per_worker))
+
+
+def prepare(
+    recipe: Recipe,
+    base_dir: Path,
+    folder: Path,
+    on_progress: Callable[[str], None] | None = None,
+    share_targets: bool = True,
+) -> dict[str, Any]:
+    """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions, target store.
+
+    Args:
+        recipe: The study's recipe.
+        base_dir: Folder from which the recipe's relative paths count.
+        folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
+        on_progress: Told what is being done.
+        share_targets: Several trainings follow, so the frozen model's context distributions are worth storing.
+
+    Returns:
+        Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``num_images`` per
+        set, ``logit_scale`` and ``num_contexts``.
+    """
+    say = on_progress or logger.info
+    torch.set_num_threads(num_threads(recipe))
+    say("opening model and sets")
+    materials = load_materials(recipe, base_dir)
+    done = folder / "prepared.json"
+    if done.exists() and json.loads(done.read_text())["key"] == materials.key:
+        content: dict[str, Any] = json.loads(done.read_text())
+    else:
+        say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
+        clip, device = materials.clip, device_of(recipe)
+        class_head_CD, context_head_TD = build_heads(
+            clip.model.to(device), clip.tokenizer, materials.class_names, materials.templates
+        )
+        clip.model.to("cpu")
+        heads = {"class_head": class_head_CD.cpu(), "context_head": context_head_TD.cpu()}
+        _write_tensors(folder / "heads.safetensors", heads)
+        say("evaluating zero-shot")
+        classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
+        table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
+        write_predictions(folder / "zero_shot.parquet", table)
+        content = {
+            "key": materials.key,
+            "metrics": metrics_at(table, objective_spec(recipe), 0.0),
+            "num_images": {"train": len(materials.train), **{s.name: len(s) for s in materials.validation}},
+            "logit_scale": clip.logit_scale,
+            "num_contexts": len(materials.templates),
+        }
+        files.write_json(done, content)
+    if share_targets:
+        context_head_TD = load_tensors(folder / "heads.safetensors")["context_head"]
+        store = TargetStore(recipe.train, materials, context_head_TD, folder / "targets")
+        store.fill(recipe, device_of(recipe), say)
+    return {**content["metrics"], **{k: v for k, v in content.items() if k not in ("key", "metrics")}}
+
+
+def run_training(
+    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int = 1
+) -> dict[str, Any]:
+    """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
+
+    Called on every worker. Goes on from the newest valid checkpoint in ``out_dir``; a finished training is not run
+    again.
+
+    Args:
+        recipe: ``recipe.train`` holds the values of this training.
+        base_dir: Folder from which relative paths count.
+        out_dir: Folder of this training, shared by its workers.
+        prepared_dir: What ``prepare`` made.
+        context: Rank, reports and stop flag.
+        attempt: Number of this attempt.
+
+    Raises:
+        StoppedRun: Stopped on request, after a checkpoint.
+        DivergedError: The loss is not finite.
+        CarftError: As its message says.
+    """
+    result_path = out_dir / RESULT
+    if result_path.exists():
+        result: dict[str, Any] = json.loads(result_path.read_text())
+        return result
+    started = time.perf_counter()
+    torch.set_num_threads(num_threads(recipe))
+    device, spec = device_of(recipe), objective_spec(recipe)
+    materials = load_materials(recipe, base_dir)
+    heads = load_tensors(prepared_dir / "heads.safetensors")
+    fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device)
+
+    classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
+    zero_shot = classifier.state()
+
+    def at(alpha: float) -> pa.Table:
+        classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
+        return predict_all(classifier, materials.validation, alpha, recipe.evaluate.batch_size, context)
+
+    table, choice, curve = _choose(recipe, spec, read_predictions(prepared_dir / "zero_shot.parquet"), at)
+    if context.rank == 0:
+        write_predictions(out_dir / "predictions" / "validation.parquet", table)
+    result = {
+        "format_version": RESULT_VERSION,
+        "objective": choice.value,
+        "alpha": choice.alpha,
+        "metrics": metrics_at(table, spec, choice.alpha),
+        "fine_tuned": metrics_at(table, spec, 1.0),
+        "curve": curve,
+        "alpha_choice": dataclasses.asdict(choice),
+        "moved": _relative_distance(zero_shot, fine_tuned),
+        "train": recipe.train.model_dump(mode="json"),
+        "num_images": {"train": len(materials.train), **{s.name: len(s) for s in materials.validation}},
+        "elapsed_s": round(time.perf_counter() - started, 3),
+    }
+    if context.rank == 0:
+        files.write_json(result_path, result)
+        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
+    return result
+
+
+def _train(
+    recipe: Recipe,
+    materials: Materials,
+    heads: dict[str, Tensor],
+    out_dir: Path,
+    prepared_dir: Path,
+    context: RunContext,
+    attempt: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Returns the fine-tuned state: of an earlier attempt that got so far, else by training."""
+    weights = out_dir / WEIGHTS
+    if weights.exists():
+        return load_tensors(weights)
+    small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
+    spec, every = objective_spec(recipe), recipe.evaluate.every_epochs
+
+    def on_epoch(classifier: ImageClassifier, epoch: int) -> Metrics:
+        if not every or epoch % every:
+            return {}
+        table = predict_all(classifier, small, 1.0, recipe.evaluate.batch_size, context)
+        return {f"subset/{name}": value for name, value in metrics_at(table, spec, 1.0).items() if "/" not in name}
+
+    with _recorder(out_dir, context) as recorded:
+        state = fine_tune(
+            materials.clip,
+            heads["class_head"],
+            heads["context_head"],
+            materials.train,
+            recipe.train,
+            recorded,
+            device=device,
+            checkpoint_dir=out_dir / "checkpoint",
+            attempt=attempt,
+            stored_targets=TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets"),
+            on_epoch=on_epoch,
+            num_threads=num_threads(recipe),
+        )
+    if context.rank == 0:
+        _write_tensors(weights, state)
+    return state
+
+
+@contextlib.contextmanager
+def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
+    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
+    writers: list[SummaryWriter] = []
+    metrics_path = out_dir / METRICS
+
+    def progress(row: dict[str, float]) -> None:
+        step = int(row["step"])
+        if not writers:  # what a killed attempt wrote from this step on is void
+            writers.append(SummaryWriter(str(out_dir / "tensorboard"), purge_step=step))
+        for name, value in row.items():
+            if name not in ("step", "num_steps"):
+                writers[0].add_scalar(f"train/{name}", value, step)
+        context.progress(row)
+
+    def report(row: dict[str, float]) -> None:
+        before = files.read_json_lines(metrics_path)
+        kept = [old for old in before if old["step"] < row["step"]]
+        if len(kept) < len(before):
+            files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
+        files.append_line(metrics_path, json.dumps(row))
+        for name, value in row.items():
+            if name.startswith("subset/"):
+                writers[0].add_scalar(name, value, int(row["step"]))
+        context.report(row)
+
+    try:
+        with files.writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+def _choose(
+    recipe: Recipe, spec: ObjectiveSpec, zero_shot: pa.Table, at: Callable[[float], pa.Table]
+) -> tuple[pa.Table, AlphaChoice, list[dict[str, float]]]:
+    """Evaluates the alphas that are wanted; returns their predictions, the chosen alpha, and the curve.
+
+    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid is evaluated and the
+    fitted curve decides. Predictions at a chosen alpha off the grid are added; the curve holds the points measured.
+    """
+    fixed = recipe.train.alpha
+    grid = [alpha for alpha in recipe.search.alpha.grid if alpha > 0] if fixed is None else sorted({fixed, 1.0} - {0.0})
+    tables = {0.0: zero_shot, **{alpha: at(alpha) for alpha in grid}}
+    if fixed is None:
+        choice = alpha_profile(concat(list(tables.values())), spec, recipe.search.alpha.lowest).choice
+    else:
+        value = metrics_at(tables[fixed], spec, fixed)["objective"]
+        choice = AlphaChoice(fixed, value, False, "alpha is fixed")
+    if choice.alpha not in tables:
+        tables[choice.alpha] = at(choice.alpha)
+    curve = [{"alpha": alpha, **metrics_at(tables[alpha], spec, alpha)} for alpha in sorted(tables)]
+    return concat([tables[alpha] for alpha in sorted(tables)]), choice, curve
+
+
+def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:
+    """Returns norm(theta - theta_0) / norm(theta_0) over the image tower."""
+    names = [n for n, tensor in zero_shot.items() if n.startswith("visual.") and tensor.is_floating_point()]
+    moved = sum(float((fine_tuned[n].double() - zero_shot[n].double()).square().sum()) for n in names)
+    return float((moved / sum(float(zero_shot[n].double().square().sum()) for n in names)) ** 0.5)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file under its name only whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with files.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(temporary, tensors)
+            os.replace(temporary, path)
+            files.fsync_dir(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

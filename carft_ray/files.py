@@ -1,0 +1,131 @@
+"""Durable files: every write that must survive a crash goes through here.
+
+A *durable operation* is an append, a flush to disk or a rename. Files appear under their name only whole: they are
+written under a temporary name, flushed, and renamed. The tests kill the process after every single such operation.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from carft_ray.errors import Problem, StorageError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` of the block into a ``StorageError`` that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Returns the ``StorageError`` for a failed write to ``path``."""
+    steps = {
+        errno.ENOSPC: "Free some space or choose another folder, then run the same command again.",
+        errno.EFBIG: "Raise the limit on file sizes (ulimit -f), then run the same command again.",
+        errno.EACCES: "Choose a folder that you may write to.",
+        errno.EROFS: "Choose a folder that you may write to.",
+    }
+    step = steps.get(error.errno or 0, "")
+    return StorageError(Problem(str(path), "must be writable", error.strerror or str(error), next_step=step))
+
+
+def fsync_dir(folder: Path) -> None:
+    """Flushes a folder, so that a rename inside it survives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file: temporary name, flush, rename, flush of the folder.
+
+    Raises:
+        StorageError: The file cannot be written; nothing is left under its name that was not there before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_dir(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` for text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_bytes`` for a value that JSON can hold; not-a-number and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends one line and flushes it to disk.
+
+    Raises:
+        StorageError: The line cannot be written.
+    """
+    with writing(path), open(path, "ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines; an incomplete last line (a crash while it was appended) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder that takes the name ``path`` when the block ends well, and vanishes otherwise.
+
+    Files written inside must be flushed by the block (``fsync_file``).
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            fsync_dir(temporary)
+            os.rename(temporary, path)
+            fsync_dir(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def fsync_file(path: Path) -> None:
+    """Flushes a file that a library has written."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

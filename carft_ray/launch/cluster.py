@@ -1,0 +1,222 @@
+"""Ray itself: a local one that lives as long as the search, or a running cluster; and what it can hold."""
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from carft_ray.errors import ClusterError, Problem
+from carft_ray.recipe.schema import Recipe
+
+# ray_train: the controller looks at its workers this often, a report waits for it
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial as outside
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never tells the searcher
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+}
+OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
+CONNECT_TIMEOUT_S = 10
+LONGEST_TEMP_DIR = 45  # the path of a socket below it has at most 107 characters
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How trials fit into a cluster.
+
+    Attributes:
+        concurrency: Trials at a time, at least 1.
+        reason: Why not more.
+        num_workers: Processes of one trial.
+        cpus_per_worker: CPUs of each.
+        gpus_per_worker: GPUs of each, resolved.
+        one_node: Whether all workers of a trial can be on one machine, and then will be.
+    """
+
+    concurrency: int
+    reason: str
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    one_node: bool
+
+
+@contextlib.contextmanager
+def running_ray(address: str | None, log_path: Path) -> Iterator[tuple[Node, ...]]:
+    """Starts a Ray on this machine and shuts it down at the end, or attaches to a running one and leaves it running.
+
+    Args:
+        address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
+        log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
+
+    Yields:
+        The nodes.
+
+    Raises:
+        ClusterError: There is no Ray at the address, or none can be started.
+    """
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    temp_dir: str | None = None
+    try:
+        with _quiet(log_path):
+            if address is None:
+                temp_dir = tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
+                _start(temp_dir)
+            else:
+                _attach(address)
+            try:
+                yield _nodes()
+            finally:
+                ray.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if temp_dir is not None:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _short_temp_dir() -> str:
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
+
+
+def _start(temp_dir: str) -> None:
+    """Starts Ray without its dashboard: nothing is ever stopped from outside, so its placement-group cleaner is idle."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=temp_dir,
+        )
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        step = "Is there room in the temporary folder and in /dev/shm, and are new processes allowed?"
+        raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
+
+
+def _attach(address: str) -> None:
+    step = "Start one with 'ray start --head', or leave the address out to use this machine."
+    if "://" in address:
+        raise ClusterError(
+            Problem(
+                "address",
+                "must be host:port or auto, from a machine of the cluster",
+                address,
+                next_step="Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside.",
+            )
+        )
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        if not host or not port.isdecimal():
+            raise ClusterError(Problem("address", "must be host:port or auto", address))
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ClusterError(Problem("address", f"no Ray answers at {address}", str(error), next_step=step)) from error
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
+        )
+    except ray.exceptions.AuthenticationError as error:
+        step = "Set RAY_AUTH_MODE=token here; the token of the cluster must be in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        raise ClusterError(Problem("address", f"{address} refused us", _first_line(error), next_step=step)) from error
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise ClusterError(
+            Problem("address", f"no Ray can be used at {address}", _first_line(error), next_step=step)
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet(log_path: Path) -> Iterator[None]:
+    """Sends the messages of Ray's loggers to a file."""
+    logger = logging.getLogger("ray")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(log_path, delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.handlers, logger.propagate = [file], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        file.close()
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def _nodes() -> tuple[Node, ...]:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive)
+
+
+def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
+    """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
+
+    Raises:
+        ClusterError: Not even one trial fits.
+    """
+    resources = recipe.resources
+    num_workers, cpus = resources.num_workers, resources.cpus_per_worker
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.num_gpus for node in nodes) else 0.0
+
+    by_cpu = [int(node.num_cpus // cpus) for node in nodes]
+    by_gpu = [int(node.num_gpus // gpus) for node in nodes] if gpus else by_cpu
+    slots = [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)]  # workers that fit on each node
+    one_node = any(count >= num_workers for count in slots)
+    fitting = sum(count // num_workers for count in slots) if one_node else sum(slots) // num_workers
+    all_cpus, all_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    if not fitting:
+        need = f"{num_workers} x {cpus:g} CPUs" + (f" and {num_workers} x {gpus:g} GPUs" if gpus else "")
+        have = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs in all"
+        step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
+        raise ClusterError(Problem("resources", f"a trial needs {need}", have, next_step=step))
+    if sum(by_gpu) < sum(by_cpu):
+        reason = f"{all_gpus:g} GPUs, {gpus * num_workers:g} a trial"
+    else:
+        reason = f"{all_cpus:g} CPUs, {cpus * num_workers:g} a trial"
+    wanted = recipe.search.concurrency
+    if wanted is not None and wanted <= fitting:
+        fitting, reason = wanted, "search.concurrency"
+    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)

@@ -1,0 +1,85 @@
+"""What a search tells while it runs, for whoever shows it. All values are plain data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from carft_ray.search.outcome import TrialRow, TrialSpec
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth a line: a repaired journal, a trial that gets another attempt."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Ray is up; what all trainings share is being made (seconds to minutes the first time)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The zero-shot model's numbers are there."""
+
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Started:
+    """Trainings begin."""
+
+    num_trials: int  # that the study will have
+    num_finished: int  # before this search
+    concurrency: int
+    reason: str  # why not more at a time
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A trial or baseline begins, or resumes when ``spec.attempt`` is above 1."""
+
+    spec: TrialSpec
+
+
+@dataclass(frozen=True)
+class TrialEpoch:
+    """A training finished an epoch; ``metrics`` is the last line of its ``metrics.jsonl``."""
+
+    spec: TrialSpec
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialFinished:
+    """A trial was told to the study."""
+
+    row: TrialRow
+    is_best: bool  # better than all before it
+
+
+@dataclass(frozen=True)
+class BaselineFinished:
+    """A baseline has ended."""
+
+    row: TrialRow
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A stop was asked for; the search waits for the checkpoints of running trainings."""
+
+    num_running: int
+
+
+Event = (
+    Note
+    | Preparing
+    | Prepared
+    | Started
+    | TrialStarted
+    | TrialEpoch
+    | TrialFinished
+    | BaselineFinished
+    | Stopping
+)

@@ -1,0 +1,248 @@
+"""Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
+
+A training is stopped by one file, ``stop`` in the study directory, which rank 0 reads; so nothing is ever stopped from
+outside, where Ray leaks placement groups. A file reaches every node that sees the study, needs no actor that could
+die, and lets another process ask for the stop. What a training has to say it writes into its folder before it ends;
+Ray carries no results.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from carft_ray.errors import CarftError, ClusterError, Problem
+from carft_ray.launch.cluster import Capacity
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.search.folder import MANIFEST
+from carft_ray.search.outcome import Failure, TrialSpec, append_log, write_failure
+
+STOP = "stop"
+STOP_CHECK_S = 0.5
+PREPARED = "prepared"
+RAY_FILES = "_tune"
+# the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
+HEAD_ONLY = {"node:__internal_head__": 0.001}
+
+Prepare = Callable[[Recipe, Path, Path], dict[str, Any]]
+Train = Callable[[Recipe, Path, Path, Path, RunContext, int], dict[str, Any]]
+
+
+def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+    """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
+    from carft_ray.evaluation import run
+
+    return run.prepare(recipe, base_dir, folder)
+
+
+def train(
+    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
+) -> dict[str, Any]:
+    """``evaluation.run.run_training``, imported where it runs."""
+    from carft_ray.evaluation import run
+
+    return run.run_training(recipe, base_dir, out_dir, prepared_dir, context, attempt)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What is run; module-level functions, which Ray moves by name."""
+
+    prepare: Prepare = prepare
+    train: Train = train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every training of a search shares; travels to the workers.
+
+    Attributes:
+        recipe: With ``gpus_per_worker`` resolved.
+        base_dir: Folder from which the recipe's relative paths count.
+        study_dir: The study directory, seen by every node.
+        capacity: Workers of a training and what each gets.
+        runner: Preparation and training.
+    """
+
+    recipe: Recipe
+    base_dir: Path
+    study_dir: Path
+    capacity: Capacity
+    runner: Runner
+
+    @property
+    def nested(self) -> bool:
+        """Whether trainings run as a Ray Train group."""
+        executor = self.recipe.resources.executor
+        return executor == "ray-train" or (executor == "auto" and self.capacity.num_workers > 1)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        gpus = {"GPU": self.capacity.gpus_per_worker} if self.capacity.gpus_per_worker else {}
+        return {"CPU": self.capacity.cpus_per_worker, **gpus}
+
+
+def stop_reader(study_dir: Path) -> Callable[[], bool]:
+    """Returns a function that tells whether the stop file is there, looking at most twice a second."""
+    path, state = study_dir / STOP, {"next": 0.0, "stopped": False}
+
+    def should_stop() -> bool:
+        if not state["stopped"] and time.monotonic() >= state["next"]:
+            state["stopped"] = path.exists()
+            state["next"] = time.monotonic() + STOP_CHECK_S
+        return bool(state["stopped"])
+
+    return should_stop
+
+
+def run_prepare(plan: Plan, num_cpus: int) -> dict[str, Any]:
+    """Runs the preparation in a Ray task, on all cores that one node has.
+
+    Raises:
+        CarftError: As the preparation raised it, or a ``ClusterError`` when its process died.
+    """
+    resources = plan.recipe.resources.model_copy(update={"threads": num_cpus})
+    recipe = plan.recipe.model_copy(update={"resources": resources})
+    task = ray.remote(num_cpus=num_cpus, num_gpus=plan.capacity.gpus_per_worker, max_retries=0)(_prepare)
+    try:
+        metrics: dict[str, Any] = ray.get(task.remote(plan, recipe))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CarftError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClusterError(Problem("preparation", "its process must stay alive", str(error).strip())) from error
+    return metrics
+
+
+def _prepare(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    _check_visible(plan)
+    return plan.runner.prepare(recipe, plan.base_dir, plan.study_dir / PREPARED)
+
+
+def _check_visible(plan: Plan) -> None:
+    if not (plan.study_dir / MANIFEST).exists():
+        rule = "must be seen by every node: a trial runs on any of them"
+        step = "Put the study into a folder that all nodes share."
+        raise ClusterError(Problem(str(plan.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step))
+
+
+def tune_trainable(plan: Plan) -> Any:
+    """Returns the Tune trainable, with its resources; its ``config`` holds the fields of a ``TrialSpec``."""
+    if plan.nested:
+
+        def nested_trial(config: dict[str, Any]) -> dict[str, str]:
+            return {"lost": run_nested(plan, TrialSpec(**config["spec"]))}
+
+        return tune.with_resources(nested_trial, HEAD_ONLY)
+
+    def inline_trial(config: dict[str, Any]) -> None:
+        spec = TrialSpec(**config["spec"])
+        context = RunContext(should_stop=stop_reader(plan.study_dir))
+        run_worker(plan, spec, spec.folder(plan.study_dir), context)
+
+    return tune.with_resources(inline_trial, tune.PlacementGroupFactory([plan.worker_resources]))
+
+
+def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
+    """Runs one attempt in this process; how it ended lies in the folder afterwards.
+
+    Returns:
+        Whether it ended well: finished, or stopped after a checkpoint.
+    """
+    try:
+        _check_visible(plan)
+        folder.mkdir(parents=True, exist_ok=True)
+        if context.rank == 0:
+            append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
+        recipe = apply(plan.recipe, spec.values)
+        result = plan.runner.train(
+            recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt
+        )
+    except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
+        failure = _failure(error, spec.attempt)
+        if failure is None:
+            return True
+        write_failure(folder, failure, traceback.format_exc())
+        return False
+    if math.isfinite(result["objective"]):
+        return True
+    write_failure(folder, Failure("diverged", f"objective is {result['objective']}", spec.attempt), "")
+    return False
+
+
+def _failure(error: Exception, attempt: int) -> Failure | None:
+    """Sorts an exception of a training; None for a stop."""
+    from carft_ray.learning.loop import DivergedError, StoppedRun
+
+    if isinstance(error, StoppedRun):
+        return None
+    text = str(error).strip()
+    if isinstance(error, DivergedError):
+        return Failure("diverged", text, attempt)
+    if isinstance(error, CarftError):
+        return Failure("fatal", text, attempt, error.exit_code)
+    return Failure("error", f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__, attempt)
+
+
+def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
+    """Runs one attempt as a Ray Train group and waits for it; how it ended lies in its folder.
+
+    Nothing is restarted inside: an attempt whose worker dies ends, and the study gives the training another one.
+
+    Returns:
+        Why the group ended before its time, in one line, for an attempt that left no word; empty otherwise.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = folder or spec.folder(plan.study_dir)
+    use_gpu = plan.capacity.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        _nested_worker,
+        train_loop_config={"plan": plan, "spec": spec, "folder": folder},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=plan.capacity.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=plan.worker_resources,
+            placement_strategy="STRICT_PACK" if plan.capacity.one_node else "PACK",
+        ),
+        run_config=RunConfig(
+            name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name
+            storage_path=str(plan.study_dir / RAY_FILES / "train"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return _cause(error)
+    return ""
+
+
+def _nested_worker(config: dict[str, Any]) -> None:
+    """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
+    plan, spec = config["plan"], config["spec"]
+    place = ray.train.get_context()
+    context = RunContext(
+        rank=place.get_world_rank(), world_size=place.get_world_size(), should_stop=stop_reader(plan.study_dir)
+    )
+    if not run_worker(plan, spec, config["folder"], context):
+        raise RuntimeError(f"{spec.name} failed, see its folder")
+
+
+def _cause(error: Exception) -> str:
+    """Returns the first line that says something of Ray Train's error."""
+    failures = getattr(error, "worker_failures", None) or {}
+    text = str(next(iter(failures.values()), None) or error)
+    return next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(error).__name__)

@@ -1,0 +1,169 @@
+"""A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from ray import tune
+
+from carft_ray import files
+from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.launch.cluster import Node, capacity, running_ray
+from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
+from carft_ray.launch.executors import RAY_FILES, STOP, Plan, Runner, run_prepare, tune_trainable
+from carft_ray.launch.searcher import StudySearcher, Watcher, no_successful_trial
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.study import Study, best_row, open_study
+
+RESOLVED = "resolved.yaml"
+RAY_LOG = "ray.log"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        study_dir: The study directory, absolute.
+        best: The trial with the largest objective.
+        trials: All trials of the study.
+        baselines: Zero-shot and the recipe's baselines.
+        num_new: Trials that ended in this search; 0 when there was nothing to do.
+        elapsed_s: Seconds that this search took.
+    """
+
+    study_dir: Path
+    best: TrialRow
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    num_new: int
+    elapsed_s: float
+
+
+def _ignore(event: Event) -> None:
+    del event
+
+
+def run_search(
+    recipe: Recipe,
+    base_dir: Path,
+    study_dir: Path,
+    address: str | None = None,
+    on_event: Callable[[Event], None] = _ignore,
+    runner: Runner | None = None,
+) -> SearchResult:
+    """Runs a search to its end, or goes on with one.
+
+    Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
+
+    Args:
+        recipe: The recipe. In an existing study only the number of trials and where it runs may differ.
+        base_dir: Folder from which the recipe's relative paths count.
+        study_dir: The study directory; made when it is missing.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        on_event: Told what happens, in the calling thread.
+        runner: What is trained; by default ``evaluation.run``.
+
+    Returns:
+        The best trial, and all rows.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        NoSuccessfulTrialError: All trials have failed.
+        RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        StorageError, ClusterError, DataError: As their messages say.
+    """
+    began = time.monotonic()
+    base_dir = base_dir.resolve()
+    with open_study(study_dir, recipe, base_dir) as study:
+        study_dir = study.study_dir
+        with files.writing(study_dir / STOP):
+            (study_dir / STOP).unlink(missing_ok=True)
+        files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        num_before = _num_finished(study)
+        for note in study.notes:
+            on_event(Note(note))
+        for row in study.adopt():
+            on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
+        if not study.done():
+            with _interruptible(study_dir) as signals, running_ray(address, study_dir / RAY_LOG) as nodes:
+                _run(study, base_dir, nodes, on_event, runner or Runner(), signals)
+        rows = study.rows()
+        best = best_row(rows)
+        if best is None:
+            raise no_successful_trial(study, rows)
+        elapsed_s = time.monotonic() - began
+        return SearchResult(
+            study_dir, best, rows, study.rows("baseline"), _num_finished(study) - num_before, elapsed_s
+        )
+
+
+def _num_finished(study: Study) -> int:
+    return sum(row.outcome != "running" for row in study.rows())
+
+
+def _run(
+    study: Study,
+    base_dir: Path,
+    nodes: tuple[Node, ...],
+    on_event: Callable[[Event], None],
+    runner: Runner,
+    signals: "_Signals",
+) -> None:
+    recipe, study_dir = study.recipe, study.study_dir
+    room = capacity(recipe, nodes)
+    resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
+    plan = Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
+    on_event(Preparing())
+    metrics = run_prepare(plan, max(1, int(max(node.num_cpus for node in nodes))))
+    on_event(Prepared(metrics))
+    zero_shot = study.tell_zero_shot(metrics)
+    if zero_shot:
+        on_event(BaselineFinished(zero_shot))
+    on_event(Started(recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
+
+    searcher = StudySearcher(study, room.concurrency, on_event)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
+    ray_files = study_dir / RAY_FILES
+    shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
+    tuner = tune.Tuner(
+        tune_trainable(plan),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # until the searcher says FINISHED
+            reuse_actors=True,
+            trial_name_creator=_tune_name,
+            trial_dirname_creator=_tune_name,
+        ),
+        run_config=tune.RunConfig(
+            name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]
+        ),
+    )
+    with signals.graceful():
+        tuner.fit()
+    shutil.rmtree(ray_files, ignore_errors=True)
+    if searcher.failure is not None:
+        raise searcher.failure
+    if searcher.stopped:
+        raise _interrupted(study)
+
+
+def _tune_name(trial: tune.experiment.Trial) -> str:
+    spec = trial.config["spec"]
+    return f"{spec['name']}-{spec['attempt']}"
+
+
+def _interrupted(study: Study) -> InterruptedRunError:
+    finished, wanted = _num_finished(study), study.recipe.search.trials
+    study_dir = study.study_dir
+    step = f"Resume with: carft-ray search {study_dir / RESOLVED} --study {study_dir}"
+    return InterruptedRunError(Problem("", f"stopped; {finished} of {wanted} trials are finished", next_step=step))

@@ -1,0 +1,189 @@
+"""Between Ray Tune and the study: Tune asks this ``Searcher`` what to run next and tells it what has ended.
+
+Concurrency is ours (``set_max_concurrency`` returns True), and so is the end of the search. Tune gets no metric: a
+report without it would end the whole run. Tune saves nothing of this; the study on disk is the truth.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from carft_ray import files
+from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
+from carft_ray.launch.events import (
+    BaselineFinished,
+    Event,
+    Note,
+    Stopping,
+    TrialEpoch,
+    TrialFinished,
+    TrialStarted,
+)
+from carft_ray.launch.executors import STOP
+from carft_ray.search.outcome import LOG, TrialRow, TrialSpec
+from carft_ray.search.study import Study, best_row
+
+FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
+LOOK_EVERY_S = 0.5
+METRICS = "metrics.jsonl"
+
+
+class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
+    """Asks and tells the study for Tune.
+
+    Args:
+        study: The open study.
+        concurrency: Trainings at a time.
+        on_event: Told what happens.
+
+    Attributes:
+        failure: What ended the search before its time.
+        stopped: Whether a stop was asked for.
+    """
+
+    def __init__(self, study: Study, concurrency: int, on_event: Callable[[Event], None]) -> None:
+        super().__init__()
+        self.study = study
+        self.concurrency = concurrency
+        self.on_event = on_event
+        self.failure: Exception | None = None
+        self.stopped = False
+        self.tune_trials: list[Any] = []  # Tune's own, for ``_settle_ended``
+        self._live: dict[str, TrialSpec] = {}
+        self._ended: list[TrialRow] = []  # trials told in this search
+        best = best_row(study.rows())
+        self._best = best.objective if best else None
+
+    @property
+    def live(self) -> list[TrialSpec]:
+        """What Tune holds at the moment."""
+        return list(self._live.values())
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Returns what to run next; None to be asked again; ``FINISHED`` at the end. Never None with nothing live."""
+        self._settle_ended()
+        if len(self._live) >= self.concurrency:
+            return None
+        spec = None
+        if not self.stopped and self.failure is None:
+            try:
+                spec = self.study.next()
+            except Exception as error:  # raised again by the search, once running trainings have ended
+                self._fail(error)
+        if spec is not None:
+            self._live[trial_id] = spec
+            return {"spec": dataclasses.asdict(spec)}
+        return None if self._live else Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the study; never raises, since Tune would lose the message and go on."""
+        spec = self._live.pop(trial_id, None)
+        if spec is None:
+            return
+        try:
+            self._settle(spec, self._error(trial_id) if error else str((result or {}).get("lost", "")))
+        except Exception as failure:  # raised again by the search
+            self._fail(failure)
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Says that the limit is ours."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes nothing: the study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Reads nothing."""
+
+    def _settle_ended(self) -> None:
+        """Settles what Tune holds as ended without having said so (a reused actor that could not be reset)."""
+        ended = {trial.trial_id for trial in self.tune_trials if trial.status in ("TERMINATED", "ERROR")}
+        for trial_id in ended & self._live.keys():
+            self.on_trial_complete(trial_id, error=True)
+
+    def _settle(self, spec: TrialSpec, reason: str) -> None:
+        row = self.study.settle(spec)
+        if row is None and not self.stopped and not self.study.waits(spec):
+            row = self.study.lost(spec, reason or "its process ended without a word")
+        if row is None:
+            if not self.stopped:
+                self.on_event(Note(f"{spec.name} gets another attempt: {reason or 'see its ' + LOG}"))
+        elif row.kind == "baseline":
+            self.on_event(BaselineFinished(row))
+        else:
+            self._ended.append(row)
+            is_best = row.objective is not None and (self._best is None or row.objective > self._best)
+            self._best = row.objective if is_best else self._best
+            self.on_event(TrialFinished(row, is_best))
+            self._give_up_if_hopeless()
+
+    def _give_up_if_hopeless(self) -> None:
+        if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
+            raise no_successful_trial(self.study, self._ended)
+
+    def _fail(self, error: Exception) -> None:
+        """Keeps the first failure and asks what runs to stop."""
+        if self.failure is None:
+            self.failure = error
+            with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
+                files.write_text(self.study.study_dir / STOP, f"{error}\n")
+
+    def _error(self, trial_id: str) -> str:
+        """Returns the first line of what Tune knows of a failed trial."""
+        trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
+        error = trial.get_pickled_error() if trial is not None else None
+        text = str(error or "").strip()
+        return text.splitlines()[0] if text else ""
+
+
+def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
+    """Returns the error for a search without an objective: the commonest reason, and where its log is."""
+    failed = [row for row in rows if row.outcome != "complete"]
+    [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
+    row = next(row for row in failed if row.reason == reason)
+    spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+    step = f"See {spec.folder(study.study_dir) / LOG}."
+    rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
+    return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+
+
+class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
+    """Looks after running trainings from Tune's loop: starts, epochs, the stop file."""
+
+    def __init__(self, searcher: StudySearcher) -> None:
+        self.searcher = searcher
+        self._next_look = 0.0
+        self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Lends Tune's list of trials to the searcher, and looks at the files twice a second."""
+        self.searcher.tune_trials = trials
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_EVERY_S
+        if not self.searcher.stopped and (self.searcher.study.study_dir / STOP).exists():
+            self.searcher.stopped = True
+            self.searcher.on_event(Stopping(len(self.searcher.live)))
+        for spec in self.searcher.live:
+            self._tell_epochs(spec)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tells that a training begins."""
+        spec = TrialSpec(**trial.config["spec"])
+        self._lines[spec.name] = len(files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS))
+        self.searcher.on_event(TrialStarted(spec))
+
+    def _tell_epochs(self, spec: TrialSpec) -> None:
+        told = self._lines.get(spec.name)
+        if told is None:
+            return
+        rows = files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS)
+        if len(rows) > told:
+            self._lines[spec.name] = len(rows)
+            self.searcher.on_event(TrialEpoch(spec, rows[-1]))

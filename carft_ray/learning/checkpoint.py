@@ -1,0 +1,164 @@
+"""Checkpoints of a training: safetensors and JSON, no pickle.
+
+    checkpoint/attempt-1/step-00000024/{weights.safetensors, optimizer.safetensors, state.json}
+
+A checkpoint folder appears under its name only whole. The newest valid one wins; an attempt writes only into its own
+folder, so an older one that still runs cannot overwrite a newer one's work.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from carft_ray.errors import Problem, StorageError
+from carft_ray.files import fsync_file, new_folder, write_text, writing
+
+FORMAT_VERSION = 1
+KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
+_NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a training needs to go on.
+
+    Attributes:
+        step: Updates done.
+        weights: State of the classifier.
+        optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
+        position: Seed and the running sums of the epoch's metrics. Order, views and torch's generator are functions
+            of (seed, step), so step and seed are also the sampler's position and the random state.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    position: dict[str, Any]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimizer's tensors under flat names."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value.cpu() for i, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts what ``optimizer_tensors`` returned back into a fresh optimizer of the same groups."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint and then removes all but the newest two; returns its folder.
+
+    Raises:
+        StorageError: It cannot be written; the checkpoints before it are untouched.
+    """
+    folder = checkpoint_dir / f"attempt-{attempt}" / f"step-{checkpoint.step:08d}"
+    if folder.exists():
+        return folder
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as temporary:
+        files = {
+            "weights.safetensors": checkpoint.weights,
+            "optimizer.safetensors": checkpoint.optimizer,
+        }
+        for name, tensors in files.items():
+            save_tensors(temporary / name, tensors)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": checkpoint.step,
+            "position": checkpoint.position,
+            "sha256": {name: _sha256(temporary / name) for name in files},
+        }
+        write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+    for _, old in _folders(checkpoint_dir)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Problem]]:
+    """Returns the newest valid checkpoint, if any, and a problem for each damaged one that was passed over."""
+    problems: list[Problem] = []
+    for _, folder in _folders(checkpoint_dir):
+        try:
+            return load_checkpoint(folder), problems
+        except StorageError as error:
+            problems.extend(error.problems)
+    return None, problems
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads one checkpoint folder and verifies its hashes.
+
+    Raises:
+        StorageError: It is incomplete, damaged, or of another format version.
+    """
+    try:
+        content = json.loads((folder / "state.json").read_text())
+        if content["format_version"] != FORMAT_VERSION:
+            rule = f"must have format_version {FORMAT_VERSION}"
+            raise StorageError(Problem(str(folder), rule, str(content["format_version"])))
+        for name, expected in content["sha256"].items():
+            if _sha256(folder / name) != expected:
+                raise StorageError(_damaged(folder, f"{name} does not match its hash"))
+        weights = load_file(folder / "weights.safetensors")
+        optimizer = load_file(folder / "optimizer.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StorageError(_damaged(folder, str(error))) from error
+    return Checkpoint(content["step"], weights, optimizer, content["position"])
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors and flushes them; the caller's folder or rename makes it atomic."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # the library wraps the system's error in its own
+        raise StorageError(Problem(str(path), "must be writable", str(error))) from error
+    fsync_file(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        StorageError: The file is missing or damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(_damaged(path, str(error))) from error
+    return tensors
+
+
+def _damaged(path: Path, reason: str) -> Problem:
+    return Problem(str(path), "must be a whole checkpoint", reason)
+
+
+def _folders(checkpoint_dir: Path) -> list[tuple[tuple[int, int], Path]]:
+    """Returns ``((step, attempt), folder)`` of all checkpoints, newest first."""
+    found = []
+    for folder in checkpoint_dir.glob("attempt-*/step-*"):
+        match = _NAME.match(folder.relative_to(checkpoint_dir).as_posix())
+        if match:
+            found.append(((int(match[2]), int(match[1])), folder))
+    return sorted(found, reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""The model that is trained: image tower plus class head.
+
+Shape letters: B images, C classes, D embedding width.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from carft_ray.learning.losses import at_least_float32
+
+HeadForm = Literal["folded", "unit"]
+
+
+class ImageClassifier(nn.Module):
+    """An image tower with a trainable class head, starting as the zero-shot classifier.
+
+    ``folded`` keeps the scale inside the parameter (``W' = s * class_head``, logits ``f @ W'.T``): the learning rates
+    of the literature belong to this form. ``unit`` keeps unit rows (logits ``s * f @ W.T``) and is made its exact
+    equivalent by the optimizer (``optimizer.py``).
+
+    Args:
+        visual: Image tower [B, 3, H, W] -> [B, D]; it is copied.
+        class_head_CD: Unit rows [C, D].
+        logit_scale: s, frozen.
+        mean: Per channel, for pixels in [0, 1].
+        std: Per channel.
+        form: Which parameter the head keeps.
+        bias: Adds a trained bias, 0 at the start (as wise-ft has it).
+        autocast_dtype: Precision of the tower's compute; None is the precision of the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        class_head_CD: Tensor,
+        logit_scale: float,
+        mean: Iterable[float],
+        std: Iterable[float],
+        form: HeadForm = "folded",
+        bias: bool = False,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.visual = deepcopy(visual).requires_grad_(True)
+        self.logit_scale = logit_scale
+        self.form = form
+        self.autocast_dtype = autocast_dtype
+        head_CD = class_head_CD.detach().clone()
+        self.class_head = nn.Parameter(logit_scale * head_CD if form == "folded" else head_CD)
+        self.class_bias = nn.Parameter(torch.zeros(len(head_CD), dtype=head_CD.dtype)) if bias else None
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(tuple(values), dtype=head_CD.dtype).view(1, 3, 1, 1), False)
+
+    def features(self, pixels_BHWC: Tensor) -> Tensor:
+        """Returns the un-normalised image embeddings [B, D] of uint8 pixels [B, H, W, 3], float32 or wider."""
+        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.mean.dtype)
+        images_BCHW = (images_BCHW / 255 - self.mean) / self.std
+        with autocast(images_BCHW.device, self.autocast_dtype):
+            features_BD: Tensor = self.visual(images_BCHW)
+        return at_least_float32(features_BD)
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """Returns the class logits [B, C] of embeddings [B, D], outside autocast."""
+        with torch.autocast(features_BD.device.type, enabled=False):
+            unit_BD = functional.normalize(features_BD, dim=-1)
+            head_CD = self.class_head if self.form == "folded" else self.logit_scale * self.class_head
+            return functional.linear(unit_BD, head_CD, self.class_bias)
+
+    def forward(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns embeddings [B, D] and class logits [B, C] of uint8 pixels [B, H, W, 3]."""
+        features_BD = self.features(pixels_BHWC)
+        return features_BD, self.logits(features_BD)
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """Switches to training; BatchNorm stays in eval mode, so that its statistics are those of pre-training."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def unit_class_head(self) -> Tensor:
+        """Returns the head without the scale [C, D], whichever form it has; rows need not have length 1."""
+        head_CD = self.class_head.detach()
+        return head_CD / self.logit_scale if self.form == "folded" else head_CD.clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns a copy of everything that training changes and mixing mixes, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast of the tower to ``dtype``; nothing when it is None."""
+    with torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+        yield
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Returns the autocast precision that ``train.precision`` means on ``device``.
+
+    'auto' is bf16 where the device computes in it natively, else the precision of the weights.
+    """
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return None

@@ -1,0 +1,78 @@
+"""What a valid recipe should still hear: what keeps it from being searched, and settings that have no effect."""
+
+import posixpath
+from collections.abc import Iterator
+
+from carft_ray.errors import Problem
+from carft_ray.recipe.messages import shown
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import Recipe, SandboxSet, SetSpec
+from carft_ray.recipe.text import dotted
+
+
+def check_searchable(recipe: Recipe) -> list[Problem]:
+    """Returns what keeps a valid recipe from being searched; ``train`` does not mind."""
+    problems = []
+    if not recipe.search.space:
+        step = "Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}."
+        problems.append(Problem("search.space", "must hold at least one parameter to search", next_step=step))
+    if recipe.train.alpha is not None:
+        step = "Remove train.alpha (--set train.alpha=null)."
+        rule = "must not be fixed in a search, which finds alpha itself"
+        problems.append(Problem("train.alpha", rule, shown(recipe.train.alpha), next_step=step))
+    return problems
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Names the settings that have no effect or another one than they seem to have, a sentence each."""
+    return [f"{key} {what}" for key, what in _idle(recipe)] + list(_domains(recipe))
+
+
+def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    train, search, space = recipe.train, recipe.search, recipe.search.space
+    no_kl = train.kl_weight == 0 and "kl_weight" not in space
+    if recipe.storage is not None:
+        yield "storage", "has no effect in this version"
+    for key, limit in recipe.budget:
+        if limit is not None:
+            yield f"budget.{key}", "has no effect in this version"
+    if train.context_scale is not None and no_kl:
+        yield "train.context_scale", "has no effect: kl_weight is 0"
+    if "context_scale" in space and no_kl:
+        yield "search.space.context_scale", "has no effect: kl_weight is 0"
+    if not isinstance(recipe.prompts.templates, str) and len(recipe.prompts.templates) == 1 and not no_kl:
+        yield "train.kl_weight", "has no effect: with one template the KL term is always 0"
+    if train.decay != "all" and train.weight_decay == 0 and "weight_decay" not in space:
+        yield "train.decay", "has no effect: weight_decay is 0"
+    if train.head_bias and train.head_lr_factor == 0 and "head_lr_factor" not in space:
+        yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
+    if train.precision == "fp64":
+        yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
+    if search.objective.id_weight != 0.5 and search.objective.kind != "weighted_mean":
+        yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
+    if not recipe.data.ood_val:
+        yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
+    if search.sampler.name == "random" and search.sampler.startup_trials is not None:
+        yield "search.sampler.startup_trials", "has no effect: the sampler is random"
+    if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
+        yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
+
+
+def _domains(recipe: Recipe) -> Iterator[str]:
+    """Shifts that are none, or that selection has already seen."""
+    sets = named_sets(recipe)
+    train = _domain_names(recipe.data.train)
+    seen = {domain: path for path, spec in sets.items() if path[1] == "ood_val" for domain in _domain_names(spec)}
+    for path, spec in sets.items():
+        domains = _domain_names(spec)
+        if path[1] in ("ood_val", "ood_test") and train & domains:
+            yield f"{dotted(path)} is no shift: data.train has the same domain"
+        elif path[1] == "ood_test" and domains & seen.keys():
+            first = dotted(seen[min(domains & seen.keys())])
+            yield f"{dotted(path)} shows other images of a shift that {first} has shown to the selection"
+
+
+def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
+    if isinstance(spec, SandboxSet):
+        return {("sandbox", spec.domain)}
+    return {(posixpath.normpath(spec.path), domain) for domain in spec.domains}

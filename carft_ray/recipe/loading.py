@@ -1,0 +1,192 @@
+"""Recipe files: read, check, write.
+
+All problems of a file are told at once, each with file, line, key path, rule, value and nearest match.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from carft_ray.errors import Problem, RecipeError, nearest
+from carft_ray.recipe import text
+from carft_ray.recipe.messages import findings
+from carft_ray.recipe.overrides import Places, apply_overrides
+from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
+from carft_ray.recipe.schema import FolderSet, Recipe
+from carft_ray.recipe.text import KeyPath
+
+_REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
+# stands in for a set with a mistake, while the rules look for further mistakes elsewhere
+_STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last.
+
+    Returns:
+        The recipe. Relative paths in it are as written: they count from ``recipe_dir(path)``.
+
+    Raises:
+        RecipeError: The file is missing or unreadable, or breaks rules; holds all problems, in the order of the file.
+    """
+    document = text.parse(_read(path), str(path))
+    if document.problems:
+        raise RecipeError(document.problems)
+    places = Places(str(path), document.lines)
+    raw, problems = apply_overrides(document.value, places, overrides)
+    recipe: Recipe | None = None
+    found = []
+    try:
+        recipe = Recipe.model_validate(raw)
+        found = broken_rules(recipe)
+    except ValidationError as error:
+        found = findings(error)
+        partial, gone = _without_mistakes(raw, error)
+        if partial is not None:
+            read = [(rule, (rule.path, *rule.reads)) for rule in broken_rules(partial)]
+            found += [rule for rule, paths in read if not any(_inside(path, gone) for path in paths)]
+    found.sort(key=lambda finding: places.order(finding.path))
+    problems = [finding.at(places.place(finding.path)) for finding in found] + problems
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _read(path: Path) -> str:
+    place = str(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent
+        names = [other.name for other in folder.glob("*.y*ml")] if folder.is_dir() else []
+        name = nearest(path.name, names)
+        rule = "no such recipe" if folder.is_dir() else "no such recipe; its folder does not exist"
+        raise RecipeError(Problem(place, rule, nearest=name and str(folder / name))) from None
+    except IsADirectoryError:
+        names = sorted(other.name for other in path.glob("*.y*ml"))
+        raise RecipeError(Problem(place, "must be a recipe file, but is a folder", allowed=tuple(names))) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(place, "must be text in UTF-8", f"byte {error.start} that is none")) from None
+    except OSError as error:
+        raise RecipeError(Problem(place, "must be readable", error.strerror or str(error))) from None
+
+
+def _without_mistakes(raw: Any, error: ValidationError) -> tuple[Recipe | None, list[KeyPath]]:
+    """Takes out what pydantic refused, so that the rules between keys can be checked on the rest.
+
+    Returns:
+        The rest as a recipe (None when too little is left), and the key paths that were taken out.
+    """
+    rest = copy.deepcopy(raw) if isinstance(raw, dict) else {}
+    gone: list[KeyPath] = []
+    for _ in range(4):
+        for finding in findings(error):
+            around = finding.is_absence and finding.path not in _REQUIRED
+            gone.append(_take_out(rest, finding.path[:-1] if around else finding.path))
+        data = rest.get("data")
+        rest["data"] = data = data if isinstance(data, dict) else {}
+        for role in ("train", "id_val"):
+            if data.get(role) is None:
+                data[role] = {**_STAND_IN, "domain": role}
+        try:
+            return Recipe.model_validate(rest), gone
+        except ValidationError as another:
+            error = another
+    return None, gone
+
+
+def _take_out(value: Any, path: KeyPath) -> KeyPath:
+    """Deletes what stands at a key path, or the list around it; returns the key path that is gone."""
+    for index, piece in enumerate(path):
+        child = value.get(piece) if isinstance(value, dict) else None
+        if index + 1 == len(path) or not isinstance(child, dict):
+            if isinstance(value, dict):
+                value.pop(piece, None)
+            return path[: index + 1]
+        value = child
+    return path
+
+
+def _inside(path: KeyPath, gone: Sequence[KeyPath]) -> bool:
+    return any(path[: len(prefix)] == prefix for prefix in gone)
+
+
+def recipe_dir(path: Path) -> Path:
+    """Returns the folder from which the relative paths of the recipe at ``path`` count."""
+    return path.resolve().parent
+
+
+def resolve_path(written: str, base_dir: Path) -> Path:
+    """Returns a path of a recipe as an absolute one; ``~`` is the user's home."""
+    return (base_dir / Path(written).expanduser()).resolve()
+
+
+def is_weights_path(pretrained: str) -> bool:
+    """Tells the path of a weights file from a tag of open_clip."""
+    return "/" in pretrained or pretrained.endswith(WEIGHTS_ENDINGS)
+
+
+def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+    """Returns the recipe with every relative path made absolute, so that it means the same in any folder.
+
+    Args:
+        recipe: The recipe.
+        base_dir: The folder that its relative paths count from.
+    """
+
+    def absolute(written: str) -> str:
+        return str(resolve_path(written, base_dir))
+
+    def absolute_set(spec: Any) -> Any:
+        return spec.model_copy(update={"path": absolute(spec.path)}) if isinstance(spec, FolderSet) else spec
+
+    data, model = recipe.data, recipe.model
+    sets: dict[str, Any] = {role: absolute_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}
+    for role in ("ood_val", "ood_test"):
+        sets[role] = {name: absolute_set(spec) for name, spec in getattr(data, role).items()}
+    sets["cache_dir"] = None if data.cache_dir is None else absolute(data.cache_dir)
+    named = {}
+    if model.pretrained is not None and is_weights_path(model.pretrained):
+        named["pretrained"] = absolute(model.pretrained)
+    if model.name.startswith("local-dir:"):
+        named["name"] = "local-dir:" + absolute(model.name.removeprefix("local-dir:"))
+    storage = recipe.storage
+    if storage is not None and "://" not in storage:
+        storage = absolute(storage)
+    return recipe.model_copy(
+        update={"data": data.model_copy(update=sets), "model": model.model_copy(update=named), "storage": storage}
+    )
+
+
+def dump_recipe(recipe: Recipe, base_dir: Path | None = None) -> str:
+    """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value.
+
+    Args:
+        recipe: The recipe.
+        base_dir: When given, relative paths are made absolute from this folder, for a file that is written elsewhere.
+    """
+    return text.dump((recipe if base_dir is None else absolute_paths(recipe, base_dir)).model_dump(mode="json"))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Returns 64 hexadecimal digits (SHA-256) that are equal for equal recipes."""
+    value = _numbers_as_floats(recipe.model_dump(mode="json"))
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _numbers_as_floats(value: Any) -> Any:
+    """Makes 10 and 10.0 one number; both may stand in a free place such as a baseline."""
+    if isinstance(value, dict):
+        return {key: _numbers_as_floats(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_numbers_as_floats(child) for child in value]
+    return float(value) if type(value) is int and abs(value) < 2**53 else value

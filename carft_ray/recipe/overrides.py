@@ -1,0 +1,106 @@
+"""Values set over a recipe on the command line: ``--set train.learning_rate=1e-4``."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from carft_ray.errors import Problem
+from carft_ray.recipe.messages import child_type, keys_of, nearest_key
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.text import KeyPath, dotted, parse
+
+
+@dataclass
+class Places:
+    """Where each value of a recipe comes from.
+
+    Attributes:
+        file: The recipe file, as messages call it.
+        lines: The line of each key in it.
+        options: The ``--set`` option of each key that one gave, in the order of the command line.
+    """
+
+    file: str
+    lines: dict[KeyPath, int]
+    options: dict[KeyPath, str] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """Returns the words for a key path: ``file.yaml:12: train.epochs`` or ``--set train.epochs=0``."""
+        for end in range(len(path), -1, -1):
+            known = path[:end]
+            if known in self.options:
+                option = self.options[known]
+                return option if known == path else f"{option}: {dotted(path)}"
+            if known in self.lines:
+                return ": ".join(filter(None, (f"{self.file}:{self.lines[known]}", dotted(path))))
+        return f"{self.file}: {dotted(path)}"
+
+    def order(self, path: KeyPath) -> tuple[int, int]:
+        """Sorts problems: by line of the file, then by option."""
+        for end in range(len(path), -1, -1):
+            known = path[:end]
+            if known in self.options:
+                return 1, list(self.options).index(known)
+            if known in self.lines:
+                return 0, self.lines[known]
+        return 0, 0
+
+
+def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tuple[Any, list[Problem]]:
+    """Sets values over those of a file; mappings on the way that are missing are made.
+
+    Args:
+        value: The value of the file; stays as it is.
+        places: Learns which option gave which key.
+        overrides: Texts ``path=value``, the value as YAML. A later one wins.
+
+    Returns:
+        The new value, and a problem for each text that cannot be used.
+    """
+    value = copy.deepcopy(value)
+    problems = []
+    for text in overrides:
+        option = f"--set {text}"
+        key, equals, written = text.partition("=")
+        path: KeyPath = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            problems.append(Problem(option, "must have the form key.path=value"))
+            continue
+        parsed = parse(written, option)
+        problem = _path_problem(option, path)
+        if problem or parsed.problems:
+            problems += [problem] if problem else [replace(found, place=option) for found in parsed.problems]
+            continue
+        value = _set(value, path, parsed.value)
+        for known in [known for known in places.options if known[: len(path)] == path]:
+            del places.options[known]
+        places.options[path] = option
+        places.lines = {known: line for known, line in places.lines.items() if known[: len(path)] != path}
+    return value, problems
+
+
+def _path_problem(option: str, path: KeyPath) -> Problem | None:
+    kind: Any = Recipe
+    for index, piece in enumerate(path):
+        child = child_type(kind, piece)
+        if child is None:
+            allowed = keys_of(kind)
+            if allowed is None:
+                return Problem(option, f"{dotted(path[:index])} holds no keys of its own")
+            meant = nearest_key(str(piece), allowed)
+            if meant in allowed:
+                meant = dotted((*path[:index], meant, *path[index + 1 :]))
+            return Problem(option, f"unknown key {piece!r}", allowed=allowed, nearest=meant)
+        kind = child
+    return None
+
+
+def _set(value: Any, path: KeyPath, new: Any) -> Any:
+    if not path:
+        return new
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):  # the file itself is wrong here, and is told so
+        return value
+    return {**value, path[0]: _set(value.get(path[0]), path[1:], new)}

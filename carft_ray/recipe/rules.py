@@ -1,0 +1,297 @@
+"""Rules that read more than one key of a recipe, and settings that have no effect."""
+
+import itertools
+import posixpath
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from carft_ray.errors import nearest
+from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.schema import (
+    CategoricalParameter,
+    FolderSet,
+    IntParameter,
+    Parameter,
+    Recipe,
+    SandboxSet,
+    SetSpec,
+    TemplateSet,
+    TrainPart,
+    core_type,
+    field_kind,
+)
+from carft_ray.recipe.text import KeyPath, dotted
+
+SEED_REASON = (
+    "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
+    "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
+)
+NOT_SEARCHABLE = {
+    "seed": SEED_REASON,
+    "class_head_form": "Both forms give the same model at the same settings: only the stored numbers differ.",
+    "precision": "It changes speed and rounding, not the method. Choose one for all trials.",
+    "micro_batch": "It changes speed and memory, not the gradient. Choose one for all trials.",
+}
+SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
+ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
+TEMPLATE_SETS: tuple[str, ...] = get_args(TemplateSet)
+WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def broken_rules(recipe: Recipe) -> list[Finding]:
+    """Returns every broken rule between keys; an empty list for a recipe that may be used."""
+    rules = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
+    return [finding for rule in rules for finding in rule(recipe)]
+
+
+def _model(recipe: Recipe) -> Iterator[Finding]:
+    name, path = recipe.model.name, ("model", "pretrained")
+    if name == "sandbox" and recipe.model.pretrained is not None:
+        step = "Remove it, or give the model that it belongs to as model.name."
+        yield Finding(
+            path,
+            "must be left out for the sandbox, which brings its own weights",
+            shown(recipe.model.pretrained),
+            next_step=step,
+            reads=(("model", "name"),),
+        )
+    if name != "sandbox" and ":" not in name and recipe.model.pretrained is None:
+        step = "Give a tag of open_clip such as openai, or the path of a weights file."
+        yield Finding(
+            path,
+            f"is required for {name}: without weights the model knows nothing",
+            next_step=step,
+            reads=(("model", "name"),),
+        )
+
+
+def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
+    """Returns all sets of a recipe by key path, in the order of the roles."""
+    data = recipe.data
+    sets: dict[KeyPath, SetSpec | None] = {("data", "train"): data.train, ("data", "id_val"): data.id_val}
+    sets |= {("data", "ood_val", name): spec for name, spec in data.ood_val.items()}
+    sets |= {("data", "id_test"): data.id_test}
+    sets |= {("data", "ood_test", name): spec for name, spec in data.ood_test.items()}
+    return {path: spec for path, spec in sets.items() if spec is not None}
+
+
+def _sets(recipe: Recipe) -> Iterator[Finding]:
+    for role in ("ood_val", "ood_test"):
+        for name in getattr(recipe.data, role):
+            if name in ROLES:
+                yield Finding(("data", role, name), "a set must not have the name of a role")
+            elif role == "ood_test" and name in recipe.data.ood_val:
+                yield Finding(
+                    ("data", role, name),
+                    "must differ from the names in data.ood_val",
+                    reads=(("data", "ood_val", name),),
+                )
+    for (first, one), (second, other) in itertools.combinations(named_sets(recipe).items(), 2):
+        shared = _shared(one, other)
+        if shared:
+            yield Finding(
+                second,
+                f"must not share images with {dotted(first)}",
+                shared,
+                next_step="A set has one role: give each role its own images.",
+                reads=(first,),
+            )
+    for path, spec in named_sets(recipe).items():
+        if isinstance(spec, FolderSet):
+            yield from _distinct((*path, "domains"), spec.domains)
+
+
+def _shared(one: SetSpec, other: SetSpec) -> str:
+    if isinstance(one, SandboxSet) and isinstance(other, SandboxSet):
+        same = (one.domain, one.split) == (other.domain, other.split)
+        return f"domain {one.domain}, split {one.split} in both" if same else ""
+    if isinstance(one, FolderSet) and isinstance(other, FolderSet):
+        common = [domain for domain in one.domains if domain in other.domains]
+        same = posixpath.normpath(one.path) == posixpath.normpath(other.path)
+        return f"{', '.join(common)} in both" if common and same else ""
+    return ""
+
+
+def _distinct(path: KeyPath, names: tuple[str, ...]) -> Iterator[Finding]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield Finding(path, "must not hold a name twice", ", ".join(twice))
+    if {".", ".."} & set(names):
+        yield Finding(path, "must be names of folders, not paths", shown(list(names)))
+
+
+def _classes(recipe: Recipe) -> Iterator[Finding]:
+    classes, words = recipe.data.classes, recipe.prompts.class_names
+    if classes is not None:
+        yield from _distinct(("data", "classes"), classes)
+    if words is not None and not all(word.strip() for word in words):
+        yield Finding(("prompts", "class_names"), "must not hold an empty text", shown(list(words)))
+    if classes is not None and words is not None and len(classes) != len(words):
+        yield Finding(
+            ("prompts", "class_names"),
+            f"must hold one text per class of data.classes ({len(classes)})",
+            f"{len(words)}",
+            reads=(("data", "classes"),),
+        )
+
+
+def _prompts(recipe: Recipe) -> Iterator[Finding]:
+    templates, path = recipe.prompts.templates, ("prompts", "templates")
+    if isinstance(templates, str):
+        if templates not in TEMPLATE_SETS:
+            step = f"Write one template as a list: [{shown(templates)}]." if "{" in templates else ""
+            yield Finding(
+                path,
+                "must be the name of a set of templates or a list of texts with {}",
+                shown(templates),
+                TEMPLATE_SETS,
+                nearest(templates, TEMPLATE_SETS),
+                step,
+            )
+        return
+    if not templates:
+        yield Finding(path, "must not be empty", "[]")
+    for index, template in enumerate(templates):
+        rest = template.replace("{}", "", 1)
+        if rest == template or "{" in rest or "}" in rest:
+            yield Finding((*path, index), "must hold {} once, for the class, and no other brace", shown(template))
+        elif template in templates[:index]:
+            yield Finding((*path, index), "must not repeat an earlier template", shown(template))
+
+
+def batch_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Finds a micro-batch that is larger than the smallest batch."""
+    micro, whole = recipe.train.micro_batch, ("train", "batch_size")
+    parameter = recipe.search.space.get("batch_size")
+    searched = _ends(parameter).values() if parameter else ()
+    sizes = [recipe.train.batch_size, *(size for size in searched if type(size) is int)]
+    if micro is not None and micro > min(sizes):
+        reads: tuple[KeyPath, ...] = (whole, ("search", "space", "batch_size"))
+        yield Finding(
+            ("train", "micro_batch"), f"must be at most the batch size, {min(sizes)}", str(micro), reads=reads
+        )
+
+
+def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
+    """Returns the values that bound a parameter, by their keys."""
+    if isinstance(parameter, CategoricalParameter):
+        return {("choices", index): choice for index, choice in enumerate(parameter.choices)}
+    return {("low",): parameter.low, ("high",): parameter.high}
+
+
+def train_findings(values: Mapping[str, Any], prefix: KeyPath) -> list[Finding]:
+    """Checks values of fields of ``train``; paths of the findings are ``prefix`` and the field."""
+    try:
+        TrainPart.model_validate(dict(values))
+    except ValidationError as error:
+        return findings(error, TrainPart, prefix)
+    return []
+
+
+def _space(recipe: Recipe) -> Iterator[Finding]:
+    for name, parameter in recipe.search.space.items():
+        path = ("search", "space", name)
+        if name == "seed" or name.endswith(("_seed", ".seed", "seeds")):
+            yield Finding(path, "a seed must not be searched", next_step=SEED_REASON)
+        elif name in NOT_SEARCHABLE:
+            yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
+        elif name not in SEARCHABLE:
+            meant = nearest_key(name.removeprefix("train."), SEARCHABLE)
+            yield Finding(
+                path, "must be a field of train", shown(name), SEARCHABLE, meant if meant in SEARCHABLE else None
+            )
+        else:
+            yield from _parameter(path, name, parameter)
+
+
+def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Finding]:
+    kind = field_kind(name)
+    if kind in (bool, str) and not isinstance(parameter, CategoricalParameter):
+        words = ("true", "false") if kind is bool else get_args(core_type(TrainPart.model_fields[name].annotation))
+        yield Finding(
+            path,
+            f"{name} is no number and needs choices",
+            parameter.type,
+            next_step=f"Write {name}: {{choices: [{', '.join(words)}]}}.",
+        )
+    elif kind is int and not isinstance(parameter, CategoricalParameter | IntParameter):
+        yield Finding(
+            path,
+            f"{name} takes whole numbers only",
+            f"type {parameter.type}",
+            next_step="Write type: int, or leave the type out.",
+        )
+    else:
+        for key, value in _ends(parameter).items():
+            for found in train_findings({name: value}, ()):
+                yield Finding((*path, *key), f"train.{name} {found.rule}", found.value, found.allowed, found.nearest)
+
+
+def _alpha(recipe: Recipe) -> Iterator[Finding]:
+    search = recipe.search
+    path, mode, lowest = ("search", "space", "alpha"), ("search", "alpha", "mode"), search.alpha.lowest
+    parameter = search.space.get("alpha")
+    if parameter is None:
+        if search.alpha.mode == "sample":
+            step = f"Add alpha: {{low: {lowest}, high: 1}} to search.space, or remove the mode."
+            yield Finding(mode, "sample needs alpha in search.space", next_step=step, reads=(path,))
+        return
+    if search.alpha.mode == "profile":
+        step = (
+            "Set search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole alpha "
+            "curve at no further training."
+        )
+        yield Finding(path, "must stand in the space in mode sample only", next_step=step, reads=(mode,))
+    for key, value in _ends(parameter).items():
+        if value is None or (isinstance(value, float | int) and value < lowest):
+            yield Finding(
+                (*path, *key),
+                f"must be at least search.alpha.lowest, {lowest}",
+                shown(value),
+                next_step="alpha near 0 is the zero-shot model, which is a baseline and no trial.",
+                reads=(("search", "alpha", "lowest"),),
+            )
+
+
+def _baselines(recipe: Recipe) -> Iterator[Finding]:
+    for name, values in recipe.search.baselines.items():
+        path = ("search", "baselines", name)
+        if name == "zero_shot":
+            yield Finding(path, "must have another name: zero_shot is always shown, without training")
+        found = train_findings(values, path)
+        yield from found
+        merged = {**recipe.train.model_dump(), **values}
+        micro, whole = merged["micro_batch"], merged["batch_size"]
+        if not found and micro is not None and micro > whole:
+            key = "micro_batch" if "micro_batch" in values else "batch_size"
+            yield Finding(
+                (*path, key),
+                f"micro_batch must be at most batch_size, {whole}",
+                f"micro_batch {micro}",
+                reads=(("train", "micro_batch"), ("train", "batch_size")),
+            )
+
+
+def _search(recipe: Recipe) -> Iterator[Finding]:
+    startup, trials = recipe.search.sampler.startup_trials, recipe.search.trials
+    if startup is not None and startup > trials:
+        yield Finding(
+            ("search", "sampler", "startup_trials"),
+            f"must be at most search.trials, {trials}",
+            str(startup),
+            reads=(("search", "trials"),),
+        )
+
+
+def _resources(recipe: Recipe) -> Iterator[Finding]:
+    resources = recipe.resources
+    if resources.executor == "inline" and resources.num_workers > 1:
+        yield Finding(
+            ("resources", "num_workers"),
+            "must be 1 with executor: inline",
+            str(resources.num_workers),
+            next_step="Write executor: ray-train, or leave the executor out.",
+            reads=(("resources", "executor"),),
+        )

@@ -1,0 +1,311 @@
+"""The recipe as one frozen, validated value. Every field that a user can write stands here, with its rule.
+
+Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
+otherwise. The keys are described for users in ``search_spaces/README.md``; a test holds the two together.
+"""
+
+from decimal import Decimal
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+FORMAT_VERSION = 1
+
+
+def _nothing_is_empty(value: Any) -> Any:
+    """A key with nothing behind it (every line under it is a comment) is an empty mapping."""
+    return {} if value is None else value
+
+
+def _plain_value(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be a number, a text, true, false or null")
+    return value
+
+
+def _templates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
+        raise ValueError("must be the name of a set of templates or a list of texts with {}")
+    return tuple(value)
+
+
+# Strict: true is no number, '3' is no number, 1 is not true.
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+TemplateSet = Literal["sandbox", "simple", "openai"]
+
+
+class Part(BaseModel):
+    """Base of every part of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return _nothing_is_empty(value)
+
+
+class ModelPart(Part):
+    """Which CLIP to start from."""
+
+    name: str = "sandbox"  # 'sandbox', or a model name of open_clip
+    pretrained: str | None = None  # tag of open_clip, or path of a weights file; None for the sandbox
+
+
+class SandboxSet(Part):
+    """A set of procedural images: one domain, every class equally often."""
+
+    source: Literal["sandbox"]
+    domain: str  # checked against the list of sandbox domains
+    split: Literal["train", "val", "test"]  # other split, other images
+    num_per_class: Count
+
+
+class FolderSet(Part):
+    """Images in a tree ``path/domain/class/*.png|jpg``."""
+
+    source: Literal["folder"]
+    path: str  # root of the tree; a relative path counts from the recipe's folder
+    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)]  # folders of the tree that belong to the set
+
+
+SetSpec = Annotated[SandboxSet | FolderSet, Field(discriminator="source")]
+SetSpecs = Annotated[dict[SetName, SetSpec], BeforeValidator(_nothing_is_empty)]
+
+
+class DataPart(Part):
+    """The sets by role. A set has one role; test roles are read by `test` alone."""
+
+    train: SetSpec
+    id_val: SetSpec
+    ood_val: SetSpecs = {}
+    id_test: SetSpec | None = None
+    ood_test: SetSpecs = {}
+    classes: Annotated[tuple[FolderName, ...], Field(min_length=2)] | None = (
+        None  # class folders in label order; None: sorted folders of train
+    )
+    cache_dir: str | None = None  # decoded sets; None: the user's cache folder
+
+
+class PromptsPart(Part):
+    """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
+
+    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = "sandbox"  # a TemplateSet, or a list
+    class_names: tuple[str, ...] | None = None  # words for the classes; None: the class folders, '_' as a space
+
+
+class TrainPart(Part):
+    """One fine-tuning. Every number here except the seed may be a parameter of the search space."""
+
+    learning_rate: Positive = 1e-5  # peak
+    kl_weight: NonNegative = 1.0  # 0 is plain fine-tuning
+    alpha: Fraction | None = None  # fixed mixing coefficient; None: the best of the alpha curve
+    epochs: Count = 10
+    batch_size: Count = 512  # global batch
+    micro_batch: Count | None = None  # images per forward pass and worker; None: the worker's whole part
+    weight_decay: NonNegative = 0.1
+    decay: Literal["all", "matrices"] = "all"  # which tensors decay
+    warmup_steps: Whole | None = None  # None: min(500, 10 % of the steps)
+    clip_norm: Positive | None = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    crop_scale: Annotated[float, Field(gt=0, le=1, strict=True)] = (
+        0.9  # lower end of the area of the random crop; 1 is the upper
+    )
+    class_head_form: Literal["folded", "unit"] = "folded"
+    head_bias: Flag = False
+    head_lr_factor: NonNegative = 1.0  # 0 freezes the class head
+    context_scale: Positive | None = None  # scale in the context softmax; None: the model's own logit scale
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"  # of the tower's compute; weights stay fp32 (fp64)
+    seed: Seed = 0  # data order and views
+
+
+class FloatParameter(Part):
+    """A real number between two ends."""
+
+    type: Literal["float"] = "float"
+    low: Number
+    high: Number
+    log: Flag = False
+    step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        _check_ends(self.low, self.high, self.log, self.step)
+        return self
+
+
+class IntParameter(Part):
+    """A whole number between two ends, both included."""
+
+    type: Literal["int"]
+    low: Annotated[int, Field(strict=True)]
+    high: Annotated[int, Field(strict=True)]
+    log: Flag = False
+    step: Count = 1
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        _check_ends(self.low, self.high, self.log, None if self.step == 1 else self.step)
+        return self
+
+
+Choice = Annotated[bool | int | float | str | None, BeforeValidator(_plain_value)]
+
+
+class CategoricalParameter(Part):
+    """One of a list of values."""
+
+    type: Literal["categorical"]
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]
+
+    @field_validator("choices")
+    @classmethod
+    def _differ(cls, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({(isinstance(choice, bool), choice) for choice in choices}) < len(choices):
+            raise ValueError(f"choices must differ, but got {list(choices)}")
+        return choices
+
+
+def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
+    if low > high:
+        raise ValueError(f"low <= high must hold, but got low={low}, high={high}")
+    if log and low <= 0:
+        raise ValueError(f"low > 0 must hold with log: true, but got low={low}")
+    if log and step is not None:
+        raise ValueError(f"log: true and step exclude each other, but got step={step}")
+    # in decimals: 0.1 divides 0.9, which floats deny
+    if step is not None and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
+        raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
+
+
+Parameter = Annotated[FloatParameter | IntParameter | CategoricalParameter, Field(discriminator="type")]
+
+
+def _name_types(space: Any) -> Any:
+    """Names the type of each parameter that leaves it out: from `choices`, else from the field that it searches."""
+    if not isinstance(space, dict):
+        return _nothing_is_empty(space)
+    return {name: _name_type(name, parameter) for name, parameter in space.items()}
+
+
+def _name_type(name: str, parameter: Any) -> Any:
+    if not isinstance(parameter, dict) or "type" in parameter:
+        return parameter
+    if "choices" in parameter:
+        return {"type": "categorical", **parameter}
+    return {"type": "int" if field_kind(name) is int else "float", **parameter}
+
+
+def field_kind(name: str) -> type:
+    """Returns what a field of ``train`` holds: float, int, bool or str; float for a name that is no field."""
+    field = TrainPart.model_fields.get(name)
+    if field is None:
+        return float
+    kind = core_type(field.annotation)
+    return kind if kind in (float, int, bool) else str
+
+
+def core_type(annotation: Any) -> Any:
+    """Strips ``Annotated`` and ``| None`` from a type."""
+    while True:
+        others = [argument for argument in get_args(annotation) if argument is not NoneType]
+        if get_origin(annotation) is Annotated or (len(others) == 1 and NoneType in get_args(annotation)):
+            annotation = others[0]
+        else:
+            return annotation
+
+
+class AlphaPart(Part):
+    """How the mixing coefficient is found."""
+
+    mode: Literal["profile", "sample"] = "profile"
+    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.1  # lowest alpha that a trial may choose
+
+    @field_validator("grid")
+    @classmethod
+    def _rises(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
+        if list(grid) != sorted(set(grid)) or grid[0] != 0 or grid[-1] != 1:
+            raise ValueError(f"must rise strictly from 0 to 1, but got {list(grid)}")
+        return grid
+
+
+class ObjectivePart(Part):
+    """The number that ranks trials, always maximised."""
+
+    kind: Literal["weighted_mean", "harmonic", "worst_domain"] = "weighted_mean"
+    id_weight: Fraction = 0.5  # of weighted_mean
+
+
+class SamplerPart(Part):
+    """Who proposes the next values."""
+
+    name: Literal["tpe", "random"] = "tpe"
+    seed: Seed = 0
+    startup_trials: Count | None = None  # random trials before TPE; None: max(4, trials / 4)
+
+
+class SearchPart(Part):
+    """What is searched and how long."""
+
+    trials: Count = 16
+    space: Annotated[dict[str, Parameter], BeforeValidator(_name_types)] = {}
+    alpha: AlphaPart = AlphaPart()
+    objective: ObjectivePart = ObjectivePart()
+    sampler: SamplerPart = SamplerPart()
+    # name -> values over `train`; trained before the trials, shown beside them, never told to the sampler
+    baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(_nothing_is_empty)] = {}
+    concurrency: Count | None = None  # trials at a time; None: what the machine or cluster holds
+
+
+class ResourcesPart(Part):
+    """What one trial gets."""
+
+    executor: Literal["auto", "inline", "ray-train"] = "auto"  # auto: one worker inline, more workers ray-train
+    num_workers: Count = 1
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative | None = None  # None: 1 where the cluster has GPUs, else 0
+    threads: Count | None = None  # torch threads per worker; None: cpus_per_worker
+
+
+class BudgetPart(Part):
+    """When a search ends before its trials are done."""
+
+    wall_time_s: Positive | None = None
+    gpu_hours: Positive | None = None
+
+
+class EvaluatePart(Part):
+    """Evaluation while a training runs; the end is always evaluated in full."""
+
+    every_epochs: Whole = 1  # 0: only at the end
+    subset: Count = 250  # images per set, by a hash of the sample id
+    batch_size: Count = 256
+
+
+class Recipe(Part):
+    """Everything about one study. A value of this type is valid."""
+
+    format_version: Literal[1] = 1
+    name: SetName = "study"
+    model: ModelPart = ModelPart()
+    data: DataPart
+    prompts: PromptsPart = PromptsPart()
+    train: TrainPart = TrainPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    search: SearchPart = SearchPart()
+    resources: ResourcesPart = ResourcesPart()
+    storage: str | None = None  # address that the study is mirrored to
+    budget: BudgetPart = BudgetPart()

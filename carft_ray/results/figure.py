@@ -1,0 +1,301 @@
+"""The two pictures: a search as ID against OOD accuracy, and methods side by side with their intervals.
+
+Both are written as PNG and SVG, whole or not at all. Colours are told apart by the colour-blind (Okabe and Ito 2008;
+cividis), marks differ in form too, and text is readable when the picture is shown 800 pixels wide.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from carft_ray import files
+from carft_ray.evaluation.objective import ObjectiveKind, objective
+from carft_ray.results.labels import Label, place_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _GREY, _FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+_ACCENT = "#d55e00"  # the best trial
+_METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
+_METHOD_MARKS = ("*", "s", "o", "D", "^", "v")
+_LEGEND_COLUMNS = 4
+_BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
+_WIDTH, _HEIGHT, _DPI = 8.0, 6.0, 200  # inches; shown at 800 pixels one inch is 100 of them
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One trial at its chosen alpha; accuracies are fractions, ``ood_accuracy`` is the mean over the OOD sets."""
+
+    id_accuracy: float
+    ood_accuracy: float
+    kl_weight: float | None  # None or 0: drawn grey
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The alpha curve of the best trial, with its chosen point; errors are standard errors, None where not known."""
+
+    alphas: Sequence[float]
+    id_accuracies: Sequence[float]
+    ood_accuracies: Sequence[float]
+    chosen_alpha: float
+    chosen_id_accuracy: float
+    chosen_ood_accuracy: float
+    id_se: float | None = None
+    ood_se: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the ends of its interval, as fractions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def id_ood_figure(
+    points: Sequence[Dot],
+    baselines: Mapping[str, tuple[float, float]],
+    best_curve: Curve | None,
+    path_png: Path,
+    path_svg: Path,
+    title: str,
+    *,
+    synthetic: bool = False,
+    kind: ObjectiveKind = "weighted_mean",
+    id_weight: float = 0.5,
+) -> None:
+    """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
+
+    Args:
+        points: The trials, coloured by KL weight on a log scale.
+        baselines: Name -> (ID accuracy, mean OOD accuracy), drawn as named marks; the first one gets the star.
+        best_curve: Alpha curve of the best trial, its chosen point ringed; None draws none.
+        path_png: Where the PNG goes (1,600 x 1,200 pixels).
+        path_svg: Where the SVG goes.
+        title: What was searched.
+        synthetic: Whether the images are; the title then says so.
+        kind: Kind of objective, for the faint lines of equal objective (none for ``worst_domain``).
+        id_weight: w of ``weighted_mean``.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    figure, axes = _canvas(_HEIGHT)
+    finite = [dot for dot in points if math.isfinite(dot.id_accuracy) and math.isfinite(dot.ood_accuracy)]
+    marks = {name: xy for name, xy in baselines.items() if all(math.isfinite(value) for value in xy)}
+    xs = [dot.id_accuracy for dot in finite] + [xy[0] for xy in marks.values()]
+    ys = [dot.ood_accuracy for dot in finite] + [xy[1] for xy in marks.values()]
+    if best_curve is not None:
+        xs += [*best_curve.id_accuracies, best_curve.chosen_id_accuracy]
+        ys += [*best_curve.ood_accuracies, best_curve.chosen_ood_accuracy]
+    if not xs:
+        axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=_GREY, fontsize=12)
+    axes.set_xlim(*_limits(xs))
+    axes.set_ylim(*_limits(ys))
+    _iso_lines(axes, kind, id_weight)
+    _draw_dots(figure, axes, finite)
+
+    taken = [(100 * dot.id_accuracy, 100 * dot.ood_accuracy) for dot in finite]
+    labels: list[Label] = []
+    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
+        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
+        x, y = 100 * id_accuracy, 100 * ood_accuracy
+        size = 260 if mark == "*" else 80
+        axes.scatter([x], [y], marker=mark, s=size, color=_INK, edgecolors="white", linewidths=1.0, zorder=6)
+        taken.append((x, y))
+        labels.append(Label(name, x, y, _INK, True))
+    if best_curve is not None:
+        curve_labels, curve_taken = _draw_curve(axes, best_curve)
+        labels = [curve_labels[0], *labels, *curve_labels[1:]]
+        taken += curve_taken
+    axes.set_xlabel("ID accuracy, %", loc="left")
+    axes.set_ylabel("OOD accuracy, mean over sets, %")
+    _set_title(axes, title, synthetic)
+    place_labels(figure, axes, labels, taken)
+    _write(figure, path_png, path_svg)
+
+
+def effect_figure(
+    effects: Mapping[str, Mapping[str, Estimate]],
+    path_png: Path,
+    path_svg: Path,
+    title: str,
+    *,
+    words: str,
+    synthetic: bool = False,
+) -> None:
+    """Draws methods side by side on every set: a mark at the mean and a line over the interval, in percent.
+
+    Args:
+        effects: Method -> column (``ID``, ``OOD mean``, then single sets, drawn in this order) -> estimate. A method
+            may lack a column.
+        path_png: Where the PNG goes.
+        path_svg: Where the SVG goes.
+        title: What is compared.
+        words: What the intervals are over, with the number of seeds; stands below the picture.
+        synthetic: Whether the images are; the title then says so.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    figure, axes = _canvas(4.8)
+    columns = list(dict.fromkeys(column for estimates in effects.values() for column in estimates))
+    step = min(0.22, 0.66 / max(1, len(effects)))
+    ends: list[float] = []
+    for i, (method, estimates) in enumerate(effects.items()):
+        colour, mark = _METHOD_COLOURS[i % len(_METHOD_COLOURS)], _METHOD_MARKS[i % len(_METHOD_MARKS)]
+        shown = [(column, e) for column, e in estimates.items() if all(map(math.isfinite, (e.mean, e.low, e.high)))]
+        axes.errorbar(
+            [columns.index(column) + step * (i - (len(effects) - 1) / 2) for column, _ in shown],
+            [100 * e.mean for _, e in shown],
+            yerr=100 * np.array([(max(0, e.mean - e.low), max(0, e.high - e.mean)) for _, e in shown]).reshape(-1, 2).T,
+            fmt=mark,
+            color=colour,
+            markersize=10 if mark == "*" else 6,
+            linewidth=1.6,
+            capsize=4,
+            capthick=1.6,
+            label=method,
+        )
+        ends += [end for _, e in shown for end in (e.low, e.high)]
+    for i in range(1, len(columns)):
+        axes.axvline(i - 0.5, color=_GREY if columns[i - 1] == "OOD mean" else _FAINT, linewidth=0.8)
+    axes.set_xlim(-0.5, max(0, len(columns) - 1) + 0.5)
+    axes.set_ylim(*_limits(ends))
+    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_ylabel("accuracy, %")
+    rows = math.ceil(len(effects) / _LEGEND_COLUMNS)
+    if effects:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=_LEGEND_COLUMNS, frameon=False, borderaxespad=0)
+    figure.supxlabel(words, fontsize=10, color=_GREY)
+    _set_title(axes, title, synthetic, pad=10 + 20 * rows)
+    _write(figure, path_png, path_svg)
+
+
+def _canvas(height: float) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=10.5)
+    axes.xaxis.label.set_fontsize(11.5)
+    axes.yaxis.label.set_fontsize(11.5)
+    return figure, axes
+
+
+def _set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> None:
+    text = f"{title} (synthetic images)" if synthetic else title
+    axes.set_title(text, loc="left", fontsize=13, color=_INK, pad=pad)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Returns axis ends in percent around the finite values, with room for labels and never narrower than 2 points."""
+    finite = [100 * value for value in values if math.isfinite(value)] or [50.0]
+    low, high = min(finite), max(finite)
+    room = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.2)
+    return max(-2.0, low - room), min(102.0, high + room)
+
+
+def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
+    """Draws faint lines of equal objective and says what they are."""
+    if kind == "worst_domain":  # not a function of the two axes
+        return
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    xs, ys = np.linspace(max(0, left), min(100, right), 60), np.linspace(max(0, bottom), min(100, top), 60)
+    values = [[100 * objective(kind, id_weight, float(x) / 100, {"ood": float(y) / 100}) for x in xs] for y in ys]
+    axes.contour(xs, ys, values, levels=8, colors=_FAINT, linewidths=0.8, zorder=0)
+    name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
+    axes.annotate(
+        f"lines of equal objective, {name}",
+        (1, 0),
+        xytext=(0, -29),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=_GREY,
+        fontsize=9,
+    )
+
+
+def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    plain = [dot for dot in dots if not dot.kl_weight]
+    coloured = [(dot, float(dot.kl_weight)) for dot in dots if dot.kl_weight]
+    x, y = [100 * dot.id_accuracy for dot in plain], [100 * dot.ood_accuracy for dot in plain]
+    axes.scatter(x, y, s=55, color="#a8a8a8", edgecolors=_GREY, linewidths=0.6, zorder=3)
+    if not coloured:
+        return
+    weights = [weight for _, weight in coloured]
+    low, high = min(weights), max(weights)
+    if high < 2 * low:
+        low, high = low / 2, high * 2
+    drawn = axes.scatter(
+        [100 * dot.id_accuracy for dot, _ in coloured],
+        [100 * dot.ood_accuracy for dot, _ in coloured],
+        c=weights,
+        cmap="cividis",
+        norm=LogNorm(low, high),
+        s=55,
+        edgecolors=_GREY,
+        linewidths=0.6,
+        zorder=3,
+    )
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=22, pad=0.02)
+    bar.set_label("kl_weight of the trial", size=10.5)
+    bar.ax.tick_params(labelsize=9.5)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
+    bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    bar.outline.set_visible(False)
+
+
+def _draw_curve(axes: "Axes", curve: Curve) -> tuple[list[Label], list[tuple[float, float]]]:
+    """Draws the alpha curve; returns its labels, that of the chosen point first, and the places it covers."""
+    xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
+    x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
+    x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
+    axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4)
+    axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
+    axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
+    along = np.linspace(0, len(xs) - 1, 12 * len(xs))
+    share = np.linspace(-1, 1, 9)
+    covered_x = np.concatenate([np.interp(along, np.arange(len(xs)), xs), x + x_error * share, np.full(9, x)])
+    covered_y = np.concatenate([np.interp(along, np.arange(len(ys)), ys), np.full(9, y), y + y_error * share])
+    labels = [Label(f"best trial, alpha {curve.chosen_alpha:g}", x, y, _ACCENT, True)]
+    labels += [
+        Label(f"{alpha:g}", float(point_x), float(point_y), _ACCENT, False)
+        for alpha, point_x, point_y in zip(curve.alphas, xs, ys, strict=True)
+    ]
+    return labels, list(zip(covered_x.tolist(), covered_y.tolist(), strict=True))
+
+
+def _write(figure: "Figure", path_png: Path, path_svg: Path) -> None:
+    from matplotlib import rc_context
+
+    for path, form in ((path_png, "png"), (path_svg, "svg")):
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if form == "svg" else {}  # the same study, the same bytes
+        with rc_context({"svg.hashsalt": "carft-ray"}):
+            figure.savefig(buffer, format=form, dpi=_DPI, metadata=metadata)
+        files.write_bytes(path, buffer.getvalue())

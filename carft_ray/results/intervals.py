@@ -1,0 +1,309 @@
+"""Intervals over seeds and images, crossed, and the small statistics that tables need.
+
+Every seed is evaluated on the same images, so seeds and images are two crossed random effects (the multi-bootstrap of
+MultiBERTs, arXiv 2106.16163, in closed form). Two questions have two intervals, always printed with these words:
+``OVER_SEEDS`` (new seeds, these very images) and ``OVER_SEEDS_AND_IMAGES`` (new seeds and new images). Not covered
+by either: another training set.
+
+Shape letters: r seeds, n images of one set. All values are fractions; only ``in_points`` writes points (percent).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from carft_ray.evaluation.objective import ObjectiveSpec
+
+OVER_SEEDS = "over seeds, these images"
+OVER_SEEDS_AND_IMAGES = "over seeds and images"
+OVER_IMAGES = "over images; one training: seeds not covered"
+
+LEVEL = 0.95
+_ZERO = 1e-12  # fractions below this are rounding
+
+FloatArray = npt.NDArray[np.float64]
+# correctness (bool), or differences of correctness or of weighted correctness: [r, n] per set
+ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % intervals.
+
+    Attributes:
+        mean: m, the mean over seeds.
+        num_seeds: r.
+        seed_variance: V_seed, of the mean; 0 with one seed.
+        image_variance: V_image, of the mean.
+        images_fixed: Ends of the interval ``OVER_SEEDS``; None with one seed.
+        images_random: Ends of the interval ``OVER_SEEDS_AND_IMAGES`` (with one seed: ``OVER_IMAGES``).
+        dof: Degrees of freedom of ``images_random``; infinite with one seed.
+        p_value: Two-sided, of mean = 0, images random; meant for differences.
+        notes: What limits the intervals, in words.
+    """
+
+    mean: float
+    num_seeds: int
+    seed_variance: float
+    image_variance: float
+    images_fixed: tuple[float, float] | None
+    images_random: tuple[float, float]
+    dof: float
+    p_value: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What ``images_random`` is an interval over."""
+        return OVER_SEEDS_AND_IMAGES if self.num_seeds > 1 else OVER_IMAGES
+
+    @property
+    def standard_error(self) -> float:
+        """sqrt(V_seed + V_image)."""
+        return math.sqrt(self.seed_variance + self.image_variance)
+
+
+def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequence[float] | None = None) -> Interval:
+    """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its intervals.
+
+    With y_q the weighted mean of seed q and m their mean:
+
+        V_seed  = var_q(y_q, ddof=1) / r
+        MS_I_j  = r sum_k (x_j.k - x_j..)^2 / (n_j - 1)
+        MS_E_j  = sum_qk (x_jqk - x_jq. - x_j.k + x_j..)^2 / ((n_j - 1)(r - 1))
+        V_image = sum_j w_j^2 max(0, (MS_I_j - MS_E_j) / r) / n_j
+        images fixed   m +- t(0.975, r - 1) sqrt(V_seed)
+        images random  V = V_seed + V_image,  m +- t(0.975, dof) sqrt(V),
+                       dof = V^2 / (V_seed^2 / (r - 1) + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
+
+    One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and the normal distribution, images only. Variances that
+    vanish give a narrower interval or a point, never not-a-number: with V = 0 the p-value is 1 where m = 0, else 0.
+
+    Args:
+        values: Per set j an array [r, n_j]: correctness of one configuration, or paired differences of two (same
+            images, seeds paired by index).
+        weights: w_j per set, the same sets; sets of weight 0 change nothing.
+        seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
+            at the mean accuracies.
+
+    Raises:
+        ValueError: The arrays do not belong together, hold something not finite, or there is no image.
+    """
+    arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
+    _check(arrays, weights, seed_values)
+    num_seeds = next(iter(arrays.values())).shape[0]
+    weighted: list[FloatArray] = [weights[name] * array.mean(axis=1) for name, array in arrays.items()]
+    y = np.sum(weighted, axis=0) if seed_values is None else np.asarray(seed_values, np.float64)
+    mean = float(y.mean())
+    used = {name: array for name, array in arrays.items() if weights[name] != 0}
+    notes = [f"{name} has one image: its image variance is not covered" for name in used if used[name].shape[1] == 1]
+    image_variance = sum(weights[name] ** 2 * _image_variance(array) for name, array in used.items())
+    image_variance = image_variance if image_variance > _ZERO**2 else 0.0
+    if num_seeds == 1:
+        half = stats.norm.ppf((1 + LEVEL) / 2) * math.sqrt(image_variance)
+        p_value = _p_value(mean, image_variance, math.inf)
+        notes.append("one training: seeds not covered")
+        return Interval(mean, 1, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
+
+    if num_seeds == 2:
+        notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
+    seed_variance = float(y.var(ddof=1)) / num_seeds
+    seed_variance = seed_variance if seed_variance > _ZERO**2 else 0.0
+    variance = seed_variance + image_variance
+    dof = float(num_seeds - 1)
+    if variance > 0:
+        image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
+        seed_share, image_share = seed_variance / variance, image_variance / variance
+        dof = 1 / (seed_share**2 / (num_seeds - 1) + image_share**2 / image_dof)
+    return Interval(
+        mean,
+        num_seeds,
+        seed_variance,
+        image_variance,
+        _around(mean, stats.t.ppf((1 + LEVEL) / 2, num_seeds - 1) * math.sqrt(seed_variance)),
+        _around(mean, stats.t.ppf((1 + LEVEL) / 2, dof) * math.sqrt(variance)),
+        dof,
+        _p_value(mean, variance, dof),
+        tuple(notes),
+    )
+
+
+def paired_differences(values_a: ValuesBySet, values_b: ValuesBySet) -> dict[str, FloatArray]:
+    """Returns a - b per set, [r, n_j]; correctness of two configurations on the same images, seeds paired by index."""
+    return {name: np.asarray(values_a[name], np.float64) - np.asarray(values_b[name], np.float64) for name in values_a}
+
+
+def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
+    """Returns the interval of the objective of one configuration.
+
+    Args:
+        spec: The objective and its sets.
+        correct: Correctness per set, bool [r, n_j].
+    """
+    accuracies = _mean_accuracies(correct)
+    interval = crossed(_sets_of(spec, correct), spec.weights(accuracies), _seed_values(spec, correct))
+    return _with_notes(interval, _worst_domain_notes(spec, correct))
+
+
+def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet) -> Interval:
+    """Returns the paired interval of the objective of configuration a minus that of b.
+
+    For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
+    w_aj x_ajqk - w_bj x_bjqk with the derivatives at each configuration's own mean accuracies.
+
+    Args:
+        spec: The objective and its sets.
+        correct_a: Correctness of a per set, bool [r, n_j].
+        correct_b: Correctness of b, the same images in the same order, seeds paired by index.
+    """
+    weights_a, weights_b = (spec.weights(_mean_accuracies(correct)) for correct in (correct_a, correct_b))
+    names = [name for name in weights_a if weights_a[name] or weights_b[name]]
+    differences = {
+        name: weights_a[name] * np.asarray(correct_a[name], np.float64)
+        - weights_b[name] * np.asarray(correct_b[name], np.float64)
+        for name in names
+    }
+    pairs = zip(_seed_values(spec, correct_a), _seed_values(spec, correct_b), strict=True)
+    interval = crossed(differences, dict.fromkeys(names, 1.0), [a - b for a, b in pairs])
+    notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
+    return _with_notes(interval, list(notes))
+
+
+def accuracy_interval(correct: npt.NDArray[np.bool_]) -> Interval:
+    """Returns the interval of one accuracy, correct [r, n]; with one seed the interval of Wilson."""
+    interval = crossed({"": correct}, {"": 1.0})
+    if interval.num_seeds > 1:
+        return interval
+    return replace(interval, images_random=wilson(int(correct.sum()), correct.shape[1]))
+
+
+def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images."""
+    if num_images == 0:
+        return 0.0, 1.0
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    share = num_correct / num_images
+    centre = (share + z**2 / (2 * num_images)) / (1 + z**2 / num_images)
+    spread = math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2)) / (1 + z**2 / num_images)
+    return max(0.0, centre - z * spread), min(1.0, centre + z * spread)
+
+
+def binomial_se(accuracy: float, num_images: int) -> float:
+    """Returns sqrt(p (1 - p) / n), the image standard error of one accuracy; not the noise of a ranking."""
+    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / num_images)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Returns Spearman's rank correlation (ties get their mean rank), or None where it is not defined.
+
+    Not defined: fewer than two pairs, or one of the lists constant.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"both lists must have one length, but got {len(a)} and {len(b)}")
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+
+
+def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> float:
+    """Returns max(target) - target of the rule's pick; the pick is the first candidate with the largest rule value."""
+    pick = int(np.argmax(np.asarray(rule_values, np.float64)))
+    return float(max(target_values) - target_values[pick])
+
+
+def headline(difference: Interval, baseline: str) -> str:
+    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images."""
+    low, high = difference.images_random
+    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if low > 0:
+        return f"improves on {baseline} by {numbers} points"
+    if high < 0:
+        return f"worse than {baseline} by {numbers} points"
+    return f"no improvement over {baseline} shown ({numbers} points)"
+
+
+def in_points(interval: Interval, signed: bool = False) -> str:
+    """Returns mean and both intervals in points with their words, as one line for a table or a report."""
+    form = "{:+.1f}" if signed else "{:.1f}"
+
+    def shown(ends: tuple[float, float]) -> str:
+        return f"[{form.format(100 * ends[0])}, {form.format(100 * ends[1])}]"
+
+    text = f"{form.format(100 * interval.mean)}, 95 % {shown(interval.images_random)} {interval.words}"
+    return text if interval.images_fixed is None else f"{text}; {shown(interval.images_fixed)} {OVER_SEEDS}"
+
+
+def _check(arrays: Mapping[str, FloatArray], weights: Mapping[str, float], seed_values: Sequence[float] | None) -> None:
+    if not arrays or set(arrays) != set(weights):
+        raise ValueError(f"values and weights must name the same sets, but got {sorted(arrays)} and {sorted(weights)}")
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+        raise ValueError(f"values must be arrays [seeds, images] that are not empty, but got {shapes}")
+    num_seeds = {shape[0] for shape in shapes.values()}
+    if seed_values is not None:
+        num_seeds.add(len(seed_values))
+    if len(num_seeds) != 1:
+        raise ValueError(f"every set must have the same number of seeds, but got {shapes} and {seed_values}")
+    finite = [*arrays.values(), np.array(list(weights.values())), np.array([] if seed_values is None else seed_values)]
+    if not all(np.isfinite(array).all() for array in finite):
+        raise ValueError("values, weights and seed values must be finite")
+
+
+def _image_variance(array_rn: FloatArray) -> float:
+    """Returns max(0, (MS_I - MS_E) / r) / n, with one seed var_k / n; 0 with one image."""
+    num_seeds, num_images = int(array_rn.shape[0]), int(array_rn.shape[1])
+    if num_images == 1:
+        return 0.0
+    per_image = array_rn.mean(axis=0)
+    grand = float(per_image.mean())
+    ms_image = num_seeds * float(((per_image - grand) ** 2).sum()) / (num_images - 1)
+    if num_seeds == 1:
+        return ms_image / num_images
+    residual = array_rn - array_rn.mean(axis=1, keepdims=True) - per_image + grand
+    ms_error = float((residual**2).sum()) / ((num_images - 1) * (num_seeds - 1))
+    return max(0.0, (ms_image - ms_error) / num_seeds) / num_images
+
+
+def _p_value(mean: float, variance: float, dof: float) -> float:
+    if variance == 0:
+        return 1.0 if abs(mean) < _ZERO else 0.0
+    return 2 * float(stats.t.sf(abs(mean) / math.sqrt(variance), dof))
+
+
+def _around(mean: float, half: float) -> tuple[float, float]:
+    return float(mean - half), float(mean + half)
+
+
+def _sets_of(spec: ObjectiveSpec, values: ValuesBySet) -> dict[str, npt.NDArray[np.generic]]:
+    return {name: values[name] for name in (spec.id_set, *spec.ood_sets)}
+
+
+def _mean_accuracies(correct: ValuesBySet) -> dict[str, float]:
+    return {name: float(np.asarray(array, np.float64).mean()) for name, array in correct.items()}
+
+
+def _seed_values(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
+    per_seed = {name: np.asarray(array, np.float64).mean(axis=1) for name, array in correct.items()}
+    num_seeds = len(per_seed[spec.id_set])
+    return [spec.value({name: float(values[q]) for name, values in per_seed.items()}) for q in range(num_seeds)]
+
+
+def _worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
+    """Returns a warning where the lowest OOD set is not clearly the lowest (another one within one SE)."""
+    if spec.kind != "worst_domain" or len(spec.ood_sets) < 2:
+        return []
+    accuracies = _mean_accuracies(_sets_of(spec, correct))
+    lowest = min(spec.ood_sets, key=lambda name: accuracies[name])
+    pairs = [{name: correct[name], lowest: correct[lowest]} for name in spec.ood_sets if name != lowest]
+    gaps = [crossed(pair, {name: -1.0 if name == lowest else 1.0 for name in pair}) for pair in pairs]
+    if any(gap.mean <= gap.standard_error for gap in gaps):
+        return ["worst_domain: approximate, another OOD set is within one standard error of the lowest"]
+    return []
+
+
+def _with_notes(interval: Interval, notes: Sequence[str]) -> Interval:
+    return replace(interval, notes=(*interval.notes, *notes))

@@ -1,0 +1,134 @@
+"""What a training left in its folder, and the rows of a study's tables.
+
+``result.json`` means finished; ``error.json`` of the same attempt says why there is none. Both appear whole or not at
+all. A worker writes them, the driver reads them before it tells the study.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_ray import files
+
+FORMAT_VERSION = 1
+RESULT = "result.json"
+ERROR = "error.json"
+LOG = "log.txt"
+
+Kind = Literal["trial", "baseline"]
+Outcome = Literal["complete", "diverged", "error", "running"]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One attempt at a training of a study.
+
+    Attributes:
+        kind: A trial of the search, or a baseline.
+        number: Its number in the Optuna study of its kind.
+        name: Name of its folder: ``t0007-3f9c``, or the baseline's name.
+        values: Values over the recipe's ``train``.
+        attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
+    """
+
+    kind: Kind
+    number: int
+    name: str
+    values: dict[str, Any]
+    attempt: int
+
+    def folder(self, study_dir: Path) -> Path:
+        """Returns the folder of the training."""
+        return study_dir / ("trials" if self.kind == "trial" else "baselines") / self.name
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial or baseline as tables show it. Accuracies and objective are fractions."""
+
+    kind: Kind
+    number: int
+    name: str
+    values: dict[str, Any]
+    outcome: Outcome
+    attempt: int = 1
+    reason: str = ""
+    objective: float | None = None
+    alpha: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    started: datetime | None = None
+    elapsed_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Content of ``error.json``.
+
+    Attributes:
+        outcome: ``diverged`` and ``error`` are verdicts on the values. ``fatal`` is none: disk, data or recipe are at
+            fault and every other trial would end the same way, so the search stops.
+        reason: One line.
+        attempt: The attempt that failed.
+        exit_code: Of the error, for ``fatal``.
+    """
+
+    outcome: Literal["diverged", "error", "fatal"]
+    reason: str
+    attempt: int
+    exit_code: int = 1
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """Returns the name of a trial's folder: number and hash of the values."""
+    text = json.dumps(values, sort_keys=True)
+    return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Returns the content of ``result.json`` when it is there and valid: known version, finite objective."""
+    content = _read(folder / RESULT)
+    if content is None or content.get("format_version") != FORMAT_VERSION:
+        return None
+    objective = content.get("objective")
+    valid = isinstance(objective, int | float) and math.isfinite(objective) and isinstance(content.get("metrics"), dict)
+    return content if valid else None
+
+
+def read_failure(folder: Path, attempt: int) -> Failure | None:
+    """Returns why this attempt failed, or None when it left no word."""
+    content = _read(folder / ERROR)
+    if content is None or content.get("attempt") != attempt:
+        return None
+    return Failure(content["outcome"], content["reason"], attempt, content["exit_code"])
+
+
+def write_failure(folder: Path, failure: Failure, details: str) -> None:
+    """Writes ``error.json`` and appends ``details`` (a traceback) to the log.
+
+    The first word of an attempt stands: when one worker fails, the others fail after it for want of an answer.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{details.rstrip()}")
+    if read_failure(folder, failure.attempt) is None:
+        content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
+        files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+
+
+def append_log(folder: Path, text: str) -> None:
+    """Appends text with the time to the log of a training."""
+    files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

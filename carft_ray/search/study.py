@@ -1,0 +1,345 @@
+"""The study: an Optuna journal on disk that is the only state of a search. Nothing here knows Ray.
+
+The journal holds two Optuna studies. The sampler sees ``search`` alone; ``baselines`` stands beside it.
+
+| what happened to a training | outcome | Optuna sees |
+|---|---|---|
+| valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1 |
+| not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
+| its processes were lost, again and again | error | FAIL: no verdict on the values |
+| stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
+
+PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from carft_ray import files
+from carft_ray.errors import CarftError, Problem, StorageError
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search import space
+from carft_ray.search.folder import JOURNAL, claim, repair_journal, study_lock
+from carft_ray.search.outcome import (
+    LOG,
+    Failure,
+    Kind,
+    TrialRow,
+    TrialSpec,
+    read_failure,
+    read_result,
+    trial_name,
+)
+
+STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines"}
+ZERO_SHOT = "zero_shot"
+# attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
+MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
+
+
+class Study:
+    """An open study; its lock is held. Use ``open_study``.
+
+    Attributes:
+        notes: What was repaired or found at opening, one sentence each.
+    """
+
+    def __init__(self, study_dir: Path, recipe: Recipe, notes: list[str]) -> None:
+        self.study_dir = study_dir
+        self.recipe = recipe
+        self.notes = notes
+        storage = _storage(study_dir)
+        self._studies = {
+            kind: optuna.create_study(
+                storage=storage,
+                study_name=name,
+                direction="maximize",
+                sampler=optuna.samplers.RandomSampler(seed=0),
+                pruner=optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+            for kind, name in STUDY_NAMES.items()
+        }
+        search = self._studies["trial"]
+        search.sampler = space.sampler(recipe, len(search.get_trials(deepcopy=False)))
+        self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
+        self._waiting: deque[TrialSpec] = deque()
+
+    def adopt(self) -> list[TrialRow]:
+        """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
+
+        Returns:
+            Rows of what was told.
+        """
+        self._add_baselines()
+        told = []
+        for kind, study in reversed(self._studies.items()):
+            for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                trial = optuna.trial.Trial(study, frozen._trial_id)
+                spec = self._spec(kind, trial)
+                failure = read_failure(spec.folder(self.study_dir), spec.attempt)
+                mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
+                row = self.settle(spec) if spec.attempt and not mended else None
+                if row:
+                    told.append(row)
+                elif spec not in self._waiting:
+                    self._waiting.append(spec)
+        return told
+
+    def next(self) -> TrialSpec | None:
+        """Returns the next attempt to start, or None when nothing is left but what runs already.
+
+        Baselines come first, then adopted trials, then new ones until the recipe's number is reached.
+        """
+        if not self._waiting and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials:
+            self._waiting.append(self._spec("trial", self._studies["trial"].ask()))
+        if not self._waiting:
+            return None
+        waiting = self._waiting.popleft()
+        spec = TrialSpec(waiting.kind, waiting.number, waiting.name, waiting.values, waiting.attempt + 1)
+        trial = self._trials[spec.kind, spec.number]
+        with self._writing():
+            trial.set_user_attr("attempt", spec.attempt)
+        return spec
+
+    def settle(self, spec: TrialSpec) -> TrialRow | None:
+        """Tells the study how an attempt ended, by what lies in its folder.
+
+        Returns:
+            The row; None when the folder has no answer, or the same training gets another attempt.
+
+        Raises:
+            CarftError: The training found a fault that is not in its values; it stays RUNNING.
+        """
+        folder = spec.folder(self.study_dir)
+        result = read_result(folder)
+        if result is not None:
+            return self._tell(spec, TrialState.COMPLETE, _attributes(result), result["objective"])
+        failure = read_failure(folder, spec.attempt)
+        if failure is None:
+            return None
+        if failure.outcome == "fatal":
+            raise _fault(spec, folder, failure)
+        if failure.outcome == "error" and self._again(spec, "error"):
+            return None
+        attributes = {"outcome": failure.outcome, "reason": failure.reason}
+        return self._tell(spec, TrialState.PRUNED, attributes)
+
+    def lost(self, spec: TrialSpec, reason: str) -> TrialRow | None:
+        """Notes that the processes of an attempt are gone without a word.
+
+        Returns:
+            The row when it was the last attempt, told as FAIL; None when the training gets another one.
+        """
+        if self._again(spec, "lost"):
+            return None
+        return self._tell(spec, TrialState.FAIL, {"outcome": "error", "reason": reason})
+
+    def tell_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
+        """Records the zero-shot model as a baseline, once.
+
+        Args:
+            metrics: What ``prepare`` returned; needs a finite ``objective``.
+
+        Returns:
+            Its row, or None when it is there already.
+        """
+        if ZERO_SHOT in self._baseline_names():
+            return None
+        spec = self._add_baseline(ZERO_SHOT, {"alpha": 0.0})
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
+        return self._tell(spec, TrialState.COMPLETE, attributes, numbers["objective"])
+
+    def rows(self, kind: Kind = "trial") -> list[TrialRow]:
+        """Returns all trials (or baselines) in the order of their numbers."""
+        return _rows(kind, self._studies[kind])
+
+    def done(self) -> bool:
+        """Tells whether nothing is left to start."""
+        return not self._waiting and len(self._studies["trial"].get_trials(deepcopy=False)) >= self.recipe.search.trials
+
+    def waits(self, spec: TrialSpec) -> bool:
+        """Tells whether the training of an attempt is queued for another one."""
+        return any((waiting.kind, waiting.number) == (spec.kind, spec.number) for waiting in self._waiting)
+
+    def _again(self, spec: TrialSpec, how: str) -> bool:
+        """Queues another attempt unless too many have failed; the failed attempts are kept with the trial."""
+        trial = self._trials[spec.kind, spec.number]
+        failed = sorted({*trial.user_attrs.get("failed_attempts", []), spec.attempt})
+        with self._writing():
+            trial.set_user_attr("failed_attempts", failed)
+        if len(failed) >= MAX_FAILED_ATTEMPTS[how]:
+            return False
+        self._waiting.append(spec)
+        return True
+
+    def _tell(
+        self, spec: TrialSpec, state: TrialState, attributes: dict[str, Any], objective: float | None = None
+    ) -> TrialRow:
+        """Writes attributes, constraint and state, in this order: a kill in between leaves the trial RUNNING."""
+        study, trial = self._studies[spec.kind], self._trials[spec.kind, spec.number]
+        with self._writing():
+            for key, value in attributes.items():
+                trial.set_user_attr(key, value)
+            if "trained" not in trial.constraints:
+                trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
+            study.tell(spec.number, objective, state)
+        return _row(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+
+    def _spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
+        """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""
+        attributes = trial.user_attrs
+        with self._writing():
+            if kind == "trial":
+                parameters = self.recipe.search.space.items()
+                values = {name: space.suggest(trial, name, parameter) for name, parameter in parameters}
+                name = attributes.get("name") or trial_name(trial.number, values)
+            else:
+                values, name = attributes["values"], attributes["name"]
+            if "name" not in attributes:
+                trial.set_user_attr("name", name)
+        self._trials[kind, trial.number] = trial
+        return TrialSpec(kind, trial.number, name, values, attributes.get("attempt", 0))
+
+    def _add_baselines(self) -> None:
+        """Enters the recipe's baselines that are not in the study yet."""
+        names = self._baseline_names()
+        for name, values in self.recipe.search.baselines.items():
+            if name not in names:
+                self._waiting.append(self._add_baseline(name, values))
+
+    def _add_baseline(self, name: str, values: dict[str, Any]) -> TrialSpec:
+        study = self._studies["baseline"]
+        with self._writing():
+            frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
+            study.add_trial(frozen)
+        added = study.get_trials(deepcopy=False)[-1]
+        return self._spec("baseline", optuna.trial.Trial(study, added._trial_id))
+
+    def _baseline_names(self) -> set[str]:
+        return {trial.user_attrs["name"] for trial in self._studies["baseline"].get_trials(deepcopy=False)}
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return files.writing(self.study_dir / JOURNAL)
+
+
+@contextlib.contextmanager
+def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
+    """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
+
+    Args:
+        study_dir: The study directory; made when it is missing.
+        recipe: The recipe of the search.
+        base_dir: Folder from which the recipe's relative paths count.
+
+    Raises:
+        StorageError: Another search runs on it, or the study cannot be read or written.
+        RecipeError: It is the study of another recipe.
+        UsageError: The folder holds something that is no study.
+    """
+    study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
+    with study_lock(study_dir):
+        claim(study_dir, recipe, base_dir)
+        notes = repair_journal(study_dir)
+        with _readable(study_dir):
+            study = Study(study_dir, recipe, notes)
+        yield study
+
+
+def trials(study_dir: Path) -> list[TrialRow]:
+    """Reads a study's trials without locking or writing; ``running`` ones may run, wait, or belong to a dead search.
+
+    Raises:
+        StorageError: There is no study, or its journal is damaged.
+    """
+    return _read_rows(study_dir, "trial")
+
+
+def baselines(study_dir: Path) -> list[TrialRow]:
+    """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
+    return _read_rows(study_dir, "baseline")
+
+
+def best_row(rows: list[TrialRow]) -> TrialRow | None:
+    """Returns the complete row with the largest objective, the earliest of equals."""
+    complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
+    return max(complete, key=lambda row: (row.objective, -row.number), default=None)
+
+
+def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:
+    if not (study_dir / JOURNAL).exists():
+        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
+    with _readable(study_dir):
+        study = optuna.load_study(storage=_storage(study_dir.resolve()), study_name=STUDY_NAMES[kind])
+        return _rows(kind, study)
+
+
+def _storage(study_dir: Path) -> JournalStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(study_dir / JOURNAL)))
+
+
+@contextlib.contextmanager
+def _readable(study_dir: Path) -> Iterator[None]:
+    """Turns what Optuna raises on a damaged or foreign journal into a ``StorageError``."""
+    path = study_dir / JOURNAL
+    try:
+        yield
+    except OSError as error:
+        raise files.storage_error(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        step = "Restore the file from a copy; the results of finished trials are still in trials/."
+        cause = f"{type(error).__name__}: {error}"
+        raise StorageError(Problem(str(path), "must be an Optuna journal", cause, next_step=step)) from error
+
+
+def _attributes(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "outcome": "complete",
+        "alpha": result.get("alpha"),
+        "metrics": result["metrics"],
+        "elapsed_s": result.get("elapsed_s"),
+    }
+
+
+def _fault(spec: TrialSpec, folder: Path, failure: Failure) -> CarftError:
+    """Returns the error that a worker met, with its exit code, and the place of its log."""
+    step = f"Mend it and run the command again; details are in {folder / LOG}."
+    error = CarftError(Problem(f"{spec.kind} {spec.name}", failure.reason, next_step=step))
+    error.exit_code = failure.exit_code
+    return error
+
+
+def _rows(kind: Kind, study: optuna.Study) -> list[TrialRow]:
+    return [_row(kind, trial) for trial in study.get_trials(deepcopy=False)]
+
+
+def _row(kind: Kind, trial: FrozenTrial) -> TrialRow:
+    attributes = trial.user_attrs
+    finished = trial.state.is_finished()
+    elapsed_s = attributes.get("elapsed_s")
+    if elapsed_s is None and trial.duration is not None:
+        elapsed_s = trial.duration.total_seconds()
+    return TrialRow(
+        kind=kind,
+        number=trial.number,
+        name=attributes.get("name", f"t{trial.number:04d}"),
+        values=dict(attributes.get("values", trial.params)),
+        outcome=attributes.get("outcome", "error") if finished else "running",
+        attempt=attributes.get("attempt", 0),
+        reason=attributes.get("reason", ""),
+        objective=trial.value if trial.state == TrialState.COMPLETE else None,
+        alpha=attributes.get("alpha"),
+        metrics=attributes.get("metrics", {}),
+        started=trial.datetime_start,
+        elapsed_s=elapsed_s,
+    )

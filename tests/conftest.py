@@ -1,0 +1,45 @@
+"""Shared fixtures: a tiny real CLIP with random weights and small real image sets."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
+
+import numpy as np
+import pytest
+
+CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
+TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
+
+
+class ArraySource:
+    """Images in memory, as a Source."""
+
+    def __init__(self, num_images=40, size=16, seed=0, name="train"):
+        rng = np.random.default_rng(seed)
+        self.name = name
+        self.class_names = CLASS_WORDS
+        self.labels = np.arange(num_images, dtype=np.int64) % len(CLASS_WORDS)
+        self.sample_ids = rng.integers(0, 2**63, num_images, dtype=np.uint64)
+        self.images = rng.integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
+        self.images[:, :4, :4, 0] = (self.labels * 50)[:, None, None]  # something to learn
+        self.fingerprint = f"array-{num_images}-{size}-{seed}"
+
+    def __len__(self):
+        return len(self.images)
+
+    def pixels(self, index):
+        return self.images[index]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip():
+    """A CLIP of two small transformers, 16 x 16 pixels, random weights, s = 20."""
+    from tiny import make_tiny_clip
+
+    return make_tiny_clip()
+
+
+@pytest.fixture
+def source():
+    return ArraySource()

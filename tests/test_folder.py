@@ -1,0 +1,276 @@
+"""Trees of images: order, ids, every kind of image file, and what is said about trees that are not in order."""
+
+import hashlib
+import os
+import random
+import struct
+import unicodedata
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from carft_ray.data.folder import folder_source, read_image, sample_id
+from carft_ray.errors import DataError
+
+RED = (200, 30, 40)
+
+
+def picture(width=8, height=6, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path, pixels=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(picture() if pixels is None else pixels)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two domains, two classes, two images each."""
+    root = tmp_path / "tree"
+    for seed, (domain, name, file) in enumerate(
+        (domain, name, file) for domain in ("photo", "art") for name in ("fish", "bird") for file in ("2.png", "10.png")
+    ):
+        save(root / domain / name / file, picture(seed=seed))
+    return root
+
+
+def problems_of(root, domains, classes):
+    with pytest.raises(DataError) as caught:
+        folder_source(root, domains, classes, "data.id_val")
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+# the set
+
+
+def test_source_orders_images_by_relative_name_and_labels_by_sorted_folder(tree):
+    source = folder_source(tree, ["photo", "art"], None, "train")
+    assert source.files == (
+        "art/bird/10.png",
+        "art/bird/2.png",
+        "art/fish/10.png",
+        "art/fish/2.png",
+        "photo/bird/10.png",
+        "photo/bird/2.png",
+        "photo/fish/10.png",
+        "photo/fish/2.png",
+    )
+    assert source.class_names == ("bird", "fish")
+    assert source.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert source.labels.dtype == np.int64
+    assert len(source) == 8
+    np.testing.assert_array_equal(source.pixels(7), picture(seed=0))
+
+
+def test_source_takes_the_label_order_of_the_class_list(tree):
+    source = folder_source(tree, ["photo"], ["fish", "bird"], "id_val")
+    assert source.class_names == ("fish", "bird")
+    assert source.labels.tolist() == [1, 1, 0, 0]
+
+
+def test_source_does_not_depend_on_the_order_of_the_domains(tree):
+    one, other = (folder_source(tree, domains, None, "train") for domains in (["photo", "art"], ["art", "photo"]))
+    assert one.files == other.files
+    assert one.fingerprint == other.fingerprint
+    np.testing.assert_array_equal(one.sample_ids, other.sample_ids)
+
+
+def test_sample_id_is_pinned_and_depends_on_the_relative_name_alone(tree, tmp_path):
+    digest = hashlib.blake2b(b"photo/fish/2.png").digest()
+    assert sample_id("photo/fish/2.png") == struct.unpack("<Q", digest[:8])[0] == 12105120025143292257
+    moved = tmp_path / "elsewhere"
+    before = folder_source(tree, ["photo"], None, "train")
+    os.rename(tree, moved)
+    after = folder_source(moved, ["photo"], None, "id_val")
+    np.testing.assert_array_equal(before.sample_ids, after.sample_ids)
+    assert before.sample_ids.dtype == np.uint64
+    assert after.sample_ids.tolist() == [sample_id(file) for file in after.files]
+
+
+def test_names_with_accents_mean_the_same_however_they_are_spelled(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert sample_id(f"photo/{composed}/1.png") == sample_id(f"photo/{decomposed}/1.png")
+    save(tmp_path / "photo" / decomposed / "1.png")
+    save(tmp_path / "photo" / "tea" / "1.png")
+    source = folder_source(tmp_path, ["photo"], ["tea", composed], "train")
+    assert source.labels.tolist() == [1, 0]
+
+
+def test_source_ignores_hidden_files_other_files_and_deeper_folders(tree):
+    save(tree / "photo" / "fish" / ".3.png")
+    save(tree / "photo" / "fish" / "deeper" / "1.png")
+    save(tree / "photo" / ".hidden" / "1.png")
+    (tree / "photo" / "fish" / "notes.txt").write_text("no image")
+    (tree / "photo" / "readme.md").write_text("no class")
+    (tree / "photo" / "fish" / "folder.png").mkdir()
+    assert len(folder_source(tree, ["photo"], None, "train")) == 4
+
+
+@pytest.mark.parametrize("ending", ["png", "PNG", "jpg", "JPEG", "Jpeg", "bmp", "webp"])
+def test_source_takes_every_ending_in_any_case(tmp_path, ending):
+    save(tmp_path / "photo" / "fish" / f"1.{ending}")
+    assert folder_source(tmp_path, ["photo"], None, "train").pixels(0).shape == (6, 8, 3)
+
+
+def test_fingerprint_changes_with_content_and_label_order_and_not_with_the_place(tree, tmp_path):
+    def fingerprint(root, classes=None):
+        return folder_source(root, ["photo"], classes, "train").fingerprint
+
+    first = fingerprint(tree)
+    assert fingerprint(tree) == first
+    assert fingerprint(tree, ["fish", "bird"]) != first
+    moved = tmp_path / "elsewhere"
+    os.rename(tree, moved)
+    assert fingerprint(moved) == first
+    os.utime(moved / "photo" / "fish" / "2.png", ns=(1, 1))
+    assert fingerprint(moved) != first
+
+
+def test_a_link_to_a_domain_is_followed(tree):
+    os.symlink(tree / "photo", tree / "link")
+    assert len(folder_source(tree, ["link"], None, "train")) == 4
+
+
+# images
+
+
+def test_transparency_is_dropped_as_the_usual_loaders_do(tmp_path):
+    pixels = np.dstack([picture(), np.full((6, 8), 9, dtype=np.uint8)])
+    path = save(tmp_path / "1.png", pixels)
+    np.testing.assert_array_equal(read_image(path), picture())
+    np.testing.assert_array_equal(read_image(path), np.asarray(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK"])
+def test_other_modes_agree_with_convert(tmp_path, mode):
+    image = Image.fromarray(picture()).convert(mode)
+    path = save(tmp_path / ("1.jpg" if mode == "CMYK" else "1.png"), image)
+    found = read_image(path)
+    assert found.shape == (6, 8, 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_a_palette_with_transparency_keeps_its_colours(tmp_path):
+    image = Image.new("P", (8, 6), 1)
+    image.putpalette([0, 0, 0, *RED])
+    path = save(tmp_path / "1.png", image, transparency=bytes([255, 0]))
+    np.testing.assert_array_equal(read_image(path), np.full((6, 8, 3), RED))
+
+
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path):
+    values = np.array([[0, 128, 129, 257, 32768, 65278, 65535]], dtype=np.uint16)
+    path = save(tmp_path / "1.png", Image.fromarray(values))
+    expected = np.rint(values / 257).astype(np.uint8)
+    np.testing.assert_array_equal(read_image(path), np.repeat(expected[..., None], 3, axis=-1))
+    assert expected.tolist() == [[0, 0, 1, 1, 128, 254, 255]]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_the_rotation_of_the_camera_is_applied(tmp_path, ending):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))
+    found = read_image(save(tmp_path / f"1.{ending}", image, exif=exif))
+    assert found.shape == (16, 8, 3)
+    assert found[:7].min() > 240
+    assert found[9:].max() < 15
+
+
+def test_damaged_exif_data_are_no_reason_to_refuse_an_image(tmp_path):
+    path = save(tmp_path / "1.png", picture(), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(range(40)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own warnings about the data
+        assert read_image(path).shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
+    path = tmp_path / "photo" / "fish" / "1.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    source = folder_source(tmp_path, ["photo"], None, "train")
+    with pytest.raises(DataError, match=r"1\.png: must be a readable image") as caught:
+        source.pixels(0)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_a_file_that_vanished_is_named(tree):
+    source = folder_source(tree, ["photo"], None, "train")
+    (tree / source.files[1]).unlink()
+    with pytest.raises(DataError, match=r"photo/bird/2\.png"):
+        source.pixels(1)
+    with pytest.raises(DataError, match=r"photo/bird/2\.png"):
+        _ = source.fingerprint
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp"])
+def test_damaged_images_are_read_or_refused_and_nothing_else(tmp_path, ending):
+    whole = save(tmp_path / f"whole.{ending}", picture(24, 20)).read_bytes()
+    draw = random.Random(0)
+    path, refused = tmp_path / f"1.{ending}", 0
+    for trial in range(150):
+        damaged = bytearray(whole[: draw.randrange(len(whole))] if trial % 2 else whole)
+        for _ in range(draw.randrange(1, 4)):
+            if damaged:
+                damaged[draw.randrange(min(len(damaged), 60 if trial % 3 else len(damaged)))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own warnings about odd headers
+                assert read_image(path).ndim == 3
+        except DataError:
+            refused += 1
+    assert refused > 25
+
+
+# trees that are not as they should be
+
+
+def test_a_missing_root_is_told_with_the_layout(tmp_path):
+    text = problems_of(tmp_path / "none", ["photo"], None)
+    assert f"data.id_val: the root of the image tree must be a folder, but got {tmp_path / 'none'}" in text
+    assert "PATH/domain/class" in text
+
+
+def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
+    text = problems_of(tree, ["photos", "../tree", "art", "art", ""], None)
+    assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
+    assert "not a path, but got '../tree'" in text
+    assert "a domain must be listed once, but got 'art'" in text
+    assert len(text.split("data.id_val:")) == 5
+
+
+def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
+    save(tree / "photo" / "brid" / "1.png")
+    (tree / "photo" / "tree").mkdir()
+    text = problems_of(tree, ["photo"], ["fish", "birds", "tree"])
+    assert "every class folder must be in the class list, but got 'bird', 'brid'; did you mean 'birds'?" in text
+    assert "every class must have a folder in every set, but got none for 'birds'; did you mean 'bird'?" in text
+    assert "every class folder must hold an image" in text
+    assert "none in 'tree'" in text
+
+
+def test_a_class_may_be_missing_in_one_domain_of_a_set(tree):
+    save(tree / "sketch" / "fish" / "1.png")
+    assert len(folder_source(tree, ["photo", "sketch"], ["bird", "fish"], "train")) == 5
+
+
+def test_a_thousand_missing_classes_are_one_message(tree):
+    text = problems_of(tree, ["photo"], ["bird", "fish", *(f"class{i}" for i in range(1000))])
+    assert "'class4' and 995 more" in text
+    assert text.count("data.id_val:") == 1
+
+
+def test_a_tree_without_classes_is_told(tmp_path):
+    (tmp_path / "photo").mkdir()
+    save(tmp_path / "photo" / "1.png")
+    assert "there must be at least one image" in problems_of(tmp_path, ["photo"], None)

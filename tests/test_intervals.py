@@ -1,0 +1,260 @@
+"""Crossed intervals: fixture, NumPy reference, degenerate inputs, coverage; and the small statistics beside them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.intervals import (
+    OVER_IMAGES,
+    OVER_SEEDS,
+    OVER_SEEDS_AND_IMAGES,
+    accuracy_interval,
+    binomial_se,
+    crossed,
+    headline,
+    in_points,
+    objective_difference,
+    objective_interval,
+    paired_differences,
+    rank_correlation,
+    regret,
+    wilson,
+)
+
+FIXTURE = {
+    "id": np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 0, 1]], bool),
+    "ood": np.array([[0, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]], bool),
+}
+HALVES = {"id": 0.5, "ood": 0.5}
+
+
+def test_fixture():
+    result = crossed(FIXTURE, HALVES)
+    assert result.mean == pytest.approx(0.583333, abs=5e-7)
+    assert result.seed_variance == pytest.approx(0.00520833, abs=5e-9)
+    assert result.image_variance == pytest.approx(0.01145833, abs=5e-9)
+    assert result.dof == pytest.approx(4.8454, abs=5e-5)
+    assert result.images_fixed == pytest.approx((0.27282, 0.89385), abs=5e-6)
+    assert result.images_random == pytest.approx((0.24826, 0.91840), abs=5e-6)
+    assert result.notes == ()
+
+
+def test_random_data_agree_with_sums_written_out():
+    rng = np.random.default_rng(0)
+    skill = {"a": rng.random((1, 30)), "b": rng.random((1, 20))}
+    values = {name: (rng.random((4, part.shape[1])) < part).astype(float) for name, part in skill.items()}
+    weights = {"a": 0.7, "b": -0.4}
+    y = [sum(weights[name] * values[name][q].mean() for name in values) for q in range(4)]
+    v_seed, v_image = np.var(y, ddof=1) / 4, 0.0
+    for name, x in values.items():
+        n = x.shape[1]
+        total = x.mean()
+        ms_i = 4 * sum((x[:, k].mean() - total) ** 2 for k in range(n)) / (n - 1)
+        ms_e = sum((x[q, k] - x[q].mean() - x[:, k].mean() + total) ** 2 for q in range(4) for k in range(n))
+        v_image += weights[name] ** 2 * max(0, (ms_i - ms_e / ((n - 1) * 3)) / 4) / n
+    dof = (v_seed + v_image) ** 2 / (v_seed**2 / 3 + v_image**2 / 19)
+    half = stats.t.ppf(0.975, dof) * math.sqrt(v_seed + v_image)
+    result = crossed(values, weights)
+    assert v_image > 0
+    assert result.images_random == pytest.approx((np.mean(y) - half, np.mean(y) + half), abs=1e-12)
+    t_value = abs(np.mean(y)) / math.sqrt(v_seed + v_image)
+    assert result.p_value == pytest.approx(2 * (1 - stats.t.cdf(t_value, dof)), abs=1e-12)
+
+
+def test_p_value_and_interval_agree():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        result = crossed({"a": rng.normal(0.15, 1, (3, 40))}, {"a": 1.0})
+        assert (result.p_value < 0.05) == (result.images_random[0] > 0 or result.images_random[1] < 0)
+
+
+def test_sets_of_weight_zero_change_nothing():
+    more = {**FIXTURE, "spare": np.ones((3, 2), bool)}
+    assert crossed(more, {**HALVES, "spare": 0.0}) == crossed(FIXTURE, HALVES)
+
+
+def test_order_of_images_changes_nothing_and_mirrored_differences_mirror():
+    rng = np.random.default_rng(2)
+    mixed = {name: values[:, rng.permutation(values.shape[1])] for name, values in FIXTURE.items()}
+    assert crossed(mixed, HALVES).images_random == pytest.approx(crossed(FIXTURE, HALVES).images_random)
+    other = {name: ~values for name, values in FIXTURE.items()}
+    one, two = (crossed(paired_differences(*pair), HALVES) for pair in ((FIXTURE, other), (other, FIXTURE)))
+    assert one.images_random == pytest.approx((-two.images_random[1], -two.images_random[0]))
+    assert one.p_value == pytest.approx(two.p_value)
+
+
+def test_one_seed_covers_images_only_and_says_so():
+    first = {name: values[:1] for name, values in FIXTURE.items()}
+    result = crossed(first, HALVES)
+    half = 1.959964 * math.sqrt(sum(0.25 * x[0].astype(float).var(ddof=1) / x.shape[1] for x in first.values()))
+    assert result.images_fixed is None
+    assert result.images_random == pytest.approx((7 / 12 - half, 7 / 12 + half), abs=1e-6)
+    assert result.notes == ("one training: seeds not covered",)
+    assert result.words == OVER_IMAGES
+
+
+def test_two_seeds_are_allowed_with_a_warning():
+    result = crossed({name: values[:2] for name, values in FIXTURE.items()}, HALVES)
+    assert "two seeds" in result.notes[0]
+    y = np.array([7 / 12, 17 / 24])
+    half = (result.images_fixed[1] - result.images_fixed[0]) / 2
+    assert half == pytest.approx(8.985 * y.std(ddof=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1 + 0.2])
+def test_constant_input_gives_a_point(num_seeds, value):
+    result = crossed({"a": np.full((num_seeds, 7), value), "b": np.zeros((num_seeds, 3))}, {"a": 1.0, "b": 1.0})
+    assert result.images_random == (result.mean, result.mean)
+    assert result.images_fixed in (None, (result.mean, result.mean))
+    assert result.p_value == (1.0 if value == 0 else 0.0)
+    assert all(map(math.isfinite, [result.mean, result.seed_variance, result.image_variance]))
+
+
+def test_equal_seeds_leave_the_images_and_equal_images_leave_the_seeds():
+    same_seeds = crossed({"a": np.tile([1, 0, 1, 1], (3, 1))}, {"a": 1.0})
+    assert same_seeds.seed_variance == 0
+    assert same_seeds.dof == 3
+    assert same_seeds.image_variance == pytest.approx(np.var([1, 0, 1, 1], ddof=1) / 4)
+    same_images = crossed({"a": np.tile([[0.2], [0.4], [0.3]], (1, 6))}, {"a": 1.0})
+    assert same_images.image_variance == 0
+    assert same_images.dof == 2
+    assert same_images.images_random == pytest.approx(same_images.images_fixed)
+
+
+def test_one_image_is_named_as_not_covered():
+    result = crossed({"a": np.array([[1], [0], [1]])}, {"a": 1.0})
+    assert result.notes == ("a has one image: its image variance is not covered",)
+    assert all(map(math.isfinite, result.images_random))
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "message"),
+    [
+        ({}, {}, "same sets"),
+        ({"a": np.zeros((2, 3))}, {"b": 1.0}, "same sets"),
+        ({"a": np.zeros(3)}, {"a": 1.0}, r"\[seeds, images\]"),
+        ({"a": np.zeros((3, 0))}, {"a": 1.0}, "not empty"),
+        ({"a": np.zeros((3, 2)), "b": np.zeros((2, 2))}, {"a": 1.0, "b": 1.0}, "same number of seeds"),
+        ({"a": np.full((3, 2), np.nan)}, {"a": 1.0}, "finite"),
+        ({"a": np.zeros((3, 2))}, {"a": math.inf}, "finite"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(values, weights, message):
+    with pytest.raises(ValueError, match=message):
+        crossed(values, weights)
+
+
+def test_weighted_mean_of_sets_is_the_plain_crossed_interval():
+    spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.5)
+    plain, general = crossed(FIXTURE, HALVES), objective_interval(spec, FIXTURE)
+    assert general.images_random == pytest.approx(plain.images_random, abs=1e-14)
+    other = {name: values[::-1, ::-1] for name, values in FIXTURE.items()}
+    difference = objective_difference(spec, FIXTURE, other)
+    plain = crossed(paired_differences(FIXTURE, other), HALVES)
+    assert difference.images_random == pytest.approx(plain.images_random, abs=1e-14)
+    assert difference.p_value == pytest.approx(plain.p_value, abs=1e-12)
+
+
+def test_harmonic_mean_uses_its_values_per_seed_and_its_derivatives():
+    result = objective_interval(ObjectiveSpec("harmonic", "id", ("ood",)), FIXTURE)
+    a, b = (FIXTURE[name].mean(axis=1) for name in ("id", "ood"))
+    y = 2 * a * b / (a + b)
+    assert result.mean == pytest.approx(y.mean())
+    assert result.seed_variance == pytest.approx(y.var(ddof=1) / 3)
+    a, b = a.mean(), b.mean()
+    weights = {"id": 2 * b**2 / (a + b) ** 2, "ood": 2 * a**2 / (a + b) ** 2}
+    assert result.image_variance == pytest.approx(crossed(FIXTURE, weights).image_variance)
+
+
+def test_worst_domain_near_another_set_is_marked_approximate():
+    rng = np.random.default_rng(3)
+    correct = {name: rng.random((3, 400)) < share for name, share in (("id", 0.8), ("a", 0.5), ("b", 0.7), ("c", 0.5))}
+    clear = objective_interval(ObjectiveSpec("worst_domain", "id", ("a", "b")), correct)
+    close = objective_interval(ObjectiveSpec("worst_domain", "id", ("a", "b", "c")), correct)
+    assert clear.notes == ()
+    assert clear.mean == pytest.approx(correct["a"].mean(axis=1).mean())
+    assert "approximate" in close.notes[0]
+    swapped = {**correct, "a": correct["b"], "b": correct["a"]}
+    difference = objective_difference(ObjectiveSpec("worst_domain", "id", ("a", "b")), correct, swapped)
+    assert difference.mean == pytest.approx(0)
+    assert difference.p_value > 0.05
+
+
+def test_paired_interval_covers_zero_for_equal_configurations():
+    """1,000 pairs that differ by seed and image luck only; 95 % expected, Monte Carlo standard error 0.7 %."""
+    rng = np.random.default_rng(0)
+    num, seeds, images = 1000, 5, 300
+    seed_sd, shared, own = 0.05, math.sqrt(0.9), math.sqrt(0.06)
+    rest = math.sqrt(0.04)
+    hits = seeds_only = 0
+    for _ in range(num):
+        difference = {}
+        for name in ("id", "ood"):
+            u = rng.standard_normal(images)
+            right = [
+                shared * u + own * rng.standard_normal(images) + rest * rng.standard_normal((seeds, images))
+                < 0.5 + seed_sd * rng.standard_normal((seeds, 1))
+                for _ in range(2)
+            ]
+            difference[name] = right[0].astype(float) - right[1]
+        result = crossed(difference, HALVES)
+        hits += result.images_random[0] <= 0 <= result.images_random[1]
+        seeds_only += result.images_fixed[0] <= 0 <= result.images_fixed[1]
+    assert 0.93 <= hits / num <= 0.97
+    assert seeds_only / num < hits / num  # image luck is not in it
+
+
+def test_accuracy_of_one_training_gets_the_interval_of_wilson():
+    result = accuracy_interval(np.array([[True] * 9 + [False]]))
+    assert result.images_random == pytest.approx(wilson(9, 10))
+    assert accuracy_interval(FIXTURE["id"]).images_random == crossed({"": FIXTURE["id"]}, {"": 1.0}).images_random
+
+
+def test_wilson_agrees_with_scipy_and_stays_in_its_bounds():
+    for right, num in ((0, 10), (3, 10), (10, 10), (812, 1008)):
+        reference = stats.binomtest(right, num).proportion_ci(0.95, method="wilson")
+        assert wilson(right, num) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_binomial_se_of_the_documented_set_sizes():
+    assert binomial_se(0.7, 2000) == pytest.approx(0.01025, abs=5e-6)
+    assert binomial_se(1.0, 10) == 0
+
+
+def test_rank_correlation_agrees_with_scipy_and_is_none_where_not_defined():
+    rng = np.random.default_rng(4)
+    a = rng.integers(0, 8, 40).astype(float)
+    b = a + rng.normal(0, 3, 40)
+    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert rank_correlation([1, 2, 3], [1, 1, 1]) is None
+    assert rank_correlation([1], [1]) is None
+
+
+def test_regret_is_what_the_pick_of_the_rule_misses():
+    assert regret([0.1, 0.9, 0.5], [0.6, 0.5, 0.8]) == pytest.approx(0.3)
+    assert regret([0.9, 0.9], [0.7, 0.5]) == 0
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        (0.5, "improves on plain fine-tuning by +50.0 ["),
+        (-0.5, "worse than plain fine-tuning by -50.0 ["),
+        (0.0, "no improvement over plain fine-tuning shown (+0.0 ["),
+    ],
+)
+def test_headline(shift, words):
+    noise = np.tile([0.1, -0.1], (3, 20)) + np.array([[0.01], [-0.01], [0.0]])
+    assert headline(crossed({"a": noise + shift}, {"a": 1.0}), "plain fine-tuning").startswith(words)
+
+
+def test_both_intervals_are_printed_with_their_words():
+    text = in_points(crossed(FIXTURE, HALVES))
+    assert text == f"58.3, 95 % [24.8, 91.8] {OVER_SEEDS_AND_IMAGES}; [27.3, 89.4] {OVER_SEEDS}"
+    one = in_points(crossed({"a": np.array([[1, 0, 1, 1]])}, {"a": 1.0}), signed=True)
+    assert one == f"+75.0, 95 % [+26.0, +124.0] {OVER_IMAGES}"

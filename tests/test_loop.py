@@ -1,0 +1,306 @@
+"""The training loop: limit cases, splits that change nothing, and references written anew here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from tiny import make_tiny_clip
+
+from carft_ray.data.views import batches, view_batch
+from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier
+from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
+from carft_ray.recipe.schema import TrainPart
+
+CPU = torch.device("cpu")
+
+
+def settings(**values):
+    return TrainPart(**{"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, **values})
+
+
+@pytest.fixture(scope="module")
+def clip64():
+    return make_tiny_clip(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def heads64(clip64):
+    return build_heads(clip64.model, clip64.tokenizer, CLASS_WORDS, TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_clip):
+    return build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def plain_fine_tuning(clip, class_head, source, train, form="folded"):
+    """Plain fine-tuning as anybody would write it: no KL, no workers, no micro-batches, no checkpoints."""
+    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(True).train()
+    head = torch.nn.Parameter(clip.logit_scale * class_head)
+    parameters = [*visual.parameters(), head]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=train.weight_decay, fused=True)
+    mean = torch.tensor(clip.mean, dtype=head.dtype).view(1, 3, 1, 1)
+    std = torch.tensor(clip.std, dtype=head.dtype).view(1, 3, 1, 1)
+    steps_per_epoch = math.ceil(len(source) / train.batch_size)
+    total, step = steps_per_epoch * train.epochs, 0
+    warmup = min(500, total // 10)
+    for epoch in range(train.epochs):
+        for indices in batches(train.seed, epoch, len(source), train.batch_size, 0, 1):
+            ids = source.sample_ids[indices]
+            pixels = view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, clip.image_size)
+            images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).to(head.dtype) / 255 - mean) / std
+            if step < warmup:
+                rate = train.learning_rate * (step + 1) / warmup
+            else:
+                progress = (step - warmup) / (total - warmup)
+                rate = train.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            logits = F.normalize(visual(images), dim=-1) @ head.T
+            loss = F.cross_entropy(logits, torch.from_numpy(source.labels[indices]), reduction="sum") / len(indices)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+            optimizer.step()
+            step += 1
+    return {"class_head": head.detach(), **{f"visual.{k}": v.detach() for k, v in visual.state_dict().items()}}
+
+
+def test_kl_weight_zero_is_plain_fine_tuning(clip64, heads64, source):
+    train = settings(kl_weight=0.0, precision="fp64")
+    mine = fine_tune(clip64, *heads64, source, train)
+    reference = plain_fine_tuning(clip64, heads64[0], source, train)
+    assert largest_difference(mine, reference) < 1e-12
+
+
+def test_kl_weight_zero_does_not_depend_on_the_contexts_bit_for_bit(tiny_clip, heads, source):
+    train = settings(kl_weight=0.0)
+    states = [fine_tune(tiny_clip, heads[0], context_head, source, train) for context_head in (heads[1], heads[1][:1])]
+    assert largest_difference(*states) == 0.0
+
+
+def test_one_context_is_plain_fine_tuning_bit_for_bit(tiny_clip, heads, source):
+    plain = fine_tune(tiny_clip, *heads, source, settings(kl_weight=0.0))
+    one_context = fine_tune(tiny_clip, heads[0], heads[1][:1], source, settings(kl_weight=50.0))
+    assert largest_difference(plain, one_context) == 0.0
+
+
+def test_kl_is_zero_at_step_zero_and_the_first_update_is_the_same_for_every_kl_weight(clip64, heads64, source):
+    states, rows = [], []
+    for weight in (0.0, 1.0, 1000.0):
+        train = settings(kl_weight=weight, precision="fp64", epochs=1, batch_size=40, warmup_steps=0)
+        states.append(fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append)))
+    assert [row["kl"] for row in rows] == [0.0, 0.0, 0.0]
+    assert largest_difference(states[0], states[1]) <= 1e-9 * 1e-3
+    assert largest_difference(states[0], states[2]) <= 1e-9 * 1e-3
+
+
+def test_training_kl_falls_as_its_weight_rises(clip64, heads64, source):
+    values = []
+    for weight in (0.0, 1.0, 100.0):
+        train = settings(kl_weight=weight, epochs=5)
+        state = fine_tune(make_tiny_clip(), *(head.float() for head in heads64), source, train)
+        values.append(mean_kl(make_tiny_clip(), heads64, source, state, train))
+    assert values[0] > values[1] > values[2] >= 0
+
+
+def mean_kl(clip, heads, source, state, train):
+    from carft_ray.learning import context_kl
+
+    ends = [build_classifier(clip, heads[0].float(), train, CPU).eval() for _ in range(2)]
+    ends[1].load_state_dict(state)
+    pixels = torch.from_numpy(source.images)
+    with torch.no_grad():
+        features0, features = (end.features(pixels) for end in ends)
+    return context_kl(features, features0, heads[1].float(), clip.logit_scale).item()
+
+
+def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source):
+    whole = fine_tune(clip64, *heads64, source, settings(precision="fp64"))
+    for size in (1, 5, 12):
+        split = fine_tune(clip64, *heads64, source, settings(precision="fp64", micro_batch=size))
+        assert largest_difference(whole, split) < 1e-9
+
+
+def test_threads_change_nothing(tiny_clip, heads, source):
+    one, three = (fine_tune(tiny_clip, *heads, source, settings(), num_threads=n) for n in (1, 3))
+    assert largest_difference(one, three) == 0.0
+
+
+def test_stored_targets_stand_in_for_the_frozen_model(tiny_clip, heads, source):
+    from carft_ray.learning import context_distribution
+
+    train = settings(epochs=2)
+    frozen = build_classifier(tiny_clip, heads[0], train, CPU).eval()
+    seen = []
+
+    class Stored:
+        def read(self, indices, visit):
+            seen.append((visit, len(indices)))
+            pixels = view_batch(source, indices, source.sample_ids[indices], train.seed, visit, 0.9, 16)
+            with torch.no_grad():
+                p = context_distribution(frozen.features(torch.from_numpy(pixels)), heads[1], tiny_clip.logit_scale)
+            return p.exp().half().numpy()
+
+    online = fine_tune(tiny_clip, *heads, source, train)
+    stored = fine_tune(tiny_clip, *heads, source, train, stored_targets=Stored())
+    assert seen == [(visit, size) for visit in (0, 1) for size in (12, 12, 12, 4)]
+    assert 0 < largest_difference(online, stored) < 2e-3
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_unit_head_is_the_exact_equivalent_of_the_folded_one(clip64, heads64, source, clip_norm):
+    values = {"precision": "fp64", "clip_norm": clip_norm, "head_bias": True, "head_lr_factor": 3.0, "epochs": 8}
+    folded = fine_tune(clip64, *heads64, source, settings(class_head_form="folded", **values))
+    unit = fine_tune(clip64, *heads64, source, settings(class_head_form="unit", **values))
+    unit["class_head"] = unit["class_head"] * clip64.logit_scale
+    assert largest_difference(folded, unit) < 1e-9
+
+
+def test_head_lr_factor_zero_freezes_the_head(tiny_clip, heads, source):
+    state = fine_tune(tiny_clip, *heads, source, settings(head_lr_factor=0.0))
+    assert torch.equal(state["class_head"], tiny_clip.logit_scale * heads[0])
+
+
+def test_decay_matrices_spares_norms_and_biases(tiny_clip, heads):
+    classifier = build_classifier(tiny_clip, heads[0], settings(decay="matrices"), CPU)
+    spared = [g for g in build_optimizer(classifier, settings(decay="matrices")).param_groups if not g["weight_decay"]]
+    assert all(parameter.ndim < 2 for group in spared for parameter in group["params"])
+    assert all(group["weight_decay"] > 0 for group in build_optimizer(classifier, settings()).param_groups)
+
+
+def test_the_whole_image_tower_trains_and_the_text_side_does_not(tiny_clip, heads, source):
+    before = {name: tensor.clone() for name, tensor in tiny_clip.model.state_dict().items()}
+    state = fine_tune(tiny_clip, *heads, source, settings())
+    start = build_classifier(tiny_clip, heads[0], settings(), CPU).state()
+    assert [name for name in start if torch.equal(state[name], start[name])] == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_clip.model.state_dict().items())
+
+
+def test_batch_norm_keeps_its_statistics_and_mixing_copies_them():
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    classifier = ImageClassifier(tower, torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3).train()
+    before = classifier.state()
+    optimizer = build_optimizer(classifier, settings())
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
+    F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    set_learning_rate(optimizer, 1e-2)
+    optimizer.step()
+    mixed = mix_weights(before, classifier.state(), 0.4)
+    for name in ("visual.1.running_mean", "visual.1.running_var", "visual.1.num_batches_tracked"):
+        assert torch.equal(classifier.state()[name], before[name])
+        assert torch.equal(mixed[name], before[name])
+    assert not torch.equal(mixed["visual.1.weight"], before["visual.1.weight"])
+
+
+def test_zero_shot_logits_are_those_of_clip_in_both_forms(tiny_clip, heads, source):
+    pixels = torch.from_numpy(source.images)
+    with torch.no_grad():
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny_clip.mean, tiny_clip.std))
+        images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        expected = tiny_clip.logit_scale * tiny_clip.model.encode_image(images, normalize=True) @ heads[0].T
+        for form in ("folded", "unit"):
+            logits = build_classifier(tiny_clip, heads[0], settings(class_head_form=form), CPU)(pixels)[1]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_the_clipped_norm_is_that_of_the_folded_gradient(clip64, heads64, source):
+    norms = []
+    for form in ("folded", "unit"):
+        classifier = build_classifier(clip64, heads64[0], settings(class_head_form=form, precision="fp64"), CPU)
+        labels = torch.from_numpy(source.labels)
+        F.cross_entropy(classifier(torch.from_numpy(source.images))[1], labels).backward()
+        norms.append(clip_gradients(classifier, None).item())
+    assert norms[0] == pytest.approx(norms[1], abs=1e-12)
+
+
+def test_schedule_rises_linearly_and_falls_as_a_cosine():
+    rates = [learning_rate_at(step, 2.0, 4, 12) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:] == pytest.approx([1 + math.cos(math.pi * k / 8) for k in range(8)])
+    assert num_warmup_steps(None, 144) == 14
+    assert num_warmup_steps(None, 25_000) == 500
+    assert num_warmup_steps(99, 10) == 9
+    assert num_warmup_steps(None, 1) == 0
+
+
+def test_a_loss_that_is_not_finite_is_an_error_of_its_own(tiny_clip, heads, source):
+    with pytest.raises(DivergedError, match="must stay finite"):
+        fine_tune(tiny_clip, *heads, source, settings(learning_rate=1e30, warmup_steps=0, clip_norm=None))
+
+
+def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(tiny_clip, heads, source, tmp_path):
+    train = settings(epochs=4, batch_size=3)
+    whole_rows, rows = [], []
+    whole = fine_tune(tiny_clip, *heads, source, train, RunContext(report=whole_rows.append))
+    for attempt in range(1, 20):
+        asked = iter(range(100))
+        context = RunContext(report=rows.append, should_stop=lambda asked=asked: next(asked) == 0)
+        try:
+            state = fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=tmp_path, attempt=attempt)
+        except StoppedRun:
+            continue
+        break
+    assert attempt > 3
+    assert largest_difference(whole, state) == 0.0
+    assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
+
+
+def without_speed(row):
+    return {name: value for name, value in row.items() if name != "images_per_s"}
+
+
+def test_a_seed_changes_order_and_views(tiny_clip, heads, source):
+    states = [fine_tune(tiny_clip, *heads, source, settings(seed=seed)) for seed in (0, 0, 1)]
+    assert largest_difference(states[0], states[1]) == 0.0
+    assert largest_difference(states[0], states[2]) > 1e-5
+
+
+def run_worker(rank, world_size, port, folder, batch_size):
+    """One gloo worker of the two-worker test; module level, so that it can be started in a new process."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    clip = make_tiny_clip(dtype=torch.float64)
+    rows = []
+    state = fine_tune(
+        clip,
+        *build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES),
+        ArraySource(),
+        settings(precision="fp64", epochs=5, batch_size=batch_size, micro_batch=4),
+        RunContext(rank=rank, world_size=world_size, report=rows.append),
+    )
+    torch.save((state, rows), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [10, 13])  # 13: the last batch has one image, so one worker has none
+def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path, batch_size):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(run_worker, (2, port, tmp_path, batch_size), nprocs=2)
+    rows = []
+    train = settings(precision="fp64", epochs=5, batch_size=batch_size)
+    one = fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append))
+    for rank in (0, 1):
+        state, two_rows = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert largest_difference(one, state) < 1e-9
+        if rank == 0:
+            for mine, theirs in zip(rows, two_rows, strict=True):
+                assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-12)

@@ -1,0 +1,72 @@
+"""The objective: its formulas, limit cases, derivatives and what it refuses."""
+
+import math
+
+import pytest
+
+from carft_ray.errors import CarftError
+from carft_ray.evaluation.objective import ObjectiveSpec, objective, objective_note, objective_weights
+
+KINDS = ["weighted_mean", "harmonic", "worst_domain"]
+OOD = {"noisy": 0.5, "blurry": 0.7}
+
+
+def test_formulas():
+    assert objective("weighted_mean", 0.25, 0.8, OOD) == pytest.approx(0.25 * 0.8 + 0.75 * 0.6)
+    assert objective("harmonic", 0.25, 0.8, OOD) == pytest.approx(2 * 0.8 * 0.6 / 1.4)
+    assert objective("worst_domain", 0.25, 0.8, OOD) == 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limit_cases(kind):
+    assert objective(kind, 0.5, 0.0, {"a": 0.0}) == 0
+    assert objective(kind, 0.5, 1.0, {"a": 1.0}) == 1
+    assert objective(kind, 0.3, 0.6, {"a": 0.6, "b": 0.6}) == pytest.approx(0.6)
+    assert objective(kind, 0.5, 0.7, {}) == 0.7
+    assert objective("weighted_mean", 1.0, 0.7, OOD) == 0.7
+
+
+def test_without_ood_sets_it_says_so():
+    assert objective_note("harmonic", {}) == "no OOD set: the objective is the ID accuracy alone"
+    assert objective_note("weighted_mean", OOD) is None
+    assert "too low on average" in objective_note("worst_domain", OOD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_the_derivatives(kind):
+    weights = objective_weights(kind, 0.3, "id_val", 0.8, OOD)
+    step = 1e-6
+    assert weights["id_val"] == pytest.approx(
+        (objective(kind, 0.3, 0.8 + step, OOD) - objective(kind, 0.3, 0.8 - step, OOD)) / (2 * step), abs=1e-8
+    )
+    for name in OOD:
+        up, down = ({**OOD, name: OOD[name] + sign * step} for sign in (1, -1))
+        slope = (objective(kind, 0.3, 0.8, up) - objective(kind, 0.3, 0.8, down)) / (2 * step)
+        assert weights[name] == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_finite_at_zero_and_one_without_ood_sets(kind):
+    assert all(map(math.isfinite, objective_weights(kind, 0.5, "id_val", 0.0, {"a": 0.0, "b": 0.0}).values()))
+    assert objective_weights(kind, 0.5, "id_val", 0.4, {}) == {"id_val": 1.0}
+
+
+def test_worst_domain_of_equal_sets_takes_the_first():
+    assert objective_weights("worst_domain", 0.5, "id_val", 0.1, {"a": 0.3, "b": 0.3}) == {"id_val": 0, "a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
+def test_an_accuracy_that_is_no_share_is_an_error_and_all_are_named(kind, bad):
+    with pytest.raises(CarftError) as error:
+        objective(kind, 0.5, bad, {"noisy": bad, "blurry": 0.5})
+    assert [problem.place for problem in error.value.problems] == ["accuracy of ID", "accuracy of OOD set noisy"]
+
+
+def test_spec_is_the_functions_over_named_sets():
+    spec = ObjectiveSpec("weighted_mean", "id_val", ("noisy", "blurry"), 0.3)
+    accuracies = {"id_val": 0.8, **OOD, "spare": 0.1}
+    assert spec.value(accuracies) == objective("weighted_mean", 0.3, 0.8, OOD)
+    assert spec.weights(accuracies) == objective_weights("weighted_mean", 0.3, "id_val", 0.8, OOD)
+    with pytest.raises(ValueError, match="different names"):
+        objective_weights("weighted_mean", 0.5, "noisy", 0.5, OOD)

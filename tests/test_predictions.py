@@ -1,0 +1,187 @@
+"""Per-image results: what a table holds, merging of parts, accuracies derived from it, and the file."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from carft_ray.errors import CarftError, DataError, StorageError
+from carft_ray.evaluation import predictions
+from carft_ray.evaluation.predictions import (
+    accuracies,
+    accuracy,
+    alphas,
+    concat,
+    correct,
+    correct_matrix,
+    merge_shards,
+    negative_log_likelihood,
+    num_classes,
+    predictions_table,
+    read_predictions,
+    sample_ids,
+    select,
+    sets,
+    write_predictions,
+)
+
+
+def random_set(num_samples=37, classes=16, seed=0, scale=8.0):
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(np.arange(num_samples, dtype=np.uint64) * np.uint64(2**57 + 1) + np.uint64(2**63))
+    labels = rng.integers(0, classes, num_samples)
+    logits = (scale * rng.normal(size=(num_samples, classes))).astype(np.float32)
+    return ids, labels, logits
+
+
+def table_of(set_name="id_val", alpha=1.0, **kwargs):
+    return predictions_table(set_name, alpha, *random_set(**kwargs))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 10, 16])
+def test_table_agrees_with_numpy(classes):
+    ids, labels, logits = random_set(classes=classes)
+    table = predictions_table("id_val", 0.6, ids, labels, logits)
+    order = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")[:, :10]
+    assert table["top_classes"].to_pylist() == order.tolist()
+    assert table["top_logits"].to_pylist() == np.take_along_axis(logits, order, 1).tolist()
+    assert table["prediction"].to_pylist() == logits.argmax(1).tolist()
+    assert table["logit_true"].to_pylist() == logits[np.arange(len(labels)), labels].tolist()
+    log_sum_exp = np.log(np.exp(logits.astype(np.float64)).sum(1))
+    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), log_sum_exp, rtol=1e-7)
+    assert table["sample_id"].to_numpy().tolist() == ids.tolist()
+    assert accuracy(table) == (logits.argmax(1) == labels).mean()
+    likelihoods = log_sum_exp - logits[np.arange(len(labels)), labels]
+    assert negative_log_likelihood(table) == pytest.approx(likelihoods.mean(), rel=1e-6, abs=1e-7)
+    assert num_classes(table) == classes
+
+
+def test_equal_logits_are_ordered_by_class_index():
+    table = predictions_table("s", 0.0, np.arange(2, dtype=np.uint64), [2, 0], [[0, 7, 7, 7], [1, 1, 1, 1]])
+    assert table["top_classes"].to_pylist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
+    assert table["prediction"].to_pylist() == [1, 0]
+
+
+def test_log_sum_exp_does_not_overflow():
+    table = predictions_table("s", 1.0, np.arange(2, dtype=np.uint64), [0, 0], [[3e4, 3e4], [-3e4, -3e4]])
+    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), [3e4 + np.log(2), -3e4 + np.log(2)], rtol=1e-7)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
+    ids, labels, logits = random_set()
+    logits[3, 1] = value
+    with pytest.raises(CarftError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
+        predictions_table("id_val", 0.4, ids, labels, logits)
+
+
+def test_shapes_and_labels_that_do_not_belong_together_are_refused():
+    ids, labels, logits = random_set()
+    with pytest.raises(ValueError, match="must belong together"):
+        predictions_table("s", 1.0, ids[:-1], labels, logits)
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 15"):
+        predictions_table("s", 1.0, ids, labels + 16, logits)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 37, 40])
+def test_merging_the_parts_of_any_world_size_gives_the_whole_table(world_size):
+    ids, labels, logits = random_set()
+    whole = predictions_table("ood", 0.6, ids, labels, logits)
+    positions = [np.arange(rank, 37, world_size) for rank in range(world_size)]  # some are empty at 40
+    shards = [(at, predictions_table("ood", 0.6, ids[at], labels[at], logits[at])) for at in positions]
+    merged = merge_shards(shards[::-1], 37)
+    assert merged.equals(whole)
+    assert num_classes(merged) == 16
+
+
+def test_merging_names_missing_double_and_foreign_positions():
+    table = table_of(num_samples=4)
+    with pytest.raises(CarftError, match=r"each of the 4 images exactly once, but got 1 missing \(first: 3\)"):
+        merge_shards([(np.arange(3), table.slice(0, 3))], 4)
+    with pytest.raises(CarftError, match=r"1 missing \(first: 2\), 1 more than once \(first: 1\), 1 outside the set"):
+        merge_shards([(np.array([0, 1]), table.slice(0, 2)), (np.array([1, 3, 9]), table.slice(1, 3))], 4)
+    with pytest.raises(CarftError, match="4 missing"):
+        merge_shards([], 4)
+    with pytest.raises(ValueError, match="one position per row"):
+        merge_shards([(np.arange(3), table)], 4)
+    with pytest.raises(ValueError, match="one set and one alpha"):
+        merge_shards([(np.array([0]), table.slice(0, 1)), (np.array([1]), table_of(alpha=0.2).slice(0, 1))], 2)
+
+
+def test_accuracies_by_set_and_alpha():
+    parts = [table_of(name, alpha, seed=i) for i, name in enumerate(("id_val", "noisy")) for alpha in (1.0, 0.0, 0.6)]
+    table = concat(parts)
+    assert sets(table) == ["id_val", "noisy"]
+    assert alphas(table, "noisy") == [0.0, 0.6, 1.0]
+    assert accuracies(table)["noisy"][0.6] == accuracy(parts[5])
+    assert select(table, "id_val", 0.6).equals(parts[2])
+    with pytest.raises(ValueError, match="one number of classes"):
+        concat([parts[0], table_of(classes=3)])
+
+
+def test_correctness_does_not_depend_on_the_order_of_the_rows():
+    ids, labels, logits = random_set()
+    order = np.random.default_rng(5).permutation(37)
+    a = predictions_table("s", 1.0, ids, labels, logits)
+    b = predictions_table("s", 1.0, ids[order], labels[order], logits[order])
+    assert correct(a, "s", 1.0).tolist() == correct(b, "s", 1.0).tolist()
+    by_id = dict(zip(ids.tolist(), (logits.argmax(1) == labels).tolist(), strict=True))
+    assert correct(a, "s", 1.0).tolist() == [by_id[i] for i in sorted(by_id)]
+    assert sample_ids(b, "s", 1.0).tolist() == sorted(by_id)
+    assert correct_matrix([(a, 1.0), (b, 1.0)], "s").shape == (2, 37)
+
+
+def test_comparing_results_of_other_images_is_an_error():
+    with pytest.raises(DataError, match="must be of the same images"):
+        correct_matrix([(table_of(), 1.0), (table_of(num_samples=36), 1.0)], "id_val")
+
+
+def test_a_set_that_was_not_evaluated_is_named_with_those_that_were():
+    with pytest.raises(DataError, match=r"but got noisy at 0.5 \(allowed: id_val at 1\)"):
+        correct(table_of(), "noisy", 0.5)
+
+
+def test_a_set_without_images_has_no_accuracy():
+    with pytest.raises(DataError, match="at least one image"):
+        accuracy(table_of(num_samples=0))
+
+
+def test_file_gives_back_the_same_table(tmp_path):
+    table = concat([table_of("id_val"), table_of("noisy", 0.6, seed=1)])
+    path = tmp_path / "predictions" / "t.parquet"
+    write_predictions(path, table)
+    back = read_predictions(path)
+    assert back.equals(table)
+    assert num_classes(back) == 16
+    assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    write_predictions(path, table_of())
+    data = path.read_bytes()
+    for broken in (b"", data[: len(data) // 2], b"nonsense"):
+        path.write_bytes(broken)
+        with pytest.raises(StorageError, match=rf"{path}: must be a readable Parquet file"):
+            read_predictions(path)
+    with pytest.raises(StorageError, match="No such file"):
+        read_predictions(tmp_path / "none.parquet")
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(StorageError, match="format_version of predictions must be 1, but got none"):
+        read_predictions(path)
+    future = table_of().replace_schema_metadata({"format_version": "2", "num_classes": "16"})
+    pq.write_table(future, path)
+    with pytest.raises(StorageError, match="must be 1, but got 2"):
+        read_predictions(path)
+    pq.write_table(table_of().drop_columns(["label"]), path)
+    with pytest.raises(
+        StorageError, match=r"must have the columns set, alpha, .*, but got set, alpha, sample_id, pred"
+    ):
+        read_predictions(path)
+
+
+def test_the_columns_are_the_published_format():
+    names = "set alpha sample_id label prediction logit_true log_sum_exp top_classes top_logits"
+    assert " ".join(predictions.SCHEMA.names) == names
+    assert table_of().schema.equals(predictions.SCHEMA)

@@ -1,0 +1,305 @@
+"""Data order and views: golden words, boxes and pixels; oracles; independence of rank, batch and epochs."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
+from carft_ray.data.views import batches, crop_box, crop_boxes, permutation, view, view_batch
+
+ALL_ONES = 0xFFFFFFFF
+# Random123 1.14, tests/kat_vectors, lines "philox4x32 10": counter, key, expected
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ALL_ONES,) * 4, (ALL_ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def picture(width, height, seed=0):
+    """A smooth random image: neighbouring pixels are alike, as in a photo."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 2, width // 4 + 2, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+
+
+# Philox
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
+    output = philox4x32(np.array(counter, dtype=np.uint32), np.array(key, dtype=np.uint32))
+    assert tuple(output.tolist()) == expected
+
+
+def test_philox_of_many_counters_equals_one_at_a_time():
+    counters = np.random.default_rng(0).integers(0, 2**32, (5, 7, 4), dtype=np.uint32)
+    key = np.array([1, 2], dtype=np.uint32)
+    together = philox4x32(counters, key)
+    assert together.shape == (5, 7, 4)
+    assert together.dtype == np.uint32
+    for row, column in np.ndindex(5, 7):
+        np.testing.assert_array_equal(together[row, column], philox4x32(counters[row, column], key))
+
+
+def test_words_follow_the_documented_layout():
+    seed, visit, item = 0x0123456789ABCDEF, 0xFEDCBA98, 0x1122334455667788
+    found = words(seed, STREAM_VIEW, visit, [item], num_blocks=3)
+    counter = [[STREAM_VIEW * 2**16 + block, visit, 0x55667788, 0x11223344] for block in range(3)]
+    expected = philox4x32(np.array(counter, dtype=np.uint32), np.array([0x89ABCDEF, 0x01234567], dtype=np.uint32))
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_streams_share_no_words():
+    one, other = (words(0, stream, 0, np.arange(500)) for stream in (STREAM_PERMUTATION, STREAM_VIEW))
+    assert not set(one.ravel().tolist()) & set(other.ravel().tolist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 1, 0, [0]), "seed"),
+        ((2**64, 1, 0, [0]), "seed"),
+        ((0, 1, -1, [0]), "visit"),
+        ((0, 1, 2**32, [0]), "visit"),
+        ((0, 2**16, 0, [0]), "stream"),
+    ],
+)
+def test_words_refuse_numbers_that_do_not_fit_their_place(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        words(*arguments)
+
+
+# order
+
+
+def test_permutation_is_pinned():
+    assert permutation(0, 0, 10).tolist() == PERMUTATION_0_0
+    assert permutation(0, 1, 10).tolist() == PERMUTATION_0_1
+    assert permutation(2**63 - 1, 2**32 - 1, 10).tolist() == PERMUTATION_LARGE
+    assert permutation(0, 0, 0).tolist() == []
+
+
+def test_permutation_holds_every_index_once():
+    order = permutation(5, 3, 1000)
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+
+
+def test_permutation_puts_every_index_everywhere_equally_often():
+    table = np.zeros((5, 5))
+    for seed in range(40):
+        for epoch in range(50):
+            table[permutation(seed, epoch, 5), np.arange(5)] += 1
+    chi2 = float(((table - 400) ** 2 / 400).sum())  # (5 - 1)^2 degrees of freedom
+    assert stats.chi2.sf(chi2, 16) > 1e-3
+
+
+def test_permutations_of_epochs_and_seeds_are_unrelated():
+    orders = [permutation(seed, epoch, 2000) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    correlations = np.corrcoef(orders)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 4 / np.sqrt(2000)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
+def test_parts_of_all_ranks_are_the_global_batches_of_one_worker(world_size):
+    alone = batches(3, 2, 50, 12, 0, 1)
+    parts = [batches(3, 2, 50, 12, rank, world_size) for rank in range(world_size)]
+    assert [len(batch) for batch in alone] == [12, 12, 12, 12, 2]
+    np.testing.assert_array_equal(np.concatenate(alone), permutation(3, 2, 50))
+    for i, batch in enumerate(alone):
+        np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), batch)
+        sizes = [len(part[i]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("batch_size", "rank", "world_size"), [(0, 0, 1), (4, 1, 1), (4, -1, 2), (4, 0, 0)])
+def test_batches_refuse_a_rank_outside_the_world(batch_size, rank, world_size):
+    with pytest.raises(ValueError, match="must hold"):
+        batches(0, 0, 8, batch_size, rank, world_size)
+
+
+# boxes
+
+
+def reference_box(seed, sample_id, visit, width, height, crop_scale):
+    """torchvision's get_params (0.28), word for word, fed with our words."""
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    for area_word, ratio_word, top_word, left_word in words(seed, STREAM_VIEW, visit, [sample_id], 10)[0].tolist():
+        target_area = width * height * (crop_scale + (1 - crop_scale) * (area_word / 2**32))
+        ratio = np.exp(low + (high - low) * (ratio_word / 2**32))
+        w, h = round(np.sqrt(target_area * ratio)), round(np.sqrt(target_area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = top_word * (height - h + 1) // 2**32, left_word * (width - w + 1) // 2**32
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = round(w / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(h * (4 / 3))
+    top, left = (height - h) // 2, (width - w) // 2
+    return left, top, left + w, top + h
+
+
+def test_boxes_are_pinned():
+    cases = [(0, 0, 0, 32, 32, 0.9), (0, 1, 0, 32, 32, 0.9), (0, 1, 1, 32, 32, 0.9), (7, 2**64 - 1, 3, 640, 480, 0.08)]
+    assert [crop_box(*case) for case in cases] == BOXES
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(32, 32), (224, 224), (640, 480), (100, 300), (300, 100), (1, 1), (2, 9)]
+)
+@pytest.mark.parametrize("crop_scale", [0.08, 0.5, 0.9, 1.0])
+def test_boxes_follow_the_rule_of_torchvision(width, height, crop_scale):
+    ids = np.random.default_rng(1).integers(0, 2**64, 60, dtype=np.uint64)
+    boxes = crop_boxes(11, ids, 4, width, height, crop_scale)
+    expected = [reference_box(11, int(i), 4, width, height, crop_scale) for i in ids]
+    np.testing.assert_array_equal(boxes, expected)
+    assert (boxes[:, 0] >= 0).all()
+    assert (boxes[:, 2] <= width).all()
+    assert (boxes[:, 2] > boxes[:, 0]).all()
+    assert (boxes[:, 3] > boxes[:, 1]).all()
+
+
+def test_boxes_lie_as_those_that_torchvision_draws():
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    image = torch.zeros(3, 60, 90)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(1500)])
+    boxes = crop_boxes(0, np.arange(1500, dtype=np.uint64), 0, 90, 60, 0.3)
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+def test_a_sliver_gets_a_box_that_is_not_empty():
+    assert crop_box(0, 0, 0, 1, 4000, 1.0) == (0, 1999, 1, 2000)
+    assert crop_box(0, 0, 0, 4000, 1, 1.0) == (1999, 0, 2000, 1)
+
+
+def test_boxes_of_many_images_equal_one_at_a_time():
+    ids, visits = np.array([5, 2**63, 9], dtype=np.uint64), [0, 4, 4]
+    widths, heights = [40, 50, 400], [30, 90, 100]
+    boxes = crop_boxes(1, ids, visits, widths, heights, 0.4)
+    single = [crop_box(1, int(ids[i]), visits[i], widths[i], heights[i], 0.4) for i in range(3)]
+    assert [tuple(box) for box in boxes.tolist()] == single
+
+
+@pytest.mark.parametrize("crop_scale", [0, -0.1, 1.01, float("nan")])
+def test_boxes_refuse_an_impossible_crop_scale(crop_scale):
+    with pytest.raises(ValueError, match="crop_scale"):
+        crop_box(0, 0, 0, 32, 32, crop_scale)
+
+
+# views
+
+
+def test_view_is_pinned():
+    pixels = np.arange(40 * 30 * 3, dtype=np.uint32).reshape(30, 40, 3) * 2654435761 >> 13 & 255
+    shown = view(pixels.astype(np.uint8), 3, 12345678901234567890, 2, 0.5, 32)
+    assert shown.shape == (32, 32, 3)
+    assert shown.dtype == np.uint8
+    assert hashlib.blake2b(shown.tobytes(), digest_size=8).hexdigest() == VIEW
+
+
+def test_view_depends_on_visit_seed_and_sample_id_and_on_nothing_else():
+    pixels = picture(32, 32)
+    base = view(pixels, 0, 1, 0, 0.5, 32)
+    np.testing.assert_array_equal(base, view(pixels.copy(), 0, 1, 0, 0.5, 32))
+    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        assert not np.array_equal(base, view(pixels, *other, 0.5, 32))
+
+
+def test_view_equals_torchvisions_resized_crop_away_from_the_border():
+    """Same box, same filter; only at the border does our filter see the image around the box."""
+    pixels = picture(120, 90)
+    for sample_id in range(20):
+        left, top, right, bottom = crop_box(0, sample_id, 0, 120, 90, 0.5)
+        size = (32, 32)
+        mode = InterpolationMode.BICUBIC
+        theirs = tv.resized_crop(Image.fromarray(pixels), top, left, bottom - top, right - left, size, mode)
+        ours = view(pixels, 0, sample_id, 0, 0.5, 32)
+        np.testing.assert_array_equal(ours[2:-2, 2:-2], np.asarray(theirs)[2:-2, 2:-2])
+
+
+def test_full_crop_of_a_square_image_at_its_own_size_is_the_image_on_both_paths():
+    images = np.stack([picture(32, 32, seed) for seed in range(40)])
+    ids = np.arange(40, dtype=np.uint64)
+    fast = view_batch(images, np.arange(40), ids, 0, 5, 1.0, 32)
+    slow = np.stack([view(images[i], 0, i, 5, 1.0, 32) for i in range(40)])
+    np.testing.assert_array_equal(fast, slow)
+    np.testing.assert_array_equal(fast, images)
+
+
+class Pictures:
+    """A source of images of different sizes."""
+
+    def __init__(self, sizes):
+        self._images = [picture(width, height, seed) for seed, (width, height) in enumerate(sizes)]
+
+    def pixels(self, index):
+        return self._images[index]
+
+
+@pytest.mark.parametrize("image_size", [32, 24])
+@pytest.mark.parametrize("crop_scale", [0.3, 0.9, 1.0])
+def test_view_batch_equals_one_view_at_a_time(image_size, crop_scale):
+    decoded = np.stack([picture(40, 36, seed) for seed in range(6)])
+    mixed = Pictures([(40, 36), (36, 40), (64, 20), (32, 32), (24, 24), (9, 50)])
+    indices = np.array([4, 0, 4, 2])
+    ids = np.array([2**64 - 1, 8, 3, 0], dtype=np.uint64)
+    visits = np.array([0, 1, 2, 3])
+    for images, pixels in ((decoded, decoded.__getitem__), (mixed, mixed.pixels)):
+        together = view_batch(images, indices, ids, 9, visits, crop_scale, image_size)
+        single = [
+            view(pixels(index), 9, int(i), visit, crop_scale, image_size)
+            for index, i, visit in zip(indices.tolist(), ids, visits.tolist(), strict=True)
+        ]
+        np.testing.assert_array_equal(together, np.stack(single))
+        assert together.flags.writeable
+
+
+@pytest.mark.parametrize("crop_scale", [0.9, 1.0])
+def test_view_batch_of_no_images_is_empty(crop_scale):
+    images = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    nothing = view_batch(images, np.array([], dtype=np.int64), np.array([], dtype=np.uint64), 0, 0, crop_scale, 32)
+    assert nothing.shape == (0, 32, 32, 3)
+    assert nothing.dtype == np.uint8
+
+
+def test_view_batch_refuses_the_ids_of_the_whole_set():
+    images = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="one sample id per index"):
+        view_batch(images, np.array([0]), np.arange(3, dtype=np.uint64), 0, 0, 0.9, 32)
+
+
+def test_views_of_an_epoch_do_not_depend_on_the_world_size():
+    images = np.stack([picture(32, 32, seed) for seed in range(20)])
+    ids = np.arange(100, 120, dtype=np.uint64)
+
+    def epoch(world_size):
+        shown = {}
+        for rank in range(world_size):
+            for part in batches(1, 3, 20, 8, rank, world_size):
+                shown |= zip(part.tolist(), view_batch(images, part, ids[part], 1, 3, 0.5, 32), strict=True)
+        return np.stack([shown[index] for index in range(20)])
+
+    np.testing.assert_array_equal(epoch(1), epoch(3))
+
+
+# Golden values of VIEW_VERSION 1. They change only together with it.
+PERMUTATION_0_0 = [0, 3, 6, 5, 7, 9, 8, 4, 1, 2]
+PERMUTATION_0_1 = [3, 4, 5, 7, 9, 1, 8, 2, 6, 0]
+PERMUTATION_LARGE = [5, 6, 3, 2, 9, 4, 0, 7, 1, 8]
+BOXES = [(0, 1, 30, 32), (1, 0, 31, 31), (0, 2, 31, 32), (25, 7, 574, 471)]
+VIEW = "9eefdc418304a3eb"

@@ -1,0 +1,26 @@
+"""Builds the tiny CLIP of the tests; importable by worker processes."""
+
+import math
+
+import open_clip
+import torch
+
+from carft_ray.learning.clip import wrap_model
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def make_tiny_clip(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**CONFIG)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(20.0))
+        for parameter in model.visual.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 16})
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    return wrap_model(model.to(dtype), tokenizer, CONFIG)
