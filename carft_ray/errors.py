@@ -110,6 +110,12 @@ class HoldOutError(CarftError):
     exit_code = 8
 
 
+class DivergedError(CarftError):
+    """A training has left the finite numbers; a verdict on its hyperparameters."""
+
+    exit_code = 6
+
+
 class InterruptedRunError(CarftError):
     """Stopped on request; everything needed to resume is on disk."""
 

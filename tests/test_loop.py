@@ -98,7 +98,7 @@ def test_one_context_is_plain_fine_tuning_bit_for_bit(tiny_clip, heads, source):
 
 def test_kl_is_zero_at_step_zero_and_the_first_update_is_the_same_for_every_kl_weight(clip64, heads64, source):
     states, rows = [], []
-    for weight in (0.0, 1.0, 1000.0):
+    for weight in (0.0, 1.0, 100.0):
         train = settings(kl_weight=weight, precision="fp64", epochs=1, batch_size=40, warmup_steps=0)
         states.append(fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append)))
     assert [row["kl"] for row in rows] == [0.0, 0.0, 0.0]

@@ -114,7 +114,7 @@ def test_accuracies_by_set_and_alpha():
     assert sets(table) == ["id_val", "noisy"]
     assert alphas(table, "noisy") == [0.0, 0.6, 1.0]
     assert accuracies(table)["noisy"][0.6] == accuracy(parts[5])
-    assert select(table, "id_val", 0.6).equals(parts[2])
+    assert select(table, "id_val", 0.6).to_pylist() == parts[2].to_pylist()
     with pytest.raises(ValueError, match="one number of classes"):
         concat([parts[0], table_of(classes=3)])
 

@@ -107,6 +107,22 @@ def test_sandbox_sets_open(tmp_path):
     assert class_folders(recipe, tmp_path) == id_val.class_names == sandbox.CLASSES
 
 
+def test_sandbox_pictures_saved_as_a_tree_are_the_sandbox_set(tmp_path):
+    drawn = sandbox.sandbox_source("sketch", "val", 2, "ood_val")
+    for index in range(len(drawn)):
+        folder = tmp_path / "images" / "sketch" / drawn.class_names[drawn.labels[index]]
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(drawn.pixels(index))
+        image.convert("RGBA" if index % 2 else "RGB").save(folder / f"{index:04d}.png")
+    Image.new("L", (32, 32), 77).save(folder / "grey.png")
+    read = open_source(folder_recipe({"train": folder_set("sketch")}).data.train, "train", None, tmp_path)
+    assert read.class_names == drawn.class_names == sandbox.CLASSES
+    assert read.labels.tolist() == [*drawn.labels.tolist(), len(sandbox.CLASSES) - 1]
+    for index in range(len(drawn)):
+        np.testing.assert_array_equal(read.pixels(index), drawn.pixels(index))
+    np.testing.assert_array_equal(read.pixels(len(drawn)), np.full((32, 32, 3), 77))
+
+
 def test_words_for_the_prompts(base):
     assert class_names(folder_recipe(), base) == ("bird", "fire truck")
     assert class_names(folder_recipe(prompts={"class_names": ["a", "b"]}), base) == ("a", "b")

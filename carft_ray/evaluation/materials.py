@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from carft_ray.data.arrays import image_set
+from carft_ray.data.decoded import DecodedSource
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.learning.clip import Clip, load_clip, templates
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, SandboxSet
 
 ID_SET = "id_val"
 
@@ -49,9 +50,11 @@ def load_materials(recipe: Recipe, base_dir: Path) -> Materials:
     asked = json.dumps({**parts, "base_dir": str(base_dir.resolve())}, sort_keys=True)
     if asked not in _materials:
         clip = load_clip(recipe.model, base_dir)
+        folder = cache_dir(recipe, base_dir)
         train = open_train(recipe, base_dir)
+        if isinstance(recipe.data.train, SandboxSet):  # drawing an image takes longer than training on it
+            train = DecodedSource(train, folder)
         id_val, ood_val = open_validation(recipe, base_dir)
-        folder = cache_dir(recipe)
         validation = tuple(
             dataclasses.replace(image_set(source, clip.to_input, clip.input_key, folder), name=name)
             for name, source in {ID_SET: id_val, **ood_val}.items()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
-from carft_ray.errors import CarftError, DataError, Problem, StorageError
+from carft_ray.errors import CarftError, DataError, DivergedError, Problem, StorageError
 
 FORMAT_VERSION = 1
 NUM_TOP_CLASSES = 10
@@ -60,7 +60,7 @@ def predictions_table(
         logits_NC: Class logits, [N, C]; kept as float32. N may be 0 (an empty part of a sharded evaluation).
 
     Raises:
-        CarftError: A logit is not finite.
+        DivergedError: A logit is not finite.
         ValueError: The shapes do not belong together, or a label is no class.
     """
     logits_NC = np.asarray(logits_NC, np.float32)
@@ -77,7 +77,7 @@ def predictions_table(
         bad = int((~np.isfinite(logits_NC)).any(axis=1).sum())
         rule = f"class logits must be finite, but those of {bad} of {num_samples} images are not"
         step = "The training has diverged; try a lower learning_rate."
-        raise CarftError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
+        raise DivergedError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
 
     num_kept = min(NUM_TOP_CLASSES, num_classes)
     top_NK = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_kept]

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -31,6 +32,8 @@ ENVIRONMENT = {
 }
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
+# loggers that say only: a token is used; there are no progress files (we turned them off)
+BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 45  # the path of a socket below it has at most 107 characters
 
 
@@ -107,15 +110,17 @@ def _short_temp_dir() -> str:
 
 
 def _start(temp_dir: str) -> None:
-    """Starts Ray without its dashboard: nothing is ever stopped from outside, so its placement-group cleaner is idle."""
+    """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # only this process and its children know the token; without it Ray would write one into the home folder
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
-            configure_logging=False,
+            logging_level=logging.WARNING,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=temp_dir,
         )
@@ -143,12 +148,14 @@ def _attach(address: str) -> None:
         try:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         except (OSError, OverflowError) as error:
-            raise ClusterError(Problem("address", f"no Ray answers at {address}", str(error), next_step=step)) from error
+            raise ClusterError(
+                Problem("address", f"no Ray answers at {address}", str(error), next_step=step)
+            ) from error
     try:
         ray.init(
             address=address,
             log_to_driver=False,
-            configure_logging=False,
+            logging_level=logging.WARNING,
             runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
         )
     except ray.exceptions.AuthenticationError as error:
@@ -168,20 +175,24 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet(log_path: Path) -> Iterator[None]:
-    """Sends the messages of Ray's loggers to a file."""
+    """Sends the messages of Ray's loggers to a file, and keeps its news of dead workers off the standard output."""
     logger = logging.getLogger("ray")
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    before = logger.handlers, logger.level, logger.propagate
     log_path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(log_path, delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.addFilter(lambda record: not record.name.startswith(BESIDE_THE_POINT))
     logger.handlers, logger.propagate = [file], False
     logger.setLevel(logging.WARNING)
+    worker = ray._private.worker
+    worker._worker_logs_enabled = False  # the switch of Ray's debugger; no public one stops '(raylet) A worker died'
     try:
         yield
     finally:
+        worker._worker_logs_enabled = True
         file.close()
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -72,14 +72,4 @@ class Stopping:
     num_running: int
 
 
-Event = (
-    Note
-    | Preparing
-    | Prepared
-    | Started
-    | TrialStarted
-    | TrialEpoch
-    | TrialFinished
-    | BaselineFinished
-    | Stopping
-)
+Event = Note | Preparing | Prepared | Started | TrialStarted | TrialEpoch | TrialFinished | BaselineFinished | Stopping

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from carft_ray.errors import CarftError, ClusterError, Problem
-from carft_ray.launch.cluster import Capacity
+from carft_ray.errors import CarftError, ClusterError, DivergedError, InterruptedRunError, Problem
+from carft_ray.launch.cluster import Capacity, Node, capacity
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
@@ -41,6 +41,13 @@ def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
     from carft_ray.evaluation import run
 
     return run.prepare(recipe, base_dir, folder)
+
+
+def prepare_single(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+    """``prepare`` for one training, which shares no targets with others."""
+    from carft_ray.evaluation import run
+
+    return run.prepare(recipe, base_dir, folder, share_targets=False)
 
 
 def train(
@@ -68,7 +75,8 @@ class Plan:
         recipe: With ``gpus_per_worker`` resolved.
         base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory, seen by every node.
-        capacity: Workers of a training and what each gets.
+        capacity: Trainings at a time, workers of each and what they get.
+        prepare_cpus: Cores for the preparation: all of one node.
         runner: Preparation and training.
     """
 
@@ -76,6 +84,7 @@ class Plan:
     base_dir: Path
     study_dir: Path
     capacity: Capacity
+    prepare_cpus: int
     runner: Runner
 
     @property
@@ -91,6 +100,18 @@ class Plan:
         return {"CPU": self.capacity.cpus_per_worker, **gpus}
 
 
+def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
+    """Returns the plan of a search (or of one training) on these nodes.
+
+    Raises:
+        ClusterError: A training does not fit.
+    """
+    room = capacity(recipe, nodes)
+    resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
+    prepare_cpus = max(1, int(max(node.num_cpus for node in nodes)))
+    return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, prepare_cpus, runner)
+
+
 def stop_reader(study_dir: Path) -> Callable[[], bool]:
     """Returns a function that tells whether the stop file is there, looking at most twice a second."""
     path, state = study_dir / STOP, {"next": 0.0, "stopped": False}
@@ -104,15 +125,15 @@ def stop_reader(study_dir: Path) -> Callable[[], bool]:
     return should_stop
 
 
-def run_prepare(plan: Plan, num_cpus: int) -> dict[str, Any]:
-    """Runs the preparation in a Ray task, on all cores that one node has.
+def run_prepare(plan: Plan) -> dict[str, Any]:
+    """Runs the preparation in a Ray task.
 
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` when its process died.
     """
-    resources = plan.recipe.resources.model_copy(update={"threads": num_cpus})
+    resources = plan.recipe.resources.model_copy(update={"threads": plan.prepare_cpus})
     recipe = plan.recipe.model_copy(update={"resources": resources})
-    task = ray.remote(num_cpus=num_cpus, num_gpus=plan.capacity.gpus_per_worker, max_retries=0)(_prepare)
+    task = ray.remote(num_cpus=plan.prepare_cpus, num_gpus=plan.capacity.gpus_per_worker, max_retries=0)(_prepare)
     try:
         metrics: dict[str, Any] = ray.get(task.remote(plan, recipe))
     except ray.exceptions.RayTaskError as error:
@@ -133,11 +154,16 @@ def _check_visible(plan: Plan) -> None:
     if not (plan.study_dir / MANIFEST).exists():
         rule = "must be seen by every node: a trial runs on any of them"
         step = "Put the study into a folder that all nodes share."
-        raise ClusterError(Problem(str(plan.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step))
+        raise ClusterError(
+            Problem(str(plan.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)
+        )
 
 
 def tune_trainable(plan: Plan) -> Any:
-    """Returns the Tune trainable, with its resources; its ``config`` holds the fields of a ``TrialSpec``."""
+    """Returns the Tune trainable, with its resources; its ``config`` holds the fields of a ``TrialSpec``.
+
+    It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
+    """
     if plan.nested:
 
         def nested_trial(config: dict[str, Any]) -> dict[str, str]:
@@ -145,10 +171,11 @@ def tune_trainable(plan: Plan) -> Any:
 
         return tune.with_resources(nested_trial, HEAD_ONLY)
 
-    def inline_trial(config: dict[str, Any]) -> None:
+    def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
         context = RunContext(should_stop=stop_reader(plan.study_dir))
         run_worker(plan, spec, spec.folder(plan.study_dir), context)
+        return {"lost": ""}
 
     return tune.with_resources(inline_trial, tune.PlacementGroupFactory([plan.worker_resources]))
 
@@ -165,9 +192,7 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         if context.rank == 0:
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
         recipe = apply(plan.recipe, spec.values)
-        result = plan.runner.train(
-            recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt
-        )
+        result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         failure = _failure(error, spec.attempt)
         if failure is None:
@@ -176,22 +201,23 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         return False
     if math.isfinite(result["objective"]):
         return True
-    write_failure(folder, Failure("diverged", f"objective is {result['objective']}", spec.attempt), "")
+    error = DivergedError(f"objective is {result['objective']}")
+    write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
     return False
 
 
 def _failure(error: Exception, attempt: int) -> Failure | None:
     """Sorts an exception of a training; None for a stop."""
-    from carft_ray.learning.loop import DivergedError, StoppedRun
-
-    if isinstance(error, StoppedRun):
+    if isinstance(error, CarftError) and error.exit_code == InterruptedRunError.exit_code:
         return None
     text = str(error).strip()
     if isinstance(error, DivergedError):
-        return Failure("diverged", text, attempt)
+        return Failure("diverged", text, attempt, error.exit_code)
     if isinstance(error, CarftError):
         return Failure("fatal", text, attempt, error.exit_code)
-    return Failure("error", f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__, attempt)
+    return Failure(
+        "error", f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__, attempt
+    )
 
 
 def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:

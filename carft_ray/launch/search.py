@@ -1,24 +1,22 @@
 """A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
 
-import contextlib
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from ray import tune
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, Problem
-from carft_ray.launch.cluster import Node, capacity, running_ray
+from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import RAY_FILES, STOP, Plan, Runner, run_prepare, tune_trainable
+from carft_ray.launch.executors import RAY_FILES, STOP, Runner, make_plan, run_prepare, tune_trainable
 from carft_ray.launch.searcher import StudySearcher, Watcher, no_successful_trial
+from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import TrialRow
@@ -95,16 +93,17 @@ def run_search(
         for row in study.adopt():
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
-            with _interruptible(study_dir) as signals, running_ray(address, study_dir / RAY_LOG) as nodes:
-                _run(study, base_dir, nodes, on_event, runner or Runner(), signals)
+            try:
+                with running_ray(address, study_dir / RAY_LOG) as nodes:
+                    _run(study, base_dir, nodes, on_event, runner or Runner())
+            except KeyboardInterrupt:
+                raise _interrupted(study) from None
         rows = study.rows()
         best = best_row(rows)
         if best is None:
             raise no_successful_trial(study, rows)
         elapsed_s = time.monotonic() - began
-        return SearchResult(
-            study_dir, best, rows, study.rows("baseline"), _num_finished(study) - num_before, elapsed_s
-        )
+        return SearchResult(study_dir, best, rows, study.rows("baseline"), _num_finished(study) - num_before, elapsed_s)
 
 
 def _num_finished(study: Study) -> int:
@@ -117,18 +116,16 @@ def _run(
     nodes: tuple[Node, ...],
     on_event: Callable[[Event], None],
     runner: Runner,
-    signals: "_Signals",
 ) -> None:
     recipe, study_dir = study.recipe, study.study_dir
-    room = capacity(recipe, nodes)
-    resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
-    plan = Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
+    plan = make_plan(recipe, base_dir, study_dir, nodes, runner)
     on_event(Preparing())
-    metrics = run_prepare(plan, max(1, int(max(node.num_cpus for node in nodes))))
+    metrics = run_prepare(plan)
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
+    room = plan.capacity
     on_event(Started(recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
 
     searcher = StudySearcher(study, room.concurrency, on_event)
@@ -144,11 +141,9 @@ def _run(
             trial_name_creator=_tune_name,
             trial_dirname_creator=_tune_name,
         ),
-        run_config=tune.RunConfig(
-            name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]
-        ),
+        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]),
     )
-    with signals.graceful():
+    with stop_file_on_signal(study_dir / STOP):
         tuner.fit()
     shutil.rmtree(ray_files, ignore_errors=True)
     if searcher.failure is not None:
@@ -157,8 +152,8 @@ def _run(
         raise _interrupted(study)
 
 
-def _tune_name(trial: tune.experiment.Trial) -> str:
-    spec = trial.config["spec"]
+def _tune_name(tune_trial: Any) -> str:
+    spec = tune_trial.config["spec"]
     return f"{spec['name']}-{spec['attempt']}"
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import batches, view_batch
-from carft_ray.errors import CarftError, Problem, StorageError
+from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_optimizer_tensors,
@@ -51,16 +51,13 @@ logger = logging.getLogger(__name__)
 LOG_EVERY = 10  # steps between two looks at the stop flag and two rows of progress
 
 
+__all__ = ["LOG_EVERY", "DivergedError", "StoppedRun", "StoredTargets", "build_classifier", "fine_tune"]
+
+
 class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
     """The loop wrote a checkpoint and ended because ``should_stop`` said yes."""
 
     exit_code = 130
-
-
-class DivergedError(CarftError):
-    """The loss is not finite."""
-
-    exit_code = 6
 
 
 class StoredTargets(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
+from carft_ray.errors import CarftError, DivergedError, Problem
 
 FORMAT_VERSION = 1
 RESULT = "result.json"
@@ -74,7 +75,7 @@ class Failure:
             fault and every other trial would end the same way, so the search stops.
         reason: One line.
         attempt: The attempt that failed.
-        exit_code: Of the error, for ``fatal``.
+        exit_code: Of the error.
     """
 
     outcome: Literal["diverged", "error", "fatal"]
@@ -119,6 +120,14 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
     if read_failure(folder, failure.attempt) is None:
         content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+
+
+def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
+    """Returns the error that a worker met, with its exit code, for the one who waits in the driver."""
+    kind = DivergedError if failure.outcome == "diverged" else CarftError
+    error = kind(Problem(place, failure.reason, next_step=f"Details are in {folder / LOG}."))
+    error.exit_code = failure.exit_code
+    return error
 
 
 def append_log(folder: Path, text: str) -> None:

@@ -24,16 +24,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
-from carft_ray.errors import CarftError, Problem, StorageError
+from carft_ray.errors import Problem, StorageError
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import space
 from carft_ray.search.folder import JOURNAL, claim, repair_journal, study_lock
 from carft_ray.search.outcome import (
-    LOG,
-    Failure,
     Kind,
     TrialRow,
     TrialSpec,
+    failure_error,
     read_failure,
     read_result,
     trial_name,
@@ -127,7 +126,7 @@ class Study:
         if failure is None:
             return None
         if failure.outcome == "fatal":
-            raise _fault(spec, folder, failure)
+            raise failure_error(failure, f"{spec.kind} {spec.name}", folder)
         if failure.outcome == "error" and self._again(spec, "error"):
             return None
         attributes = {"outcome": failure.outcome, "reason": failure.reason}
@@ -309,14 +308,6 @@ def _attributes(result: dict[str, Any]) -> dict[str, Any]:
         "metrics": result["metrics"],
         "elapsed_s": result.get("elapsed_s"),
     }
-
-
-def _fault(spec: TrialSpec, folder: Path, failure: Failure) -> CarftError:
-    """Returns the error that a worker met, with its exit code, and the place of its log."""
-    step = f"Mend it and run the command again; details are in {folder / LOG}."
-    error = CarftError(Problem(f"{spec.kind} {spec.name}", failure.reason, next_step=step))
-    error.exit_code = failure.exit_code
-    return error
 
 
 def _rows(kind: Kind, study: optuna.Study) -> list[TrialRow]:

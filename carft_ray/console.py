@@ -1,0 +1,133 @@
+"""What people see: tables, progress and messages. Results go to standard output, everything else to standard error."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from carft_ray.errors import CarftError
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Tells what is going on; plain text, no markup."""
+    err.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Tells of a setting without effect or something passed over."""
+    err.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def show_error(error: CarftError) -> None:
+    """Prints all problems of an error."""
+    count = len(error.problems)
+    if count > 1:
+        err.print(f"error: {count} problems", style="bold red", markup=False)
+    for problem in error.problems:
+        prefix = "  - " if count > 1 else "error: "
+        err.print(f"{prefix}{problem}", style="red", markup=False)
+
+
+def next_step(*commands: str) -> None:
+    """Prints the next useful commands."""
+    err.print("\nNext:", style="bold")
+    for command in commands:
+        err.print(f"  {command}", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document to standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def percent(accuracy: float, num_images: int | None = None) -> str:
+    """Returns an accuracy in percent, with its binomial standard error when the number of images is given."""
+    text = f"{100 * accuracy:.1f}"
+    if num_images:
+        text += f" ±{100 * math.sqrt(accuracy * (1 - accuracy) / num_images):.1f}"
+    return text
+
+
+def value_text(value: Any) -> str:
+    """Returns a hyperparameter in few digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
+    """Returns a table of accuracies in percent with standard errors: a line per model, a column per set.
+
+    Args:
+        rows: Name of the model -> metrics (``accuracy/<set>``, ``ood_accuracy``, ``objective``).
+        num_images: Images per set, in the order of the columns; ``train`` is left out.
+    """
+    sets = [name for name in num_images if name != "train"]
+    has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("accuracy, % ±SE")
+    for name in sets:
+        table.add_column("ID (id_val)" if name == "id_val" else name, justify="right")
+    if has_ood:
+        table.add_column("OOD mean", justify="right")
+    table.add_column("objective", justify="right")
+    for model, metrics in rows.items():
+        cells = [percent(metrics[f"accuracy/{name}"], num_images[name]) for name in sets]
+        if has_ood:
+            cells.append(percent(metrics["ood_accuracy"]) if "ood_accuracy" in metrics else "-")
+        table.add_row(model, *cells, percent(metrics["objective"]))
+    return table
+
+
+def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of trials and baselines.
+
+    Args:
+        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``best``.
+    """
+    names = list(dict.fromkeys(key for row in rows for key in row["values"]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for name in ("alpha", "ID, %", "OOD, %", "objective, %"):
+        table.add_column(name, justify="right")
+    table.add_column("outcome")
+    for row in rows:
+        metrics = row["metrics"]
+        cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]
+        cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
+        cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
+        cells.append("" if row["objective"] is None else percent(row["objective"]))
+        outcome = row["outcome"] if row["outcome"] != "complete" else ("best" if row["best"] else "")
+        table.add_row(row["name"], *cells, outcome, style="bold green" if row["best"] else None)
+    return table
+
+
+def training_progress() -> Progress:
+    """Returns the progress bar of a training; its fields are ``detail``."""
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a callback (done, in all) that is shown as a bar on a terminal."""
+    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=err, transient=True)
+    task = bar.add_task(what, total=None)
+    with bar if err.is_terminal else contextlib.nullcontext():
+        yield lambda done, total: bar.update(task, completed=done, total=total)

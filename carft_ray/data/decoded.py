@@ -1,0 +1,35 @@
+"""A training set that is decoded once: its images are drawn or decoded into the cache and then only read."""
+
+from pathlib import Path
+
+from carft_ray.data.arrays import image_set
+from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+
+
+class DecodedSource:
+    """A source whose images, all of one size, come from the cache of decoded sets.
+
+    Args:
+        source: The images.
+        cache_dir: Folder of the decoded sets.
+
+    Raises:
+        DataError: An image cannot be read, or sizes differ.
+        StorageError: The set cannot be written.
+    """
+
+    def __init__(self, source: Source, cache_dir: Path) -> None:
+        self._images = image_set(source, None, "as-is", cache_dir)
+        self.name = source.name
+        self.class_names = source.class_names
+        self.labels: IntArray = self._images.labels
+        self.sample_ids: IdArray = self._images.sample_ids
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self._images)
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
+        return self._images.images_NHWC[index]

@@ -1,0 +1,37 @@
+"""Ctrl-C: the first one asks politely, the second one does not wait."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from carft_ray import files
+
+
+@contextlib.contextmanager
+def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
+    """Within the block, SIGINT or SIGTERM writes the stop file; a second one raises ``KeyboardInterrupt``.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def at_once(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def politely(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, at_once)
+        files.write_text(stop_path, f"{signal.Signals(number).name}\n")
+
+    before = [signal.signal(number, politely) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,104 @@
+"""One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
+from carft_ray.evaluation.run import RESULT, prepare, run_training
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.learning.checkpoint import newest_checkpoint
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.folder import JOURNAL, MANIFEST, claim, study_lock
+
+PREPARED = "prepared"
+STOP = "stop"
+RESOLVED = "resolved.yaml"
+
+Row = dict[str, float]
+
+
+def train_once(
+    recipe: Recipe,
+    base_dir: Path,
+    out_dir: Path,
+    resume: bool,
+    resume_command: str,
+    say: Callable[[str], None],
+    progress: Callable[[Row], None],
+    report: Callable[[Row], None],
+    address: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs one training to its end, or goes on with one.
+
+    Ctrl-C (or SIGTERM) writes a checkpoint and ends.
+
+    Args:
+        recipe: The recipe.
+        base_dir: Folder from which the recipe's relative paths count.
+        out_dir: Folder of the training.
+        resume: Whether a training in the folder is to be resumed; without it the folder must be new.
+        resume_command: Shown after an interruption.
+        say: Told what is being done.
+        progress: Given the metrics every few steps (one worker, in this process).
+        report: Given the metrics of every epoch (one worker, in this process).
+        address: Ray cluster to attach to when there are several workers.
+
+    Returns:
+        Content of ``result.json``, and what ``prepare`` found of zero-shot.
+
+    Raises:
+        UsageError: The folder holds something, or nothing to resume.
+        InterruptedRunError: Stopped on request.
+        RecipeError, DataError, StorageError, DivergedError: As their messages say.
+    """
+    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    _check_folder(out_dir, resume)
+    with study_lock(out_dir):
+        claim(out_dir, recipe, base_dir)
+        _check_checkpoints(out_dir)
+        files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        (out_dir / STOP).unlink(missing_ok=True)
+        if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
+            from carft_ray.launch.train import train_with_ray
+
+            say(f"training with {recipe.resources.num_workers} Ray Train workers")
+            result = train_with_ray(recipe, base_dir, out_dir, address)
+            return result, prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+        zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+        attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
+        context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
+        try:
+            with stop_file_on_signal(out_dir / STOP):
+                result = run_training(recipe, base_dir, out_dir, out_dir / PREPARED, context, attempt)
+        except StoppedRun as stopped:
+            step = f"Resume with: {resume_command}"
+            raise InterruptedRunError(Problem("", f"{stopped}; the checkpoint is written", next_step=step)) from None
+        return result, zero_shot
+
+
+def _check_folder(out_dir: Path, resume: bool) -> None:
+    if (out_dir / JOURNAL).exists():
+        raise UsageError(Problem(str(out_dir), "must not be a study", next_step="Give another folder with --out."))
+    if resume and not (out_dir / MANIFEST).exists():
+        raise UsageError(
+            Problem(str(out_dir), "must hold a training to resume", "none", next_step="Leave --resume out.")
+        )
+    if not resume and (out_dir / MANIFEST).exists():
+        state = "a finished training" if (out_dir / RESULT).exists() else "an unfinished training"
+        step = "Add --resume to go on with it, or give another folder with --out."
+        raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
+
+
+def _check_checkpoints(out_dir: Path) -> None:
+    """Refuses to begin again unasked when checkpoints are there and none can be read."""
+    if (out_dir / RESULT).exists():
+        return
+    checkpoint, damaged = newest_checkpoint(out_dir / "checkpoint")
+    if checkpoint is None and damaged:
+        step = f"Remove {out_dir / 'checkpoint'} to begin again from the first step."
+        raise StorageError([*damaged, Problem(str(out_dir), "has no checkpoint that can be read", next_step=step)])

@@ -1,0 +1,112 @@
+"""One training by a group of Ray Train workers, for the ``train`` verb; the loop is that of the trials."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from carft_ray import files
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.executors import (
+    HEAD_ONLY,
+    RAY_FILES,
+    STOP,
+    Runner,
+    make_plan,
+    prepare_single,
+    run_nested,
+    run_prepare,
+)
+from carft_ray.launch.search import RAY_LOG
+from carft_ray.launch.searcher import METRICS
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import ERROR, TrialSpec, failure_error, read_failure, read_result
+
+LOOK_EVERY_S = 0.5
+
+
+def _ignore(row: dict[str, float]) -> None:
+    del row
+
+
+def train_with_ray(
+    recipe: Recipe,
+    base_dir: Path,
+    out_dir: Path,
+    address: str | None = None,
+    resume_command: str = "",
+    on_epoch: Callable[[dict[str, float]], None] = _ignore,
+    runner: Runner | None = None,
+) -> dict[str, Any]:
+    """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or goes on with one.
+
+    Args:
+        recipe: The recipe.
+        base_dir: Folder from which the recipe's relative paths count.
+        out_dir: Folder of the training, seen by every node; it must be claimed and locked (``search.folder``).
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        resume_command: Shown after an interruption.
+        on_epoch: Given the metrics of every epoch.
+        runner: What is trained; by default ``evaluation.run``.
+
+    Returns:
+        Content of ``result.json``.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        ClusterError: The workers could not start, or died.
+        DivergedError, CarftError: As a worker raised it.
+    """
+    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
+    spec = TrialSpec("trial", 0, "train", {}, attempt)
+    for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, and so had this number
+        with files.writing(out_dir / stale):
+            (out_dir / stale).unlink(missing_ok=True)
+    lost = ""
+    try:
+        with running_ray(address, out_dir / RAY_LOG) as nodes:
+            plan = make_plan(recipe, base_dir, out_dir, nodes, runner or Runner(prepare=prepare_single))
+            run_prepare(plan)
+            with stop_file_on_signal(out_dir / STOP):
+                # in a task: in this process Ray Train would take Ctrl-C for itself
+                task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
+                lost = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
+    except KeyboardInterrupt:
+        raise _interrupted(resume_command) from None
+    finally:
+        shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
+    result = read_result(out_dir)
+    if result is not None:
+        return result
+    failure = read_failure(out_dir, attempt)
+    if failure is not None:
+        raise failure_error(failure, "train", out_dir)
+    if (out_dir / STOP).exists():
+        raise _interrupted(resume_command)
+    raise ClusterError(Problem("train", "its workers must stay alive", lost or "they ended without a word"))
+
+
+def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str, float]], None]) -> str:
+    """Waits for a training and tells its epochs; returns why its workers were lost, if they were."""
+    told = len(files.read_json_lines(metrics_path))
+    while True:
+        ready, _ = ray.wait([task], timeout=LOOK_EVERY_S)
+        for row in files.read_json_lines(metrics_path)[told:]:
+            told += 1
+            on_epoch(row)
+        if ready:
+            break
+    try:
+        return str(ray.get(task))
+    except ray.exceptions.RayError as error:
+        return str(error).strip().splitlines()[0]
+
+
+def _interrupted(resume_command: str) -> InterruptedRunError:
+    step = f"Resume with: {resume_command}" if resume_command else ""
+    return InterruptedRunError(Problem("", "stopped; the newest checkpoint is kept", next_step=step))

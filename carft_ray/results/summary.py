@@ -1,0 +1,135 @@
+"""What a search has found, as data: rows for tables and JSON, ``best.yaml``, and the figure."""
+
+from pathlib import Path
+from typing import Any
+
+from carft_ray.files import write_text
+from carft_ray.launch.search import SearchResult
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.results.figure import Curve, Dot, id_ood_figure
+from carft_ray.search.outcome import TrialRow, read_result
+
+BEST = "best.yaml"
+FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
+ZERO_SHOT = "zero_shot"
+
+
+def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
+    """Returns a trial or baseline as plain data."""
+    return {
+        "kind": row.kind,
+        "name": row.name,
+        "values": row.values,
+        "outcome": row.outcome,
+        "reason": row.reason,
+        "alpha": row.alpha,
+        "objective": row.objective,
+        "metrics": row.metrics,
+        "elapsed_s": row.elapsed_s,
+        "best": best is not None and row.kind == best.kind and row.name == best.name,
+    }
+
+
+def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
+    """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
+    best = result.best
+    trials = sorted(result.trials, key=lambda row: -1.0 if row.objective is None else row.objective, reverse=True)
+    outcomes = [row.outcome for row in result.trials]
+    return {
+        "study": str(result.study_dir),
+        "trials": {name: outcomes.count(name) for name in ("complete", "diverged", "error", "running")},
+        "new_trials": result.num_new,
+        "elapsed_s": round(result.elapsed_s, 1),
+        "best": row_dict(best, best),
+        "rows": [row_dict(row, best) for row in (*result.baselines, *trials)],
+        "lines": _lines(recipe, result),
+        "best_recipe": str(result.study_dir / BEST),
+        "figure": str(result.study_dir / FIGURE_PNG),
+    }
+
+
+def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
+    best = result.best
+    against = {row.name: row.objective for row in result.baselines if row.objective is not None}
+    lines = [f"Best: {best.name}, objective {100 * (best.objective or 0):.1f} % at alpha {best.alpha or 0:.2f}."]
+    if against:
+        name = max(against, key=lambda key: against[key])
+        difference = 100 * ((best.objective or 0) - against[name])
+        better = f"{difference:+.1f} points against the best baseline, {name.replace('_', ' ')}"
+        lines.append(better + (". Nothing here beats the baselines." if difference <= 0 else "."))
+    lines.append("These numbers chose the best trial, so they flatter it; test sets were not read.")
+    if not recipe.data.ood_val:
+        lines.append("Selected on ID only: the recipe has no ood_val.")
+    return lines
+
+
+def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
+    """Writes the best trial as a recipe that `train` runs, with its alpha fixed; returns its path.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
+    path = result.study_dir / BEST
+    head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    write_text(path, head + dump_recipe(best, base_dir))
+    return path
+
+
+def write_figure(recipe: Recipe, result: SearchResult) -> Path:
+    """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
+
+    Returns:
+        Path of the PNG; an SVG lies beside it.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    dots = [
+        Dot(
+            row.metrics["id_accuracy"], row.metrics["ood_accuracy"], row.values.get("kl_weight", recipe.train.kl_weight)
+        )
+        for row in result.trials
+        if "ood_accuracy" in row.metrics
+    ]
+    marks = {
+        row.name.replace("_", " "): (row.metrics["id_accuracy"], row.metrics["ood_accuracy"])
+        for row in sorted(result.baselines, key=lambda row: row.name != ZERO_SHOT)
+        if "ood_accuracy" in row.metrics
+    }
+    path = result.study_dir / FIGURE_PNG
+    id_ood_figure(
+        dots,
+        marks,
+        _curve(result),
+        path,
+        result.study_dir / FIGURE_SVG,
+        f"{recipe.name}: {len(dots)} trials",
+        synthetic=recipe.data.train.source == "sandbox",
+        kind=recipe.search.objective.kind,
+        id_weight=recipe.search.objective.id_weight,
+    )
+    return path
+
+
+def _curve(result: SearchResult) -> Curve | None:
+    content = read_result(result.study_dir / "trials" / result.best.name)
+    if content is None or "ood_accuracy" not in content["metrics"]:
+        return None
+    points, metrics, counts = content["curve"], content["metrics"], content["num_images"]
+    ood = [name for name in counts if name not in ("train", "id_val")]
+    variances = {
+        name: a * (1 - a) / counts[name] for name in counts if (a := metrics.get(f"accuracy/{name}")) is not None
+    }
+    return Curve(
+        alphas=[point["alpha"] for point in points],
+        id_accuracies=[point["id_accuracy"] for point in points],
+        ood_accuracies=[point["ood_accuracy"] for point in points],
+        chosen_alpha=content["alpha"],
+        chosen_id_accuracy=metrics["id_accuracy"],
+        chosen_ood_accuracy=metrics["ood_accuracy"],
+        id_se=variances["id_val"] ** 0.5,
+        ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
+    )

@@ -1,0 +1,123 @@
+"""A finished training, opened again: from the folder of `train`, or the best trial of a study."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
+from carft_ray.evaluation.evaluate import metrics_at, predict_all
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.run import RESULT, WEIGHTS, device_of, num_threads, objective_spec
+from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import build_classifier
+from carft_ray.learning.mixing import mix_weights
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.search.folder import JOURNAL, MANIFEST
+from carft_ray.search.study import best_row, trials
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        name: Folder of the training, or study and trial.
+        recipe: With the values of this training in ``train``; all paths absolute.
+        result: Content of its ``result.json``.
+        materials: Model, prompts and sets.
+        class_head_CD: Zero-shot head, unit rows [C, D].
+        fine_tuned: State at alpha 1.
+    """
+
+    name: str
+    recipe: Recipe
+    result: dict[str, Any]
+    materials: Materials
+    class_head_CD: Tensor
+    fine_tuned: dict[str, Tensor]
+
+    def classifier(self, alpha: float) -> ImageClassifier:
+        """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe."""
+        recipe, device = self.recipe, device_of(self.recipe)
+        classifier = build_classifier(self.materials.clip, self.class_head_CD, recipe.train, torch.device("cpu"))
+        classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
+        return classifier.to(device).eval()
+
+
+def open_trained(folder: Path, trial: str | None = None) -> Trained:
+    """Opens the folder of a `train` or a study.
+
+    Args:
+        folder: What `train --out` or `search --study` was given.
+        trial: Name of a trial of the study; None: the best one.
+
+    Raises:
+        UsageError: The folder is neither, or the trial does not exist.
+        NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
+        StorageError: Something in it is damaged.
+    """
+    folder = folder.resolve()
+    if not (folder / MANIFEST).is_file():
+        rule = "must be a folder that `train --out` or `search --study` has made"
+        raise UsageError(Problem(str(folder), rule, "no manifest.json in it"))
+    try:
+        recipe = Recipe.model_validate(json.loads((folder / MANIFEST).read_text())["recipe"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(Problem(str(folder / MANIFEST), "must be a manifest", str(error))) from error
+    run_dir, name = folder, folder.name
+    if (folder / JOURNAL).exists():
+        name = trial or _best(folder)
+        run_dir = folder / "trials" / name
+        if not run_dir.is_dir():
+            run_dir = folder / "baselines" / name
+    if not (run_dir / RESULT).is_file():
+        step = "Run the same command again with --resume." if run_dir == folder else "See the table of the search."
+        raise NoSuccessfulTrialError(
+            Problem(str(run_dir), "must hold a finished training", "no result.json", next_step=step)
+        )
+    result = json.loads((run_dir / RESULT).read_text())
+    recipe = apply(recipe, result["train"])
+    heads = load_tensors(folder / "prepared" / "heads.safetensors")
+    return Trained(
+        name if run_dir == folder else f"{folder.name}/{name}",
+        recipe,
+        result,
+        load_materials(recipe, Path("/")),
+        heads["class_head"],
+        load_tensors(run_dir / WEIGHTS),
+    )
+
+
+def _best(study_dir: Path) -> str:
+    best = best_row(trials(study_dir))
+    if best is None:
+        step = f"Go on with the search: carft-ray search {study_dir / 'resolved.yaml'} --study {study_dir}"
+        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
+    return best.name
+
+
+def evaluate_trained(trained: Trained, alpha: float, zero_shot_head: bool = False) -> dict[str, float]:
+    """Returns the metrics on the validation sets at ``alpha``.
+
+    Args:
+        trained: The training.
+        alpha: Mixing coefficient.
+        zero_shot_head: Score with the class head of the prompts instead of the mixed one.
+    """
+    recipe, sets = trained.recipe, trained.materials.validation
+    classifier = trained.classifier(alpha)
+    if zero_shot_head:
+        start = build_classifier(trained.materials.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
+        classifier.class_head.data.copy_(start.class_head.data)
+        if classifier.class_bias is not None:
+            classifier.class_bias.data.zero_()
+    torch.set_num_threads(num_threads(recipe))
+    table = predict_all(classifier, sets, alpha, recipe.evaluate.batch_size, RunContext())
+    return metrics_at(table, objective_spec(recipe), alpha)

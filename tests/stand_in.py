@@ -1,0 +1,94 @@
+"""A training without torch for the tests of search and launch; workers import it by name.
+
+Objective and failures depend on nothing but values and trial number. ``modes.json`` in the recipe's folder says which
+trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+
+from carft_ray import files
+from carft_ray.errors import DataError, DivergedError, InterruptedRunError
+from carft_ray.recipe.schema import Recipe
+
+SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
+
+
+def make_recipe(trials=8, epochs=2, **search):
+    space = {
+        "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "kl_weight": {"low": 0.1, "high": 10, "log": True},
+    }
+    resources = search.pop("resources", {})
+    return Recipe.model_validate(
+        {
+            "data": {"train": {**SANDBOX_SET, "split": "train"}, "id_val": {**SANDBOX_SET, "split": "val"}},
+            "train": {"epochs": epochs},
+            "search": {"trials": trials, "space": space, "baselines": {"plain": {"kl_weight": 0}}, **search},
+            "resources": resources,
+        }
+    )
+
+
+def objective(train):
+    return 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2) - 0.01 * math.log10(train.kl_weight + 1) ** 2
+
+
+def prepare(recipe, base_dir, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    if (base_dir / "no_data").exists():
+        raise DataError("there is no data")
+    return {"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2, "num_images": {"id_val": 64}}
+
+
+def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+    modes_path = base_dir / "modes.json"
+    modes = json.loads(modes_path.read_text()) if modes_path.exists() else {}
+    number = out_dir.name[1:5].lstrip("0") or "0"
+    mode = modes.get(number) if out_dir.parent.name == "trials" else None
+    if mode == "raise" or (mode == "raise_once" and attempt == 1):
+        raise RuntimeError("the stand-in was told to raise")
+    if mode == "diverge":
+        raise DivergedError("loss not finite at step 3")
+    if mode == "no_data":
+        raise DataError("a file of the training set is gone")
+    if mode == "die" or (mode == "die_once" and attempt == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint = out_dir / "checkpoint" / "epoch.json"
+    done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
+    for epoch in range(done + 1, recipe.train.epochs + 1):
+        end = time.monotonic() + modes.get("seconds", 0.02)
+        while time.monotonic() < end and not context.should_stop():
+            time.sleep(min(0.05, modes.get("seconds", 0.02)))
+        if context.rank == 0:
+            files.append_line(out_dir / "metrics.jsonl", json.dumps({"epoch": epoch, "loss": 1 / epoch}))
+            files.write_json(checkpoint, epoch)
+        if context.should_stop() and epoch < recipe.train.epochs:
+            raise InterruptedRunError("stopped")
+    value = math.nan if mode == "nan" else objective(recipe.train)
+    result = {
+        "format_version": 1,
+        "objective": value,
+        "alpha": 0.5,
+        "metrics": {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context)},
+        "elapsed_s": 0.1,
+    }
+    if context.rank == 0 and math.isfinite(value):
+        files.write_json(out_dir / "result.json", result)
+    return result
+
+
+def reduced(context):
+    """Adds rank + 1 over all workers, through torch.distributed."""
+    if context.world_size == 1:
+        return 1.0
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(float(context.rank + 1))
+    dist.all_reduce(total)
+    return total.item()
+

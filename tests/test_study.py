@@ -1,0 +1,442 @@
+"""The study on disk, without Ray: states, adoption, repair, lock, identity."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from stand_in import make_recipe, objective
+
+from carft_ray.errors import CarftError, RecipeError, StorageError, UsageError
+from carft_ray.recipe.space import apply
+from carft_ray.search.folder import study_lock
+from carft_ray.search.outcome import Failure, read_failure, read_result, trial_name, write_failure
+from carft_ray.search.study import baselines, best_row, open_study, trials
+
+BASE = Path(__file__).parent
+
+
+def optuna_study(study_dir, name="search"):
+    return optuna.load_study(
+        storage=JournalStorage(JournalFileBackend(str(study_dir / "study.journal"))), study_name=name
+    )
+
+
+def write_result(study_dir, spec, value=0.5):
+    folder = spec.folder(study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format_version": 1, "objective": value, "alpha": 0.4, "metrics": {"id_accuracy": 0.7}, "elapsed_s": 2.0}
+    (folder / "result.json").write_text(json.dumps(content))
+
+
+def fail(study_dir, spec, outcome, reason="because"):
+    folder = spec.folder(study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_failure(folder, Failure(outcome, reason, spec.attempt, 4), "Traceback ...")
+
+
+def run_all(study, value=lambda spec: 0.5):
+    specs = []
+    while (spec := study.next()) is not None:
+        write_result(study.study_dir, spec, value(spec))
+        assert study.settle(spec) is not None
+        specs.append(spec)
+    return specs
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study_dir):
+    with open_study(study_dir, make_recipe(5), BASE) as study:
+        assert study.adopt() == []
+        specs = run_all(study)
+        assert study.done()
+    assert [spec.kind for spec in specs] == ["baseline"] + ["trial"] * 5
+    assert [spec.number for spec in specs[1:]] == list(range(5))
+    for spec in specs[1:]:
+        assert 1e-5 <= spec.values["learning_rate"] <= 1e-2
+        assert spec.name == trial_name(spec.number, spec.values)
+        apply(make_recipe(), spec.values)
+    assert len({spec.name for spec in specs}) == 6
+
+
+def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
+    with open_study(study_dir, make_recipe(3), BASE) as study:
+        study.adopt()
+        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "num_images": {"id_val": 64}})
+        assert study.tell_zero_shot({"objective": 0.9}) is None  # once
+        run_all(study, lambda spec: 0.1 * spec.number)
+    rows = trials(study_dir)
+    assert [row.objective for row in rows] == [0.0, 0.1, 0.2]
+    assert {row.outcome for row in rows} == {"complete"}
+    assert rows[0].alpha == 0.4
+    assert rows[0].metrics == {"id_accuracy": 0.7}
+    assert rows[0].elapsed_s == 2.0
+    assert best_row(rows).number == 2
+    beside = {row.name: row for row in baselines(study_dir)}
+    assert set(beside) == {"plain", "zero_shot"}
+    assert beside["zero_shot"].objective == 0.25
+    assert beside["plain"].values == {"kl_weight": 0}
+    search = optuna_study(study_dir)
+    assert [trial.state for trial in search.trials] == [TrialState.COMPLETE] * 3
+    assert all(trial.constraints == {"trained": -1.0} for trial in search.trials)
+    assert search.direction.name == "MAXIMIZE"
+    assert not any("alpha" in trial.params for trial in search.trials)
+
+
+def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_comes_back(study_dir):
+    with open_study(study_dir, make_recipe(3, baselines={}), BASE) as study:
+        study.adopt()
+        first, second = study.next(), study.next()
+        fail(study_dir, first, "diverged", "loss not finite")
+        assert study.settle(first).outcome == "diverged"
+        fail(study_dir, second, "error", "RuntimeError: once")
+        assert study.settle(second) is None
+        again = study.next()
+        assert (again.number, again.attempt, again.values) == (second.number, 2, second.values)
+        assert study.settle(again) is None  # the error.json of attempt 1 is not its word
+        fail(study_dir, again, "error", "RuntimeError: twice")
+        row = study.settle(again)
+        assert (row.outcome, row.reason, row.attempt) == ("error", "RuntimeError: twice", 2)
+    for trial, outcome in zip(optuna_study(study_dir).trials, ("diverged", "error"), strict=False):
+        assert trial.state == TrialState.PRUNED
+        assert trial.constraints == {"trained": 1.0}
+        assert trial.user_attrs["outcome"] == outcome
+
+
+def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
+    limit = 3e-4
+    recipe = make_recipe(40, baselines={})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        while (spec := study.next()) is not None:
+            if spec.values["learning_rate"] > limit:
+                fail(study_dir, spec, "diverged")
+            else:
+                write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
+            study.settle(spec)
+    late = [row.values["learning_rate"] > limit for row in trials(study_dir)[20:]]
+    assert np.mean(late) <= 0.4
+
+
+def test_lost_processes_are_no_verdict_on_the_values(study_dir):
+    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+        study.adopt()
+        for attempt in (1, 2, 3):
+            spec = study.next()
+            assert spec.attempt == attempt
+            row = study.lost(spec, "killed")
+        assert study.done()
+    assert (row.outcome, row.reason) == ("error", "killed")
+    assert optuna_study(study_dir).trials[0].state == TrialState.FAIL
+
+
+def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
+    recipe = make_recipe(1, baselines={})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        spec = study.next()
+        fail(study_dir, spec, "fatal", "a file is gone")
+        with pytest.raises(CarftError, match="a file is gone") as caught:
+            study.settle(spec)
+        assert caught.value.exit_code == 4
+    with open_study(study_dir, recipe, BASE) as study:  # mended meanwhile
+        study.adopt()
+        assert study.next().attempt == 2
+
+
+def test_an_interrupted_search_adopts_its_running_trials_with_number_and_values(study_dir):
+    recipe = make_recipe(4)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        baseline, first, second = study.next(), study.next(), study.next()
+        write_result(study_dir, second, 0.8)  # finished, but the driver died before it could tell
+    assert [row.outcome for row in trials(study_dir)] == ["running", "running"]
+    with open_study(study_dir, recipe, BASE) as study:
+        [told] = study.adopt()
+        assert (told.number, told.objective) == (second.number, 0.8)
+        specs = run_all(study)
+    assert (specs[0].name, specs[0].attempt) == (baseline.name, 2)
+    assert (specs[1].name, specs[1].values, specs[1].attempt) == (first.name, first.values, 2)
+    assert [spec.number for spec in specs[2:]] == [2, 3]
+    assert [row.outcome for row in trials(study_dir)] == ["complete"] * 4
+    assert trials(study_dir)[1].attempt == 1  # told, not run again
+
+
+def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        study.adopt()
+        run_all(study)
+    before = trials(study_dir)
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        study.adopt()
+        assert study.done()
+        assert study.next() is None
+    with open_study(study_dir, make_recipe(4), BASE) as study:
+        study.adopt()
+        assert [spec.number for spec in run_all(study)] == [2, 3]
+    after = trials(study_dir)
+    assert after[:2] == before
+    assert len({row.values["learning_rate"] for row in after}) == 4  # the resumed sampler draws new values
+
+
+def test_values_that_a_kill_has_cut_off_are_drawn_at_adoption(study_dir):
+    recipe = make_recipe(1, baselines={})
+    with open_study(study_dir, recipe, BASE):
+        pass
+    trial = optuna_study(study_dir).ask()
+    rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        spec = study.next()
+    assert spec.values["learning_rate"] == rate
+    assert 0.1 <= spec.values["kl_weight"] <= 10
+    assert (spec.number, spec.attempt) == (0, 1)
+
+
+def test_optuna_lets_a_running_trial_be_adopted(tmp_path):
+    """The contract that adoption rests on: number, values, intermediate values, attributes; then a normal tell."""
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
+    study = optuna.create_study(storage=storage, study_name="search", direction="maximize")
+    study.ask()
+    trial = study.ask()
+    rate = trial.suggest_float("rate", 0, 1)
+    trial.report(0.5, 3)
+    trial.set_user_attr("attempt", 1)
+
+    again = optuna.load_study(
+        storage=JournalStorage(JournalFileBackend(str(tmp_path / "journal"))), study_name="search"
+    )
+    [_, running] = again.get_trials(states=(TrialState.RUNNING,))
+    adopted = optuna.trial.Trial(again, running._trial_id)
+    assert adopted.number == 1
+    assert adopted.params == {"rate": rate}
+    assert adopted.suggest_float("rate", 0, 1) == rate
+    assert adopted.user_attrs == {"attempt": 1}
+    adopted.report(0.6, 4)
+    adopted.set_constraint("trained", -1)
+    again.tell(adopted, 0.7)
+    told = again.trials[1]
+    assert told.state == TrialState.COMPLETE
+    assert told.value == 0.7
+    assert told.intermediate_values == {3: 0.5, 4: 0.6}
+    assert told.constraints == {"trained": -1}
+    assert again.ask().number == 2
+
+
+@pytest.mark.parametrize("tail", [b'{"op_code":5,"work', b'{"op_code":5,"work\n', b"\0\0\0\n"])
+def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, tail):
+    with open_study(study_dir, make_recipe(3), BASE) as study:
+        study.adopt()
+        spec = study.next()
+    journal = study_dir / "study.journal"
+    with open(journal, "ab") as file:
+        file.write(tail)
+    whole = journal.read_bytes().removesuffix(tail)
+    assert len(baselines(study_dir)) == 1 or not tail.endswith(b"\n")
+    with open_study(study_dir, make_recipe(3), BASE) as study:
+        assert any("incomplete last line" in note for note in study.notes)
+        assert journal.read_bytes() == whole
+        assert (study_dir / "study.journal.torn").read_bytes() == tail + b"\n"
+        study.adopt()
+        assert run_all(study)[0].name == spec.name
+    assert len(trials(study_dir)) == 3
+
+
+def test_the_lock_of_a_dead_optuna_is_removed(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+    os.symlink("gone", study_dir / "study.journal.lock")  # its target is missing: Optuna would spin for ever
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        assert any("study.journal.lock" in note for note in study.notes)
+        study.adopt()
+        run_all(study)
+
+
+def test_two_searches_on_one_study_are_refused(study_dir):
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from carft_ray.search.folder import study_lock
+        with study_lock(Path({str(study_dir)!r})):
+            print("locked", flush=True)
+            time.sleep(60)
+    """
+    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(StorageError, match="is in use") as caught, open_study(study_dir, make_recipe(), BASE):
+            pass
+        assert f"process {other.pid} on " in str(caught.value)
+        assert caught.value.exit_code == 5
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        other.stdout.close()
+    with study_lock(study_dir):  # a killed search leaves no lock
+        pass
+
+
+def test_a_study_of_another_recipe_is_refused_and_the_differing_keys_are_named(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+    other = make_recipe(2, epochs=7)
+    space = {**other.search.space, "learning_rate": other.search.space["learning_rate"].model_copy(update={"high": 1})}
+    other = other.model_copy(update={"search": other.search.model_copy(update={"space": space})})
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, other, BASE):
+        pass
+    message = str(caught.value)
+    assert "train.epochs: must be 2 as in the study" in message
+    assert "but got 7" in message
+    assert "search.space.learning_rate.high: must be 0.01" in message
+    assert len(caught.value.problems) == 2
+    assert caught.value.exit_code == 3
+
+
+def test_where_and_how_long_a_search_runs_may_change(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+    changed = make_recipe(9, concurrency=1, resources={"num_workers": 3, "executor": "ray-train"})
+    with open_study(study_dir, changed, BASE) as study:
+        assert study.recipe.search.trials == 9
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="must be a study or empty, but got thesis.tex"):
+        with open_study(tmp_path, make_recipe(), BASE):
+            pass
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"op_code":0}\n{"op_code":1}\n', "must be an Optuna journal"),
+        (
+            b'no json\n{"op_code":0,"worker_id":"x","study_name":"search","directions":[2]}\n',
+            "must be an Optuna journal",
+        ),
+    ],
+)
+def test_a_damaged_journal_is_one_message(study_dir, content, told):
+    with open_study(study_dir, make_recipe(), BASE):
+        pass
+    (study_dir / "study.journal").write_bytes(content)
+    with pytest.raises(StorageError, match=told) as caught, open_study(study_dir, make_recipe(), BASE):
+        pass
+    assert caught.value.exit_code == 5
+    with pytest.raises(StorageError, match=told):
+        trials(study_dir)
+
+
+def test_a_folder_that_is_no_study_has_no_trials(tmp_path):
+    with pytest.raises(StorageError, match="must be a study"):
+        trials(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_leaves_no_trace(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        study.adopt()
+        study.next()
+        before = {path.name: path.read_bytes() for path in study_dir.iterdir() if path.is_file()}
+        assert [row.outcome for row in baselines(study_dir)] == ["running"]
+        assert {path.name: path.read_bytes() for path in study_dir.iterdir() if path.is_file()} == before
+
+
+def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
+    recipe = make_recipe(20, baselines={})
+    space = {
+        "epochs": {"type": "int", "low": 2, "high": 8, "step": 3},
+        "decay": {"type": "categorical", "choices": ["all", "matrices"]},
+        "clip_norm": {"type": "categorical", "choices": [None, 1.0]},
+        "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1},
+        "alpha": {"low": 0.1, "high": 1.0},
+    }
+    search = {**recipe.search.model_dump(), "space": space, "alpha": {"mode": "sample"}}
+    recipe = type(recipe).model_validate({**recipe.model_dump(), "search": search})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        drawn = [spec.values for spec in run_all(study)]
+    assert {values["epochs"] for values in drawn} == {2, 5, 8}
+    assert {values["decay"] for values in drawn} == {"all", "matrices"}
+    assert {values["clip_norm"] for values in drawn} == {None, 1.0}
+    assert {round(values["label_smoothing"], 6) for values in drawn} <= {0.0, 0.1, 0.2, 0.3}
+    assert len({values["alpha"] for values in drawn}) == 20
+    for values in drawn:
+        apply(recipe, values)
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_the_same_seed_draws_the_same_values(tmp_path, name):
+    drawn = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        with open_study(
+            tmp_path / folder, make_recipe(8, baselines={}, sampler={"name": name, "seed": seed}), BASE
+        ) as study:
+            study.adopt()
+            drawn.append([spec.values for spec in run_all(study, lambda spec: spec.values["kl_weight"])])
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", '{"format_version": 1, "metrics": {}}', "[1]", '{"format_version": 1, "objective": NaN, "metrics": {}}'],
+)
+def test_a_result_that_is_not_whole_does_not_count(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    assert read_result(tmp_path) is None
+
+
+def test_the_first_word_of_an_attempt_stands(tmp_path):
+    write_failure(tmp_path, Failure("error", "the cause", 1), "")
+    write_failure(tmp_path, Failure("error", "a consequence", 1), "")
+    assert read_failure(tmp_path, 1).reason == "the cause"
+    write_failure(tmp_path, Failure("diverged", "later", 2), "")
+    assert read_failure(tmp_path, 1) is None
+    assert read_failure(tmp_path, 2).reason == "later"
+    assert (tmp_path / "log.txt").read_text().count("attempt") == 3
+
+
+def test_a_full_disk_is_one_message(study_dir):
+    """In a process of its own, whose files may not grow: what fails is the append to the journal."""
+    code = f"""
+        import resource, signal
+        from pathlib import Path
+        from stand_in import make_recipe
+        from carft_ray.errors import StorageError
+        from carft_ray.search.study import open_study
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        study_dir = Path({str(study_dir)!r})
+        with open_study(study_dir, make_recipe(), Path(".")) as study:
+            study.adopt()
+            size = (study_dir / "study.journal").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
+            try:
+                study.next()
+            except StorageError as error:
+                print(error)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "study.journal: must be writable, but got File too large" in done.stdout
+    with open_study(study_dir, make_recipe(2), BASE) as study:  # with space again, nothing is lost
+        study.adopt()
+        run_all(study)
+    assert len(trials(study_dir)) == 2
