@@ -63,7 +63,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
             fsync_dir(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -198,16 +198,6 @@ BAD = [
         "    sketch: {source: folder, path: x, domains: [c]}",
         "r.yaml:9: data.ood_test.sketch: must differ from the names in data.ood_val",
     ),
-    (
-        "    b: {source: sandbox, domain: photo, split: val, num_per_class: 9}",
-        "r.yaml:9: data.ood_test.b: must not share images with data.id_val, but got domain photo, split val in both\n"
-        "    A set has one role: give each role its own images.",
-    ),
-    (
-        "    b: {source: folder, path: x/y, domains: [c, d]}\n    e: {source: folder, path: ./x//y, domains: [d, f]}",
-        "r.yaml:10: data.ood_test.e: must not share images with data.ood_test.b, but got d in both\n"
-        "    A set has one role: give each role its own images.",
-    ),
     # model
     (
         "model: {name: ViT-B-32}",

@@ -245,7 +245,6 @@ def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, t
     with open(journal, "ab") as file:
         file.write(tail)
     whole = journal.read_bytes().removesuffix(tail)
-    assert len(baselines(study_dir)) == 1 or not tail.endswith(b"\n")
     with open_study(study_dir, make_recipe(3), BASE) as study:
         assert any("incomplete last line" in note for note in study.notes)
         assert journal.read_bytes() == whole
@@ -315,9 +314,9 @@ def test_where_and_how_long_a_search_runs_may_change(study_dir):
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match="must be a study or empty, but got thesis.tex"):
-        with open_study(tmp_path, make_recipe(), BASE):
-            pass
+    told = r"must be a study or empty, but got thesis\.tex"
+    with pytest.raises(UsageError, match=told), open_study(tmp_path, make_recipe(), BASE):
+        pass
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 

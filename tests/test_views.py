@@ -220,16 +220,14 @@ def test_view_depends_on_visit_seed_and_sample_id_and_on_nothing_else():
         assert not np.array_equal(base, view(pixels, *other, 0.5, 32))
 
 
-def test_view_equals_torchvisions_resized_crop_away_from_the_border():
-    """Same box, same filter; only at the border does our filter see the image around the box."""
+def test_view_equals_torchvisions_resized_crop():
     pixels = picture(120, 90)
     for sample_id in range(20):
         left, top, right, bottom = crop_box(0, sample_id, 0, 120, 90, 0.5)
         size = (32, 32)
         mode = InterpolationMode.BICUBIC
         theirs = tv.resized_crop(Image.fromarray(pixels), top, left, bottom - top, right - left, size, mode)
-        ours = view(pixels, 0, sample_id, 0, 0.5, 32)
-        np.testing.assert_array_equal(ours[2:-2, 2:-2], np.asarray(theirs)[2:-2, 2:-2])
+        np.testing.assert_array_equal(view(pixels, 0, sample_id, 0, 0.5, 32), np.asarray(theirs))
 
 
 def test_full_crop_of_a_square_image_at_its_own_size_is_the_image_on_both_paths():
@@ -302,4 +300,4 @@ PERMUTATION_0_0 = [0, 3, 6, 5, 7, 9, 8, 4, 1, 2]
 PERMUTATION_0_1 = [3, 4, 5, 7, 9, 1, 8, 2, 6, 0]
 PERMUTATION_LARGE = [5, 6, 3, 2, 9, 4, 0, 7, 1, 8]
 BOXES = [(0, 1, 30, 32), (1, 0, 31, 31), (0, 2, 31, 32), (25, 7, 574, 471)]
-VIEW = "9eefdc418304a3eb"
+VIEW = "dadc23d5db3f8025"

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from carft_ray.data.sandbox_shapes import SHAPE_NAMES, draw_mask
 from carft_ray.data.source import IdArray, IntArray, PixelArray
-from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.errors import DataError, Problem, StorageError, nearest
 from carft_ray.files import fsync_file, new_folder
 from carft_ray.recipe.schema import SandboxSet
 
@@ -223,6 +223,9 @@ def export_images(to: Path, progress: Callable[[int, int], None] | None = None) 
         for role, specs in QUICKSTART_SETS.items()
         for spec in specs.values()
     }
+    if to.exists() and any(to.iterdir()):
+        rule, step = "must be a new or an empty folder", "Choose another folder."
+        raise StorageError(Problem(str(to), rule, "a folder with files", next_step=step))
     total, done = sum(spec.num_per_class * len(CLASSES) for spec in sets.values()), 0
     with new_folder(to) as folder:
         for set_name, spec in sets.items():
@@ -245,7 +248,7 @@ def _key(domain: str, split: str, class_name: str, index: int) -> Any:
 
 
 def _attributes(rng: np.random.Generator, domain: str, class_name: str) -> Attributes:
-    u = rng.random(9)
+    u = rng.random(9).tolist()
     figure = list(COLOURS)[int(u[0] * len(COLOURS))]
     others = [colour for colour in GROUND_COLOURS if colour != figure]
     ground = others[int(u[1] * len(others))]

@@ -44,7 +44,6 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     Attributes:
         failure: What ended the search before its time.
-        stopped: Whether a stop was asked for.
     """
 
     def __init__(self, study: Study, concurrency: int, on_event: Callable[[Event], None]) -> None:
@@ -53,12 +52,20 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.concurrency = concurrency
         self.on_event = on_event
         self.failure: Exception | None = None
-        self.stopped = False
+        self._stopped = False
         self.tune_trials: list[Any] = []  # Tune's own, for ``_settle_ended``
         self._live: dict[str, TrialSpec] = {}
         self._ended: list[TrialRow] = []  # trials told in this search
         best = best_row(study.rows())
         self._best = best.objective if best else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago."""
+        if not self._stopped and (self.study.study_dir / STOP).exists():
+            self._stopped = True
+            self.on_event(Stopping(len(self._live)))
+        return self._stopped
 
     @property
     def live(self) -> list[TrialSpec]:
@@ -71,7 +78,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if len(self._live) >= self.concurrency:
             return None
         spec = None
-        if not self.stopped and self.failure is None:
+        if self.failure is None and not self.stopped:
             try:
                 spec = self.study.next()
             except Exception as error:  # raised again by the search, once running trainings have ended
@@ -109,11 +116,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     def _settle(self, spec: TrialSpec, reason: str) -> None:
         row = self.study.settle(spec)
-        if row is None and not self.stopped and not self.study.waits(spec):
+        if row is None and self.stopped:
+            return  # it stays RUNNING, for the next search
+        if row is None and not self.study.waits(spec):
             row = self.study.lost(spec, reason or "its process ended without a word")
         if row is None:
-            if not self.stopped:
-                self.on_event(Note(f"{spec.name} gets another attempt: {reason or 'see its ' + LOG}"))
+            self.on_event(Note(f"{spec.name} gets another attempt: {reason or 'see its ' + LOG}"))
         elif row.kind == "baseline":
             self.on_event(BaselineFinished(row))
         else:
@@ -167,9 +175,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_EVERY_S
-        if not self.searcher.stopped and (self.searcher.study.study_dir / STOP).exists():
-            self.searcher.stopped = True
-            self.searcher.on_event(Stopping(len(self.searcher.live)))
+        if self.searcher.stopped:
+            return
         for spec in self.searcher.live:
             self._tell_epochs(spec)
 

@@ -1,7 +1,5 @@
 """Rules that read more than one key of a recipe, and settings that have no effect."""
 
-import itertools
-import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -15,14 +13,13 @@ from carft_ray.recipe.schema import (
     IntParameter,
     Parameter,
     Recipe,
-    SandboxSet,
     SetSpec,
     TemplateSet,
     TrainPart,
     core_type,
     field_kind,
 )
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.text import KeyPath
 
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
@@ -88,30 +85,9 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
                     "must differ from the names in data.ood_val",
                     reads=(("data", "ood_val", name),),
                 )
-    for (first, one), (second, other) in itertools.combinations(named_sets(recipe).items(), 2):
-        shared = _shared(one, other)
-        if shared:
-            yield Finding(
-                second,
-                f"must not share images with {dotted(first)}",
-                shared,
-                next_step="A set has one role: give each role its own images.",
-                reads=(first,),
-            )
     for path, spec in named_sets(recipe).items():
         if isinstance(spec, FolderSet):
             yield from _distinct((*path, "domains"), spec.domains)
-
-
-def _shared(one: SetSpec, other: SetSpec) -> str:
-    if isinstance(one, SandboxSet) and isinstance(other, SandboxSet):
-        same = (one.domain, one.split) == (other.domain, other.split)
-        return f"domain {one.domain}, split {one.split} in both" if same else ""
-    if isinstance(one, FolderSet) and isinstance(other, FolderSet):
-        common = [domain for domain in one.domains if domain in other.domains]
-        same = posixpath.normpath(one.path) == posixpath.normpath(other.path)
-        return f"{', '.join(common)} in both" if common and same else ""
-    return ""
 
 
 def _distinct(path: KeyPath, names: tuple[str, ...]) -> Iterator[Finding]:

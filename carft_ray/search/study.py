@@ -56,17 +56,8 @@ class Study:
         self.recipe = recipe
         self.notes = notes
         storage = _storage(study_dir)
-        self._studies = {
-            kind: optuna.create_study(
-                storage=storage,
-                study_name=name,
-                direction="maximize",
-                sampler=optuna.samplers.RandomSampler(seed=0),
-                pruner=optuna.pruners.NopPruner(),
-                load_if_exists=True,
-            )
-            for kind, name in STUDY_NAMES.items()
-        }
+        known = optuna.get_all_study_names(storage)
+        self._studies = {kind: _open(storage, name, name in known) for kind, name in STUDY_NAMES.items()}
         search = self._studies["trial"]
         search.sampler = space.sampler(recipe, len(search.get_trials(deepcopy=False)))
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
@@ -285,6 +276,13 @@ def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:
 def _storage(study_dir: Path) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return JournalStorage(JournalFileBackend(str(study_dir / JOURNAL)))
+
+
+def _open(storage: JournalStorage, name: str, known: bool) -> optuna.Study:
+    sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
+    if known:
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+    return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,37 @@
+"""A search of stand-in trainings as a process of its own, for the tests that interrupt and kill it.
+
+    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON]
+
+Prints one line per event, and ends with the exit code of the error, as the command line does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import stand_in
+
+from carft_ray.errors import CarftError
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+
+
+def show(event):
+    spec = getattr(event, "spec", None) or getattr(event, "row", None)
+    print(type(event).__name__, getattr(spec, "name", ""), getattr(spec, "attempt", ""), flush=True)
+
+
+def main(study_dir, base_dir, trials, resources="{}"):
+    recipe = stand_in.make_recipe(int(trials), epochs=4, resources=json.loads(resources))
+    runner = Runner(stand_in.prepare, stand_in.train)
+    try:
+        result = run_search(recipe, Path(base_dir), Path(study_dir), None, show, runner)
+    except CarftError as error:
+        print(error, flush=True)
+        return error.exit_code
+    print("best", result.best.name, "new", result.num_new, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""Searches over a real local Ray with stand-in trainings. Each test ends the Ray that it started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import stand_in
+
+from carft_ray.errors import CarftError, ClusterError, DataError
+from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.events import Started, TrialFinished
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.launch.train import train_with_ray
+from carft_ray.search.folder import claim
+from carft_ray.search.study import trials
+
+HERE = Path(__file__).parent
+RUNNER = Runner(stand_in.prepare, stand_in.train)
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_stand_in(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+
+
+@pytest.fixture
+def base_dir(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    return folder
+
+
+def modes(base_dir, **of_trials):
+    (base_dir / "modes.json").write_text(json.dumps(of_trials))
+
+
+def driver(study_dir, base_dir, num_trials, resources="{}"):
+    command = [
+        sys.executable,
+        str(HERE / "search_driver.py"),
+        str(study_dir),
+        str(base_dir),
+        str(num_trials),
+        resources,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def read_until(process, words):
+    """Returns the driver's lines up to one that begins with each of the words, in any order."""
+    lines, missing = [], list(words)
+    while missing:
+        line = process.stdout.readline()
+        assert line, [*lines, process.stderr.read()]
+        lines.append(line)
+        missing = [word for word in missing if not line.startswith(word)]
+    return lines
+
+
+@pytest.mark.slow
+def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path, base_dir):
+    modes(base_dir, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once"})
+    study_dir = tmp_path / "study"
+    process = driver(study_dir, base_dir, 8)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    assert errors == ""  # nothing of Ray's reaches the terminal
+    known = ("Preparing", "Prepared", "Started", "Trial", "Baseline", "Note", "best")
+    assert [line for line in output.splitlines() if not line.startswith(known)] == []
+    assert output.splitlines()[-1].endswith("new 8")
+    rows = trials(study_dir)
+    assert [row.outcome for row in rows] == ["complete", "error", "diverged", "diverged"] + ["complete"] * 4
+    assert [row.attempt for row in rows] == [1, 2, 1, 1, 2, 2, 1, 1]
+    assert rows[1].reason == "RuntimeError: the stand-in was told to raise"
+    assert "Traceback" in (study_dir / "trials" / rows[1].name / "log.txt").read_text()
+    assert rows[2].reason == "objective is nan"
+    assert not (study_dir / "_tune").exists()
+    assert not (study_dir / "stop").exists()
+
+    again = run_search(stand_in.make_recipe(8, epochs=4), base_dir, study_dir, None, runner=RUNNER)
+    assert again.num_new == 0  # without starting Ray
+    assert again.elapsed_s < 5
+    assert again.trials == rows
+    assert {row.name for row in again.baselines} == {"zero_shot", "plain"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp_path, base_dir):
+    modes(base_dir, seconds=0.5)
+    study_dir = tmp_path / "study"
+    process = driver(study_dir, base_dir, 6)
+    read_until(process, ["TrialFinished", "TrialEpoch"])
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert errors == ""
+    assert "Stopping" in output
+    assert "of 6 trials are finished" in output
+    assert "Resume with: carft-ray search" in output
+    stopped = {row.name: row for row in trials(study_dir)}
+    done = {name for name, row in stopped.items() if row.outcome == "complete"}
+    assert done
+    assert {row.outcome for row in stopped.values()} == {"complete", "running"}
+
+    process = driver(study_dir, base_dir, 6)
+    lines = read_until(process, ["TrialFinished", "TrialStarted"])
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert not any(f"TrialStarted {name} " in line for name in done for line in lines)
+
+    process = driver(study_dir, base_dir, 6)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(6))
+    assert [row.outcome for row in rows] == ["complete"] * 6
+    assert max(row.attempt for row in rows) > 1
+    for row in rows:  # resumed, not begun again: each epoch stands once in the metrics
+        epochs = (study_dir / "trials" / row.name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3, 4]
+        if row.name in done:
+            assert row == stopped[row.name]
+
+
+@pytest.mark.slow
+def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group(tmp_path, base_dir):
+    modes(base_dir, **{"1": "diverge"})
+    resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
+    recipe = stand_in.make_recipe(2, baselines={}, concurrency=1, resources=resources)
+    left, seen = [], []
+
+    def on_event(event):
+        seen.append(event)
+        if isinstance(event, TrialFinished):
+            groups = ray.util.placement_group_table().values()
+            groups = [group for group in groups if "CPU" in str(group["bundles"])]  # Tune's own holds none
+            left.extend(group for group in groups if group["state"] != "REMOVED")
+
+    result = run_search(recipe, base_dir, tmp_path / "study", None, on_event, RUNNER)
+    assert not ray.is_initialized()
+    assert left == []
+    assert [event.reason for event in seen if isinstance(event, Started)] == ["search.concurrency"]
+    good, bad = result.trials
+    assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
+    assert (bad.outcome, bad.reason) == ("diverged", "loss not finite at step 3")
+
+
+@pytest.mark.slow
+def test_train_with_ray_returns_the_result_of_its_workers(tmp_path, base_dir):
+    recipe = stand_in.make_recipe(resources={"num_workers": 2, "cpus_per_worker": 0.5})
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    claim(out_dir, recipe, base_dir)
+    epochs = []
+    result = train_with_ray(recipe, base_dir, out_dir, None, "", epochs.append, RUNNER)
+    assert result["metrics"]["ranks"] == 3
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert not (out_dir / "_tune").exists()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path, base_dir):
+    (base_dir / "no_data").touch()
+    with pytest.raises(DataError, match="there is no data"):
+        run_search(stand_in.make_recipe(2), base_dir, tmp_path / "study", None, runner=RUNNER)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path, base_dir):
+    modes(base_dir, **{"0": "no_data"})
+    with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
+        run_search(stand_in.make_recipe(4), base_dir, tmp_path / "study", None, runner=RUNNER)
+    assert caught.value.exit_code == 4
+    assert "trial t0000-" in str(caught.value)
+    assert trials(tmp_path / "study")[0].outcome == "running"
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("ray://head:10001", "must be host:port or auto"),
+        ("head", "must be host:port or auto"),
+        ("127.0.0.1:99999", "no Ray answers"),
+    ],
+)
+def test_an_address_of_nothing_is_one_message(tmp_path, address, told):
+    with pytest.raises(ClusterError, match=told) as caught, running_ray(address, tmp_path / "ray.log"):
+        pass
+    assert caught.value.exit_code == 5
+
+
+def test_a_closed_port_is_told_at_once(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="no Ray answers at"), running_ray(f"127.0.0.1:{port}", tmp_path / "ray.log"):
+        pass
+    assert time.monotonic() - started < 5

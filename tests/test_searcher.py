@@ -1,0 +1,253 @@
+"""The Searcher, driven by hand as Tune drives it; no Ray runs."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.search import Searcher
+from stand_in import make_recipe
+
+from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.launch.cluster import Node, capacity
+from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialStarted
+from carft_ray.launch.searcher import StudySearcher, Watcher
+from carft_ray.search.outcome import Failure, TrialSpec, write_failure
+from carft_ray.search.study import open_study, trials
+
+BASE = Path(__file__).parent
+
+
+class Tune:
+    """Asks and tells like Tune's controller, with a list of its trials for the Watcher."""
+
+    def __init__(self, searcher):
+        self.searcher = searcher
+        self.watcher = Watcher(searcher)
+        self.trials = []
+        self.look()
+
+    def look(self):
+        self.watcher._next_look = 0
+        self.watcher.on_step_begin(0, self.trials)
+
+    def start(self):
+        trial_id = f"id{len(self.trials)}"
+        answer = self.searcher.suggest(trial_id)
+        if answer in (None, Searcher.FINISHED):
+            return answer
+        trial = SimpleNamespace(trial_id=trial_id, config=answer, status="RUNNING", get_pickled_error=lambda: None)
+        self.trials.append(trial)
+        self.watcher.on_trial_start(0, self.trials, trial)
+        return trial
+
+    def finish(self, trial, objective=0.5):
+        folder = self.folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": {}}
+        (folder / "result.json").write_text(json.dumps(content))
+        self.end(trial)
+
+    def fail(self, trial, outcome, reason="because", exit_code=1):
+        spec = TrialSpec(**trial.config["spec"])
+        folder = self.folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code), "")
+        self.end(trial)
+
+    def end(self, trial, lost=""):
+        trial.status = "TERMINATED"
+        self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost})
+
+    def die(self, trial, message="The actor died unexpectedly.\nMore."):
+        trial.status = "ERROR"
+        trial.get_pickled_error = lambda: RuntimeError(message)
+        self.searcher.on_trial_complete(trial.trial_id, error=True)
+
+    def folder(self, trial):
+        return TrialSpec(**trial.config["spec"]).folder(self.searcher.study.study_dir)
+
+
+@pytest.fixture
+def tune(tmp_path):
+    """A search of 6 trials, 2 at a time."""
+    events = []
+    with open_study(tmp_path / "study", make_recipe(6), BASE) as study:
+        study.adopt()
+        tune = Tune(StudySearcher(study, 2, events.append))
+        tune.events = events
+        yield tune
+
+
+def kinds(events):
+    return [type(event) for event in events]
+
+
+def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
+    assert tune.searcher.set_max_concurrency(1)
+    first, second = tune.start(), tune.start()
+    assert tune.start() is None  # two at a time
+    tune.finish(first)
+    live, num_finished = [second], 1
+    while True:
+        answer = tune.start()
+        if answer == Searcher.FINISHED:
+            break
+        if answer is None:
+            assert live
+            tune.finish(live.pop(0), 0.1 * num_finished)
+            num_finished += 1
+        else:
+            live.append(answer)
+    assert num_finished == 7
+    assert [row.outcome for row in trials(tune.searcher.study.study_dir)] == ["complete"] * 6
+    assert kinds(tune.events).count(TrialFinished) == 6
+    assert kinds(tune.events).count(BaselineFinished) == 1
+    best = [event.row.objective for event in tune.events if isinstance(event, TrialFinished) and event.is_best]
+    assert best == sorted(best)
+    assert tune.searcher.failure is None
+
+
+def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
+    first, second = tune.start(), tune.start()
+    first.status = "ERROR"  # a reused actor that could not be reset: on_trial_complete is never called
+    again = tune.start()
+    assert again.config["spec"]["name"] == first.config["spec"]["name"]
+    assert again.config["spec"]["attempt"] == 2
+    assert tune.searcher.live == [TrialSpec(**trial.config["spec"]) for trial in (second, again)]
+
+
+def test_it_never_waits_with_nothing_running(tune):
+    for _ in range(30):
+        trial = tune.start()
+        if trial == Searcher.FINISHED:
+            break
+        assert trial is not None
+        tune.finish(trial)
+    else:
+        pytest.fail("the search does not end")
+
+
+def test_a_dead_process_gets_another_attempt_and_at_last_a_row_with_the_cause(tune):
+    tune.finish(tune.start())
+    first = tune.start()
+    name = first.config["spec"]["name"]
+    tune.die(first)
+    assert isinstance(tune.events[-1], Note)
+    assert tune.events[-1].text == f"{name} gets another attempt: The actor died unexpectedly."
+    tune.end(tune.start(), lost="a worker of the group died")
+    tune.die(tune.start())
+    row = tune.events[-1].row
+    assert (row.name, row.outcome, row.attempt, row.reason) == (name, "error", 3, "The actor died unexpectedly.")
+    assert tune.searcher.failure is None
+
+
+def test_messages_about_strangers_are_ignored(tune):
+    tune.searcher.on_trial_complete("stranger", result=None, error=True)
+    trial = tune.start()
+    tune.finish(trial)
+    tune.searcher.on_trial_complete(trial.trial_id, result=None, error=True)  # twice
+    assert kinds(tune.events).count(BaselineFinished) == 1
+
+
+def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(tune):
+    tune.finish(tune.start())  # the baseline's success does not count
+    for reason in ("too high", "no memory", "too high", "too high", "no memory"):
+        tune.fail(tune.start(), "diverged", reason)
+    assert tune.start() == Searcher.FINISHED
+    failure = tune.searcher.failure
+    assert isinstance(failure, NoSuccessfulTrialError)
+    assert failure.exit_code == 6
+    assert "3 of 5 failed in this way: too high" in str(failure)
+    assert "log.txt" in str(failure)
+
+
+def test_failures_beside_successes_do_not_end_the_search(tune):
+    tune.finish(tune.start())
+    tune.finish(tune.start())
+    for _ in range(5):
+        tune.fail(tune.start(), "diverged")
+    assert tune.start() == Searcher.FINISHED
+    assert tune.searcher.failure is None
+
+
+def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
+    first, second = tune.start(), tune.start()
+    tune.fail(first, "fatal", "images are gone", exit_code=4)
+    assert tune.start() is None  # the second one still writes its checkpoint
+    assert (tune.searcher.study.study_dir / "stop").exists()
+    tune.look()
+    tune.end(second)
+    assert tune.start() == Searcher.FINISHED
+    assert tune.searcher.failure.exit_code == 4
+    assert "images are gone" in str(tune.searcher.failure)
+
+
+def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, monkeypatch):
+    first = tune.start()
+
+    def broken(spec):
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(tune.searcher.study, "settle", broken)
+    tune.finish(first)
+    assert tune.start() == Searcher.FINISHED
+    assert tune.searcher.failure.exit_code == 5
+
+
+def test_a_stop_leaves_running_trials_to_the_next_search(tune):
+    first, second = tune.start(), tune.start()
+    (tune.searcher.study.study_dir / "stop").write_text("")
+    tune.end(first)  # its worker has seen the file before the driver looks
+    assert tune.events[-1] == Stopping(1)
+    assert tune.start() is None
+    tune.end(second)
+    assert tune.start() == Searcher.FINISHED
+    assert tune.searcher.failure is None
+    assert [row.outcome for row in trials(tune.searcher.study.study_dir)] == ["running"]
+
+
+def test_epochs_are_told_from_the_files_of_the_training(tune):
+    trial = tune.start()
+    folder = tune.folder(trial)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    tune.look()
+    tune.look()
+    assert kinds(tune.events) == [TrialStarted, TrialEpoch]
+    assert tune.events[-1].metrics == {"epoch": 2}
+
+
+def test_it_saves_nothing(tune, tmp_path):
+    tune.searcher.save_to_dir(str(tmp_path))
+    assert not list(tmp_path.glob("searcher*"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "concurrency", "one_node", "reason"),
+    [
+        ([(2, 0)], {}, 2, True, "2 CPUs, 1 a trial"),
+        ([(2, 0)], {"num_workers": 2}, 1, True, "2 CPUs, 2 a trial"),
+        ([(8, 2)], {}, 2, True, "2 GPUs, 1 a trial"),
+        ([(8, 2)], {"gpus_per_worker": 0}, 8, True, "8 CPUs, 1 a trial"),
+        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "6 CPUs, 2 a trial"),  # what is left over is of no use
+        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial"),
+        ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 a trial"),  # over two nodes
+        ([(4, 1)], {"gpus_per_worker": 0.5}, 2, True, "1 GPUs, 0.5 a trial"),
+    ],
+)
+def test_concurrency_is_what_the_nodes_hold(nodes, resources, concurrency, one_node, reason):
+    room = capacity(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
+    assert (room.concurrency, room.one_node, room.reason) == (concurrency, one_node, reason)
+
+
+def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
+    room = capacity(make_recipe(concurrency=2), (Node(8, 0),))
+    assert (room.concurrency, room.reason) == (2, "search.concurrency")
+    assert capacity(make_recipe(concurrency=20), (Node(8, 0),)).concurrency == 8
+
+
+def test_a_trial_that_fits_nowhere_is_refused():
+    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPUs, but got 2 CPUs and 0 GPUs in all") as caught:
+        capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
+    assert caught.value.exit_code == 5
