@@ -13,7 +13,8 @@ from rich.table import Table
 
 from carft_ray.errors import CarftError
 
-out = Console(highlight=False, soft_wrap=True)
+_PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -72,7 +73,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     sets = [name for name in num_images if name != "train"]
     has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, % ±SE")
+    table.add_column("accuracy, % ±SE", no_wrap=True)
     for name in sets:
         table.add_column("ID (id_val)" if name == "id_val" else name, justify="right")
     if has_ood:
@@ -92,14 +93,12 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``best``.
     """
-    names = list(dict.fromkeys(key for row in rows for key in row["values"]))
+    names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in (*names, "alpha", "ID, %", "OOD, %", "objective, %"):
+        table.add_column(name, justify="right")
     table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for name in ("alpha", "ID, %", "OOD, %", "objective, %"):
-        table.add_column(name, justify="right")
-    table.add_column("outcome")
     for row in rows:
         metrics = row["metrics"]
         cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]

@@ -87,7 +87,7 @@ def announce(show: bool) -> Callable[["Event"], None]:
 
 
 def _result(row: "TrialRow") -> str:
-    values = " ".join(f"{name}={console.value_text(value)}" for name, value in row.values.items())
+    values = " ".join(f"{name}={console.value_text(value)}" for name, value in row.values.items() if name != "alpha")
     text = f"{row.name} {values}".rstrip()
     if row.objective is None:
         return f"{text}: {row.outcome}, {row.reason}"

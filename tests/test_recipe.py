@@ -459,13 +459,6 @@ resources: {executor: inline, num_workers: 2}
     ]
 
 
-def test_a_mistake_in_one_set_does_not_hide_mistakes_between_others(tmp_path):
-    base = BASE.replace("split: train", "split: tarin").replace("domain: sketch", "domain: photo")
-    first, second = _messages(tmp_path, base=base)
-    assert first.startswith('r.yaml:3: data.train.split: must be one of the allowed values, but got "tarin"; did you')
-    assert second.startswith("r.yaml:6: data.ood_val.sketch: must not share images with data.id_val")
-
-
 def test_a_rule_between_two_keys_is_silent_when_one_of_them_is_wrong_itself(tmp_path):
     messages = _messages(tmp_path, "train: {micro_batch: 600, batch_size: 7.5}")
     assert messages == ["r.yaml:9: train.batch_size: must be a whole number, but got 7.5"]

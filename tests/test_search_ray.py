@@ -207,3 +207,22 @@ def test_a_closed_port_is_told_at_once(tmp_path):
     with pytest.raises(ClusterError, match="no Ray answers at"), running_ray(f"127.0.0.1:{port}", tmp_path / "ray.log"):
         pass
     assert time.monotonic() - started < 5
+
+
+def test_a_port_of_another_server_is_told_at_once(tmp_path):
+    import http.server
+    import threading
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    server.RequestHandlerClass.log_message = lambda *args: None
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"127.0.0.1:{server.server_port}"
+        told = "no Ray answers at .*, but got a server of another kind"
+        with pytest.raises(ClusterError, match=told), running_ray(address, tmp_path / "ray.log"):
+            pass
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -34,7 +34,8 @@ OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ra
 CONNECT_TIMEOUT_S = 10
 # loggers that say only: a token is used; there are no progress files (we turned them off)
 BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
-LONGEST_TEMP_DIR = 45  # the path of a socket below it has at most 107 characters
+LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,19 @@ def _attach(address: str) -> None:
         raise ClusterError(
             Problem("address", f"no Ray can be used at {address}", _first_line(error), next_step=step)
         ) from error
+
+
+def _greet(host: str, port: int) -> str:
+    """Returns what is wrong with a port that should be Ray's; Ray itself would try for two minutes.
+
+    Ray speaks gRPC: a server of HTTP/2 answers a greeting with a frame of type SETTINGS (4).
+    """
+    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") == "1":
+            return ""
+        connection.sendall(HTTP2_GREETING)
+        answer = connection.recv(9)
+    return "" if answer[3:4] == b"\x04" else "a server of another kind"
 
 
 def _first_line(error: BaseException) -> str:

@@ -201,8 +201,8 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         return False
     if math.isfinite(result["objective"]):
         return True
-    error = DivergedError(f"objective is {result['objective']}")
-    write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
+    reason = f"objective is {result['objective']}"
+    write_failure(folder, Failure("diverged", reason, spec.attempt, DivergedError.exit_code), "")
     return False
 
 

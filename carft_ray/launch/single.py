@@ -67,7 +67,7 @@ def train_once(
             from carft_ray.launch.train import train_with_ray
 
             say(f"training with {recipe.resources.num_workers} Ray Train workers")
-            result = train_with_ray(recipe, base_dir, out_dir, address)
+            result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
             return result, prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
         zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
         attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))

@@ -1,0 +1,277 @@
+"""Trainings of a benchmark: planned beforehand, run two at a time, kept on disk, and never run twice.
+
+A training is ``evaluation.run.run_training`` as the product runs it; afterwards its model is read on the test sets at
+the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
+
+    folder/prepared/                 what all trainings share (``prepare``)
+    folder/zero_shot_test.parquet
+    folder/trainings/<name>-<hash>/{result.json, predictions/validation.parquet, predictions/test.parquet}
+
+``folder`` is named by a hash of model, prompts, sets and recipe, so results of other weights are never mixed in.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from carft_ray import files
+from carft_ray.data.arrays import image_set
+from carft_ray.data.sets import cache_dir, class_folders, open_source
+from carft_ray.data.source import ImageSet
+from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.evaluation.evaluate import predict_all
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
+from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.mixing import mix_weights
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+
+ID_TEST = "id_test"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training to run.
+
+    Attributes:
+        name: For people.
+        values: Over the recipe's ``train``.
+        test_alphas: Where it is read on the test sets; none: only on validation.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    test_alphas: tuple[float, ...] = ()
+
+    @property
+    def folder_name(self) -> str:
+        """Name and a hash of everything, so that a changed plan is a new training."""
+        words = re.findall(r"[a-z0-9.]+", self.name.lower())
+        return "-".join([*words, _digest([dict(self.values), self.test_alphas])])
+
+    @property
+    def cost(self) -> float:
+        """About how many passes over 7,000 images it takes; for the time left."""
+        return 8 + (5 if self.values.get("alpha") is None else 1) + len(self.test_alphas)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the trainings of a benchmark live and what they share; goes to worker processes."""
+
+    recipe: Recipe
+    base_dir: Path
+    folder: Path
+
+    @property
+    def prepared_dir(self) -> Path:
+        """What ``prepare`` made."""
+        return self.folder / "prepared"
+
+    @property
+    def stop_path(self) -> Path:
+        """Exists while the trainings are asked to stop."""
+        return self.folder / "stop"
+
+    @property
+    def zero_shot_test_path(self) -> Path:
+        """Predictions of the zero-shot model on the test sets."""
+        return self.folder / "zero_shot_test.parquet"
+
+    def training_dir(self, planned: Planned) -> Path:
+        """Returns the folder of a training."""
+        return self.folder / "trainings" / planned.folder_name
+
+    def is_finished(self, planned: Planned) -> bool:
+        """Returns whether a training has been run to its end and read on the test sets where that is planned."""
+        folder = self.training_dir(planned)
+        return (folder / RESULT).exists() and (not planned.test_alphas or _test_path(folder).exists())
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished training, opened when something of it is asked for."""
+
+    planned: Planned
+    folder: Path
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """Content of ``result.json``."""
+        content: dict[str, Any] = json.loads((self.folder / RESULT).read_text())
+        return content
+
+    @cached_property
+    def validation(self) -> pa.Table:
+        """Predictions on the validation sets."""
+        return read_predictions(self.folder / "predictions" / "validation.parquet")
+
+    @cached_property
+    def test(self) -> pa.Table:
+        """Predictions on the test sets."""
+        return read_predictions(_test_path(self.folder))
+
+
+def open_bench(recipe: Recipe, base_dir: Path, out: Path) -> Bench:
+    """Prepares what all trainings share, reads zero-shot on the test sets, and returns where everything lives.
+
+    Args:
+        recipe: With ``id_test`` and ``ood_test``.
+        base_dir: Folder from which the recipe's relative paths count.
+        out: Folder of the benchmark; git ignores what is in it.
+    """
+    torch.set_num_threads(1)
+    materials = load_materials(recipe, base_dir)
+    tests = _test_sets(recipe, base_dir, materials)
+    parts = [materials.key, *(getattr(recipe, part).model_dump(mode="json") for part in ("data", "train", "search"))]
+    bench = Bench(recipe, base_dir, out / _digest(parts))
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(out / ".gitignore", "*\n")
+    prepare(recipe, base_dir, bench.prepared_dir)
+    if not bench.zero_shot_test_path.exists():
+        heads = load_tensors(bench.prepared_dir / "heads.safetensors")
+        classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
+        table = predict_all(classifier, tests, 0.0, recipe.evaluate.batch_size, RunContext())
+        write_predictions(bench.zero_shot_test_path, table)
+    return bench
+
+
+class Clock:
+    """Tells what is done and about how long the rest takes, over several calls of ``run_all``.
+
+    Args:
+        total: Cost of everything, trainings planned later included.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total, self.began = total, time.monotonic()
+        self.found = self.run = 0.0  # cost of the trainings that were there, and of those run since
+
+    def finished(self, planned: Planned) -> None:
+        """Counts a training that was run, and says so."""
+        self.run += planned.cost
+        elapsed, left = time.monotonic() - self.began, max(0.0, self.total - self.found - self.run)
+        share, time_left = 1 - left / self.total, elapsed / self.run * left
+        print(f"[{_minutes(elapsed)}] {share:4.0%}  {planned.name}, about {_minutes(time_left)} left", file=sys.stderr)
+
+
+def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock) -> list[Finished]:
+    """Runs the trainings that are not finished, in worker processes of one thread each, and opens all of them.
+
+    Ctrl-C lets the running trainings write a checkpoint; the same call resumes them.
+
+    Raises:
+        InterruptedRunError: Stopped on request.
+        CarftError: A training failed.
+    """
+    bench.stop_path.unlink(missing_ok=True)
+    todo = [planned for planned in plans if not bench.is_finished(planned)]
+    clock.found += sum(planned.cost for planned in plans if planned not in todo)
+    context = multiprocessing.get_context("spawn")
+    with (
+        stop_file_on_signal(bench.stop_path),
+        ProcessPoolExecutor(min(processes, max(1, len(todo))), context, _begin_worker) as pool,
+    ):
+        futures = {pool.submit(_run, bench, planned): planned for planned in todo}
+        try:
+            for future in as_completed(futures):
+                if future.result():
+                    clock.finished(futures[future])
+        finally:  # after an error: what runs ends its epoch, what waits is not begun
+            if not all(future.done() for future in futures):
+                files.write_text(bench.stop_path, "error\n")
+                pool.shutdown(cancel_futures=True)
+    if bench.stop_path.exists():
+        bench.stop_path.unlink()
+        raise InterruptedRunError(Problem("", "stopped on request", next_step="The same command goes on."))
+    return [Finished(planned, bench.training_dir(planned)) for planned in plans]
+
+
+def _run(bench: Bench, planned: Planned) -> bool:
+    """Runs one training in a worker process; False: it was stopped."""
+    if bench.stop_path.exists():
+        return False
+    recipe, folder = apply(bench.recipe, planned.values), bench.training_dir(planned)
+    attempt = 1 + len(list((folder / "checkpoint").glob("attempt-*")))
+    context = RunContext(should_stop=bench.stop_path.exists)
+    try:
+        run_training(recipe, bench.base_dir, folder, bench.prepared_dir, context, attempt)
+    except StoppedRun:
+        return False
+    if planned.test_alphas and not _test_path(folder).exists():
+        write_predictions(_test_path(folder), _predict_tests(recipe, bench, folder, planned.test_alphas))
+    (folder / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
+    return True
+
+
+def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
+    materials = load_materials(recipe, bench.base_dir)
+    heads = load_tensors(bench.prepared_dir / "heads.safetensors")
+    classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
+    zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
+    tests, tables = _test_sets(recipe, bench.base_dir, materials), []
+    for alpha in alphas:
+        classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
+        tables.append(predict_all(classifier, tests, alpha, recipe.evaluate.batch_size, RunContext()))
+    return concat(tables)
+
+
+def _test_sets(recipe: Recipe, base_dir: Path, materials: Materials) -> list[ImageSet]:
+    """Opens the test sets, ``id_test`` first, from the cache of decoded sets that all trainings share."""
+    if recipe.data.id_test is None or not recipe.data.ood_test:
+        raise ValueError("the recipe must have id_test and ood_test")
+    clip, folder, classes = materials.clip, cache_dir(recipe, base_dir), class_folders(recipe, base_dir)
+    specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
+    sources = {name: open_source(spec, name, classes, base_dir) for name, spec in specs.items()}
+    return [
+        replace(image_set(source, clip.to_input, clip.input_key, folder), name=name) for name, source in sources.items()
+    ]
+
+
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it however it ends (a killed parent leaves waiting children)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def end_with(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _test_path(folder: Path) -> Path:
+    return folder / "predictions" / "test.parquet"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,62 @@
+"""A training of a fraction of a second that uses everything that a real one does: a folder with a tiny CLIP as open_clip
+writes it, small PNG images in the layout of DomainBed, and a recipe. ``make`` writes it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("arrow", "circle", "heart", "square", "star")
+NUM_TRAIN, NUM_ID_VAL, NUM_OOD_VAL = 4, 3, 2  # images per class
+RECIPE = """\
+format_version: 1
+name: short
+model: {name: "local-dir:model"}
+data:
+  train: {source: folder, path: images, domains: [photo]}
+  id_val: {source: folder, path: images, domains: [photo_val]}
+  ood_val:
+    sketch: {source: folder, path: images, domains: [sketch]}
+prompts:
+  templates: ["a photo of a {}", "a sketch of a {}", "a dark {}"]
+train: {learning_rate: 1e-2, kl_weight: 1, epochs: 2, batch_size: 8}
+search:
+  trials: 2
+  space:
+    learning_rate: {low: 1e-3, high: 1e-2, log: true}
+"""
+
+
+def make(folder: Path) -> Path:
+    """Writes model, images and recipe; returns the path of the recipe."""
+    _write_model(folder / "model")
+    for domain, num_per_class, offset in (
+        ("photo", NUM_TRAIN, 0),
+        ("photo_val", NUM_ID_VAL, 100),
+        ("sketch", NUM_OOD_VAL, 200),
+    ):
+        for label, name in enumerate(CLASSES):
+            for index in range(num_per_class):
+                write_image(folder / "images" / domain / name / f"{index}.png", label, offset + index)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    return recipe
+
+
+def write_image(path: Path, label: int, seed: int) -> None:
+    """Writes a noisy image of 20 x 16 pixels with a corner that tells its class."""
+    pixels = np.random.default_rng([label, seed]).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    pixels[:8, :10] = (50 * label, 255 - 50 * label, 128)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def _write_model(folder: Path) -> None:
+    from safetensors.torch import save_file
+    from tiny import make_tiny_clip
+
+    clip = make_tiny_clip()
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(clip.config))
+    save_file(clip.model.state_dict(), folder / "open_clip_model.safetensors")
