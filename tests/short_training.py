@@ -20,7 +20,7 @@ data:
     sketch: {source: folder, path: images, domains: [sketch]}
 prompts:
   templates: ["a photo of a {}", "a sketch of a {}", "a dark {}"]
-train: {learning_rate: 1e-2, kl_weight: 1, epochs: 2, batch_size: 8}
+train: {learning_rate: 1e-2, kl_weight: 1, epochs: 3, batch_size: 8}
 search:
   trials: 2
   space:

@@ -1,0 +1,249 @@
+"""The benchmarks' arguments, verdicts and numbers on made-up data; nothing is trained here."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import effect, startup
+from benchmarks.acceptance import (
+    THRESHOLDS,
+    Threshold,
+    accuracy_intervals,
+    edge_distance,
+    effect_intervals,
+    effect_numbers,
+    random_points,
+    role_numbers,
+    spread_numbers,
+    verdicts,
+)
+from benchmarks.trainings import Bench, Clock, Planned, run_all
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import FloatParameter
+
+SPACE = {
+    "learning_rate": FloatParameter(low=1e-4, high=1e-2, log=True),
+    "kl_weight": FloatParameter(low=0.0, high=10.0),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(effect.RECIPE)
+
+
+def right(accuracy, num_seeds, num_images=200):
+    """Correctness with exactly this accuracy in every seed, the same images right in all seeds."""
+    return np.tile(np.arange(num_images) < round(accuracy * num_images), (num_seeds, 1))
+
+
+def methods(plain_id=0.80, plain_ood=0.55, car_id=0.79, car_ood=0.65):
+    def of(id_accuracy, ood_accuracy, num_seeds):
+        ood = {name: right(ood_accuracy, num_seeds) for name in ("sketch", "cartoon")}
+        return {"id_test": right(id_accuracy, num_seeds), **ood}
+
+    return of(0.70, 0.68, 1), of(plain_id, plain_ood, 5), of(car_id, car_ood, 5)
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+def test_verdicts_pass_at_the_threshold_and_fail_just_below():
+    thresholds = [Threshold("gain", "a gain", 0.03, 0.08), Threshold("ratio", "a ratio", 3.0, points=False)]
+    lines, passed = verdicts({"gain": 0.03, "ratio": 3.0}, thresholds)
+    assert passed
+    assert lines == [
+        "PASS  a gain: +3.0 points (at least +3.0 points, aim +8.0 points)",
+        "PASS  a ratio: 3.00 (at least 3.00)",
+    ]
+    lines, passed = verdicts({"gain": 0.0299, "ratio": 3.0}, thresholds)
+    assert not passed
+    assert [line[:4] for line in lines] == ["FAIL", "PASS"]
+
+
+def test_a_number_that_is_none_fails():
+    lines, passed = verdicts({"ratio": math.nan}, [Threshold("ratio", "a ratio", 3.0, points=False)])
+    assert not passed
+    assert lines[0].startswith("FAIL")
+
+
+def test_thresholds_are_those_of_the_acceptance():
+    assert {t.number: t.least for t in THRESHOLDS} == {
+        "ood_gain_low": 0.03,
+        "id_change_low": -0.02,
+        "plain_id_gain": 0.03,
+        "plain_ood_loss": 0.05,
+        "car_ft_ood_change": -0.05,
+        "car_ft_id_gain": 0.03,
+        "role_correlation": 0.6,
+        "regret_gap": 0.02,
+        "best_plain_id_gain": 0.04,
+        "spread_ratio": 3.0,
+        "edge_distance": 0.05,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_effect_numbers_of_made_up_methods():
+    numbers = effect_numbers(effect_intervals(*methods()))
+    assert numbers["plain_id_gain"] == pytest.approx(0.10)
+    assert numbers["plain_ood_loss"] == pytest.approx(0.13)
+    assert numbers["car_ft_ood_change"] == pytest.approx(-0.03)
+    assert numbers["car_ft_id_gain"] == pytest.approx(0.09)
+    assert 0.06 < numbers["ood_gain_low"] < 0.10  # 0.10 less the image error of two sets
+    assert numbers["id_change_low"] < -0.01
+    point_one_to_four = [t for t in THRESHOLDS if t.text[0] in "134"]
+    assert verdicts(numbers, point_one_to_four)[1]
+
+
+def test_no_effect_fails_point_one():
+    numbers = effect_numbers(effect_intervals(*methods(car_id=0.80, car_ood=0.55)))
+    assert numbers["ood_gain_low"] == 0.0
+    assert not verdicts(numbers, [THRESHOLDS[0]])[1]
+
+
+def test_accuracy_intervals_have_a_column_per_set_and_the_mean():
+    columns = accuracy_intervals(methods()[1])
+    assert list(columns) == ["ID", "OOD mean", "sketch", "cartoon"]
+    assert columns["OOD mean"].mean == pytest.approx(0.55)
+
+
+def test_spread_is_measured_in_pooled_seed_deviations():
+    numbers = spread_numbers([0.50, 0.52, 0.54], [[0.50, 0.502, 0.504], [0.6, 0.6, 0.6]])
+    assert numbers["spread_sd"] == pytest.approx(0.02)
+    assert numbers["seed_sd"] == pytest.approx(0.002 / math.sqrt(2))
+    assert numbers["spread_ratio"] == pytest.approx(10 * math.sqrt(2))
+
+
+def test_role_numbers_where_the_objective_chooses_right_and_id_chooses_wrong():
+    validation = {"id_val": [0.7, 0.8, 0.9], "noisy": [0.6, 0.8, 0.2]}
+    test = {"id_test": [0.7, 0.8, 0.9], "sketch": [0.6, 0.7, 0.3]}
+
+    def stacked(sets):
+        return {name: np.concatenate([right(a, 1) for a in values]) for name, values in sets.items()}
+
+    half = {"id_val": 0.5, "noisy": 0.5}, {"id_test": 0.5, "sketch": 0.5}
+    numbers = role_numbers(stacked(validation), stacked(test), *half)
+    assert numbers["num_candidates"] == 3
+    assert numbers["role_correlation"] == pytest.approx(1.0)
+    assert numbers["regret_objective"] == 0.0
+    assert numbers["regret_gap"] == pytest.approx(0.15)
+    assert 0 < numbers["regret_gap_se"] < 0.05
+
+
+def test_role_numbers_of_equal_candidates_fail():
+    sets = {"id_val": right(0.7, 3), "noisy": right(0.6, 3)}
+    numbers = role_numbers(sets, {"id_test": right(0.7, 3)}, {"id_val": 0.5, "noisy": 0.5}, {"id_test": 1.0})
+    assert math.isnan(numbers["role_correlation"])
+    assert numbers["regret_gap"] == 0.0
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def test_random_points_are_fixed_and_inside_the_space():
+    points = random_points(SPACE, 50, seed=0)
+    assert points == random_points(SPACE, 50, seed=0)
+    assert points != random_points(SPACE, 50, seed=1)
+    assert all(1e-4 <= p["learning_rate"] <= 1e-2 and 0 <= p["kl_weight"] <= 10 for p in points)
+    assert 15 < sum(p["learning_rate"] < 1e-3 for p in points) < 35  # half of them: the range is logarithmic
+
+
+def test_edge_distance_counts_in_shares_of_the_range():
+    assert edge_distance({"learning_rate": 1e-3, "kl_weight": 5.0}, SPACE) == pytest.approx(0.5)
+    assert edge_distance({"learning_rate": 1e-3, "kl_weight": 9.8}, SPACE) == pytest.approx(0.02)
+    assert edge_distance({"learning_rate": 1e-4, "kl_weight": 5.0}, SPACE) == pytest.approx(0.0)
+
+
+def test_plan_has_paired_seeds_and_no_training_twice(recipe):
+    plans = effect.first_plan(recipe)
+    assert {name: len(part) for name, part in plans.items()} == {
+        "random": 30,
+        "rates": 5,
+        "repeats": 12,
+        "plain": 5,
+        "CAR-FT": 5,
+    }
+    pairs = [(p.values, c.values) for p, c in zip(plans["plain"], plans["CAR-FT"], strict=True)]
+    for plain, car_ft in pairs:
+        assert {**plain, "kl_weight": None} == {**car_ft, "kl_weight": None}
+        assert (plain["kl_weight"], car_ft["kl_weight"], plain["alpha"]) == (0, 10, 1)
+    assert [plain["seed"] for plain, _ in pairs] == [1, 2, 3, 4, 5]
+    folders = [planned.folder_name for part in plans.values() for planned in part]
+    assert len(set(folders)) == len(folders)
+    assert all(re.fullmatch(r"[a-z0-9.-]+", folder) for folder in folders)
+
+
+def test_a_changed_plan_is_a_new_training():
+    planned = Planned("random 1", {"learning_rate": 1e-3}, (0.5, 1.0))
+    assert planned.folder_name == Planned("random 1", {"learning_rate": 1e-3}, (0.5, 1.0)).folder_name
+    assert planned.folder_name != Planned("random 1", {"learning_rate": 2e-3}, (0.5, 1.0)).folder_name
+    assert planned.folder_name != Planned("random 1", {"learning_rate": 1e-3}, (1.0,)).folder_name
+
+
+def test_finished_trainings_are_not_run_again(recipe, tmp_path):
+    bench = Bench(recipe, tmp_path, tmp_path)
+    plans = [Planned("only validation", {"seed": 1}), Planned("with test", {"seed": 2}, (1.0,))]
+    for planned in plans:
+        bench.training_dir(planned).mkdir(parents=True)
+        (bench.training_dir(planned) / "result.json").write_text(json.dumps({"objective": 0.5}))
+    assert [bench.is_finished(planned) for planned in plans] == [True, False]
+    finished = run_all(bench, plans[:1], 2, Clock(10.0))
+    assert finished[0].result == {"objective": 0.5}
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.mark.parametrize("arguments", [["--processes", "0"], ["--processes", "two"], ["--unknown"]])
+def test_effect_refuses_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        effect.main(arguments)
+    assert left.value.code == 2
+    assert "benchmarks.effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [effect.main, startup.main])
+def test_help_says_what_it_is(main, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "usage: python -m benchmarks." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("passed", "exit_code"), [(True, 0), (False, 1)])
+def test_exit_code_says_whether_all_thresholds_are_reached(passed, exit_code, monkeypatch, tmp_path):
+    monkeypatch.setattr(effect, "run", lambda out, figure_dir, processes: passed)
+    assert effect.main(["--out", str(tmp_path)]) == exit_code
+
+
+def test_startup_judges_the_median():
+    command = startup.Command(("--help",), 0.4)
+    assert startup.verdict(command, [0.3, 0.39, 9.0])[1]
+    line, passed = startup.verdict(command, [0.3, 0.4, 0.5])
+    assert not passed
+    assert line == "FAIL  carft-ray --help: median 0.40 s of 3 (0.30 to 0.50), must be below 0.4 s"
+
+
+def test_startup_counts_the_runs_after_the_first():
+    assert len(startup.run_times(["true"], num_runs=2)) == 2
+
+
+def test_startup_tells_of_a_command_that_fails(monkeypatch, capsys, tmp_path):
+    script = tmp_path / "carft-ray"
+    script.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(startup, "script", lambda: script)
+    assert startup.main([]) == 1
+    assert "exit code 3: broken" in capsys.readouterr().err
+
+
+def test_startup_tells_when_the_product_is_not_installed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(startup.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert startup.main([]) == 2
+    assert "pip install -e ." in capsys.readouterr().err
