@@ -46,7 +46,7 @@ from benchmarks.acceptance import (
 )
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all
 from carft_ray import console, files
-from carft_ray.errors import CarftError
+from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
@@ -73,6 +73,7 @@ REPEAT_SEEDS = (1, 2, 3)
 CONFIRM_SEEDS = (11, 12, 13, 14, 15)
 NUM_PLAIN, NUM_RANDOM, NUM_REPEATED = 5, 30, 4
 SPACE_SEED = 2  # of the random points
+MAY_DIVERGE = ("random", "rates", "repeats")  # as trials of a search may
 
 Group = dict[str, list[Finished]]
 Correct = dict[str, BoolArray]  # per set [r, n]
@@ -114,9 +115,17 @@ def first_plan(recipe: Recipe) -> dict[str, list[Planned]]:
     }
 
 
-def confirm_plan(group: Group) -> dict[str, list[Planned]]:
-    """Returns the trainings with fresh seeds of each method's best by validation; equal numbers were tried."""
-    tried = {"plain": group["rates"], "CAR-FT": group["random"][:NUM_PLAIN]}
+def confirm_plan(group: Group, budget: Sequence[Planned]) -> dict[str, list[Planned]]:
+    """Returns the trainings with fresh seeds of each method's best by validation.
+
+    Args:
+        group: Finished trainings; the best plain one is chosen among ``rates``.
+        budget: The random points among which the best of CAR-FT is chosen, as many.
+    """
+    tried = {
+        "plain": group["rates"],
+        "CAR-FT": [training for training in group["random"] if training.planned in budget],
+    }
     plans = {}
     for name, trainings in tried.items():
         best = max(trainings, key=lambda training: float(training.result["objective"]))
@@ -129,9 +138,20 @@ def confirm_plan(group: Group) -> dict[str, list[Planned]]:
 
 
 def run_groups(bench: Bench, plans: Mapping[str, Sequence[Planned]], processes: int, clock: Clock) -> Group:
-    """Runs planned trainings and returns them under the same headings."""
+    """Runs planned trainings and returns them under the same headings; what diverged is named and left out.
+
+    Raises:
+        CarftError: One that cannot be left out has diverged, or as ``run_all``.
+    """
     finished = iter(run_all(bench, [planned for group in plans.values() for planned in group], processes, clock))
-    return {name: [next(finished) for _ in group] for name, group in plans.items()}
+    group = {name: [next(finished) for _ in part] for name, part in plans.items()}
+    diverged = {name: [f.planned.name for f in part if f.diverged] for name, part in group.items()}
+    for name, lost in diverged.items():
+        if lost and name not in MAY_DIVERGE:
+            raise CarftError([Problem(training, "must not diverge") for training in lost])
+        for training in lost:
+            print(f"{training}: diverged, left out")
+    return {name: [training for training in part if not training.diverged] for name, part in group.items()}
 
 
 def test_correct(trainings: Sequence[Finished], test_sets: Sequence[str]) -> Correct:
@@ -176,18 +196,17 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
         paired_differences({ID_TEST: best_id}, {ID_TEST: zero_shot[ID_TEST]}), [ID_TEST]
     )
     objectives = [float(training.result["objective"]) for training in group["random"]]
-    more = len(REPEAT_SEEDS)
-    repeats = [
-        [objectives[i], *(float(training.result["objective"]) for training in group["repeats"][start : start + more])]
-        for i, start in enumerate(range(0, len(group["repeats"]), more))
-    ]
+    repeats: dict[tuple[float, ...], list[float]] = {}  # by point
+    for training in (*group["random"], *group["repeats"]):
+        point = tuple(float(training.planned.values[name]) for name in space_of(recipe))
+        repeats.setdefault(point, []).append(float(training.result["objective"]))
     best_point = group["random"][int(np.argmax(objectives))].planned.values
     numbers = {
         **effect_numbers(intervals),
         **roles([*group["random"], *group["rates"]], recipe),
         "best_plain_id_gain": intervals["plain at its best learning rate - zero-shot, ID"].mean,
         "best_plain_learning_rate": float(best_rate.planned.values["learning_rate"]),
-        **spread_numbers(objectives, repeats),
+        **spread_numbers(objectives, [values for values in repeats.values() if len(values) > 1]),
         "edge_distance": edge_distance(best_point, space_of(recipe)),
         **{f"best_{name}": float(value) for name, value in best_point.items()},
         "best_objective": max(objectives),
@@ -262,7 +281,7 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
     confirm_cost = 2 * len(CONFIRM_SEEDS) * Planned("", {"alpha": 1.0}, (1.0,)).cost
     clock = Clock(sum(planned.cost for part in plans.values() for planned in part) + confirm_cost)
     group = run_groups(bench, plans, processes, clock)
-    group |= run_groups(bench, confirm_plan(group), processes, clock)
+    group |= run_groups(bench, confirm_plan(group, plans["random"][:NUM_PLAIN]), processes, clock)
 
     test_sets = (ID_TEST, *recipe.data.ood_test)
     zero_shot_table = read_predictions(bench.zero_shot_test_path)

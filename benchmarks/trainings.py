@@ -6,6 +6,7 @@ the alphas that the plan asks for. The test roles are opened here and nowhere el
     folder/prepared/                 what all trainings share (``prepare``)
     folder/zero_shot_test.parquet
     folder/trainings/<name>-<hash>/{result.json, predictions/validation.parquet, predictions/test.parquet}
+                                       or diverged.txt
 
 ``folder`` is named by a hash of model, prompts, sets and recipe, so results of other weights are never mixed in.
 """
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +36,7 @@ from carft_ray import files
 from carft_ray.data.arrays import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
@@ -48,6 +50,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 
 ID_TEST = "id_test"
+DIVERGED = "diverged.txt"
 CPU = torch.device("cpu")
 
 
@@ -107,7 +110,8 @@ class Bench:
     def is_finished(self, planned: Planned) -> bool:
         """Returns whether a training has been run to its end and read on the test sets where that is planned."""
         folder = self.training_dir(planned)
-        return (folder / RESULT).exists() and (not planned.test_alphas or _test_path(folder).exists())
+        read = (folder / RESULT).exists() and (not planned.test_alphas or _test_path(folder).exists())
+        return read or (folder / DIVERGED).exists()
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,11 @@ class Finished:
 
     planned: Planned
     folder: Path
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it left the finite numbers; it then has no result."""
+        return (self.folder / DIVERGED).exists()
 
     @cached_property
     def result(self) -> dict[str, Any]:
@@ -199,10 +208,13 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
             for future in as_completed(futures):
                 if future.result():
                     clock.finished(futures[future])
-        finally:  # after an error: what runs ends its epoch, what waits is not begun
-            if not all(future.done() for future in futures):
-                files.write_text(bench.stop_path, "error\n")
-                pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool as error:  # the signal may have gone to the workers too
+            if not bench.stop_path.exists():
+                rule, step = "a worker process was killed", "The same command goes on; is there enough memory?"
+                raise CarftError(Problem("", rule, next_step=step)) from error
+        except BaseException:
+            files.write_text(bench.stop_path, "error\n")  # what runs writes a checkpoint, what waits is not begun
+            raise
     if bench.stop_path.exists():
         bench.stop_path.unlink()
         raise InterruptedRunError(Problem("", "stopped on request", next_step="The same command goes on."))
@@ -220,6 +232,9 @@ def _run(bench: Bench, planned: Planned) -> bool:
         run_training(recipe, bench.base_dir, folder, bench.prepared_dir, context, attempt)
     except StoppedRun:
         return False
+    except DivergedError as error:
+        files.write_text(folder / DIVERGED, f"{error}\n")
+        return True
     if planned.test_alphas and not _test_path(folder).exists():
         write_predictions(_test_path(folder), _predict_tests(recipe, bench, folder, planned.test_alphas))
     (folder / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from carft_ray.errors import CarftError
+from carft_ray.errors import CarftError, InterruptedRunError
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
@@ -29,8 +29,11 @@ def warn(text: str) -> None:
 
 
 def show_error(error: CarftError) -> None:
-    """Prints all problems of an error."""
+    """Prints all problems of an error; a stop that was asked for is none."""
     count = len(error.problems)
+    if isinstance(error, InterruptedRunError):
+        err.print(str(error), style="yellow", markup=False)
+        return
     if count > 1:
         err.print(f"error: {count} problems", style="bold red", markup=False)
     for problem in error.problems:

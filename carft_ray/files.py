@@ -5,6 +5,7 @@ written under a temporary name, flushed, and renamed. The tests kill the process
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -79,12 +80,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line and flushes it to disk.
+    """Appends one line and flushes it to disk. An incomplete last line, which a crash has left, is removed first.
 
     Raises:
         StorageError: The line cannot be written.
     """
-    with writing(path), open(path, "ab") as file:
+    with writing(path), open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -121,9 +127,27 @@ def new_folder(path: Path) -> Iterator[Path]:
             fsync_dir(temporary)
             os.rename(temporary, path)
             fsync_dir(path.parent)
+    except StorageError as error:  # of a file inside: it is known by its last name
+        shutil.rmtree(temporary, ignore_errors=True)
+        named = [dataclasses.replace(p, place=p.place.replace(str(temporary), str(path))) for p in error.problems]
+        raise StorageError(named) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_remains(folder: Path) -> None:
+    """Removes what writes that were killed have left anywhere in a folder. Only the holder of its lock may.
+
+    Raises:
+        StorageError: Something cannot be removed.
+    """
+    with writing(folder):
+        for path in list(folder.rglob(".*.[0-9]*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)  # it may have been in a folder that is gone
 
 
 def fsync_file(path: Path) -> None:

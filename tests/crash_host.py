@@ -1,13 +1,20 @@
 """Runs many trainings of the command line in forks of one process that has imported everything once.
 
-    python crash_host.py FOLDER JOBS      JOBS: a JSON file, see ``Job``
+    python crash_host.py FOLDER JOBS      JOBS: a JSON file with a list of jobs
 
-Each job is a list of command lines, one fork each, in the folder of the job. A command line can be told to end at a
-durable operation: an append, a flush to disk (fsync) or a rename, counted from 1. The counting wrappers live here, the
-program knows nothing of them. Output of the forks goes to ``log-<k>.txt`` beside what they write.
+A job is a name and a list of command lines, run one after the other in a folder of that name, one fork each. What can
+happen to a command line:
+
+    "kill": [n, moment]          SIGKILL at its n-th durable operation: an append, a flush to disk (fsync) or a rename
+    "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
+    "file_size": bytes           no file can grow larger, as on a full disk
+
+The wrappers that do it live here; the program knows nothing of them. A job answers ``answers.json`` in its folder: for
+each command line ``code``, ``log`` and the temporary files that it left (``remains``).
 """
 
 import builtins
+import gc
 import io
 import json
 import os
@@ -69,36 +76,42 @@ class Counter:
             setattr(os, name, wrapped)
 
 
-def interrupt_at_read(part, number):
-    """Sends this process SIGINT, as Ctrl-C does, when it opens a file with ``part`` in its path for the n-th time."""
+def interrupt_at_open(part, numbers):
+    """Sends this process SIGINT when it opens a file with ``part`` in its path for the n-th time, for each n."""
     plain_open, seen = builtins.open, []
 
     def counting_open(file, *args, **kwargs):
         if part in str(file):
             seen.append(file)
-            if len(seen) == number:
+            if len(seen) in numbers:
                 os.kill(os.getpid(), signal.SIGINT)
         return plain_open(file, *args, **kwargs)
 
     builtins.open = counting_open
 
 
-def run(command, folder, log):
-    """Runs one command line in a fork; returns its exit code, negative for a signal."""
+def run(command, folder):
+    """Runs one command line in a fork; returns its exit code, negative for a signal, and what it printed."""
+    readable, writable = os.pipe()
     process = os.fork()
     if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        os.close(writable)
+        with open(readable, errors="replace") as file:
+            log = file.read()
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), log
     code = 70
     try:
-        with builtins.open(log, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        os.dup2(writable, 1)
+        os.dup2(writable, 2)
+        os.close(readable)
+        os.close(writable)
         os.chdir(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         counter = Counter(*command.get("kill", ()))
         counter.install()
         if "interrupt" in command:
-            interrupt_at_read(*command["interrupt"])
+            interrupt_at_open(*command["interrupt"])
         if "file_size" in command:
             resource.setrlimit(resource.RLIMIT_FSIZE, (command["file_size"],) * 2)
         code = call(command["argv"])
@@ -125,30 +138,41 @@ def call(argv):
 
 
 def work(jobs, folder):
-    """Does some jobs; each answers ``codes.json`` in its folder."""
+    """Does some jobs."""
     for job in jobs:
         place = folder / job["name"]
-        place.mkdir()
-        codes = []
-        for number, command in enumerate(job["commands"]):
-            codes.append(run(command, place, place / f"log-{number}.txt"))
-            if codes[-1] == 2 and "--resume" in command["argv"]:  # the kill came before there was a training
+        place.mkdir(exist_ok=True)
+        answers = []
+        for command in job["commands"]:
+            code, log = run(command, place)
+            if code == 2 and "--resume" in command["argv"]:  # the kill came before there was a training
                 begin = {**command, "argv": [word for word in command["argv"] if word != "--resume"]}
-                codes[-1] = run(begin, place, place / f"log-{number}.txt")
-        (place / "codes.json").write_text(json.dumps(codes))
+                code, log = run(begin, place)
+            remains = [str(path.relative_to(place)) for path in place.rglob("*.tmp")]
+            answers.append({"code": code, "log": log, "remains": remains})
+        (place / "answers.json").write_text(json.dumps(answers))
+
+
+def import_everything():
+    """Loads what a training loads, and keeps the collector of garbage from touching all of it in every fork."""
+    import pandas  # noqa: F401
+    import PIL.PngImagePlugin  # noqa: F401
+    import pyarrow.dataset  # noqa: F401
+    import torch
+
+    import carft_ray.cli
+    import carft_ray.evaluation.run
+    import carft_ray.launch.single
+    import carft_ray.progress
+    import carft_ray.recipe.advice  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 def main():
-    import pandas  # noqa: F401 (pyarrow imports it when it first meets NumPy)
-    import torch
-
-    import carft_ray.console
-    import carft_ray.data.sandbox
-    import carft_ray.evaluation.run
-    import carft_ray.launch.single
-    import carft_ray.progress  # noqa: F401
-
-    torch.set_num_threads(1)
+    import_everything()
     folder = Path(sys.argv[1])
     jobs = json.loads(Path(sys.argv[2]).read_text())
     threads = [Path(f"/proc/self/task/{number}/comm").read_text().strip() for number in os.listdir("/proc/self/task")]

@@ -61,7 +61,7 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
     done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
-        while time.monotonic() < end and not context.should_stop():
+        while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
         if context.rank == 0:
             files.append_line(out_dir / "metrics.jsonl", json.dumps({"epoch": epoch, "loss": 1 / epoch}))
@@ -91,4 +91,3 @@ def reduced(context):
     total = torch.tensor(float(context.rank + 1))
     dist.all_reduce(total)
     return total.item()
-

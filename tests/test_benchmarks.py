@@ -20,7 +20,8 @@ from benchmarks.acceptance import (
     spread_numbers,
     verdicts,
 )
-from benchmarks.trainings import Bench, Clock, Planned, run_all
+from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
+from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter
 
@@ -195,6 +196,40 @@ def test_finished_trainings_are_not_run_again(recipe, tmp_path):
     assert [bench.is_finished(planned) for planned in plans] == [True, False]
     finished = run_all(bench, plans[:1], 2, Clock(10.0))
     assert finished[0].result == {"objective": 0.5}
+
+
+def finish(bench, planned, objective, alpha):
+    folder = bench.training_dir(planned)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"objective": objective, "alpha": alpha}))
+    return Finished(planned, folder)
+
+
+def test_tuned_methods_get_equal_budgets_and_fresh_seeds(recipe, tmp_path):
+    bench = Bench(recipe, tmp_path, tmp_path)
+    plans = effect.first_plan(recipe)
+    group = {
+        "rates": [finish(bench, planned, 0.6 + 0.01 * (i == 2), 0.4) for i, planned in enumerate(plans["rates"])],
+        "random": [finish(bench, planned, 0.5 + 0.01 * i, 0.8) for i, planned in enumerate(plans["random"])],
+    }
+    tuned = effect.confirm_plan(group, plans["random"][:5])
+    assert tuned["tuned plain"][0].values == {**plans["rates"][2].values, "alpha": 0.4, "seed": 11}
+    assert tuned["tuned CAR-FT"][0].values == {**plans["random"][4].values, "alpha": 0.8, "seed": 11}
+    assert [planned.test_alphas for planned in tuned["tuned plain"]] == [(0.4,)] * 5
+    assert [planned.values["seed"] for planned in tuned["tuned CAR-FT"]] == [11, 12, 13, 14, 15]
+
+
+def test_what_diverged_is_left_out_of_the_random_points_and_nowhere_else(recipe, tmp_path, capsys):
+    bench = Bench(recipe, tmp_path, tmp_path)
+    good, bad = Planned("good", {"seed": 1}), Planned("bad", {"seed": 2}, (1.0,))
+    finish(bench, good, 0.5, 1.0)
+    bench.training_dir(bad).mkdir(parents=True)
+    (bench.training_dir(bad) / "diverged.txt").write_text("step 3")
+    group = effect.run_groups(bench, {"random": [bad, good]}, 1, Clock(1.0))
+    assert [training.planned for training in group["random"]] == [good]
+    assert "bad: diverged" in capsys.readouterr().out
+    with pytest.raises(CarftError, match="bad: must not diverge"):
+        effect.run_groups(bench, {"CAR-FT": [good, bad]}, 1, Clock(1.0))
 
 
 # ---------------------------------------------------------------------------------------------- command lines

@@ -90,9 +90,8 @@ def prepare(
     say("opening model and sets")
     materials = load_materials(recipe, base_dir)
     done = folder / "prepared.json"
-    if done.exists() and json.loads(done.read_text())["key"] == materials.key:
-        content: dict[str, Any] = json.loads(done.read_text())
-    else:
+    content = _read_prepared(done, materials.key)
+    if content is None:
         say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
         clip, device = materials.clip, device_of(recipe)
         class_head_CD, context_head_TD = build_heads(
@@ -118,6 +117,15 @@ def prepare(
         store = TargetStore(recipe.train, materials, context_head_TD, folder / "targets")
         store.fill(recipe, device_of(recipe), say)
     return {**content["metrics"], **{k: v for k, v in content.items() if k not in ("key", "metrics")}}
+
+
+def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
+    """Returns what an earlier ``prepare`` wrote, or None when there is none, or it is of other materials or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def run_training(
@@ -176,8 +184,8 @@ def run_training(
         "elapsed_s": round(time.perf_counter() - started, 3),
     }
     if context.rank == 0:
+        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)  # before: what is finished is never looked at again
         files.write_json(result_path, result)
-        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
     return result
 
 

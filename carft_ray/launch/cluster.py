@@ -1,19 +1,22 @@
 """Ray itself: a local one that lives as long as the search, or a running cluster; and what it can hold."""
 
+import _thread
 import contextlib
 import logging
 import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
-from carft_ray.errors import ClusterError, Problem
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.recipe.schema import Recipe
 
 # ray_train: the controller looks at its workers this often, a report waits for it
@@ -32,6 +35,7 @@ ENVIRONMENT = {
 }
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
+LOOK_AT_HEAD_S = 2
 # loggers that say only: a token is used; there are no progress files (we turned them off)
 BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
@@ -68,31 +72,34 @@ class Capacity:
 
 
 @contextlib.contextmanager
-def running_ray(address: str | None, log_path: Path) -> Iterator[tuple[Node, ...]]:
+def running_ray(address: str | None, log_path: Path, stop_path: Path | None = None) -> Iterator[tuple[Node, ...]]:
     """Starts a Ray on this machine and shuts it down at the end, or attaches to a running one and leaves it running.
 
     Args:
         address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
+        stop_path: The stop file; tells why Ray has gone, should it go.
 
     Yields:
         The nodes.
 
     Raises:
-        ClusterError: There is no Ray at the address, or none can be started.
+        ClusterError: There is no Ray at the address, none can be started, or it has gone.
     """
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-    temp_dir: str | None = None
+    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
     try:
         with _quiet(log_path):
-            if address is None:
-                temp_dir = tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
+            if temp_dir is not None:
                 _start(temp_dir)
             else:
-                _attach(address)
+                _attach(address or "")
+            # the head of a cluster may come back: there, Ray's own patience of a minute decides
+            watching = contextlib.nullcontext() if temp_dir is None else _noticing_its_end(temp_dir, stop_path)
             try:
-                yield _nodes()
+                with watching:
+                    yield _nodes()
             finally:
                 ray.shutdown()
     finally:
@@ -147,11 +154,11 @@ def _attach(address: str) -> None:
         if not host or not port.isdecimal():
             raise ClusterError(Problem("address", "must be host:port or auto", address))
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+            fault = _greet(host, int(port))
         except (OSError, OverflowError) as error:
-            raise ClusterError(
-                Problem("address", f"no Ray answers at {address}", str(error), next_step=step)
-            ) from error
+            fault = str(error)
+        if fault:
+            raise ClusterError(Problem("address", f"no Ray answers at {address}", fault, next_step=step))
     try:
         ray.init(
             address=address,
@@ -207,6 +214,49 @@ def _quiet(log_path: Path) -> Iterator[None]:
         file.close()
         logger.handlers, logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
+
+
+@contextlib.contextmanager
+def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
+    """Ends the block with a ``ClusterError`` when nobody listens at our Ray's address any more.
+
+    A signal to a whole process group or job ends Ray too, and then Ray's calls neither return nor notice Ctrl-C, until
+    it kills the process a minute later. So does this, sooner and with a message, where raising has no effect.
+    """
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    step = "Everything finished is kept; run the same command again to resume."
+    error = ClusterError(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
+    left, gone = threading.Event(), threading.Event()
+
+    def look() -> None:
+        misses = 0
+        while not left.wait(LOOK_AT_HEAD_S):
+            try:
+                socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+                misses = 0
+            except OSError:
+                misses += 1
+            if misses >= 2:
+                gone.set()
+                _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
+            if misses >= 5:
+                stopped = stop_path is not None and stop_path.exists()
+                sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
+                sys.stderr.flush()
+                shutil.rmtree(temp_dir, ignore_errors=True)
+                os._exit(InterruptedRunError.exit_code if stopped else error.exit_code)
+
+    watcher = threading.Thread(target=look, name="head-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if gone.is_set():
+            raise error from None
+        raise
+    finally:
+        left.set()
+        watcher.join()
 
 
 def _nodes() -> tuple[Node, ...]:

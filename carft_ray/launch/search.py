@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import RAY_FILES, STOP, Runner, make_plan, run_prepare, tune_trainable
@@ -94,10 +94,14 @@ def run_search(
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             try:
-                with running_ray(address, study_dir / RAY_LOG) as nodes:
+                with running_ray(address, study_dir / RAY_LOG, study_dir / STOP) as nodes:
                     _run(study, base_dir, nodes, on_event, runner or Runner())
             except KeyboardInterrupt:
                 raise _interrupted(study) from None
+            except ClusterError:
+                if not (study_dir / STOP).exists():
+                    raise
+                raise _interrupted(study) from None  # the signal has ended Ray as well
         rows = study.rows()
         best = best_row(rows)
         if best is None:

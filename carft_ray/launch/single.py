@@ -6,14 +6,14 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import RESULT, prepare, run_training
+from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, MANIFEST, claim, study_lock
+from carft_ray.search.folder import JOURNAL, LOCK, MANIFEST, claim, study_lock
 
 PREPARED = "prepared"
 STOP = "stop"
@@ -60,6 +60,7 @@ def train_once(
     _check_folder(out_dir, resume)
     with study_lock(out_dir):
         claim(out_dir, recipe, base_dir)
+        files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
@@ -69,34 +70,48 @@ def train_once(
             say(f"training with {recipe.resources.num_workers} Ray Train workers")
             result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
             return result, prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
-        zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
-        attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
-        context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
         try:
+            zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
+            context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
             with stop_file_on_signal(out_dir / STOP):
                 result = run_training(recipe, base_dir, out_dir, out_dir / PREPARED, context, attempt)
         except StoppedRun as stopped:
-            step = f"Resume with: {resume_command}"
-            raise InterruptedRunError(Problem("", f"{stopped}; the checkpoint is written", next_step=step)) from None
+            raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
+        except KeyboardInterrupt:  # before or after the training itself, or twice
+            raise _interrupted("stopped at once; what was written before is kept", resume_command) from None
         return result, zero_shot
 
 
+def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
+    return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
+
+
 def _check_folder(out_dir: Path, resume: bool) -> None:
+    other = "Give another folder with --out."
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UsageError(Problem(str(out_dir), "must be a folder", "a file", next_step=other))
     if (out_dir / JOURNAL).exists():
-        raise UsageError(Problem(str(out_dir), "must not be a study", next_step="Give another folder with --out."))
-    if resume and not (out_dir / MANIFEST).exists():
-        raise UsageError(
-            Problem(str(out_dir), "must hold a training to resume", "none", next_step="Leave --resume out.")
-        )
-    if not resume and (out_dir / MANIFEST).exists():
-        state = "a finished training" if (out_dir / RESULT).exists() else "an unfinished training"
-        step = "Add --resume to go on with it, or give another folder with --out."
+        raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
+    has_training = (out_dir / MANIFEST).exists()
+    if resume and not has_training:
+        step = "Leave --resume out to begin one."
+        raise UsageError(Problem(str(out_dir), "must hold a training to resume", "none", next_step=step))
+    if not resume and has_training:
+        done = (out_dir / RESULT).exists()
+        state = "a finished training" if done else "an unfinished training"
+        step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
+    names = sorted(entry.name for entry in out_dir.iterdir()) if out_dir.is_dir() else []
+    names = [name for name in names if name != LOCK and not name.startswith(f".{MANIFEST}.")]
+    if names and not has_training:
+        value = f"one that holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        raise UsageError(Problem(str(out_dir), "must be a new folder", value, next_step=other))
 
 
 def _check_checkpoints(out_dir: Path) -> None:
     """Refuses to begin again unasked when checkpoints are there and none can be read."""
-    if (out_dir / RESULT).exists():
+    if (out_dir / WEIGHTS).exists():  # the checkpoints have done their work
         return
     checkpoint, damaged = newest_checkpoint(out_dir / "checkpoint")
     if checkpoint is None and damaged:

@@ -69,7 +69,7 @@ def train_with_ray(
             (out_dir / stale).unlink(missing_ok=True)
     lost = ""
     try:
-        with running_ray(address, out_dir / RAY_LOG) as nodes:
+        with running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes:
             plan = make_plan(recipe, base_dir, out_dir, nodes, runner or Runner(prepare=prepare_single))
             run_prepare(plan)
             with stop_file_on_signal(out_dir / STOP):
@@ -78,6 +78,10 @@ def train_with_ray(
                 lost = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
     except KeyboardInterrupt:
         raise _interrupted(resume_command) from None
+    except ClusterError:
+        if not (out_dir / STOP).exists():
+            raise
+        raise _interrupted(resume_command) from None  # the signal has ended Ray as well
     finally:
         shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
     result = read_result(out_dir)

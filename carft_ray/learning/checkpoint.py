@@ -8,6 +8,7 @@ folder, so an older one that still runs cannot overwrite a newer one's work.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from carft_ray.files import fsync_file, new_folder, write_text, writing
 
 FORMAT_VERSION = 1
 KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
 
 
@@ -73,10 +75,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
-        files = {
-            "weights.safetensors": checkpoint.weights,
-            "optimizer.safetensors": checkpoint.optimizer,
-        }
+        files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
         for name, tensors in files.items():
             save_tensors(temporary / name, tensors)
         content = {
@@ -85,6 +84,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
             "position": checkpoint.position,
             "sha256": {name: _sha256(temporary / name) for name in files},
         }
+        content["sha256"]["state"] = _sha256_of_state(content)
         write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     for _, old in _folders(checkpoint_dir)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -110,25 +110,35 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         content = json.loads((folder / "state.json").read_text())
-        if content["format_version"] != FORMAT_VERSION:
-            rule = f"must have format_version {FORMAT_VERSION}"
-            raise StorageError(Problem(str(folder), rule, str(content["format_version"])))
-        for name, expected in content["sha256"].items():
-            if _sha256(folder / name) != expected:
-                raise StorageError(_damaged(folder, f"{name} does not match its hash"))
-        weights = load_file(folder / "weights.safetensors")
-        optimizer = load_file(folder / "optimizer.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise StorageError(_damaged(folder, str(error))) from error
+        version, hashes = content["format_version"], content["sha256"]
+        if version != FORMAT_VERSION:
+            raise StorageError(Problem(str(folder), f"must have format_version {FORMAT_VERSION}", str(version)))
+        if _sha256_of_state(content) != hashes["state"]:
+            raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
+        for name in (WEIGHTS, OPTIMIZER):
+            if _sha256(folder / name) != hashes[name]:
+                raise StorageError(_damaged(folder, f"a file {name} that does not match its hash"))
+        weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+    except OSError as error:
+        raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StorageError(_damaged(folder, "a damaged state.json")) from error
     return Checkpoint(content["step"], weights, optimizer, content["position"])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors and flushes them; the caller's folder or rename makes it atomic."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as safetensors and flushes them; the caller's folder or rename makes it atomic.
+
+    Raises:
+        OSError: They cannot be written; the library wraps the system's error in its own, here it is itself again.
+    """
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # the library wraps the system's error in its own
-        raise StorageError(Problem(str(path), "must be writable", str(error))) from error
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     fsync_file(path)
 
 
@@ -141,12 +151,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(_damaged(path, str(error))) from error
+        step = "Restore it from a copy, or train again into another folder."
+        value = "none" if isinstance(error, FileNotFoundError) else f"a damaged one ({error})"
+        raise StorageError(Problem(str(path), "must be a file of tensors", value, next_step=step)) from error
     return tensors
 
 
-def _damaged(path: Path, reason: str) -> Problem:
-    return Problem(str(path), "must be a whole checkpoint", reason)
+def _damaged(folder: Path, value: str) -> Problem:
+    return Problem(str(folder), "must be a whole checkpoint", value)
+
+
+def _sha256_of_state(content: Mapping[str, Any]) -> str:
+    """Returns the hash of what ``state.json`` says beside the hashes; a flipped digit must not go unseen."""
+    return hashlib.sha256(json.dumps([content["step"], content["position"]], sort_keys=True).encode()).hexdigest()
 
 
 def _folders(checkpoint_dir: Path) -> list[tuple[tuple[int, int], Path]]:

@@ -2,8 +2,8 @@
 
     OUT/{open_clip_config.json, open_clip_model.safetensors, class_head.safetensors, recipe.yaml, README.md}
 
-``logits = image_features @ class_head.T`` with normalised features (plus ``class_bias`` where there is one): the scale is
-inside the head.
+``logits = image_features @ class_head.T`` with normalised features (plus ``class_bias`` where there is one): the scale
+is inside the head.
 """
 
 import json
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from carft_ray import __version__
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.files import fsync_file, new_folder, write_json, write_text
+from carft_ray.files import new_folder, write_json, write_text
+from carft_ray.learning.checkpoint import save_tensors
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, load_folder
 from carft_ray.recipe.loading import dump_recipe
@@ -72,8 +71,8 @@ def export_model(trained: Trained, out_dir: Path, alpha: float | None = None) ->
     names = {"class_names": json.dumps(trained.materials.class_names), "form": "folded", "alpha": repr(alpha)}
     with new_folder(out_dir) as folder:
         write_json(folder / CONFIG_NAME, clip.config)
-        _save(folder / WEIGHTS_NAME, state)
-        _save(folder / HEAD_NAME, {name: tensor.contiguous() for name, tensor in tensors.items()}, names)
+        save_tensors(folder / WEIGHTS_NAME, state)
+        save_tensors(folder / HEAD_NAME, tensors, names)
         fixed = trained.recipe.model_copy(update={"train": trained.recipe.train.model_copy(update={"alpha": alpha})})
         write_text(folder / "recipe.yaml", dump_recipe(fixed))
         write_text(folder / "README.md", _model_card(trained, alpha))
@@ -102,11 +101,6 @@ def _compare(trained: Trained, classifier: ImageClassifier, folder: Path) -> tup
         rule = f"the export must give the logits of the model within {TOLERANCE}"
         raise StorageError(Problem(str(folder), rule, f"a difference of {difference:.3g}"))
     return difference, len(pixels)
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    fsync_file(path)
 
 
 def _model_card(trained: Trained, alpha: float) -> str:
