@@ -32,18 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.acceptance import (
-    THRESHOLDS,
-    accuracy_intervals,
-    edge_distance,
-    effect_intervals,
-    effect_numbers,
-    mean_over,
-    random_points,
-    role_numbers,
-    spread_numbers,
-    verdicts,
-)
+from benchmarks import acceptance
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all
 from carft_ray import console, files
 from carft_ray.errors import CarftError, Problem
@@ -89,7 +78,7 @@ def first_plan(recipe: Recipe) -> dict[str, list[Planned]]:
     grid, space = tuple(alpha for alpha in recipe.search.alpha.grid if alpha > 0), space_of(recipe)
     rates = space["learning_rate"]
     plain = [float(f"{rate:.3g}") for rate in np.geomspace(rates.low, rates.high, NUM_PLAIN)]
-    points = random_points(space, NUM_RANDOM, SPACE_SEED)
+    points = acceptance.random_points(space, NUM_RANDOM, SPACE_SEED)
     pairs = {
         name: [
             Planned(
@@ -168,7 +157,7 @@ def roles(trainings: Sequence[Finished], recipe: Recipe) -> dict[str, float]:
     def rows(tables: Sequence[tuple[pa.Table, float]], sets: Sequence[str]) -> Correct:
         return {name: correct_matrix(tables, name) for name in sets}
 
-    return role_numbers(
+    return acceptance.role_numbers(
         rows([(training.validation, alpha) for training, alpha in candidates], validation_sets),
         rows([(training.test, alpha) for training, alpha in candidates], test_sets),
         objective_weights(recipe.search.objective, validation_sets[1:], ID_SET),
@@ -180,19 +169,19 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
     """Returns all numbers of the thresholds, and the intervals behind them and of the tuned comparison."""
     test_sets = tuple(zero_shot)
     plain, car_ft = (test_correct(group[name], test_sets) for name in ("plain", "CAR-FT"))
-    intervals = effect_intervals(zero_shot, plain, car_ft)
+    intervals = acceptance.effect_intervals(zero_shot, plain, car_ft)
     tuned = {name: test_correct(group[f"tuned {name}"], test_sets) for name in ("plain", "CAR-FT")}
     part = recipe.search.objective
     spec = ObjectiveSpec(part.kind, ID_TEST, test_sets[1:], part.id_weight)
     differences = paired_differences(tuned["CAR-FT"], tuned["plain"])
     intervals |= {
         "tuned CAR-FT - tuned plain, objective": objective_difference(spec, tuned["CAR-FT"], tuned["plain"]),
-        "tuned CAR-FT - tuned plain, ID": mean_over(differences, [ID_TEST]),
-        "tuned CAR-FT - tuned plain, OOD": mean_over(differences, test_sets[1:]),
+        "tuned CAR-FT - tuned plain, ID": acceptance.mean_over(differences, [ID_TEST]),
+        "tuned CAR-FT - tuned plain, OOD": acceptance.mean_over(differences, test_sets[1:]),
     }
     best_rate = max(group["rates"], key=lambda training: float(training.result["fine_tuned"]["id_accuracy"]))
     best_id = correct_matrix([(best_rate.test, 1.0)], ID_TEST)
-    intervals["plain at its best learning rate - zero-shot, ID"] = mean_over(
+    intervals["plain at its best learning rate - zero-shot, ID"] = acceptance.mean_over(
         paired_differences({ID_TEST: best_id}, {ID_TEST: zero_shot[ID_TEST]}), [ID_TEST]
     )
     objectives = [float(training.result["objective"]) for training in group["random"]]
@@ -202,12 +191,12 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
         repeats.setdefault(point, []).append(float(training.result["objective"]))
     best_point = group["random"][int(np.argmax(objectives))].planned.values
     numbers = {
-        **effect_numbers(intervals),
+        **acceptance.effect_numbers(intervals),
         **roles([*group["random"], *group["rates"]], recipe),
         "best_plain_id_gain": intervals["plain at its best learning rate - zero-shot, ID"].mean,
         "best_plain_learning_rate": float(best_rate.planned.values["learning_rate"]),
-        **spread_numbers(objectives, [values for values in repeats.values() if len(values) > 1]),
-        "edge_distance": edge_distance(best_point, space_of(recipe)),
+        **acceptance.spread_numbers(objectives, [values for values in repeats.values() if len(values) > 1]),
+        "edge_distance": acceptance.edge_distance(best_point, space_of(recipe)),
         **{f"best_{name}": float(value) for name, value in best_point.items()},
         "best_objective": max(objectives),
     }
@@ -228,7 +217,7 @@ def show(
     methods: Mapping[str, Correct], numbers: Mapping[str, float], intervals: Mapping[str, Interval], group: Group
 ) -> None:
     """Prints accuracies, differences, what the random points found, and the tuned comparison."""
-    accuracies = {name: accuracy_intervals(correct) for name, correct in methods.items()}
+    accuracies = {name: acceptance.accuracy_intervals(correct) for name, correct in methods.items()}
     columns = list(next(iter(accuracies.values())))
     print("\nAccuracy on the test sets, % (synthetic images)")
     print(" " * 26 + "".join(f"{column:>14}" for column in columns))
@@ -259,7 +248,9 @@ def show(
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     """Draws the figure of the README."""
     effects = {
-        name: {column: Estimate(i.mean, *i.images_random) for column, i in accuracy_intervals(correct).items()}
+        name: {
+            column: Estimate(i.mean, *i.images_random) for column, i in acceptance.accuracy_intervals(correct).items()
+        }
         for name, correct in methods.items()
     }
     words = f"test sets; 95 % intervals {OVER_SEEDS_AND_IMAGES}, {len(PAIR_SEEDS)} seeds (zero-shot: over images)"
@@ -287,7 +278,7 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
     zero_shot_table = read_predictions(bench.zero_shot_test_path)
     zero_shot = {name: correct_matrix([(zero_shot_table, 0.0)], name) for name in test_sets}
     numbers, intervals = measure(group, zero_shot, recipe)
-    lines, passed = verdicts(numbers)
+    lines, passed = acceptance.verdicts(numbers)
     methods = {
         "zero-shot": zero_shot,
         "plain fine-tuning": test_correct(group["plain"], test_sets),
@@ -306,11 +297,11 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
         "elapsed_s": round(seconds, 1),
         "trained_s": round(trained_s, 1),
         "passed": passed,
-        "thresholds": [asdict(threshold) for threshold in THRESHOLDS],
+        "thresholds": [asdict(threshold) for threshold in acceptance.THRESHOLDS],
         "numbers": numbers,
         "intervals": {name: asdict(interval) for name, interval in intervals.items()},
         "accuracies": {
-            name: {column: asdict(i) for column, i in accuracy_intervals(correct).items()}
+            name: {column: asdict(i) for column, i in acceptance.accuracy_intervals(correct).items()}
             for name, correct in {**methods, **tuned}.items()
         },
         "trainings": {name: [row_of(training) for training in part] for name, part in group.items()},

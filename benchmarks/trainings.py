@@ -158,7 +158,7 @@ def open_bench(recipe: Recipe, base_dir: Path, out: Path) -> Bench:
     bench = Bench(recipe, base_dir, out / _digest(parts))
     bench.folder.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
-    prepare(recipe, base_dir, bench.prepared_dir)
+    prepare(recipe, base_dir, bench.prepared_dir, lambda text: print(text, file=sys.stderr))
     if not bench.zero_shot_test_path.exists():
         heads = load_tensors(bench.prepared_dir / "heads.safetensors")
         classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)

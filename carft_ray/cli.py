@@ -16,8 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for accuracy "
-    "in-distribution and out-of-distribution together.\n\n"
+    help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for "
+    "accuracy in-distribution and out-of-distribution together.\n\n"
     "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
@@ -213,8 +213,8 @@ def export(
         console.print_json({**vars(exported), "folder": str(exported.folder)})
         return
     console.say(
-        f"Exported to {to} at alpha {exported.alpha:g}. Opened again: the logits of {exported.num_checked} images differ "
-        f"by at most {exported.largest_difference:.1e}."
+        f"Exported to {to} at alpha {exported.alpha:g}. Opened again: the logits of {exported.num_checked} images "
+        f"differ by at most {exported.largest_difference:.1e}."
     )
     console.next_step(
         f"cat {shlex.quote(str(to / 'README.md'))}", f'open_clip.create_model_and_transforms("local-dir:{to}")'

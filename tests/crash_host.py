@@ -1,6 +1,6 @@
-"""Runs many trainings of the command line in forks of one process that has imported everything once.
+"""Runs many command lines in forks of one process that has imported everything once.
 
-    python crash_host.py FOLDER JOBS      JOBS: a JSON file with a list of jobs
+    python crash_host.py FOLDER      each line of standard input is a list of jobs in JSON; answered by a line "done"
 
 A job is a name and a list of command lines, run one after the other in a folder of that name, one fork each. What can
 happen to a command line:
@@ -101,6 +101,7 @@ def run(command, folder):
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), log
     code = 70
     try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(writable, 1)
         os.dup2(writable, 2)
         os.close(readable)
@@ -174,17 +175,18 @@ def import_everything():
 def main():
     import_everything()
     folder = Path(sys.argv[1])
-    jobs = json.loads(Path(sys.argv[2]).read_text())
     threads = [Path(f"/proc/self/task/{number}/comm").read_text().strip() for number in os.listdir("/proc/self/task")]
     known = ["jemalloc_bg_thd"]  # the allocator of pyarrow, which takes care of forks itself
     assert len([name for name in threads if name not in known]) == 1, "a fork of a process with threads may hang"
-    lanes = []
-    for lane in range(LANES):
-        lanes.append(os.fork())
-        if not lanes[-1]:
-            work(jobs[lane::LANES], folder)
-            os._exit(0)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(lane, 0)[1]) != 0 for lane in lanes))
+    for line in sys.stdin:
+        jobs, lanes = json.loads(line), []
+        for lane in range(min(LANES, len(jobs))):
+            lanes.append(os.fork())
+            if not lanes[-1]:
+                work(jobs[lane::LANES], folder)
+                os._exit(0)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(lane, 0)[1]) for lane in lanes]
+        print("done" if not any(codes) else f"lanes ended with {codes}", flush=True)
 
 
 if __name__ == "__main__":

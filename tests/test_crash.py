@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import short_training
@@ -23,21 +24,29 @@ SMALL_BATCHES = ["--set", "train.batch_size=1"]  # 20 steps an epoch: an interru
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def host(folder, jobs):
-    """Runs jobs in one process that forks; returns their folders by name."""
-    path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
-    path.write_text(json.dumps(jobs))
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {job["name"]: folder / job["name"] for job in jobs}
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return short_training.make(tmp_path_factory.mktemp("crash"))
+
+
+@pytest.fixture(scope="module")
+def host(recipe):
+    """Gives a function that runs jobs and returns for each name its folder and its answers."""
+    folder = recipe.parent
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(HERE / "crash_host.py"), str(folder)]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+
+        def run(jobs):
+            process.stdin.write(json.dumps(jobs) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            places = {job["name"]: folder / job["name"] for job in jobs}
+            return {name: (place, json.loads((place / "answers.json").read_text())) for name, place in places.items()}
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def train(recipe):
 
 
 @pytest.fixture(scope="module")
-def reference(recipe, train):
+def reference(recipe, host, train):
     """Folder and durable operations of a training that nothing disturbs."""
     folder = recipe.parent
     kinds = folder / "kinds.json"
@@ -54,7 +63,7 @@ def reference(recipe, train):
         {"name": "reference", "commands": [{"argv": train, "count_to": str(kinds)}]},
         {"name": "reference_small", "commands": [{"argv": [*train, *SMALL_BATCHES]}]},
     ]
-    host(folder, jobs)
+    host(jobs)
     return folder, json.loads(kinds.read_text())
 
 
@@ -68,9 +77,9 @@ def moments(kinds, number):
 
 
 @pytest.fixture(scope="module")
-def killed(recipe, train, reference):
+def killed(host, train, reference):
     """Trainings killed at every durable operation, each then resumed. Some are killed again before that."""
-    folder, kinds = reference
+    _, kinds = reference
     resume = [*train, "--resume"]
     jobs = []
     for number, kind in enumerate(kinds, start=1):
@@ -81,11 +90,7 @@ def killed(recipe, train, reference):
         again = {"argv": resume, "kill": (1 + number * 7 % 11, "after")}
         commands = [{"argv": train, "kill": (number, "after")}, again, {"argv": resume}]
         jobs.append({"name": f"{number:03d}-twice", "commands": commands})
-    return answers(host(folder, jobs))
-
-
-def answers(folders):
-    return {name: (folder, json.loads((folder / "answers.json").read_text())) for name, folder in folders.items()}
+    return host(jobs)
 
 
 def without(value, *keys):
@@ -156,11 +161,11 @@ def test_no_resumed_training_shows_a_traceback_or_a_warning(killed):
     ],
 )
 def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
-    recipe, train, reference, name, part, numbers, says, keeps
+    recipe, host, train, reference, name, part, numbers, says, keeps
 ):
     """The first Ctrl-C in the middle of an epoch waits for a checkpoint; a second one, or one outside, does not."""
     train = [*train, *SMALL_BATCHES]
-    place, (answer,) = only(recipe, name, {"argv": train, "interrupt": (part, numbers)})
+    place, (answer,) = host([{"name": name, "commands": [{"argv": train, "interrupt": (part, numbers)}]}])[name]
     assert answer["code"] == 130, answer["log"]
     assert answer["remains"] == []
     checkpoints = sorted(path.name for path in place.glob("out/checkpoint/attempt-1/*"))
@@ -171,26 +176,19 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
     assert not any(word in line for line in before for word in ("error", "Traceback", "warning"))
 
     command = shlex.split(step.partition("carft-ray ")[2])
-    _, (answer,) = only(recipe, name, {"argv": command})
+    _, (answer,) = host([{"name": name, "commands": [{"argv": command}]}])[name]
     assert answer["code"] == 0, answer["log"]
     assert differences(place, reference[0] / "reference_small") == []
 
 
-def only(recipe, name, command):
-    """Runs one command line in the folder of a job; returns the folder and the answers."""
-    return answers(host(recipe.parent, [{"name": name, "commands": [command]}]))[name]
-
-
-def test_a_training_that_runs_out_of_space_says_so_once_leaves_nothing_half_written_and_goes_on(
-    recipe, train, reference
-):
+def test_a_training_that_runs_out_of_space_says_so_once_leaves_nothing_half_written_and_goes_on(host, train, reference):
     """A limit on the size of files stands for a full disk: each write fails where the first byte does not fit."""
     jobs = [
         {"name": f"size-{size}", "commands": [{"argv": train, "file_size": size}, {"argv": [*train, "--resume"]}]}
         for size in FILE_SIZES
     ]
     stopped_at = set()
-    for name, (folder, (first, second)) in answers(host(recipe.parent, jobs)).items():
+    for name, (folder, (first, second)) in host(jobs).items():
         *_, said, step = first["log"].splitlines()
         assert first["code"] == 5, (name, first["log"])
         assert first["log"].count("error: ") == 1, first["log"]

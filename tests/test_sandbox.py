@@ -1,4 +1,4 @@
-"""The sandbox: pictures are a pure function of their names, sets are fair, and the packaged model is an open_clip model."""
+"""The sandbox: pictures are a pure function of their names, sets are fair, the packaged model opens in open_clip."""
 
 import json
 from collections import Counter

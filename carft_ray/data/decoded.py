@@ -32,4 +32,5 @@ class DecodedSource:
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
-        return self._images.images_NHWC[index]
+        image: PixelArray = self._images.images_NHWC[index]
+        return image

@@ -1,4 +1,4 @@
-"""The sandbox: procedural pictures of sixteen simple shapes in twelve domains, made from nothing in under a millisecond.
+"""The sandbox: procedural pictures of sixteen simple shapes in twelve domains, each made in under a millisecond.
 
 A picture is a pure function of (domain, split, class, index). It is drawn at 64 pixels and reduced to 32. Every
 attribute (colours, size, tilt) has the same distribution in every domain and class; only the domain differs.
@@ -78,10 +78,7 @@ TEMPLATES: tuple[str, ...] = (
 NUM_TRAIN, NUM_ID, NUM_OOD = 96, 125, 63  # images per class
 # role -> set name -> the set: what the quickstart searches with and what `export_images` writes
 QUICKSTART_SETS: dict[str, dict[str, SandboxSet]] = {
-    role: {
-        domain: SandboxSet(source="sandbox", domain=domain, split=split, num_per_class=count)  # type: ignore[arg-type]
-        for domain in domains
-    }
+    role: {domain: SandboxSet(source="sandbox", domain=domain, split=split, num_per_class=count) for domain in domains}
     for role, split, count, domains in (
         ("train", "train", NUM_TRAIN, ("photo",)),
         ("id_val", "val", NUM_ID, ("photo",)),
@@ -305,7 +302,8 @@ def _painting(rng: np.random.Generator, mask: Image.Image, figure: _Floats, grou
     scene = scene[rows.clip(0, _DRAWN - 1), columns.clip(0, _DRAWN - 1)]
     strokes = rng.standard_normal((_DRAWN // 2, 8, 1), dtype=np.float32) * 16
     scene = scene + np.repeat(np.repeat(strokes, 2, axis=0), 8, axis=1)
-    return np.round(scene / 36) * np.float32(36)
+    painted: _Floats = np.round(scene / 36) * np.float32(36)
+    return painted
 
 
 def _sketch(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -316,7 +314,8 @@ def _sketch(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground
     hatching = _weight(mask) * slant[:, :, None] * np.float32(0.45)
     paper = 232 + 0.06 * (ground - 128) + _patches(rng, 16, 5)
     ink = np.minimum(figure * 0.75, 150)
-    return paper + np.maximum(edge, hatching) * (ink - paper)
+    drawn: _Floats = paper + np.maximum(edge, hatching) * (ink - paper)
+    return drawn
 
 
 def _cartoon(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -324,7 +323,8 @@ def _cartoon(rng: np.random.Generator, mask: Image.Image, figure: _Floats, groun
     scene = np.broadcast_to(ground * 0.7 + 76, (_DRAWN, _DRAWN, 3))
     scene = scene * (1 - outline) + outline * 12
     vivid = np.clip((figure - 128) * 1.3 + 128, 0, 255)
-    return scene + body * (vivid - scene)
+    drawn: _Floats = scene + body * (vivid - scene)
+    return drawn
 
 
 def _striped(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -375,7 +375,8 @@ def _pixelated(rng: np.random.Generator, picture: _Floats) -> _Floats:
 
 
 def _to_bytes(picture: _Floats) -> PixelArray:
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    pixels: PixelArray = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return pixels
 
 
 _Large = Callable[[np.random.Generator, Image.Image, _Floats, _Floats], _Floats]

@@ -76,7 +76,8 @@ def _moon() -> Points:
     radius = math.hypot(start[0] - 0.5, start[1])
     arc = 0.95 * np.stack([np.cos(outer), np.sin(outer)], axis=1)
     bite = np.stack([0.5 + radius * np.cos(inner), radius * np.sin(inner)], axis=1)
-    return np.concatenate([arc, bite]) + np.array([0.15, 0.0])
+    moon: npt.NDArray[np.float64] = np.concatenate([arc, bite]) + np.array([0.15, 0.0])
+    return moon
 
 
 def _star() -> Points:

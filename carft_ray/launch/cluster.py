@@ -119,13 +119,13 @@ def _short_temp_dir() -> str:
 
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # only this process and its children know the token; without it Ray would write one into the home folder
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(
             address="local",
-            num_cpus=num_cpus,
+            num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -76,7 +76,6 @@ class Plan:
         base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory, seen by every node.
         capacity: Trainings at a time, workers of each and what they get.
-        prepare_cpus: Cores for the preparation: all of one node.
         runner: Preparation and training.
     """
 
@@ -84,7 +83,6 @@ class Plan:
     base_dir: Path
     study_dir: Path
     capacity: Capacity
-    prepare_cpus: int
     runner: Runner
 
     @property
@@ -108,8 +106,7 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
     """
     room = capacity(recipe, nodes)
     resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
-    prepare_cpus = max(1, int(max(node.num_cpus for node in nodes)))
-    return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, prepare_cpus, runner)
+    return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
 
 
 def stop_reader(study_dir: Path) -> Callable[[], bool]:
@@ -126,16 +123,15 @@ def stop_reader(study_dir: Path) -> Callable[[], bool]:
 
 
 def run_prepare(plan: Plan) -> dict[str, Any]:
-    """Runs the preparation in a Ray task.
+    """Runs the preparation in a Ray task. It asks for what a worker gets, and uses all cores of its node.
 
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` when its process died.
     """
-    resources = plan.recipe.resources.model_copy(update={"threads": plan.prepare_cpus})
-    recipe = plan.recipe.model_copy(update={"resources": resources})
-    task = ray.remote(num_cpus=plan.prepare_cpus, num_gpus=plan.capacity.gpus_per_worker, max_retries=0)(_prepare)
+    room = plan.capacity
+    task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     try:
-        metrics: dict[str, Any] = ray.get(task.remote(plan, recipe))
+        metrics: dict[str, Any] = ray.get(task.remote(plan))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, CarftError):
             raise error.cause from None
@@ -145,8 +141,12 @@ def run_prepare(plan: Plan) -> dict[str, Any]:
     return metrics
 
 
-def _prepare(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+def _prepare(plan: Plan) -> dict[str, Any]:
     _check_visible(plan)
+    node_id = ray.get_runtime_context().get_node_id()
+    num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    resources = plan.recipe.resources.model_copy(update={"threads": max(1, int(num_cpus))})
+    recipe = plan.recipe.model_copy(update={"resources": resources})
     return plan.runner.prepare(recipe, plan.base_dir, plan.study_dir / PREPARED)
 
 

@@ -78,7 +78,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
         for name, tensors in files.items():
             save_tensors(temporary / name, tensors)
-        content = {
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "step": checkpoint.step,
             "position": checkpoint.position,
