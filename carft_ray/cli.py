@@ -1,14 +1,16 @@
 """The commands. Everything heavy is imported inside them, so that `--help` answers at once."""
 
+import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from carft_ray.errors import CarftError, DataError, HoldOutError, RecipeError, UsageError
+from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,17 +46,33 @@ AlphaOption = Annotated[
 TrialOption = Annotated[str | None, typer.Option("--trial", help="Name of a trial of the study; without it the best.")]
 
 
-def main() -> None:
-    """Runs the command line; a user's mistake ends with one message and its exit code."""
-    try:
-        app()
-    except CarftError as error:
-        if "--debug" in sys.argv:
-            raise
+class _Warnings(logging.Handler):
+    """Shows the warnings that the library logs as those of the commands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
         from carft_ray import console
 
+        console.warn(self.format(record))
+
+
+def main() -> None:
+    """Runs the command line; whatever goes wrong ends with one message and its exit code."""
+    logger = logging.getLogger("carft_ray")
+    logger.addHandler(handler := _Warnings(logging.WARNING))
+    try:
+        app()
+    except Exception as error:  # the outermost boundary: nothing is swallowed, everything ends the process
+        from carft_ray import console
+
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if not isinstance(error, CarftError):
+            rule, value = "this is a fault of carft-ray, please report it", f"{type(error).__name__}: {error}"
+            error = CarftError(Problem("", rule, value, next_step="Run it again with --debug to see where."))
         console.show_error(error)
         sys.exit(error.exit_code)
+    finally:
+        logger.removeHandler(handler)
 
 
 @app.command(epilog="Example:  carft-ray validate search_spaces/quickstart.yaml --set train.epochs=3 --show")
@@ -137,6 +155,10 @@ def train(
 
     value = _load(recipe, set_, executor, num_workers)
     command = f"carft-ray train {_quoted(recipe, set_, executor, num_workers)} --out {shlex.quote(str(out))}"
+    if address is not None:
+        command += f" --address {shlex.quote(address)}"
+        if value.resources.executor != "ray-train" and value.resources.num_workers == 1:
+            console.warn("--address has no effect: one worker trains in this process")
     from carft_ray.launch.single import train_once
     from carft_ray.progress import training_shown
 
@@ -178,7 +200,8 @@ def evaluate(
     from carft_ray import console
 
     if head not in ("fine_tuned", "zero_shot"):
-        raise UsageError(f"--head: must be fine_tuned or zero_shot, but got {head!r}")
+        heads = ("fine_tuned", "zero_shot")
+        raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
     from carft_ray.results.trained import evaluate_trained, open_trained
 
     trained = open_trained(folder, trial)
@@ -189,8 +212,9 @@ def evaluate(
         return
     rows = {f"{trained.name}, alpha {used:g}": metrics}
     console.out.print(console.accuracy_table(rows, trained.result["num_images"]))
+    chosen = f" --trial {shlex.quote(trial)}" if trial is not None else ""
     console.next_step(
-        f"carft-ray export {shlex.quote(str(folder))} --to exports/{trained.recipe.name} --alpha {used:g}"
+        f"carft-ray export {shlex.quote(str(folder))}{chosen} --to exports/{trained.recipe.name} --alpha {used:g}"
     )
 
 

@@ -30,11 +30,12 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """Returns the ``StorageError`` for a failed write to ``path``."""
     steps = {
         errno.ENOSPC: "Free some space or choose another folder, then run the same command again.",
+        errno.EDQUOT: "Free some space or choose another folder, then run the same command again.",
         errno.EFBIG: "Raise the limit on file sizes (ulimit -f), then run the same command again.",
         errno.EACCES: "Choose a folder that you may write to.",
         errno.EROFS: "Choose a folder that you may write to.",
     }
-    step = steps.get(error.errno or 0, "")
+    step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
     return StorageError(Problem(str(path), "must be writable", error.strerror or str(error), next_step=step))
 
 
@@ -86,14 +87,30 @@ def append_line(path: Path, line: str) -> None:
         StorageError: The line cannot be written.
     """
     with writing(path), open(path, "a+b") as file:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            file.truncate(os.pread(file.fileno(), size, 0).rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file that ``write_json`` has written.
+
+    Raises:
+        StorageError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        value = "no such file"
+    except OSError as error:
+        value = error.strerror or str(error)
+    except ValueError as error:
+        value = f"a damaged one ({error})"
+    step = "Restore it from a copy, or give another folder and begin again."
+    raise StorageError(Problem(str(path), "must be a whole JSON file", value, next_step=step))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -130,11 +130,13 @@ def call(argv):
     """Calls the command line as the console script does; returns its exit code."""
     from carft_ray import cli
 
-    sys.argv = ["carft-ray", *argv]
+    before, sys.argv = sys.argv, ["carft-ray", *map(str, argv)]
     try:
         cli.main()
     except SystemExit as stop:
         return int(stop.code or 0)
+    finally:
+        sys.argv = before
     return 0
 
 

@@ -176,9 +176,10 @@ def test_settings_without_effect_are_named(run):
     assert "budget" in err
 
 
-def test_debug_shows_the_traceback(run):
-    with pytest.raises(cli.CarftError):
-        run("evaluate", "nowhere", "--debug")
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(run):
+    code, _, err = run("evaluate", "nowhere", "--debug")
+    assert code == 2
+    assert "Traceback" in err
 
 
 def test_grey_and_transparent_images_are_read(run):

@@ -22,7 +22,7 @@ from carft_ray.data.sandbox import (
     sandbox_source,
     true_templates,
 )
-from carft_ray.errors import DataError, StorageError
+from carft_ray.errors import DataError, StorageError, UsageError
 from carft_ray.learning import pretrain
 from carft_ray.learning.pretrain import contrastive_loss
 
@@ -200,12 +200,33 @@ def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit
     monkeypatch.setattr(pretrain, "_BATCH_SIZE", 16)
     told = []
     for name in ("a", "b"):
-        pretrain.pretrain(tmp_path / name, num_steps=2, seed=3, progress=lambda *values: told.append(values))
+        pretrain.pretrain(tmp_path / name, num_steps=10, seed=3, progress=lambda *values: told.append(values))
     first, second = ((tmp_path / name / "open_clip_model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
-    assert told[-1][:2] == (2, 2)
+    assert told[-1][:2] == (10, 10)
     assert set(told[-1][2]) == {"loss", "caption_accuracy"}
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'a'}")
+
+
+def test_pretraining_refuses_a_folder_with_files_and_too_few_steps(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(StorageError):
+        pretrain.pretrain(tmp_path)
+    with pytest.raises(UsageError):
+        pretrain.pretrain(tmp_path / "new", num_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_words_are_withheld_for_one_class_of_each_group_only():
+    words, rng = (*CLASSES, *sandbox.GROUPS), np.random.default_rng(0)
+    for name in CLASSES:
+        drawn = Counter(words[pretrain._word(rng, CLASSES.index(name))] for _ in range(400))
+        group = next(group for group, members in sandbox.GROUPS.items() if name in members)
+        if name in pretrain._WITHHELD:
+            assert set(drawn) == {group, *sandbox.GROUPS[group]}
+            assert 130 < drawn[name] < 190  # 160 expected
+        else:
+            assert set(drawn) == {name}
 
 
 def _rng(domain, index):

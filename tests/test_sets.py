@@ -270,7 +270,7 @@ def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
     recipe = folder_recipe({"ood_test": {"again": folder_set("sketch_val", path=path)}})
     (problem,) = texts(check_roles(recipe, base))
     assert problem.startswith(
-        "data.ood_test.again: a set has one role, but these images are in data.ood_val.sketch too"
+        "data.ood_test.again: a set has one role and must not share images with data.ood_val.sketch"
     )
     assert str(base / "images" / "sketch_val") in problem
 
@@ -278,7 +278,7 @@ def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
 def test_a_link_to_a_domain_is_the_domain(base):
     (base / "images" / "fresh").symlink_to(base / "images" / "train")
     (problem,) = texts(check_roles(folder_recipe({"id_val": folder_set("fresh")}), base))
-    assert problem.startswith("data.id_val: a set has one role, but these images are in data.train too")
+    assert problem.startswith("data.id_val: a set has one role and must not share images with data.train")
 
 
 def test_a_sandbox_split_in_two_roles_is_told(base):

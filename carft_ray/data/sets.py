@@ -71,7 +71,7 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
         for identity, text in _identities(spec, recipe_dir):
             other_role, other_place = seen.setdefault(identity, (role, place))
             if other_role != role:
-                rule = f"a set has one role, but these images are in {other_place} too"
+                rule = f"a set has one role and must not share images with {other_place}"
                 problems.append(Problem(place, rule, text, next_step="Give each role images of its own."))
     return problems
 

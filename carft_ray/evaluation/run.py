@@ -151,8 +151,8 @@ def run_training(
     """
     result_path = out_dir / RESULT
     if result_path.exists():
-        result: dict[str, Any] = json.loads(result_path.read_text())
-        return result
+        finished: dict[str, Any] = files.read_json(result_path)
+        return finished
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)

@@ -1,11 +1,13 @@
 """One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
+from carft_ray.errors import DataError, InterruptedRunError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -58,7 +60,7 @@ def train_once(
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
     _check_folder(out_dir, resume)
-    with study_lock(out_dir):
+    with study_lock(out_dir), _gone_if_nothing_began(out_dir):
         claim(out_dir, recipe, base_dir)
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
@@ -81,6 +83,18 @@ def train_once(
         except KeyboardInterrupt:  # before or after the training itself, or twice
             raise _interrupted("stopped at once; what was written before is kept", resume_command) from None
         return result, zero_shot
+
+
+@contextlib.contextmanager
+def _gone_if_nothing_began(out_dir: Path) -> Iterator[None]:
+    """Removes a new folder when model or data turn out unfit, so that the mended recipe may use the same name."""
+    is_new = not (out_dir / MANIFEST).exists()
+    try:
+        yield
+    except (RecipeError, DataError):
+        if is_new and not (out_dir / "checkpoint").exists():
+            shutil.rmtree(out_dir, ignore_errors=True)
+        raise
 
 
 def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
@@ -116,4 +130,4 @@ def _check_checkpoints(out_dir: Path) -> None:
     checkpoint, damaged = newest_checkpoint(out_dir / "checkpoint")
     if checkpoint is None and damaged:
         step = f"Remove {out_dir / 'checkpoint'} to begin again from the first step."
-        raise StorageError([*damaged, Problem(str(out_dir), "has no checkpoint that can be read", next_step=step)])
+        raise StorageError([*damaged, Problem(str(out_dir), "must hold a checkpoint that can be read", next_step=step)])

@@ -3,7 +3,6 @@
 Shape letters: B pictures of a batch, U distinct captions of the batch, D embedding dimension.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from carft_ray.data.sandbox import CLASSES, DOMAINS, GROUPS, IMAGE_SIZE, TEMPLATES, render, true_templates
 from carft_ray.data.source import IntArray, PixelArray
-from carft_ray.files import fsync_file, new_folder
+from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.files import new_folder, write_bytes, write_json
 
 NUM_STEPS = 900
 SEED = 0
@@ -35,6 +35,7 @@ _BATCH_SIZE = 256
 _PEAK_LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.1
 _CLIP_NORM = 1.0
+_FEWEST_STEPS = 10  # of the one-cycle schedule
 # Captions of one shape in each group do not tell everything: part of them name only the group, part another shape of
 # it. The tower sees these shapes but the words do not tell them apart, which leaves fine-tuning something to gain.
 _WITHHELD = frozenset(members[0] for members in GROUPS.values())
@@ -64,22 +65,26 @@ def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progre
     Args:
         out_dir: Folder to make; it must not exist, or be empty. It gets ``open_clip_config.json`` and
             ``open_clip_model.safetensors`` in half precision (9.2 MB).
-        num_steps: Number of batches.
+        num_steps: Number of batches, at least 10.
         seed: Of initial weights, order and captions. The pictures are the same for every seed.
         progress: Called with (steps or pictures done, all of them, numbers to show).
 
     Raises:
-        StorageError: The folder cannot be written.
+        UsageError: ``num_steps`` is too small for the schedule.
+        StorageError: The folder is not empty, or cannot be written.
     """
+    if num_steps < _FEWEST_STEPS:
+        raise UsageError(Problem("num_steps", f"must be at least {_FEWEST_STEPS}", str(num_steps)))
+    if out_dir.exists() and any(out_dir.iterdir()):
+        rule, step = "must be a new or an empty folder", "Choose another folder."
+        raise StorageError(Problem(str(out_dir), rule, "a folder with files", next_step=step))
     pictures = draw_pictures(_NUM_PICTURES, progress)
     state = train_model(pictures, num_steps, seed, progress)
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
     with new_folder(out_dir) as folder:
-        config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        safetensors.torch.save_file(halves, folder / "open_clip_model.safetensors", {"format": "pt"})
-        for path in folder.iterdir():
-            fsync_file(path)
+        write_json(folder / "open_clip_config.json", config)
+        write_bytes(folder / "open_clip_model.safetensors", safetensors.torch.save(halves, {"format": "pt"}))
 
 
 def draw_pictures(count: int, progress: Progress | None) -> _Pictures:
@@ -119,9 +124,7 @@ def train_model(pictures: _Pictures, num_steps: int, seed: int, progress: Progre
             for i in rows
         ]
         distinct, caption_B = torch.unique(torch.tensor(captions), return_inverse=True)
-        images_BCHW = (
-            torch.from_numpy(pictures.images_NHWC[rows]).permute(0, 3, 1, 2) / 255 - mean
-        ) / std  # channels last already
+        images_BCHW = (torch.from_numpy(pictures.images_NHWC[rows]).permute(0, 3, 1, 2) / 255 - mean) / std
         features_BD = F.normalize(model.encode_image(images_BCHW), dim=-1)
         texts_UD = F.normalize(model.encode_text(tokens[distinct]), dim=-1)
         logits_BU = model.logit_scale.exp() * features_BD @ texts_UD.T

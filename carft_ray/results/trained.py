@@ -1,6 +1,5 @@
 """A finished training, opened again: from the folder of `train`, or the best trial of a study."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
+from carft_ray import files
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.evaluate import metrics_at, predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.run import RESULT, WEIGHTS, device_of, num_threads, objective_spec
@@ -66,23 +66,27 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     folder = folder.resolve()
     if not (folder / MANIFEST).is_file():
         rule = "must be a folder that `train --out` or `search --study` has made"
-        raise UsageError(Problem(str(folder), rule, "no manifest.json in it"))
+        value = "one without manifest.json" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
+        raise UsageError(Problem(str(folder), rule, value))
     try:
-        recipe = Recipe.model_validate(json.loads((folder / MANIFEST).read_text())["recipe"])
-    except (OSError, ValueError, KeyError) as error:
+        recipe = Recipe.model_validate(files.read_json(folder / MANIFEST)["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
         raise StorageError(Problem(str(folder / MANIFEST), "must be a manifest", str(error))) from error
     run_dir, name = folder, folder.name
     if (folder / JOURNAL).exists():
         name = trial or _best(folder)
-        run_dir = folder / "trials" / name
-        if not run_dir.is_dir():
-            run_dir = folder / "baselines" / name
+        run_dir = _trial_dir(folder, name)
+    elif trial is not None:
+        step = "Leave --trial out, or give the folder of a study."
+        raise UsageError(Problem("--trial", "needs a study", f"the folder of one training, {folder}", next_step=step))
     if not (run_dir / RESULT).is_file():
-        step = "Run the same command again with --resume." if run_dir == folder else "See the table of the search."
+        step = "Finish it first: the same `carft-ray train` command again, with --resume."
+        if run_dir != folder:
+            step = f"Go on with the search: carft-ray search {folder / 'resolved.yaml'} --study {folder}"
         raise NoSuccessfulTrialError(
-            Problem(str(run_dir), "must hold a finished training", "no result.json", next_step=step)
+            Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
-    result = json.loads((run_dir / RESULT).read_text())
+    result = files.read_json(run_dir / RESULT)
     recipe = apply(recipe, result["train"])
     heads = load_tensors(folder / "prepared" / "heads.safetensors")
     return Trained(
@@ -93,6 +97,15 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
     )
+
+
+def _trial_dir(study_dir: Path, name: str) -> Path:
+    """Returns the folder of a trial or baseline."""
+    found = {path.name: path for kind in ("baselines", "trials") for path in sorted((study_dir / kind).glob("*/"))}
+    if name not in found:
+        allowed = tuple(found)
+        raise UsageError(Problem("--trial", f"must be a trial of {study_dir}", name, allowed, nearest(name, allowed)))
+    return found[name]
 
 
 def _best(study_dir: Path) -> str:

@@ -136,9 +136,9 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
     old, new = _flat(kept), _flat(wanted)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    step = f"Go on with {study_dir / 'resolved.yaml'}, or give another folder for another study."
+    step = f"Go on with {study_dir / 'resolved.yaml'}, or give another folder."
     differing = [
-        Problem(key, f"must be {json.dumps(old.get(key))} as in the study {study_dir}", json.dumps(new.get(key)))
+        Problem(key, f"must be {json.dumps(old.get(key))} as in {study_dir}", json.dumps(new.get(key)))
         for key in keys
         if not any(key == free or key.startswith(free + ".") for free in RUNNING_KEYS)
     ]

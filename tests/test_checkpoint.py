@@ -1,0 +1,401 @@
+"""Checkpoints: what is written comes back, the newest whole one wins, damage is named, a full disk harms nothing."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import crash_host
+import pytest
+import short_training
+import torch
+
+from carft_ray import files
+from carft_ray.errors import InterruptedRunError, StorageError
+from carft_ray.launch.single import train_once
+from carft_ray.learning.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    load_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+    save_tensors,
+)
+from carft_ray.recipe.loading import load_recipe
+
+
+def checkpoint(step=8, value=1.0):
+    generator = torch.Generator().manual_seed(step)
+    weights = {
+        "visual.weight": torch.randn(8, 4, generator=generator) * value,
+        "visual.count": torch.tensor(3),
+        "class_head": torch.randn(5, 4, generator=generator, dtype=torch.float64),
+    }
+    optimizer = {"0.exp_avg": torch.randn(8, 4, generator=generator), "0.step": torch.tensor(8.0)}
+    return Checkpoint(step, weights, optimizer, {"seed": 3, "num_images": 7, "totals": {"loss": 0.1 + 0.2}})
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+# what comes back
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    written = checkpoint()
+    folder = save_checkpoint(tmp_path, 1, written)
+    assert folder == tmp_path / "attempt-1" / "step-00000008"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "optimizer.safetensors",
+        "state.json",
+        "weights.safetensors",
+    ]
+    read, damaged = newest_checkpoint(tmp_path)
+    assert damaged == []
+    assert (read.step, read.position) == (written.step, written.position)
+    assert same(read.weights, written.weights)
+    assert same(read.optimizer, written.optimizer)
+
+
+def test_an_optimizer_goes_on_as_if_it_had_never_been_written():
+    def steps(parameters, optimizer, numbers):
+        for number in numbers:
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.1 * number)
+            optimizer.step()
+
+    def fresh():
+        parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+        return parameters, torch.optim.AdamW(
+            [{"params": parameters[:1], "weight_decay": 0.0}, {"params": parameters[1:]}]
+        )
+
+    whole, optimizer = fresh()
+    steps(whole, optimizer, [1, 2, 3, 4])
+    first, optimizer = fresh()
+    steps(first, optimizer, [1, 2])
+    second, resumed = fresh()
+    for parameter, kept in zip(second, first, strict=True):
+        parameter.data.copy_(kept.data)
+    load_optimizer_tensors(resumed, optimizer_tensors(optimizer))
+    steps(second, resumed, [3, 4])
+    assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") == (None, [])
+    (tmp_path / "attempt-1" / ".step-00000008.77.tmp").mkdir(parents=True)
+    (tmp_path / "attempt-1" / "step-9.old").mkdir()
+    assert newest_checkpoint(tmp_path) == (None, [])
+
+
+# which one wins
+
+
+def test_the_newest_step_wins_and_of_equal_steps_the_later_attempt(tmp_path):
+    for attempt, step in ((1, 8), (2, 4), (10, 8), (9, 8)):
+        save_checkpoint(tmp_path, attempt, checkpoint(step, value=attempt))
+    read, _ = newest_checkpoint(tmp_path)
+    assert read.step == 8
+    assert torch.equal(read.weights["visual.weight"], checkpoint(8, value=10).weights["visual.weight"])
+
+
+def test_two_checkpoints_are_kept_over_all_attempts(tmp_path):
+    for attempt, step in ((1, 4), (1, 8), (2, 12), (3, 16)):
+        save_checkpoint(tmp_path, attempt, checkpoint(step))
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/step-*"))
+    assert kept == ["attempt-2/step-00000012", "attempt-3/step-00000016"]
+
+
+def test_an_older_attempt_that_still_runs_cannot_replace_what_a_newer_one_wrote(tmp_path):
+    save_checkpoint(tmp_path, 2, checkpoint(8, value=2))
+    save_checkpoint(tmp_path, 1, checkpoint(8, value=1))
+    read, _ = newest_checkpoint(tmp_path)
+    assert torch.equal(read.weights["visual.weight"], checkpoint(8, value=2).weights["visual.weight"])
+
+
+# damage
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def digit(path):
+    path.write_text(path.read_text().replace('"num_images": 7', '"num_images": 8'))
+
+
+def step(path):
+    path.write_text(path.read_text().replace('"step": 8', '"step": 9'))
+
+
+def a_list(path):
+    path.write_text("[1]")
+
+
+def no_hashes(path):
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+
+
+DAMAGE = [
+    ("weights.safetensors", cut, "a file weights.safetensors that does not match its hash"),
+    ("weights.safetensors", flip, "a file weights.safetensors that does not match its hash"),
+    ("weights.safetensors", Path.unlink, "weights.safetensors: No such file or directory"),
+    ("optimizer.safetensors", flip, "a file optimizer.safetensors that does not match its hash"),
+    ("state.json", cut, None),
+    ("state.json", lambda path: path.write_bytes(b""), "a damaged state.json"),
+    ("state.json", lambda path: path.write_bytes(b"\xff\xfe"), "a damaged state.json"),
+    ("state.json", digit, "a state.json that does not match its hash"),
+    ("state.json", step, "a state.json that does not match its hash"),
+    ("state.json", a_list, "a damaged state.json"),
+    ("state.json", no_hashes, "a damaged state.json"),
+    ("state.json", Path.unlink, "state.json: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGE, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, name, damage, words):
+    save_checkpoint(tmp_path, 1, checkpoint(4))
+    folder = save_checkpoint(tmp_path, 1, checkpoint(8))
+    damage(folder / name)
+    read, damaged = newest_checkpoint(tmp_path)
+    if words is None:  # a line break less is no damage
+        assert (read.step, damaged) == (8, [])
+        return
+    assert read.step == 4
+    assert [str(problem) for problem in damaged] == [f"{folder}: must be a whole checkpoint, but got {words}"]
+
+
+def test_a_checkpoint_of_another_version_is_told_apart_from_a_damaged_one(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, checkpoint())
+    state = folder / "state.json"
+    state.write_text(state.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(StorageError, match="must have format_version 1, but got 2"):
+        load_checkpoint(folder)
+
+
+def test_a_damaged_file_of_tensors_is_named(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.ones(3)})
+    cut(path)
+    with pytest.raises(StorageError, match=r"t\.safetensors: must be a file of tensors, but got a damaged one"):
+        load_tensors(path)
+    with pytest.raises(StorageError, match="must be a file of tensors, but got none"):
+        load_tensors(tmp_path / "nowhere.safetensors")
+
+
+# no space
+
+
+@contextlib.contextmanager
+def limited(size):
+    """Within the block no file can grow beyond ``size`` bytes; Python ignores the signal, writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "name"), [(100, "weights.safetensors"), (500, "state.json")])
+def test_without_space_the_checkpoint_before_stays_and_nothing_is_half_written(tmp_path, size, name):
+    save_checkpoint(tmp_path, 1, checkpoint(4))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError) as caught, limited(size):
+        save_checkpoint(tmp_path, 1, checkpoint(8))
+    assert caught.value.exit_code == 5
+    place, _, rest = str(caught.value).partition(": ")
+    assert rest.splitlines() == [
+        "must be writable, but got File too large",
+        "    Raise the limit on file sizes (ulimit -f), then run the same command again.",
+    ]
+    folder = tmp_path / "attempt-1" / "step-00000008"
+    assert Path(place) in (folder, folder / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert newest_checkpoint(tmp_path)[0].step == 4
+
+
+def test_a_full_device_is_a_storage_error_with_the_next_step():
+    with pytest.raises(StorageError) as caught:
+        files.append_line(Path("/dev/full"), "a line")
+    assert caught.value.exit_code == 5
+    assert str(caught.value).splitlines() == [
+        "/dev/full: must be writable, but got No space left on device",
+        "    Free some space or choose another folder, then run the same command again.",
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO])
+def test_whatever_the_disk_refuses_is_told_with_the_reason_and_one_next_step(number):
+    reason, step = str(files.storage_error(Path("x"), OSError(number, os.strerror(number)))).splitlines()
+    assert reason == f"x: must be writable, but got {os.strerror(number)}"
+    assert step.strip().endswith(".")
+
+
+def test_tensors_for_a_folder_that_is_missing_are_refused_by_the_system(tmp_path):
+    with pytest.raises(OSError, match="No such file or directory"):
+        save_tensors(tmp_path / "none" / "t.safetensors", {"a": torch.ones(2)})
+
+
+# files
+
+
+def test_a_whole_file_replaces_or_nothing_does(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, {"a": float("nan")})
+    path.chmod(0o400)
+    files.write_json(path, {"a": 2})  # the folder counts, not the file
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_append_after_a_crash_in_the_middle_of_a_line_keeps_every_whole_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for torn in (b"", b'{"a": 1}\n{"a', b'{"a'):
+        path.write_bytes(torn)
+        whole = torn.count(b"\n")
+        assert len(files.read_json_lines(path)) == whole
+        files.append_line(path, '{"a": 9}')
+        assert path.read_bytes().endswith(b'{"a": 9}\n')
+        assert len(files.read_json_lines(path)) == len(path.read_bytes().splitlines()) == whole + 1
+
+
+def half_a_folder(path):
+    with files.new_folder(path) as folder:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+
+def a_folder_with_a_file_that_cannot_be_written(path):
+    with files.new_folder(path) as folder:
+        (folder / "a").mkdir()
+        files.write_text(folder / "a", "a folder stands there")
+
+
+def test_a_new_folder_takes_its_name_only_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        half_a_folder(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match=f"{tmp_path}/f/a: must be writable"):
+        a_folder_with_a_file_that_cannot_be_written(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remains_of_killed_writes_are_removed_and_nothing_else(tmp_path):
+    kept = [tmp_path / name for name in ("a.tmp", ".b.12.txt", ".c.tmp", "sub/d.12.tmp")]
+    gone = [
+        tmp_path / name for name in (".a.json.12.tmp", "sub/.step-1.12.tmp/weights", "sub/.step-1.12.tmp/.w.12.tmp")
+    ]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    files.remove_remains(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+# through the command line
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Recipe, folder of a training that was stopped after two of three epochs, and the weights it must come to."""
+    folder = tmp_path_factory.mktemp("stopped")
+    recipe_path = short_training.make(folder)
+    recipe = load_recipe(recipe_path, [f"data.cache_dir={folder / 'cache'}"])
+
+    def train(out, report):
+        return train_once(recipe, folder, folder / out, False, "the same command", str, lambda row: None, report)
+
+    def stop_after_two(row):
+        if row["epoch"] == 2:
+            (folder / "out" / "stop").write_text("")
+
+    train("whole", lambda row: None)
+    with pytest.raises(InterruptedRunError, match="step 6 of 9"):
+        train("out", stop_after_two)
+    return recipe_path, folder, (folder / "whole" / "fine_tuned.safetensors").read_bytes()
+
+
+@pytest.fixture
+def resume(stopped, tmp_path, capsys):
+    """Gives a copy of the stopped training, and a function that resumes it: exit code, standard error, weights."""
+    recipe_path, folder, _ = stopped
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+
+    def call(*words):
+        cache = f"data.cache_dir={folder / 'cache'}"
+        code = crash_host.call(["train", recipe_path, "--set", cache, "--out", out, "--resume", *words])
+        weights = out / "fine_tuned.safetensors"
+        return code, capsys.readouterr().err, weights.read_bytes() if weights.exists() else None
+
+    return out, call
+
+
+def checkpoints(out):
+    return sorted(out.glob("checkpoint/attempt-1/step-*"))
+
+
+def test_a_stopped_training_resumes_from_its_last_checkpoint(stopped, resume):
+    code, said, weights = resume[1]()
+    assert (code, weights) == (0, stopped[2])
+    assert "warning" not in said
+    assert "epoch 2:" not in said
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
+def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(stopped, resume, words):
+    out, call = resume
+    older, newer = checkpoints(out)
+    flip(newer / "weights.safetensors")
+    code, said, weights = call(*words)
+    assert (code, weights) == (0, stopped[2])
+    warnings = [line for line in said.splitlines() if "warning" in line]
+    reason = "must be a whole checkpoint, but got a file weights.safetensors that does not match its hash"
+    assert warnings == [f"warning: passed over a damaged checkpoint: {newer}: {reason}"]
+    assert older.name == "step-00000003"
+
+
+def test_with_every_checkpoint_damaged_train_resume_ends_with_5_and_the_way_out(stopped, resume):
+    out, call = resume
+    for folder in checkpoints(out):
+        cut(folder / "optimizer.safetensors")
+    code, said, weights = call()
+    assert (code, weights) == (5, None)
+    assert said.count("that does not match its hash") == 2
+    assert said.endswith(
+        f"  - {out}: must hold a checkpoint that can be read\n"
+        f"    Remove {out / 'checkpoint'} to begin again from the first step.\n"
+    )
+    assert "Traceback" not in said
+    shutil.rmtree(out / "checkpoint")
+    assert call()[::2] == (0, stopped[2])
+
+
+def test_a_damaged_result_is_told_and_not_trained_over(stopped, resume):
+    out, call = resume
+    assert call()[0] == 0
+    cut(out / "result.json")
+    (out / "result.json").write_text((out / "result.json").read_text()[:-50])
+    code, said, _ = call()
+    assert code == 5
+    assert f"error: {out / 'result.json'}: must be a whole JSON file, but got a damaged one" in said
