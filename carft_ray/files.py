@@ -10,11 +10,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from carft_ray.errors import Problem, StorageError
+from carft_ray.errors import Problem, StorageError, UsageError
 
 
 @contextlib.contextmanager
@@ -37,6 +37,27 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     }
     step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
     return StorageError(Problem(str(path), "must be writable", error.strerror or str(error), next_step=step))
+
+
+def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda name: False) -> None:
+    """Refuses a folder for new files that is there already, unless it is empty.
+
+    Args:
+        folder: The folder.
+        option: The option that names it, for the message.
+        ours: Tells names in it that do not count.
+
+    Raises:
+        UsageError: It is a file, or holds something.
+    """
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir() if not ours(entry.name))
+        value = f"one that holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    else:
+        value = "a file" if folder.exists() else ""
+    if value:
+        step = f"Give another folder with {option}."
+        raise UsageError(Problem(str(folder), "must be a new folder", value, next_step=step))
 
 
 def fsync_dir(folder: Path) -> None:

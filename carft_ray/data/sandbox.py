@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from carft_ray.data.sandbox_shapes import SHAPE_NAMES, draw_mask
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, StorageError, nearest
-from carft_ray.files import new_folder
+from carft_ray.files import new_folder, require_new
 from carft_ray.recipe.schema import SandboxSet
 
 FORMAT = 1  # rises when any picture changes
@@ -213,16 +213,15 @@ def export_images(to: Path, progress: Callable[[int, int], None] | None = None) 
         progress: Called with the number of images written and the number in all.
 
     Raises:
-        StorageError: The folder exists and is not empty, or cannot be written.
+        UsageError: The folder is not empty.
+        StorageError: It cannot be written.
     """
     sets = {
         spec.domain if role.startswith("ood") else f"{spec.domain}_{role}": spec
         for role, specs in QUICKSTART_SETS.items()
         for spec in specs.values()
     }
-    if to.exists() and any(to.iterdir()):
-        rule, step = "must be a new or an empty folder", "Choose another folder."
-        raise StorageError(Problem(str(to), rule, "a folder with files", next_step=step))
+    require_new(to, "--to")
     total, done = sum(spec.num_per_class * len(CLASSES) for spec in sets.values()), 0
     with new_folder(to) as folder:
         for set_name, spec in sets.items():

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
+from carft_ray.evaluation.run import objective_spec
 from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
+from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.search.outcome import TrialRow, read_result
 
 BEST = "best.yaml"
@@ -52,17 +55,29 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
     best = result.best
-    against = {row.name: row.objective for row in result.baselines if row.objective is not None}
     lines = [f"Best: {best.name}, objective {100 * (best.objective or 0):.1f} % at alpha {best.alpha or 0:.2f}."]
-    if against:
-        name = max(against, key=lambda key: against[key])
-        difference = 100 * ((best.objective or 0) - against[name])
-        better = f"{difference:+.1f} points against the best baseline, {name.replace('_', ' ')}"
-        lines.append(better + (". Nothing here beats the baselines." if difference <= 0 else "."))
+    rivals = [row for row in result.baselines if row.objective is not None]
+    if rivals:
+        rival = max(rivals, key=lambda row: row.objective or 0)
+        difference = objective_difference(
+            objective_spec(recipe), _correct(recipe, result, best), _correct(recipe, result, rival)
+        )
+        text = headline(difference, rival.name.replace("_", " "))
+        lines.append(f"Measured at their alphas: {text}; 95 %, {difference.words}.")
     lines.append("These numbers chose the best trial, so they flatter it; test sets were not read.")
     if not recipe.data.ood_val:
         lines.append("Selected on ID only: the recipe has no ood_val.")
     return lines
+
+
+def _correct(recipe: Recipe, result: SearchResult, row: TrialRow) -> dict[str, BoolArray]:
+    """Returns per validation set which images a row classifies right at its alpha, bool [1, N]."""
+    folder = result.study_dir / ("trials" if row.kind == "trial" else "baselines") / row.name
+    path = folder / "predictions" / "validation.parquet"
+    if row.name == ZERO_SHOT:
+        path = result.study_dir / "prepared" / "zero_shot.parquet"
+    table, spec = read_predictions(path), objective_spec(recipe)
+    return {name: correct_matrix([(table, row.alpha or 0.0)], name) for name in (spec.id_set, *spec.ood_sets)}
 
 
 def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
