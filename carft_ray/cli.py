@@ -221,7 +221,7 @@ def evaluate(
 @app.command(epilog="Example:  carft-ray export studies/quickstart --to exports/quickstart")
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a training or a study.", show_default=False)],
-    to: Annotated[Path, typer.Option("--to", help="Folder of the export; must not exist.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the export; must be new or empty.")],
     alpha: AlphaOption = None,
     trial: TrialOption = None,
     json_: JsonOption = False,
@@ -247,7 +247,7 @@ def export(
 
 @sandbox_app.command("build", epilog="Example:  carft-ray sandbox build --to /tmp/tiny-clip")
 def sandbox_build(
-    to: Annotated[Path, typer.Option("--to", help="Folder of the model; must not exist.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the model; must be new or empty.")],
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Pre-training steps; fewer make a weaker model.")
     ] = None,
@@ -273,7 +273,8 @@ def sandbox_build(
 
 @sandbox_app.command("images", epilog="Example:  carft-ray sandbox images --to sandbox_png")
 def sandbox_images(
-    to: Annotated[Path, typer.Option("--to", help="Folder of the images; must not exist.")], debug: DebugOption = False
+    to: Annotated[Path, typer.Option("--to", help="Folder of the images; must be new or empty.")],
+    debug: DebugOption = False,
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
     from carft_ray import console
@@ -282,7 +283,8 @@ def sandbox_images(
     with console.counting("images") as progress:
         export_images(to, progress)
     console.say(f"Wrote {to}: domain/class/number.png.")
-    console.next_step("carft-ray search search_spaces/folders.yaml --study studies/folders")
+    own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"
+    console.next_step(f"carft-ray search search_spaces/folders.yaml --study studies/folders{own}")
 
 
 def _load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:

@@ -1,71 +1,178 @@
 """An export opens with stock open_clip in another process and gives the accuracy that was reported."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import short_training
+from safetensors import safe_open
 
+from carft_ray.data.sandbox import export_images
 from carft_ray.launch.single import train_once
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.export import export_model
-from carft_ray.results.trained import open_trained
+from carft_ray.results.trained import evaluate_trained, open_trained
 
+# what a user of an export has: its folder, PNG images, and the code on its model card
 STOCK = """
-import json, sys
+import json, re, sys
 from pathlib import Path
 import open_clip, torch
 from PIL import Image
 from safetensors import safe_open
 
-export, images = Path(sys.argv[1]), Path(sys.argv[2])
-model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{export}")
-model.eval()
-with safe_open(export / "class_head.safetensors", "pt") as file:
-    head, names = file.get_tensor("class_head"), json.loads(file.metadata()["class_names"])
-    bias = file.get_tensor("class_bias") if "class_bias" in file.keys() else 0
-right = count = 0
-for label, name in enumerate(names):
-    for path in sorted((images / name).glob("*.png")):
+def accuracy(export, images):
+    snippet = re.search("```python(.*?)```", (export / "README.md").read_text(), re.S)[1].replace("FOLDER", str(export))
+    load, use = snippet.split("logits =")
+    names = {}
+    exec(load, names)
+    with safe_open(export / "class_head.safetensors", "pt") as file:
+        classes = json.loads(file.metadata()["class_names"])
+    right = count = 0
+    for label, name in enumerate(classes):
+        paths = sorted((images / name).glob("*.png"))
+        names["images"] = torch.stack([names["preprocess"](Image.open(path)) for path in paths])
         with torch.no_grad():
-            feature = model.encode_image(preprocess(Image.open(path))[None], normalize=True)
-        right += int((feature @ head.T + bias).argmax()) == label
-        count += 1
-assert not any(name.startswith("carft_ray") for name in sys.modules)
-print(json.dumps([right, count]))
+            exec("logits =" + use, names)
+        right += int((names["logits"].argmax(1) == label).sum())
+        count += len(paths)
+    return right / count
+
+exports, images = [Path(word) for word in sys.argv[1:-1]], Path(sys.argv[-1])
+print(json.dumps({export.name: accuracy(export, images) for export in exports}))
+print([name for name in sys.modules if name.split(".")[0] in ("carft_ray", "ray", "optuna")])
 """
+FORMS = {
+    "folded": [],
+    "unit": ["train.class_head_form=unit"],
+    "biased": ["train.head_bias=true"],
+    "unit-biased": ["train.class_head_form=unit", "train.head_bias=true", "train.alpha=0.7"],
+    "bf16": ["train.precision=bf16"],
+    "fp64": ["train.precision=fp64"],
+}
 
 
-def say(text):
-    del text
-
-
-@pytest.mark.parametrize("overrides", [[], ["train.class_head_form=unit", "train.head_bias=true"]])
-def test_stock_open_clip_reproduces_the_reported_accuracy(tmp_path, monkeypatch, overrides):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    recipe_path = short_training.make(tmp_path)
-    recipe = load_recipe(recipe_path, overrides)
-    context = RunContext()
-    result, _ = train_once(recipe, tmp_path, tmp_path / "out", False, "", say, context.progress, context.report)
-    exported = export_model(open_trained(tmp_path / "out"), tmp_path / "export")
-    assert exported.alpha == result["alpha"]
-    arguments = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        STOCK,
-        str(tmp_path / "export"),
-        str(tmp_path / "images" / "photo_val"),
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training for every form of the head and precision."""
+    folder = tmp_path_factory.mktemp("forms")
+    path = short_training.make(folder)
+    for label, name in enumerate(short_training.CLASSES):
+        short_training.write_image(folder / "images" / "secret_place" / name / "0.png", label, 900)
+    always = [
+        f"data.cache_dir={folder / 'cache'}",
+        "data.id_test={source: folder, path: images, domains: [secret_place]}",
+        "train.epochs=2",
     ]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    right, count = json.loads(done.stdout.splitlines()[-1])
-    assert right / count == pytest.approx(result["metrics"]["accuracy/id_val"], abs=1e-12)
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert "test sets were not read" in card
-    assert load_recipe(tmp_path / "export" / "recipe.yaml").train.alpha == result["alpha"]
+    for name, overrides in FORMS.items():
+        recipe = load_recipe(path, [*always, *overrides])
+        train_once(recipe, folder, folder / name, False, "", str, lambda row: None, lambda row: None)
+    return {name: open_trained(folder / name) for name in FORMS}
 
-    zero_shot = export_model(open_trained(tmp_path / "out"), tmp_path / "export0", alpha=0.0)
-    assert zero_shot.alpha == 0.0
+
+@pytest.fixture(scope="module")
+def exports(trained, tmp_path_factory):
+    """Exports of all forms at the chosen alpha, and of one at other alphas: name -> (export, training, alpha)."""
+    folder = tmp_path_factory.mktemp("exports")
+    wanted = {name: (name, None) for name in FORMS}
+    wanted |= {f"at-{alpha:g}": ("folded", alpha) for alpha in (0.0, 0.55, 1.0)}
+    return {
+        name: (export_model(trained[form], folder / name, alpha), trained[form], alpha)
+        for name, (form, alpha) in wanted.items()
+    }
+
+
+def stock_accuracies(exports, images):
+    """Returns the accuracy of each export on a folder of PNG images, by its name, found out in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, *map(str, exports), str(images)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=images, timeout=200)
+    assert done.returncode == 0, done.stderr
+    accuracies, others = done.stdout.splitlines()
+    assert others == "[]"
+    return json.loads(accuracies)
+
+
+def metrics_of(training, alpha):
+    return training.result["metrics"] if alpha is None else evaluate_trained(training, alpha)
+
+
+def test_stock_open_clip_reproduces_the_reported_accuracy_from_the_images(exports):
+    """Only open_clip, torch, PIL and safetensors are imported; the code is that of each model card."""
+    folders = [str(export.folder) for export, _, _ in exports.values()]
+    images = Path(exports["folded"][1].recipe.data.id_val.path) / "photo_val"
+    found = stock_accuracies(folders, images)
+    reported = {name: metrics_of(training, alpha)["accuracy/id_val"] for name, (_, training, alpha) in exports.items()}
+    computed_alike = {name: value for name, value in reported.items() if name != "bf16"}
+    assert {name: found[name] for name in computed_alike} == computed_alike
+    assert abs(found["bf16"] - reported["bf16"]) <= 1 / 15  # trained and measured in half precision, exported in single
+    assert len({round(value, 6) for value in reported.values()}) > 1
+
+
+def test_an_export_has_the_chosen_alpha_unless_another_is_asked_for(exports):
+    for export, training, alpha in exports.values():
+        assert export.alpha == (training.result["alpha"] if alpha is None else alpha)
+        assert load_recipe(export.folder / "recipe.yaml").train.alpha == export.alpha
+        assert export.largest_difference < 1e-4
+        assert export.num_checked == 15
+        with safe_open(export.folder / "class_head.safetensors", "pt") as file:
+            head = file.get_tensor("class_head")
+            assert file.metadata()["alpha"] == repr(export.alpha)
+        assert (head.shape[0], str(head.dtype)) == (5, "torch.float32")
+    assert exports["unit-biased"][0].alpha == 0.7
+
+
+def test_an_export_holds_these_files_and_no_others(exports):
+    for export, _, _ in exports.values():
+        assert sorted(path.name for path in export.folder.iterdir()) == [
+            "README.md",
+            "class_head.safetensors",
+            "open_clip_config.json",
+            "open_clip_model.safetensors",
+            "recipe.yaml",
+        ]
+
+
+def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(exports):
+    for export, training, alpha in exports.values():
+        card = (export.folder / "README.md").read_text()
+        rows = dict(re.findall(r"^\| (id_val|sketch) \| ([\d.]+) \|", card, re.M))
+        metrics = metrics_of(training, alpha)
+        assert rows == {name: f"{100 * metrics[f'accuracy/{name}']:.1f}" for name in ("id_val", "sketch")}
+        assert f"Measured at alpha = {export.alpha:g}" in card
+        assert ("chosen on these very sets" in card) == (export.alpha == training.result["alpha"])
+        assert "test sets were not read" in card
+        assert "Classes, in the order of the logits: arrow, circle, heart, square, star." in card
+
+
+def test_the_model_card_holds_no_test_number(exports):
+    for export, training, _ in exports.values():
+        assert training.recipe.data.id_test is not None
+        card = (export.folder / "README.md").read_text()
+        assert not re.search("secret_place|id_test|ood_test", card)
+
+
+def test_the_exported_recipe_trains(exports):
+    """It is a recipe like any other, wherever it lies: all its paths are absolute."""
+    recipe = load_recipe(exports["folded"][0].folder / "recipe.yaml")
+    assert Path(recipe.data.train.path).is_dir()
+    assert recipe.model.name == f"local-dir:{Path(recipe.data.train.path).parent / 'model'}"
+
+
+@pytest.mark.slow
+def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(tmp_path):
+    overrides = ["train.epochs=1", "data.train.num_per_class=16", "data.ood_val={}", f"data.cache_dir={tmp_path}/cache"]
+    recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
+    out = tmp_path / "out"
+    result, zero_shot = train_once(recipe, tmp_path, out, False, "", str, lambda row: None, lambda row: None)
+    export = export_model(open_trained(out), tmp_path / "export")
+    export_images(tmp_path / "png")
+    images = tmp_path / "png" / "photo_id_val"
+    assert len(list(images.rglob("*.png"))) == result["num_images"]["id_val"] == 2000
+    accuracy = result["metrics"]["accuracy/id_val"]
+    assert stock_accuracies([export.folder], images) == {"export": accuracy}
+    assert accuracy != zero_shot["id_accuracy"]

@@ -22,7 +22,7 @@ from carft_ray.data.sandbox import (
     sandbox_source,
     true_templates,
 )
-from carft_ray.errors import DataError, StorageError, UsageError
+from carft_ray.errors import DataError, UsageError
 from carft_ray.learning import pretrain
 from carft_ray.learning.pretrain import contrastive_loss
 
@@ -154,7 +154,7 @@ def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_pa
 
 def test_export_refuses_a_folder_that_is_not_empty(tmp_path, small_sets):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(StorageError):
+    with pytest.raises(UsageError):
         export_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
@@ -210,7 +210,7 @@ def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit
 
 def test_pretraining_refuses_a_folder_with_files_and_too_few_steps(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(StorageError):
+    with pytest.raises(UsageError):
         pretrain.pretrain(tmp_path)
     with pytest.raises(UsageError):
         pretrain.pretrain(tmp_path / "new", num_steps=2)

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from carft_ray.data.sandbox_shapes import SHAPE_NAMES, draw_mask
 from carft_ray.data.source import IdArray, IntArray, PixelArray
-from carft_ray.errors import DataError, Problem, StorageError, nearest
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.files import new_folder, require_new
 from carft_ray.recipe.schema import SandboxSet
 

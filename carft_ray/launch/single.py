@@ -103,8 +103,6 @@ def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
 
 def _check_folder(out_dir: Path, resume: bool) -> None:
     other = "Give another folder with --out."
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UsageError(Problem(str(out_dir), "must be a folder", "a file", next_step=other))
     if (out_dir / JOURNAL).exists():
         raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
     has_training = (out_dir / MANIFEST).exists()
@@ -116,11 +114,8 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         state = "a finished training" if done else "an unfinished training"
         step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
-    names = sorted(entry.name for entry in out_dir.iterdir()) if out_dir.is_dir() else []
-    names = [name for name in names if name != LOCK and not name.startswith(f".{MANIFEST}.")]
-    if names and not has_training:
-        value = f"one that holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        raise UsageError(Problem(str(out_dir), "must be a new folder", value, next_step=other))
+    if not has_training:
+        files.require_new(out_dir, "--out", lambda name: name == LOCK or name.startswith(f".{MANIFEST}."))
 
 
 def _check_checkpoints(out_dir: Path) -> None:

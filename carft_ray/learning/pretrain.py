@@ -17,8 +17,8 @@ from torch import Tensor
 
 from carft_ray.data.sandbox import CLASSES, DOMAINS, GROUPS, IMAGE_SIZE, TEMPLATES, render, true_templates
 from carft_ray.data.source import IntArray, PixelArray
-from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.files import new_folder, write_bytes, write_json
+from carft_ray.errors import Problem, UsageError
+from carft_ray.files import new_folder, require_new, write_bytes, write_json
 
 NUM_STEPS = 900
 SEED = 0
@@ -70,14 +70,12 @@ def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progre
         progress: Called with (steps or pictures done, all of them, numbers to show).
 
     Raises:
-        UsageError: ``num_steps`` is too small for the schedule.
-        StorageError: The folder is not empty, or cannot be written.
+        UsageError: ``num_steps`` is too small for the schedule, or the folder is not empty.
+        StorageError: It cannot be written.
     """
     if num_steps < _FEWEST_STEPS:
         raise UsageError(Problem("num_steps", f"must be at least {_FEWEST_STEPS}", str(num_steps)))
-    if out_dir.exists() and any(out_dir.iterdir()):
-        rule, step = "must be a new or an empty folder", "Choose another folder."
-        raise StorageError(Problem(str(out_dir), rule, "a folder with files", next_step=step))
+    require_new(out_dir, "--to")
     pictures = draw_pictures(_NUM_PICTURES, progress)
     state = train_model(pictures, num_steps, seed, progress)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

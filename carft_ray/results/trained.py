@@ -46,9 +46,9 @@ class Trained:
     def classifier(self, alpha: float) -> ImageClassifier:
         """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe."""
         recipe, device = self.recipe, device_of(self.recipe)
-        classifier = build_classifier(self.materials.clip, self.class_head_CD, recipe.train, torch.device("cpu"))
+        classifier = build_classifier(self.materials.clip, self.class_head_CD, recipe.train, device)
         classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
-        return classifier.to(device).eval()
+        return classifier.eval()
 
 
 def open_trained(folder: Path, trial: str | None = None) -> Trained:
