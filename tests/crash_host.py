@@ -157,7 +157,7 @@ def work(jobs, folder):
 
 
 def import_everything():
-    """Loads what a training loads, and keeps the collector of garbage from touching all of it in every fork."""
+    """Loads what a training loads, and keeps the collector of garbage from touching all of it in every short fork."""
     import pandas  # noqa: F401
     import PIL.PngImagePlugin  # noqa: F401
     import pyarrow.dataset  # noqa: F401
@@ -172,6 +172,7 @@ def import_everything():
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    gc.disable()
 
 
 def main():

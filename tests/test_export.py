@@ -11,7 +11,7 @@ import pytest
 import short_training
 from safetensors import safe_open
 
-from carft_ray.data.sandbox import export_images
+from carft_ray.data import sandbox
 from carft_ray.launch.single import train_once
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.export import export_model
@@ -164,13 +164,15 @@ def test_the_exported_recipe_trains(exports):
 
 
 @pytest.mark.slow
-def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(tmp_path):
+def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(tmp_path, monkeypatch):
+    only = {"id_val": sandbox.QUICKSTART_SETS["id_val"]}
+    monkeypatch.setattr(sandbox, "QUICKSTART_SETS", only)
     overrides = ["train.epochs=1", "data.train.num_per_class=16", "data.ood_val={}", f"data.cache_dir={tmp_path}/cache"]
     recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
     out = tmp_path / "out"
     result, zero_shot = train_once(recipe, tmp_path, out, False, "", str, lambda row: None, lambda row: None)
     export = export_model(open_trained(out), tmp_path / "export")
-    export_images(tmp_path / "png")
+    sandbox.export_images(tmp_path / "png")
     images = tmp_path / "png" / "photo_id_val"
     assert len(list(images.rglob("*.png"))) == result["num_images"]["id_val"] == 2000
     accuracy = result["metrics"]["accuracy/id_val"]

@@ -236,15 +236,18 @@ def _train(
 def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
     """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
     writers: list[SummaryWriter] = []
-    metrics_path = out_dir / METRICS
+    metrics_path, board = out_dir / METRICS, out_dir / "tensorboard"
+
+    def draw(values: dict[str, float], step: int) -> None:
+        with files.writing(board):
+            if not writers:  # what a killed attempt wrote from this step on is void
+                writers.append(SummaryWriter(str(board), purge_step=step))
+            for name, value in values.items():
+                writers[0].add_scalar(name, value, step)
 
     def progress(row: dict[str, float]) -> None:
-        step = int(row["step"])
-        if not writers:  # what a killed attempt wrote from this step on is void
-            writers.append(SummaryWriter(str(out_dir / "tensorboard"), purge_step=step))
-        for name, value in row.items():
-            if name not in ("step", "num_steps"):
-                writers[0].add_scalar(f"train/{name}", value, step)
+        values = {f"train/{name}": value for name, value in row.items() if name not in ("step", "num_steps")}
+        draw(values, int(row["step"]))
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
@@ -253,9 +256,7 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
         if len(kept) < len(before):
             files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
         files.append_line(metrics_path, json.dumps(row))
-        for name, value in row.items():
-            if name.startswith("subset/"):
-                writers[0].add_scalar(name, value, int(row["step"]))
+        draw({name: value for name, value in row.items() if name.startswith("subset/")}, int(row["step"]))
         context.report(row)
 
     try:
@@ -263,8 +264,9 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
             out_dir.mkdir(parents=True, exist_ok=True)
         yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
     finally:
-        for writer in writers:
-            writer.close()
+        with files.writing(board):
+            for writer in writers:
+                writer.close()
 
 
 def _choose(
