@@ -474,13 +474,6 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     assert "Traceback" in run("validate", "recipe.yaml", "--debug")[2]
 
 
-def test_an_error_of_the_system_names_its_file(run, monkeypatch):
-    monkeypatch.setattr(cli, "app", lambda: Path("gone").unlink())
-    code, _, err = run("validate", "recipe.yaml")
-    assert code == 5
-    assert err.startswith("error: gone: must be readable and writable, but got No such file or directory\n")
-
-
 def commands(command=None, words=()):
     """Yields the words of every command."""
     command = command or typer.main.get_command(cli.app)

@@ -236,18 +236,15 @@ def _train(
 def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
     """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
     writers: list[SummaryWriter] = []
-    metrics_path, board = out_dir / METRICS, out_dir / "tensorboard"
-
-    def draw(values: dict[str, float], step: int) -> None:
-        with files.writing(board):
-            if not writers:  # what a killed attempt wrote from this step on is void
-                writers.append(SummaryWriter(str(board), purge_step=step))
-            for name, value in values.items():
-                writers[0].add_scalar(name, value, step)
+    metrics_path = out_dir / METRICS
 
     def progress(row: dict[str, float]) -> None:
-        values = {f"train/{name}": value for name, value in row.items() if name not in ("step", "num_steps")}
-        draw(values, int(row["step"]))
+        step = int(row["step"])
+        if not writers:  # what a killed attempt wrote from this step on is void
+            writers.append(SummaryWriter(str(out_dir / "tensorboard"), purge_step=step))
+        for name, value in row.items():
+            if name not in ("step", "num_steps"):
+                writers[0].add_scalar(f"train/{name}", value, step)
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
@@ -256,7 +253,9 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
         if len(kept) < len(before):
             files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
         files.append_line(metrics_path, json.dumps(row))
-        draw({name: value for name, value in row.items() if name.startswith("subset/")}, int(row["step"]))
+        for name, value in row.items():
+            if name.startswith("subset/"):
+                writers[0].add_scalar(name, value, int(row["step"]))
         context.report(row)
 
     try:
@@ -264,9 +263,8 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
             out_dir.mkdir(parents=True, exist_ok=True)
         yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
     finally:
-        with files.writing(board):
-            for writer in writers:
-                writer.close()
+        for writer in writers:
+            writer.close()
 
 
 def _choose(
