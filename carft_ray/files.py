@@ -69,8 +69,11 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file: temporary name, flush, rename, flush of the folder.
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name for a file that takes the name ``path`` when the block ends well, and vanishes otherwise.
+
+    The block writes and flushes it.
 
     Raises:
         StorageError: The file cannot be written; nothing is left under its name that was not there before.
@@ -79,16 +82,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             os.replace(temporary, path)
             fsync_dir(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file: temporary name, flush, rename, flush of the folder.
+
+    Raises:
+        StorageError: As ``new_file``.
+    """
+    with new_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

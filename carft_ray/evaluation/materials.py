@@ -36,6 +36,11 @@ class Materials:
     validation: tuple[ImageSet, ...]
     key: str
 
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images per set, ``train`` first."""
+        return {"train": len(self.train), **{image_set.name: len(image_set) for image_set in self.validation}}
+
 
 _materials: dict[str, Materials] = {}  # of the last recipe: a process that runs many trials loads once
 

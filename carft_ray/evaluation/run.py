@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -99,7 +98,8 @@ def prepare(
         )
         clip.model.to("cpu")
         heads = {"class_head": class_head_CD.cpu(), "context_head": context_head_TD.cpu()}
-        _write_tensors(folder / "heads.safetensors", heads)
+        with files.new_file(folder / "heads.safetensors") as temporary:
+            save_tensors(temporary, heads)
         say("evaluating zero-shot")
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
@@ -107,7 +107,7 @@ def prepare(
         content = {
             "key": materials.key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
-            "num_images": {"train": len(materials.train), **{s.name: len(s) for s in materials.validation}},
+            "num_images": materials.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(materials.templates),
         }
@@ -180,7 +180,7 @@ def run_training(
         "alpha_choice": dataclasses.asdict(choice),
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
-        "num_images": {"train": len(materials.train), **{s.name: len(s) for s in materials.validation}},
+        "num_images": materials.num_images,
         "elapsed_s": round(time.perf_counter() - started, 3),
     }
     if context.rank == 0:
@@ -228,7 +228,8 @@ def _train(
             num_threads=num_threads(recipe),
         )
     if context.rank == 0:
-        _write_tensors(weights, state)
+        with files.new_file(weights) as temporary:
+            save_tensors(temporary, state)
     return state
 
 
@@ -294,16 +295,3 @@ def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tenso
     names = [n for n, tensor in zero_shot.items() if n.startswith("visual.") and tensor.is_floating_point()]
     moved = sum(float((fine_tuned[n].double() - zero_shot[n].double()).square().sum()) for n in names)
     return float((moved / sum(float(zero_shot[n].double().square().sum()) for n in names)) ** 0.5)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file under its name only whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with files.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(temporary, tensors)
-            os.replace(temporary, path)
-            files.fsync_dir(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

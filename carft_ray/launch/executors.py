@@ -22,12 +22,10 @@ from carft_ray.launch.cluster import Capacity, Node, capacity
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import MANIFEST
+from carft_ray.search.folder import MANIFEST, PREPARED, STOP
 from carft_ray.search.outcome import Failure, TrialSpec, append_log, write_failure
 
-STOP = "stop"
 STOP_CHECK_S = 0.5
-PREPARED = "prepared"
 RAY_FILES = "_tune"
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}

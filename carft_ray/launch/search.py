@@ -11,18 +11,18 @@ from typing import Any
 from ray import tune
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import RAY_FILES, STOP, Runner, make_plan, run_prepare, tune_trainable
+from carft_ray.launch.executors import RAY_FILES, Runner, make_plan, run_prepare, tune_trainable
 from carft_ray.launch.searcher import StudySearcher, Watcher, no_successful_trial
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.study import Study, best_row, open_study
 
-RESOLVED = "resolved.yaml"
 RAY_LOG = "ray.log"
 
 
@@ -93,15 +93,12 @@ def run_search(
         for row in study.adopt():
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
-            try:
-                with running_ray(address, study_dir / RAY_LOG, study_dir / STOP) as nodes:
-                    _run(study, base_dir, nodes, on_event, runner or Runner())
-            except KeyboardInterrupt:
-                raise _interrupted(study) from None
-            except ClusterError:
-                if not (study_dir / STOP).exists():
-                    raise
-                raise _interrupted(study) from None  # the signal has ended Ray as well
+            stop_path = study_dir / STOP
+            with (
+                interruptions_as(lambda: _interrupted(study), stop_path),
+                running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
+            ):
+                _run(study, base_dir, nodes, on_event, runner or Runner())
         rows = study.rows()
         best = best_row(rows)
         if best is None:

@@ -25,7 +25,7 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.launch.executors import STOP
+from carft_ray.search.folder import STOP
 from carft_ray.search.outcome import LOG, TrialRow, TrialSpec
 from carft_ray.search.study import Study, best_row
 

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from carft_ray import files
+from carft_ray.errors import ClusterError, InterruptedRunError
 
 
 @contextlib.contextmanager
@@ -35,3 +36,19 @@ def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: Path) -> Iterator[None]:
+    """Turns what a signal does to the block into ``interrupted()``: ``KeyboardInterrupt``, or a Ray that it ended too.
+
+    A ``ClusterError`` without the stop file has another cause and stays what it is.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise interrupted() from None
+    except ClusterError:
+        if not stop_path.exists():
+            raise
+        raise interrupted() from None

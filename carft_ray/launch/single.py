@@ -15,11 +15,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, LOCK, MANIFEST, claim, study_lock
-
-PREPARED = "prepared"
-STOP = "stop"
-RESOLVED = "resolved.yaml"
+from carft_ray.search.folder import JOURNAL, LOCK, MANIFEST, PREPARED, RESOLVED, STOP, claim, study_lock
 
 Row = dict[str, float]
 

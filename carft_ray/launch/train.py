@@ -13,7 +13,6 @@ from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.executors import (
     HEAD_ONLY,
     RAY_FILES,
-    STOP,
     Runner,
     make_plan,
     prepare_single,
@@ -22,8 +21,9 @@ from carft_ray.launch.executors import (
 )
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.searcher import METRICS
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search.folder import STOP
 from carft_ray.search.outcome import ERROR, TrialSpec, failure_error, read_failure, read_result
 
 LOOK_EVERY_S = 0.5
@@ -69,19 +69,16 @@ def train_with_ray(
             (out_dir / stale).unlink(missing_ok=True)
     lost = ""
     try:
-        with running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes:
+        with (
+            interruptions_as(lambda: _interrupted(resume_command), out_dir / STOP),
+            running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes,
+        ):
             plan = make_plan(recipe, base_dir, out_dir, nodes, runner or Runner(prepare=prepare_single))
             run_prepare(plan)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
                 task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
                 lost = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
-    except KeyboardInterrupt:
-        raise _interrupted(resume_command) from None
-    except ClusterError:
-        if not (out_dir / STOP).exists():
-            raise
-        raise _interrupted(resume_command) from None  # the signal has ended Ray as well
     finally:
         shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
     result = read_result(out_dir)

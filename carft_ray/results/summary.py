@@ -12,11 +12,12 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
 from carft_ray.results.intervals import headline, objective_difference
+from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
+from carft_ray.search.study import ZERO_SHOT
 
 BEST = "best.yaml"
 FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
-ZERO_SHOT = "zero_shot"
 
 
 def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _correct(recipe: Recipe, result: SearchResult, row: TrialRow) -> dict[str, B
     folder = result.study_dir / ("trials" if row.kind == "trial" else "baselines") / row.name
     path = folder / "predictions" / "validation.parquet"
     if row.name == ZERO_SHOT:
-        path = result.study_dir / "prepared" / "zero_shot.parquet"
+        path = result.study_dir / PREPARED / "zero_shot.parquet"
     table, spec = read_predictions(path), objective_spec(recipe)
     return {name: correct_matrix([(table, row.alpha or 0.0)], name) for name in (spec.id_set, *spec.ood_sets)}
 

@@ -19,7 +19,7 @@ from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import JOURNAL, MANIFEST
+from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.study import best_row, trials
 
 
@@ -82,13 +82,13 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     if not (run_dir / RESULT).is_file():
         step = "Finish it first: the same `carft-ray train` command again, with --resume."
         if run_dir != folder:
-            step = f"Go on with the search: carft-ray search {folder / 'resolved.yaml'} --study {folder}"
+            step = f"Go on with the search: carft-ray search {folder / RESOLVED} --study {folder}"
         raise NoSuccessfulTrialError(
             Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
     result = files.read_json(run_dir / RESULT)
     recipe = apply(recipe, result["train"])
-    heads = load_tensors(folder / "prepared" / "heads.safetensors")
+    heads = load_tensors(folder / PREPARED / "heads.safetensors")
     return Trained(
         name if run_dir == folder else f"{folder.name}/{name}",
         recipe,
@@ -111,7 +111,7 @@ def _trial_dir(study_dir: Path, name: str) -> Path:
 def _best(study_dir: Path) -> str:
     best = best_row(trials(study_dir))
     if best is None:
-        step = f"Go on with the search: carft-ray search {study_dir / 'resolved.yaml'} --study {study_dir}"
+        step = f"Go on with the search: carft-ray search {study_dir / RESOLVED} --study {study_dir}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
     return best.name
 

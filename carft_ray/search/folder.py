@@ -22,6 +22,9 @@ FORMAT_VERSION = 1
 JOURNAL = "study.journal"
 MANIFEST = "manifest.json"
 LOCK = "lock"
+RESOLVED = "resolved.yaml"
+PREPARED = "prepared"
+STOP = "stop"  # asks running trainings to write a checkpoint and end
 # what may change between two searches of one study; everything else is what the study is about
 RUNNING_KEYS = ("search.trials", "search.concurrency", "resources", "budget", "storage", "data.cache_dir")
 
