@@ -1,0 +1,145 @@
+"""About 200 real sandbox trainings as one table, for benchmarks that replay them. ``python -m benchmarks.table``
+
+A space-filling design (scrambled Sobol) over five values of a training, ``SPACE``; each point is trained by the
+product's own code with the recipe ``search_spaces/quickstart.yaml`` and read on the validation sets only. The table
+keeps what a search, a pruner or a selection rule may look at:
+
+    one row per training: the five values, seed, objective, alpha, accuracies, elapsed_s,
+    epochs   list of {epoch, loss, ce, kl, and the subset/ values of that epoch}
+    curve    list of {alpha, objective, id_accuracy, ood_accuracy, accuracy/<set>, correct}
+
+``correct`` holds one bit per validation image (``numpy.packbits``, sets and their sizes in the order of the schema's
+metadata). A training that diverged has its values and nothing else. Finished trainings are kept and not run again: a
+killed benchmark goes on with the same command.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import qmc
+
+from benchmarks.trainings import Clock, Finished, Planned, open_bench, run_all
+from carft_ray import console, files
+from carft_ray.errors import CarftError
+from carft_ray.evaluation.materials import ID_SET
+from carft_ray.evaluation.predictions import correct_matrix
+from carft_ray.evaluation.run import METRICS
+from carft_ray.recipe.loading import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
+OUT = ROOT / "benchmarks" / "results" / "table"
+TABLE = ROOT / "benchmarks" / "table.parquet"
+NUM_POINTS = 200
+DESIGN_SEED = 0
+
+# name -> low, high, whether logarithmic; epochs are whole
+SPACE = {
+    "learning_rate": (1e-4, 1e-2, True),
+    "kl_weight": (0.3, 100.0, True),
+    "weight_decay": (1e-3, 1.0, True),
+    "epochs": (2, 8, False),
+    "crop_scale": (0.5, 1.0, False),
+}
+
+
+def design(num_points: int) -> list[dict[str, float | int]]:
+    """Returns the points of the design; the first n of a longer one are those of a shorter one."""
+    shares = qmc.Sobol(len(SPACE), seed=DESIGN_SEED).random_base2(max(1, (num_points - 1).bit_length()))[:num_points]
+    return [{name: _at(name, float(share)) for name, share in zip(SPACE, row, strict=True)} for row in shares]
+
+
+def _at(name: str, share: float) -> float | int:
+    low, high, log = SPACE[name]
+    if name == "epochs":
+        return int(low + share * (high - low + 1))
+    return float(f"{low * (high / low) ** share if log else low + share * (high - low):.4g}")
+
+
+def row_of(index: int, training: Finished, sets: Sequence[str]) -> dict[str, Any]:
+    """Returns a training as a row of the table."""
+    row: dict[str, Any] = {"point": index, **training.planned.values, "seed": 0, "diverged": training.diverged}
+    if training.diverged:
+        return row
+    result = training.result
+    metrics = files.read_json_lines(training.folder / METRICS)
+    kept = ("epoch", "loss", "ce", "kl", "context_entropy")
+    return {
+        **row,
+        "objective": result["objective"],
+        "alpha": result["alpha"],
+        "id_accuracy": result["metrics"]["id_accuracy"],
+        "ood_accuracy": result["metrics"]["ood_accuracy"],
+        "elapsed_s": result["elapsed_s"],
+        "epochs_seen": [
+            {key: value for key, value in epoch.items() if key in kept or key.startswith("subset/")}
+            for epoch in metrics
+        ],
+        "curve": [{**point, "correct": _bits(training, point["alpha"], sets)} for point in result["curve"]],
+    }
+
+
+def _bits(training: Finished, alpha: float, sets: Sequence[str]) -> bytes:
+    table = training.validation
+    return np.packbits(np.concatenate([correct_matrix([(table, alpha)], name)[0] for name in sets])).tobytes()
+
+
+def run(out: Path, table_path: Path, num_points: int, processes: int) -> None:
+    """Runs what is missing and writes the table."""
+    recipe = load_recipe(RECIPE, ["evaluate.every_epochs=1"])
+    bench = open_bench(recipe, RECIPE.parent, out)
+    plans = [Planned(f"point {index}", values) for index, values in enumerate(design(num_points))]
+    trainings = run_all(bench, plans, processes, Clock(sum(planned.cost for planned in plans)))
+    sets = (ID_SET, *recipe.data.ood_val)
+    num_images = next(training.result["num_images"] for training in trainings if not training.diverged)
+    words = {
+        "data": "synthetic: the sandbox of carft-ray",
+        "sets": json.dumps({name: num_images[name] for name in sets}),
+        "train": recipe.train.model_dump_json(),
+        "space": json.dumps(SPACE),
+    }
+    table = pa.Table.from_pylist([row_of(index, training, sets) for index, training in enumerate(trainings)])
+    table = table.replace_schema_metadata(words)
+    with files.new_file(table_path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    finished = [training for training in trainings if not training.diverged]
+    best = max(finished, key=lambda training: float(training.result["objective"]))
+    print(
+        f"{len(trainings)} trainings, {len(trainings) - len(finished)} diverged; objective "
+        f"{min(training.result['objective'] for training in finished):.4f} to {best.result['objective']:.4f}, best at "
+        f"{dict(best.planned.values)}; {table_path}, {table_path.stat().st_size / 1e6:.2f} MB"
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Trainings to replay, as a table.")
+    parser.add_argument("--out", type=Path, default=OUT, help="where trainings are kept (%(default)s)")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table (%(default)s)")
+    parser.add_argument("--points", type=int, default=NUM_POINTS, help="trainings (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
+    arguments = parser.parse_args(argv)
+    if min(arguments.processes, arguments.points) < 1:
+        parser.error("--processes and --points must be at least 1")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of the error."""
+    arguments = _arguments(argv)
+    try:
+        run(arguments.out.resolve(), arguments.table.resolve(), arguments.points, arguments.processes)
+    except CarftError as error:
+        console.show_error(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
