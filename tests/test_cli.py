@@ -214,6 +214,18 @@ MISTAKES = [
         "model.name: local-dir: needs a folder with open_clip_config.json, but got {here}/modell",
     ),
     (
+        ["validate", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
+        3,
+        "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
+        "did you mean 'openai'? (allowed: openai, laion400m_e31, ",
+    ),
+    (
+        ["validate", "--set", "model={name: ViT-B-32, pretrained: model/open_clip_modell.safetensors}", *OPENAI],
+        3,
+        "model.pretrained: must be a weights file that is there, but got {here}/model/open_clip_modell.safetensors; "
+        "did you mean '{here}/model/open_clip_model.safetensors'?",
+    ),
+    (
         ["train", "--out", "new", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
         3,
         "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
