@@ -47,7 +47,7 @@ class EventFile:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a point to a curve."""
-        self._write(step=step, summary=summary.scalar(name, value))
+        self._write(step=step, summary=summary.scalar(name, value))  # type: ignore[no-untyped-call]
 
     def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float], step: int) -> None:
         """Adds the run's line of TensorBoard's HPARAMS table.
@@ -57,7 +57,7 @@ class EventFile:
             metrics: The columns of metrics, each a scalar of the run too.
             step: Step of these scalars.
         """
-        for part in summary.hparams(dict(values), dict(metrics)):
+        for part in summary.hparams(dict(values), dict(metrics)):  # type: ignore[no-untyped-call]
             self._write(summary=part)
         for name, value in metrics.items():
             self.scalar(name, value, step)
