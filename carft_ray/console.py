@@ -116,7 +116,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
         cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
         cells.append("" if row["objective"] is None else percent(row["objective"]))
-        cells.append("" if row["elapsed_s"] is None else duration(row["elapsed_s"]))
+        cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
         table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
     return table
 

@@ -77,14 +77,25 @@ def search_shown(
         yield announce(show)
         return
     view = SearchView(num_epochs, _earlier(study_dir))
-    with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True) as live:
+    with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
+        yield _Listener(view, on)
 
-        def on_event(event: "Event") -> None:
-            line = view.tell(event)
-            if line is not None:
-                live.console.print(Text(line, style="yellow"))
 
-        yield on_event
+@dataclass(frozen=True)
+class _Listener:
+    """Takes the events of a search on behalf of its table."""
+
+    view: "SearchView"
+    console: Console
+
+    def __call__(self, event: "Event") -> None:
+        line = self.view.tell(event)
+        if line is not None:
+            self.console.print(Text(line, style="yellow"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune writes the searcher, and with it this, to a file that nobody reads; a terminal does not go there."""
+        return announce, (False,)
 
 
 def _earlier(study_dir: Path) -> list["TrialRow"]:
@@ -248,7 +259,7 @@ def _line(row: "TrialRow", mark: str) -> _Line:
     names = ("id_accuracy", "ood_accuracy")
     numbers = [console.percent(row.metrics[name]) if name in row.metrics else "" for name in names]
     objective = "" if row.objective is None else console.percent(row.objective)
-    elapsed = "" if row.elapsed_s is None else console.duration(row.elapsed_s)
+    elapsed = console.duration(row.elapsed_s) if (row.elapsed_s or 0) >= 0.5 else ""  # zero-shot takes none
     style = "bold green" if mark.strip() else "dim" if row.kind == "baseline" else ""
     return _Line(f"{mark} {row.name}", row.values, ["", *numbers, objective, elapsed], style)
 
