@@ -259,7 +259,8 @@ def _line(row: "TrialRow", mark: str) -> _Line:
     names = ("id_accuracy", "ood_accuracy")
     numbers = [console.percent(row.metrics[name]) if name in row.metrics else "" for name in names]
     objective = "" if row.objective is None else console.percent(row.objective)
-    elapsed = console.duration(row.elapsed_s) if (row.elapsed_s or 0) >= 0.5 else ""  # zero-shot takes none
+    seconds = row.elapsed_s or 0.0
+    elapsed = console.duration(seconds) if seconds >= 0.5 else ""  # zero-shot takes none
     style = "bold green" if mark.strip() else "dim" if row.kind == "baseline" else ""
     return _Line(f"{mark} {row.name}", row.values, ["", *numbers, objective, elapsed], style)
 

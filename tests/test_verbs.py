@@ -22,6 +22,7 @@ from carft_ray import cli
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
 from carft_ray.search.folder import claim, study_lock
+from carft_ray.search.holder import holder
 from carft_ray.search.outcome import Failure, append_log, write_failure
 from carft_ray.search.study import open_study
 
@@ -118,8 +119,10 @@ def meanwhile(work):
     """Does work in a thread while the block runs."""
     thread = threading.Thread(target=work)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def waited_for(path):
@@ -193,22 +196,18 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
     assert counts() == ({"running": 0, "waiting": 1}, False, [])
 
 
-def test_a_reader_never_locks_a_search_out(here):
-    stop = threading.Event()
+def test_readers_never_lock_a_search_out(here):
+    over = threading.Event()
 
     def reads():
-        while not stop.is_set():
-            read_study(here / "first")
+        while not over.is_set():
+            holder(here / "first")
 
-    thread = threading.Thread(target=reads)
-    thread.start()
-    try:
-        for _ in range(30):
+    with meanwhile(reads), contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        for _ in range(300):
             with study_lock(here / "first"):
                 pass
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
@@ -320,6 +319,20 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
             code, out, _ = run("logs", "first", "4", "--follow")
     assert code == 0
     assert out.splitlines()[-3:] == ["half a line", "and more", "last"]
+
+
+def test_follow_ends_with_a_training_that_diverges(run, here):
+    study_dir, recipe = here / "first", make_recipe(8)
+    with open_study(study_dir, recipe, BASE) as study:
+        begin(study_dir, recipe)
+        study.adopt()
+        spec = start(study)
+        folder = spec.folder(study_dir)
+        failure = Failure("diverged", "loss not finite at step 9", spec.attempt)
+        with meanwhile(lambda: (time.sleep(0.3), write_failure(folder, failure, ""))):
+            code, out, _ = run("logs", "first", "4", "-f")
+    assert code == 0
+    assert out.rstrip().endswith("attempt 2: diverged: loss not finite at step 9")
 
 
 # stop

@@ -285,10 +285,11 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     train = {name: result["train"].get(name) for name in names}
     values = {name: v if isinstance(v, int | float | str) else str(v) for name, v in train.items() if v is not None}
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
+    metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
     rows = files.read_json_lines(out_dir / METRICS)
     events = EventFile(out_dir / TENSORBOARD)
     step = int(rows[-1]["step"]) if rows else 0
-    events.hparams(values, {f"final/{name}": v for name, v in {**metrics, "alpha": result["alpha"]}.items()}, step)
+    events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.results.overview import Overview, find_row, folder_of
 from carft_ray.search.holder import holder
-from carft_ray.search.outcome import LOG, RESULT, TrialRow
+from carft_ray.search.outcome import ERROR, LOG, RESULT, TrialRow
 
 LOOK_EVERY_S = 0.5
 
@@ -37,14 +37,14 @@ def read_log(path: Path) -> list[str] | None:
 
 
 def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
-    """Yields the whole lines of a log, old ones and new ones, until its training has finished or no search is left.
+    """Yields the whole lines of a log, old ones and new ones, until its training has ended or no search is left.
 
     Raises:
         StorageError: It cannot be read.
     """
     position = 0
     while True:
-        over = (path.parent / RESULT).exists() or holder(study_dir) is None  # looked at before the last reading
+        over = _ended(path.parent) or holder(study_dir) is None  # looked at before the last reading
         try:
             with open(path, "rb") as file:
                 file.seek(position)
@@ -59,3 +59,9 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
         if over:
             return
         time.sleep(LOOK_EVERY_S)
+
+
+def _ended(folder: Path) -> bool:
+    """Tells whether a training has finished or diverged; after another failure it may get one more attempt."""
+    failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
+    return (folder / RESULT).exists() or failure.get("outcome") == "diverged"
