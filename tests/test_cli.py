@@ -512,6 +512,15 @@ def test_help_shows_what_a_command_does_and_an_example_that_parses(run, words):
         assert getattr(option, "help", ""), f"{' '.join(words)}: {option.name} has no help"
 
 
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_every_command_speaks_json_and_shows_tracebacks_on_demand(words):
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--json", "--debug"} <= options
+
+
 def test_grey_and_transparent_images_are_read(run):
     Image.open("images/photo/star/1.png").convert("L").save("images/photo/star/1.png")
     Image.open("images/photo/star/2.png").convert("RGBA").save("images/photo/star/2.png")

@@ -396,6 +396,30 @@ def test_a_lock_of_a_dead_process_is_none(here):
     assert read_study(here / "first").holder is None
 
 
+@pytest.mark.slow
+def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
+    (here / "modes.json").write_text('{"seconds": 1.5}')
+    command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), str(here), "6"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as search:
+        for line in search.stdout:
+            if line.startswith("TrialEpoch"):
+                break
+        seen = json.loads(run("status", "live", "--json")[1])
+        code, _, err = run("stop", "live")
+        output, errors = search.communicate(timeout=60)
+    assert (code, search.returncode, errors) == (0, 130, ""), output
+    assert "Resume with: carft-ray resume" in output
+    assert seen["search"]["running"]
+    assert [row["epoch"] is not None for row in seen["running"]].count(True) >= 1
+    assert "The search has ended; " in err
+    after = json.loads(run("status", "live", "--json")[1])
+    assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
+    assert [row["outcome"] for row in after["baselines"]] in (["waiting", "complete"], ["complete", "complete"])
+
+
 # resume
 
 
