@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
+from carft_ray.errors import (
+    CarftError,
+    DataError,
+    HoldOutError,
+    InterruptedRunError,
+    Problem,
+    RecipeError,
+    UsageError,
+    nearest,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +35,7 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic ima
 app.add_typer(sandbox_app, name="sandbox")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; may be repeated.")
 ]
@@ -109,32 +119,229 @@ def search(
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    from carft_ray import console
-
     value = _load(recipe, set_, executor, num_workers)
+    _search(value, recipe.absolute().parent, study, address, json_)
+
+
+@app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4")
+def resume(
+    study: StudyArgument,
+    trials: Annotated[
+        str | None, typer.Option("--trials", metavar="N|+N", help="Trials in all, or with a plus how many more.")
+    ] = None,
+    executor: ExecutorOption = None,
+    num_workers: WorkersOption = None,
+    address: AddressOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml."""
+    from carft_ray.results import overview
+
+    study_dir = overview.require_study(study)
+    overrides = []
+    if trials is not None:
+        overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
+    recipe = overview.resolved_recipe(study_dir)
+    _search(_load(recipe, overrides, executor, num_workers), study_dir, study, address, json_)
+
+
+def _search(value: Any, base_dir: Path, study: Path, address: str | None, json_: bool) -> None:
+    """What `search` and `resume` do once they have a recipe."""
+    from carft_ray import console
     from carft_ray.recipe.advice import check_searchable
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
     from carft_ray.launch.search import run_search
-    from carft_ray.progress import announce
+    from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
-    base_dir = recipe.absolute().parent
-    result = run_search(value, base_dir, study, address, announce(show=not json_))
+    with search_shown(not json_, study, value.train.epochs) as on_event:
+        result = run_search(value, base_dir, study, address, on_event)
     best_path, figure_path = write_best(value, base_dir, result), write_figure(value, result)
     summary = study_summary(value, result)
     if json_:
         console.print_json(summary)
         return
     if not result.num_new:
-        console.say(f"Nothing to do: all {value.search.trials} trials are finished.")
+        console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
+    folder = shlex.quote(str(study))
     console.next_step(
         f"carft-ray train {shlex.quote(str(best_path))} --out runs/{value.name}-best",
-        f"carft-ray export {shlex.quote(str(study))} --to exports/{value.name}",
+        f"carft-ray export {folder} --to exports/{value.name}",
+        f"carft-ray resume {folder} --trials +{max(4, value.search.trials // 2)}",
+        f"tensorboard --logdir {folder}",
+    )
+
+
+@app.command(epilog="Example:  carft-ray status studies/quickstart")
+def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption = False) -> None:
+    """How far a study is: counts, the best trial, what runs. Nothing is locked or written."""
+    from carft_ray import console
+    from carft_ray.results import overview
+
+    view = overview.read_study(study)
+    answer = overview.status(view)
+    if json_:
+        console.print_json(answer)
+        return
+    finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
+    console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
+    console.out.print(console.count_table(answer["trials"]))
+    rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
+    shown = {row["name"] for row in rows}
+    rows += [row for row in answer["running"] if row["name"] not in shown]
+    if rows:
+        console.out.print()
+        console.out.print(console.trial_table(rows))
+    if view.holder is None:
+        console.say("\nNo search runs on it.")
+        more = f"carft-ray resume {folder}"
+        if finished >= wanted:
+            more += f" --trials +{max(4, wanted // 2)}"
+        steps = [more, f"carft-ray ls {folder}"]
+        if answer["best"]:
+            steps.append(f"carft-ray export {folder} --to exports/{answer['name']}")
+        console.next_step(*steps)
+        return
+    asked = "; it was asked to stop" if view.stopping else ""
+    console.say(f"\nA search runs on it: {view.holder}{asked}.")
+    running = [f"carft-ray logs {folder} {row['name']} --follow" for row in answer["running"][:1]]
+    console.next_step(*running, f"carft-ray stop {folder}")
+
+
+@app.command("ls", epilog="Example:  carft-ray ls studies/quickstart --sort objective --limit 10")
+def list_(
+    folder: Annotated[Path, typer.Argument(help="A study, or a folder with studies in it.", show_default=False)],
+    sort: Annotated[
+        str, typer.Option("--sort", metavar="objective|number", help="Best first, or in the order of the search.")
+    ] = "objective",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many trials.")] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
+    from carft_ray import console
+    from carft_ray.results import overview
+
+    orders = ("objective", "number")
+    if sort not in orders:
+        raise UsageError(Problem("--sort", "must be an order", repr(sort), orders, nearest(sort, orders)))
+    quoted = shlex.quote(str(folder))
+    if not overview.is_study(folder):
+        studies = overview.list_studies(folder)
+        if json_:
+            console.print_json({"folder": str(folder), "studies": studies})
+            return
+        console.out.print(console.study_table(studies))
+        console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
+        return
+    view = overview.read_study(folder)
+    answer = overview.listing(view, by_objective=sort == "objective", limit=limit)
+    if json_:
+        console.print_json(answer)
+        return
+    rows = [*answer["baselines"], *answer["trials"]]
+    if rows:
+        console.out.print(console.trial_table(rows))
+    left_out = answer["num_trials"] - len(answer["trials"])
+    if left_out:
+        console.say(f"{left_out} more trials; without --limit all are shown.")
+    if not answer["num_trials"]:
+        console.say("No trial has begun yet.")
+    named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []
+    console.next_step(f"carft-ray status {quoted}", *named)
+
+
+@app.command(epilog="Example:  carft-ray logs studies/quickstart 7 --follow")
+def logs(
+    study: StudyArgument,
+    trial: Annotated[
+        str, typer.Argument(help="Number or name of a trial (7, t0007), or name of a baseline.", show_default=False)
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing until the training or its search ends.")
+    ] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
+    from carft_ray import console
+    from carft_ray.results import logs, overview
+    from carft_ray.search.study import ZERO_SHOT
+
+    if follow and json_:
+        raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
+    view = overview.read_study(study)
+    row, path = logs.find_log(view, trial)
+    lines = logs.read_log(path)
+    if follow and view.holder is not None and row.outcome == "running":
+        try:
+            for line in logs.follow_log(path, view.study_dir):
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            console.say("The search goes on.")
+    elif json_:
+        console.print_json(lines or [])
+    elif lines is None:
+        why = "the zero-shot model is not trained" if row.name == ZERO_SHOT else f"it is {view.state(row)}"
+        console.say(f"{row.name} has no log: {why}.")
+    else:
+        sys.stdout.write("".join(line + "\n" for line in lines))
+    if not json_:
+        console.next_step(f"carft-ray status {shlex.quote(str(study))}")
+
+
+@app.command(epilog="Example:  carft-ray stop studies/quickstart")
+def stop(
+    study: Annotated[Path, typer.Argument(help="Folder of a study, or of a training.", show_default=False)],
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a running search to write its checkpoints and end, as its own Ctrl-C does; then it can be resumed."""
+    from carft_ray import console
+    from carft_ray.launch.stop import ask_to_stop, wait_until_free
+    from carft_ray.results import overview
+
+    folder = shlex.quote(str(study))
+    study_dir = overview.require_claimed(study)
+    found = ask_to_stop(study_dir)
+    answer = {"study": str(study_dir), "asked": found, "ended": found is None}
+    try:
+        if found is not None and not no_wait:
+            if not json_:
+                console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
+            wait_until_free(study_dir)
+            answer["ended"] = True
+    except KeyboardInterrupt:
+        step = f"See: carft-ray status {folder}"
+        raise InterruptedRunError(Problem("", "no longer waiting; it stops by itself", next_step=step)) from None
+    if not overview.is_study(study_dir):  # a training of `train`
+        if json_:
+            console.print_json(answer)
+        elif found is None:
+            console.say(f"Nothing to stop: nothing runs on {study}.")
+        else:
+            console.say("The training has ended." if answer["ended"] else "Asked to stop.")
+        return
+    view = overview.read_study(study_dir)
+    finished, wanted = view.num_finished, view.recipe.search.trials
+    if json_:
+        console.print_json({**answer, "finished": finished, "wanted": wanted})
+        return
+    so_far = f"{finished} of {wanted} trials are finished"
+    if found is None:
+        console.say(f"Nothing to stop: no search runs on {study}; {so_far}.")
+    else:
+        console.say(f"The search has ended; {so_far}." if answer["ended"] else f"Asked {found} to stop; {so_far}.")
+    console.next_step(
+        f"carft-ray status {folder}" if not answer["ended"] or finished >= wanted else f"carft-ray resume {folder}"
     )
 
 
@@ -251,6 +458,7 @@ def sandbox_build(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Pre-training steps; fewer make a weaker model.")
     ] = None,
+    json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Pre-train the tiny CLIP again from nothing (several minutes on two cores)."""
@@ -261,11 +469,14 @@ def sandbox_build(
 
     def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
         what = "step" if metrics else "picture"
-        if done == total or done % (50 if metrics else 5000) == 0:
+        if not json_ and (done == total or done % (50 if metrics else 5000) == 0):
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             console.say(f"{what} {done}/{total}  {numbers}")
 
     pretrain(to, num_steps, progress=progress)
+    if json_:
+        console.print_json({"folder": str(to), "steps": num_steps})
+        return
     console.next_step(
         f"carft-ray train search_spaces/quickstart.yaml --set model.name=local-dir:{to.absolute()} --out runs/own"
     )
@@ -274,6 +485,7 @@ def sandbox_build(
 @sandbox_app.command("images", epilog="Example:  carft-ray sandbox images --to sandbox_png")
 def sandbox_images(
     to: Annotated[Path, typer.Option("--to", help="Folder of the images; must be new or empty.")],
+    json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
@@ -282,6 +494,9 @@ def sandbox_images(
 
     with console.counting("images") as progress:
         export_images(to, progress)
+    if json_:
+        console.print_json({"folder": str(to)})
+        return
     console.say(f"Wrote {to}: domain/class/number.png.")
     own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"
     console.next_step(f"carft-ray search search_spaces/folders.yaml --study studies/folders{own}")

@@ -66,6 +66,13 @@ def value_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def duration(seconds: float) -> str:
+    """Returns a time as minutes and seconds, ``3:07``, or with hours, ``2:03:07``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
     """Returns a table of accuracies in percent with standard errors: a line per model, a column per set.
 
@@ -94,22 +101,65 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines.
 
     Args:
-        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``best``.
+        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
+            ``best``; optionally ``epoch``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in (*names, "alpha", "ID, %", "OOD, %", "objective, %"):
+    for name in (*names, "alpha", "ID, %", "OOD, %", "objective, %", "time"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("", max_width=40)
     for row in rows:
         metrics = row["metrics"]
         cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]
         cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
         cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
         cells.append("" if row["objective"] is None else percent(row["objective"]))
-        outcome = row["outcome"] if row["outcome"] != "complete" else ("best" if row["best"] else "")
-        table.add_row(row["name"], *cells, outcome, style="bold green" if row["best"] else None)
+        cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
+        table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
+    return table
+
+
+def _remark(row: Mapping[str, Any]) -> str:
+    if row["outcome"] == "complete":
+        return "best" if row["best"] else ""
+    if row.get("epoch"):
+        return f"{row['outcome']}, epoch {row['epoch']} done"
+    return f"{row['outcome']}: {row['reason']}" if row["reason"] else str(row["outcome"])
+
+
+def count_table(counts: Mapping[str, int]) -> Table:
+    """Returns a table of one line: how many trials are in each state."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for state in counts:
+        table.add_column(state, justify="right")
+    table.add_row(*(str(count) for count in counts.values()))
+    return table
+
+
+def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of the studies in a folder.
+
+    Args:
+        rows: ``name``, and either ``problem`` or ``wanted``, ``trials`` (a count per state), ``best_objective``,
+            ``running``.
+    """
+    states = list(dict.fromkeys(state for row in rows for state, count in row.get("trials", {}).items() if count))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("study", no_wrap=True)
+    for name in ("wanted", *states, "objective, %"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        if row["problem"] is not None:
+            first = row["problem"].splitlines()[0]
+            table.add_row(row["name"], *[""] * (len(states) + 2), f"cannot be read: {first}", style="red")
+            continue
+        best = row["best_objective"]
+        counts = [str(row["trials"][state] or "") for state in states]
+        cells = [str(row["wanted"]), *counts, "" if best is None else percent(best)]
+        table.add_row(row["name"], *cells, "runs" if row["running"] else "")
     return table
 
 

@@ -1,17 +1,27 @@
-"""How a running training and a running search are shown: a bar on a terminal, plain lines elsewhere."""
+"""How a running training and a running search are shown: a bar or a live table on a terminal, plain lines elsewhere."""
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from carft_ray import console
 
 if TYPE_CHECKING:
-    from carft_ray.launch.events import Event
-    from carft_ray.search.outcome import TrialRow
+    from carft_ray.launch.events import Event, Started
+    from carft_ray.search.outcome import TrialRow, TrialSpec
 
 Row = dict[str, float]
+NUM_BEST = 5  # rows of the best trials in the live table
+REFRESH_PER_S = 2
 
 
 @contextlib.contextmanager
@@ -48,6 +58,235 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
         yield progress, report
 
 
+@contextlib.contextmanager
+def search_shown(
+    show: bool, study_dir: Path, num_epochs: int, on: Console | None = None
+) -> Iterator[Callable[["Event"], None]]:
+    """Gives what ``run_search`` tells its events to: a live table on a terminal, else plain lines.
+
+    The table is gone when the block ends, however it ends: results and messages follow it.
+
+    Args:
+        show: False: only notes are shown.
+        study_dir: Its finished trials, when it is a study already, are in the table from the start.
+        num_epochs: Epochs of a training that does not say otherwise.
+        on: Where to show it; by default standard error.
+    """
+    on = on or console.err
+    if not show or not on.is_terminal or on.is_dumb_terminal:
+        yield announce(show)
+        return
+    view = SearchView(num_epochs, _earlier(study_dir))
+    with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
+        yield _Listener(view, on)
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Takes the events of a search on behalf of its table."""
+
+    view: "SearchView"
+    console: Console
+
+    def __call__(self, event: "Event") -> None:
+        line = self.view.tell(event)
+        if line is not None:
+            self.console.print(Text(line, style="yellow"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune writes the searcher, and with it this, to a file that nobody reads; a terminal does not go there."""
+        return announce, (False,)
+
+
+def _earlier(study_dir: Path) -> list["TrialRow"]:
+    """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
+    from carft_ray.errors import CarftError
+    from carft_ray.search.study import baselines, trials
+
+    try:
+        return [*baselines(study_dir), *trials(study_dir)]
+    except CarftError:
+        return []
+
+
+@dataclass
+class _Running:
+    spec: "TrialSpec"
+    began: float
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
+
+
+class SearchView:
+    """A search as a table: what runs, the best trials, the baselines, and a line that counts. Rich renders it again and
+    again from a thread of its own, while events come in.
+
+    Args:
+        num_epochs: Epochs of a training whose values do not say otherwise.
+        earlier: Rows that the study has already.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, num_epochs: int, earlier: Sequence["TrialRow"] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._num_epochs = num_epochs
+        self._clock = clock
+        self._began = clock()
+        self._lock = threading.Lock()
+        self._phase = "starting Ray"
+        self._started: Started | None = None
+        self._running: dict[tuple[str, str], _Running] = {}
+        self._rows = {(row.kind, row.name): row for row in earlier if row.outcome != "running"}
+        self._seconds: list[float] = []  # of the trainings that ended in this search
+
+    def tell(self, event: "Event") -> str | None:
+        """Takes an event in.
+
+        Returns:
+            A line to show above the table, for what must not be overlooked.
+        """
+        from carft_ray.launch import events
+
+        with self._lock:
+            if isinstance(event, events.Note):
+                return f"warning: {event.text}"
+            if isinstance(event, events.Preparing):
+                self._phase = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+            elif isinstance(event, events.Started):
+                self._started, self._phase = event, ""
+            elif isinstance(event, events.TrialStarted):
+                self._running[event.spec.kind, event.spec.name] = _Running(event.spec, self._clock())
+            elif isinstance(event, events.TrialEpoch):
+                found = self._running.get((event.spec.kind, event.spec.name))
+                if found is not None:
+                    found.metrics = event.metrics
+            elif isinstance(event, events.Stopping):
+                self._phase = f"stopping; {event.num_running} trainings write their checkpoints"
+            elif isinstance(event, events.TrialFinished | events.BaselineFinished):
+                return self._end(event.row)
+            return None
+
+    def _end(self, row: "TrialRow") -> str | None:
+        key = (row.kind, row.name)
+        ran = self._running.pop(key, None)
+        if ran is not None:
+            self._seconds.append(self._clock() - ran.began)
+        self._rows[key] = row
+        return None if row.outcome == "complete" else f"{row.name}: {row.outcome}, {row.reason}"
+
+    def __rich_console__(self, console_: Console, options: ConsoleOptions) -> RenderResult:
+        with self._lock:
+            parts = Group(*self._parts(options.max_width, console_.size.height, console_.encoding.startswith("utf")))
+        # the console of messages lets long lines run on; a table must keep to the terminal
+        yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
+
+    def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
+        room = max(3, height - 6)  # lines but for header, last lines, and one above
+        beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
+        best = sorted(
+            (row for row in self._rows.values() if row.kind == "trial" and row.objective is not None),
+            key=lambda row: (-(row.objective or 0.0), row.number),
+        )[: min(NUM_BEST, max(1, room // 3))]
+        running = list(self._running.values())
+        shown = running[: max(1, room - len(beside) - len(best))]
+        if beside or best or shown:
+            star = "★" if can_star else "*"
+            rows = [_line(row, " ") for row in beside]
+            rows += [_line(row, star if row is best[0] else " ") for row in best]
+            rows += [self._running_line(each) for each in shown]
+            yield _fitting_table(rows, width)
+        if len(running) > len(shown):
+            yield Text(f"  and {len(running) - len(shown)} more that run", style="dim")
+        if any("subset/id_accuracy" in each.metrics for each in shown):
+            yield Text("  of running trials: on a subset, at alpha 1", style="dim")
+        yield Text(
+            self._last_line(), style="bold", no_wrap=height < 12, overflow="fold" if height >= 12 else "ellipsis"
+        )
+
+    def _running_line(self, running: _Running) -> "_Line":
+        spec, metrics = running.spec, running.metrics
+        wanted = spec.values.get("epochs", self._num_epochs)
+        accuracies = [metrics.get(f"subset/{name}") for name in ("id_accuracy", "ood_accuracy", "objective")]
+        numbers = ["" if value is None else console.percent(value) for value in accuracies]
+        epoch = f"{metrics.get('epoch', 0):.0f}/{wanted}"
+        elapsed = console.duration(self._clock() - running.began)
+        return _Line(f"  {spec.name}", spec.values, [epoch, *numbers, elapsed], "cyan")
+
+    def _last_line(self) -> str:
+        trials = [row for row in self._rows.values() if row.kind == "trial"]
+        failed = sum(row.objective is None for row in trials)
+        elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
+        pieces = [elapsed]
+        if self._started is not None:
+            count = f"{len(trials)} of {self._started.num_trials} trials finished"
+            if failed:
+                count += f", {failed} of them failed"
+            pieces = [count, f"{self._started.concurrency} at a time ({self._started.reason})", elapsed]
+            left = self._seconds_left(self._started.num_trials - len(trials))
+            if left is not None and not self._phase:
+                pieces.append(f"about {console.duration(left)} left")
+        return " · ".join([self._phase, *pieces] if self._phase else pieces)
+
+    def _seconds_left(self, num_left: int) -> float | None:
+        """Estimates the rest from the trainings that ended in this search; None before the first has."""
+        if self._started is None or not self._seconds:
+            return None
+        each = sum(self._seconds) / len(self._seconds)
+        running = [max(each - (self._clock() - ran.began), 0.0) for ran in self._running.values()]
+        num_running = sum(ran.spec.kind == "trial" for ran in self._running.values())
+        waiting = each * max(num_left - num_running, 0)
+        return max((sum(running) + waiting) / self._started.concurrency, max(running, default=0.0))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of the live table.
+
+    Attributes:
+        name: With the mark of the best.
+        values: Hyperparameters.
+        cells: Epoch, ID, OOD, objective, time.
+        style: Of Rich.
+    """
+
+    name: str
+    values: dict[str, Any]
+    cells: list[str]
+    style: str
+
+
+def _line(row: "TrialRow", mark: str) -> _Line:
+    names = ("id_accuracy", "ood_accuracy")
+    numbers = [console.percent(row.metrics[name]) if name in row.metrics else "" for name in names]
+    objective = "" if row.objective is None else console.percent(row.objective)
+    seconds = row.elapsed_s or 0.0
+    elapsed = console.duration(seconds) if seconds >= 0.5 else ""  # zero-shot takes none
+    style = "bold green" if mark.strip() else "dim" if row.kind == "baseline" else ""
+    return _Line(f"{mark} {row.name}", row.values, ["", *numbers, objective, elapsed], style)
+
+
+def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
+    """Returns the table of these rows; hyperparameters that find no room are left out, the last ones first."""
+    columns = {"": [line.name for line in lines]}
+    for name in dict.fromkeys(name for line in lines for name in line.values if name != "alpha"):
+        columns[name] = [console.value_text(line.values[name]) if name in line.values else "" for line in lines]
+    droppable = list(columns)[1:]
+    for index, name in enumerate(("epoch", "ID, %", "OOD, %", "objective, %", "time")):
+        columns[name] = [line.cells[index] for line in lines]
+
+    def needed() -> int:
+        return sum(2 + max(len(name), *(len(cell) for cell in cells)) for name, cells in columns.items())
+
+    while droppable and needed() > width:
+        del columns[droppable.pop()]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for index, line in enumerate(lines):
+        table.add_row(*(cells[index] for cells in columns.values()), style=line.style)
+    return table
+
+
 def announce(show: bool) -> Callable[["Event"], None]:
     """Returns what ``run_search`` tells its events to: a line per thing that happened.
 
@@ -60,8 +299,7 @@ def announce(show: bool) -> Callable[["Event"], None]:
     state = {"finished": 0, "wanted": 0}
 
     def clock() -> str:
-        seconds = int(time.monotonic() - began)
-        return f"[{seconds // 60:d}:{seconds % 60:02d}]"
+        return f"[{console.duration(time.monotonic() - began)}]"
 
     def on_event(event: "Event") -> None:
         if isinstance(event, events.Note):
@@ -79,7 +317,9 @@ def announce(show: bool) -> Callable[["Event"], None]:
         elif isinstance(event, events.TrialFinished):
             state["finished"] += 1
             mark = "  <- best so far" if event.is_best else ""
-            console.say(f"{clock()} {state['finished']}/{state['wanted']} {_result(event.row)}{mark}")
+            # one that an earlier search left finished is told before the search says how many are wanted
+            position = f"{state['finished']}/{state['wanted']} " if state["wanted"] else ""
+            console.say(f"{clock()} {position}{_result(event.row)}{mark}")
         elif isinstance(event, events.Stopping):
             console.say(f"{clock()} stopping; {event.num_running} trainings write their checkpoints")
 

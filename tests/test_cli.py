@@ -214,6 +214,18 @@ MISTAKES = [
         "model.name: local-dir: needs a folder with open_clip_config.json, but got {here}/modell",
     ),
     (
+        ["validate", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
+        3,
+        "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
+        "did you mean 'openai'? (allowed: openai, laion400m_e31, ",
+    ),
+    (
+        ["validate", "--set", "model={name: ViT-B-32, pretrained: model/open_clip_modell.safetensors}", *OPENAI],
+        3,
+        "model.pretrained: must be a weights file that is there, but got {here}/model/open_clip_modell.safetensors; "
+        "did you mean '{here}/model/open_clip_model.safetensors'?",
+    ),
+    (
         ["train", "--out", "new", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
         3,
         "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
@@ -498,6 +510,15 @@ def test_help_shows_what_a_command_does_and_an_example_that_parses(run, words):
     assert "Example:" in out
     for option in command.params:
         assert getattr(option, "help", ""), f"{' '.join(words)}: {option.name} has no help"
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_every_command_speaks_json_and_shows_tracebacks_on_demand(words):
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--json", "--debug"} <= options
 
 
 def test_grey_and_transparent_images_are_read(run):

@@ -104,7 +104,7 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     assert errors == ""
     assert "Stopping" in output
     assert "of 6 trials are finished" in output
-    assert "Resume with: carft-ray search" in output
+    assert "Resume with: carft-ray resume" in output
     stopped = {row.name: row for row in trials(study_dir)}
     done = {name for name, row in stopped.items() if row.outcome == "complete"}
     assert done

@@ -20,14 +20,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from carft_ray import files
+from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
 from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
+from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import ImageClassifier
@@ -42,6 +43,7 @@ __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_trai
 RESULT_VERSION = 1
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 WEIGHTS = "fine_tuned.safetensors"
 # A look during a training is the best of these: at alpha 1 alone it told nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
@@ -187,6 +189,7 @@ def run_training(
         "elapsed_s": round(time.perf_counter() - started, 3),
     }
     if context.rank == 0:
+        _write_hparams(recipe, result, out_dir)
         shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)  # before: what is finished is never looked at again
         files.write_json(result_path, result)
     return result
@@ -247,16 +250,16 @@ def _train(
 @contextlib.contextmanager
 def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
     """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
-    writers: list[SummaryWriter] = []
+    opened: list[EventFile] = []
     metrics_path = out_dir / METRICS
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
-        if not writers:  # what a killed attempt wrote from this step on is void
-            writers.append(SummaryWriter(str(out_dir / "tensorboard"), purge_step=step))
+        if not opened:  # what a killed attempt wrote from this step on is void
+            opened.append(EventFile(out_dir / TENSORBOARD, purge_step=step))
         for name, value in row.items():
             if name not in ("step", "num_steps"):
-                writers[0].add_scalar(f"train/{name}", value, step)
+                opened[0].scalar(f"train/{name}", value, step)
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
@@ -267,16 +270,38 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
         files.append_line(metrics_path, json.dumps(row))
         for name, value in row.items():
             if name.startswith("subset/"):
-                writers[0].add_scalar(name, value, int(row["step"]))
+                opened[0].scalar(name, value, int(row["step"]))
         context.report(row)
 
     try:
         with files.writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
         yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
-    finally:
-        for writer in writers:
-            writer.close()
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the first word stands
+            for events in opened:
+                events.close()
+        raise
+    for events in opened:
+        events.close()
+
+
+def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> None:
+    """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and how it ended.
+
+    It stands before ``result.json``: a kill in between writes the same line again, which TensorBoard shows once.
+    """
+    varied = [name for values in recipe.search.baselines.values() for name in values]
+    names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space, *varied))
+    train = {name: result["train"].get(name) for name in names}
+    values = {name: v if isinstance(v, int | float | str) else str(v) for name, v in train.items() if v is not None}
+    metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
+    metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
+    rows = files.read_json_lines(out_dir / METRICS)
+    events = EventFile(out_dir / TENSORBOARD)
+    step = int(rows[-1]["step"]) if rows else 0
+    events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
+    events.close()
 
 
 def _choose(

@@ -1,6 +1,7 @@
 """A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -95,10 +96,10 @@ def run_search(
         if not study.done():
             stop_path = study_dir / STOP
             with (
-                interruptions_as(lambda: _interrupted(study), stop_path),
+                interruptions_as(lambda: _interrupted(study, address), stop_path),
                 running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
             ):
-                _run(study, base_dir, nodes, on_event, runner or Runner())
+                _run(study, base_dir, nodes, on_event, runner or Runner(), address)
         rows = study.rows()
         best = best_row(rows)
         if best is None:
@@ -117,6 +118,7 @@ def _run(
     nodes: tuple[Node, ...],
     on_event: Callable[[Event], None],
     runner: Runner,
+    address: str | None,
 ) -> None:
     recipe, study_dir = study.recipe, study.study_dir
     plan = make_plan(recipe, base_dir, study_dir, nodes, runner)
@@ -150,7 +152,7 @@ def _run(
     if searcher.failure is not None:
         raise searcher.failure
     if searcher.stopped:
-        raise _interrupted(study)
+        raise _interrupted(study, address)
 
 
 def _tune_name(tune_trial: Any) -> str:
@@ -158,8 +160,9 @@ def _tune_name(tune_trial: Any) -> str:
     return f"{spec['name']}-{spec['attempt']}"
 
 
-def _interrupted(study: Study) -> InterruptedRunError:
+def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
     finished, wanted = _num_finished(study), study.recipe.search.trials
-    study_dir = study.study_dir
-    step = f"Resume with: carft-ray search {study_dir / RESOLVED} --study {study_dir}"
+    step = f"Resume with: carft-ray resume {shlex.quote(str(study.study_dir))}"
+    if address is not None:
+        step += f" --address {shlex.quote(address)}"
     return InterruptedRunError(Problem("", f"stopped; {finished} of {wanted} trials are finished", next_step=step))

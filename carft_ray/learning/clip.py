@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.learning.catalog import LOCAL_DIR, RANDOM, SANDBOX, check_model
+from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import ModelPart, PromptsPart
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -80,7 +81,7 @@ def load_clip(part: ModelPart, base_dir: Path) -> Clip:
     if part.pretrained in tags:
         _check_activation(name, part.pretrained)
         return _load(name, part.pretrained)
-    path = base_dir / part.pretrained
+    path = resolve_path(part.pretrained, base_dir)
     if not path.is_file():
         near = nearest(part.pretrained, tags)
         rule = f"must be a tag of {part.name}, a weights file, or '{RANDOM}'"

@@ -12,28 +12,13 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
 from carft_ray.results.intervals import headline, objective_difference
+from carft_ray.results.overview import row_dict
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.study import ZERO_SHOT
 
 BEST = "best.yaml"
 FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
-
-
-def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
-    """Returns a trial or baseline as plain data."""
-    return {
-        "kind": row.kind,
-        "name": row.name,
-        "values": row.values,
-        "outcome": row.outcome,
-        "reason": row.reason,
-        "alpha": row.alpha,
-        "objective": row.objective,
-        "metrics": row.metrics,
-        "elapsed_s": row.elapsed_s,
-        "best": best is not None and row.kind == best.kind and row.name == best.name,
-    }
 
 
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:

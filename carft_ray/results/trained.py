@@ -1,5 +1,6 @@
 """A finished training, opened again: from the folder of `train`, or the best trial of a study."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
+from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED
 from carft_ray.search.study import best_row, trials
 
 
@@ -82,7 +83,7 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     if not (run_dir / RESULT).is_file():
         step = "Finish it first: the same `carft-ray train` command again, with --resume."
         if run_dir != folder:
-            step = f"Go on with the search: carft-ray search {folder / RESOLVED} --study {folder}"
+            step = f"Go on with the search: carft-ray resume {shlex.quote(str(folder))}"
         raise NoSuccessfulTrialError(
             Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
@@ -111,7 +112,7 @@ def _trial_dir(study_dir: Path, name: str) -> Path:
 def _best(study_dir: Path) -> str:
     best = best_row(trials(study_dir))
     if best is None:
-        step = f"Go on with the search: carft-ray search {study_dir / RESOLVED} --study {study_dir}"
+        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
     return best.name
 

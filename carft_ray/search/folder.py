@@ -42,7 +42,7 @@ def study_lock(study_dir: Path) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.patiently(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             raise StorageError(

@@ -269,8 +269,10 @@ def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:
     if not (study_dir / JOURNAL).exists():
         raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
     with _readable(study_dir):
-        study = optuna.load_study(storage=_storage(study_dir.resolve()), study_name=STUDY_NAMES[kind])
-        return _rows(kind, study)
+        storage = _storage(study_dir.resolve())
+        if STUDY_NAMES[kind] not in optuna.get_all_study_names(storage):  # its first search is just making it
+            return []
+        return _rows(kind, optuna.load_study(storage=storage, study_name=STUDY_NAMES[kind]))
 
 
 def _storage(study_dir: Path) -> JournalStorage:

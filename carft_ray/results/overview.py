@@ -1,0 +1,334 @@
+"""A study as its readers see it (`status`, `ls`, `logs`): nothing is locked, nothing is written, no torch is loaded."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
+from carft_ray.search.holder import holder
+from carft_ray.search.outcome import LOG, TrialRow, TrialSpec, read_failure
+from carft_ray.search.study import ZERO_SHOT, baselines, best_row, trials
+
+STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A study at one moment.
+
+    Attributes:
+        study_dir: The study directory, absolute.
+        recipe: Its resolved recipe.
+        trials: In the order of their numbers.
+        baselines: Zero-shot and the recipe's baselines.
+        holder: What the live search says of itself; None: no search works on the study.
+        stopping: A stop was asked for and the live search has not ended yet.
+        running: Names of trials and baselines that train at the moment.
+    """
+
+    study_dir: Path
+    recipe: Recipe
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    holder: str | None
+    stopping: bool
+    running: frozenset[tuple[str, str]]
+
+    @functools.cached_property
+    def best(self) -> TrialRow | None:
+        """The trial with the largest objective."""
+        return best_row(self.trials)
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that have ended, well or not."""
+        return sum(row.outcome != "running" for row in self.trials)
+
+    def state(self, row: TrialRow) -> str:
+        """Returns a row's outcome; for one that has none yet, whether it is ``running`` or ``waiting``."""
+        if row.outcome != "running":
+            return row.outcome
+        return "running" if (row.kind, row.name) in self.running else "waiting"
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many trials are in each state."""
+        found = [self.state(row) for row in self.trials]
+        return {state: found.count(state) for state in STATES}
+
+    def data(self, row: TrialRow) -> dict[str, Any]:
+        """Returns a row as plain data: that of ``row_dict`` with number, state, start, and the last epoch's number."""
+        epoch = last_epoch(folder_of(self.study_dir, row)) if self.state(row) in ("running", "waiting") else None
+        return {
+            "number": row.number,
+            **row_dict(row, self.best),
+            "outcome": self.state(row),
+            "attempt": row.attempt,
+            "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
+            "epoch": epoch,
+        }
+
+
+def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
+    """Returns a trial or baseline as plain data."""
+    return {
+        "kind": row.kind,
+        "name": row.name,
+        "values": row.values,
+        "outcome": row.outcome,
+        "reason": row.reason,
+        "alpha": row.alpha,
+        "objective": row.objective,
+        "metrics": row.metrics,
+        "elapsed_s": row.elapsed_s,
+        "best": best is not None and row.kind == best.kind and row.name == best.name,
+    }
+
+
+def read_study(folder: Path) -> Overview:
+    """Reads a study.
+
+    Raises:
+        UsageError: The folder is none.
+        RecipeError, StorageError: Its resolved recipe or its journal is damaged.
+    """
+    study_dir = require_study(folder)
+    found = holder(study_dir)
+    rows, beside = trials(study_dir), baselines(study_dir)
+    live = frozenset((row.kind, row.name) for row in (*rows, *beside) if found and _trains(study_dir, row))
+    stopping = found is not None and (study_dir / STOP).exists()
+    return Overview(study_dir, study_recipe(study_dir), rows, beside, found, stopping, live)
+
+
+def is_study(folder: Path) -> bool:
+    """Tells whether a folder holds a study."""
+    return (folder / JOURNAL).is_file()
+
+
+def studies_in(folder: Path) -> list[Path]:
+    """Returns the studies that lie directly in a folder, by name."""
+    return sorted(path for path in folder.iterdir() if is_study(path)) if folder.is_dir() else []
+
+
+def require_study(folder: Path, rule: str = "must be a study") -> Path:
+    """Returns a study's folder as an absolute path.
+
+    Raises:
+        UsageError: It is no study; names the nearest one beside it, or those inside it.
+    """
+    if is_study(folder):
+        return folder.resolve()
+    inside = tuple(str(path) for path in studies_in(folder))
+    beside = [str(path) for path in studies_in(folder.parent)]
+    step = f"Begin one: carft-ray search RECIPE --study {folder}"
+    if not folder.exists():
+        value = "no such folder"
+    elif not folder.is_dir():
+        value, step = "a file", "Give the folder that `search --study` was given."
+    elif (folder / MANIFEST).exists():
+        value, step = "the folder of one training", f"See it: carft-ray evaluate {folder}"
+    else:
+        value, step = f"one without {JOURNAL}", "Give the folder that `search --study` was given."
+    raise UsageError(Problem(str(folder), rule, value, inside, nearest(str(folder), beside), step))
+
+
+def require_claimed(folder: Path) -> Path:
+    """Returns the folder of a study or of a training as an absolute path.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder.resolve()
+    return require_study(folder, "must be a study or the folder of a training")
+
+
+def resolved_recipe(study_dir: Path) -> Path:
+    """Returns the path of the recipe with which a study goes on.
+
+    Raises:
+        UsageError: Its first search was killed before it wrote the recipe.
+    """
+    path = study_dir / RESOLVED
+    if not path.is_file():
+        step = f"Run its first command again: carft-ray search RECIPE --study {study_dir}"
+        value = "one whose first search was killed at its beginning"
+        raise UsageError(Problem(str(study_dir), f"must be a study with a {RESOLVED}", value, next_step=step))
+    return path
+
+
+def study_recipe(study_dir: Path) -> Recipe:
+    """Returns the recipe of a study's last search: ``resolved.yaml``, else that of its manifest.
+
+    Raises:
+        RecipeError: The recipe breaks a rule.
+        StorageError: The manifest cannot be read.
+    """
+    if (study_dir / RESOLVED).exists():
+        return load_recipe(study_dir / RESOLVED)
+    try:
+        return Recipe.model_validate(files.read_json(study_dir / MANIFEST)["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(Problem(str(study_dir / MANIFEST), "must be the manifest of a study", str(error))) from error
+
+
+def total_trials(written: str, overview: Overview) -> int:
+    """Returns the number of trials that a study shall have.
+
+    Args:
+        written: A total (``20``), or how many more (``+4``).
+        overview: The study.
+
+    Raises:
+        UsageError: It is no number, or less than the trials that have begun.
+    """
+    digits = written.strip().removeprefix("+")
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        rule = "must be a whole number of trials from 1, or +N for N more"
+        raise UsageError(Problem("--trials", rule, repr(written)))
+    begun = len(overview.trials)
+    if written.strip().startswith("+"):
+        return max(overview.recipe.search.trials, begun) + int(digits)
+    if int(digits) < begun:
+        waiting = begun - overview.num_finished
+        have = f"{overview.num_finished} finished" + (f" and {waiting} begun" if waiting else "")
+        rule = f"must be at least {begun}: the study has {have} trials"
+        raise UsageError(Problem("--trials", rule, digits, next_step="For more trials: --trials +N."))
+    return int(digits)
+
+
+def folder_of(study_dir: Path, row: TrialRow) -> Path:
+    """Returns the folder of a row's training."""
+    return TrialSpec(row.kind, row.number, row.name, row.values, row.attempt).folder(study_dir)
+
+
+def last_epoch(folder: Path) -> int | None:
+    """Returns the number of the last epoch that a training has finished, or None."""
+    rows = files.read_json_lines(folder / METRICS)
+    return int(rows[-1].get("epoch", 0)) or None if rows else None
+
+
+def status(overview: Overview) -> dict[str, Any]:
+    """Returns what `status` tells, as plain data."""
+    best, rows = overview.best, [*overview.baselines, *overview.trials]
+    seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
+    journal = overview.study_dir / JOURNAL
+    return {
+        "study": str(overview.study_dir),
+        "name": overview.recipe.name,
+        "wanted": overview.recipe.search.trials,
+        "finished": overview.num_finished,
+        "trials": overview.counts(),
+        "best": None if best is None else overview.data(best),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
+        "search": {
+            "running": overview.holder is not None,
+            "holder": overview.holder,
+            "stopping": overview.stopping,
+        },
+        "times": {
+            "created": _created(overview.study_dir),
+            "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
+            "training_s": round(sum(seconds), 1),
+            "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
+        },
+    }
+
+
+def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:
+    """Returns what `ls` tells of a study, as plain data: baselines, and the trials that come first."""
+    rows = list(overview.trials)
+    if by_objective:  # those without one last, in the order of their numbers
+        rows.sort(key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+    return {
+        "study": str(overview.study_dir),
+        "num_trials": len(rows),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "trials": [overview.data(row) for row in rows[:limit]],
+    }
+
+
+def list_studies(folder: Path) -> list[dict[str, Any]]:
+    """Returns a line per study in a folder; one that cannot be read has its ``problem`` there.
+
+    Raises:
+        UsageError: There is no study in it.
+    """
+    found = studies_in(folder)
+    if not found:
+        require_study(folder, "must be a study, or a folder with studies in it")
+    lines: list[dict[str, Any]] = []
+    for path in found:
+        try:
+            overview = read_study(path)
+        except CarftError as error:
+            lines.append({"name": path.name, "study": str(path.resolve()), "problem": str(error)})
+            continue
+        best = overview.best
+        lines.append(
+            {
+                "name": path.name,
+                "study": str(overview.study_dir),
+                "problem": None,
+                "wanted": overview.recipe.search.trials,
+                "trials": overview.counts(),
+                "best_objective": None if best is None else best.objective,
+                "running": overview.holder is not None,
+            }
+        )
+    return lines
+
+
+def find_row(rows: Sequence[TrialRow], written: str) -> TrialRow:
+    """Returns the trial or baseline that a user means: ``7``, ``t7``, ``t0007``, or the full name.
+
+    Raises:
+        UsageError: There is none, or several.
+    """
+    by_name = {row.name: row for row in rows}
+    if written in by_name:
+        return by_name[written]
+    digits = written.removeprefix("t")
+    if digits.isascii() and digits.isdigit():
+        for row in rows:
+            if row.kind == "trial" and row.number == int(digits):
+                return row
+    begun = [row for row in rows if written and row.name.startswith(written)]
+    if len(begun) == 1:
+        return begun[0]
+    names = tuple(by_name)
+    near = nearest(written, names) or nearest(written, [f"t{row.number:04d}" for row in rows if row.kind == "trial"])
+    raise UsageError(Problem("TRIAL", "must be the number or name of a trial or baseline", repr(written), names, near))
+
+
+def _trains(study_dir: Path, row: TrialRow) -> bool:
+    """Tells whether a row's training has begun in the search that holds the study.
+
+    Every search writes ``resolved.yaml`` when it begins, and every attempt a line into its log; an attempt that has
+    left ``error.json`` waits for another one.
+    """
+    if row.outcome != "running" or not row.attempt:
+        return False
+    folder = folder_of(study_dir, row)
+    try:
+        begun = (folder / LOG).stat().st_mtime_ns >= (study_dir / RESOLVED).stat().st_mtime_ns
+    except OSError:
+        return False
+    return begun and read_failure(folder, row.attempt) is None
+
+
+def _created(study_dir: Path) -> str | None:
+    try:
+        created = json.loads((study_dir / MANIFEST).read_bytes())["created"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(created)

@@ -1,0 +1,131 @@
+"""What TensorBoard reads of a training, as its own reader reads it; and a disk that is full."""
+
+import contextlib
+import resource
+import threading
+
+import pytest
+import short_training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from carft_ray.errors import StorageError
+from carft_ray.evaluation.run import _recorder
+from carft_ray.evaluation.scalars import EventFile
+from carft_ray.launch.single import train_once
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.loading import load_recipe
+
+NOTHING = (str, lambda row: None, lambda row: None)
+
+
+def read(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def hparams(folder):
+    """The columns of a run's line: hyperparameters with values, and names of metrics."""
+    content = read(folder).PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    kinds = {"number_value", "string_value", "bool_value"}
+    values = {name: getattr(v, v.WhichOneof("kind")) for name, v in start.hparams.items()}
+    assert {v.WhichOneof("kind") for v in start.hparams.values()} <= kinds
+    return values, [info.name.tag for info in experiment.metric_infos]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within the block no file can grow over a size; stands for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """A finished training, begun again where its result was lost, and asked once more: folder, recipe, results."""
+    folder = tmp_path_factory.mktemp("scalars")
+    overrides = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2", "search.baselines.soft={label_smoothing: 0.1}"]
+    recipe = load_recipe(short_training.make(folder), overrides)
+    result, _ = train_once(recipe, folder, folder / "out", False, "", *NOTHING)
+    once = len(list((folder / "out" / "tensorboard").iterdir()))
+    train_once(recipe, folder, folder / "out", True, "", *NOTHING)
+    assert len(list((folder / "out" / "tensorboard").iterdir())) == once
+    (folder / "out" / "result.json").unlink()
+    train_once(recipe, folder, folder / "out", True, "", *NOTHING)
+    assert len(list((folder / "out" / "tensorboard").iterdir())) == once + 1
+    return folder / "out", recipe, result
+
+
+def test_a_training_is_one_run_of_tensorboard(training):
+    out, _, _ = training
+    folders = {path.parent for path in out.rglob("events.out.tfevents.*")}
+    assert folders == {out / "tensorboard"}
+
+
+def test_steps_and_epochs_are_curves(training):
+    out, recipe, _ = training
+    events = read(out / "tensorboard")
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "train/ce", "train/kl", "train/learning_rate", "subset/id_accuracy"} <= set(scalars)
+    assert len(events.Scalars("subset/id_accuracy")) == recipe.train.epochs
+    assert [point.step for point in events.Scalars("subset/objective")] == [3, 6]
+
+
+def test_the_hparams_table_has_what_the_search_varies_and_how_the_training_ended(training):
+    out, recipe, result = training
+    values, metrics = hparams(out / "tensorboard")
+    train = recipe.train
+    expected = {"learning_rate": train.learning_rate, "kl_weight": train.kl_weight, "label_smoothing": 0.0}
+    assert values == pytest.approx(expected)
+    names = {"final/objective", "final/id_accuracy", "final/ood_accuracy", "final/alpha"}
+    assert set(metrics) == names
+    events = read(out / "tensorboard")
+    for name in names:
+        last = events.Scalars(name)[-1]
+        expected = {**result["metrics"], **result}[name.removeprefix("final/")]
+        assert last.value == pytest.approx(expected)
+        assert last.step == 6
+
+
+def test_what_a_killed_attempt_wrote_after_its_checkpoint_is_void(tmp_path):
+    for first, steps in ((1, range(1, 6)), (3, range(3, 5))):
+        events = EventFile(tmp_path, purge_step=first)
+        for step in steps:
+            events.scalar("loss", first, step)
+        events.close()
+    assert [(point.step, point.value) for point in read(tmp_path).Scalars("loss")] == [(1, 1), (2, 1), (3, 3), (4, 3)]
+
+
+def record(folder, num_steps, error=None):
+    """Tells the recorder of a training so many steps; ends with the error."""
+    with _recorder(folder, RunContext()) as context:
+        for step in range(num_steps):
+            context.progress({"step": step, "num_steps": 9, "loss": 0.5})
+        if error:
+            raise error
+
+
+def test_a_full_disk_is_a_storage_error_that_names_the_file_and_no_thread_is_left(tmp_path):
+    before = threading.active_count()
+    told = r"events.out.tfevents.*: must be writable, but got File too large"
+    with largest_file(60_000), pytest.raises(StorageError, match=told) as caught:
+        record(tmp_path, 10_000)
+    assert caught.value.exit_code == 5
+    assert threading.active_count() == before
+
+
+def test_a_disk_that_fills_at_the_last_flush_is_told_too(tmp_path):
+    with largest_file(300), pytest.raises(StorageError, match="must be writable"):
+        record(tmp_path, 20)
+
+
+def test_the_first_word_of_a_training_that_ends_badly_stands(tmp_path):
+    with largest_file(300), pytest.raises(ZeroDivisionError):
+        record(tmp_path, 20, ZeroDivisionError())

@@ -1,0 +1,517 @@
+"""The verbs of a study on the command line: status, ls, logs, stop, and what resume refuses. No Ray runs."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import crash_host
+import pytest
+import typer.main
+from stand_in import make_recipe
+
+from carft_ray import cli
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.results.overview import find_row, read_study, total_trials
+from carft_ray.search.folder import claim, study_lock
+from carft_ray.search.holder import holder
+from carft_ray.search.outcome import Failure, append_log, write_failure
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
+
+
+def begin(study_dir, recipe):
+    """What a search does first, under the lock."""
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+
+
+def start(study, name=None):
+    """Starts the next attempt as a worker does: its log begins."""
+    spec = study.next()
+    folder = spec.folder(study.study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    append_log(folder, f"attempt {spec.attempt}: starts on 127.0.0.1")
+    return spec
+
+
+def finish(study, spec, objective):
+    content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": METRICS, "elapsed_s": 61.0}
+    (spec.folder(study.study_dir) / "result.json").write_text(json.dumps(content))
+    study.settle(spec)
+
+
+def fail(study, spec, outcome, reason):
+    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt), "Traceback ...")
+    study.settle(spec)
+
+
+def make_study(study_dir, num_trials=8):
+    """A study of a search that was killed: three trials finished, one diverged, one begun."""
+    recipe = make_recipe(num_trials)
+    with open_study(study_dir, recipe, BASE) as study:
+        begin(study_dir, recipe)
+        study.adopt()
+        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        finish(study, start(study), 0.4)
+        for objective in (0.5, 0.7, 0.6):
+            finish(study, start(study), objective)
+        fail(study, start(study), "diverged", "loss not finite at step 3")
+        spec = start(study)
+        (spec.folder(study_dir) / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
+    return study_dir
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("studies") / "first")
+
+
+@pytest.fixture
+def here(original, tmp_path, monkeypatch):
+    """A folder with a copy of the study ``first``, the working directory."""
+    shutil.copytree(original, tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, capsys):
+    """Runs a command line; every command that it suggests must parse."""
+    capsys.readouterr()
+
+    def call(*words):
+        code = crash_host.call(words)
+        captured = capsys.readouterr()
+        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
+            if "RECIPE" not in words:
+                command = typer.main.get_command(cli.app)
+                name, *rest = shlex.split(words)
+                command.commands[name].make_context(name, rest)
+        assert "Traceback (" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def everything(folder):
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in folder.rglob("*")
+    }
+
+
+def named(study_dir, number):
+    return next(path.name for path in (study_dir / "trials").iterdir() if path.name.startswith(f"t{number:04d}"))
+
+
+@contextlib.contextmanager
+def meanwhile(work):
+    """Does work in a thread while the block runs."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def waited_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def ended_by_its_stop_file(folder, held):
+    waited_for(folder / "stop")
+    held.close()
+
+
+def interrupted(path):
+    waited_for(path)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# status
+
+
+def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
+    before = everything(here)
+    code, out, err = run("status", "first", "--json")
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert answer["trials"] == {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 1}
+    assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
+    assert answer["best"]["name"] == named(here / "first", 1)
+    assert answer["best"]["objective"] == 0.7
+    assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
+    assert answer["search"] == {"running": False, "holder": None, "stopping": False}
+    assert answer["times"]["training_s"] >= 4 * 61
+    assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
+    code, out, err = run("status", "first")
+    assert code == 0
+    assert out.splitlines()[0] == "study: 4 of 8 trials are finished."
+    assert "best" in out
+    assert "No search runs on it." in err
+    assert "  carft-ray resume first\n" in err
+    assert everything(here) == before
+
+
+def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_it(run, here):
+    study_dir = here / "first"
+
+    def counts():
+        answer = json.loads(run("status", "first", "--json")[1])
+        found = {state: count for state, count in answer["trials"].items() if state in ("running", "waiting")}
+        return found, answer["search"]["running"], [row["epoch"] for row in answer["running"]]
+
+    assert counts() == ({"running": 0, "waiting": 1}, False, [])
+    recipe = make_recipe(8)
+    with open_study(study_dir, recipe, BASE) as study:
+        time.sleep(0.02)
+        begin(study_dir, recipe)
+        study.adopt()
+        assert counts() == ({"running": 0, "waiting": 1}, True, [])  # it waits to be adopted
+        time.sleep(0.02)
+        spec = start(study)
+        assert spec.attempt == 2
+        assert counts() == ({"running": 1, "waiting": 0}, True, [1])
+        text = run("status", "first")
+        assert "running, epoch 1 done" in text[1]
+        assert f"A search runs on it: process {os.getpid()} on " in text[2]
+        assert f"carft-ray logs first {spec.name} --follow" in text[2]
+        fail(study, spec, "error", "RuntimeError: once")
+        assert counts() == ({"running": 0, "waiting": 1}, True, [])  # for another attempt
+        start(study)
+    assert counts() == ({"running": 0, "waiting": 1}, False, [])
+
+
+def test_readers_never_lock_a_search_out(here):
+    over = threading.Event()
+
+    def reads():
+        while not over.is_set():
+            holder(here / "first")
+
+    with meanwhile(reads), contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        for _ in range(60):
+            with study_lock(here / "first"):
+                pass
+
+
+def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
+    recipe = make_recipe(1, baselines={})
+    with open_study(here / "done", recipe, BASE) as study:
+        begin(here / "done", recipe)
+        study.adopt()
+        finish(study, start(study), 0.4)
+    _, out, err = run("status", "done")
+    assert "1 of 1 trials are finished." in out
+    assert "carft-ray resume done --trials +4" in err
+    assert "carft-ray export done --to exports/study" in err
+
+
+def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
+    with open_study(here / "new", make_recipe(4), BASE):
+        pass
+    (here / "new" / "study.journal").write_bytes(b"")  # killed before it held anything
+    code, out, _ = run("status", "new", "--json")
+    answer = json.loads(out)
+    assert (code, answer["finished"], answer["wanted"], answer["best"]) == (0, 0, 4, None)
+    assert run("ls", "new")[0] == 0
+
+
+# ls
+
+
+def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
+    before = everything(here)
+    answer = json.loads(run("ls", "first", "--json")[1])
+    assert [row["objective"] for row in answer["trials"]] == [0.7, 0.6, 0.5, None, None]
+    assert [row["outcome"] for row in answer["trials"]] == ["complete"] * 3 + ["diverged", "waiting"]
+    assert [row["best"] for row in answer["trials"]] == [True] + [False] * 4
+    by_number = json.loads(run("ls", "first", "--json", "--sort", "number", "--limit", "2")[1])
+    assert [row["number"] for row in by_number["trials"]] == [0, 1]
+    assert by_number["num_trials"] == 5
+    code, out, err = run("ls", "first", "--limit", "3")
+    lines = out.splitlines()
+    assert code == 0
+    assert "learning_rate" in lines[0]
+    assert [line.split()[0][:5] for line in lines[1:]] == ["plain", "zero_", "t0001", "t0002", "t0000"]
+    assert lines[3].split()[-2:] == ["1:01", "best"]
+    assert "2 more trials" in err
+    assert "diverged: loss not finite at step 3" in run("ls", "first")[1]
+    assert everything(here) == before
+
+
+def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(run, here):
+    make_study(here / "second", 20)
+    damaged = here / "third"
+    damaged.mkdir()
+    (damaged / "study.journal").write_text("nonsense\nnonsense\n")
+    (here / "notes").mkdir()
+    first, second, third = json.loads(run("ls", ".", "--json")[1])["studies"]
+    assert (first["name"], first["wanted"], first["best_objective"], first["running"]) == ("first", 8, 0.7, False)
+    assert second["trials"]["complete"] == 3
+    assert "study.journal: must be an Optuna journal" in third["problem"]
+    code, out, _ = run("ls", ".")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[1].split() == ["first", "8", "3", "1", "1", "70.0"]
+    assert "cannot be read" in lines[3]
+
+
+# logs
+
+
+@pytest.mark.parametrize("word", ["3", "t3", "t0003", "whole", "0003"])
+def test_logs_finds_a_trial_by_number_and_name(run, here, word):
+    name = named(here / "first", 3)
+    code, out, err = run("logs", "first", name if word == "whole" else word)
+    assert code == 0, err
+    assert out == (here / "first" / "trials" / name / "log.txt").read_text()
+    assert "diverged: loss not finite at step 3" in out
+
+
+def test_logs_of_a_baseline_as_json(run):
+    code, out, err = run("logs", "first", "plain", "--json")
+    [line] = json.loads(out)
+    assert (code, err) == (0, "")
+    assert line.endswith("attempt 1: starts on 127.0.0.1")
+
+
+def test_a_trial_without_a_log_is_no_error(run, here):
+    path = here / "first" / "trials" / named(here / "first", 4) / "log.txt"
+    path.unlink()
+    code, out, err = run("logs", "first", "4")
+    assert (code, out) == (0, "")
+    assert err.startswith(f"{path.parent.name} has no log: it is waiting.\n")
+    assert "zero_shot has no log: the zero-shot model is not trained." in run("logs", "first", "zero_shot")[2]
+    assert json.loads(run("logs", "first", "4", "--json")[1]) == []
+
+
+def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(run, here):
+    study_dir, recipe = here / "first", make_recipe(8)
+    with open_study(study_dir, recipe, BASE) as study:
+        begin(study_dir, recipe)
+        study.adopt()
+        spec = start(study)
+
+        def training():
+            for text in ("half a ", "line\nand more\n", "last\n"):
+                time.sleep(0.15)
+                with open(spec.folder(study_dir) / "log.txt", "a") as file:
+                    file.write(text)
+            (spec.folder(study_dir) / "result.json").write_text("{}")
+
+        with meanwhile(training):
+            code, out, _ = run("logs", "first", "4", "--follow")
+    assert code == 0
+    assert out.splitlines()[-3:] == ["half a line", "and more", "last"]
+
+
+def test_follow_ends_with_a_training_that_diverges(run, here):
+    study_dir, recipe = here / "first", make_recipe(8)
+    with open_study(study_dir, recipe, BASE) as study:
+        begin(study_dir, recipe)
+        study.adopt()
+        spec = start(study)
+        folder = spec.folder(study_dir)
+        failure = Failure("diverged", "loss not finite at step 9", spec.attempt)
+        with meanwhile(lambda: (time.sleep(0.3), write_failure(folder, failure, ""))):
+            code, out, _ = run("logs", "first", "4", "-f")
+    assert code == 0
+    assert out.rstrip().endswith("attempt 2: diverged: loss not finite at step 9")
+
+
+# stop
+
+
+def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
+    study_dir = here / "first"
+    with contextlib.ExitStack() as held:
+        held.enter_context(open_study(study_dir, make_recipe(8), BASE))
+        with meanwhile(lambda: ended_by_its_stop_file(study_dir, held)):
+            code, out, err = run("stop", "first")
+    assert (code, out) == (0, "")
+    assert f"Asked process {os.getpid()} on " in err
+    assert "The search has ended; 4 of 8 trials are finished." in err
+    assert "  carft-ray resume first\n" in err
+
+
+def test_stop_without_waiting_returns_at_once(run, here):
+    with open_study(here / "first", make_recipe(8), BASE):
+        answer = json.loads(run("stop", "first", "--no-wait", "--json")[1])
+        assert answer["ended"] is False
+        assert answer["asked"].startswith("process ")
+        assert json.loads(run("status", "first", "--json")[1])["search"]["stopping"]
+    assert (here / "first" / "stop").exists()
+    assert not json.loads(run("status", "first", "--json")[1])["search"]["stopping"]
+
+
+def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
+    before = everything(here)
+    code, _, err = run("stop", "first")
+    assert code == 0
+    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials are finished.\n")
+    assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
+    assert everything(here) == before
+
+
+def test_stop_asks_a_training_too(run, here):
+    (here / "one").mkdir()
+    claim(here / "one", make_recipe(8), BASE)
+    with contextlib.ExitStack() as held:
+        held.enter_context(study_lock(here / "one"))
+        with meanwhile(lambda: ended_by_its_stop_file(here / "one", held)):
+            code, _, err = run("stop", "one")
+    assert code == 0
+    assert err.splitlines()[-1] == "The training has ended."
+
+
+def test_ctrl_c_ends_the_waiting_only(run, here):
+    with open_study(here / "first", make_recipe(8), BASE), meanwhile(lambda: interrupted(here / "first" / "stop")):
+        code, _, err = run("stop", "first")
+    assert code == 130
+    assert err.endswith("no longer waiting; it stops by itself\n    See: carft-ray status first\n")
+
+
+def test_a_lock_of_a_dead_process_is_none(here):
+    """The text that a killed process has left in its lock says nothing."""
+    code = "import os, sys\nfrom pathlib import Path\nfrom carft_ray.search.folder import study_lock\n"
+    code += "with study_lock(Path('first')): os.kill(os.getpid(), 9)\n"
+    subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(BASE.parent)})
+    assert "process" in (here / "first" / "lock").read_text()
+    assert read_study(here / "first").holder is None
+
+
+@pytest.mark.slow
+def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
+    (here / "modes.json").write_text('{"seconds": 1.5}')
+    command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), str(here), "6"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as search:
+        for line in search.stdout:
+            if line.startswith("TrialEpoch"):
+                break
+        seen = json.loads(run("status", "live", "--json")[1])
+        code, _, err = run("stop", "live")
+        output, errors = search.communicate(timeout=60)
+    assert (code, search.returncode, errors) == (0, 130, ""), output
+    assert "Resume with: carft-ray resume" in output
+    assert seen["search"]["running"]
+    assert [row["epoch"] is not None for row in seen["running"]].count(True) >= 1
+    assert "The search has ended; " in err
+    after = json.loads(run("status", "live", "--json")[1])
+    assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
+    assert [row["outcome"] for row in after["baselines"]] in (["waiting", "complete"], ["complete", "complete"])
+
+
+# resume
+
+
+@pytest.mark.parametrize(("written", "total"), [("+4", 12), ("20", 20), ("5", 5), (" +1", 9)])
+def test_trials_are_a_total_or_how_many_more(here, written, total):
+    assert total_trials(written, read_study(here / "first")) == total
+
+
+def test_more_counts_from_what_has_begun_where_a_shorter_recipe_came_after(here):
+    begin(here / "first", make_recipe(2))
+    assert total_trials("+4", read_study(here / "first")) == 9
+
+
+def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
+    path = here / "first" / "resolved.yaml"
+    path.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", path.read_text(), count=1))  # as many as images
+    asked = []
+    monkeypatch.setattr(cli, "_search", lambda *given: asked.append(given))
+    words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
+    assert run(*words, "--address", "auto")[0] == 0
+    [(recipe, base_dir, study, address, json_)] = asked
+    assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
+    assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
+    assert (base_dir, study, address, json_) == (here / "first", Path("first"), "auto", True)
+
+
+# mistakes: words, the beginning of the message
+
+MADE = "\n    Give the folder that `search --study` was given.\n"
+MISTAKES = [
+    (["resume", "frist"], "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
+    (["status", "first/trials"], "first/trials: must be a study, but got one without study.journal" + MADE),
+    (["status", "first/lock"], "first/lock: must be a study, but got a file" + MADE),
+    (["status", "."], ".: must be a study, but got one without study.journal (allowed: first)" + MADE),
+    (["ls", "empty"], "empty: must be a study, or a folder with studies in it, but got one without study.journal"),
+    (
+        ["resume", "one"],
+        "one: must be a study, but got the folder of one training\n    See it: carft-ray evaluate one\n",
+    ),
+    (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without study.journal" + MADE),
+    (
+        ["resume", "first", "--trials", "3"],
+        "--trials: must be at least 5: the study has 4 finished and 1 begun trials, but got 3\n"
+        "    For more trials: --trials +N.\n",
+    ),
+    (
+        ["resume", "first", "--trials", "many"],
+        "--trials: must be a whole number of trials from 1, or +N for N more, but got 'many'\n",
+    ),
+    (["resume", "first", "--trials", "+0"], "--trials: must be a whole number of trials from 1, or +N"),
+    (
+        ["logs", "first", "t0009"],
+        "TRIAL: must be the number or name of a trial or baseline, but got 't0009'; did you mean 't000",
+    ),
+    (["logs", "first", "plane"], "TRIAL: must be the number or name of a trial or baseline, but got 'plane'; did you "),
+    (["logs", "first", "3", "-f", "--json"], "--json: must stand without --follow: a document ends\n"),
+    (
+        ["ls", "first", "--sort", "objektive"],
+        "--sort: must be an order, but got 'objektive'; did you mean 'objective'? (allowed: objective, number)\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
+    (here / "empty").mkdir()
+    (here / "one").mkdir()
+    claim(here / "one", make_recipe(8), BASE)
+    before = everything(here)
+    code, out, err = run(*words)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: " + message)
+    assert err.count("error: ") == 1
+    assert everything(here) == before
+
+
+def test_a_damaged_recipe_of_a_study_is_told_with_its_line(run, here):
+    path = here / "first" / "resolved.yaml"
+    path.write_text(path.read_text().replace("trials: 8", "trials: 0"))
+    code, _, err = run("resume", "first")
+    assert code == 3
+    assert re.search(r"resolved.yaml:\d+: search.trials: must be at least 1, but got 0", err)
+
+
+def test_a_study_killed_before_it_had_a_recipe_says_what_to_run_again(run, here):
+    (here / "first" / "resolved.yaml").unlink()
+    assert run("status", "first")[0] == 0
+    code, _, err = run("resume", "first")
+    assert code == 2
+    assert "must be a study with a resolved.yaml" in err
+
+
+def test_the_beginning_of_a_name_is_enough_when_it_is_of_one(here):
+    rows = read_study(here / "first").trials
+    assert find_row(rows, rows[2].name[:7]).number == 2
