@@ -45,7 +45,7 @@ SPACE = {
     "learning_rate": (1e-4, 1e-2, True),
     "kl_weight": (0.3, 100.0, True),
     "weight_decay": (1e-3, 1.0, True),
-    "epochs": (2, 8, False),
+    "epochs": (4, 16, False),
     "crop_scale": (0.5, 1.0, False),
 }
 

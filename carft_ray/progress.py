@@ -49,7 +49,7 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
         line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
         line += f", context entropy {row['context_entropy']:.2f} nats"
         if "subset/id_accuracy" in row:
-            line += f"; on a subset at alpha 1: ID {console.percent(row['subset/id_accuracy'])} %"
+            line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
         if "subset/ood_accuracy" in row:
             line += f", OOD {console.percent(row['subset/ood_accuracy'])} %"
         bar.console.print(line, markup=False)
@@ -198,7 +198,7 @@ class SearchView:
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more that run", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
-            yield Text("  of running trials: on a subset, at alpha 1", style="dim")
+            yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
         yield Text(
             self._last_line(), style="bold", no_wrap=height < 12, overflow="fold" if height >= 12 else "ellipsis"
         )

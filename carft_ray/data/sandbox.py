@@ -75,7 +75,7 @@ TEMPLATES: tuple[str, ...] = (
     "a picture of a {}",
 )
 
-NUM_TRAIN, NUM_ID, NUM_OOD = 96, 125, 63  # images per class
+NUM_TRAIN, NUM_ID, NUM_OOD = 32, 125, 63  # images per class
 # role -> set name -> the set: what the quickstart searches with and what `export_images` writes
 QUICKSTART_SETS: dict[str, dict[str, SandboxSet]] = {
     role: {domain: SandboxSet(source="sandbox", domain=domain, split=split, num_per_class=count) for domain in domains}
