@@ -1,0 +1,67 @@
+"""The design of ``benchmarks.table`` and what it keeps of a training; nothing is trained here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import table
+from benchmarks.trainings import Finished, Planned
+from carft_ray import files
+from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.space import apply
+
+
+def test_the_design_fills_the_space_and_a_longer_one_begins_alike():
+    points = table.design(200)
+    assert points[:50] == table.design(50)
+    for name, (low, high, log) in table.SPACE.items():
+        values = np.array([point[name] for point in points])
+        assert low <= values.min()
+        assert values.max() <= high
+        shares = np.log(values / low) / np.log(high / low) if log else (values - low) / (high - low)
+        assert np.histogram(shares, 4, (0, 1))[0].min() > 30  # of 50 in each quarter
+    assert {type(point["epochs"]) for point in points} == {int}
+
+
+def test_every_point_is_a_valid_training():
+    recipe = load_recipe(table.RECIPE)
+    for point in table.design(20):
+        assert apply(recipe, point).train.epochs == point["epochs"]
+
+
+def test_a_row_keeps_curve_epochs_and_every_image(tmp_path):
+    sets, right = ("id_val", "sketch"), {0.0: [1, 0, 1, 1, 0], 1.0: [1, 1, 1, 0, 0]}
+    parts = []
+    for alpha, correct in right.items():
+        for name, part in (("id_val", correct[:3]), ("sketch", correct[3:])):
+            labels = np.zeros(len(part), np.int64)
+            logits = np.array([[1.0, 0.0] if hit else [0.0, 1.0] for hit in part], np.float32)
+            parts.append(predictions_table(name, alpha, np.arange(len(part), dtype=np.uint64), labels, logits))
+    write_predictions(tmp_path / "predictions" / "validation.parquet", concat(parts))
+    curve = [{"alpha": alpha, "objective": 0.5, "id_accuracy": 0.6} for alpha in right]
+    metrics = {"id_accuracy": 0.6, "ood_accuracy": 0.4}
+    result = {"objective": 0.5, "alpha": 1.0, "metrics": metrics, "curve": curve, "elapsed_s": 3.0}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    files.append_line(tmp_path / "metrics.jsonl", json.dumps({"epoch": 1, "loss": 2.0, "images_per_s": 9, "step": 4}))
+
+    row = table.row_of(7, Finished(Planned("point 7", {"learning_rate": 1e-3}), tmp_path), sets)
+    assert (row["point"], row["learning_rate"], row["alpha"], row["diverged"]) == (7, 1e-3, 1.0, False)
+    assert row["epochs_seen"] == [{"epoch": 1, "loss": 2.0}]
+    for point in row["curve"]:
+        bits = np.unpackbits(np.frombuffer(point["correct"], np.uint8), count=5)
+        assert bits.tolist() == right[point["alpha"]]
+
+
+def test_a_diverged_training_has_its_values_alone(tmp_path):
+    (tmp_path / "diverged.txt").write_text("step 3")
+    row = table.row_of(0, Finished(Planned("point 0", {"learning_rate": 1e-2}), tmp_path), ("id_val",))
+    assert row == {"point": 0, "learning_rate": 1e-2, "seed": 0, "diverged": True}
+
+
+def test_bad_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        table.main(["--points", "0"])
+    assert left.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
