@@ -1,0 +1,276 @@
+"""Searches replayed on the table of real trainings, in seconds. ``python -m benchmarks.replay``
+
+Between the trainings of ``benchmarks/table.parquet`` a smoothed thin-plate spline over the unit cube of their values
+gives the alpha curve of any training; its error is measured by cross-validation and printed. A replayed trial adds the
+noise between seeds, measured on the points that the table holds with several. The search itself is the product's own:
+``search.study`` with its journal, sampler and outcomes. Every comparison uses ``NUM_SEEDS`` searches a side; what is
+compared is the noise-free objective of the trial that the search calls best, with Student's 95 % interval over
+searches.
+
+    TPE against random          30 trials
+    profile against sample      30 trainings each: alpha from the curve, or drawn like the other parameters
+    divergence told             every learning rate above a limit diverges; share of such trials in the second half,
+                                told as the product does (PRUNED and a constraint) and, beside it, as FAIL
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+import pyarrow.parquet as pq
+from scipy import stats
+from scipy.interpolate import RBFInterpolator
+
+from benchmarks.table import RECIPE, SPACE, TABLE
+from carft_ray import console, files
+from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
+from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import FloatParameter, Recipe
+from carft_ray.search.outcome import FORMAT_VERSION, RESULT, Failure, TrialRow, write_failure
+from carft_ray.search.study import best_row, open_study
+
+NUM_SEEDS = 20
+NUM_TRIALS = 30
+SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
+FOLDS = 10
+DIVERGES_ABOVE = 1e-3  # learning rate; half of the space on its log scale
+LARGEST_INFEASIBLE_SHARE = 0.40
+
+FloatArray = npt.NDArray[np.float64]
+Told = Callable[[Mapping[str, Any], np.random.Generator], float | None]  # objective of a training; None: diverged
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What trainings give: the spline and the noise.
+
+    Attributes:
+        alphas: Grid of the curves.
+        spline: From the unit cube to the curves, [n, len(alphas)] objectives.
+        seed_sd: Noise of the objective between seeds.
+        cv_correlation: Rank correlation of predicted and measured objective, over the folds.
+        cv_error: Root mean square of their difference.
+        defaults: Values of what a search leaves alone.
+    """
+
+    alphas: tuple[float, ...]
+    spline: RBFInterpolator
+    seed_sd: float
+    cv_correlation: float
+    cv_error: float
+    defaults: Mapping[str, float]
+
+    def curve(self, values: Mapping[str, Any]) -> FloatArray:
+        """Returns the noise-free objectives along alpha."""
+        curve: FloatArray = self.spline(_unit([{**self.defaults, **values}]))[0]
+        return curve
+
+    def objective(self, values: Mapping[str, Any], lowest: float) -> float:
+        """Returns the noise-free objective: of the profile, or at ``values['alpha']`` where the search draws it."""
+        curve = self.curve(values)
+        if "alpha" in values:
+            return float(fitted_curve(self.alphas, curve, [values["alpha"]])[0])
+        return choose_alpha(self.alphas, curve.tolist(), lowest, None).value
+
+
+def read_landscape(path: Path, recipe: Recipe) -> Landscape:
+    """Reads the table and fits the spline.
+
+    Raises:
+        StorageError: There is no table.
+    """
+    if not path.exists():
+        step = "Make it: python -m benchmarks.table (about 200 trainings)"
+        raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
+    rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
+    alphas = recipe.search.alpha.grid
+    curves = np.array([[_at(row["curve"], alpha) for alpha in alphas] for row in rows])
+    points = _unit(rows)
+    fold = np.arange(len(rows)) % FOLDS
+    predicted = np.empty_like(curves)
+    for k in range(FOLDS):
+        predicted[fold == k] = _spline(points[fold != k], curves[fold != k])(points[fold == k])
+    lowest = recipe.search.alpha.lowest
+    foretold, measured = (
+        np.array([choose_alpha(alphas, curve.tolist(), lowest, None).value for curve in both])
+        for both in (predicted, curves)
+    )
+    repeats: dict[tuple[float, ...], list[float]] = {}
+    for row in rows:
+        repeats.setdefault(tuple(row[name] for name in SPACE), []).append(row["objective"])
+    variances = [np.var(values, ddof=1) for values in repeats.values() if len(values) > 1]
+    return Landscape(
+        alphas=alphas,
+        spline=_spline(points, curves),
+        seed_sd=float(np.sqrt(np.mean(variances))),
+        cv_correlation=float(stats.spearmanr(foretold, measured).statistic),
+        cv_error=float(np.sqrt(np.mean((foretold - measured) ** 2))),
+        defaults={name: getattr(recipe.train, name) for name in SPACE},
+    )
+
+
+def _at(curve: Sequence[Mapping[str, Any]], alpha: float) -> float:
+    return next(float(point["objective"]) for point in curve if abs(point["alpha"] - alpha) < 1e-9)
+
+
+def _spline(points: FloatArray, curves: FloatArray) -> RBFInterpolator:
+    return RBFInterpolator(points, curves, kernel="thin_plate_spline", smoothing=SMOOTHING)
+
+
+def _unit(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
+    """Returns values as shares of their (log) range, [n, len(SPACE)]."""
+    columns = []
+    for name, (low, high, log) in SPACE.items():
+        column = np.array([float(row[name]) for row in rows])
+        columns.append(np.log(column / low) / np.log(high / low) if log else (column - low) / (high - low))
+    return np.stack(columns, axis=1)
+
+
+def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
+    """Runs one search of the product's study over replayed trainings, one after the other."""
+    sampler = recipe.search.sampler.model_copy(update={"seed": seed})
+    part = recipe.search.model_copy(update={"sampler": sampler, "baselines": {}})
+    recipe = recipe.model_copy(update={"search": part})
+    rng = np.random.default_rng(seed)
+    with (
+        tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
+        open_study(Path(folder) / "study", recipe, RECIPE.parent) as study,
+    ):
+        study.adopt()
+        while (spec := study.next()) is not None:
+            home = spec.folder(study.study_dir)
+            home.mkdir(parents=True)
+            objective = told(spec.values, rng)
+            if objective is None:
+                error = DivergedError("replayed divergence")
+                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
+            else:
+                content = {"format_version": FORMAT_VERSION, "objective": objective, "metrics": {}}
+                files.write_json(home / RESULT, content)
+            study.settle(spec)
+        return study.rows()
+
+
+def searched_with_fail(recipe: Recipe, told: Told, seed: int) -> list[dict[str, Any]]:
+    """Runs the same search in plain Optuna, where a divergence is told as FAIL; returns the values of the trials."""
+    rng, space = np.random.default_rng(seed), floats(recipe)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, recipe.search.trials // 4))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for _ in range(recipe.search.trials):
+        trial = study.ask()
+        values = {name: trial.suggest_float(name, p.low, p.high, log=p.log) for name, p in space.items()}
+        objective = told(values, rng)
+        if objective is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, objective)
+    return [dict(trial.params) for trial in study.get_trials(deepcopy=False)]
+
+
+def floats(recipe: Recipe) -> dict[str, FloatParameter]:
+    """Returns the recipe's space, which these benchmarks expect to hold floats alone."""
+    return {name: part for name, part in recipe.search.space.items() if isinstance(part, FloatParameter)}
+
+
+def found(landscape: Landscape, recipe: Recipe, num_seeds: int) -> FloatArray:
+    """Returns per search the noise-free objective of its best trial."""
+    lowest = recipe.search.alpha.lowest
+
+    def told(values: Mapping[str, Any], rng: np.random.Generator) -> float:
+        return landscape.objective(values, lowest) + float(rng.normal(0, landscape.seed_sd))
+
+    best = [best_row(search(recipe, told, seed)) for seed in range(num_seeds)]
+    return np.array([landscape.objective(row.values, lowest) for row in best if row is not None])
+
+
+def infeasible_shares(landscape: Landscape, recipe: Recipe, num_seeds: int) -> tuple[FloatArray, FloatArray]:
+    """Returns per search the share of diverged trials in its second half: as the product tells them, and as FAIL."""
+
+    def told(values: Mapping[str, Any], rng: np.random.Generator) -> float | None:
+        noise = float(rng.normal(0, landscape.seed_sd))
+        diverges = values["learning_rate"] > DIVERGES_ABOVE
+        return None if diverges else landscape.objective(values, recipe.search.alpha.lowest) + noise
+
+    def share(values: Sequence[Mapping[str, Any]]) -> float:
+        half = values[len(values) // 2 :]
+        return sum(float(v["learning_rate"]) > DIVERGES_ABOVE for v in half) / len(half)
+
+    ours = [share([row.values for row in search(recipe, told, seed)]) for seed in range(num_seeds)]
+    fail = [share(searched_with_fail(recipe, told, seed)) for seed in range(num_seeds)]
+    return np.array(ours), np.array(fail)
+
+
+def mean_with_interval(values: FloatArray) -> str:
+    """Returns the mean in percent, with Student's 95 % interval over searches."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = float(np.mean(values))
+    return f"{100 * mean:.2f} [{100 * (mean - half):.2f}, {100 * (mean + half):.2f}]"
+
+
+def run(table: Path, num_seeds: int, num_trials: int) -> bool:
+    """Prints all comparisons; returns whether the one with a threshold reaches it."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    recipe = load_recipe(RECIPE, [f"search.trials={num_trials}"])
+    landscape = read_landscape(table, recipe)
+    print(
+        f"Spline over {table.name}: rank correlation {landscape.cv_correlation:.2f} and error "
+        f"{100 * landscape.cv_error:.2f} points in {FOLDS}-fold cross-validation; between seeds "
+        f"{100 * landscape.seed_sd:.2f} points. Synthetic images."
+    )
+    low, high, log = SPACE["learning_rate"]
+    whole = {**recipe.search.space, "learning_rate": FloatParameter(low=low, high=high, log=log)}
+    settings = {
+        "TPE, profile": [],
+        "random, profile": ["search.sampler.name=random"],
+        "TPE, sample": ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"],
+    }
+    results = {}
+    for name, overrides in settings.items():
+        setting = load_recipe(RECIPE, [f"search.trials={num_trials}", *overrides])
+        results[name] = found(landscape, setting, num_seeds)
+        print(f"{name}: best objective after {num_trials} trials {mean_with_interval(results[name])} %")
+    for a, b in itertools.pairwise(("random, profile", "TPE, profile", "TPE, sample")):
+        print(f"  {a} - {b}: {mean_with_interval(results[a] - results[b])} points")
+    wide = recipe.model_copy(update={"search": recipe.search.model_copy(update={"space": whole})})
+    ours, fail = infeasible_shares(landscape, wide, num_seeds)
+    reached = bool(np.mean(ours) <= LARGEST_INFEASIBLE_SHARE)
+    print(
+        f"{'PASS' if reached else 'FAIL'}  learning rates above {DIVERGES_ABOVE:g} diverge: their share in the second "
+        f"half is {mean_with_interval(ours)} % (at most {100 * LARGEST_INFEASIBLE_SHARE:.0f}); told as FAIL it is "
+        f"{mean_with_interval(fail)} %"
+    )
+    return reached
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description="Searches replayed on the table.")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="searches a side (%(default)s)")
+    parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="trials of a search (%(default)s)")
+    arguments = parser.parse_args(argv)
+    if min(arguments.seeds, arguments.trials) < 2:
+        parser.error("--seeds and --trials must be at least 2")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a missed threshold, or that of the error."""
+    arguments = _arguments(argv)
+    try:
+        return 0 if run(arguments.table.resolve(), arguments.seeds, arguments.trials) else 1
+    except CarftError as error:
+        console.show_error(error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
