@@ -268,6 +268,7 @@ class SearchPart(Part):
     # name -> values over `train`; trained before the trials, shown beside them, never told to the sampler
     baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(_nothing_is_empty)] = {}
     concurrency: Count | None = None  # trials at a time; None: what the machine or cluster holds
+    keep_checkpoints: Count = 3  # best trials whose fine-tuned weights stay
 
 
 class ResourcesPart(Part):

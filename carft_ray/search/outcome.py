@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 RESULT = "result.json"
 ERROR = "error.json"
 LOG = "log.txt"
+WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
+CHECKPOINTS = "checkpoint"
 
 Kind = Literal["trial", "baseline"]
 Outcome = Literal["complete", "diverged", "error", "running"]
