@@ -96,7 +96,7 @@ def interrupt_at_open(part, numbers):
 
 
 def run(program, command, folder):
-    """Runs one command line of a program in a fork; returns its exit code, negative for a signal, and what it printed."""
+    """Runs one command line in a fork; returns its exit code, negative for a signal, and what it printed."""
     readable, writable = os.pipe()
     process = os.fork()
     if process:

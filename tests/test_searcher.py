@@ -195,6 +195,18 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     assert tune.searcher.failure.exit_code == 5
 
 
+def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
+    trial = tune.start()
+    study_dir = tune.searcher.study.study_dir
+    (study_dir / "lease.json").write_text(json.dumps({"host": "node7", "pid": 12}))
+    tune.finish(trial)
+    assert tune.start() == Searcher.FINISHED
+    assert not (study_dir / "stop").exists()
+    with pytest.raises(StorageError, match="was taken over by another search"):
+        tune.look()
+    assert tune.searcher.failure.exit_code == 5
+
+
 def test_a_stop_leaves_running_trials_to_the_next_search(tune):
     first, second = tune.start(), tune.start()
     (tune.searcher.study.study_dir / "stop").write_text("")

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import InterruptedRunError, Problem, StorageError
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import RAY_FILES, Runner, make_plan, run_prepare, tune_trainable
@@ -144,9 +144,14 @@ def _run(
         ),
         run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]),
     )
-    with stop_file_on_signal(study_dir / STOP):
-        tuner.fit()
-    shutil.rmtree(ray_files, ignore_errors=True)
+    try:
+        with stop_file_on_signal(study_dir / STOP):
+            tuner.fit()
+    except (RuntimeError, StorageError):
+        if searcher.failure is None:
+            raise
+    if not study.taken_over:
+        shutil.rmtree(ray_files, ignore_errors=True)
     if searcher.failure is not None:
         raise searcher.failure
     if searcher.stopped:

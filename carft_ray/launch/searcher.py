@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from carft_ray import files
-from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
+from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch.events import (
     BaselineFinished,
     Event,
@@ -139,6 +139,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         """Keeps the first failure and asks what runs to stop."""
         if self.failure is None:
             self.failure = error
+            if self.study.taken_over:
+                return  # the stop file is the other search's; ours ends at the Watcher's next look
             with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
@@ -175,6 +177,11 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_EVERY_S
+        try:
+            self.searcher.study.check_held()
+        except StorageError as error:  # ends Tune's run, and our trainings with it: others run in the same folders now
+            self.searcher.failure = error
+            raise
         if self.searcher.stopped:
             return
         for spec in self.searcher.live:

@@ -108,7 +108,7 @@ def _lives(content: dict[str, Any], age_s: float) -> bool:
     """Tells whether the holder of a lease lives: by its process where that can be seen, else by its heartbeat."""
     here = _identity()
     if all(content.get(key) == here[key] for key in MACHINE):
-        return _process_started(content["pid"]) == content["process_started"]
+        return bool(_process_started(content["pid"]) == content["process_started"])
     return age_s < STALE_AFTER_S
 
 

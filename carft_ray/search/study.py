@@ -72,6 +72,10 @@ class Study:
         """Whether another process holds the study by now; then nothing in its folder is ours to write."""
         return self._lease.lost()
 
+    def check_held(self) -> None:
+        """Raises a ``StorageError`` when another process has taken the study over."""
+        self._lease.check()
+
     def adopt(self) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
 
@@ -274,7 +278,7 @@ class Study:
 def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
-    When model or data turn out unfit before a training has begun, the study vanishes, and the mended recipe may have it.
+    When model or data turn out unfit before a training has begun, the study vanishes: the mended recipe may have it.
 
     Args:
         study_dir: The study directory; made when it is missing.
