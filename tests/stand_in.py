@@ -58,6 +58,8 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         raise DataError("a file of the training set is gone")
     if mode == "die" or (mode == "die_once" and attempt == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "hang" or (mode == "hang_once" and attempt == 1):
+        time.sleep(1000)
     checkpoint, weights = out_dir / "checkpoint" / "epoch.json", out_dir / "fine_tuned.safetensors"
     done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
     done = recipe.train.epochs if weights.exists() else done
@@ -69,6 +71,7 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
             report(out_dir / "metrics.jsonl", {"epoch": epoch, "loss": 1 / epoch})
             files.write_json(checkpoint, epoch)
         if context.should_stop() and epoch < recipe.train.epochs:
+            time.sleep(modes.get("slow_stop", 0))
             raise InterruptedRunError("stopped")
     value = math.nan if mode == "nan" else objective(recipe.train)
     result = {
@@ -82,6 +85,8 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         files.write_bytes(weights, b"weights")
         shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
         files.write_json(out_dir / "result.json", result)
+    if mode == "slow_end":
+        time.sleep(5)
     return result
 
 

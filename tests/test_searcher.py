@@ -1,6 +1,8 @@
 """The Searcher, driven by hand as Tune drives it; no Ray runs."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +230,74 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
     tune.look()
     assert kinds(tune.events) == [TrialStarted, TrialEpoch]
     assert tune.events[-1].metrics == {"epoch": 2}
+
+
+def write_alive(tune, trial, last_step=1.0):
+    path = tune.folder(trial) / "alive.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"attempt": trial.config["spec"]["attempt"], "pid": 77, "node_id": "n1"}))
+    os.utime(path, (last_step, last_step))
+
+
+def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(tune):
+    ended = []
+    tune.finish(tune.start())
+    trial = tune.start()
+    name = trial.config["spec"]["name"]
+    tune.watcher = Watcher(tune.searcher, 0.2, ended.append)
+    write_alive(tune, trial)
+    for step in range(4):  # each look sees another step
+        write_alive(tune, trial, step)
+        tune.look()
+        time.sleep(0.1)
+    assert ended == []
+    time.sleep(0.2)
+    tune.look()
+    assert [alive.pid for alive in ended] == [77]
+    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended"
+    assert tune.events[-1] == Note(f"{name} hangs: {reason}")
+    tune.die(trial)
+    assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
+    again = tune.start()
+    time.sleep(0.3)
+    tune.look()  # the file is that of the attempt before
+    assert len(ended) == 1
+    assert again.config["spec"]["attempt"] == 2
+
+
+def test_without_a_limit_nothing_is_ended(tune):
+    ended = []
+    tune.watcher = Watcher(tune.searcher, None, ended.append)
+    write_alive(tune, tune.start())
+    for _ in range(3):
+        tune.look()
+    assert ended == []
+
+
+def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.searcher.WAIT_TOLD_S", 0)
+    trial = tune.start()
+    for _ in range(4):
+        tune.look()
+    told = [event.text for event in tune.events if isinstance(event, Note)]
+    assert told == [f"{trial.config['spec']['name']} has waited 0 s for its process: is the cluster full?"]
+
+
+def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
+    tune.finish(tune.start())
+    tune.finish(tune.start())
+    for _ in range(2):
+        tune.end(tune.start(), lost="no route to node7")
+    tune.fail(tune.start(), "diverged")  # a verdict: the machines are well
+    for number in range(12):
+        assert tune.searcher.failure is None
+        trial = tune.start()
+        tune.fail(trial, "error", "no GPU") if number == 3 else tune.end(trial, lost="no route to node7")
+    assert tune.start() == Searcher.FINISHED
+    failure = tune.searcher.failure
+    assert failure.exit_code == 6
+    assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
+    assert "run the same command again" in str(failure)
 
 
 def test_it_saves_nothing(tune, tmp_path):

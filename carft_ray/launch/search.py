@@ -130,6 +130,7 @@ def _run(
     on_event(Started(recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
 
     searcher = StudySearcher(study, room.concurrency, on_event)
+    watcher = Watcher(searcher, recipe.resources.hang_timeout_s)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
     ray_files = study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
@@ -142,7 +143,7 @@ def _run(
             trial_name_creator=_tune_name,
             trial_dirname_creator=_tune_name,
         ),
-        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]),
+        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
     )
     try:
         with stop_file_on_signal(study_dir / STOP):

@@ -279,6 +279,7 @@ class ResourcesPart(Part):
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative | None = None  # None: 1 where the cluster has GPUs, else 0
     threads: Count | None = None  # torch threads per worker; None: cpus_per_worker
+    hang_timeout_s: Positive | None = 3600.0  # an attempt without a step for so long is ended and begun again
 
 
 class BudgetPart(Part):
