@@ -55,7 +55,7 @@ def finish(process):
 
 
 def kill_group(process):
-    """Kills a driver and the Ray that it started. Ray's workers have groups of their own: they end with their raylet."""
+    """Kills a driver and the Ray that it started, whose workers end with it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -13,6 +13,7 @@ from stand_in import make_recipe
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
 from carft_ray.launch.cluster import Node, capacity
 from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialStarted
+from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
 from carft_ray.search.study import open_study, trials
@@ -232,10 +233,12 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
     assert tune.events[-1].metrics == {"epoch": 2}
 
 
-def write_alive(tune, trial, last_step=1.0):
+def write_alive(tune, trial, last_step=1.0, group=""):
     path = tune.folder(trial) / "alive.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"attempt": trial.config["spec"]["attempt"], "pid": 77, "node_id": "n1"}))
+    path.write_text(
+        json.dumps({"attempt": trial.config["spec"]["attempt"], "pid": 77, "node_id": "n1", "group": group})
+    )
     os.utime(path, (last_step, last_step))
 
 
@@ -244,7 +247,7 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     tune.finish(tune.start())
     trial = tune.start()
     name = trial.config["spec"]["name"]
-    tune.watcher = Watcher(tune.searcher, 0.2, ended.append)
+    tune.watcher = Watcher(tune.searcher, 0.2, end=ended.append)
     write_alive(tune, trial)
     for step in range(4):  # each look sees another step
         write_alive(tune, trial, step)
@@ -267,7 +270,7 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
 
 def test_without_a_limit_nothing_is_ended(tune):
     ended = []
-    tune.watcher = Watcher(tune.searcher, None, ended.append)
+    tune.watcher = Watcher(tune.searcher, None, end=ended.append)
     write_alive(tune, tune.start())
     for _ in range(3):
         tune.look()
@@ -298,6 +301,52 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     assert failure.exit_code == 6
     assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
     assert "run the same command again" in str(failure)
+
+
+def leaking(tune):
+    """Gives the groups of the job, with whether each has its resources, and those that were removed."""
+    groups, removed = {}, []
+
+    def remove(name):
+        removed.append(name)
+        del groups[name]
+
+    tune.watcher = Watcher(tune.searcher, None, Leaks(tune.searcher.study.study_dir, lambda: dict(groups), remove))
+    return groups, removed
+
+
+def kill(tune, trial):
+    tune.watcher.on_trial_error(0, tune.trials, trial)
+    tune.die(trial)
+
+
+def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune):
+    groups, removed = leaking(tune)
+    groups |= {"g1": True, "g2": True}
+    first, second = tune.start(), tune.start()
+    kill(tune, first)
+    tune.look()
+    assert removed == []  # which of the two is the second one's is not known yet
+    third = tune.start()
+    groups["g3"] = True
+    write_alive(tune, second, group="g2")
+    tune.look()
+    tune.look()
+    assert removed == ["g1"]
+    assert tune.events[-1] == Note("removed 1 placement group(s) that a killed trial had left behind")
+    tune.end(second)
+    tune.end(third)
+
+
+def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(tune):
+    groups, removed = leaking(tune)
+    first, second = tune.start(), tune.start()
+    groups |= {"g1": True, "g2": False}  # the second one waits for what the first one holds
+    write_alive(tune, first, group="g1")
+    kill(tune, first)
+    tune.look()
+    assert removed == ["g1"]
+    tune.finish(second)
 
 
 def test_it_saves_nothing(tune, tmp_path):

@@ -218,8 +218,9 @@ def _alive(folder: Path, attempt: int, context: RunContext) -> Iterator[RunConte
         yield context
         return
     path, state = folder / ALIVE, {"next": 0.0}
-    node_id = ray.get_runtime_context().get_node_id()
-    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "node_id": node_id})
+    group = ray.util.get_current_placement_group()
+    names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
+    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), **names})
 
     def should_stop() -> bool:
         if time.monotonic() >= state["next"]:

@@ -27,6 +27,7 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
+from carft_ray.launch.leaks import Leaks
 from carft_ray.search.folder import STOP
 from carft_ray.search.outcome import LOG, Alive, TrialRow, TrialSpec, read_alive
 from carft_ray.search.study import Study, best_row
@@ -189,6 +190,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
     Args:
         searcher: Knows what runs.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
+        leaks: Removes what killed trials leave; None: they leave nothing.
         end: Ends its process.
     """
 
@@ -196,10 +198,12 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         self,
         searcher: StudySearcher,
         hang_timeout_s: float | None = None,
+        leaks: Leaks | None = None,
         end: Callable[[Alive], None] = end_process,
     ) -> None:
         self.searcher = searcher
         self.hang_timeout_s = hang_timeout_s
+        self.leaks = leaks
         self.end = end
         self._next_look = 0.0
         self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
@@ -218,6 +222,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
             raise
         for spec in self.searcher.live:
             self._look_for_life(spec)
+        if self.leaks and (number := self.leaks.look(self.searcher.live)):
+            self.searcher.on_event(Note(f"removed {number} placement group(s) that a killed trial had left behind"))
         if self.searcher.stopped:
             return
         for spec in self.searcher.live:
@@ -228,6 +234,11 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         spec = TrialSpec(**trial.config["spec"])
         self._lines[spec.name] = len(files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS))
         self.searcher.on_event(TrialStarted(spec))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Suspects that a trial whose process died has left a placement group."""
+        if self.leaks:
+            self.leaks.suspect(TrialSpec(**trial.config["spec"]), self.searcher.live)
 
     def _look_for_life(self, spec: TrialSpec) -> None:
         alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt)

@@ -77,12 +77,14 @@ class Alive:
         attempt: The attempt.
         pid: Number of its process.
         node_id: Ray's name of the node that it runs on.
+        group: Ray's name of the placement group of its workers; empty when there is none.
         last_step_ns: Time of the file system, to be compared with another of these only.
     """
 
     attempt: int
     pid: int
     node_id: str
+    group: str
     last_step_ns: int
 
 
@@ -148,9 +150,10 @@ def read_alive(folder: Path, attempt: int) -> Alive | None:
     if content is None or content.get("attempt") != attempt:
         return None
     try:
-        return Alive(attempt, content["pid"], content["node_id"], (folder / ALIVE).stat().st_mtime_ns)
+        last_step_ns = (folder / ALIVE).stat().st_mtime_ns
     except FileNotFoundError:
         return None
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
