@@ -67,6 +67,20 @@ def test_a_killed_driver_leaves_no_placement_group_and_its_study_is_finished(tmp
     searches.wait_for_no_groups(*cluster)
 
 
+def test_workers_that_do_not_start_name_the_cause(tmp_path, base_dir, cluster):
+    """Something else holds the cluster: room for the preparation is left, but not for two workers."""
+    address, auth = cluster
+    with searches.occupied(1.5, *cluster):
+        auth = {**auth, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+        process = searches.driver(tmp_path / "study", base_dir, 1, "ray-train", address, auth)
+        try:
+            told = next(line for line in process.stdout if "gets another attempt" in line)
+        finally:
+            searches.kill_group(process)
+    why = "2 workers with 0.5 CPUs each did not start within 2 s (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
+    assert told == f"Note plain gets another attempt: {why}: is the cluster full?\n"
+
+
 def test_a_training_that_hangs_is_ended_and_named(tmp_path, base_dir, cluster):
     searches.write_modes(base_dir, seconds=0.05, **{"1": "hang_once"})
     study_dir = tmp_path / "study"

@@ -135,9 +135,11 @@ def _start(temp_dir: str) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=temp_dir,
         )
-    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
         ray.shutdown()
-        step = "Is there room in the temporary folder and in /dev/shm, and are new processes allowed?"
+        step = (
+            "Is there room in the temporary folder and in /dev/shm, are new processes allowed, is the machine not busy?"
+        )
         raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
 
 
