@@ -7,7 +7,7 @@ STUDY ?= studies/quickstart
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-fast lint format clean
+.PHONY: quickstart test test-fast kill-matrix lint format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -32,6 +32,10 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m 'not slow'
+
+# ten kills of one study and ten others over a real Ray: about 15 minutes on two cores
+kill-matrix: $(VENV)/.installed-dev
+	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """A search of stand-in trainings as a process of its own, for the tests that interrupt and kill it.
 
-    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON]
+    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS]
 
 Prints one line per event, and ends with the exit code of the error, as the command line does.
 """
@@ -12,20 +12,22 @@ from pathlib import Path
 import stand_in
 
 from carft_ray.errors import CarftError
+from carft_ray.launch.events import Note
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
 
 
 def show(event):
     spec = getattr(event, "spec", None) or getattr(event, "row", None)
-    print(type(event).__name__, getattr(spec, "name", ""), getattr(spec, "attempt", ""), flush=True)
+    told = (event.text,) if isinstance(event, Note) else (getattr(spec, "name", ""), getattr(spec, "attempt", ""))
+    print(type(event).__name__, *told, flush=True)
 
 
-def main(study_dir, base_dir, trials, resources="{}"):
+def main(study_dir, base_dir, trials, resources="{}", address=None):
     recipe = stand_in.make_recipe(int(trials), epochs=4, resources=json.loads(resources))
     runner = Runner(stand_in.prepare, stand_in.train)
     try:
-        result = run_search(recipe, Path(base_dir), Path(study_dir), None, show, runner)
+        result = run_search(recipe, Path(base_dir), Path(study_dir), address, show, runner)
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code

@@ -7,6 +7,7 @@ trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch tak
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -57,16 +58,20 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         raise DataError("a file of the training set is gone")
     if mode == "die" or (mode == "die_once" and attempt == 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint = out_dir / "checkpoint" / "epoch.json"
+    if mode == "hang" or (mode == "hang_once" and attempt == 1):
+        time.sleep(1000)
+    checkpoint, weights = out_dir / "checkpoint" / "epoch.json", out_dir / "fine_tuned.safetensors"
     done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
+    done = recipe.train.epochs if weights.exists() else done
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
         if context.rank == 0:
-            files.append_line(out_dir / "metrics.jsonl", json.dumps({"epoch": epoch, "loss": 1 / epoch}))
+            report(out_dir / "metrics.jsonl", {"epoch": epoch, "loss": 1 / epoch})
             files.write_json(checkpoint, epoch)
         if context.should_stop() and epoch < recipe.train.epochs:
+            time.sleep(modes.get("slow_stop", 0))
             raise InterruptedRunError("stopped")
     value = math.nan if mode == "nan" else objective(recipe.train)
     result = {
@@ -77,8 +82,21 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         "elapsed_s": 0.1,
     }
     if context.rank == 0 and math.isfinite(value):
+        files.write_bytes(weights, b"weights")
+        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
         files.write_json(out_dir / "result.json", result)
+    if mode == "slow_end":
+        time.sleep(5)
     return result
+
+
+def report(path, row):
+    """Appends an epoch, without those from it on that a killed attempt has written."""
+    before = files.read_json_lines(path)
+    kept = [old for old in before if old["epoch"] < row["epoch"]]
+    if len(kept) < len(before):
+        files.write_text(path, "".join(json.dumps(old) + "\n" for old in kept))
+    files.append_line(path, json.dumps(row))
 
 
 def reduced(context):

@@ -13,14 +13,22 @@ import pytest
 import ray
 import stand_in
 
-from carft_ray.errors import CarftError, ClusterError, DataError
+from carft_ray.errors import (
+    CarftError,
+    ClusterError,
+    DataError,
+    NoSuccessfulTrialError,
+    RecipeError,
+    StorageError,
+)
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.launch.train import train_with_ray
 from carft_ray.search.folder import claim
-from carft_ray.search.study import trials
+from carft_ray.search.outcome import Failure, write_failure
+from carft_ray.search.study import open_study, trials
 
 HERE = Path(__file__).parent
 RUNNER = Runner(stand_in.prepare, stand_in.train)
@@ -67,7 +75,7 @@ def read_until(process, words):
 
 @pytest.mark.slow
 def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path, base_dir):
-    modes(base_dir, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once"})
+    modes(base_dir, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once", "6": "slow_end"})
     study_dir = tmp_path / "study"
     process = driver(study_dir, base_dir, 8)
     output, errors = process.communicate(timeout=120)
@@ -94,7 +102,7 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
 
 @pytest.mark.slow
 def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp_path, base_dir):
-    modes(base_dir, seconds=0.5)
+    modes(base_dir, seconds=0.5, slow_stop=3)  # seconds that a stopped training cleans up; Tune would give it 2
     study_dir = tmp_path / "study"
     process = driver(study_dir, base_dir, 6)
     read_until(process, ["TrialFinished", "TrialEpoch"])
@@ -173,6 +181,7 @@ def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path, base_d
     with pytest.raises(DataError, match="there is no data"):
         run_search(stand_in.make_recipe(2), base_dir, tmp_path / "study", None, runner=RUNNER)
     assert not ray.is_initialized()
+    assert not (tmp_path / "study").exists()  # free for the mended recipe
 
 
 @pytest.mark.slow
@@ -183,6 +192,32 @@ def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path, base_di
     assert caught.value.exit_code == 4
     assert "trial t0000-" in str(caught.value)
     assert trials(tmp_path / "study")[0].outcome == "running"
+
+
+def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path, base_dir):
+    recipe = stand_in.make_recipe(3, baselines={})
+    with open_study(tmp_path / "study", recipe, base_dir) as study:
+        study.adopt()
+        while (spec := study.next()) is not None:
+            spec.folder(study.study_dir).mkdir(parents=True)
+            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "")
+            study.settle(spec)
+    with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
+        run_search(recipe, base_dir, tmp_path / "study", runner=RUNNER)
+    assert caught.value.exit_code == 6
+    assert not ray.is_initialized()
+
+
+def test_a_second_search_and_one_of_another_recipe_are_refused_before_ray_starts(tmp_path, base_dir):
+    recipe = stand_in.make_recipe(3)
+    with (
+        open_study(tmp_path / "study", recipe, base_dir),
+        pytest.raises(StorageError, match="is in use: two searches on one study would spoil it"),
+    ):
+        run_search(recipe, base_dir, tmp_path / "study", runner=RUNNER)
+    with pytest.raises(RecipeError, match=r"train\.epochs: must be 2 as in"):
+        run_search(stand_in.make_recipe(3, epochs=5), base_dir, tmp_path / "study", runner=RUNNER)
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(

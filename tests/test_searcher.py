@@ -1,6 +1,8 @@
 """The Searcher, driven by hand as Tune drives it; no Ray runs."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from stand_in import make_recipe
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
 from carft_ray.launch.cluster import Node, capacity
 from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialStarted
+from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
 from carft_ray.search.study import open_study, trials
@@ -195,6 +198,18 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     assert tune.searcher.failure.exit_code == 5
 
 
+def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
+    trial = tune.start()
+    study_dir = tune.searcher.study.study_dir
+    (study_dir / "lease.json").write_text(json.dumps({"host": "node7", "pid": 12}))
+    tune.finish(trial)
+    assert tune.start() == Searcher.FINISHED
+    assert not (study_dir / "stop").exists()
+    with pytest.raises(StorageError, match="was taken over by another search"):
+        tune.look()
+    assert tune.searcher.failure.exit_code == 5
+
+
 def test_a_stop_leaves_running_trials_to_the_next_search(tune):
     first, second = tune.start(), tune.start()
     (tune.searcher.study.study_dir / "stop").write_text("")
@@ -216,6 +231,122 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
     tune.look()
     assert kinds(tune.events) == [TrialStarted, TrialEpoch]
     assert tune.events[-1].metrics == {"epoch": 2}
+
+
+def write_alive(tune, trial, last_step=1.0, group=""):
+    path = tune.folder(trial) / "alive.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps({"attempt": trial.config["spec"]["attempt"], "pid": 77, "node_id": "n1", "group": group})
+    )
+    os.utime(path, (last_step, last_step))
+
+
+def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(tune):
+    ended = []
+    tune.finish(tune.start())
+    trial = tune.start()
+    name = trial.config["spec"]["name"]
+    tune.watcher = Watcher(tune.searcher, 0.2, end=ended.append)
+    write_alive(tune, trial)
+    for step in range(4):  # each look sees another step
+        write_alive(tune, trial, step)
+        tune.look()
+        time.sleep(0.1)
+    assert ended == []
+    time.sleep(0.2)
+    tune.look()
+    assert [alive.pid for alive in ended] == [77]
+    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended"
+    assert tune.events[-1] == Note(f"{name} hangs: {reason}")
+    tune.die(trial)
+    assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
+    again = tune.start()
+    time.sleep(0.3)
+    tune.look()  # the file is that of the attempt before
+    assert len(ended) == 1
+    assert again.config["spec"]["attempt"] == 2
+
+
+def test_without_a_limit_nothing_is_ended(tune):
+    ended = []
+    tune.watcher = Watcher(tune.searcher, None, end=ended.append)
+    write_alive(tune, tune.start())
+    for _ in range(3):
+        tune.look()
+    assert ended == []
+
+
+def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.searcher.WAIT_TOLD_S", 0)
+    trial = tune.start()
+    for _ in range(4):
+        tune.look()
+    told = [event.text for event in tune.events if isinstance(event, Note)]
+    assert told == [f"{trial.config['spec']['name']} has waited 0 s for its process: is the cluster full?"]
+
+
+def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
+    tune.finish(tune.start())
+    tune.finish(tune.start())
+    for _ in range(2):
+        tune.end(tune.start(), lost="no route to node7")
+    tune.fail(tune.start(), "diverged")  # a verdict: the machines are well
+    for number in range(12):
+        assert tune.searcher.failure is None
+        trial = tune.start()
+        tune.fail(trial, "error", "no GPU") if number == 3 else tune.end(trial, lost="no route to node7")
+    assert tune.start() == Searcher.FINISHED
+    failure = tune.searcher.failure
+    assert failure.exit_code == 6
+    assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
+    assert "run the same command again" in str(failure)
+
+
+def leaking(tune):
+    """Gives the groups of the job, with whether each has its resources, and those that were removed."""
+    groups, removed = {}, []
+
+    def remove(name):
+        removed.append(name)
+        del groups[name]
+
+    tune.watcher = Watcher(tune.searcher, None, Leaks(tune.searcher.study.study_dir, lambda: dict(groups), remove))
+    return groups, removed
+
+
+def kill(tune, trial):
+    tune.watcher.on_trial_error(0, tune.trials, trial)
+    tune.die(trial)
+
+
+def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune):
+    groups, removed = leaking(tune)
+    groups |= {"g1": True, "g2": True}
+    first, second = tune.start(), tune.start()
+    kill(tune, first)
+    tune.look()
+    assert removed == []  # which of the two is the second one's is not known yet
+    third = tune.start()
+    groups["g3"] = True
+    write_alive(tune, second, group="g2")
+    tune.look()
+    tune.look()
+    assert removed == ["g1"]
+    assert tune.events[-1] == Note("removed 1 placement group(s) that a killed trial had left behind")
+    tune.end(second)
+    tune.end(third)
+
+
+def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(tune):
+    groups, removed = leaking(tune)
+    first, second = tune.start(), tune.start()
+    groups |= {"g1": True, "g2": False}  # the second one waits for what the first one holds
+    write_alive(tune, first, group="g1")
+    kill(tune, first)
+    tune.look()
+    assert removed == ["g1"]
+    tune.finish(second)
 
 
 def test_it_saves_nothing(tune, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import typer.main
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 
-from carft_ray.errors import CarftError, RecipeError, StorageError, UsageError
+from carft_ray.cli import app
+from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.space import apply
+from carft_ray.results.trained import open_trained
 from carft_ray.search.folder import study_lock
 from carft_ray.search.outcome import Failure, read_failure, read_result, trial_name, write_failure
 from carft_ray.search.study import baselines, best_row, open_study, trials
@@ -439,3 +444,174 @@ def test_a_full_disk_is_one_message(study_dir):
         study.adopt()
         run_all(study)
     assert len(trials(study_dir)) == 2
+
+
+def add_weights(study_dir, spec):
+    (spec.folder(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
+
+
+def weights(study_dir):
+    return {path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors")}
+
+
+def run_with_weights(study, value):
+    """Runs all that is left; returns the names by objective, best first."""
+    while (spec := study.next()) is not None:
+        write_result(study.study_dir, spec, value(spec))
+        add_weights(study.study_dir, spec)
+        row = study.settle(spec)
+        best = best_row(study.rows())
+        assert best is None or best.name in weights(study.study_dir)
+        assert row.outcome == "complete"
+    return [row.name for row in sorted(study.rows(), key=lambda row: (-row.objective, row.number))]
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "mixed"])
+def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, order):
+    values = {"rising": lambda n: n, "falling": lambda n: -n, "equal": lambda n: 0.5, "mixed": lambda n: (7 * n) % 5}
+    recipe = make_recipe(8, keep_checkpoints=3, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        ranked = run_with_weights(study, lambda spec: values[order](spec.number) if spec.kind == "trial" else -100)
+    assert weights(study_dir) == {"plain", "other", *ranked[:3]}
+    assert len(list(study_dir.glob("trials/*/result.json"))) == 8
+
+
+def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
+    def value(spec):
+        return (7 * spec.number) % 9 / 9
+
+    for num_trials, keep in ((6, 4), (6, 2), (9, 3)):
+        recipe = make_recipe(num_trials, keep_checkpoints=keep, baselines={})
+        with open_study(study_dir, recipe, BASE) as study:
+            study.adopt()
+            ranked = run_with_weights(study, value)
+            assert weights(study_dir) <= set(ranked[:keep])
+            assert ranked[0] in weights(study_dir)
+
+
+def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
+    with open_study(study_dir, make_recipe(3, baselines={}), BASE) as study:
+        study.adopt()
+        for outcome in ("diverged", "error", "lost"):
+            for _ in range({"diverged": 1, "error": 2, "lost": 3}[outcome]):
+                spec = study.next()
+                folder = spec.folder(study_dir)
+                (folder / "checkpoint" / f"attempt-{spec.attempt}").mkdir(parents=True)
+                add_weights(study_dir, spec)
+                if outcome == "lost":
+                    row = study.lost(spec, "killed")
+                else:
+                    fail(study_dir, spec, outcome)
+                    row = study.settle(spec)
+                assert (folder / "checkpoint").exists() == (row is None)
+            assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json"}
+    assert [row.outcome for row in trials(study_dir)] == ["diverged", "error", "error"]
+
+
+def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):
+    recipe = make_recipe(3, keep_checkpoints=1, baselines={})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        run_with_weights(study, lambda spec: spec.number)
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+        row = study.rows()[0]
+    result_path = study_dir / "trials" / row.name / "result.json"
+    values = {**recipe.train.model_dump(mode="json"), **row.values}
+    result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
+    with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trials") as caught:
+        open_trained(study_dir, row.name)
+    step = str(caught.value).splitlines()[1].strip()
+    words = shlex.split(step.removeprefix("Train it again: carft-ray train "))
+    given = typer.main.get_command(app).commands["train"].make_context("train", words).params
+    trained = load_recipe(Path(given["recipe"]), given["set_"]).train
+    assert trained.model_dump(mode="json") == values
+
+
+def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
+    for error in (DataError, RecipeError):
+        with pytest.raises(error), open_study(study_dir, make_recipe(2), BASE):
+            raise error("unfit")
+        assert not study_dir.exists()
+    with open_study(study_dir, make_recipe(3, epochs=7), BASE) as study:  # the mended recipe takes the same folder
+        study.adopt()
+        study.next()
+    with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7), BASE):
+        raise DataError("unfit")
+    assert len(baselines(study_dir)) == 1
+
+
+def test_a_study_of_another_recipe_is_not_removed_even_when_nothing_has_begun(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+    with pytest.raises(RecipeError), open_study(study_dir, make_recipe(2, epochs=7), BASE):
+        pass
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+
+
+def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
+    with open_study(study_dir, make_recipe(2), BASE):
+        pass
+    folder = study_dir / "trials" / "t0000-1234"
+    (folder / ".step-3.77.tmp").mkdir(parents=True)
+    (study_dir / ".study.journal.77.tmp").write_text("half")
+    with open_study(study_dir, make_recipe(2), BASE):
+        assert list(study_dir.rglob("*.tmp")) == []
+
+
+def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
+    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+        study.adopt()
+        study._add_baseline("zero_shot", {"alpha": 0.0})
+    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+        study.adopt()
+        assert study.next().kind == "trial"
+        assert study.tell_zero_shot({"objective": 0.25}).objective == 0.25
+        assert study.tell_zero_shot({"objective": 0.5}) is None
+        assert [row.objective for row in study.rows("baseline")] == [0.25]
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_drawn(tmp_path, name):
+    recipe = make_recipe(8, sampler={"name": name, "startup_trials": 3})
+    with open_study(tmp_path / "whole", recipe, BASE) as study:
+        study.adopt()
+        run_all(study, lambda spec: objective(apply(recipe, spec.values).train))
+    for _ in range(9):
+        with open_study(tmp_path / "parts", recipe, BASE) as study:
+            study.adopt()
+            spec = study.next()
+            write_result(study.study_dir, spec, objective(apply(recipe, spec.values).train))
+            study.settle(spec)
+    drawn = [[row.values for row in trials(tmp_path / place)] for place in ("whole", "parts")]
+    assert drawn[0] == drawn[1]
+    assert len({values["kl_weight"] for values in drawn[0]}) == 8
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 300 + b"\n", b"{half a li", b"no json\n"])
+def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(study_dir, garbage):
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        study.adopt()
+        run_all(study)
+    journal = study_dir / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    spoilt = b"".join([*lines[:9], garbage, *lines[9:]])
+    journal.write_bytes(spoilt)
+    for use in (lambda: open_study(study_dir, make_recipe(2), BASE).__enter__(), lambda: trials(study_dir)):
+        with pytest.raises(StorageError, match="must be an Optuna journal") as caught:
+            use()
+        assert caught.value.exit_code == 5
+        assert "the results of finished trials are still in trials/" in str(caught.value)
+    assert journal.read_bytes() == spoilt
+    journal.write_bytes(b"".join(lines))  # restored from a copy
+    assert len(trials(study_dir)) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "study", Path("/proc/study")):
+        with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe(), BASE):
+            pass
+        assert caught.value.exit_code == 5
+        assert len(caught.value.problems) == 1

@@ -39,6 +39,7 @@ def predict(
         for start in range(0, len(positions), batch_size):
             pixels_BHWC = torch.from_numpy(image_set.images_NHWC[positions[start : start + batch_size]]).to(device)
             parts.append(classifier(pixels_BHWC)[1].float().cpu().numpy())
+            context.should_stop()  # a sign of life: a long evaluation is no training that hangs
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     mine = predictions_table(
         image_set.name, alpha, image_set.sample_ids[positions], image_set.labels[positions], logits_NC

@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
 LOOK_AT_HEAD_S = 2
@@ -86,8 +88,9 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     Raises:
         ClusterError: There is no Ray at the address, none can be started, or it has gone.
     """
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update({name: os.environ.get(name, value) for name, value in ours.items()})
     temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
     try:
         with _quiet(log_path):
@@ -132,9 +135,11 @@ def _start(temp_dir: str) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=temp_dir,
         )
-    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
         ray.shutdown()
-        step = "Is there room in the temporary folder and in /dev/shm, and are new processes allowed?"
+        step = (
+            "Is there room in the temporary folder and in /dev/shm, are new processes allowed, is the machine not busy?"
+        )
         raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
 
 
@@ -164,7 +169,7 @@ def _attach(address: str) -> None:
             address=address,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
+            runtime_env={"env_vars": {name: os.environ[name] for name in (*ENVIRONMENT, START_TIMEOUT)}},
         )
     except ray.exceptions.AuthenticationError as error:
         step = "Set RAY_AUTH_MODE=token here; the token of the cluster must be in ~/.ray/auth_token or RAY_AUTH_TOKEN."

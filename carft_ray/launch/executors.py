@@ -6,26 +6,32 @@ die, and lets another process ask for the stop. What a training has to say it wr
 Ray carries no results.
 """
 
+import contextlib
 import math
+import os
+import signal
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from carft_ray import files
 from carft_ray.errors import CarftError, ClusterError, DivergedError, InterruptedRunError, Problem
-from carft_ray.launch.cluster import Capacity, Node, capacity
+from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.folder import MANIFEST, PREPARED, STOP
-from carft_ray.search.outcome import Failure, TrialSpec, append_log, write_failure
+from carft_ray.search.outcome import ALIVE, Alive, Failure, TrialSpec, append_log, write_failure
 
 STOP_CHECK_S = 0.5
+STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
 RAY_FILES = "_tune"
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -190,7 +196,8 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         if context.rank == 0:
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
         recipe = apply(plan.recipe, spec.values)
-        result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
+        with _alive(folder, spec.attempt, context) as context:
+            result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         failure = _failure(error, spec.attempt)
         if failure is None:
@@ -202,6 +209,42 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
     reason = f"objective is {result['objective']}"
     write_failure(folder, Failure("diverged", reason, spec.attempt, DivergedError.exit_code), "")
     return False
+
+
+@contextlib.contextmanager
+def _alive(folder: Path, attempt: int, context: RunContext) -> Iterator[RunContext]:
+    """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does."""
+    if context.rank != 0:
+        yield context
+        return
+    path, state = folder / ALIVE, {"next": 0.0}
+    group = ray.util.get_current_placement_group()
+    names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
+    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), **names})
+
+    def should_stop() -> bool:
+        if time.monotonic() >= state["next"]:
+            state["next"] = time.monotonic() + STEP_TOLD_S
+            with contextlib.suppress(OSError):  # a step is not worth a failure
+                os.utime(path)
+        return context.should_stop()
+
+    try:
+        yield replace(context, should_stop=should_stop)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def end_process(alive: Alive) -> None:
+    """Ends the process of an attempt that hangs, on whatever node it runs; does not wait for it."""
+    where = NodeAffinitySchedulingStrategy(node_id=alive.node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_kill).remote(alive.pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _failure(error: Exception, attempt: int) -> Failure | None:
@@ -250,7 +293,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        return _cause(error)
+        return _cause(error, plan)
     return ""
 
 
@@ -265,8 +308,13 @@ def _nested_worker(config: dict[str, Any]) -> None:
         raise RuntimeError(f"{spec.name} failed, see its folder")
 
 
-def _cause(error: Exception) -> str:
-    """Returns the first line that says something of Ray Train's error."""
+def _cause(error: Exception, plan: Plan) -> str:
+    """Returns the line that says something of Ray Train's error."""
+    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+        room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
+        gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
+        what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
+        return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"
     failures = getattr(error, "worker_failures", None) or {}
     text = str(next(iter(failures.values()), None) or error)
     return next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(error).__name__)

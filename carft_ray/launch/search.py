@@ -12,10 +12,11 @@ from typing import Any
 from ray import tune
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import InterruptedRunError, Problem, StorageError
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import RAY_FILES, Runner, make_plan, run_prepare, tune_trainable
+from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher, no_successful_trial
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.loading import dump_recipe
@@ -132,6 +133,7 @@ def _run(
     on_event(Started(recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
 
     searcher = StudySearcher(study, room.concurrency, on_event)
+    watcher = Watcher(searcher, recipe.resources.hang_timeout_s, Leaks(study_dir) if plan.nested else None)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
     ray_files = study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
@@ -144,11 +146,16 @@ def _run(
             trial_name_creator=_tune_name,
             trial_dirname_creator=_tune_name,
         ),
-        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[Watcher(searcher)]),
+        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
     )
-    with stop_file_on_signal(study_dir / STOP):
-        tuner.fit()
-    shutil.rmtree(ray_files, ignore_errors=True)
+    try:
+        with stop_file_on_signal(study_dir / STOP):
+            tuner.fit()
+    except (RuntimeError, StorageError):
+        if searcher.failure is None:
+            raise
+    if not study.taken_over:
+        shutil.rmtree(ray_files, ignore_errors=True)
     if searcher.failure is not None:
         raise searcher.failure
     if searcher.stopped:

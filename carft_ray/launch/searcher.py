@@ -6,6 +6,7 @@ report without it would end the whole run. Tune saves nothing of this; the study
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from carft_ray import files
-from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem
+from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch.events import (
     BaselineFinished,
     Event,
@@ -25,13 +26,19 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
+from carft_ray.launch.executors import end_process
+from carft_ray.launch.leaks import Leaks
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import LOG, TrialRow, TrialSpec
+from carft_ray.search.outcome import LOG, Alive, TrialRow, TrialSpec, read_alive
 from carft_ray.search.study import Study, best_row
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
+ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
 LOOK_EVERY_S = 0.5
+WAIT_TOLD_S = 60  # a training whose process is not there after this time gets a note
 METRICS = "metrics.jsonl"
+
+TrialKey = tuple[str, int]  # name and attempt
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
@@ -56,6 +63,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.tune_trials: list[Any] = []  # Tune's own, for ``_settle_ended``
         self._live: dict[str, TrialSpec] = {}
         self._ended: list[TrialRow] = []  # trials told in this search
+        self._failed_in_a_row = 0  # attempts
+        self.hung: dict[TrialKey, str] = {}  # why an attempt was ended from outside, by name and attempt
         best = best_row(study.rows())
         self._best = best.objective if best else None
 
@@ -118,8 +127,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         row = self.study.settle(spec)
         if row is None and self.stopped:
             return  # it stays RUNNING, for the next search
+        reason = self.hung.get((spec.name, spec.attempt)) or reason
         if row is None and not self.study.waits(spec):
-            row = self.study.lost(spec, reason or "its process ended without a word")
+            reason = reason or "its process ended without a word"
+            row = self.study.lost(spec, reason)
+        self._give_up_if_nothing_ends_well(row, reason)
         if row is None:
             self.on_event(Note(f"{spec.name} gets another attempt: {reason or 'see its ' + LOG}"))
         elif row.kind == "baseline":
@@ -131,6 +143,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             self.on_event(TrialFinished(row, is_best))
             self._give_up_if_hopeless()
 
+    def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
+        """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
+        self._failed_in_a_row = self._failed_in_a_row + 1 if row is None or row.outcome == "error" else 0
+        if self._failed_in_a_row >= ATTEMPTS_TO_GIVE_UP:
+            last = row.reason if row else reason or f"an exception, see its {LOG}"
+            rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {last}"
+            step = "What is finished is kept. Mend the cause, then run the same command again."
+            raise NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+
     def _give_up_if_hopeless(self) -> None:
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
             raise no_successful_trial(self.study, self._ended)
@@ -139,6 +160,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         """Keeps the first failure and asks what runs to stop."""
         if self.failure is None:
             self.failure = error
+            if self.study.taken_over:
+                return  # the stop file is the other search's; ours ends at the Watcher's next look
             with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
@@ -162,12 +185,29 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
-    """Looks after running trainings from Tune's loop: starts, epochs, the stop file."""
+    """Looks after running trainings from Tune's loop: starts, epochs, the stop file, trainings that hang.
 
-    def __init__(self, searcher: StudySearcher) -> None:
+    Args:
+        searcher: Knows what runs.
+        hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
+        leaks: Removes what killed trials leave; None: they leave nothing.
+        end: Ends its process.
+    """
+
+    def __init__(
+        self,
+        searcher: StudySearcher,
+        hang_timeout_s: float | None = None,
+        leaks: Leaks | None = None,
+        end: Callable[[Alive], None] = end_process,
+    ) -> None:
         self.searcher = searcher
+        self.hang_timeout_s = hang_timeout_s
+        self.leaks = leaks
+        self.end = end
         self._next_look = 0.0
         self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
+        self._steps: dict[TrialKey, tuple[int, float]] = {}  # last step, and when it was first seen here
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Lends Tune's list of trials to the searcher, and looks at the files twice a second."""
@@ -175,6 +215,15 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_EVERY_S
+        try:
+            self.searcher.study.check_held()
+        except StorageError as error:  # ends Tune's run, and our trainings with it: others run in the same folders now
+            self.searcher.failure = error
+            raise
+        for spec in self.searcher.live:
+            self._look_for_life(spec)
+        if self.leaks and (number := self.leaks.look(self.searcher.live)):
+            self.searcher.on_event(Note(f"removed {number} placement group(s) that a killed trial had left behind"))
         if self.searcher.stopped:
             return
         for spec in self.searcher.live:
@@ -185,6 +234,30 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         spec = TrialSpec(**trial.config["spec"])
         self._lines[spec.name] = len(files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS))
         self.searcher.on_event(TrialStarted(spec))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Suspects that a trial whose process died has left a placement group."""
+        if self.leaks:
+            self.leaks.suspect(TrialSpec(**trial.config["spec"]), self.searcher.live)
+
+    def _look_for_life(self, spec: TrialSpec) -> None:
+        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt)
+        key, now = (spec.name, spec.attempt), time.monotonic()
+        last_step = alive.last_step_ns if alive else 0
+        before, since = self._steps.get(key, (-1, now))
+        if last_step != before:
+            self._steps[key] = (last_step, now)
+        elif alive is None:
+            if now - since >= WAIT_TOLD_S:
+                self._steps[key] = (last_step, math.inf)  # told once
+                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: is the cluster full?"
+                self.searcher.on_event(Note(note))
+        elif self.hang_timeout_s is not None and now - since >= self.hang_timeout_s:
+            self._steps[key] = (last_step, now)  # once more after the same time, should it be needed
+            reason = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s); process {alive.pid} was ended"
+            self.searcher.hung[key] = reason
+            self.searcher.on_event(Note(f"{spec.name} hangs: {reason}"))
+            self.end(alive)
 
     def _tell_epochs(self, spec: TrialSpec) -> None:
         told = self._lines.get(spec.name)

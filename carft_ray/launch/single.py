@@ -1,13 +1,11 @@
 """One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
 
-import contextlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import DataError, InterruptedRunError, Problem, RecipeError, StorageError, UsageError
+from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -15,7 +13,17 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, LOCK, MANIFEST, PREPARED, RESOLVED, STOP, claim, study_lock
+from carft_ray.search.folder import (
+    JOURNAL,
+    MANIFEST,
+    PREPARED,
+    RESOLVED,
+    STOP,
+    claim,
+    gone_if_nothing_began,
+    is_ours,
+    study_lock,
+)
 
 Row = dict[str, float]
 
@@ -56,7 +64,13 @@ def train_once(
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
     _check_folder(out_dir, resume)
-    with study_lock(out_dir), _gone_if_nothing_began(out_dir):
+    is_new = not (out_dir / MANIFEST).exists()
+    with (
+        study_lock(out_dir) as held,
+        gone_if_nothing_began(out_dir, lambda: not is_new or (out_dir / "checkpoint").exists()),
+    ):
+        if held.note:
+            say(held.note)
         claim(out_dir, recipe, base_dir)
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
@@ -81,18 +95,6 @@ def train_once(
         return result, zero_shot
 
 
-@contextlib.contextmanager
-def _gone_if_nothing_began(out_dir: Path) -> Iterator[None]:
-    """Removes a new folder when model or data turn out unfit, so that the mended recipe may use the same name."""
-    is_new = not (out_dir / MANIFEST).exists()
-    try:
-        yield
-    except (RecipeError, DataError):
-        if is_new and not (out_dir / "checkpoint").exists():
-            shutil.rmtree(out_dir, ignore_errors=True)
-        raise
-
-
 def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
     return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
 
@@ -111,7 +113,7 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
-        files.require_new(out_dir, "--out", lambda name: name == LOCK or name.startswith(f".{MANIFEST}."))
+        files.require_new(out_dir, "--out", is_ours)
 
 
 def _check_checkpoints(out_dir: Path) -> None:

@@ -22,7 +22,7 @@ class RunContext:
         report: Called on rank 0 at the end of every epoch with the epoch's metrics.
         progress: Called on rank 0 every few steps with the latest metrics; must be quick.
         should_stop: Asked by rank 0 every few steps. When it says yes, all workers write a checkpoint and raise
-            ``StoppedRun``.
+            ``StoppedRun``. Evaluations ask too, as a sign of life, and go on whatever the answer is.
     """
 
     rank: int = 0

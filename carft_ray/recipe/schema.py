@@ -268,6 +268,7 @@ class SearchPart(Part):
     # name -> values over `train`; trained before the trials, shown beside them, never told to the sampler
     baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(_nothing_is_empty)] = {}
     concurrency: Count | None = None  # trials at a time; None: what the machine or cluster holds
+    keep_checkpoints: Count = 3  # best trials whose fine-tuned weights stay
 
 
 class ResourcesPart(Part):
@@ -278,6 +279,7 @@ class ResourcesPart(Part):
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative | None = None  # None: 1 where the cluster has GPUs, else 0
     threads: Count | None = None  # torch threads per worker; None: cpus_per_worker
+    hang_timeout_s: Positive | None = 3600.0  # an attempt without a step for so long is ended and begun again
 
 
 class BudgetPart(Part):

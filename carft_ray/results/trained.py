@@ -1,5 +1,6 @@
 """A finished training, opened again: from the folder of `train`, or the best trial of a study."""
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED
+from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.study import best_row, trials
 
 
@@ -88,6 +89,8 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
             Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
     result = files.read_json(run_dir / RESULT)
+    if run_dir != folder and not (run_dir / WEIGHTS).exists():
+        raise StorageError(_weights_gone(folder, run_dir, recipe, result["train"]))
     recipe = apply(recipe, result["train"])
     heads = load_tensors(folder / PREPARED / "heads.safetensors")
     return Trained(
@@ -98,6 +101,18 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
     )
+
+
+def _weights_gone(study_dir: Path, run_dir: Path, recipe: Recipe, values: dict[str, Any]) -> Problem:
+    """Returns the message for a trial of which the search has kept the results only, with the command to repeat it."""
+    base = recipe.train.model_dump(mode="json")
+    settings = [f"train.{key}={json.dumps(value)}" for key, value in values.items() if base.get(key) != value]
+    command = ["carft-ray", "train", str(study_dir / RESOLVED)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    command += ["--out", str(study_dir.with_name(f"{study_dir.name}-{run_dir.name}"))]
+    rule = f"its weights are gone: a study keeps those of its best {recipe.search.keep_checkpoints} trials"
+    step = f"Train it again: {shlex.join(command)}"
+    return Problem(str(run_dir), rule, next_step=f"{step}\n    A larger search.keep_checkpoints keeps more next time.")
 
 
 def _trial_dir(study_dir: Path, name: str) -> Path:

@@ -1,22 +1,25 @@
 """A study's folder: one search at a time, a journal that opens, and the recipe that it belongs to.
 
-study_dir/{lock, manifest.json, study.journal, resolved.yaml, trials/, baselines/, prepared/, stop, _tune/}
+study_dir/{lock, lease.json, manifest.json, study.journal, resolved.yaml, trials/, baselines/, prepared/, stop, _tune/}
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import Problem, RecipeError, StorageError, UsageError
+from carft_ray.errors import DataError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search.lease import LEASE, Lease, in_use, lease
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
@@ -26,12 +29,21 @@ RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
 STOP = "stop"  # asks running trainings to write a checkpoint and end
 # what may change between two searches of one study; everything else is what the study is about
-RUNNING_KEYS = ("search.trials", "search.concurrency", "resources", "budget", "storage", "data.cache_dir")
+RUNNING_KEYS = (
+    "search.trials",
+    "search.concurrency",
+    "search.keep_checkpoints",
+    "resources",
+    "budget",
+    "storage",
+    "data.cache_dir",
+)
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks; there the lease must do
 
 
 @contextlib.contextmanager
-def study_lock(study_dir: Path) -> Iterator[None]:
-    """Holds the study for this process; the lock goes when the process does, however it ends.
+def study_lock(study_dir: Path) -> Iterator[Lease]:
+    """Holds the study for this process: a lock, which goes when the process does, and a lease for other machines.
 
     Raises:
         StorageError: Another process holds it, or the folder cannot be written.
@@ -45,21 +57,39 @@ def study_lock(study_dir: Path) -> Iterator[None]:
             files.patiently(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
-            raise StorageError(
-                Problem(
-                    str(study_dir),
-                    "is in use: two searches on one study would spoil it",
-                    holder,
-                    next_step="Wait until the other search ends, or end it with Ctrl-C; then run the command again.",
-                )
-            ) from None
-        with files.writing(path):
-            started = datetime.now().astimezone().isoformat(timespec="seconds")
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode(), 0)
-        yield
+            raise StorageError(in_use(study_dir, holder)) from None
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise files.storage_error(path, error) from error
+        with lease(study_dir) as held:
+            with files.writing(path):
+                started = datetime.now().astimezone().isoformat(timespec="seconds")
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode(), 0)
+            yield held
     finally:
         os.close(handle)
+
+
+def is_ours(name: str) -> bool:
+    """Tells whether a file is one that locking or claiming a folder leaves in it before it belongs to a recipe."""
+    return name in (LOCK, LEASE) or name.startswith((f".{MANIFEST}.", f".{LEASE}."))
+
+
+@contextlib.contextmanager
+def gone_if_nothing_began(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
+    """Removes a folder when model or data turn out unfit, so that the mended recipe may use the same name.
+
+    Args:
+        folder: A claimed folder whose lock is held.
+        began: Tells whether a training has begun in it; then it stays.
+    """
+    try:
+        yield
+    except (RecipeError, DataError):
+        if (folder / MANIFEST).exists() and not began():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def repair_journal(study_dir: Path) -> list[str]:
@@ -119,8 +149,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
     path = study_dir / MANIFEST
     wanted = absolute_paths(recipe, base_dir).model_dump(mode="json")
     if not path.exists():
-        foreign = sorted(entry.name for entry in study_dir.iterdir() if entry.name not in (LOCK, f".{MANIFEST}"))
-        foreign = [name for name in foreign if not name.startswith(f".{MANIFEST}.")]
+        foreign = sorted(entry.name for entry in study_dir.iterdir() if not is_ours(entry.name))
         if foreign:
             step = "Give the folder of a study, or one that does not exist yet."
             raise UsageError(

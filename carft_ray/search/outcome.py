@@ -20,6 +20,9 @@ FORMAT_VERSION = 1
 RESULT = "result.json"
 ERROR = "error.json"
 LOG = "log.txt"
+WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
+CHECKPOINTS = "checkpoint"
+ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
 
 Kind = Literal["trial", "baseline"]
 Outcome = Literal["complete", "diverged", "error", "running"]
@@ -64,6 +67,25 @@ class TrialRow:
     metrics: dict[str, float] = field(default_factory=dict)
     started: datetime | None = None
     elapsed_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process of a running attempt (rank 0) and when it was last known to make a step.
+
+    Attributes:
+        attempt: The attempt.
+        pid: Number of its process.
+        node_id: Ray's name of the node that it runs on.
+        group: Ray's name of the placement group of its workers; empty when there is none.
+        last_step_ns: Time of the file system, to be compared with another of these only.
+    """
+
+    attempt: int
+    pid: int
+    node_id: str
+    group: str
+    last_step_ns: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,18 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
     if read_failure(folder, failure.attempt) is None:
         content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+
+
+def read_alive(folder: Path, attempt: int) -> Alive | None:
+    """Returns the process of an attempt, or None when it has not begun or has ended."""
+    content = _read(folder / ALIVE)
+    if content is None or content.get("attempt") != attempt:
+        return None
+    try:
+        last_step_ns = (folder / ALIVE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -19,13 +19,27 @@ def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
     return float(trial.suggest_float(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log))
 
 
-def sampler(recipe: Recipe, num_trials: int) -> optuna.samplers.BaseSampler:
-    """Returns the recipe's sampler for a study that holds ``num_trials`` trials.
+def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:
+    """Returns the values of a trial: those that it has already, else new draws.
 
-    The seed is derived from both: with the same seed a resumed search would draw the same values again.
+    Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the trials that are
+    told and on nothing else: a search that was killed, even between two parameters, draws what it would have drawn.
     """
+    parameters = recipe.search.space
+    if not parameters.keys() <= trial.params.keys():
+        study.sampler = _sampler(recipe, trial.number, 0)
+        _ = trial.relative_params  # what the sampler draws together, of which some may be there already
+    values = {}
+    for index, (name, parameter) in enumerate(parameters.items(), start=1):
+        study.sampler = _sampler(recipe, trial.number, index)
+        values[name] = suggest(trial, name, parameter)
+    return values
+
+
+def _sampler(recipe: Recipe, number: int, index: int) -> optuna.samplers.BaseSampler:
+    """Returns the recipe's sampler for a draw of the trial with this number."""
     part = recipe.search.sampler
-    seed = int(np.random.SeedSequence([part.seed, num_trials]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([part.seed, number, index]).generate_state(1)[0])
     if part.name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     startup = part.startup_trials or max(4, recipe.search.trials // 4)

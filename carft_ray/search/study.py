@@ -13,6 +13,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 """
 
 import contextlib
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,11 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import space
-from carft_ray.search.folder import JOURNAL, claim, repair_journal, study_lock
+from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
+    CHECKPOINTS,
+    WEIGHTS,
     Kind,
     TrialRow,
     TrialSpec,
@@ -51,20 +55,31 @@ class Study:
         notes: What was repaired or found at opening, one sentence each.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, notes: list[str]) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str]) -> None:
         self.study_dir = study_dir
         self.recipe = recipe
         self.notes = notes
+        self._lease = held
         storage = _storage(study_dir)
         known = optuna.get_all_study_names(storage)
         self._studies = {kind: _open(storage, name, name in known) for kind, name in STUDY_NAMES.items()}
-        search = self._studies["trial"]
-        search.sampler = space.sampler(recipe, len(search.get_trials(deepcopy=False)))
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
+        self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether another process holds the study by now; then nothing in its folder is ours to write."""
+        return self._lease.lost()
+
+    def check_held(self) -> None:
+        """Raises a ``StorageError`` when another process has taken the study over."""
+        self._lease.check()
 
     def adopt(self) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
+
+        Removes the weights that are not to be kept, too.
 
         Returns:
             Rows of what was told.
@@ -80,8 +95,10 @@ class Study:
                 row = self.settle(spec) if spec.attempt and not mended else None
                 if row:
                     told.append(row)
-                elif spec not in self._waiting:
+                elif spec not in self._waiting and spec.name != ZERO_SHOT:  # which is told, and never trained
                     self._waiting.append(spec)
+        for row in self.rows("baseline") + self.rows():
+            self._retain(row)
         return told
 
     def next(self) -> TrialSpec | None:
@@ -90,7 +107,9 @@ class Study:
         Baselines come first, then adopted trials, then new ones until the recipe's number is reached.
         """
         if not self._waiting and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials:
-            self._waiting.append(self._spec("trial", self._studies["trial"].ask()))
+            with self._writing():
+                trial = self._studies["trial"].ask()
+            self._waiting.append(self._spec("trial", trial))
         if not self._waiting:
             return None
         waiting = self._waiting.popleft()
@@ -142,9 +161,13 @@ class Study:
         Returns:
             Its row, or None when it is there already.
         """
-        if ZERO_SHOT in self._baseline_names():
+        number = self._baseline_names().get(ZERO_SHOT)
+        if number is None:
+            spec = self._add_baseline(ZERO_SHOT, {"alpha": 0.0})
+        elif self.rows("baseline")[number].outcome == "running":  # a kill came before it was told whole
+            spec = TrialSpec("baseline", number, ZERO_SHOT, {"alpha": 0.0}, 1)
+        else:
             return None
-        spec = self._add_baseline(ZERO_SHOT, {"alpha": 0.0})
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
         return self._tell(spec, TrialState.COMPLETE, attributes, numbers["objective"])
@@ -183,15 +206,35 @@ class Study:
             if "trained" not in trial.constraints:
                 trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
             study.tell(spec.number, objective, state)
-        return _row(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+        row = _row(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+        self._retain(row)
+        return row
+
+    def _retain(self, row: TrialRow) -> None:
+        """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
+
+        Called for every finished row at opening, and for each that is told: what a kill has left over goes then. A
+        failed training loses its checkpoints, too; a finished one has none.
+        """
+        if row.outcome == "running":
+            return
+        spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+        if row.outcome != "complete":
+            _remove(spec.folder(self.study_dir) / CHECKPOINTS)
+            _remove(spec.folder(self.study_dir) / WEIGHTS)
+        elif row.kind == "trial":
+            self._kept[row.name] = row
+            if len(self._kept) > self.recipe.search.keep_checkpoints:
+                worst = min(self._kept.values(), key=_rank)
+                del self._kept[worst.name]
+                _remove(self.study_dir / "trials" / worst.name / WEIGHTS)
 
     def _spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
         """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""
         attributes = trial.user_attrs
         with self._writing():
             if kind == "trial":
-                parameters = self.recipe.search.space.items()
-                values = {name: space.suggest(trial, name, parameter) for name, parameter in parameters}
+                values = space.draw(self._studies["trial"], trial, self.recipe)
                 name = attributes.get("name") or trial_name(trial.number, values)
             else:
                 values, name = attributes["values"], attributes["name"]
@@ -215,16 +258,27 @@ class Study:
         added = study.get_trials(deepcopy=False)[-1]
         return self._spec("baseline", optuna.trial.Trial(study, added._trial_id))
 
-    def _baseline_names(self) -> set[str]:
-        return {trial.user_attrs["name"] for trial in self._studies["baseline"].get_trials(deepcopy=False)}
+    def _baseline_names(self) -> dict[str, int]:
+        """Returns the numbers of the baselines by name."""
+        rows = self._studies["baseline"].get_trials(deepcopy=False)
+        return {trial.user_attrs["name"]: trial.number for trial in rows}
 
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return files.writing(self.study_dir / JOURNAL)
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._lease.check()
+        with files.writing(self.study_dir / JOURNAL):
+            yield
+
+    def _began(self) -> bool:
+        """Tells whether a training was ever started."""
+        return any(row.attempt and row.name != ZERO_SHOT for row in self.rows() + self.rows("baseline"))
 
 
 @contextlib.contextmanager
 def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
+
+    When model or data turn out unfit before a training has begun, the study vanishes: the mended recipe may have it.
 
     Args:
         study_dir: The study directory; made when it is missing.
@@ -237,12 +291,14 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
         UsageError: The folder holds something that is no study.
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
-    with study_lock(study_dir):
+    with study_lock(study_dir) as held:
         claim(study_dir, recipe, base_dir)
-        notes = repair_journal(study_dir)
+        files.remove_remains(study_dir)
+        notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with _readable(study_dir):
-            study = Study(study_dir, recipe, notes)
-        yield study
+            study = Study(study_dir, recipe, held, notes)
+        with gone_if_nothing_began(study_dir, study._began):
+            yield study
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -262,7 +318,21 @@ def baselines(study_dir: Path) -> list[TrialRow]:
 def best_row(rows: list[TrialRow]) -> TrialRow | None:
     """Returns the complete row with the largest objective, the earliest of equals."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
-    return max(complete, key=lambda row: (row.objective, -row.number), default=None)
+    return max(complete, key=_rank, default=None)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder that may be gone already."""
+    with files.writing(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _rank(row: TrialRow) -> tuple[float, int]:
+    """The larger, the better; the earlier of equals."""
+    return row.objective or 0.0, -row.number
 
 
 def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:

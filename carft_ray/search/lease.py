@@ -1,0 +1,163 @@
+"""The lease of a folder: who works in it. For other machines, which a lock of a shared file system may not reach.
+
+One small file, ``lease.json``, says which process holds the folder; its time of change is the heartbeat. A lease whose
+process is gone from this machine, or whose heartbeat has stopped, is taken over.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import Problem, StorageError
+
+LEASE = "lease.json"
+BEAT_EVERY_S = 10.0
+STALE_AFTER_S = 60.0
+MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be looked up
+
+
+class Lease:
+    """A held lease.
+
+    Attributes:
+        note: From whom it was taken over, in a sentence; empty when nobody held it.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], note: str) -> None:
+        self.note = note
+        self._path, self._content = path, content
+
+    def lost(self) -> bool:
+        """Tells whether another process has taken it over, which it may after a minute without a heartbeat."""
+        content = _read(self._path)
+        return content is not None and content != self._content
+
+    def check(self) -> None:
+        """Raises a ``StorageError`` when another process has taken it over: this one was suspended, or cut off."""
+        if self.lost():
+            holder = _holder(_read(self._path) or {})
+            rule = f"was taken over by another search while this one gave no sign of life for {STALE_AFTER_S:.0f} s"
+            step = "The other search goes on with all that is finished; this one has ended."
+            raise StorageError(Problem(str(self._path.parent), rule, holder, next_step=step))
+
+    def beat(self, left: threading.Event) -> None:
+        """Keeps the heartbeat until ``left`` is set or the lease is lost."""
+        while not left.wait(BEAT_EVERY_S):
+            with contextlib.suppress(OSError):  # a file system that is away for a moment
+                if self.lost():
+                    return
+                os.utime(self._path)
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[Lease]:
+    """Holds the lease of a folder within the block.
+
+    Raises:
+        StorageError: A process that lives holds it, or the folder cannot be written.
+    """
+    path = folder / LEASE
+    content, note = _identity(), ""
+    if path.exists():
+        before = _read(path) or {}
+        age_s = _age_s(path)
+        if _lives(before, age_s):
+            raise StorageError(in_use(folder, _holder(before), age_s))
+        note = f"took over from {_holder(before)}, which is gone"
+    files.write_json(path, content)
+    held, left = Lease(path, content, note), threading.Event()
+    thread = threading.Thread(target=held.beat, args=(left,), name="lease", daemon=True)
+    thread.start()
+    try:
+        yield held
+    finally:
+        left.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # one that stays is that of a process that is gone
+            if not held.lost():
+                path.unlink(missing_ok=True)
+
+
+def in_use(folder: Path, holder: str, age_s: float | None = None) -> Problem:
+    """Returns the message for a folder that another process works in; ``age_s`` since its last heartbeat."""
+    step = "Wait until the other search ends, or end it with Ctrl-C; then run the command again."
+    if age_s is not None:
+        step += f" If its machine is gone, the study is free {max(0.0, STALE_AFTER_S - age_s):.0f} s from now."
+    return Problem(str(folder), "is in use: two searches on one study would spoil it", holder, next_step=step)
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _read_text(Path("/proc/sys/kernel/random/boot_id")),
+        "pid_namespace": _link("/proc/self/ns/pid"),
+        "pid": os.getpid(),
+        "process_started": _process_started(os.getpid()),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _lives(content: dict[str, Any], age_s: float) -> bool:
+    """Tells whether the holder of a lease lives: by its process where that can be seen, else by its heartbeat."""
+    here = _identity()
+    if all(content.get(key) == here[key] for key in MACHINE):
+        return bool(_process_started(content["pid"]) == content["process_started"])
+    return age_s < STALE_AFTER_S
+
+
+def _process_started(pid: int) -> str:
+    """Returns when a process of this machine began, in the kernel's ticks; empty when there is none."""
+    stat = _read_text(Path(f"/proc/{pid}/stat"))
+    if stat:
+        return stat.rpartition(")")[2].split()[19]  # field 22; the name before it may hold anything
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        return "alive"
+    return "alive"
+
+
+def _age_s(path: Path) -> float:
+    """Returns the seconds since the heartbeat, by the clock of the file system: those of machines may differ."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with files.writing(path):
+        probe.write_bytes(b"now")
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - path.stat().st_mtime
+
+
+def _holder(content: dict[str, Any]) -> str:
+    return f"process {content.get('pid', '?')} on {content.get('host', '?')}, since {content.get('since', '?')}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a lease; None when it cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

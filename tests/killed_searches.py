@@ -1,0 +1,232 @@
+"""Searches with a real Ray that are killed, for tests and for ``make kill-matrix``: drivers, clusters, invariants."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from subprocess import PIPE
+
+from carft_ray.search.study import baselines, trials
+
+HERE = Path(__file__).parent
+RESOURCES = {
+    "inline": {"executor": "inline"},
+    "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
+}
+EPOCHS = 4  # of search_driver.py
+TIMEOUT_S = 180
+
+
+def environment(**more):
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def write_modes(base_dir, **modes):
+    base_dir.mkdir(exist_ok=True)
+    (base_dir / "modes.json").write_text(json.dumps(modes))
+
+
+def driver(study_dir, base_dir, num_trials, executor="inline", address=None, auth=None, **resources):
+    """Starts a search in a process group of its own."""
+    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
+    command += [json.dumps({**RESOURCES[executor], **resources}), *([address] if address else [])]
+    surroundings = environment(**(auth or {}))
+    return subprocess.Popen(
+        command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
+    )
+
+
+def finish(process):
+    """Waits for a driver; returns its exit code and its output."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        raise
+    return process.returncode, output
+
+
+def kill_group(process):
+    """Kills a driver and the Ray that it started, whose workers end with it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def results(study_dir):
+    """Contents of all ``result.json``, by name of the training."""
+    return {path.parent.name: path.read_bytes() for path in study_dir.glob("*/*/result.json")}
+
+
+def check(study_dir, num_trials, before=None):
+    """Raises when a finished study is not what it would be had nothing disturbed it.
+
+    Args:
+        study_dir: The study.
+        num_trials: Trials that it must have, all of them complete.
+        before: ``results`` of an earlier moment; these must stand unchanged.
+    """
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(num_trials)), rows
+    assert len({row.name for row in rows}) == num_trials
+    assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
+    assert sorted(row.name for row in baselines(study_dir)) == ["plain", "zero_shot"]
+    now = results(study_dir)
+    assert now.keys() == {row.name for row in rows} | {"plain"}
+    for row in rows:
+        assert json.loads(now[row.name])["objective"] == row.objective
+        lines = (study_dir / "trials" / row.name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, EPOCHS + 1)), row.name
+    changed = [name for name, content in (before or {}).items() if now[name] != content]
+    assert changed == []
+    assert list(study_dir.rglob("*.tmp")) == []
+    best = max(rows, key=lambda row: row.objective)
+    assert (study_dir / "trials" / best.name / "fine_tuned.safetensors").exists()
+    assert not (study_dir / "_tune").exists()
+    assert not (study_dir / "lease.json").exists()
+
+
+def wait_until(condition, what, timeout_s=90):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        time.sleep(0.2)
+    return value
+
+
+@contextlib.contextmanager
+def cluster(num_cpus=2):
+    """Runs a Ray that stays alive, on ports of its own; yields its address and the environment that reaches it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
+    address = f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+        command += [f"--num-cpus={num_cpus}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
+        log = open(Path(folder) / "start.log", "w")  # noqa: SIM115
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment(**auth, **quiet), start_new_session=True
+        )
+        try:
+            wait_until(lambda: answers(port) or process.poll() is not None, "the cluster starts")
+            assert process.poll() is None, (Path(folder) / "start.log").read_text()
+            yield address, auth
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would take half a minute
+            process.wait()
+            log.close()
+
+
+@contextlib.contextmanager
+def occupied(num_cpus, address, auth):
+    """Holds CPUs of a cluster from another process within the block."""
+    code = (
+        "import logging, sys, ray\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
+        "held = ray.util.placement_group([{'CPU': float(sys.argv[2])}])\n"
+        "ray.get(held.ready())\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, address, str(num_cpus)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment(**auth)) as process:
+        assert any(line == "held\n" for line in process.stdout)
+        yield
+        process.stdin.close()
+
+
+def answers(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def created_groups(address, auth):
+    """Returns the placement groups of a cluster that hold resources, or wait for them, by asking in another process."""
+    code = (
+        "import json, logging, sys, ray\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
+        "groups = [g for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED']\n"
+        "left = ray.available_resources().get('CPU', 0)\n"
+        "print('GROUPS', json.dumps([[g['state'], str(g['bundles'])] for g in groups]), left)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], capture_output=True, text=True, env=environment(**auth), timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("GROUPS ")]
+    assert lines, done.stdout + done.stderr
+    return json.loads(lines[-1].split(" ", 1)[1].rsplit(" ", 1)[0])
+
+
+def wait_for_no_groups(address, auth, timeout_s=60):
+    """Waits until no placement group is left; returns the seconds that it took."""
+    began = time.monotonic()
+    while groups := created_groups(address, auth):
+        assert time.monotonic() - began < timeout_s, f"placement groups left after {timeout_s} s: {groups}"
+        time.sleep(1)
+    return time.monotonic() - began
+
+
+def running_pid(study_dir, epoch=1):
+    """Returns the process of some training that has got so far, or 0."""
+    for path in study_dir.glob("*/*/alive.json"):
+        with contextlib.suppress(OSError, ValueError):
+            metrics = path.with_name("metrics.jsonl")
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= epoch:
+                return int(json.loads(path.read_text())["pid"])
+    return 0
+
+
+def waiting_trial(worker_pid):
+    """Returns the process of the trial that waits for a Ray Train worker: one with the same parent, Ray's raylet."""
+    parent = parent_of(worker_pid)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::ImplicitFunc") and parent_of(path.parent.name) == parent:
+                return int(path.parent.name)
+    raise AssertionError("no trial waits")
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
+    """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
+
+    Returns:
+        ``(executor, seconds until the kill, trainings finished by then)`` of each kill.
+    """
+    kills, before = [], {}
+    for number in range(num_kills):
+        executor = ("inline", "ray-train")[number % 2]
+        process = driver(study_dir, base_dir, num_trials, executor)
+        delay_s = rng.uniform(1, 12 if executor == "inline" else 25)
+        time.sleep(delay_s)
+        kill_group(process)
+        if (study_dir / "study.journal").exists():
+            trials(study_dir)
+        now = results(study_dir)
+        assert {name for name, content in before.items() if now[name] != content} == set()
+        before = now
+        kills.append((executor, delay_s, len(now)))
+    for wanted in (num_trials, num_trials + 4):
+        code, output = finish(driver(study_dir, base_dir, wanted))
+        if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
+            code, output = finish(driver(study_dir, base_dir, wanted))
+        assert code == 0, output
+        check(study_dir, wanted, before)
+        before = results(study_dir)
+    return kills

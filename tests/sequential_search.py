@@ -1,0 +1,60 @@
+"""A search of stand-in trainings, one after the other, without Ray and torch: for the tests that kill it everywhere.
+
+``crash_host.py`` calls it as its program. It does what the search does: opens, adopts, and settles by the files.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import stand_in
+
+from carft_ray.errors import CarftError, DivergedError
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.space import apply
+from carft_ray.search.outcome import Failure, write_failure
+from carft_ray.search.study import open_study
+
+DIVERGES = 2  # number of the trial that does
+SEARCH = {"keep_checkpoints": 2, "sampler": {"name": "tpe", "startup_trials": 2}}
+
+
+def import_everything():
+    import optuna.samplers._tpe.sampler
+
+    assert optuna
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def call(argv):
+    """Searches in a folder: ``[STUDY_DIR, BASE_DIR, TRIALS]``; returns the exit code."""
+    study_dir, base_dir, num_trials = Path(argv[0]), Path(argv[1]), int(argv[2])
+    recipe = stand_in.make_recipe(num_trials, epochs=2, **SEARCH)
+    try:
+        with open_study(study_dir, recipe, base_dir) as study:
+            told = study.adopt()
+            prepared = study.study_dir / "prepared"
+            study.tell_zero_shot(stand_in.prepare(recipe, base_dir, prepared))
+            while (spec := study.next()) is not None:
+                attempt(study, spec, base_dir, prepared)
+                row = study.settle(spec)
+                assert row is not None
+                told.append(row)
+            print(*study.notes, sep="\n")
+            print("told", *[row.name for row in told])
+    except CarftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def attempt(study, spec, base_dir, prepared):
+    """One training, as a worker runs it."""
+    folder = spec.folder(study.study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        stand_in.train(apply(study.recipe, spec.values), base_dir, folder, prepared, RunContext(), spec.attempt)
+    except DivergedError as error:
+        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "Traceback ...")

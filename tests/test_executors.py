@@ -1,0 +1,74 @@
+"""The same training run in three ways: here, by one Ray Train worker, and by two of them. Real model, real images."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.launch.single import train_once
+from carft_ray.recipe.loading import load_recipe
+
+RECIPE = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
+OOD_VAL = "{painting: {source: sandbox, domain: painting, split: val, num_per_class: 4}}"
+SETTINGS = [
+    "train.epochs=1",
+    "data.train.num_per_class=16",
+    "data.id_val.num_per_class=40",  # 640 images
+    f"data.ood_val={OOD_VAL}",
+    "search.alpha.grid=[0, 0.5, 1]",
+    "resources.threads=1",
+]
+WAYS = {
+    "inline": ["resources.executor=inline"],
+    "one": ["resources.executor=ray-train"],
+    "two": ["resources.executor=ray-train", "resources.num_workers=2", "resources.cpus_per_worker=0.5"],
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def ignore(row):
+    del row
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder and result of the training, for each way to run it."""
+    folder, found = tmp_path_factory.mktemp("ways"), {}
+    for way, settings in WAYS.items():
+        recipe = load_recipe(RECIPE, SETTINGS + settings)
+        result, _ = train_once(recipe, RECIPE.parent, folder / way, False, "", str, ignore, ignore)
+        found[way] = (folder / way, result)
+    return found
+
+
+def numbers(result):
+    """All metrics of a result by name, those of each alpha among them."""
+    found = {f"at alpha/{name}": value for name, value in result["metrics"].items()}
+    found |= {f"fine_tuned/{name}": value for name, value in result["fine_tuned"].items()}
+    found |= {f"{row['alpha']}/{name}": value for row in result["curve"] for name, value in row.items()}
+    return found | {"objective": result["objective"], "alpha": result["alpha"], "moved": result["moved"]}
+
+
+def predictions(folder):
+    """Predicted classes of the fine-tuned model on id_val, by image."""
+    table = read_predictions(folder / "predictions" / "validation.parquet")
+    mine = table.filter(pc.and_(pc.equal(table["set"], "id_val"), pc.equal(table["alpha"], 1.0)))
+    return dict(zip(mine["sample_id"].to_pylist(), mine["prediction"].to_pylist(), strict=True))
+
+
+def test_inline_and_ray_train_with_one_worker_give_the_same_metrics(trained):
+    inline, one = numbers(trained["inline"][1]), numbers(trained["one"][1])
+    assert inline.keys() == one.keys()
+    assert {name: (inline[name], one[name]) for name in inline if abs(inline[name] - one[name]) > 1e-5} == {}
+
+
+def test_two_workers_predict_the_same_but_for_the_order_of_sums(trained):
+    one, two = predictions(trained["one"][0]), predictions(trained["two"][0])
+    assert one.keys() == two.keys()
+    assert len(one) == 640
+    assert np.mean([one[image] != two[image] for image in one]) <= 0.005
+    assert trained["one"][1]["moved"] > 0.001  # they have learnt
+    assert trained["two"][1]["moved"] == pytest.approx(trained["one"][1]["moved"], rel=1e-3)

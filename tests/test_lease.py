@@ -1,0 +1,138 @@
+"""The lease of a study: what another machine sees of a search, and when it may take the study over."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from stand_in import make_recipe
+
+from carft_ray.errors import StorageError
+from carft_ray.search import lease as module
+from carft_ray.search.folder import study_lock
+from carft_ray.search.lease import LEASE, STALE_AFTER_S
+from carft_ray.search.study import open_study, trials
+
+BASE = Path(__file__).parent
+
+
+def leave(study_dir, age_s=0.0, **changes):
+    """Writes the lease that a search leaves when it is killed: of this process, but for the changes."""
+    study_dir.mkdir(exist_ok=True)
+    path = study_dir / LEASE
+    path.write_text(json.dumps({**module._identity(), **changes}))
+    then = time.time() - age_s
+    os.utime(path, (then, then))
+    return path
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def test_a_lease_stands_while_a_study_is_held_and_not_after(study_dir):
+    with study_lock(study_dir) as held:
+        content = json.loads((study_dir / LEASE).read_text())
+        assert content["pid"] == os.getpid()
+        assert held.note == ""
+        assert not held.lost()
+    assert not (study_dir / LEASE).exists()
+
+
+def test_a_live_search_of_another_machine_is_left_alone(study_dir):
+    path = leave(study_dir, age_s=STALE_AFTER_S / 2, host="node7", boot="another", pid=12, since="noon")
+    before = path.read_text()
+    with (
+        pytest.raises(StorageError, match="is in use: two searches") as caught,
+        open_study(study_dir, make_recipe(), BASE),
+    ):
+        pass
+    assert caught.value.exit_code == 5
+    assert "process 12 on node7, since noon" in str(caught.value)
+    assert "If its machine is gone, the study is free 30 s from now." in str(caught.value)
+    assert path.read_text() == before
+
+
+def test_a_search_of_another_machine_without_a_heartbeat_is_taken_over_with_a_note(study_dir):
+    leave(study_dir, age_s=STALE_AFTER_S + 5, host="node7", boot="another", pid=12, since="noon")
+    with open_study(study_dir, make_recipe(1), BASE) as study:
+        assert study.notes == ["took over from process 12 on node7, since noon, which is gone"]
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(study_dir):
+    code = f"""
+        import os
+        from pathlib import Path
+        from carft_ray.search.folder import study_lock
+        with study_lock(Path({str(study_dir)!r})):
+            os._exit(1)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    with study_lock(study_dir) as held:
+        assert held.note.startswith("took over from process ")
+
+
+def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_dir):
+    leave(study_dir, pid=os.getppid(), process_started="long ago")
+    with study_lock(study_dir) as held:
+        assert "which is gone" in held.note
+
+
+def test_a_process_of_this_machine_that_lives_is_left_alone_even_without_a_lock(study_dir):
+    """As on a file system that knows no locks."""
+    pid = os.getppid()
+    leave(study_dir, age_s=1000, pid=pid, process_started=module._process_started(pid))
+    with pytest.raises(StorageError, match=f"process {pid} on "), study_lock(study_dir):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\0\0"])
+def test_a_damaged_lease_counts_by_its_age(study_dir, content):
+    path = leave(study_dir)
+    path.write_text(content)
+    with pytest.raises(StorageError, match="is in use"), study_lock(study_dir):
+        pass
+    os.utime(path, (0, 0))
+    with study_lock(study_dir):
+        pass
+
+
+def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_EVERY_S", 0.05)
+    with open_study(study_dir, make_recipe(1), BASE) as study:
+        study.adopt()
+        journal = (study_dir / "study.journal").stat()
+        for _ in range(3):
+            os.utime(study_dir / LEASE, (0, 0))
+            wait_until(lambda: time.time() - (study_dir / LEASE).stat().st_mtime < 10)
+        after = (study_dir / "study.journal").stat()
+        assert (journal.st_mtime_ns, journal.st_size) == (after.st_mtime_ns, after.st_size)
+    assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
+
+
+def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
+    with open_study(study_dir, make_recipe(3), BASE) as study:
+        study.adopt()
+        study.next()
+        assert not study.taken_over
+        path = leave(study_dir, host="node7", boot="another", pid=12)
+        journal = (study_dir / "study.journal").read_bytes()
+        with pytest.raises(StorageError, match=r"was taken over by another search .* process 12 on node7"):
+            study.next()
+        assert study.taken_over
+        assert (study_dir / "study.journal").read_bytes() == journal
+    assert path.exists()  # it is the other's
+    assert trials(study_dir) == []
+
+
+def wait_until(condition, timeout_s=5):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,151 @@
+"""A search that is killed at every durable operation and goes on: nothing lost, nothing doubled, the same values.
+
+Without Ray, in forks of one process (``crash_host.py``); what is trained is a stand-in.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import stand_in
+from sequential_search import DIVERGES, SEARCH
+
+from carft_ray.search.study import baselines, best_row, trials
+
+HERE = Path(__file__).parent
+NUM_TRIALS = 4
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searches")
+    (folder / "modes.json").write_text(json.dumps({"seconds": 0, str(DIVERGES): "diverge"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(folder):
+    """Gives a function that runs jobs and returns for each name its study and its answers."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "sequential_search"]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+
+        def run(jobs):
+            process.stdin.write(json.dumps(jobs) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            places = {job["name"]: folder / job["name"] for job in jobs}
+            answers = {name: json.loads((place / "answers.json").read_text()) for name, place in places.items()}
+            return {name: (places[name] / "study", answers[name]) for name in places}
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def search(folder):
+    return ["study", str(folder), str(NUM_TRIALS)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, host, search):
+    """The study, and the durable operations, of a search that nothing disturbs."""
+    kinds = folder / "kinds.json"
+    study_dir, [answer] = host([{"name": "undisturbed", "commands": [{"argv": search, "count_to": str(kinds)}]}])[
+        "undisturbed"
+    ]
+    assert answer["code"] == 0, answer["log"]
+    return study_dir, json.loads(kinds.read_text())
+
+
+def moments(kinds, number):
+    """Returns when to kill at an operation; a flush of what was appended or renamed leaves what is there already."""
+    if kinds[number - 1] == "append":
+        return ("torn", "after")
+    return () if kinds[number - 1] == "fsync" and kinds[number - 2] in ("append", "replace") else ("after",)
+
+
+@pytest.fixture(scope="module")
+def killed(host, search, undisturbed):
+    """Searches killed within or after every durable operation, each then run to its end; some killed twice."""
+    _, kinds = undisturbed
+    jobs = []
+    for number, kind in enumerate(kinds, start=1):
+        for moment in moments(kinds, number):
+            commands = [{"argv": search, "kill": (number, moment)}, {"argv": search}]
+            jobs.append({"name": f"{number:03d}-{kind}-{moment}", "commands": commands})
+    for number in range(1, len(kinds), len(kinds) // 12):
+        again = {"argv": search, "kill": (3 + number * 7 % 17, "after")}
+        commands = [{"argv": search, "kill": (number, "after")}, again, {"argv": search}]
+        jobs.append({"name": f"{number:03d}-twice", "commands": commands})
+    return host(jobs)
+
+
+def told(study_dir):
+    """All that a search has told about its trials and baselines, without times and attempts."""
+    rows = trials(study_dir) + baselines(study_dir)
+    return [(row.kind, row.name, row.values, row.outcome, row.reason, row.objective, row.metrics) for row in rows]
+
+
+def results(study_dir):
+    return {path.parent.name: json.loads(path.read_text()) for path in study_dir.glob("*/*/result.json")}
+
+
+def weights(study_dir):
+    return {path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors")}
+
+
+def files(study_dir):
+    """Names of all that a search leaves, but for what tells of a repair."""
+    return {str(path.relative_to(study_dir)) for path in study_dir.rglob("*")} - {"study.journal.torn"}
+
+
+def test_the_undisturbed_search_is_what_the_others_are_compared_with(undisturbed):
+    study_dir, kinds = undisturbed
+    assert Counter(row.outcome for row in trials(study_dir)) == {"complete": NUM_TRIALS - 1, "diverged": 1}
+    assert {row.name for row in baselines(study_dir)} == {"zero_shot", "plain"}
+    assert min(Counter(kinds)[kind] for kind in ("append", "fsync", "rename", "replace")) > 10
+    assert stand_in.make_recipe(**SEARCH).search.keep_checkpoints == 2
+    complete = sorted((row for row in trials(study_dir) if row.objective), key=lambda row: -row.objective)
+    assert weights(study_dir) == {"plain", complete[0].name, complete[1].name}
+
+
+def test_every_kill_struck_and_every_search_then_ended(undisturbed, killed):
+    codes = {name: [answer["code"] for answer in answers] for name, (_, answers) in killed.items()}
+    assert len(codes) > 0.9 * len(undisturbed[1])
+    assert {name: found for name, found in codes.items() if found[0] != -signal.SIGKILL or found[-1]} == {}
+    assert sum(found[1] == -signal.SIGKILL for name, found in codes.items() if "twice" in name) > 3
+    logs = [answer["log"] for _, answers in killed.values() for answer in answers]
+    assert [log for log in logs if "Traceback (" in log or "arning" in log] == []
+
+
+def test_a_killed_search_ends_with_the_very_trials_of_the_undisturbed_one(undisturbed, killed):
+    expected = told(undisturbed[0])
+    assert {name: told(study) for name, (study, _) in killed.items() if told(study) != expected} == {}
+    different = {name for name, (study, _) in killed.items() if results(study) != results(undisturbed[0])}
+    assert different == set()
+
+
+def test_the_best_weights_stay_and_no_others_and_no_remains(undisturbed, killed):
+    study_dir, _ = undisturbed
+    kept = weights(study_dir)
+    assert best_row(trials(study_dir)).name in kept
+    assert {name: weights(study) for name, (study, _) in killed.items() if weights(study) != kept} == {}
+    left = {name: files(study) ^ files(study_dir) for name, (study, _) in killed.items()}
+    assert {name: found for name, found in left.items() if found} == {}
+
+
+def test_what_was_finished_is_told_and_not_run_again(undisturbed, killed):
+    """A second attempt begins only when the first one had no result; so at most one training has two."""
+    for name, (study, answers) in killed.items():
+        rows = trials(study) + baselines(study)
+        again = [row.name for row in rows if row.attempt > 1]
+        assert len(again) < len(answers), name
