@@ -95,7 +95,8 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
     alphas = recipe.search.alpha.grid
     curves = np.array([[_at(row["curve"], alpha) for alpha in alphas] for row in rows])
     points = _unit(rows)
-    fold = np.arange(len(rows)) % FOLDS
+    identity = [tuple(row[name] for name in SPACE) for row in rows]
+    fold = np.array([identity.index(values) for values in identity]) % FOLDS  # repeated points stay together
     predicted = np.empty_like(curves)
     for k in range(FOLDS):
         predicted[fold == k] = _spline(points[fold != k], curves[fold != k])(points[fold == k])
@@ -105,8 +106,8 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         for both in (predicted, curves)
     )
     repeats: dict[tuple[float, ...], list[float]] = {}
-    for row in rows:
-        repeats.setdefault(tuple(row[name] for name in SPACE), []).append(row["objective"])
+    for values, row in zip(identity, rows, strict=True):
+        repeats.setdefault(values, []).append(row["objective"])
     variances = [np.var(values, ddof=1) for values in repeats.values() if len(values) > 1]
     return Landscape(
         alphas=alphas,

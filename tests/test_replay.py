@@ -1,0 +1,85 @@
+"""``benchmarks.replay`` on a made-up table whose best training is known."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import replay, table
+from carft_ray.recipe.loading import load_recipe
+
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def height(values):
+    """Best at learning rate 1e-3 and a small KL weight."""
+    return 0.05 - 0.05 * math.log10(values["learning_rate"] / 1e-3) ** 2 - 0.01 * math.log10(values["kl_weight"])
+
+
+def objective(values, alpha):
+    return 0.6 + height(values) * 4 * alpha * (1 - alpha)
+
+
+@pytest.fixture(scope="module")
+def table_path(tmp_path_factory):
+    points = [{**values, "seed": 0} for values in table.design(60)]
+    points += [{**points[0], "seed": seed} for seed in (1, 2)]
+    rows = []
+    for values in points:
+        curve = [{"alpha": alpha, "objective": objective(values, alpha)} for alpha in ALPHAS]
+        best = objective(values, 0.5) + 0.001 * values["seed"]
+        rows.append({**values, "diverged": False, "objective": best, "curve": curve})
+    rows.append({**points[1], "diverged": True, "objective": None, "curve": None})
+    path = tmp_path_factory.mktemp("table") / "table.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(replay.RECIPE, ["search.trials=12"])
+
+
+@pytest.fixture(scope="module")
+def landscape(table_path, recipe):
+    return replay.read_landscape(table_path, recipe)
+
+
+def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
+    values = {"learning_rate": 7e-4, "kl_weight": 2.0, "weight_decay": 0.05, "epochs": 9, "crop_scale": 0.8}
+    expected = [objective(values, alpha) for alpha in ALPHAS]
+    assert np.abs(landscape.curve(values) - expected).max() < 0.005
+    assert landscape.cv_correlation > 0.8
+    assert landscape.seed_sd == pytest.approx(0.001)
+
+
+def test_alpha_is_that_of_the_curve_or_the_one_drawn(landscape):
+    values = {"learning_rate": 1e-3, "kl_weight": 1.0}
+    assert landscape.objective(values, 0.1) == pytest.approx(objective({**values}, 0.5), abs=0.005)
+    drawn = landscape.objective({**values, "alpha": 0.9}, 0.1)
+    assert drawn == pytest.approx(objective(values, 0.9), abs=0.005)
+
+
+def test_a_replayed_search_is_a_search_of_the_product(landscape, recipe):
+    rows = replay.search(recipe, lambda values, rng: landscape.objective(values, 0.1), seed=3)
+    assert [row.outcome for row in rows] == ["complete"] * 12
+    assert rows[0].values != replay.search(recipe, lambda values, rng: 0.5, seed=4)[0].values
+    best = replay.found(landscape, recipe, num_seeds=2)
+    assert best.shape == (2,)
+    assert (best > 0.6).all()  # zero-shot
+
+
+def test_what_diverges_is_avoided_better_than_when_told_as_fail(landscape):
+    space = {"learning_rate": "{low: 1e-4, high: 1e-2, log: true}"}
+    recipe = load_recipe(
+        replay.RECIPE, ["search.trials=24", *(f"search.space.{name}={value}" for name, value in space.items())]
+    )
+    ours, fail = replay.infeasible_shares(landscape, recipe, num_seeds=3)
+    assert ours.mean() < fail.mean()
+
+
+def test_without_a_table_the_command_that_makes_it_is_named(tmp_path, capsys):
+    assert replay.main(["--table", str(tmp_path / "none.parquet")]) == 5
+    assert "python -m benchmarks.table" in capsys.readouterr().err
