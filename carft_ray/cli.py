@@ -461,7 +461,7 @@ def sandbox_build(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Pre-train the tiny CLIP again from nothing (several minutes on two cores)."""
+    """Pre-train the tiny CLIP again from nothing (about ten minutes on an idle core)."""
     from carft_ray import console
     from carft_ray.learning.pretrain import NUM_STEPS, pretrain
 

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import effect, startup
+from benchmarks import effect, overhead, startup
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -243,7 +245,7 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
     assert "benchmarks.effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [effect.main, startup.main])
+@pytest.mark.parametrize("main", [effect.main, overhead.main, startup.main])
 def test_help_says_what_it_is(main, capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -282,3 +284,14 @@ def test_startup_tells_when_the_product_is_not_installed(monkeypatch, capsys, tm
     monkeypatch.setattr(startup.sysconfig, "get_path", lambda name: str(tmp_path))
     assert startup.main([]) == 2
     assert "pip install -e ." in capsys.readouterr().err
+
+
+def test_memory_of_a_process_counts_its_children():
+    code = "import subprocess, sys; blob = b'x' * 60_000_000; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    child = "blob = b'x' * 60_000_000; print('ready', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        assert 120 < overhead.memory_mb(process.pid) < 200
+        process.communicate(b"\n")
