@@ -51,10 +51,9 @@ def test_a_training_whose_process_is_killed_gets_another_attempt_and_leaves_no_p
     searches.wait_for_no_groups(*cluster)
 
 
-@pytest.mark.parametrize("executor", ["inline", "ray-train"])
-def test_a_killed_driver_leaves_no_placement_group_and_its_study_is_finished(tmp_path, base_dir, cluster, executor):
+def test_a_killed_driver_leaves_no_placement_group_and_its_study_is_finished(tmp_path, base_dir, cluster):
     study_dir = tmp_path / "study"
-    process = searches.driver(study_dir, base_dir, 2, executor, *cluster)
+    process = searches.driver(study_dir, base_dir, 2, "ray-train", *cluster)
     searches.wait_until(lambda: searches.running_pid(study_dir), "a training runs")
     before = searches.results(study_dir)
     process.kill()
