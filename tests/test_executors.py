@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import ray
 
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.single import train_once
@@ -39,7 +40,11 @@ def trained(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("ways"), {}
     for way, settings in WAYS.items():
         recipe = load_recipe(RECIPE, SETTINGS + settings)
-        result, _ = train_once(recipe, RECIPE.parent, folder / way, False, "", str, ignore, ignore)
+        epochs = []
+        result, _ = train_once(recipe, RECIPE.parent, folder / way, False, "", str, ignore, epochs.append)
+        assert [row["epoch"] for row in epochs] == [1]
+        assert not (folder / way / "_tune").exists()
+        assert not ray.is_initialized()
         found[way] = (folder / way, result)
     return found
 

@@ -32,8 +32,8 @@ def cluster():
 def test_a_study_killed_at_random_moments_is_finished_and_extended(tmp_path, base_dir):
     seed = secrets.randbelow(10**6)
     print("seed", seed)
-    kills = searches.kill_at_random(tmp_path / "study", base_dir, 2, 3, random.Random(seed))
-    assert len(kills) == 3
+    kills = searches.kill_at_random(tmp_path / "study", base_dir, 2, 2, random.Random(seed))
+    assert len(kills) == 2
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray-train"])
@@ -48,21 +48,6 @@ def test_a_training_whose_process_is_killed_gets_another_attempt_and_leaves_no_p
     searches.check(study_dir, 1)
     assert sorted(row.attempt for row in trials(study_dir) + baselines(study_dir)) == [1, 1, 2]
     assert output.count("gets another attempt") == 1
-    searches.wait_for_no_groups(*cluster)
-
-
-def test_a_killed_driver_leaves_no_placement_group_and_its_study_is_finished(tmp_path, base_dir, cluster):
-    study_dir = tmp_path / "study"
-    process = searches.driver(study_dir, base_dir, 2, "ray-train", *cluster)
-    searches.wait_until(lambda: searches.running_pid(study_dir), "a training runs")
-    before = searches.results(study_dir)
-    process.kill()
-    process.communicate()
-    searches.wait_for_no_groups(*cluster)
-    code, output = searches.finish(searches.driver(study_dir, base_dir, 2, "inline", *cluster))
-    assert code == 0, output
-    assert "Note took over from process" in output
-    searches.check(study_dir, 2, before)
     searches.wait_for_no_groups(*cluster)
 
 

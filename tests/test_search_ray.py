@@ -25,8 +25,6 @@ from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
-from carft_ray.launch.train import train_with_ray
-from carft_ray.search.folder import claim
 from carft_ray.search.outcome import Failure, write_failure
 from carft_ray.search.study import open_study, trials
 
@@ -159,20 +157,6 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group(tmp_
     good, bad = result.trials
     assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
     assert (bad.outcome, bad.reason) == ("diverged", "loss not finite at step 3")
-
-
-@pytest.mark.slow
-def test_train_with_ray_returns_the_result_of_its_workers(tmp_path, base_dir):
-    recipe = stand_in.make_recipe(resources={"num_workers": 2, "cpus_per_worker": 0.5})
-    out_dir = tmp_path / "out"
-    out_dir.mkdir()
-    claim(out_dir, recipe, base_dir)
-    epochs = []
-    result = train_with_ray(recipe, base_dir, out_dir, None, "", epochs.append, RUNNER)
-    assert result["metrics"]["ranks"] == 3
-    assert [row["epoch"] for row in epochs] == [1, 2]
-    assert not (out_dir / "_tune").exists()
-    assert not ray.is_initialized()
 
 
 @pytest.mark.slow
