@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from scipy import stats
 from scipy.interpolate import RBFInterpolator
 
+from benchmarks.effect import space_of
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray import console, files
 from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
@@ -163,7 +164,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
 
 def searched_with_fail(recipe: Recipe, told: Told, seed: int) -> list[dict[str, Any]]:
     """Runs the same search in plain Optuna, where a divergence is told as FAIL; returns the values of the trials."""
-    rng, space = np.random.default_rng(seed), floats(recipe)
+    rng, space = np.random.default_rng(seed), space_of(recipe)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, recipe.search.trials // 4))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for _ in range(recipe.search.trials):
@@ -175,11 +176,6 @@ def searched_with_fail(recipe: Recipe, told: Told, seed: int) -> list[dict[str, 
         else:
             study.tell(trial, objective)
     return [dict(trial.params) for trial in study.get_trials(deepcopy=False)]
-
-
-def floats(recipe: Recipe) -> dict[str, FloatParameter]:
-    """Returns the recipe's space, which these benchmarks expect to hold floats alone."""
-    return {name: part for name, part in recipe.search.space.items() if isinstance(part, FloatParameter)}
 
 
 def found(landscape: Landscape, recipe: Recipe, num_seeds: int) -> FloatArray:

@@ -37,7 +37,7 @@ from carft_ray.data.arrays import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
-from carft_ray.evaluation.evaluate import predict_all
+from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
@@ -45,7 +45,6 @@ from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, build_classifier
-from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 
@@ -248,8 +247,8 @@ def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[
     zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
     tests, tables = _test_sets(recipe, bench.base_dir, materials), []
     for alpha in alphas:
-        classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
-        tables.append(predict_all(classifier, tests, alpha, recipe.evaluate.batch_size, RunContext()))
+        batch_size = recipe.evaluate.batch_size
+        tables.append(predict_mixed(classifier, zero_shot, fine_tuned, alpha, tests, batch_size, RunContext()))
     return concat(tables)
 
 

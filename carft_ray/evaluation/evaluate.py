@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
 from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.mixing import mix_weights
 
 Metrics = dict[str, float]
 
@@ -57,6 +59,20 @@ def predict_all(
 ) -> pa.Table:
     """Returns the predictions for several sets in one table."""
     return concat([predict(classifier, image_set, alpha, batch_size, context) for image_set in sets])
+
+
+def predict_mixed(
+    classifier: ImageClassifier,
+    zero_shot: Mapping[str, Tensor],
+    fine_tuned: Mapping[str, Tensor],
+    alpha: float,
+    sets: Sequence[ImageSet],
+    batch_size: int,
+    context: RunContext,
+) -> pa.Table:
+    """Returns the predictions of two states mixed at ``alpha``, which stay in the classifier; see ``predict_all``."""
+    classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
+    return predict_all(classifier, sets, alpha, batch_size, context)
 
 
 def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:

@@ -24,7 +24,7 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
-from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
+from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
@@ -35,7 +35,6 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
-from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
@@ -169,8 +168,8 @@ def run_training(
     zero_shot = classifier.state()
 
     def at(alpha: float) -> pa.Table:
-        classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
-        return predict_all(classifier, materials.validation, alpha, recipe.evaluate.batch_size, context)
+        sets, batch_size = materials.validation, recipe.evaluate.batch_size
+        return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context)
 
     table, choice, curve = _choose(recipe, spec, read_predictions(prepared_dir / "zero_shot.parquet"), at)
     if context.rank == 0:
@@ -220,8 +219,7 @@ def _train(
         zero_shot, now = mixed.state(), classifier.state()
         looks: list[Metrics] = []
         for alpha in alphas:
-            mixed.load_state_dict(mix_weights(zero_shot, now, alpha))
-            table = predict_all(mixed, small, alpha, recipe.evaluate.batch_size, context)
+            table = predict_mixed(mixed, zero_shot, now, alpha, small, recipe.evaluate.batch_size, context)
             looks.append({"alpha": alpha, **metrics_at(table, spec, alpha)})
         best = max(looks, key=lambda look: look["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}

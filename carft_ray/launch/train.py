@@ -20,11 +20,10 @@ from carft_ray.launch.executors import (
     run_prepare,
 )
 from carft_ray.launch.search import RAY_LOG
-from carft_ray.launch.searcher import METRICS
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import ERROR, TrialSpec, failure_error, read_failure, read_result
+from carft_ray.search.outcome import ERROR, METRICS, TrialSpec, failure_error, read_failure, read_result
 
 LOOK_EVERY_S = 0.5
 

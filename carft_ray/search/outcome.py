@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 RESULT = "result.json"
 ERROR = "error.json"
 LOG = "log.txt"
+METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
 ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
