@@ -95,7 +95,7 @@ def _bits(training: Finished, alpha: float, sets: Sequence[str]) -> bytes:
 
 def run(out: Path, table_path: Path, num_points: int, processes: int) -> None:
     """Runs what is missing and writes the table."""
-    recipe = load_recipe(RECIPE, ["evaluate.every_epochs=2"])
+    recipe = load_recipe(RECIPE, ["evaluate.every_epochs=1", "evaluate.subset=200"])
     bench = open_bench(recipe, RECIPE.parent, out)
     points = list(enumerate(design(num_points)))
     points += [(index, {**values, "seed": seed}) for index, values in points[:NUM_REPEATED] for seed in REPEAT_SEEDS]
