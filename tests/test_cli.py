@@ -13,6 +13,7 @@ import typer.main
 from PIL import Image
 
 from carft_ray import cli
+from carft_ray.cli import common
 from carft_ray.recipe.loading import load_recipe
 
 
@@ -476,7 +477,7 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     def broken():
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(common, "app", broken)
     code, out, err = run("validate", "recipe.yaml")
     assert (code, out) == (1, "")
     assert err == (

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "carft_ray"
 # a layer may import those that stand after it
 LAYERS = ("cli", "results", "launch", "search", "evaluation", "learning", "data", "recipe", "base")
 SIDE_BY_SIDE = ("search", "evaluation")  # neither imports the other
-TOP_FILES = {"cli": "cli", "console": "cli", "progress": "cli", "errors": "base", "files": "base", "__init__": "base"}
+TOP_FILES = {"console": "cli", "progress": "cli", "errors": "base", "files": "base", "__init__": "base"}
 DOORWAYS = {
     "open_clip": ("learning",),
     "optuna": ("search",),

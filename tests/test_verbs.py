@@ -19,6 +19,7 @@ import typer.main
 from stand_in import make_recipe
 
 from carft_ray import cli
+from carft_ray.cli import search as search_commands
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
 from carft_ray.search.folder import claim, study_lock
@@ -437,7 +438,7 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     path = here / "first" / "resolved.yaml"
     path.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", path.read_text(), count=1))  # as many as images
     asked = []
-    monkeypatch.setattr(cli, "_search", lambda *given: asked.append(given))
+    monkeypatch.setattr(search_commands, "_search", lambda *given: asked.append(given))
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == 0
     [(recipe, base_dir, study, address, json_)] = asked

@@ -1,0 +1,111 @@
+"""The app, what all commands share, and the one place where an error ends as a message and an exit code."""
+
+import logging
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for "
+    "accuracy in-distribution and out-of-distribution together.\n\n"
+    "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
+)
+sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
+app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ExecutorOption = Annotated[
+    str | None, typer.Option("--executor", help="inline, ray-train or auto; over the recipe's resources.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--num-workers", min=1, help="Workers of one training; over the recipe's resources.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Address of a running Ray cluster; without it a Ray of its own.")
+]
+AlphaOption = Annotated[
+    float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
+]
+TrialOption = Annotated[str | None, typer.Option("--trial", help="Name of a trial of the study; without it the best.")]
+
+
+class _Warnings(logging.Handler):
+    """Shows the warnings that the library logs as those of the commands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from carft_ray import console
+
+        console.warn(self.format(record))
+
+
+def main() -> None:
+    """Runs the command line; whatever goes wrong ends with one message and its exit code."""
+    logger = logging.getLogger("carft_ray")
+    logger.addHandler(handler := _Warnings(logging.WARNING))
+    try:
+        app()
+    except Exception as error:  # the outermost boundary: nothing is swallowed, everything ends the process
+        from carft_ray import console
+
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if not isinstance(error, CarftError):
+            rule, value = "this is a fault of carft-ray, please report it", f"{type(error).__name__}: {error}"
+            error = CarftError(Problem("", rule, value, next_step="Run it again with --debug to see where."))
+        console.show_error(error)
+        sys.exit(error.exit_code)
+    finally:
+        logger.removeHandler(handler)
+
+
+def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:
+    """Loads and checks a recipe as far as that needs no torch; warnings go to standard error."""
+    from carft_ray import console
+    from carft_ray.data.sets import check_roles, check_sets
+    from carft_ray.learning.catalog import check_model
+    from carft_ray.recipe.advice import warnings
+    from carft_ray.recipe.loading import load_recipe
+
+    chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
+    asked = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
+    recipe = load_recipe(path, asked)
+    base_dir = path.absolute().parent
+    if problems := check_model(recipe.model, base_dir):
+        raise RecipeError(problems)
+    if problems := check_roles(recipe, base_dir):
+        raise HoldOutError(problems)
+    if problems := check_sets(recipe, base_dir):
+        raise DataError(problems)
+    for text in warnings(recipe):
+        console.warn(text)
+    return recipe
+
+
+def quoted(
+    recipe: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
+) -> str:
+    words = [str(recipe)]
+    for override in overrides or ():
+        words += ["--set", override]
+    if executor is not None:
+        words += ["--executor", executor]
+    if num_workers is not None:
+        words += ["--num-workers", str(num_workers)]
+    return shlex.join(words)

@@ -1,0 +1,134 @@
+"""Reading a study: nothing is locked, nothing is written."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.errors import Problem, UsageError, nearest
+
+PANEL = "Reading a study"  # of the help
+
+
+@app.command(epilog="Example:  carft-ray status studies/quickstart", rich_help_panel=PANEL)
+def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption = False) -> None:
+    """How far a study is: counts, the best trial, what runs. Nothing is locked or written."""
+    from carft_ray import console
+    from carft_ray.results import overview
+
+    view = overview.read_study(study)
+    answer = overview.status(view)
+    if json_:
+        console.print_json(answer)
+        return
+    finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
+    console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
+    console.out.print(console.count_table(answer["trials"]))
+    rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
+    shown = {row["name"] for row in rows}
+    rows += [row for row in answer["running"] if row["name"] not in shown]
+    if rows:
+        console.out.print()
+        console.out.print(console.trial_table(rows))
+    if view.holder is None:
+        console.say("\nNo search runs on it.")
+        more = f"carft-ray resume {folder}"
+        if finished >= wanted:
+            more += f" --trials +{max(4, wanted // 2)}"
+        steps = [more, f"carft-ray ls {folder}"]
+        if answer["best"]:
+            steps.append(f"carft-ray export {folder} --to exports/{answer['name']}")
+        console.next_step(*steps)
+        return
+    asked = "; it was asked to stop" if view.stopping else ""
+    console.say(f"\nA search runs on it: {view.holder}{asked}.")
+    running = [f"carft-ray logs {folder} {row['name']} --follow" for row in answer["running"][:1]]
+    console.next_step(*running, f"carft-ray stop {folder}")
+
+
+@app.command(
+    "ls", epilog="Example:  carft-ray ls studies/quickstart --sort objective --limit 10", rich_help_panel=PANEL
+)
+def list_(
+    folder: Annotated[Path, typer.Argument(help="A study, or a folder with studies in it.", show_default=False)],
+    sort: Annotated[
+        str, typer.Option("--sort", metavar="objective|number", help="Best first, or in the order of the search.")
+    ] = "objective",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many trials.")] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
+    from carft_ray import console
+    from carft_ray.results import overview
+
+    orders = ("objective", "number")
+    if sort not in orders:
+        raise UsageError(Problem("--sort", "must be an order", repr(sort), orders, nearest(sort, orders)))
+    quoted = shlex.quote(str(folder))
+    if not overview.is_study(folder):
+        studies = overview.list_studies(folder)
+        if json_:
+            console.print_json({"folder": str(folder), "studies": studies})
+            return
+        console.out.print(console.study_table(studies))
+        console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
+        return
+    view = overview.read_study(folder)
+    answer = overview.listing(view, by_objective=sort == "objective", limit=limit)
+    if json_:
+        console.print_json(answer)
+        return
+    rows = [*answer["baselines"], *answer["trials"]]
+    if rows:
+        console.out.print(console.trial_table(rows))
+    left_out = answer["num_trials"] - len(answer["trials"])
+    if left_out:
+        console.say(f"{left_out} more trials; without --limit all are shown.")
+    if not answer["num_trials"]:
+        console.say("No trial has begun yet.")
+    named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []
+    console.next_step(f"carft-ray status {quoted}", *named)
+
+
+@app.command(epilog="Example:  carft-ray logs studies/quickstart 7 --follow", rich_help_panel=PANEL)
+def logs(
+    study: StudyArgument,
+    trial: Annotated[
+        str, typer.Argument(help="Number or name of a trial (7, t0007), or name of a baseline.", show_default=False)
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing until the training or its search ends.")
+    ] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
+    from carft_ray import console
+    from carft_ray.results import logs, overview
+    from carft_ray.search.study import ZERO_SHOT
+
+    if follow and json_:
+        raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
+    view = overview.read_study(study)
+    row, path = logs.find_log(view, trial)
+    lines = logs.read_log(path)
+    if follow and view.holder is not None and row.outcome == "running":
+        try:
+            for line in logs.follow_log(path, view.study_dir):
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            console.say("The search goes on.")
+    elif json_:
+        console.print_json(lines or [])
+    elif lines is None:
+        why = "the zero-shot model is not trained" if row.name == ZERO_SHOT else f"it is {view.state(row)}"
+        console.say(f"{row.name} has no log: {why}.")
+    else:
+        sys.stdout.write("".join(line + "\n" for line in lines))
+    if not json_:
+        console.next_step(f"carft-ray status {shlex.quote(str(study))}")

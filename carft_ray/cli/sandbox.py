@@ -1,0 +1,59 @@
+"""The built-in images and tiny CLIP."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carft_ray.cli.common import DebugOption, JsonOption, sandbox_app
+
+
+@sandbox_app.command("build", epilog="Example:  carft-ray sandbox build --to /tmp/tiny-clip")
+def sandbox_build(
+    to: Annotated[Path, typer.Option("--to", help="Folder of the model; must be new or empty.")],
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Pre-training steps; fewer make a weaker model.")
+    ] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Pre-train the tiny CLIP again from nothing (about ten minutes on an idle core)."""
+    from carft_ray import console
+    from carft_ray.learning.pretrain import NUM_STEPS, pretrain
+
+    num_steps = steps or NUM_STEPS
+
+    def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        what = "step" if metrics else "picture"
+        if not json_ and (done == total or done % (50 if metrics else 5000) == 0):
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            console.say(f"{what} {done}/{total}  {numbers}")
+
+    pretrain(to, num_steps, progress=progress)
+    if json_:
+        console.print_json({"folder": str(to), "steps": num_steps})
+        return
+    console.next_step(
+        f"carft-ray train search_spaces/quickstart.yaml --set model.name=local-dir:{to.absolute()} --out runs/own"
+    )
+
+
+@sandbox_app.command("images", epilog="Example:  carft-ray sandbox images --to sandbox_png")
+def sandbox_images(
+    to: Annotated[Path, typer.Option("--to", help="Folder of the images; must be new or empty.")],
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
+    from carft_ray import console
+    from carft_ray.data.sandbox import export_images
+
+    with console.counting("images") as progress:
+        export_images(to, progress)
+    if json_:
+        console.print_json({"folder": str(to)})
+        return
+    console.say(f"Wrote {to}: domain/class/number.png.")
+    own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"
+    console.next_step(f"carft-ray search search_spaces/folders.yaml --study studies/folders{own}")

@@ -1,0 +1,144 @@
+"""A search: begin, go on, stop."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from carft_ray.cli.common import (
+    AddressOption,
+    DebugOption,
+    ExecutorOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    StudyArgument,
+    WorkersOption,
+    app,
+    load,
+)
+from carft_ray.errors import InterruptedRunError, Problem, RecipeError
+
+PANEL = "A search"  # of the help
+
+
+@app.command(
+    epilog="Example:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart", rich_help_panel=PANEL
+)
+def search(
+    recipe: RecipeArgument,
+    study: Annotated[Path, typer.Option("--study", help="Study directory; an existing study goes on.")],
+    set_: SetOption = None,
+    executor: ExecutorOption = None,
+    num_workers: WorkersOption = None,
+    address: AddressOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search for the best hyperparameters; run again, it goes on where it was."""
+    value = load(recipe, set_, executor, num_workers)
+    _search(value, recipe.absolute().parent, study, address, json_)
+
+
+@app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
+def resume(
+    study: StudyArgument,
+    trials: Annotated[
+        str | None, typer.Option("--trials", metavar="N|+N", help="Trials in all, or with a plus how many more.")
+    ] = None,
+    executor: ExecutorOption = None,
+    num_workers: WorkersOption = None,
+    address: AddressOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml."""
+    from carft_ray.results import overview
+
+    study_dir = overview.require_study(study)
+    overrides = []
+    if trials is not None:
+        overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
+    recipe = overview.resolved_recipe(study_dir)
+    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, json_)
+
+
+def _search(value: Any, base_dir: Path, study: Path, address: str | None, json_: bool) -> None:
+    """What `search` and `resume` do once they have a recipe."""
+    from carft_ray import console
+    from carft_ray.recipe.advice import check_searchable
+
+    if problems := check_searchable(value):
+        raise RecipeError(problems)
+    from carft_ray.launch.search import run_search
+    from carft_ray.progress import search_shown
+    from carft_ray.results.summary import study_summary, write_best, write_figure
+
+    with search_shown(not json_, study, value.train.epochs) as on_event:
+        result = run_search(value, base_dir, study, address, on_event)
+    best_path, figure_path = write_best(value, base_dir, result), write_figure(value, result)
+    summary = study_summary(value, result)
+    if json_:
+        console.print_json(summary)
+        return
+    if not result.num_new:
+        console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
+    console.out.print(console.trial_table(summary["rows"]))
+    console.say("\n" + "\n".join(summary["lines"]))
+    console.say(f"Results: {result.study_dir}; figure: {figure_path}")
+    folder = shlex.quote(str(study))
+    console.next_step(
+        f"carft-ray train {shlex.quote(str(best_path))} --out runs/{value.name}-best",
+        f"carft-ray export {folder} --to exports/{value.name}",
+        f"carft-ray resume {folder} --trials +{max(4, value.search.trials // 2)}",
+        f"tensorboard --logdir {folder}",
+    )
+
+
+@app.command(epilog="Example:  carft-ray stop studies/quickstart", rich_help_panel=PANEL)
+def stop(
+    study: Annotated[Path, typer.Argument(help="Folder of a study, or of a training.", show_default=False)],
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a running search to write its checkpoints and end, as its own Ctrl-C does; then it can be resumed."""
+    from carft_ray import console
+    from carft_ray.launch.stop import ask_to_stop, wait_until_free
+    from carft_ray.results import overview
+
+    folder = shlex.quote(str(study))
+    study_dir = overview.require_claimed(study)
+    found = ask_to_stop(study_dir)
+    answer = {"study": str(study_dir), "asked": found, "ended": found is None}
+    try:
+        if found is not None and not no_wait:
+            if not json_:
+                console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
+            wait_until_free(study_dir)
+            answer["ended"] = True
+    except KeyboardInterrupt:
+        step = f"See: carft-ray status {folder}"
+        raise InterruptedRunError(Problem("", "no longer waiting; it stops by itself", next_step=step)) from None
+    if not overview.is_study(study_dir):  # a training of `train`
+        if json_:
+            console.print_json(answer)
+        elif found is None:
+            console.say(f"Nothing to stop: nothing runs on {study}.")
+        else:
+            console.say("The training has ended." if answer["ended"] else "Asked to stop.")
+        return
+    view = overview.read_study(study_dir)
+    finished, wanted = view.num_finished, view.recipe.search.trials
+    if json_:
+        console.print_json({**answer, "finished": finished, "wanted": wanted})
+        return
+    so_far = f"{finished} of {wanted} trials are finished"
+    if found is None:
+        console.say(f"Nothing to stop: no search runs on {study}; {so_far}.")
+    else:
+        console.say(f"The search has ended; {so_far}." if answer["ended"] else f"Asked {found} to stop; {so_far}.")
+    console.next_step(
+        f"carft-ray status {folder}" if not answer["ended"] or finished >= wanted else f"carft-ray resume {folder}"
+    )
