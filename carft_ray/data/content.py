@@ -1,0 +1,66 @@
+"""What the images of a set are, byte for byte: hashes of contents, which neither names nor dates can hide.
+
+``Source.fingerprint`` is quick and trusts sizes and dates of files; these hashes read every file.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from carft_ray.data.folder import FolderSource
+from carft_ray.data.source import Source
+from carft_ray.errors import DataError, Problem
+
+DIGEST_BYTES = 16
+THREADS = 4  # reading files waits for the disk
+
+
+def image_digests(source: Source, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[bytes]:
+    """Returns a hash per image, in order: of the file's bytes, or of the pixels where there is no file.
+
+    Args:
+        source: The set.
+        on_progress: Told the number of images done and in all, now and then.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(_content(source, index), digest_size=DIGEST_BYTES).digest()
+
+    digests: list[bytes] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for number, value in enumerate(pool.map(digest, range(len(source))), start=1):
+            digests.append(value)
+            if number % 1000 == 0 or number == len(source):
+                on_progress(number, len(source))
+    return digests
+
+
+def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
+    """Returns one hash of a set: its sample ids, labels and contents, in any order of the images.
+
+    Args:
+        source: The set.
+        digests: ``image_digests`` of it, where they are known.
+    """
+    digests = image_digests(source) if digests is None else digests
+    rows = sorted(zip(source.sample_ids.tolist(), source.labels.tolist(), digests, strict=True))
+    whole = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for sample_id, label, digest in rows:
+        whole.update(f"{sample_id} {label} ".encode() + digest)
+    return whole.hexdigest()
+
+
+def _content(source: Source, index: int) -> bytes:
+    if not isinstance(source, FolderSource):
+        return source.pixels(index).tobytes()
+    path: Path = source.root / source.files[index]
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        step = "Restore the file, or remove it from the set."
+        cause = error.strerror or str(error)
+        raise DataError(Problem(str(path), "must be readable", cause, next_step=step)) from error
