@@ -17,7 +17,7 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import Overview, folder_of
-from carft_ray.search.outcome import FOLDERS, TrialRow, read_result
+from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
 from carft_ray.search.study import ZERO_SHOT
 
 FORMAT_VERSION = 1
@@ -116,11 +116,85 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
     return Stage(winner.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
-def second_stage(first: Stage, chosen: str, recipe: Recipe, num_seeds: int) -> Stage:
-    """Returns the comparison of the configuration that the first stage chose, on seeds that did not choose it."""
+def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
+    """Returns the comparison of the configuration that the first stage chose, on as many seeds that did not choose it.
+
+    Args:
+        first: The first stage.
+        chosen: Name of one of its trials.
+        recipe: The study's recipe.
+    """
     rows = [_with_role(row, "winner") for row in first.rows if row.name == chosen]
     rows += [row for row in first.rows if row.role == "baseline"]
-    return Stage(chosen, fresh_seeds(recipe, 2, num_seeds), tuple(rows))
+    return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
+
+
+def plan(
+    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()
+) -> tuple[Stage, Stage | None, list[str]]:
+    """Returns both stages as they stand after this call's wishes, and what is to be said about it.
+
+    What an earlier call has asked for stays: rows are added and seeds appended. When the search has gone on and found a
+    better trial, that one is the winner now, and the earlier one a candidate.
+
+    Args:
+        view: The study.
+        top: As ``first_stage``.
+        num_seeds: As ``first_stage``.
+        against: As ``first_stage``.
+    """
+    before, second = read_plan(view.study_dir) or (None, None)
+    if before is None:
+        return first_stage(view, top, num_seeds, against), None, []
+    notes = []
+    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
+    if num_seeds < len(before.seeds):
+        notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
+    if first.winner != before.winner:
+        notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
+        second = None
+    names = {row.name for row in first.rows}
+    kept = [_with_role(row, "candidate" if row.role == "winner" else row.role) for row in before.rows]
+    rows = (*first.rows, *(row for row in kept if row.name not in names))
+    return Stage(first.winner, first.seeds, rows), second, notes
+
+
+def cost(view: Overview, stage: Stage) -> str:
+    """Returns what training the rest of a stage takes, in a sentence."""
+    done = {row.name for row in view.confirmations if row.outcome != "running"}
+    missing = [name for name in stage.trainings() if name not in done]
+    if not missing:
+        return f"All {len(stage.trainings())} trainings with fresh seeds are there already."
+    configurations = len({row.training for row in stage.rows if row.training is not None})
+    text = f"{configurations} configurations x {len(stage.seeds)} fresh seeds: {len(missing)} trainings to run"
+    seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
+    if seconds:
+        text += f" of about {sum(seconds) / len(seconds):.0f} s each"
+    sizes = [path.stat().st_size for path in view.study_dir.glob(f"*/*/{WEIGHTS}")]
+    if sizes:
+        text += f"; their weights take {len(missing) * max(sizes) / 1e6:.0f} MB"
+    return text + "."
+
+
+def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Writes the plan, before anything of it is trained; the study's lock is held.
+
+    Args:
+        study_dir: The study directory.
+        recipe: Its recipe.
+        first: The first stage.
+        second: The second one, where there is one.
+        stage: The one of them that is trained now.
+
+    Returns:
+        Values of the stage's trainings by name.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    del recipe
+    write_plan(study_dir, first, second)
+    return stage.trainings()
 
 
 def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
