@@ -14,6 +14,8 @@ from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.recipe.schema import Recipe, SandboxSet
 
+__all__ = ["ID_SET", "Materials", "load_materials"]
+
 
 @dataclass(frozen=True, eq=False)
 class Materials:

@@ -1,7 +1,7 @@
-"""The bootstrap of the selection: the search's choice is made again on resampled images, and scored on those left out.
+"""The bootstrap of the selection: the search's choice, made again on resampled images and scored on those left out.
 
-Bootstrap bias-corrected selection (BBC, Tsamardinos et al. 2018). Images are drawn with replacement within each set, one
-draw per set for all candidates and alphas, so luck that all share stays shared. It corrects the luck of images, not
+Bootstrap bias-corrected selection (BBC, Tsamardinos et al. 2018). Images are drawn with replacement within each set,
+one draw per set for all candidates and alphas, so luck that all share stays shared. It corrects the luck of images, not
 that of seeds.
 
 Shape letters: B resamples, N candidates, A alphas of one candidate, n images of one set. Accuracies are fractions.
@@ -195,9 +195,7 @@ def _choose(
     return choose_alphas(candidate.alphas, objectives_BA, lowest, np.sqrt(variance.mean(axis=1)))
 
 
-def _both(
-    rng: np.random.Generator, correct: Sequence[BoolArray], num_resamples: int
-) -> tuple[FloatArray, FloatArray]:
+def _both(rng: np.random.Generator, correct: Sequence[BoolArray], num_resamples: int) -> tuple[FloatArray, FloatArray]:
     """Returns the means over the images drawn and over those left out, [B, rows], of one set.
 
     The rows are, candidate by candidate, its A alphas and its A - 1 pairs of neighbours (both right).

@@ -205,9 +205,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     if comparison.optimism is not None:
         found = comparison.optimism
         se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
-        lines.append(
-            f"Optimism of the search: {100 * found.value:+.1f} points{se} ({100 * found.searched:.1f} when it was chosen)."
-        )
+        then = f"{100 * found.searched:.1f} when it was chosen"
+        lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
     notes = dict.fromkeys(note for row in comparison.rows for note in row.objective.notes)
     lines += [f"Note: {note}." for note in notes]
     if comparison.headline is not None:

@@ -135,10 +135,10 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
 def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
     """Returns MS_E, the residual of the two-way layout rows x images; 0 with one row or one image."""
     values = np.asarray(array_rn, np.float64)
-    num_rows, num_images = values.shape
+    num_rows, num_images = int(values.shape[0]), int(values.shape[1])
     if num_rows == 1 or num_images == 1:
         return 0.0
-    residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    residual: FloatArray = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     return float((residual**2).sum()) / ((num_images - 1) * (num_rows - 1))
 
 

@@ -299,4 +299,5 @@ def _regrets(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[
 def _residual_variance(spec: ObjectiveSpec, correct: Mapping[str, npt.NDArray[np.generic]]) -> float:
     """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
     weights = spec.weights(mean_accuracies({name: correct[name] for name in (spec.id_set, *spec.ood_sets)}))
-    return sum(w**2 * residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w)
+    parts = [w**2 * residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
+    return float(sum(parts))
