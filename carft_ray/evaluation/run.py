@@ -25,8 +25,8 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
-from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
@@ -49,12 +49,6 @@ WEIGHTS = "fine_tuned.safetensors"
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
 logger = logging.getLogger(__name__)
-
-
-def objective_spec(recipe: Recipe) -> ObjectiveSpec:
-    """Returns the objective of a recipe over its validation sets."""
-    part = recipe.search.objective
-    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
 
 
 def device_of(recipe: Recipe) -> torch.device:

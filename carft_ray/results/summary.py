@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.evaluation.run import objective_spec
 from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe
