@@ -159,9 +159,11 @@ def _best_lines(
 
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:
-    share = f"{pick.num_candidates} candidates (trial, alpha) lie within one standard error of the best"
+    others = pick.num_candidates - 1
+    share = f"{others} other candidates (trial, alpha) within one standard error of the best"
     if (pick.name, pick.alpha) == (best.name, best.alpha):
-        return f"One standard error: {share}; the best itself moved least from zero-shot ({100 * pick.moved:.2f} %)."
+        moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
+        return f"One standard error: {share}; the best itself {moved}."
     return (
         f"One standard error: {share}; {pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot "
         f"({100 * pick.moved:.2f} % of its norm), {100 * pick.behind:.1f} points behind, "
@@ -170,8 +172,9 @@ def _pick_line(best: TrialRow, pick: Pick) -> str:
 
 
 def _wins_line(wins: list[Win]) -> str:
-    shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in wins[:_SHOWN_WINS])
-    rest = len(wins) - _SHOWN_WINS
+    often = [win for win in wins if win.share >= 0.005][:_SHOWN_WINS]
+    shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in often)
+    rest = len(wins) - len(often)
     return f"Wins in the resamples: {shown}" + (f", and {rest} more" if rest > 0 else "") + "."
 
 
