@@ -121,6 +121,27 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of confirmed configurations: means in percent with their 95 % intervals.
+
+    Args:
+        rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``estimates``: (mean, low, high) as fractions by column.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row["estimates"]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("%, [95 %]", no_wrap=True)
+    for name in ("alpha", "seeds", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        cells = [f"{row['alpha']:.2f}", str(row["seeds"] or "-")]
+        for name in columns:
+            mean, low, high = row["estimates"][name]
+            cells.append(f"{percent(mean)} [{percent(low)}, {percent(high)}]")
+        table.add_row(row["name"], *cells, row["role"], style="bold green" if row["role"] == "winner" else None)
+    return table
+
+
 def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
         return "best" if row["best"] else ""

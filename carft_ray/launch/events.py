@@ -29,8 +29,8 @@ class Prepared:
 class Started:
     """Trainings begin."""
 
-    num_trials: int  # that the study will have
-    num_finished: int  # before this search
+    num_trials: int  # that the study will have; in a confirm, trainings with fresh seeds
+    num_finished: int  # before this command
     concurrency: int
     reason: str  # why not more at a time
 
@@ -52,7 +52,7 @@ class TrialEpoch:
 
 @dataclass(frozen=True)
 class TrialFinished:
-    """A trial was told to the study."""
+    """A trial, or a training of a confirm, was told to the study."""
 
     row: TrialRow
     is_best: bool  # better than all before it
