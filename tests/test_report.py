@@ -187,22 +187,25 @@ def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
 def test_confirmed_configurations_give_the_seed_noise(study_dir):
     rng = np.random.default_rng(1)
     spec = objective_spec(make_recipe())
+    values = {"values": {}, "objective": 0.6}
     rows = [
-        {"name": "t0001", "role": "winner", "training": "t0001", "alpha": 0.6},
-        {"name": "unfinished", "role": "candidate", "training": "t0002", "alpha": 0.6},
-        {"name": "plain", "role": "baseline", "training": "plain", "alpha": 1.0},
-        {"name": "zero_shot", "role": "baseline", "training": None, "alpha": 0.0},
+        {"name": "t0001", "role": "winner", "training": "t0001", "alpha": 0.6, **values},
+        {"name": "unfinished", "role": "candidate", "training": "t0002", "alpha": 0.6, **values},
+        {"name": "plain", "role": "baseline", "training": "plain", "alpha": 1.0, **values},
+        {"name": "zero_shot", "role": "baseline", "training": None, "alpha": 0.0, **values},
     ]
     for row in (rows[0], rows[2]):
         for seed, lift in ((11, 0.05), (12, 0.1), (13, 0.15)):
             folder = study_dir / "confirm" / f"{row['training']}-seed{seed}"
             write_training(folder, predictions(rng, (0.6, 1.0), lift), 0.6, row["alpha"])
-    plan = {"format_version": 1, "winner": "t0001", "seeds": [11, 12, 13], "rows": rows}
+    plan = {"format_version": 1, "winner": "t0001", "seeds": [11, 12, 13], "rows": rows, "stage1": None}
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
-    found = confirmed(study_dir, spec, ("winner", "candidate"))
-    assert list(found) == ["t0001"]
-    assert found["t0001"]["id_val"].shape == (3, 60)
-    assert list(confirmed(study_dir, spec, ("winner", "baseline"))) == ["t0001", "plain"]
+    found = confirmed(study_dir, spec)
+    assert [by_set["id_val"].shape for by_set in found] == [(3, 60)]
+    first = {"winner": "t0001", "seeds": [11, 12], "rows": rows[:2]}
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps({**plan, "rows": [rows[0]], "stage1": first}))
+    assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
     report = study_report(read_study(study_dir), 50)
     assert report["noise"]["seed"] > 0
     assert any("image and seed noise, the latter from 1 confirmed" in line for line in report["lines"])
