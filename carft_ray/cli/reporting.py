@@ -24,6 +24,7 @@ def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if answer["rules"]:
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
         console.out.print(_rule_table(answer["rules"]))
+        console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
     console.next_step(f"carft-ray confirm {shlex.quote(str(study))}")
 
 

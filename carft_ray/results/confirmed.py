@@ -35,7 +35,7 @@ def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
     means = {
         row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, row, stage.seeds))))
         for row in stage.rows
-        if row.role != "baseline" and _is_whole(study_dir, row, stage.seeds)
+        if row.role != "baseline" and is_whole(study_dir, row, stage.seeds)
     }
     if not means:
         rule = "at least one of the trials must train with all fresh seeds"
@@ -60,7 +60,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
     """
     stage, spec = second or first, objective_spec(recipe)
     failed = _failures(study_dir, stage)
-    whole = [row for row in stage.rows if _is_whole(study_dir, row, stage.seeds)]
+    whole = [row for row in stage.rows if is_whole(study_dir, row, stage.seeds)]
     winner = next(row for row in stage.rows if row.role == "winner")
     if winner not in whole:
         step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
@@ -76,6 +76,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         winner.name,
         [row.name for row in baselines],
         rival.name if rival else None,
+        id_margin=recipe.search.objective.id_margin,
         label=LABEL,
         searched=winner.objective,
     )
@@ -128,7 +129,8 @@ def row_correct(study_dir: Path, spec: ObjectiveSpec, row: PlanRow, seeds: Seque
     return {name: correct_matrix(evaluations, name) for name in (spec.id_set, *spec.ood_sets)}
 
 
-def _is_whole(study_dir: Path, row: PlanRow, seeds: Sequence[int]) -> bool:
+def is_whole(study_dir: Path, row: PlanRow, seeds: Sequence[int]) -> bool:
+    """Tells whether all trainings of a row have finished; the zero-shot model needs none."""
     return row.training is None or all(
         (study_dir / CONFIRM / training_name(row.training, seed) / RESULT).exists() for seed in seeds
     )

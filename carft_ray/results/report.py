@@ -13,6 +13,7 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.results.bootstrap import NUM_RESAMPLES, BoolArray, Win, bbc, incumbent_values, overtuning, resample
+from carft_ray.results.confirm import CONFIRM
 from carft_ray.results.intervals import headline, in_points, objective_difference
 from carft_ray.results.overview import Overview
 from carft_ray.results.selection import (
@@ -24,7 +25,7 @@ from carft_ray.results.selection import (
     ranking_noise,
     regret_table,
 )
-from carft_ray.results.stored import CONFIRM, Stored, confirmed, found_beside, read_stored
+from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.study import ZERO_SHOT
 
@@ -54,9 +55,9 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
     stored = read_stored(view.study_dir, view.recipe, trials, baselines, spec)
     objectives = [row.objective or 0.0 for row in trials]
 
-    again = confirmed(view.study_dir, spec, ("winner", "candidate"))
+    again = confirmed(view.study_dir, spec)
     at_choice = {name: _stack(stored, trials, name) for name in (spec.id_set, *spec.ood_sets)}
-    noise = ranking_noise(spec, objectives, at_choice, list(again.values()))
+    noise = ranking_noise(spec, objectives, at_choice, again)
     corrected = correct_best(objectives, noise.variance)
     resamples = resample(stored.candidates, spec, lowest, num_resamples)
     bbc_value, wins = bbc(resamples)
@@ -159,9 +160,11 @@ def _best_lines(
 
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:
-    share = f"{pick.num_candidates} candidates (trial, alpha) lie within one standard error of the best"
+    others = pick.num_candidates - 1
+    share = f"{others} other candidates (trial, alpha) within one standard error of the best"
     if (pick.name, pick.alpha) == (best.name, best.alpha):
-        return f"One standard error: {share}; the best itself moved least from zero-shot ({100 * pick.moved:.2f} %)."
+        moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
+        return f"One standard error: {share}; the best itself {moved}."
     return (
         f"One standard error: {share}; {pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot "
         f"({100 * pick.moved:.2f} % of its norm), {100 * pick.behind:.1f} points behind, "
@@ -170,8 +173,9 @@ def _pick_line(best: TrialRow, pick: Pick) -> str:
 
 
 def _wins_line(wins: list[Win]) -> str:
-    shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in wins[:_SHOWN_WINS])
-    rest = len(wins) - _SHOWN_WINS
+    often = [win for win in wins if win.share >= 0.005][:_SHOWN_WINS]
+    shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in often)
+    rest = len(wins) - len(often)
     return f"Wins in the resamples: {shown}" + (f", and {rest} more" if rest > 0 else "") + "."
 
 

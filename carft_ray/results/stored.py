@@ -14,12 +14,13 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.bootstrap import Candidate
+from carft_ray.results.confirm import read_plan
+from carft_ray.results.confirmed import is_whole, row_correct
 from carft_ray.results.overview import folder_of
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.study import ZERO_SHOT
 
-CONFIRM, PLAN = "confirm", "plan.json"
 PREDICTIONS = Path("predictions") / "validation.parquet"
 
 
@@ -87,33 +88,27 @@ def read_stored(
     return Stored(tuple(candidates), chosen, sum(alpha > 0 for found in trained for alpha in found), moved)
 
 
-def confirmed(study_dir: Path, spec: ObjectiveSpec, roles: Sequence[str]) -> dict[str, dict[str, BoolArray]]:
-    """Returns the confirmed configurations of some roles whose trainings with fresh seeds have all finished.
+def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:
+    """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
 
     Args:
         study_dir: The study directory.
         spec: The objective over the validation sets.
-        roles: ``winner``, ``candidate``, ``baseline``.
 
     Returns:
-        Per row of ``confirm/plan.json`` and set its correctness, bool [r, n]; empty without that file.
+        Per trial and stage its correctness by set, bool [r, n]; empty before there is a confirm.
 
     Raises:
         StorageError: The plan or predictions cannot be read.
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
-    path = study_dir / CONFIRM / PLAN
-    if not path.exists():
-        return {}
-    plan = files.read_json(path)
-    found = {}
-    for row in plan["rows"]:
-        folders = [study_dir / CONFIRM / f"{row['training']}-seed{seed}" for seed in plan["seeds"]]
-        if row["role"] not in roles or row["training"] is None or not all(map(read_result, folders)):
-            continue
-        seeds = [(read_predictions(folder / PREDICTIONS), float(row["alpha"])) for folder in folders]
-        found[row["name"]] = {name: correct_matrix(seeds, name) for name in (spec.id_set, *spec.ood_sets)}
-    return found
+    return [
+        row_correct(study_dir, spec, row, stage.seeds)
+        for stage in read_plan(study_dir) or ()
+        if stage is not None
+        for row in stage.rows
+        if row.role != "baseline" and is_whole(study_dir, row, stage.seeds)
+    ]
 
 
 def found_beside(study_dir: Path, step: str) -> list[str]:
