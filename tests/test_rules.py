@@ -114,7 +114,15 @@ def test_light_modules_load_neither_torch_nor_ray_nor_optuna(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["carft_ray.results.overview", "carft_ray.results.logs", "carft_ray.results.report", "carft_ray.launch.stop"],
+    [
+        "carft_ray.results.overview",
+        "carft_ray.results.logs",
+        "carft_ray.results.report",
+        "carft_ray.results.rescore",
+        "carft_ray.evaluation.metrics",
+        "carft_ray.evaluation.robustness",
+        "carft_ray.launch.stop",
+    ],
 )
 def test_readers_of_a_study_load_neither_torch_nor_ray(module):
     """Else `status` and the other quick verbs would take seconds."""

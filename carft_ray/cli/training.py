@@ -115,16 +115,18 @@ def evaluate(
     if head not in ("fine_tuned", "zero_shot"):
         heads = ("fine_tuned", "zero_shot")
         raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
-    from carft_ray.results.trained import evaluate_trained, open_trained
+    from carft_ray.results.trained import evaluate_by_set, open_trained
 
     trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
-    metrics = evaluate_trained(trained, used, head == "zero_shot")
+    metrics, by_set = evaluate_by_set(trained, used, head == "zero_shot")
     if json_:
-        console.print_json({"name": trained.name, "alpha": used, "head": head, "metrics": metrics})
+        console.print_json({"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set})
         return
     rows = {f"{trained.name}, alpha {used:g}": metrics}
     console.out.print(console.accuracy_table(rows, trained.result["num_images"]))
+    console.out.print()
+    console.out.print(console.set_table(by_set))
     chosen = f" --trial {shlex.quote(trial)}" if trial is not None else ""
     console.next_step(
         f"carft-ray export {shlex.quote(str(folder))}{chosen} --to exports/{trained.recipe.name} --alpha {used:g}"
