@@ -33,6 +33,8 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))
+    if not view.recipe.data.ood_val:
+        console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
         console.say("\nNo search runs on it.")
         more = f"carft-ray resume {folder}"

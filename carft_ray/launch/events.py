@@ -17,6 +17,8 @@ class Note:
 class Preparing:
     """Ray is up; what all trainings share is being made (seconds to minutes the first time)."""
 
+    what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -12,6 +12,8 @@ from typing import Any
 from ray import tune
 
 from carft_ray import files
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import cache_dir
 from carft_ray.errors import InterruptedRunError, Problem, StorageError
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
@@ -80,6 +82,7 @@ def run_search(
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
         RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
@@ -122,6 +125,7 @@ def _run(
     address: str | None,
 ) -> None:
     recipe, study_dir = study.recipe, study.study_dir
+    check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
     plan = make_plan(recipe, base_dir, study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan)
