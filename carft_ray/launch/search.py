@@ -99,6 +99,8 @@ def run_search(
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP
+            with interruptions_as(lambda: _interrupted(study, address), stop_path):
+                check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
             with (
                 interruptions_as(lambda: _interrupted(study, address), stop_path),
                 running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
@@ -125,7 +127,6 @@ def _run(
     address: str | None,
 ) -> None:
     recipe, study_dir = study.recipe, study.study_dir
-    check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
     plan = make_plan(recipe, base_dir, study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan)
