@@ -159,7 +159,7 @@ class SearchView:
             if isinstance(event, events.Note):
                 return f"warning: {event.text}"
             if isinstance(event, events.Preparing):
-                self._phase = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+                self._phase = event.what
             elif isinstance(event, events.Started):
                 self._started, self._phase = event, ""
             elif isinstance(event, events.TrialStarted):
@@ -317,7 +317,7 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
         elif not show:
             return
         elif isinstance(event, events.Preparing):
-            console.say(f"{clock()} preparing: model, sets, heads, zero-shot, the frozen model's targets")
+            console.say(f"{clock()} {event.what}")
         elif isinstance(event, events.Started):
             state.update(finished=event.num_finished, wanted=event.num_trials)
             left = event.num_trials - event.num_finished

@@ -36,6 +36,8 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+    if not view.recipe.data.ood_val:
+        console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
         console.say("\nNo search runs on it.")
         more = f"carft-ray resume {folder}"

@@ -34,14 +34,21 @@ def validate(
     recipe: RecipeArgument,
     set_: SetOption = None,
     show: Annotated[bool, typer.Option("--show", help="Print the complete resolved recipe.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check a recipe and its folders; nothing is loaded or decoded."""
+    """Check a recipe and its folders; without --deep nothing is loaded or decoded."""
     from carft_ray import console
     from carft_ray.recipe.loading import dump_recipe, recipe_hash
 
     value = load(recipe, set_)
+    if deep:
+        from carft_ray.data.overlap import check_overlap
+        from carft_ray.data.sets import cache_dir
+
+        base_dir = recipe.absolute().parent
+        check_overlap(value, base_dir, cache_dir(value, base_dir), console.say)
     if json_:
         console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
     elif show:

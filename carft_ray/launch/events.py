@@ -15,7 +15,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Preparing:
-    """Ray is up; what all trainings share is being made (seconds to minutes the first time)."""
+    """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
+
+    what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
 
 
 @dataclass(frozen=True)

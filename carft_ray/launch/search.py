@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from carft_ray import files
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import cache_dir
 from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
@@ -75,6 +77,7 @@ def run_search(
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
         RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
@@ -91,6 +94,8 @@ def run_search(
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP
+            with interruptions_as(lambda: _interrupted(study, address), stop_path):
+                check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
             with (
                 interruptions_as(lambda: _interrupted(study, address), stop_path),
                 running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,

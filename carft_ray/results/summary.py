@@ -71,6 +71,8 @@ def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
     best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
     path = result.study_dir / BEST
     head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    if not recipe.data.ood_val:
+        head += "# Selected on ID only: the recipe has no ood_val.\n"
     write_text(path, head + dump_recipe(best, base_dir))
     return path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import DataError, Problem, RecipeError, StorageError, UsageError
+from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
@@ -86,7 +86,7 @@ def gone_if_nothing_began(folder: Path, began: Callable[[], bool]) -> Iterator[N
     """
     try:
         yield
-    except (RecipeError, DataError):
+    except (RecipeError, DataError, HoldOutError):
         if (folder / MANIFEST).exists() and not began():
             shutil.rmtree(folder, ignore_errors=True)
         raise
