@@ -22,6 +22,7 @@ RESOURCES = {
 }
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 180
+LONG_S = {"inline": 12, "ray-train": 25}  # until a kill, at most
 
 
 def environment(**more):
@@ -55,10 +56,10 @@ def finish(process):
 
 
 def kill_group(process):
-    """Kills a driver and the Ray that it started, whose workers end with it."""
+    """Kills a driver and the Ray that it started, whose workers end with it; returns what it had printed."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return process.communicate()[0]
 
 
 def results(study_dir):
@@ -203,25 +204,64 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
-    """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
+def kill_one(what, executor, study_dir, base_dir, cluster):
+    """Searches for one trial and a baseline on a Ray that stays alive, kills one process, and checks what follows.
+
+    Args:
+        what: "training" (the process of an inline one, worker 0 of a group), "trial" (which waits for its group), or
+            "driver".
+        executor: Runs the trainings.
+        study_dir: A new study.
+        base_dir: Folder of the stand-in's modes.
+        cluster: What ``cluster`` gives.
 
     Returns:
-        ``(executor, seconds until the kill, trainings finished by then)`` of each kill.
+        What the search printed that came to the end.
+    """
+    process = driver(study_dir, base_dir, 1, executor, *cluster)
+    pid = wait_until(lambda: running_pid(study_dir), "a training runs")
+    before = results(study_dir)
+    if what == "driver":
+        process.kill()
+        process.communicate()
+        wait_for_no_groups(*cluster)
+        process = driver(study_dir, base_dir, 1, executor, *cluster)
+    else:
+        os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    check(study_dir, 1, before)
+    wait_for_no_groups(*cluster)
+    return output
+
+
+def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng, longest_s=LONG_S):
+    """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
+
+    Args:
+        study_dir: A new study.
+        base_dir: Folder of the stand-in's modes.
+        num_trials: Trials before it is extended.
+        num_kills: Kills; the executors take turns.
+        rng: Draws the moments.
+        longest_s: Until a kill, by executor; at least 1 s.
+
+    Returns:
+        ``(executor, seconds until the kill, last event, trainings finished by then)`` of each kill.
     """
     kills, before = [], {}
     for number in range(num_kills):
         executor = ("inline", "ray-train")[number % 2]
         process = driver(study_dir, base_dir, num_trials, executor)
-        delay_s = rng.uniform(1, 12 if executor == "inline" else 25)
+        delay_s = rng.uniform(1, longest_s[executor])
         time.sleep(delay_s)
-        kill_group(process)
+        events = ["nothing", *kill_group(process).splitlines()]
         if (study_dir / "study.journal").exists():
             trials(study_dir)
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, delay_s, len(now)))
+        kills.append((executor, delay_s, events[-1].split()[0], len(now)))
     for wanted in (num_trials, num_trials + 4):
         code, output = finish(driver(study_dir, base_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
