@@ -22,7 +22,7 @@ RESOURCES = {
 }
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 180
-LONG_S = {"inline": 12, "ray-train": 25}  # until a kill, at most
+EVENTS = ("", "Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search's course; "": its beginning
 
 
 def environment(**more):
@@ -56,10 +56,10 @@ def finish(process):
 
 
 def kill_group(process):
-    """Kills a driver and the Ray that it started, whose workers end with it; returns what it had printed."""
+    """Kills a driver and the Ray that it started, whose workers end with it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate()[0]
+    process.communicate()
 
 
 def results(study_dir):
@@ -219,7 +219,8 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
         What the search printed that came to the end.
     """
     process = driver(study_dir, base_dir, 1, executor, *cluster)
-    pid = wait_until(lambda: running_pid(study_dir), "a training runs")
+    pid = wait_until(lambda: running_pid(study_dir) or process.poll() is not None, "a training runs")
+    assert process.poll() is None, process.communicate()[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
@@ -235,33 +236,32 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     return output
 
 
-def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng, longest_s=LONG_S):
+def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
 
-    Args:
-        study_dir: A new study.
-        base_dir: Folder of the stand-in's modes.
-        num_trials: Trials before it is extended.
-        num_kills: Kills; the executors take turns.
-        rng: Draws the moments.
-        longest_s: Until a kill, by executor; at least 1 s.
+    The kills go through the course of a search, inline and with Ray Train in turn: each comes a random while after an
+    event, however slow the machine is.
 
     Returns:
-        ``(executor, seconds until the kill, last event, trainings finished by then)`` of each kill.
+        ``(executor, event waited for, seconds from then to the kill, trainings finished by then)`` of each kill.
     """
     kills, before = [], {}
     for number in range(num_kills):
-        executor = ("inline", "ray-train")[number % 2]
+        executor, event = ("inline", "ray-train")[number % 2], EVENTS[number // 2 % len(EVENTS)]
         process = driver(study_dir, base_dir, num_trials, executor)
-        delay_s = rng.uniform(1, longest_s[executor])
+        lines = []
+        while event and not any(line.startswith(event) for line in lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        delay_s = rng.uniform(0.1, 1 if event else 6)
         time.sleep(delay_s)
-        events = ["nothing", *kill_group(process).splitlines()]
+        kill_group(process)
         if (study_dir / "study.journal").exists():
             trials(study_dir)
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, delay_s, events[-1].split()[0], len(now)))
+        kills.append((executor, event or "start", delay_s, len(now)))
     for wanted in (num_trials, num_trials + 4):
         code, output = finish(driver(study_dir, base_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
