@@ -206,7 +206,7 @@ def test_readers_never_lock_a_search_out(here):
 
     with meanwhile(reads), contextlib.ExitStack() as stack:
         stack.callback(over.set)
-        for _ in range(60):
+        for _ in range(20):
             with study_lock(here / "first"):
                 pass
 
