@@ -27,6 +27,7 @@ def cluster():
         yield found
 
 
+@pytest.mark.timeout(1200)  # twelve searches; a busy machine needs half a minute to start each
 def test_a_study_killed_ten_times_at_random_moments_is_finished_and_extended(tmp_path, base_dir):
     """From the start of Ray to the end of trainings, inline and with Ray Train in turn; all of it is killed at once."""
     seed = secrets.randbelow(10**6)
