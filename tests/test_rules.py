@@ -1,6 +1,7 @@
 """The rules of the house as tests: layers, doorways, light imports, commands that the documents show."""
 
 import ast
+import functools
 import pickle
 import re
 import shlex
@@ -40,16 +41,25 @@ def layer_of(path):
     return parts[0] if len(parts) > 1 else TOP_FILES[path.stem]
 
 
+@functools.cache
+def nodes_of(path):
+    """The nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports_of(path):
     """All modules that a file imports, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
+            found.append(node.module)
             if node.module == "carft_ray":
-                yield from (f"carft_ray.{alias.name}" for alias in node.names)
+                found += [f"carft_ray.{alias.name}" for alias in node.names]
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -92,7 +102,7 @@ def test_no_file_names_a_path_of_one_machine():
 def test_no_assert_checks_what_a_user_gives():
     """An assertion vanishes with -O and has no message: the package raises errors of errors.py."""
     for path in FILES:
-        lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        lines = [node.lineno for node in nodes_of(path) if isinstance(node, ast.Assert)]
         assert lines == [], path
 
 

@@ -70,7 +70,7 @@ def train_once(
     is_new = not (out_dir / MANIFEST).exists()
     with (
         study_lock(out_dir) as held,
-        gone_if_nothing_began(out_dir, lambda: not is_new or (out_dir / "checkpoint").exists()),
+        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or (out_dir / "checkpoint").exists()),
     ):
         if held.note:
             say(held.note)

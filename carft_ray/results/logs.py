@@ -6,7 +6,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.results.overview import Overview, find_row, folder_of
-from carft_ray.search.holder import holder
+from carft_ray.search.lease import holder
 from carft_ray.search.outcome import ERROR, LOG, RESULT, TrialRow
 
 LOOK_EVERY_S = 0.5

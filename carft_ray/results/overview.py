@@ -13,7 +13,7 @@ from carft_ray.errors import CarftError, Problem, StorageError, UsageError, near
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
-from carft_ray.search.holder import holder
+from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
 from carft_ray.search.study import ZERO_SHOT, baselines, best_row, confirmations, trials
 

@@ -308,7 +308,7 @@ class Study:
 def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
-    When model or data turn out unfit before a training has begun, the study vanishes: the mended recipe may have it.
+    When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
 
     Args:
         study_dir: The study directory; made when it is missing.
@@ -322,12 +322,12 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        claim(study_dir, recipe, base_dir)
+        is_new = claim(study_dir, recipe, base_dir)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with _readable(study_dir):
             study = Study(study_dir, recipe, held, notes)
-        with gone_if_nothing_began(study_dir, study._began):
+        with gone_if_nothing_began(study_dir, is_new, study._began):
             yield study
 
 
