@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from carft_ray.errors import CarftError, Problem
+from carft_ray.recipe.schema import Recipe
 
+ID_SET = "id_val"
 ObjectiveKind = Literal["weighted_mean", "harmonic", "worst_domain"]
 
 
@@ -123,6 +125,12 @@ class ObjectiveSpec:
 
     def _ood(self, accuracies: Mapping[str, float]) -> dict[str, float]:
         return {name: accuracies[name] for name in self.ood_sets}
+
+
+def objective_spec(recipe: Recipe) -> ObjectiveSpec:
+    """Returns the objective of a recipe over its validation sets."""
+    part = recipe.search.objective
+    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
 
 
 def _check(id_accuracy: float, ood_accuracies: Mapping[str, float]) -> None:
