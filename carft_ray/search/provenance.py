@@ -1,9 +1,9 @@
 """Where the numbers of a study come from: ``provenance`` of its manifest. What was written once is never overwritten.
 
-    seeds, code, versions, hardware, test_sets          when the folder is claimed
-    data, classes, class_names, templates, model,       after the preparation, which has read data and model;
-    augmentation, hardware of the preparation           says what every training of the folder starts from
-    history                                             later searches on other code, versions or hardware
+seeds, code, versions, hardware, test_sets          when the folder is claimed
+data, classes, class_names, templates, model,       after the preparation, which has read data and model;
+augmentation, hardware of the preparation           says what every training of the folder starts from
+history                                             later searches on other code, versions or hardware
 """
 
 import json
