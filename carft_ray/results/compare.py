@@ -19,7 +19,6 @@ from carft_ray.search.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")
 ENVIRONMENT = ("torch", "device", "threads", "num_workers", "commit", "dirty", "source")
-Correct = dict[str, np.ndarray[Any, np.dtype[np.bool_]]]
 
 
 def compare(a: str, b: str) -> dict[str, Any]:
@@ -30,9 +29,10 @@ def compare(a: str, b: str) -> dict[str, Any]:
         b: The other one, in the same form.
 
     Returns:
-        ``a`` and ``b`` (``name``, ``folder``, ``trial``, ``alpha``), ``recipe`` and ``origin`` (``key``, ``a``, ``b``),
-        ``rows`` (``what``, ``a``, ``b``, ``difference`` = a - b, ``low``, ``high``: fractions; None where they are
-        not comparable), ``reasons`` why not, by name, and ``words``: what the intervals are over.
+        ``a`` and ``b`` (``name``, ``folder``, ``trial``, ``alpha``, ``objective``: that of the fitted curve, which
+        ranks trials), ``recipe`` and ``origin`` (``key``, ``a``, ``b``), ``rows`` (``what``, ``a``, ``b``,
+        ``difference`` = a - b, ``low``, ``high``: fractions; None where they are not comparable), ``reasons`` why
+        not, by name, and ``words``: what the intervals are over.
 
     Raises:
         UsageError, NoSuccessfulTrialError, StorageError: As ``open_finished``.
@@ -64,6 +64,7 @@ def _side(finished: Finished) -> dict[str, Any]:
         "folder": str(finished.folder),
         "trial": finished.name,
         "alpha": finished.result["alpha"],
+        "objective": finished.result["objective"],
     }
 
 
@@ -81,10 +82,10 @@ def _origin(finished: Finished) -> dict[str, Any]:
 
 
 def _values(finished: Finished) -> dict[str, float]:
-    """Returns the numbers that are compared, by name: objective, ID, OOD mean, and each OOD set."""
+    """Returns the numbers that are compared, by name: objective, ID, OOD mean, each OOD set; measured at alpha."""
     metrics = finished.result["metrics"]
-    names = ["id_accuracy", "ood_accuracy", *(f"accuracy/{name}" for name in finished.recipe.data.ood_val)]
-    return {"objective": finished.result["objective"], **{name: metrics[name] for name in names if name in metrics}}
+    names = ["objective", "id_accuracy", "ood_accuracy", *(f"accuracy/{name}" for name in finished.recipe.data.ood_val)]
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def _row(what: str, a: float | None, b: float | None, found: Interval | None) -> dict[str, Any]:
