@@ -54,12 +54,17 @@ def reproduce(
         raise found.error()
     if json_:
         return
-    console.out.print(found.sentence, markup=False)
+    console.out.print(found.sentence, markup=False, soft_wrap=True)
     if found.changes:
         console.say("And that although the manifest says otherwise than it is now:")
         console.say("\n".join(f"  {line}" for line in shown_changes(found.changes)))
-    name = shlex.quote(f"{folder}:{finished.name}" if finished.name else str(folder))
-    console.next_step(f"carft-ray compare {name} {shlex.quote(str(out or folder))}")
+    quoted, name = shlex.quote(str(folder)), shlex.quote(f"{folder}:{finished.name}" if finished.name else str(folder))
+    if out is not None:
+        console.next_step(f"carft-ray compare {name} {shlex.quote(str(out))}")
+    elif finished.name:
+        console.next_step(f"carft-ray compare {name} {shlex.quote(f'{folder}:zero_shot')}", f"carft-ray ls {quoted}")
+    else:
+        console.next_step(f"carft-ray evaluate {quoted}")
 
 
 @app.command(epilog="Example:  carft-ray compare studies/quickstart:t0003 studies/quickstart:7", rich_help_panel=PANEL)
