@@ -66,6 +66,7 @@ def here(original, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", [None, "0", "t0001", "fine_tuning", "longer", "zero_shot"])
 def test_every_training_of_a_study_is_reproduced(here, trial):
     found = again(here / "study", trial)
@@ -81,6 +82,7 @@ def test_a_training_of_train_is_reproduced(here):
     assert found.num_predictions == len(read_predictions(here / "run" / "predictions" / "validation.parquet"))
 
 
+@pytest.mark.slow
 def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
     """It is a training like a trial, with a seed of its own and no stored targets."""
     name = next((here / "study" / "trials").iterdir()).name
@@ -92,6 +94,7 @@ def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
         open_finished(here / "study", f"confirm/{name}-seed6")
 
 
+@pytest.mark.slow
 def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
     """The longer baseline had stored targets for two of its three epochs: float16 there, float32 after it."""
     result = json.loads((here / "study" / "baselines" / "longer" / "result.json").read_text())
@@ -102,6 +105,7 @@ def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
     assert "predictions.log_sum_exp" in " ".join(each.what for each in again(here / "study", "longer").differences)
 
 
+@pytest.mark.slow
 def test_the_new_training_can_be_kept_and_is_one_like_any_other(here):
     again(here / "study", "0", here / "kept")
     assert again(here / "kept", None, here / "twice").same
@@ -151,6 +155,7 @@ def change_result(study_dir, trial, change):
     path.write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
     def change(result):
         result["metrics"]["accuracy/sketch"] += 0.25
@@ -169,6 +174,7 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     }
 
 
+@pytest.mark.slow
 def test_a_difference_is_explained_by_what_the_manifest_says_otherwise(here, monkeypatch, capsys):
     change_result(here / "study", "t0000", lambda result: result.update(objective=0.1))
     then = environment.versions()
@@ -190,6 +196,7 @@ def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys)
     assert (here / "kept" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     path = next((here / "study" / "trials").glob("t0000*")) / "predictions" / "validation.parquet"
     table = pq.read_table(path)
