@@ -14,6 +14,7 @@ from rich.table import Table
 from carft_ray.errors import CarftError, InterruptedRunError
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
+_NAMES = {"id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -230,6 +231,42 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         counts = [str(row["trials"][state] or "") for state in states]
         cells = [str(row["wanted"]), *counts, "" if best is None else percent(best)]
         table.add_row(row["name"], *cells, "runs" if row["running"] else "")
+    return table
+
+
+def differing_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of what two trainings do not share.
+
+    Args:
+        title: Heading of the first column.
+        rows: ``key``, ``a``, ``b``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title)
+    for name in ("A", "B"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row["key"], *("-" if row[side] is None else value_text(row[side]) for side in ("a", "b")))
+    return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """Returns the numbers of two trainings side by side, in percent, with the paired difference in points.
+
+    Args:
+        found: What ``results.compare.compare`` returns.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("accuracy, %", no_wrap=True)
+    for side in ("a", "b"):
+        table.add_column(f"{side.upper()}: {found[side]['name']}, alpha {found[side]['alpha']:.2f}", justify="right")
+    table.add_column("A - B, points", justify="right")
+    for row in found["rows"]:
+        cells = ["-" if row[side] is None else percent(row[side]) for side in ("a", "b")]
+        difference = "not comparable"
+        if row["difference"] is not None:
+            difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        table.add_row(_NAMES.get(row["what"], row["what"].removeprefix("accuracy/")), *cells, difference)
     return table
 
 

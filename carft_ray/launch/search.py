@@ -20,6 +20,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
+from carft_ray.search.provenance import record_provenance
 from carft_ray.search.study import Study, best_row, open_study
 
 RAY_LOG = "ray.log"
@@ -124,6 +125,7 @@ def _run(
     plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan)
+    record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)
     if zero_shot:

@@ -26,6 +26,7 @@ from carft_ray.search.folder import (
     is_ours,
     study_lock,
 )
+from carft_ray.search.provenance import record_provenance
 
 Row = dict[str, float]
 
@@ -40,6 +41,7 @@ def train_once(
     progress: Callable[[Row], None],
     report: Callable[[Row], None],
     address: str | None = None,
+    prepare_first: Callable[[Path], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs one training to its end, or goes on with one.
 
@@ -55,6 +57,7 @@ def train_once(
         progress: Given the metrics every few steps (one worker, in this process).
         report: Given the metrics of every epoch (one worker, in this process).
         address: Ray cluster to attach to when there are several workers.
+        prepare_first: Makes what the training shares with others in the folder given; by default it shares nothing.
 
     Returns:
         Content of ``result.json``, and what ``prepare`` found of zero-shot.
@@ -80,14 +83,18 @@ def train_once(
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
         check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
+        found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
         if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
             from carft_ray.launch.train import train_with_ray
 
             say(f"training with {recipe.resources.num_workers} Ray Train workers")
             result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
-            return result, prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
+            return result, zero_shot
         try:
-            zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
             with stop_file_on_signal(out_dir / STOP):

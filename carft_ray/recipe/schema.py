@@ -282,6 +282,11 @@ class ResourcesPart(Part):
     threads: Count | None = None  # torch threads per worker; None: cpus_per_worker
     hang_timeout_s: Positive | None = 3600.0  # an attempt without a step for so long is ended and begun again
 
+    @property
+    def threads_per_worker(self) -> int:
+        """Torch threads of a worker; trials that fight for cores were measured 100 times slower."""
+        return self.threads or max(1, int(self.cpus_per_worker))
+
 
 class BudgetPart(Part):
     """When a search ends before its trials are done."""

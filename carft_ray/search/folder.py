@@ -13,17 +13,17 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
-MANIFEST = "manifest.json"
+MANIFEST = provenance.MANIFEST
 LOCK = "lock"
 RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
@@ -179,7 +179,8 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> bool:
     if not path.exists():
         _check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
-        files.write_json(path, {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted})
+        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted}
+        files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
         return True
     try:
         manifest = json.loads(path.read_text())
@@ -189,7 +190,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> bool:
         raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
     if version != FORMAT_VERSION:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
-    old, new = _flat(kept), _flat(wanted)
+    old, new = provenance.leaves(kept), provenance.leaves(wanted)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     step = f"Go on with {study_dir / 'resolved.yaml'}, or give another folder."
     differing = [
@@ -201,13 +202,3 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> bool:
         last = differing.pop()
         raise RecipeError([*differing, Problem(last.place, last.rule, last.value, next_step=step)])
     return False
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dictionaries by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    leaves: dict[str, Any] = {}
-    for key, child in value.items():
-        leaves |= _flat(child, f"{prefix}.{key}" if prefix else key)
-    return leaves
