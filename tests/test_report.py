@@ -177,7 +177,8 @@ def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
         (study_dir / step / "summary.json").write_text(json.dumps({"lines": [f"found by {step}"]}))
     lines = [{"purpose": "winner"}, {"purpose": "test"}, {"purpose": "test"}]
     (study_dir / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = run(capsys, study_dir)[1]
+    _, out, err = run(capsys, study_dir)
+    assert f"carft-ray export {study_dir}" in err
     assert "test sets were read 2 times" in out
     assert out.index("found by confirm") < out.index("found by test")
     (study_dir / "confirm" / "summary.json").write_text("[]")

@@ -15,7 +15,8 @@ def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     from carft_ray.results import overview
     from carft_ray.results.report import study_report
 
-    answer = study_report(overview.read_study(study))
+    view = overview.read_study(study)
+    answer = study_report(view)
     if json_:
         console.print_json(answer)
         return
@@ -25,7 +26,13 @@ def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
         console.out.print(_rule_table(answer["rules"]))
         console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
-    console.next_step(f"carft-ray confirm {shlex.quote(str(study))}")
+    folder, data = shlex.quote(str(study)), view.recipe.data
+    if not answer["confirm"]:
+        console.next_step(f"carft-ray confirm {folder}")
+    elif not answer["test"] and (data.id_test is not None or data.ood_test):
+        console.next_step(f"carft-ray test {folder}    # opens the test sets; each read is recorded")
+    else:
+        console.next_step(f"carft-ray export {folder} --to exports/{answer['name']}")
 
 
 def _rule_table(rules: list[dict[str, Any]]) -> Any:
