@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
 import short_training
+import stand_in
 import typer.main
 
 from carft_ray import cli
@@ -30,6 +32,10 @@ SETS = """  ood_val:
     night: {source: folder, path: images, domains: [night]}
 """
 BASELINES = "  baselines: {plain: {kl_weight: 0}, half: {alpha: 0.5}}\n"
+
+
+def copied(study_dir, tmp_path):
+    return shutil.copytree(study_dir, tmp_path / "study")
 
 
 def searched(folder, mode):
@@ -151,12 +157,6 @@ def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp
     assert not any(row["measured"] for row in by_ood["trials"])  # no predictions are stored at .1
 
 
-def copied(study_dir, tmp_path):
-    import shutil
-
-    return shutil.copytree(study_dir, tmp_path / "study")
-
-
 def table_of(name, alpha, num_right):
     logits = np.zeros((4, 5), np.float32)
     logits[np.arange(4), [0] * num_right + [1] * (4 - num_right)] = 1
@@ -191,6 +191,20 @@ def test_missing_and_damaged_predictions_are_all_named(profiled, tmp_path):
     with pytest.raises(StorageError) as error:
         rescore(view, objective_spec(view.recipe))
     assert [problem.place for problem in error.value.problems] == [str(first), str(second)]
+
+
+def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_anew_at_the_next_start(profiled, tmp_path):
+    view = read_study(copied(profiled, tmp_path))
+    prepared = view.study_dir / "prepared"
+    path, content = prepared / "zero_shot.parquet", json.loads((prepared / "prepared.json").read_text())
+    table = read_predictions(path)
+    write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
+    (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 2, but got 1"):
+        rescore(view, objective_spec(view.recipe))
+    again = prepare(view.recipe, view.study_dir, prepared, lambda text: None)
+    assert read_predictions(path).equals(table)
+    assert again["objective"] == content["metrics"]["objective"]
 
 
 # the command
@@ -261,8 +275,6 @@ def test_a_mistake_gives_one_message_and_its_exit_code(run, words, code, message
 
 
 def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, capsys):
-    import stand_in
-
     recipe = stand_in.make_recipe(2)
     with open_study(tmp_path / "empty", recipe, Path(__file__).parent) as study:
         (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe, Path(__file__).parent))
