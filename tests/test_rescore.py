@@ -38,7 +38,7 @@ def copied(study_dir, tmp_path):
     return shutil.copytree(study_dir, tmp_path / "study")
 
 
-def searched(folder, mode):
+def searched(folder, mode, num_trials):
     """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
     path = short_training.make(folder)
     for label, name in enumerate(short_training.CLASSES):
@@ -50,7 +50,9 @@ def searched(folder, mode):
     if mode == "sample":
         text = text.replace("  space:\n", "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.2, high: 1}\n")
     path.write_text(text)
-    recipe = load_recipe(path, [f"data.cache_dir={folder / 'cache'}", "search.trials=4", "search.keep_checkpoints=1"])
+    recipe = load_recipe(
+        path, [f"data.cache_dir={folder / 'cache'}", f"search.trials={num_trials}", "search.keep_checkpoints=1"]
+    )
     study_dir = folder / "study"
     with open_study(study_dir, recipe, folder) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
@@ -66,12 +68,12 @@ def searched(folder, mode):
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
-    return searched(tmp_path_factory.mktemp("profile"), "profile")
+    return searched(tmp_path_factory.mktemp("profile"), "profile", 4)
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
-    return searched(tmp_path_factory.mktemp("sample"), "sample")
+    return searched(tmp_path_factory.mktemp("sample"), "sample", 2)
 
 
 @pytest.fixture(params=["profile", "sample"])
@@ -88,7 +90,6 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     assert answer["objective"] == answer["own_objective"]
     rows = {row.name: row for row in (*view.baselines, *view.trials)}
     assert [row["name"] for row in answer["baselines"]] == ["plain", "half", "zero_shot"]
-    assert len(answer["trials"]) == 4
     for row in (*answer["baselines"], *answer["trials"]):
         stored = rows[row["name"]]
         assert (row["objective"], row["alpha"]) == (stored.objective, stored.alpha)
@@ -96,7 +97,7 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
         assert row["id_accuracy"] == stored.metrics["id_accuracy"]
         assert row["ood_accuracy"] == stored.metrics["ood_accuracy"]
         assert row["old_rank"] == row["new_rank"]
-    assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3, 4]
+    assert [row["new_rank"] for row in answer["trials"]] == list(range(1, len(view.trials) + 1))
     assert answer["trials"][0]["name"] == view.best.name
     assert all(row["new_rank"] is None for row in answer["baselines"])
 
