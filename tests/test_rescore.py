@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
 import short_training
+import stand_in
 import typer.main
 
 from carft_ray import cli
@@ -32,7 +34,11 @@ SETS = """  ood_val:
 BASELINES = "  baselines: {plain: {kl_weight: 0}, half: {alpha: 0.5}}\n"
 
 
-def searched(folder, mode):
+def copied(study_dir, tmp_path):
+    return shutil.copytree(study_dir, tmp_path / "study")
+
+
+def searched(folder, mode, num_trials):
     """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
     path = short_training.make(folder)
     for label, name in enumerate(short_training.CLASSES):
@@ -44,7 +50,9 @@ def searched(folder, mode):
     if mode == "sample":
         text = text.replace("  space:\n", "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.2, high: 1}\n")
     path.write_text(text)
-    recipe = load_recipe(path, [f"data.cache_dir={folder / 'cache'}", "search.trials=4", "search.keep_checkpoints=1"])
+    recipe = load_recipe(
+        path, [f"data.cache_dir={folder / 'cache'}", f"search.trials={num_trials}", "search.keep_checkpoints=1"]
+    )
     study_dir = folder / "study"
     with open_study(study_dir, recipe, folder) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
@@ -60,12 +68,12 @@ def searched(folder, mode):
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
-    return searched(tmp_path_factory.mktemp("profile"), "profile")
+    return searched(tmp_path_factory.mktemp("profile"), "profile", 4)
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
-    return searched(tmp_path_factory.mktemp("sample"), "sample")
+    return searched(tmp_path_factory.mktemp("sample"), "sample", 2)
 
 
 @pytest.fixture(params=["profile", "sample"])
@@ -82,7 +90,6 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     assert answer["objective"] == answer["own_objective"]
     rows = {row.name: row for row in (*view.baselines, *view.trials)}
     assert [row["name"] for row in answer["baselines"]] == ["plain", "half", "zero_shot"]
-    assert len(answer["trials"]) == 4
     for row in (*answer["baselines"], *answer["trials"]):
         stored = rows[row["name"]]
         assert (row["objective"], row["alpha"]) == (stored.objective, stored.alpha)
@@ -90,7 +97,7 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
         assert row["id_accuracy"] == stored.metrics["id_accuracy"]
         assert row["ood_accuracy"] == stored.metrics["ood_accuracy"]
         assert row["old_rank"] == row["new_rank"]
-    assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3, 4]
+    assert [row["new_rank"] for row in answer["trials"]] == list(range(1, len(view.trials) + 1))
     assert answer["trials"][0]["name"] == view.best.name
     assert all(row["new_rank"] is None for row in answer["baselines"])
 
@@ -151,12 +158,6 @@ def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp
     assert not any(row["measured"] for row in by_ood["trials"])  # no predictions are stored at .1
 
 
-def copied(study_dir, tmp_path):
-    import shutil
-
-    return shutil.copytree(study_dir, tmp_path / "study")
-
-
 def table_of(name, alpha, num_right):
     logits = np.zeros((4, 5), np.float32)
     logits[np.arange(4), [0] * num_right + [1] * (4 - num_right)] = 1
@@ -191,6 +192,20 @@ def test_missing_and_damaged_predictions_are_all_named(profiled, tmp_path):
     with pytest.raises(StorageError) as error:
         rescore(view, objective_spec(view.recipe))
     assert [problem.place for problem in error.value.problems] == [str(first), str(second)]
+
+
+def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_anew_at_the_next_start(profiled, tmp_path):
+    view = read_study(copied(profiled, tmp_path))
+    prepared = view.study_dir / "prepared"
+    path, content = prepared / "zero_shot.parquet", json.loads((prepared / "prepared.json").read_text())
+    table = read_predictions(path)
+    write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
+    (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 2, but got 1"):
+        rescore(view, objective_spec(view.recipe))
+    again = prepare(view.recipe, view.study_dir, prepared, lambda text: None)
+    assert read_predictions(path).equals(table)
+    assert again["objective"] == content["metrics"]["objective"]
 
 
 # the command
@@ -261,8 +276,6 @@ def test_a_mistake_gives_one_message_and_its_exit_code(run, words, code, message
 
 
 def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, capsys):
-    import stand_in
-
     recipe = stand_in.make_recipe(2)
     with open_study(tmp_path / "empty", recipe, Path(__file__).parent) as study:
         (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe, Path(__file__).parent))

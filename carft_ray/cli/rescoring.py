@@ -27,7 +27,7 @@ def rescore(
     ] = None,
     sets: Annotated[
         str | None,
-        typer.Option("--sets", metavar="A,B", help="OOD validation sets to count; without it all. ID always counts."),
+        typer.Option("--sets", metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in."),
     ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
