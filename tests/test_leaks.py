@@ -466,8 +466,10 @@ def test_a_second_look_reads_no_image_and_damaged_hashes_are_made_again(here):
     assert len(entries) == 5
     for path in cache.glob("*"):
         path.write_bytes(b"damaged") if path in entries else path.unlink()
+    (cache / ".signatures-x.npy.7.tmp").write_bytes(b"of a process that was killed")
     check_overlap(recipe, here, cache)
     assert {path: path.read_bytes() for path in entries} == entries
+    assert not list(cache.glob(".*"))
 
 
 def test_a_changed_set_is_looked_at_again(here):
