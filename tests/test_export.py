@@ -1,5 +1,6 @@
 """An export opens with stock open_clip in another process and gives the accuracy that was reported."""
 
+import dataclasses
 import json
 import os
 import re
@@ -149,6 +150,16 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(expo
         assert ("chosen on these very sets" in card) == (export.alpha == training.result["alpha"])
         assert "test sets were not read" in card
         assert "Classes, in the order of the logits: arrow, circle, heart, square, star." in card
+
+
+def test_the_model_card_says_when_the_model_was_selected_on_id_only(trained, exports, tmp_path):
+    told = "Selected on ID only: the recipe has no ood_val."
+    training = trained["folded"]
+    data = training.recipe.data.model_copy(update={"ood_val": {}})
+    alone = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"data": data}))
+    export_model(alone, tmp_path / "alone")
+    assert told in (tmp_path / "alone" / "README.md").read_text()
+    assert told not in (exports["folded"][0].folder / "README.md").read_text()
 
 
 def test_the_model_card_holds_no_test_number(exports):

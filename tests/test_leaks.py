@@ -375,14 +375,14 @@ COPIES = {  # change -> how many of the copies are found, in percent; as the doc
 }
 
 
-@pytest.mark.parametrize("num_per_class", [2, pytest.param(63, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_per_class", [2, pytest.param(24, marks=pytest.mark.slow)])
 def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are(num_per_class):
     """All pairs of twelve domains at 32 pixels: silhouettes and pixelated ones are the hard ones."""
     pictures = dict(sandbox_pictures(DOMAINS, num_per_class))
     whole = np.concatenate([thumbnails(images) for images in pictures.values()])
     assert pairs_alike(whole, whole) == {(index, index) for index in range(len(whole))}
 
-    some = [image for images in pictures.values() for image in images[:: 16 if num_per_class > 2 else 4]]
+    some = [image for images in pictures.values() for image in images[:: 8 if num_per_class > 2 else 4]]
     for name, (change, percent) in COPIES.items():
         found = distances(thumbnails(some), thumbnails([change(image) for image in some])) <= TOLERANCE
         assert 100 * found.mean() >= percent - (0 if num_per_class > 2 else 5), name
@@ -466,8 +466,10 @@ def test_a_second_look_reads_no_image_and_damaged_hashes_are_made_again(here):
     assert len(entries) == 5
     for path in cache.glob("*"):
         path.write_bytes(b"damaged") if path in entries else path.unlink()
+    (cache / ".signatures-x.npy.7.tmp").write_bytes(b"of a process that was killed")
     check_overlap(recipe, here, cache)
     assert {path: path.read_bytes() for path in entries} == entries
+    assert not list(cache.glob(".*"))
 
 
 def test_a_changed_set_is_looked_at_again(here):

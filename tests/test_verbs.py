@@ -20,8 +20,10 @@ from stand_in import make_recipe
 
 from carft_ray import cli
 from carft_ray.cli import search as search_commands
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.launch.search import SearchResult
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
+from carft_ray.results.summary import write_best
 from carft_ray.search.folder import claim, study_lock
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import Failure, append_log, write_failure
@@ -155,6 +157,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
     assert answer["best"]["name"] == named(here / "first", 1)
     assert answer["best"]["objective"] == 0.7
+    assert answer["selected_on"] == ["id_val"]
     assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
     assert answer["search"] == {"running": False, "holder": None, "stopping": False}
     assert answer["times"]["training_s"] >= 4 * 61
@@ -163,9 +166,21 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert code == 0
     assert out.splitlines()[0] == "study: 4 of 8 trials are finished."
     assert "best" in out
+    assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."
     assert "No search runs on it." in err
     assert "  carft-ray resume first\n" in err
     assert everything(here) == before
+
+
+@pytest.mark.parametrize("with_ood", [False, True])
+def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
+    recipe = make_recipe(8)
+    ood_val = {"sketch": recipe.data.id_val} if with_ood else {}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": ood_val})})
+    view = read_study(here / "first")
+    path = write_best(recipe, BASE, SearchResult(here / "first", view.best, view.trials, view.baselines, 0, 1.0))
+    assert ("# Selected on ID only: the recipe has no ood_val." in path.read_text().splitlines()) != with_ood
+    assert load_recipe(path).train.learning_rate == view.best.values["learning_rate"]
 
 
 def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_it(run, here):

@@ -64,7 +64,7 @@ def image_set(
     entry = cache_dir / _key(source, transform_key)
     if (found := _open(entry, source)) is not None:
         return found
-    with _lock(cache_dir / f"{entry.name}.lock"):
+    with lock(cache_dir / f"{entry.name}.lock"):
         if (found := _open(entry, source)) is not None:
             return found
         _remove_remains(entry)
@@ -108,7 +108,7 @@ def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from carft_ray.data.arrays import lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
 from carft_ray.data.folder import FolderSource, list_folders
 from carft_ray.data.sets import TEST_ROLES, check_roles, open_source
@@ -112,26 +113,21 @@ def check_overlap(
     if not any(isinstance(spec, FolderSet) for spec in specs.values()):
         return
     sets = [found for path, spec in specs.items() if (found := _open(spec, dotted(path), str(path[1]), base_dir))]
-    known: dict[str, Signatures] = {}
-    problems = []
-    for first, second in itertools.combinations(sets, 2):
-        if first.role == second.role or not (_has_files(first) or _has_files(second)):
-            continue
-        clean = cache_dir / f"overlap-{_key(first.key, second.key)}.json"
-        if clean.exists():
-            continue
-        for each in (first, second):
-            if each.place not in known and (made := _signatures(each, cache_dir, say)) is not None:
-                known[each.place] = made
-        if first.place not in known or second.place not in known:
-            continue
-        problem = _compare(first, known[first.place], second, known[second.place])
-        if problem is None:
+    clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.key}' for each in sets))}.json"
+    if clean.exists():
+        return
+    with lock(cache_dir / "overlap.lock"):
+        for left in (*cache_dir.glob(".signatures-*.tmp"), *cache_dir.glob(".overlap-*.tmp")):
+            left.unlink(missing_ok=True)  # of a process that was killed
+        known = [(each, made) for each in sets if (made := _signatures(each, cache_dir, say)) is not None]
+        for (first, mine), (second, theirs) in itertools.combinations(known, 2):
+            with_files = isinstance(first.source, FolderSource) or isinstance(second.source, FolderSource)
+            if first.role != second.role and with_files:
+                problems += _compare(first, mine, second, theirs)
+        if problems:
+            raise HoldOutError(problems)
+        if len(known) == len(sets):
             write_json(clean, {"format_version": FORMAT_VERSION, "shared_images": 0})
-        else:
-            problems.append(problem)
-    if problems:
-        raise HoldOutError(problems)
 
 
 def signatures(
@@ -292,12 +288,12 @@ def _centred(part: _Floats) -> _Floats:
     return centred
 
 
-def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) -> Problem | None:
+def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) -> list[Problem]:
     by_content, by_thumbnail = shared_images(mine, theirs)
     match = np.maximum(by_content, by_thumbnail)
     shared = np.flatnonzero(match >= 0)
     if not len(shared):
-        return None
+        return []
     num_content = int((by_content >= 0).sum())
     counts = {"the same file content": num_content, "the same picture re-encoded or resized": len(shared) - num_content}
     how = ", ".join(f"{count} with {words}" for words, count in counts.items() if count)
@@ -306,7 +302,7 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
     rule = f"a set has one role and must not share images with {first.place}"
     value = f"{len(shared)} of {len(theirs.digests)} images in both ({how}): {examples}"
     step = "Give each role images of its own: remove the shared ones from one of the two sets."
-    return Problem(second.place, rule, value, next_step=step)
+    return [Problem(second.place, rule, value, next_step=step)]
 
 
 def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
@@ -350,10 +346,6 @@ def _pass_over(place: str, role: str, error: DataError) -> None:
     if role not in TEST_ROLES:
         raise error
     _log.warning("Whether %s shares images with another role is not known: %s", place, error.problems[0])
-
-
-def _has_files(each: _Set) -> bool:
-    return isinstance(each.source, FolderSource)
 
 
 def _key(*fingerprints: str) -> str:

@@ -233,7 +233,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "name": overview.recipe.name,
         "wanted": overview.recipe.search.trials,
         "finished": overview.num_finished,
-        "selected_on": "id_val and ood_val" if overview.recipe.data.ood_val else "id_val",
+        "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
