@@ -43,18 +43,9 @@ def here(tmp_path_factory):
         "search.sampler.seed=11",
     ]
     recipe = load_recipe(path, always)
-    read = []
-    patch = pytest.MonkeyPatch()
-    patch.setattr(
-        "carft_ray.data.content._content", lambda source, index: read.append(source.name) or _read(source, index)
-    )
     train_once(recipe, folder, folder / "run", False, "", quiet, quiet, quiet)
-    patch.undo()
     short_study.search(folder / "study", recipe, folder)
-    return folder, recipe, set(read)
-
-
-_read = content._content
+    return folder, recipe
 
 
 def as_a_new_process(recipe, cache_dir):
@@ -63,7 +54,7 @@ def as_a_new_process(recipe, cache_dir):
 
 
 def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
-    folder, recipe, _ = here
+    folder, recipe = here
     claim(tmp_path, recipe, folder)
     found = manifest(tmp_path)["provenance"]
     assert found["seeds"] == {"sampler": 11, "train": 0}
@@ -76,7 +67,7 @@ def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "study"])
 def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
-    folder, recipe, _ = here
+    folder, recipe = here
     found = manifest(folder / name)["provenance"]
     expected = {}
     for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
@@ -91,14 +82,17 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     assert found["hardware"]["gpus"] == []
 
 
-def test_no_image_of_a_test_set_is_read_for_it(here):
-    folder, _, read = here
-    assert read == {"train", "id_val", "sketch"}
-    assert set(manifest(folder / "run")["provenance"]["data"]) == read
+def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
+    folder, recipe = here
+    read, content_of = set(), content._content
+    monkeypatch.setattr(content, "_content", lambda source, index: read.add(source.name) or content_of(source, index))
+    found = set_contents(recipe, folder)
+    assert found == manifest(folder / "run")["provenance"]["data"]
+    assert read == set(found) == {"train", "id_val", "sketch"}
 
 
 def test_a_result_says_on_what_it_was_computed(here):
-    folder, _, _ = here
+    folder, _ = here
     run = json.loads((folder / "run" / "result.json").read_text())["environment"]
     trial = json.loads(next((folder / "study" / "trials").glob("*/result.json")).read_text())["environment"]
     assert run["source"] == environment.source_digest()
@@ -107,14 +101,14 @@ def test_a_result_says_on_what_it_was_computed(here):
 
 
 def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):
-    folder, recipe, _ = here
+    folder, recipe = here
     before = (folder / "study" / "manifest.json").read_bytes()
     short_study.search(folder / "study", recipe, folder)
     assert (folder / "study" / "manifest.json").read_bytes() == before
 
 
 def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_first(here, monkeypatch):
-    folder, recipe, _ = here
+    folder, recipe = here
     study_dir = short_study.search(folder / "moved", recipe, folder, num_attempts=0)
     first = manifest(study_dir)["provenance"]
     for number, version in enumerate(("9.8", "9.8", "9.9"), start=1):
@@ -128,7 +122,7 @@ def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_firs
 
 
 def test_a_study_does_not_go_on_with_other_images(here):
-    folder, recipe, _ = here
+    folder, recipe = here
     study_dir = short_study.search(folder / "changed", recipe, folder, num_attempts=1)
     image = folder / "images" / "sketch" / "star" / "0.png"
     kept, times = image.read_bytes(), image.stat()
@@ -143,7 +137,7 @@ def test_a_study_does_not_go_on_with_other_images(here):
 
 
 def test_a_file_that_was_only_touched_is_no_other_image(here):
-    folder, recipe, _ = here
+    folder, recipe = here
     study_dir = short_study.search(folder / "touched", recipe, folder, num_attempts=0)
     before = manifest(study_dir)
     os.utime(folder / "images" / "photo" / "star" / "0.png")
@@ -154,7 +148,7 @@ def test_a_file_that_was_only_touched_is_no_other_image(here):
 
 
 def test_without_findings_nothing_is_recorded(here, tmp_path):
-    folder, recipe, _ = here
+    folder, recipe = here
     claim(tmp_path, recipe, folder)
     before = manifest(tmp_path)
     record_provenance(tmp_path, recipe, None)

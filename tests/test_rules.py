@@ -131,6 +131,7 @@ def test_light_modules_load_neither_torch_nor_ray_nor_optuna(module):
     "module",
     [
         "carft_ray.api",
+        "carft_ray.results.compare",
         "carft_ray.results.overview",
         "carft_ray.results.logs",
         "carft_ray.results.report",
