@@ -23,6 +23,7 @@ RESOURCES = {
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 300
 EVENTS = ("", "Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search's course; "": its beginning
+_drivers = []
 
 
 def environment(**more):
@@ -40,9 +41,18 @@ def driver(study_dir, base_dir, num_trials, executor="inline", address=None, aut
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
     command += [json.dumps({**RESOURCES[executor], **resources}), *([address] if address else [])]
     surroundings = environment(**(auth or {}))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
     )
+    _drivers.append(process)
+    return process
+
+
+def kill_drivers():
+    """Kills what drivers a test that has failed leaves behind."""
+    while _drivers:
+        if (process := _drivers.pop()).poll() is None:
+            kill_group(process)
 
 
 def finish(process):

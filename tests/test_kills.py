@@ -15,6 +15,12 @@ from carft_ray.search.study import baselines, trials
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+@pytest.fixture(autouse=True)
+def no_driver_is_left():
+    yield
+    searches.kill_drivers()
+
+
 @pytest.fixture
 def base_dir(tmp_path):
     searches.write_modes(tmp_path / "base", seconds=0.5)
