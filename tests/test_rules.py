@@ -122,7 +122,18 @@ def test_light_modules_load_neither_torch_nor_ray_nor_optuna(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["carft_ray.results.overview", "carft_ray.results.logs", "carft_ray.launch.stop"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "carft_ray.results.overview",
+        "carft_ray.results.logs",
+        "carft_ray.results.report",
+        "carft_ray.results.rescore",
+        "carft_ray.evaluation.metrics",
+        "carft_ray.evaluation.robustness",
+        "carft_ray.launch.stop",
+    ],
+)
 def test_readers_of_a_study_load_neither_torch_nor_ray(module):
     """Else `status` and the other quick verbs would take seconds."""
     code = f"import sys, {module}; print([n for n in ('torch', 'ray', 'open_clip') if n in sys.modules])"

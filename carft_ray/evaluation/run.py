@@ -25,8 +25,9 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
-from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
@@ -49,12 +50,6 @@ WEIGHTS = "fine_tuned.safetensors"
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
 logger = logging.getLogger(__name__)
-
-
-def objective_spec(recipe: Recipe) -> ObjectiveSpec:
-    """Returns the objective of a recipe over its validation sets."""
-    part = recipe.search.objective
-    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -93,7 +88,8 @@ def prepare(
     say("opening model and sets")
     materials = load_materials(recipe, base_dir)
     done = folder / "prepared.json"
-    content = _read_prepared(done, materials.key)
+    key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
+    content = _read_prepared(done, key)
     if content is None:
         say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
         clip, device = materials.clip, device_of(recipe)
@@ -109,7 +105,7 @@ def prepare(
         table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / "zero_shot.parquet", table)
         content = {
-            "key": materials.key,
+            "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
             "num_images": materials.num_images,
             "logit_scale": clip.logit_scale,

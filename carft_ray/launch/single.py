@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import cache_dir
 from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
@@ -60,6 +62,7 @@ def train_once(
     Raises:
         UsageError: The folder holds something, or nothing to resume.
         InterruptedRunError: Stopped on request.
+        HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
@@ -76,6 +79,7 @@ def train_once(
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
+        check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
         if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
             from carft_ray.launch.train import train_with_ray
 

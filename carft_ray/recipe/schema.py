@@ -247,6 +247,7 @@ class ObjectivePart(Part):
 
     kind: Literal["weighted_mean", "harmonic", "worst_domain"] = "weighted_mean"
     id_weight: Fraction = 0.5  # of weighted_mean
+    id_margin: Fraction = 0.005  # "keeps ID" in reports: at most so much is lost with 97.5 % confidence; ranks nothing
 
 
 class SamplerPart(Part):
