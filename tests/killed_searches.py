@@ -105,7 +105,7 @@ def check(study_dir, num_trials, before=None):
     assert not (study_dir / "lease.json").exists()
 
 
-def wait_until(condition, what, timeout_s=90):
+def wait_until(condition, what, timeout_s=180):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
