@@ -22,7 +22,7 @@ RESOURCES = {
 }
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 300
-EVENTS = ("", "Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search's course; "": its beginning
+COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
 _drivers = []
 
 
@@ -257,13 +257,12 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     """
     kills, before = [], {}
     for number in range(num_kills):
-        executor, event = ("inline", "ray-train")[number % 2], EVENTS[number // 2 % len(EVENTS)]
+        executor, done_events = ("inline", "ray-train")[number % 2], COURSE[: number // 2 % (len(COURSE) + 1)]
         process = driver(study_dir, base_dir, num_trials, executor)
-        lines = []
-        while event and not any(line.startswith(event) for line in lines):
-            lines.append(process.stdout.readline())
-            assert lines[-1], lines
-        delay_s = rng.uniform(0.1, 1 if event else 6)
+        for event in done_events:
+            while not (line := process.stdout.readline()).startswith(event):
+                assert line, f"the search has ended before {event}"
+        delay_s = rng.uniform(0.1, 1 if done_events else 6)
         time.sleep(delay_s)
         kill_group(process)
         if (study_dir / "study.journal").exists():
@@ -271,7 +270,7 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, event or "start", delay_s, len(now)))
+        kills.append((executor, done_events[-1] if done_events else "start", delay_s, len(now)))
     for wanted in (num_trials, num_trials + 4):
         code, output = finish(driver(study_dir, base_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
