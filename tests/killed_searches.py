@@ -22,7 +22,8 @@ RESOURCES = {
 }
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 300
-EVENTS = ("", "Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search's course; "": its beginning
+COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
+_drivers = []
 
 
 def environment(**more):
@@ -40,9 +41,18 @@ def driver(study_dir, base_dir, num_trials, executor="inline", address=None, aut
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
     command += [json.dumps({**RESOURCES[executor], **resources}), *([address] if address else [])]
     surroundings = environment(**(auth or {}))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
     )
+    _drivers.append(process)
+    return process
+
+
+def kill_drivers():
+    """Kills what drivers a test that has failed leaves behind."""
+    while _drivers:
+        if (process := _drivers.pop()).poll() is None:
+            kill_group(process)
 
 
 def finish(process):
@@ -95,7 +105,7 @@ def check(study_dir, num_trials, before=None):
     assert not (study_dir / "lease.json").exists()
 
 
-def wait_until(condition, what, timeout_s=90):
+def wait_until(condition, what, timeout_s=180):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
@@ -247,13 +257,12 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     """
     kills, before = [], {}
     for number in range(num_kills):
-        executor, event = ("inline", "ray-train")[number % 2], EVENTS[number // 2 % len(EVENTS)]
+        executor, done_events = ("inline", "ray-train")[number % 2], COURSE[: number // 2 % (len(COURSE) + 1)]
         process = driver(study_dir, base_dir, num_trials, executor)
-        lines = []
-        while event and not any(line.startswith(event) for line in lines):
-            lines.append(process.stdout.readline())
-            assert lines[-1], lines
-        delay_s = rng.uniform(0.1, 1 if event else 6)
+        for event in done_events:
+            while not (line := process.stdout.readline()).startswith(event):
+                assert line, f"the search has ended before {event}"
+        delay_s = rng.uniform(0.1, 1 if done_events else 6)
         time.sleep(delay_s)
         kill_group(process)
         if (study_dir / "study.journal").exists():
@@ -261,7 +270,7 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, event or "start", delay_s, len(now)))
+        kills.append((executor, done_events[-1] if done_events else "start", delay_s, len(now)))
     for wanted in (num_trials, num_trials + 4):
         code, output = finish(driver(study_dir, base_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time

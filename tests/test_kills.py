@@ -15,6 +15,12 @@ from carft_ray.search.study import baselines, trials
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+@pytest.fixture(autouse=True)
+def no_driver_is_left():
+    yield
+    searches.kill_drivers()
+
+
 @pytest.fixture
 def base_dir(tmp_path):
     searches.write_modes(tmp_path / "base", seconds=0.5)
@@ -46,8 +52,13 @@ def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group
 ):
     study_dir = tmp_path / "study"
     output = searches.kill_one(what, executor, study_dir, base_dir, cluster)
-    assert sorted(row.attempt for row in trials(study_dir) + baselines(study_dir)) == [1, 1, 2]
-    assert output.count("gets another attempt") == (what != "driver")  # whose end is no failure of a training
+    attempts = sorted(row.attempt for row in trials(study_dir) + baselines(study_dir))
+    if what == "driver":  # with it goes all that runs, and its end is no failure of a training
+        assert set(attempts) <= {1, 2}
+        assert "gets another attempt" not in output
+    else:
+        assert attempts == [1, 1, 2]
+        assert output.count("gets another attempt") == 1
 
 
 def test_workers_that_do_not_start_name_the_cause(tmp_path, base_dir, cluster):

@@ -163,7 +163,7 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group(tmp_
 @pytest.mark.slow
 def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path, base_dir):
     """Inline, one at a time: both run in the same process, which Tune reuses."""
-    modes(base_dir, **{"0": "slow_end"})
+    modes(base_dir, **{"0": "slow_end"}, tell_pid=True)
     recipe = stand_in.make_recipe(2, baselines={}, concurrency=1)
     seen = []
     result = run_search(recipe, base_dir, tmp_path / "study", None, seen.append, RUNNER)
