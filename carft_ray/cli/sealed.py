@@ -36,11 +36,11 @@ def open_seal(
         step = f"Go on with: carft-ray test {folder}"
         raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
     if json_:
-        console.print_json(summary)
+        console.print_json({"study": str(study.resolve()), **summary})
         return
     console.out.print(_table(summary))
     console.say("\n" + "\n".join(summary["lines"]))
-    console.say(f"Results: {summary['study']}/test/read-{summary['read']}")
+    console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
     console.next_step(f"carft-ray export {folder} --to exports/{shlex.quote(study.resolve().name)}")
 
 

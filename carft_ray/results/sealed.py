@@ -36,7 +36,7 @@ from carft_ray.results.sealed_summary import ID_TEST, summarise
 from carft_ray.results.trained import open_run, require_weights
 from carft_ray.search.folder import PREPARED, claim, repair_journal, study_lock
 from carft_ray.search.lease import Lease
-from carft_ray.search.ledger import TEST, Entry, check_reason, read_ledger, reads_of, record, told
+from carft_ray.search.ledger import TEST, Entry, check_reason, mend, read_ledger, reads_of, record, told
 from carft_ray.search.study import ZERO_SHOT
 
 TEST_DIR, SUMMARY = "test", "summary.json"
@@ -70,6 +70,7 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         for note in [note for note in [held.note] if note] + repair_journal(study_dir):
             say(note)
         entries = read_ledger(study_dir)
+        mend(study_dir)
         reads = reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
         if entry is not None and (_read_dir(study_dir, len(reads)) / SUMMARY).exists():

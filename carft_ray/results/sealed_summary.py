@@ -75,7 +75,6 @@ def summarise(
     went_on = [one for one in before if one.purpose == WENT_ON and one.number < entry.number]
     return {
         "format_version": FORMAT_VERSION,
-        "study": str(study_dir),
         "read": number,
         "reason": entry.reason,
         "time": entry.time,
