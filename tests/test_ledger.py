@@ -107,6 +107,17 @@ def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
         assert study.done()
 
 
+def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
+    with open_study(fresh, larger(3), fresh.parent) as study:
+        study.adopt()
+        record(study.study_dir, RECIPE, "winner fixed", details={"winner": "t0000"})
+        spec = study.next()
+        attempt(study, spec, fresh.parent, study.study_dir / "prepared")
+        study.settle(spec)
+    assert [entry.purpose for entry in read_ledger(fresh)] == ["winner fixed"]
+    assert len(trials(fresh)) == 3
+
+
 # tampering
 
 TAMPERINGS = {

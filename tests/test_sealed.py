@@ -290,6 +290,15 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     assert len(read_ledger(again)) == 1
 
 
+def test_a_reason_begins_another_read_though_one_is_not_finished(run, again):
+    """As when its weights are gone by now: it cannot be finished, and stays counted."""
+    (again / "test" / "read-1" / "summary.json").unlink()
+    code, out, err = run("test", "study", "--again", "the first was cut off", "--json")
+    assert code == 0, err
+    assert json.loads(out)["read"] == 2
+    assert run("test", "study")[0] == 8
+
+
 # confirm
 
 

@@ -47,7 +47,8 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
 
     Args:
         study: The study directory.
-        reason: Why they are read again; None: this is the first read, or one that goes on.
+        reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
+            killed goes on.
         say: Told what is being done.
 
     Returns:

@@ -206,16 +206,14 @@ def _lines(
     lines.append(f"{winner.name} at alpha {winner.alpha:.2f}: test objective, points: {objective}.")
     if rival is not None:
         words = found["differences"][rival]["objective"].words
-        why = f"{rival.replace('_', ' ')} is the best baseline on validation"
-        lines.append(f"On the test sets {winner.name} {found['headline']}; 95 %, {words}; {why}.")
+        lines.append(f"On the test sets: {found['headline']}; 95 %, {words}.")
+        lines.append(f"{rival.replace('_', ' ')} is the best baseline by its validation objective.")
+    named = {"objective": "objective", ID_TEST: "ID test", "ood_mean": "OOD mean"}
     for name, intervals in found["differences"].items():
-        named = {"objective": "objective", ID_TEST: "ID test", "ood_mean": "OOD mean"}
-        parts = [f"{named[what]} {in_points(interval, signed=True)}" for what, interval in intervals.items()]
-        lines.append(f"{winner.name} - {name}, points: {'. '.join(parts)}.")
+        for what, interval in intervals.items():
+            lines.append(f"{winner.name} - {name}, {named[what]}, points: {in_points(interval, signed=True)}.")
     notes = dict.fromkeys(note for row in found["rows"].values() for note in row["objective"].notes)
-    zero_shot_only = "one training: seeds not covered"
-    if len(compared.seeds) > 1:
-        notes.pop(zero_shot_only, None)  # of zero-shot, which has no seed
+    notes.pop("one training: seeds not covered", None)  # each interval says so itself
     return [*lines, *(f"Note: {note}." for note in notes)]
 
 
