@@ -14,6 +14,7 @@ from rich.table import Table
 from carft_ray.errors import CarftError, InterruptedRunError
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
+_NAMES = {"id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -97,6 +98,55 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     return table
 
 
+def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a table of what accuracy does not tell: a line per set.
+
+    Args:
+        rows: Name of the set -> ``set_metrics``, the worst class with its ``name``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("set", no_wrap=True)
+    for name in ("images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %"):
+        table.add_column(name, justify="right")
+    for name, metrics in rows.items():
+        worst = metrics["worst_class"]
+        table.add_row(
+            "ID (id_val)" if name == "id_val" else name,
+            f"{metrics['num_images']:,}",
+            percent(metrics["top5"]),
+            f"{metrics['nll']:.3f}",
+            f"{metrics['brier']:.3f}",
+            percent(metrics["ece"]),
+            f"{worst['name']} {percent(worst['accuracy'])}",
+        )
+    return table
+
+
+def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of trials and baselines under another objective.
+
+    Args:
+        rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
+            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in ("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        about = "" if row["measured"] else "~"
+        pair = [row["id_accuracy"], row["ood_accuracy"]]
+        table.add_row(
+            row["name"],
+            *("" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")),
+            f"{row['alpha']:.2f}",
+            *("" if value is None else about + percent(value) for value in pair),
+            percent(row["objective"]),
+            style="bold green" if row["new_rank"] == 1 else None,
+        )
+    return table
+
+
 def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines.
 
@@ -118,6 +168,27 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells.append("" if row["objective"] is None else percent(row["objective"]))
         cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
         table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
+    return table
+
+
+def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of confirmed configurations: means in percent with their 95 % intervals.
+
+    Args:
+        rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``estimates``: (mean, low, high) as fractions by column.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row["estimates"]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("%, [95 %]", no_wrap=True)
+    for name in ("alpha", "seeds", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        cells = [f"{row['alpha']:.2f}", str(row["seeds"] or "-")]
+        for name in columns:
+            mean, low, high = row["estimates"][name]
+            cells.append(f"{percent(mean)} [{percent(low)}, {percent(high)}]")
+        table.add_row(row["name"], *cells, row["role"], style="bold green" if row["role"] == "winner" else None)
     return table
 
 
@@ -160,6 +231,42 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         counts = [str(row["trials"][state] or "") for state in states]
         cells = [str(row["wanted"]), *counts, "" if best is None else percent(best)]
         table.add_row(row["name"], *cells, "runs" if row["running"] else "")
+    return table
+
+
+def differing_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of what two trainings do not share.
+
+    Args:
+        title: Heading of the first column.
+        rows: ``key``, ``a``, ``b``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title)
+    for name in ("A", "B"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row["key"], *("-" if row[side] is None else value_text(row[side]) for side in ("a", "b")))
+    return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """Returns the numbers of two trainings side by side, in percent, with the paired difference in points.
+
+    Args:
+        found: What ``results.compare.compare`` returns.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("accuracy, %", no_wrap=True)
+    for side in ("a", "b"):
+        table.add_column(f"{side.upper()}: {found[side]['name']}, alpha {found[side]['alpha']:.2f}", justify="right")
+    table.add_column("A - B, points", justify="right")
+    for row in found["rows"]:
+        cells = ["-" if row[side] is None else percent(row[side]) for side in ("a", "b")]
+        difference = "not comparable"
+        if row["difference"] is not None:
+            difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        table.add_row(_NAMES.get(row["what"], row["what"].removeprefix("accuracy/")), *cells, difference)
     return table
 
 

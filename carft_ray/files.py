@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,20 +58,6 @@ def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda 
     if value:
         step = f"Give another folder with {option}."
         raise UsageError(Problem(str(folder), "must be a new folder", value, next_step=step))
-
-
-def patiently(lock: Callable[[], None]) -> None:
-    """Takes a lock that is refused at once when it is held; tries for half a second, since a reader that finds out
-    whether it is held holds it for a moment itself.
-
-    Raises:
-        BlockingIOError: Somebody else holds it.
-    """
-    for _ in range(50):
-        with contextlib.suppress(BlockingIOError):
-            return lock()
-        time.sleep(0.01)
-    return lock()
 
 
 def fsync_dir(folder: Path) -> None:

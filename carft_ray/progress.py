@@ -17,10 +17,11 @@ from carft_ray import console
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started
-    from carft_ray.search.outcome import TrialRow, TrialSpec
+    from carft_ray.search.outcome import Kind, TrialRow, TrialSpec
 
 Row = dict[str, float]
 NUM_BEST = 5  # rows of the best trials in the live table
+NOUNS = {"trial": "trials", "confirm": "trainings with fresh seeds"}
 REFRESH_PER_S = 2
 
 
@@ -60,9 +61,9 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
 
 @contextlib.contextmanager
 def search_shown(
-    show: bool, study_dir: Path, num_epochs: int, on: Console | None = None
+    show: bool, study_dir: Path, num_epochs: int, on: Console | None = None, kind: "Kind" = "trial"
 ) -> Iterator[Callable[["Event"], None]]:
-    """Gives what ``run_search`` tells its events to: a live table on a terminal, else plain lines.
+    """Gives what ``run_search`` and ``run_confirm`` tell their events to: a live table on a terminal, else plain lines.
 
     The table is gone when the block ends, however it ends: results and messages follow it.
 
@@ -71,12 +72,13 @@ def search_shown(
         study_dir: Its finished trials, when it is a study already, are in the table from the start.
         num_epochs: Epochs of a training that does not say otherwise.
         on: Where to show it; by default standard error.
+        kind: What is counted: trials, or the trainings of a confirm.
     """
     on = on or console.err
     if not show or not on.is_terminal or on.is_dumb_terminal:
-        yield announce(show)
+        yield announce(show, kind)
         return
-    view = SearchView(num_epochs, _earlier(study_dir))
+    view = SearchView(num_epochs, _earlier(study_dir), kind=kind)
     with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
         yield _Listener(view, on)
 
@@ -101,10 +103,10 @@ class _Listener:
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
     from carft_ray.errors import CarftError
-    from carft_ray.search.study import baselines, trials
+    from carft_ray.search.study import baselines, confirmations, trials
 
     try:
-        return [*baselines(study_dir), *trials(study_dir)]
+        return [*baselines(study_dir), *trials(study_dir), *confirmations(study_dir)]
     except CarftError:
         return []
 
@@ -124,12 +126,18 @@ class SearchView:
         num_epochs: Epochs of a training whose values do not say otherwise.
         earlier: Rows that the study has already.
         clock: Seconds.
+        kind: What is counted.
     """
 
     def __init__(
-        self, num_epochs: int, earlier: Sequence["TrialRow"] = (), clock: Callable[[], float] = time.monotonic
+        self,
+        num_epochs: int,
+        earlier: Sequence["TrialRow"] = (),
+        clock: Callable[[], float] = time.monotonic,
+        kind: "Kind" = "trial",
     ) -> None:
         self._num_epochs = num_epochs
+        self._kind = kind
         self._clock = clock
         self._began = clock()
         self._lock = threading.Lock()
@@ -151,7 +159,7 @@ class SearchView:
             if isinstance(event, events.Note):
                 return f"warning: {event.text}"
             if isinstance(event, events.Preparing):
-                self._phase = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+                self._phase = event.what
             elif isinstance(event, events.Started):
                 self._started, self._phase = event, ""
             elif isinstance(event, events.TrialStarted):
@@ -183,16 +191,17 @@ class SearchView:
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
         room = max(3, height - 6)  # lines but for header, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
+        ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
         best = sorted(
-            (row for row in self._rows.values() if row.kind == "trial" and row.objective is not None),
-            key=lambda row: (-(row.objective or 0.0), row.number),
+            (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
+            key=lambda row: (-(row.objective or 0.0), row.number) if ranks else (0.0, -row.number),
         )[: min(NUM_BEST, max(1, room // 3))]
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
         if beside or best or shown:
             star = "★" if can_star else "*"
             rows = [_line(row, " ") for row in beside]
-            rows += [_line(row, star if row is best[0] else " ") for row in best]
+            rows += [_line(row, star if ranks and row is best[0] else " ") for row in best]
             rows += [self._running_line(each) for each in shown]
             yield _fitting_table(rows, width)
         if len(running) > len(shown):
@@ -213,12 +222,12 @@ class SearchView:
         return _Line(f"  {spec.name}", spec.values, [epoch, *numbers, elapsed], "cyan")
 
     def _last_line(self) -> str:
-        trials = [row for row in self._rows.values() if row.kind == "trial"]
+        trials = [row for row in self._rows.values() if row.kind == self._kind]
         failed = sum(row.objective is None for row in trials)
         elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
         pieces = [elapsed]
         if self._started is not None:
-            count = f"{len(trials)} of {self._started.num_trials} trials finished"
+            count = f"{len(trials)} of {self._started.num_trials} {NOUNS[self._kind]} finished"
             if failed:
                 count += f", {failed} of them failed"
             pieces = [count, f"{self._started.concurrency} at a time ({self._started.reason})", elapsed]
@@ -233,7 +242,7 @@ class SearchView:
             return None
         each = sum(self._seconds) / len(self._seconds)
         running = [max(each - (self._clock() - ran.began), 0.0) for ran in self._running.values()]
-        num_running = sum(ran.spec.kind == "trial" for ran in self._running.values())
+        num_running = sum(ran.spec.kind == self._kind for ran in self._running.values())
         waiting = each * max(num_left - num_running, 0)
         return max((sum(running) + waiting) / self._started.concurrency, max(running, default=0.0))
 
@@ -287,11 +296,12 @@ def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
     return table
 
 
-def announce(show: bool) -> Callable[["Event"], None]:
-    """Returns what ``run_search`` tells its events to: a line per thing that happened.
+def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
+    """Returns what ``run_search`` and ``run_confirm`` tell their events to: a line per thing that happened.
 
     Args:
         show: False: only notes are shown.
+        kind: What is counted.
     """
     from carft_ray.launch import events
 
@@ -307,11 +317,11 @@ def announce(show: bool) -> Callable[["Event"], None]:
         elif not show:
             return
         elif isinstance(event, events.Preparing):
-            console.say(f"{clock()} preparing: model, sets, heads, zero-shot, the frozen model's targets")
+            console.say(f"{clock()} {event.what}")
         elif isinstance(event, events.Started):
             state.update(finished=event.num_finished, wanted=event.num_trials)
             left = event.num_trials - event.num_finished
-            console.say(f"{clock()} {left} trials to go, {event.concurrency} at a time ({event.reason})")
+            console.say(f"{clock()} {left} {NOUNS[kind]} to go, {event.concurrency} at a time ({event.reason})")
         elif isinstance(event, events.BaselineFinished):
             console.say(f"{clock()} baseline {_result(event.row)}")
         elif isinstance(event, events.TrialFinished):

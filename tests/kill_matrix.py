@@ -10,7 +10,6 @@ import os
 import platform
 import random
 import secrets
-import signal
 import sys
 import tempfile
 import time
@@ -28,47 +27,28 @@ def main(kills, times, seed):
     rows = []
     with tempfile.TemporaryDirectory(prefix="carft-kills-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
-        searches.write_modes(folder / "base", seconds=0.3)
+        searches.write_modes(folder / "base", seconds=0.5)
         began = time.monotonic()
-        struck = searches.kill_at_random(folder / "random", folder / "base", 4, kills, random.Random(seed))
+        struck = searches.kill_at_random(folder / "random", folder / "base", 12, kills, random.Random(seed))
         rows.append(row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began))
-        print("\n".join(f"{executor}: after {at:.1f} s, {done} finished" for executor, at, done in struck), flush=True)
+        for executor, event, delay_s, done in struck:
+            print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
         with searches.cluster() as cluster:
-            for what, executor in (
-                ("process of a training", "inline"),
-                ("worker 0", "ray-train"),
-                ("trial that waits for its workers", "ray-train"),
-                ("driver, its cluster lives", "inline"),
-                ("driver, its cluster lives", "ray-train"),
+            for what, executor, name in (
+                ("training", "inline", "process of a training"),
+                ("training", "ray-train", "worker 0"),
+                ("trial", "ray-train", "trial that waits for its workers"),
+                ("driver", "inline", "driver, its cluster lives"),
+                ("driver", "ray-train", "driver, its cluster lives"),
             ):
                 began, studies = time.monotonic(), []
                 for number in range(times):
-                    studies.append(folder / f"{what}-{executor}-{number}".replace(" ", "_"))
-                    strike(what, executor, studies[-1], folder / "base", cluster)
-                rows.append(row(what, executor, times, studies, began))
+                    studies.append(folder / f"{what}-{executor}-{number}")
+                    searches.kill_one(what, executor, studies[-1], folder / "base", cluster)
+                rows.append(row(name, executor, times, studies, began))
                 print(rows[-1], flush=True)
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows))
-
-
-def strike(what, executor, study_dir, base_dir, cluster):
-    """One search of a trial and a baseline, one kill, and what must hold afterwards."""
-    process = searches.driver(study_dir, base_dir, 1, executor, *cluster)
-    pid = searches.wait_until(lambda: searches.running_pid(study_dir), "a training runs")
-    before = searches.results(study_dir)
-    if what.startswith("driver"):
-        process.kill()
-        process.communicate()
-        searches.wait_for_no_groups(*cluster)
-        process = searches.driver(study_dir, base_dir, 1, executor, *cluster)
-    elif what.startswith("trial"):
-        os.kill(searches.waiting_trial(pid), signal.SIGKILL)
-    else:
-        os.kill(pid, signal.SIGKILL)
-    code, output = searches.finish(process)
-    assert code == 0, output
-    searches.check(study_dir, 1, before)
-    searches.wait_for_no_groups(*cluster)
 
 
 def row(what, executor, times, studies, began):

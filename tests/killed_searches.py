@@ -21,7 +21,8 @@ RESOURCES = {
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
 }
 EPOCHS = 4  # of search_driver.py
-TIMEOUT_S = 180
+TIMEOUT_S = 300
+EVENTS = ("", "Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search's course; "": its beginning
 
 
 def environment(**more):
@@ -203,17 +204,56 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def kill_one(what, executor, study_dir, base_dir, cluster):
+    """Searches for one trial and a baseline on a Ray that stays alive, kills one process, and checks what follows.
+
+    Args:
+        what: "training" (the process of an inline one, worker 0 of a group), "trial" (which waits for its group), or
+            "driver".
+        executor: Runs the trainings.
+        study_dir: A new study.
+        base_dir: Folder of the stand-in's modes.
+        cluster: What ``cluster`` gives.
+
+    Returns:
+        What the search printed that came to the end.
+    """
+    process = driver(study_dir, base_dir, 1, executor, *cluster)
+    pid = wait_until(lambda: running_pid(study_dir) or process.poll() is not None, "a training runs")
+    assert process.poll() is None, process.communicate()[0]
+    before = results(study_dir)
+    if what == "driver":
+        process.kill()
+        process.communicate()
+        wait_for_no_groups(*cluster)
+        process = driver(study_dir, base_dir, 1, executor, *cluster)
+    else:
+        os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    check(study_dir, 1, before)
+    wait_for_no_groups(*cluster)
+    return output
+
+
 def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
 
+    The kills go through the course of a search, inline and with Ray Train in turn: each comes a random while after an
+    event, however slow the machine is.
+
     Returns:
-        ``(executor, seconds until the kill, trainings finished by then)`` of each kill.
+        ``(executor, event waited for, seconds from then to the kill, trainings finished by then)`` of each kill.
     """
     kills, before = [], {}
     for number in range(num_kills):
-        executor = ("inline", "ray-train")[number % 2]
+        executor, event = ("inline", "ray-train")[number % 2], EVENTS[number // 2 % len(EVENTS)]
         process = driver(study_dir, base_dir, num_trials, executor)
-        delay_s = rng.uniform(1, 12 if executor == "inline" else 25)
+        lines = []
+        while event and not any(line.startswith(event) for line in lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        delay_s = rng.uniform(0.1, 1 if event else 6)
         time.sleep(delay_s)
         kill_group(process)
         if (study_dir / "study.journal").exists():
@@ -221,7 +261,7 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, delay_s, len(now)))
+        kills.append((executor, event or "start", delay_s, len(now)))
     for wanted in (num_trials, num_trials + 4):
         code, output = finish(driver(study_dir, base_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time

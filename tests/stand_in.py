@@ -78,7 +78,7 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         "format_version": 1,
         "objective": value,
         "alpha": 0.5,
-        "metrics": {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context)},
+        "metrics": {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context), "pid": os.getpid()},
         "elapsed_s": 0.1,
     }
     if context.rank == 0 and math.isfinite(value):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from carft_ray.errors import CarftError, DataError
-from carft_ray.evaluation.alpha import alpha_profile, choose_alpha, cross_fit, neighbour_se, paired_se
+from carft_ray.evaluation.alpha import (
+    alpha_profile,
+    choose_alpha,
+    choose_alphas,
+    cross_fit,
+    fitted_curve,
+    neighbour_se,
+    paired_se,
+)
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
 from carft_ray.results.intervals import crossed
@@ -49,6 +57,24 @@ def test_of_equal_values_the_smaller_alpha_wins():
     assert choose_alpha(GRID, [0.7] * 6, 0.1, 0.0) == choose_alpha(GRID, [0.7] * 6, 0.1, None)
     assert choose_alpha(GRID, [0.7] * 6, 0.1, 0.0).alpha == 0.1
     assert choose_alpha((0.0, 0.5, 1.0), [0.6, 0.7, 0.7], 0.1, None).alpha == 0.5
+
+
+@pytest.mark.parametrize("grid", [GRID, GRID[:4], GRID[:3], GRID[1:], (0.0, 0.03, 0.5, 1.0)])
+@pytest.mark.parametrize("noise_se", [1e-4, 0.004, 1.0])
+def test_many_curves_are_chosen_as_each_alone(grid, noise_se):
+    rng = np.random.default_rng(1)
+    curves = 0.6 + 0.1 * rng.random((200, 1)) * np.array(grid) + rng.normal(0, 0.01, (200, len(grid)))
+    curves[:20] = np.round(curves[:20], 2)  # with ties
+    many = choose_alphas(grid, curves, 0.1, np.full(200, noise_se))
+    assert many.values == pytest.approx((many.readers * curves).sum(axis=1))
+    for b, curve in enumerate(curves):
+        one = choose_alpha(grid, curve.tolist(), 0.1, noise_se)
+        assert (many.alphas[b], many.values[b]) == (one.alpha, pytest.approx(one.value, abs=1e-12))
+        other = rng.random(len(grid))
+        if one.fitted:
+            assert many.readers[b] @ other == pytest.approx(fitted_curve(grid, other, [one.alpha])[0])
+        else:
+            assert many.readers[b] @ other == other[grid.index(one.alpha)]
 
 
 def test_fewer_than_four_points_give_the_raw_maximum_with_the_reason():

@@ -85,18 +85,25 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     assert err == ""
 
     code, out, err = run("evaluate", "out", "--json")
-    assert json.loads(out) == {
-        "name": "out",
-        "alpha": result["alpha"],
-        "head": "fine_tuned",
-        "metrics": result["metrics"],
-    }
+    found = json.loads(out)
+    by_set = found.pop("sets")
+    assert found == {"name": "out", "alpha": result["alpha"], "head": "fine_tuned", "metrics": result["metrics"]}
+    assert list(by_set) == ["id_val", "sketch"]
+    for name, values in by_set.items():
+        assert values["accuracy"] == result["metrics"][f"accuracy/{name}"]
+        assert {"top5", "nll", "brier", "ece", "worst_class"} <= values.keys()
+        assert values["worst_class"]["name"] in short_training.CLASSES
+        assert values["worst_class"]["accuracy"] <= values["accuracy"]
     code, out, err = run("evaluate", "out", "--alpha", "1", "--json")
     assert json.loads(out)["metrics"] == result["fine_tuned"]
     code, out, err = run("evaluate", "out", "--alpha", "0", "--head", "zero_shot", "--json")
     assert json.loads(out)["metrics"] == {key: result["zero_shot"][key] for key in metrics}
     code, out, err = run("evaluate", "out", "--alpha", "0.5")
     assert "out, alpha 0.5" in out
+    head, *rows = out.split("\n\n")[1].splitlines()
+    assert re.split(r"  +", head) == ["set", "images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %"]
+    assert [row.split()[0] for row in rows] == ["ID", "sketch"]
+    assert max(map(len, (head, *rows))) <= 80
     assert "carft-ray export out --to exports/short --alpha 0.5" in err
 
     code, out, err = run("export", "out", "--to", "exported", "--json")

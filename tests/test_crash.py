@@ -98,7 +98,7 @@ def without(value, *keys):
 
 
 def result(folder):
-    return without(json.loads((folder / "out" / "result.json").read_text()), "elapsed_s")
+    return without(json.loads((folder / "out" / "result.json").read_text()), "elapsed_s", "environment")
 
 
 def metrics(folder):

@@ -55,6 +55,8 @@ FORMS = {
     "fp64": ["train.precision=fp64"],
 }
 
+pytestmark = pytest.mark.slow  # six trainings, and stock open_clip in a process of its own
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -163,7 +165,6 @@ def test_the_exported_recipe_trains(exports):
     assert recipe.model.name == f"local-dir:{Path(recipe.data.train.path).parent / 'model'}"
 
 
-@pytest.mark.slow
 def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(tmp_path, monkeypatch):
     only = {"id_val": sandbox.QUICKSTART_SETS["id_val"]}
     monkeypatch.setattr(sandbox, "QUICKSTART_SETS", only)

@@ -15,7 +15,7 @@ from stand_in import make_recipe
 from carft_ray.errors import StorageError
 from carft_ray.search import lease as module
 from carft_ray.search.folder import study_lock
-from carft_ray.search.lease import LEASE, STALE_AFTER_S
+from carft_ray.search.lease import LEASE, READERS_STALE_AFTER_S, STALE_AFTER_S, holder
 from carft_ray.search.study import open_study, trials
 
 BASE = Path(__file__).parent
@@ -129,6 +129,61 @@ def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
         assert (study_dir / "study.journal").read_bytes() == journal
     assert path.exists()  # it is the other's
     assert trials(study_dir) == []
+
+
+# readers, who neither lock nor write
+
+
+def test_a_reader_names_the_process_that_holds_a_study_and_nobody_afterwards(study_dir):
+    assert holder(study_dir) is None  # there is no folder
+    with study_lock(study_dir):
+        assert holder(study_dir).startswith(f"process {os.getpid()} on ")
+    assert holder(study_dir) is None
+
+
+@pytest.mark.parametrize(
+    ("age_s", "held"), [(0, True), (-3600, True), (READERS_STALE_AFTER_S - 9, True), (READERS_STALE_AFTER_S + 9, False)]
+)
+def test_a_reader_goes_by_the_heartbeat_of_another_machine_with_room_for_clocks_that_differ(study_dir, age_s, held):
+    leave(study_dir, age_s, host="node7", boot="another", pid=12, since="noon")
+    assert holder(study_dir) == ("process 12 on node7, since noon" if held else None)
+
+
+def test_a_reader_writes_nothing(study_dir):
+    leave(study_dir, host="node7", boot="another", pid=12)
+    before = os.stat(study_dir).st_mtime_ns, sorted(study_dir.iterdir())
+    assert holder(study_dir)
+    assert before == (os.stat(study_dir).st_mtime_ns, sorted(study_dir.iterdir()))
+
+
+@pytest.mark.parametrize(("content", "age_s", "held"), [("{}", 0, True), ("[1", 0, True), ("[1", 10000, False)])
+def test_a_reader_takes_a_damaged_lease_by_its_age(study_dir, content, age_s, held):
+    path = leave(study_dir)
+    path.write_text(content)
+    os.utime(path, (time.time() - age_s,) * 2)
+    assert (holder(study_dir) is not None) == held
+
+
+def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_how_it_ended(study_dir):
+    """As in a container, whose first process seldom asks: the dead stay in the list of processes."""
+    code = f"""
+        import time
+        from pathlib import Path
+        from carft_ray.search.folder import study_lock
+        with study_lock(Path({str(study_dir)!r})):
+            print("locked", flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert holder(study_dir).startswith(f"process {other.pid} on ")
+        other.kill()
+        stat = Path(f"/proc/{other.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        assert (study_dir / LEASE).exists()
+        assert holder(study_dir) is None
+        with study_lock(study_dir) as held:
+            assert held.note.startswith(f"took over from process {other.pid} on ")
 
 
 def wait_until(condition, timeout_s=5):

@@ -106,6 +106,7 @@ def test_kl_is_zero_at_step_zero_and_the_first_update_is_the_same_for_every_kl_w
     assert largest_difference(states[0], states[2]) <= 1e-9 * 1e-3
 
 
+@pytest.mark.slow
 def test_training_kl_falls_as_its_weight_rises(clip64, heads64, source):
     values = []
     for weight in (0.0, 1.0, 100.0):
@@ -240,6 +241,7 @@ def test_a_loss_that_is_not_finite_is_an_error_of_its_own(tiny_clip, heads, sour
         fine_tune(tiny_clip, *heads, source, settings(learning_rate=1e30, warmup_steps=0, clip_norm=None))
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(tiny_clip, heads, source, tmp_path):
     train = settings(epochs=4, batch_size=3)
     whole_rows, rows = [], []

@@ -48,11 +48,13 @@ def test_table_agrees_with_numpy(classes):
     assert table["prediction"].to_pylist() == logits.argmax(1).tolist()
     assert table["logit_true"].to_pylist() == logits[np.arange(len(labels)), labels].tolist()
     log_sum_exp = np.log(np.exp(logits.astype(np.float64)).sum(1))
-    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), log_sum_exp, rtol=1e-7)
+    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), log_sum_exp, rtol=1e-14)
+    log_sum_exp_2 = np.log(np.exp(2 * logits.astype(np.float64)).sum(1))
+    np.testing.assert_allclose(table["log_sum_exp_2"].to_numpy(), log_sum_exp_2, rtol=1e-14)
     assert table["sample_id"].to_numpy().tolist() == ids.tolist()
     assert accuracy(table) == (logits.argmax(1) == labels).mean()
     likelihoods = log_sum_exp - logits[np.arange(len(labels)), labels]
-    assert negative_log_likelihood(table) == pytest.approx(likelihoods.mean(), rel=1e-6, abs=1e-7)
+    assert negative_log_likelihood(table) == pytest.approx(likelihoods.mean(), rel=1e-13, abs=1e-13)
     assert num_classes(table) == classes
 
 
@@ -64,7 +66,8 @@ def test_equal_logits_are_ordered_by_class_index():
 
 def test_log_sum_exp_does_not_overflow():
     table = predictions_table("s", 1.0, np.arange(2, dtype=np.uint64), [0, 0], [[3e4, 3e4], [-3e4, -3e4]])
-    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), [3e4 + np.log(2), -3e4 + np.log(2)], rtol=1e-7)
+    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), [3e4 + np.log(2), -3e4 + np.log(2)], rtol=1e-14)
+    np.testing.assert_allclose(table["log_sum_exp_2"].to_numpy(), [6e4 + np.log(2), -6e4 + np.log(2)], rtol=1e-14)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -168,12 +171,12 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(StorageError, match="No such file"):
         read_predictions(tmp_path / "none.parquet")
     pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(StorageError, match="format_version of predictions must be 1, but got none"):
+    with pytest.raises(StorageError, match="format_version of predictions must be 2, but got none"):
         read_predictions(path)
-    future = table_of().replace_schema_metadata({"format_version": "2", "num_classes": "16"})
-    pq.write_table(future, path)
-    with pytest.raises(StorageError, match="must be 1, but got 2"):
-        read_predictions(path)
+    for version in ("1", "3"):
+        pq.write_table(table_of().replace_schema_metadata({"format_version": version, "num_classes": "16"}), path)
+        with pytest.raises(StorageError, match=f"must be 2, but got {version}\n    Evaluate the model again"):
+            read_predictions(path)
     pq.write_table(table_of().drop_columns(["label"]), path)
     with pytest.raises(
         StorageError, match=r"must have the columns set, alpha, .*, but got set, alpha, sample_id, pred"
@@ -182,6 +185,6 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
 
 
 def test_the_columns_are_the_published_format():
-    names = "set alpha sample_id label prediction logit_true log_sum_exp top_classes top_logits"
+    names = "set alpha sample_id label prediction logit_true log_sum_exp log_sum_exp_2 top_classes top_logits"
     assert " ".join(predictions.SCHEMA.names) == names
     assert table_of().schema.equals(predictions.SCHEMA)

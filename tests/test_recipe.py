@@ -35,7 +35,7 @@ data:
   ood_val:
     sketch: {source: sandbox, domain: sketch, split: val, num_per_class: 4}
   ood_test:
-    cartoon: {source: sandbox, domain: cartoon, split: test, num_per_class: 4}
+    painting: {source: sandbox, domain: painting, split: test, num_per_class: 4}
 """  # 8 lines
 
 
@@ -537,7 +537,7 @@ def test_yaml_is_version_1_2(tmp_path):
 
 def test_a_part_with_nothing_in_it_keeps_its_defaults(tmp_path):
     more = "train:\n  # epochs: 3\nsearch:\n  space:\n  baselines:\nbudget:\n"
-    base = BASE.replace("  ood_test:\n    cartoon", "  ood_test:\n    # cartoon")
+    base = BASE.replace("  ood_test:\n    painting", "  ood_test:\n    # painting")
     recipe = _load(tmp_path, more, base=base)
     assert recipe.train == TrainPart()
     assert recipe.data.ood_test == {}
@@ -715,6 +715,10 @@ WARNINGS = [
         "    b: {source: sandbox, domain: photo, split: test, num_per_class: 1}",
         "data.ood_test.b is no shift: data.train has the same domain",
     ),
+    (
+        "    b: {source: sandbox, domain: cartoon, split: test, num_per_class: 1}",
+        "data.ood_test.b is of one family with data.ood_val.sketch (drawing), which the selection has seen",
+    ),
 ]
 
 
@@ -739,6 +743,48 @@ def test_a_recipe_without_ood_sets_is_told_what_its_objective_is(tmp_path):
 )
 def test_a_setting_with_an_effect_is_not(tmp_path, more):
     assert advice.warnings(_load(tmp_path, more)) == []
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "family"),
+    [
+        ("sketch", "quickdraw", "drawing"),
+        ("imagenet-sketch", "line_drawings", "drawing"),
+        ("imagenet-r", "art_painting", "rendition"),
+        ("ImageNet_R", "cartoon", "rendition"),
+        ("noisy_photo", "pixelated_photo", "optics"),
+        ("dark_photo", "bright_photo", "light"),
+        ("imagenet-a", "imagenet-v2", None),
+        ("imagenet-a", "objectnet", None),
+        ("sketch", "photos_v2", None),
+        ("painting", "cartoon", None),
+        ("party", "start", None),
+    ],
+)
+def test_ood_folders_of_one_family_on_both_sides_are_told(tmp_path, validation, test, family):
+    sets = {"ood_val": validation, "ood_test": test}
+    options = [
+        f"data.{role}={{x{role}: {{source: folder, path: p, domains: [{name}]}}}}" for role, name in sets.items()
+    ]
+    recipe = load_recipe(_write(tmp_path), options)
+    told = (
+        f"data.ood_test.xood_test is of one family with data.ood_val.xood_val ({family}), which the selection has seen"
+    )
+    assert advice.warnings(recipe) == ([] if family is None else [told])
+
+
+@pytest.mark.parametrize("name", ["imagenet-v2", "ImageNetV2", "imagenet_v2_matched-frequency", "v2"])
+def test_imagenet_v2_is_no_ood_validation_set(tmp_path, name):
+    option = f"data.ood_val={{x: {{source: folder, path: p, domains: [{name}]}}}}"
+    recipe = load_recipe(_write(tmp_path), [option])
+    assert advice.warnings(recipe) == [
+        "data.ood_val.x looks like ImageNet-V2, which picks as ID does and is no OOD validation set"
+    ]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "folders"])
+def test_the_recipes_that_come_along_are_given_no_warning(name):
+    assert advice.warnings(load_recipe(Path(__file__).parent.parent / "search_spaces" / f"{name}.yaml")) == []
 
 
 def test_what_only_a_search_minds(tmp_path):

@@ -62,6 +62,7 @@ def test_alpha_is_that_of_the_curve_or_the_one_drawn(landscape):
     assert drawn == pytest.approx(objective(values, 0.9), abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_replayed_search_is_a_search_of_the_product(landscape, recipe):
     rows = replay.search(recipe, lambda values, rng: landscape.objective(values, 0.1), seed=3)
     assert [row.outcome for row in rows] == ["complete"] * 12
@@ -71,6 +72,7 @@ def test_a_replayed_search_is_a_search_of_the_product(landscape, recipe):
     assert (best > 0.6).all()  # zero-shot
 
 
+@pytest.mark.slow
 def test_what_diverges_is_avoided_better_than_when_told_as_fail(landscape):
     space = {"learning_rate": "{low: 1e-4, high: 1e-2, log: true}"}
     recipe = load_recipe(

@@ -1,6 +1,7 @@
 """The rules of the house as tests: layers, doorways, light imports, commands that the documents show."""
 
 import ast
+import functools
 import pickle
 import re
 import shlex
@@ -20,7 +21,11 @@ PACKAGE = ROOT / "carft_ray"
 # a layer may import those that stand after it
 LAYERS = ("cli", "results", "launch", "search", "evaluation", "learning", "data", "recipe", "base")
 SIDE_BY_SIDE = ("search", "evaluation")  # neither imports the other
-TOP_FILES = {"console": "cli", "progress": "cli", "errors": "base", "files": "base", "__init__": "base"}
+TOP_FILES = {"console": "cli", "progress": "cli", "errors": "base", "files": "base", "environment": "base"}
+TOP_FILES |= {
+    "api": "results",
+    "__init__": "cli",
+}  # the package gives out its API, and is imported for its version only
 DOORWAYS = {
     "open_clip": ("learning",),
     "optuna": ("search",),
@@ -40,16 +45,25 @@ def layer_of(path):
     return parts[0] if len(parts) > 1 else TOP_FILES[path.stem]
 
 
+@functools.cache
+def nodes_of(path):
+    """The nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports_of(path):
     """All modules that a file imports, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
+            found.append(node.module)
             if node.module == "carft_ray":
-                yield from (f"carft_ray.{alias.name}" for alias in node.names)
+                found += [f"carft_ray.{alias.name}" for alias in node.names]
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -92,7 +106,7 @@ def test_no_file_names_a_path_of_one_machine():
 def test_no_assert_checks_what_a_user_gives():
     """An assertion vanishes with -O and has no message: the package raises errors of errors.py."""
     for path in FILES:
-        lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        lines = [node.lineno for node in nodes_of(path) if isinstance(node, ast.Assert)]
         assert lines == [], path
 
 
@@ -101,6 +115,7 @@ def test_no_assert_checks_what_a_user_gives():
     [
         "carft_ray",
         "carft_ray.cli",
+        "carft_ray.environment",
         "carft_ray.recipe.loading",
         "carft_ray.data.sets",
         "carft_ray.learning.catalog",
@@ -112,7 +127,19 @@ def test_light_modules_load_neither_torch_nor_ray_nor_optuna(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["carft_ray.results.overview", "carft_ray.results.logs", "carft_ray.launch.stop"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "carft_ray.api",
+        "carft_ray.results.overview",
+        "carft_ray.results.logs",
+        "carft_ray.results.report",
+        "carft_ray.results.rescore",
+        "carft_ray.evaluation.metrics",
+        "carft_ray.evaluation.robustness",
+        "carft_ray.launch.stop",
+    ],
+)
 def test_readers_of_a_study_load_neither_torch_nor_ray(module):
     """Else `status` and the other quick verbs would take seconds."""
     code = f"import sys, {module}; print([n for n in ('torch', 'ray', 'open_clip') if n in sys.modules])"

@@ -563,7 +563,7 @@ def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
 def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
         study.adopt()
-        study._add_baseline("zero_shot", {"alpha": 0.0})
+        study._add("baseline", "zero_shot", {"alpha": 0.0})
     with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
         study.adopt()
         assert study.next().kind == "trial"

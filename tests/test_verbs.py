@@ -23,7 +23,7 @@ from carft_ray.cli import search as search_commands
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
 from carft_ray.search.folder import claim, study_lock
-from carft_ray.search.holder import holder
+from carft_ray.search.lease import holder
 from carft_ray.search.outcome import Failure, append_log, write_failure
 from carft_ray.search.study import open_study
 
@@ -206,7 +206,7 @@ def test_readers_never_lock_a_search_out(here):
 
     with meanwhile(reads), contextlib.ExitStack() as stack:
         stack.callback(over.set)
-        for _ in range(60):
+        for _ in range(20):
             with study_lock(here / "first"):
                 pass
 

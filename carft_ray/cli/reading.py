@@ -33,6 +33,11 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))
+    if answer["confirm"]:
+        done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
+        console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+    if not view.recipe.data.ood_val:
+        console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
         console.say("\nNo search runs on it.")
         more = f"carft-ray resume {folder}"
@@ -40,7 +45,7 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
             more += f" --trials +{max(4, wanted // 2)}"
         steps = [more, f"carft-ray ls {folder}"]
         if answer["best"]:
-            steps.append(f"carft-ray export {folder} --to exports/{answer['name']}")
+            steps += [f"carft-ray confirm {folder}", f"carft-ray export {folder} --to exports/{answer['name']}"]
         console.next_step(*steps)
         return
     asked = "; it was asked to stop" if view.stopping else ""

@@ -34,14 +34,21 @@ def validate(
     recipe: RecipeArgument,
     set_: SetOption = None,
     show: Annotated[bool, typer.Option("--show", help="Print the complete resolved recipe.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check a recipe and its folders; nothing is loaded or decoded."""
+    """Check a recipe and its folders; without --deep nothing is loaded or decoded."""
     from carft_ray import console
     from carft_ray.recipe.loading import dump_recipe, recipe_hash
 
     value = load(recipe, set_)
+    if deep:
+        from carft_ray.data.overlap import check_overlap
+        from carft_ray.data.sets import cache_dir
+
+        base_dir = recipe.absolute().parent
+        check_overlap(value, base_dir, cache_dir(value, base_dir), console.say)
     if json_:
         console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
     elif show:
@@ -115,16 +122,18 @@ def evaluate(
     if head not in ("fine_tuned", "zero_shot"):
         heads = ("fine_tuned", "zero_shot")
         raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
-    from carft_ray.results.trained import evaluate_trained, open_trained
+    from carft_ray.results.trained import evaluate_by_set, open_trained
 
     trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
-    metrics = evaluate_trained(trained, used, head == "zero_shot")
+    metrics, by_set = evaluate_by_set(trained, used, head == "zero_shot")
     if json_:
-        console.print_json({"name": trained.name, "alpha": used, "head": head, "metrics": metrics})
+        console.print_json({"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set})
         return
     rows = {f"{trained.name}, alpha {used:g}": metrics}
     console.out.print(console.accuracy_table(rows, trained.result["num_images"]))
+    console.out.print()
+    console.out.print(console.set_table(by_set))
     chosen = f" --trial {shlex.quote(trial)}" if trial is not None else ""
     console.next_step(
         f"carft-ray export {shlex.quote(str(folder))}{chosen} --to exports/{trained.recipe.name} --alpha {used:g}"

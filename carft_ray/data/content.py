@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from carft_ray.data.folder import FolderSource
-from carft_ray.data.source import Source
+from carft_ray.data.source import PixelArray, Source
 from carft_ray.errors import DataError, Problem
 
 DIGEST_BYTES = 16
@@ -28,7 +28,7 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
     """
 
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(_content(source, index), digest_size=DIGEST_BYTES).digest()
+        return _hash(_content(source, index))
 
     digests: list[bytes] = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -37,6 +37,11 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
             if number % 1000 == 0 or number == len(source):
                 on_progress(number, len(source))
     return digests
+
+
+def pixel_digest(pixels: PixelArray) -> bytes:
+    """Returns the hash of an image that is no file: of its pixels, uint8 [H, W, 3]."""
+    return _hash(pixels.tobytes())
 
 
 def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
@@ -52,6 +57,10 @@ def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
     for sample_id, label, digest in rows:
         whole.update(f"{sample_id} {label} ".encode() + digest)
     return whole.hexdigest()
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _content(source: Source, index: int) -> bytes:

@@ -57,8 +57,8 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
 def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
 
-    Two sets share images when they hold the same domain folder (links resolved) or the same domain and split of the
-    sandbox. Two sets of one role may.
+    Two sets share images when they hold the same domain folder (links resolved), one inside the other's, or the same
+    domain and split of the sandbox. Two sets of one role may. No image is read: ``data.overlap`` does that.
 
     Args:
         recipe: The recipe.
@@ -70,8 +70,11 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
         place, role = dotted(path), str(path[1])
         for identity, text in _identities(spec, recipe_dir):
             other_role, other_place = seen.setdefault(identity, (role, place))
-            if other_role != role:
-                rule = f"a set has one role and must not share images with {other_place}"
+            others = [other_place] if other_role != role else []
+            if identity[0] == "folder":
+                others += [there for known, (its, there) in seen.items() if its != role and _nested(known, identity)]
+            for other in dict.fromkeys(others):
+                rule = f"a set has one role and must not share images with {other}"
                 problems.append(Problem(place, rule, text, next_step="Give each role images of its own."))
     return problems
 
@@ -181,6 +184,12 @@ def _identities(spec: SetSpec, recipe_dir: Path) -> Iterator[tuple[tuple[str, ..
     for domain in spec.domains:
         folder = os.path.realpath(_root(spec, recipe_dir) / domain)
         yield ("folder", folder), folder
+
+
+def _nested(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Tells whether one folder lies inside the other."""
+    paths = [Path(one[-1]), Path(other[-1])]
+    return one[0] == other[0] == "folder" and any(a in b.parents for a, b in (paths, paths[::-1]))
 
 
 def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:

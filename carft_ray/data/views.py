@@ -16,6 +16,7 @@ from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, words
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 
 VIEW_VERSION = 1  # changes when the same arguments give another view; part of the key of whatever stores views
+INTERPOLATION = "bicubic"
 
 _NUM_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from carft_ray.data.source import IdArray
@@ -113,6 +114,52 @@ def choose_alpha(
     fit = fitted_curve(points, values, fine)
     best = _first_maximum(fit)
     return AlphaChoice(float(fine[best]), float(fit[best]), True)
+
+
+@dataclass(frozen=True, eq=False)
+class AlphaChoices:
+    """Choices of ``choose_alphas`` for B curves over the same A alphas.
+
+    Attributes:
+        alphas: [B].
+        values: Objective of each choice, [B].
+        readers: How each value is read off its curve, [B, A]: ``values = (readers * objectives).sum(axis=1)``. The same
+            row reads another curve at the alpha chosen here: from its fit after a fit, else as measured.
+    """
+
+    alphas: FloatArray
+    values: FloatArray
+    readers: FloatArray
+
+
+def choose_alphas(
+    alphas: Sequence[float], objectives_BA: FloatArray, lowest: float, noise_se_B: FloatArray
+) -> AlphaChoices:
+    """Does ``choose_alpha`` for many curves at once.
+
+    Args:
+        alphas: Evaluated alphas, rising, the same for all curves; at least one is ``lowest`` or more.
+        objectives_BA: Objectives, [B, A], finite.
+        lowest: Lowest alpha that may be chosen.
+        noise_se_B: Paired image standard error of neighbouring points per curve, [B].
+    """
+    points = np.asarray(alphas, np.float64)
+    allowed = np.flatnonzero(points >= lowest - 1e-9)
+    raw_B = allowed[_first_maxima(objectives_BA[:, allowed])]
+    chosen, readers = points[raw_B], np.eye(len(points))[raw_B]
+    fine = np.arange(round(1 / STEP) + 1) / round(1 / STEP)
+    fine = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
+    if len(points) >= MIN_POINTS and points[0] == 0 and len(fine):
+        fitted_B = np.ones(len(objectives_BA), np.bool_)
+        if dof := max(0, len(points) - 1 - 3):
+            residuals_BA = objectives_BA - objectives_BA @ _fit_readers(points, points).T
+            residual_sd_B = np.sqrt((residuals_BA**2).sum(axis=1) / dof)
+            fitted_B = residual_sd_B <= MAX_RESIDUAL * noise_se_B + 1e-12
+        fit_readers = _fit_readers(points, fine)
+        best_B = _first_maxima(objectives_BA @ fit_readers.T)
+        chosen = np.where(fitted_B, fine[best_B], chosen)
+        readers = np.where(fitted_B[:, None], fit_readers[best_B], readers)
+    return AlphaChoices(chosen, (readers * objectives_BA).sum(axis=1), readers)
 
 
 def fitted_curve(
@@ -261,6 +308,17 @@ def _no_fit_reason(points: FloatArray, values: FloatArray, noise_se: float | Non
 
 def _powers(alphas: FloatArray) -> FloatArray:
     return np.stack([alphas, alphas**2, alphas**3], axis=1)
+
+
+def _fit_readers(points: FloatArray, at: FloatArray) -> FloatArray:
+    """Returns the matrix [at, points] that maps objectives at the points (the first is 0) to their anchored cubic."""
+    of_rest = _powers(at) @ np.linalg.pinv(_powers(points[1:]))
+    return np.concatenate([1 - of_rest.sum(axis=1, keepdims=True), of_rest], axis=1)
+
+
+def _first_maxima(values_BA: FloatArray) -> npt.NDArray[np.int64]:
+    first: npt.NDArray[np.int64] = (values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1)
+    return first
 
 
 def _first_maximum(values: FloatArray) -> int:

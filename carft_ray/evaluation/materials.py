@@ -10,10 +10,11 @@ from carft_ray.data.decoded import DecodedSource
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
 from carft_ray.data.source import ImageSet, Source
+from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.recipe.schema import Recipe, SandboxSet
 
-ID_SET = "id_val"
+__all__ = ["ID_SET", "Materials", "load_materials"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from carft_ray.errors import CarftError, Problem
+import numpy as np
+import numpy.typing as npt
 
+from carft_ray.errors import CarftError, Problem
+from carft_ray.recipe.schema import Recipe
+
+ID_SET = "id_val"  # role and name of the ID validation set
+
+FloatArray = npt.NDArray[np.float64]
 ObjectiveKind = Literal["weighted_mean", "harmonic", "worst_domain"]
 
 
@@ -121,8 +128,52 @@ class ObjectiveSpec:
         id_accuracy = accuracies[self.id_set]
         return objective_weights(self.kind, self.id_weight, self.id_set, id_accuracy, self._ood(accuracies))
 
+    def values(self, accuracies: Mapping[str, FloatArray]) -> FloatArray:
+        """Returns ``value`` for many models at once: per set an array of accuracies, all of one shape, unchecked."""
+        id_accuracy = accuracies[self.id_set]
+        if not self.ood_sets:
+            return id_accuracy
+        by_set = np.stack([accuracies[name] for name in self.ood_sets])
+        if self.kind == "worst_domain":
+            lowest: FloatArray = by_set.min(axis=0)
+            return lowest
+        ood_accuracy = by_set.mean(axis=0)
+        if self.kind == "harmonic":
+            total = id_accuracy + ood_accuracy
+            harmonic: FloatArray = 2 * id_accuracy * ood_accuracy / np.where(total > 0, total, 1.0)
+            return harmonic
+        mean: FloatArray = self.id_weight * id_accuracy + (1 - self.id_weight) * ood_accuracy
+        return mean
+
+    def slopes(self, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """Returns ``weights`` for many models at once, per set an array of the shape of the accuracies."""
+        id_accuracy, num_ood = accuracies[self.id_set], len(self.ood_sets)
+        if not num_ood:
+            return {self.id_set: np.ones_like(id_accuracy)}
+        by_set = np.stack([accuracies[name] for name in self.ood_sets])
+        if self.kind == "worst_domain":
+            lowest = by_set.argmin(axis=0)
+            ood = {name: (lowest == i).astype(np.float64) for i, name in enumerate(self.ood_sets)}
+            return {self.id_set: np.zeros_like(id_accuracy), **ood}
+        if self.kind == "harmonic":
+            ood_accuracy = by_set.mean(axis=0)
+            total = id_accuracy + ood_accuracy
+            id_share = np.where(total > 0, id_accuracy / np.where(total > 0, total, 1.0), 0.5)
+            return {
+                self.id_set: 2 * (1 - id_share) ** 2,
+                **dict.fromkeys(self.ood_sets, 2 * id_share**2 / num_ood),
+            }
+        ood_slope = np.full_like(id_accuracy, (1 - self.id_weight) / num_ood)
+        return {self.id_set: np.full_like(id_accuracy, self.id_weight), **dict.fromkeys(self.ood_sets, ood_slope)}
+
     def _ood(self, accuracies: Mapping[str, float]) -> dict[str, float]:
         return {name: accuracies[name] for name in self.ood_sets}
+
+
+def objective_spec(recipe: Recipe) -> ObjectiveSpec:
+    """Returns the objective of a recipe over its validation sets."""
+    part = recipe.search.objective
+    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
 
 
 def _check(id_accuracy: float, ood_accuracies: Mapping[str, float]) -> None:

@@ -1,8 +1,8 @@
 """Results per image as Arrow tables; every accuracy in the product is derived from them.
 
 A row is one image of one set, seen by one model (one ``alpha``). A table may hold several sets and several alphas.
-The logits kept (true class, the ten largest, log-sum-exp) are enough for accuracy, negative log-likelihood,
-confidence and top-10 error without the images or the model.
+What is kept of the logits (true class, the ten largest, two log-sum-exps) is enough for accuracy, top-10 error,
+negative log-likelihood, confidence and Brier score (``metrics``) without the images or the model.
 
 Shape letters: N images of a set, C classes, K = min(10, C) classes kept, R tables that are compared.
 """
@@ -22,7 +22,7 @@ from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
 from carft_ray.errors import CarftError, DataError, DivergedError, Problem, StorageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: log_sum_exp in float64, and log_sum_exp_2
 NUM_TOP_CLASSES = 10
 
 BoolArray = npt.NDArray[np.bool_]
@@ -36,7 +36,8 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("prediction", pa.int32()),
         ("logit_true", pa.float32()),
-        ("log_sum_exp", pa.float32()),
+        ("log_sum_exp", pa.float64()),  # log sum_c exp(z_c)
+        ("log_sum_exp_2", pa.float64()),  # log sum_c exp(2 z_c): sum_c p_c^2 = exp(log_sum_exp_2 - 2 log_sum_exp)
         ("top_classes", pa.list_(pa.int32())),  # K per row, largest logit first
         ("top_logits", pa.list_(pa.float32())),
     ],
@@ -50,7 +51,7 @@ def predictions_table(
     """Returns the results of one model on N images of one set, in the order given.
 
     The prediction is the class with the largest logit; equal logits are ordered by class index, so the result does
-    not depend on batch size or machine. The log-sum-exp is taken in float64 with the largest logit subtracted.
+    not depend on batch size or machine. The log-sum-exps are taken in float64 with the largest logit subtracted.
 
     Args:
         set_name: Role or name of the set.
@@ -83,7 +84,9 @@ def predictions_table(
     top_NK = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_kept]
     top_logits_NK = np.take_along_axis(logits_NC, top_NK, axis=1)
     largest_N1 = logits_NC.max(axis=1, keepdims=True).astype(np.float64)
-    log_sum_exp_N = largest_N1[:, 0] + np.log(np.exp(logits_NC - largest_N1).sum(axis=1))
+    odds_NC = np.exp(logits_NC - largest_N1)  # p_c over the largest p
+    log_sum_exp_N = largest_N1[:, 0] + np.log(odds_NC.sum(axis=1))
+    log_sum_exp_2_N = 2 * largest_N1[:, 0] + np.log((odds_NC * odds_NC).sum(axis=1))
     offsets = pa.array(np.arange(num_samples + 1, dtype=np.int32) * num_kept)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_samples, np.int32)), pa.array([set_name])),
@@ -92,7 +95,8 @@ def predictions_table(
         pa.array(labels.astype(np.int32)),
         pa.array(top_NK[:, 0].astype(np.int32)),
         pa.array(logits_NC[np.arange(num_samples), labels]),
-        pa.array(log_sum_exp_N.astype(np.float32)),
+        pa.array(log_sum_exp_N),
+        pa.array(log_sum_exp_2_N),
         pa.ListArray.from_arrays(offsets, pa.array(top_NK.astype(np.int32).ravel())),
         pa.ListArray.from_arrays(offsets, pa.array(top_logits_NK.ravel())),
     ]
@@ -168,7 +172,7 @@ def negative_log_likelihood(table: pa.Table) -> float:
     Raises:
         DataError: The table has no rows.
     """
-    return _mean(table, pc.subtract(table["log_sum_exp"].cast(pa.float64()), table["logit_true"].cast(pa.float64())))
+    return _mean(table, pc.subtract(table["log_sum_exp"], table["logit_true"].cast(pa.float64())))
 
 
 def accuracies(table: pa.Table) -> dict[str, dict[float, float]]:

@@ -25,8 +25,10 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
-from carft_ray.evaluation.materials import ID_SET, Materials, load_materials
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
+from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
@@ -51,12 +53,6 @@ LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 logger = logging.getLogger(__name__)
 
 
-def objective_spec(recipe: Recipe) -> ObjectiveSpec:
-    """Returns the objective of a recipe over its validation sets."""
-    part = recipe.search.objective
-    return ObjectiveSpec(part.kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
-
-
 def device_of(recipe: Recipe) -> torch.device:
     """Returns where a worker computes: the GPU that it was given, else the CPU."""
     use_gpu = recipe.resources.gpus_per_worker != 0 and torch.cuda.is_available()
@@ -64,8 +60,8 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def num_threads(recipe: Recipe) -> int:
-    """Returns the torch threads of a worker; trials that fight for cores were measured 100 times slower."""
-    return recipe.resources.threads or max(1, int(recipe.resources.cpus_per_worker))
+    """Returns the torch threads of a worker."""
+    return recipe.resources.threads_per_worker
 
 
 def prepare(
@@ -86,14 +82,15 @@ def prepare(
 
     Returns:
         Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``num_images`` per
-        set, ``logit_scale`` and ``num_contexts``.
+        set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the manifest (``evaluation.origin``).
     """
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
     materials = load_materials(recipe, base_dir)
     done = folder / "prepared.json"
-    content = _read_prepared(done, materials.key)
+    key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
+    content = _read_prepared(done, key)
     if content is None:
         say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
         clip, device = materials.clip, device_of(recipe)
@@ -109,25 +106,28 @@ def prepare(
         table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / "zero_shot.parquet", table)
         content = {
-            "key": materials.key,
+            "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
             "num_images": materials.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(materials.templates),
+            "provenance": shared_origin(recipe, base_dir, materials, device),
         }
         files.write_json(done, content)
     if share_targets:
         context_head_TD = load_tensors(folder / "heads.safetensors")["context_head"]
         store = TargetStore(recipe.train, materials, context_head_TD, folder / "targets")
         store.fill(recipe, device_of(recipe), say)
-    return {**content["metrics"], **{k: v for k, v in content.items() if k not in ("key", "metrics")}}
+    found = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
+    others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
+    return {**content["metrics"], **others, "provenance": found}
 
 
 def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
     """Returns what an earlier ``prepare`` wrote, or None when there is none, or it is of other materials or damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        return content if content["key"] == key else None
+        return content if content["key"] == key and "provenance" in content else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -163,6 +163,8 @@ def run_training(
     materials = load_materials(recipe, base_dir)
     heads = load_tensors(prepared_dir / "heads.safetensors")
     fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device)
+    targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets")
+    stored = targets.num_stored(recipe.train.epochs)
 
     classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
     zero_shot = classifier.state()
@@ -186,6 +188,7 @@ def run_training(
         "train": recipe.train.model_dump(mode="json"),
         "num_images": materials.num_images,
         "elapsed_s": round(time.perf_counter() - started, 3),
+        "environment": training_environment(device, context.world_size, stored),
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)

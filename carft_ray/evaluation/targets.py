@@ -56,6 +56,10 @@ class TargetStore:
             self._open[visit] = np.load(path, mmap_mode="r", allow_pickle=False)
         return self._open[visit][indices]
 
+    def num_stored(self, num_visits: int) -> int:
+        """Returns how many of the first visits are stored."""
+        return sum(self._path(visit).exists() for visit in range(num_visits))
+
     def fill(self, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> None:
         """Computes what is missing, one epoch after the other; says so, and says why when nothing is stored."""
         space = recipe.search.space

@@ -15,7 +15,9 @@ class Note:
 
 @dataclass(frozen=True)
 class Preparing:
-    """Ray is up; what all trainings share is being made (seconds to minutes the first time)."""
+    """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
+
+    what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Prepared:
 class Started:
     """Trainings begin."""
 
-    num_trials: int  # that the study will have
-    num_finished: int  # before this search
+    num_trials: int  # that the study will have; in a confirm, trainings with fresh seeds
+    num_finished: int  # before this command
     concurrency: int
     reason: str  # why not more at a time
 
@@ -52,7 +54,7 @@ class TrialEpoch:
 
 @dataclass(frozen=True)
 class TrialFinished:
-    """A trial was told to the study."""
+    """A trial, or a training of a confirm, was told to the study."""
 
     row: TrialRow
     is_best: bool  # better than all before it

@@ -1,28 +1,26 @@
 """A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
 
-import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ray import tune
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem, StorageError
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import cache_dir
+from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import RAY_FILES, Runner, make_plan, run_prepare, tune_trainable
-from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.searcher import StudySearcher, Watcher, no_successful_trial
-from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
+from carft_ray.launch.executors import Runner, make_plan, run_prepare
+from carft_ray.launch.searcher import no_successful_trial
+from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
+from carft_ray.search.provenance import record_provenance
 from carft_ray.search.study import Study, best_row, open_study
 
 RAY_LOG = "ray.log"
@@ -80,6 +78,7 @@ def run_search(
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
         RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
@@ -96,6 +95,8 @@ def run_search(
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP
+            with interruptions_as(lambda: _interrupted(study, address), stop_path):
+                check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
             with (
                 interruptions_as(lambda: _interrupted(study, address), stop_path),
                 running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
@@ -121,50 +122,18 @@ def _run(
     runner: Runner,
     address: str | None,
 ) -> None:
-    recipe, study_dir = study.recipe, study.study_dir
-    plan = make_plan(recipe, base_dir, study_dir, nodes, runner)
+    plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan)
+    record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
     room = plan.capacity
-    on_event(Started(recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
-
-    searcher = StudySearcher(study, room.concurrency, on_event)
-    watcher = Watcher(searcher, recipe.resources.hang_timeout_s, Leaks(study_dir) if plan.nested else None)
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
-    ray_files = study_dir / RAY_FILES
-    shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
-    tuner = tune.Tuner(
-        tune_trainable(plan),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=-1,  # until the searcher says FINISHED
-            reuse_actors=True,
-            trial_name_creator=_tune_name,
-            trial_dirname_creator=_tune_name,
-        ),
-        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
-    )
-    try:
-        with stop_file_on_signal(study_dir / STOP):
-            tuner.fit()
-    except (RuntimeError, StorageError):
-        if searcher.failure is None:
-            raise
-    if not study.taken_over:
-        shutil.rmtree(ray_files, ignore_errors=True)
-    if searcher.failure is not None:
-        raise searcher.failure
-    if searcher.stopped:
+    on_event(Started(study.recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
+    if run_trainings(study, plan, on_event):
         raise _interrupted(study, address)
-
-
-def _tune_name(tune_trial: Any) -> str:
-    spec = tune_trial.config["spec"]
-    return f"{spec['name']}-{spec['attempt']}"
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:

@@ -137,8 +137,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             self.on_event(BaselineFinished(row))
         else:
             self._ended.append(row)
-            is_best = row.objective is not None and (self._best is None or row.objective > self._best)
-            self._best = row.objective if is_best else self._best
+            found = row.objective if row.kind == "trial" else None  # a fresh seed confirms, it finds nothing better
+            is_best = found is not None and (self._best is None or found > self._best)
+            self._best = found if is_best else self._best
             self.on_event(TrialFinished(row, is_best))
             self._give_up_if_hopeless()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import cache_dir
 from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
@@ -24,6 +26,7 @@ from carft_ray.search.folder import (
     is_ours,
     study_lock,
 )
+from carft_ray.search.provenance import record_provenance
 
 Row = dict[str, float]
 
@@ -38,6 +41,7 @@ def train_once(
     progress: Callable[[Row], None],
     report: Callable[[Row], None],
     address: str | None = None,
+    prepare_first: Callable[[Path], dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs one training to its end, or goes on with one.
 
@@ -53,6 +57,7 @@ def train_once(
         progress: Given the metrics every few steps (one worker, in this process).
         report: Given the metrics of every epoch (one worker, in this process).
         address: Ray cluster to attach to when there are several workers.
+        prepare_first: Makes what the training shares with others in the folder given; by default it shares nothing.
 
     Returns:
         Content of ``result.json``, and what ``prepare`` found of zero-shot.
@@ -60,6 +65,7 @@ def train_once(
     Raises:
         UsageError: The folder holds something, or nothing to resume.
         InterruptedRunError: Stopped on request.
+        HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
@@ -67,7 +73,7 @@ def train_once(
     is_new = not (out_dir / MANIFEST).exists()
     with (
         study_lock(out_dir) as held,
-        gone_if_nothing_began(out_dir, lambda: not is_new or (out_dir / "checkpoint").exists()),
+        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or (out_dir / "checkpoint").exists()),
     ):
         if held.note:
             say(held.note)
@@ -76,14 +82,19 @@ def train_once(
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
+        check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
+        found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
         if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
             from carft_ray.launch.train import train_with_ray
 
             say(f"training with {recipe.resources.num_workers} Ray Train workers")
             result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
-            return result, prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
+            return result, zero_shot
         try:
-            zero_shot = prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
             with stop_file_on_signal(out_dir / STOP):

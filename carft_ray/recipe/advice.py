@@ -1,13 +1,29 @@
 """What a valid recipe should still hear: what keeps it from being searched, and settings that have no effect."""
 
 import posixpath
+import re
 from collections.abc import Iterator
 
 from carft_ray.errors import Problem
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, SandboxSet, SetSpec
-from carft_ray.recipe.text import dotted
+from carft_ray.recipe.text import KeyPath, dotted
+
+# kinds of shift, for the warning about OOD sets of one kind on both sides: science of the sandbox's domains, and words
+# in the names of well-known sets; a name may be of several
+SANDBOX_FAMILIES = {
+    "drawing": ("sketch", "cartoon", "striped", "silhouette"),
+    "optics": ("noisy_photo", "blurry_photo", "pixelated_photo"),
+    "light": ("dark_photo", "bright_photo"),
+    "painting": ("painting",),
+    "negative": ("negative",),
+}
+WORD_FAMILIES = {
+    "drawing": ("sketch", "sketches", "drawing", "drawings", "quickdraw", "doodle", "lineart"),
+    "rendition": ("rendition", "renditions", "imagenetr", "inr", "art", "artwork", "cartoon", "clipart", "comic"),
+    "ImageNet-V2": ("v2", "imagenetv2", "inv2"),
+}
 
 
 def check_searchable(recipe: Recipe) -> list[Problem]:
@@ -70,6 +86,35 @@ def _domains(recipe: Recipe) -> Iterator[str]:
         elif path[1] == "ood_test" and domains & seen.keys():
             first = dotted(seen[min(domains & seen.keys())])
             yield f"{dotted(path)} shows other images of a shift that {first} has shown to the selection"
+        elif path[1] == "ood_test" and (near := _relative(path, spec, sets)) is not None:
+            family, other = near
+            yield f"{dotted(path)} is of one family with {other} ({family}), which the selection has seen"
+        elif path[1] == "ood_val" and "ImageNet-V2" in _families(path, spec):
+            yield f"{dotted(path)} looks like ImageNet-V2, which picks as ID does and is no OOD validation set"
+
+
+def _relative(path: KeyPath, spec: SetSpec, sets: dict[KeyPath, SetSpec]) -> tuple[str, str] | None:
+    """Returns a family that a test set has in common with an OOD validation set, and that set's key."""
+    for other, its in sets.items():
+        if other[1] == "ood_val" and (both := _families(path, spec) & _families(other, its)):
+            return min(both), dotted(other)
+    return None
+
+
+def _families(path: KeyPath, spec: SetSpec) -> set[str]:
+    """Returns the kinds of shift of an OOD set: of its sandbox domain, or as its name and its folders say."""
+    names = [spec.domain] if isinstance(spec, SandboxSet) else [str(path[-1]), *spec.domains]
+    found = {family for family, domains in SANDBOX_FAMILIES.items() for name in names if name in domains}
+    if isinstance(spec, SandboxSet):
+        return found
+    return found | {family for family, words in WORD_FAMILIES.items() for name in names if _words(name) & {*words}}
+
+
+def _words(name: str) -> set[str]:
+    """Returns the words of a name: ``imagenet-v2_matched`` has imagenetv2; v2 alone counts as a whole name only."""
+    plain = re.sub(r"(imagenet|in)[-_ ]?(v2|r)(?![a-z0-9])", r"\1\2", name.lower())
+    words = set(re.split(r"[^a-z0-9]+", plain))
+    return words if plain == "v2" else words - {"v2"}
 
 
 def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:

@@ -247,6 +247,7 @@ class ObjectivePart(Part):
 
     kind: Literal["weighted_mean", "harmonic", "worst_domain"] = "weighted_mean"
     id_weight: Fraction = 0.5  # of weighted_mean
+    id_margin: Fraction = 0.005  # "keeps ID" in reports: at most so much is lost with 97.5 % confidence; ranks nothing
 
 
 class SamplerPart(Part):
@@ -280,6 +281,11 @@ class ResourcesPart(Part):
     gpus_per_worker: NonNegative | None = None  # None: 1 where the cluster has GPUs, else 0
     threads: Count | None = None  # torch threads per worker; None: cpus_per_worker
     hang_timeout_s: Positive | None = 3600.0  # an attempt without a step for so long is ended and begun again
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Torch threads of a worker; trials that fight for cores were measured 100 times slower."""
+        return self.threads or max(1, int(self.cpus_per_worker))
 
 
 class BudgetPart(Part):

@@ -117,6 +117,7 @@ def _model_card(trained: Trained, alpha: float, has_bias: bool) -> str:
         "## Accuracy on the validation sets" + (" (synthetic images)" if synthetic else ""),
         "",
         f"Measured at alpha = {alpha:g}{chosen}; test sets were not read.",
+        *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
         "",
         "| set | accuracy, % | images |",
         "|---|---|---|",

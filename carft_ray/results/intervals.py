@@ -132,6 +132,16 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     )
 
 
+def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
+    """Returns MS_E, the residual of the two-way layout rows x images; 0 with one row or one image."""
+    values = np.asarray(array_rn, np.float64)
+    num_rows, num_images = int(values.shape[0]), int(values.shape[1])
+    if num_rows == 1 or num_images == 1:
+        return 0.0
+    residual: FloatArray = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    return float((residual**2).sum()) / ((num_images - 1) * (num_rows - 1))
+
+
 def paired_differences(values_a: ValuesBySet, values_b: ValuesBySet) -> dict[str, FloatArray]:
     """Returns a - b per set, [r, n_j]; correctness of two configurations on the same images, seeds paired by index."""
     return {name: np.asarray(values_a[name], np.float64) - np.asarray(values_b[name], np.float64) for name in values_a}
@@ -144,8 +154,8 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
         spec: The objective and its sets.
         correct: Correctness per set, bool [r, n_j].
     """
-    accuracies = _mean_accuracies(correct)
-    interval = crossed(_sets_of(spec, correct), spec.weights(accuracies), _seed_values(spec, correct))
+    accuracies = mean_accuracies(correct)
+    interval = crossed(_sets_of(spec, correct), spec.weights(accuracies), values_by_seed(spec, correct))
     return _with_notes(interval, _worst_domain_notes(spec, correct))
 
 
@@ -160,17 +170,24 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
         correct_a: Correctness of a per set, bool [r, n_j].
         correct_b: Correctness of b, the same images in the same order, seeds paired by index.
     """
-    weights_a, weights_b = (spec.weights(_mean_accuracies(correct)) for correct in (correct_a, correct_b))
+    weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
     names = [name for name in weights_a if weights_a[name] or weights_b[name]]
     differences = {
         name: weights_a[name] * np.asarray(correct_a[name], np.float64)
         - weights_b[name] * np.asarray(correct_b[name], np.float64)
         for name in names
     }
-    pairs = zip(_seed_values(spec, correct_a), _seed_values(spec, correct_b), strict=True)
+    pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
     interval = crossed(differences, dict.fromkeys(names, 1.0), [a - b for a, b in pairs])
     notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
     return _with_notes(interval, list(notes))
+
+
+def values_by_seed(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
+    """Returns the objective of every seed, r numbers; correctness per set [r, n_j]."""
+    per_seed = {name: np.asarray(array, np.float64).mean(axis=1) for name, array in correct.items()}
+    num_seeds = len(per_seed[spec.id_set])
+    return [spec.value({name: float(values[q]) for name, values in per_seed.items()}) for q in range(num_seeds)]
 
 
 def accuracy_interval(correct: npt.NDArray[np.bool_]) -> Interval:
@@ -263,9 +280,7 @@ def _image_variance(array_rn: FloatArray) -> float:
     ms_image = num_seeds * float(((per_image - grand) ** 2).sum()) / (num_images - 1)
     if num_seeds == 1:
         return ms_image / num_images
-    residual = array_rn - array_rn.mean(axis=1, keepdims=True) - per_image + grand
-    ms_error = float((residual**2).sum()) / ((num_images - 1) * (num_seeds - 1))
-    return max(0.0, (ms_image - ms_error) / num_seeds) / num_images
+    return max(0.0, (ms_image - residual_mean_square(array_rn)) / num_seeds) / num_images
 
 
 def _p_value(mean: float, variance: float, dof: float) -> float:
@@ -282,21 +297,16 @@ def _sets_of(spec: ObjectiveSpec, values: ValuesBySet) -> dict[str, npt.NDArray[
     return {name: values[name] for name in (spec.id_set, *spec.ood_sets)}
 
 
-def _mean_accuracies(correct: ValuesBySet) -> dict[str, float]:
+def mean_accuracies(correct: ValuesBySet) -> dict[str, float]:
+    """Returns the accuracy of every set, over seeds and images."""
     return {name: float(np.asarray(array, np.float64).mean()) for name, array in correct.items()}
-
-
-def _seed_values(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
-    per_seed = {name: np.asarray(array, np.float64).mean(axis=1) for name, array in correct.items()}
-    num_seeds = len(per_seed[spec.id_set])
-    return [spec.value({name: float(values[q]) for name, values in per_seed.items()}) for q in range(num_seeds)]
 
 
 def _worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
     """Returns a warning where the lowest OOD set is not clearly the lowest (another one within one SE)."""
     if spec.kind != "worst_domain" or len(spec.ood_sets) < 2:
         return []
-    accuracies = _mean_accuracies(_sets_of(spec, correct))
+    accuracies = mean_accuracies(_sets_of(spec, correct))
     lowest = min(spec.ood_sets, key=lambda name: accuracies[name])
     pairs = [{name: correct[name], lowest: correct[lowest]} for name in spec.ood_sets if name != lowest]
     gaps = [crossed(pair, {name: -1.0 if name == lowest else 1.0 for name in pair}) for pair in pairs]

@@ -6,19 +6,22 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.results.overview import Overview, find_row, folder_of
-from carft_ray.search.holder import holder
+from carft_ray.search.lease import holder
 from carft_ray.search.outcome import ERROR, LOG, RESULT, TrialRow
 
 LOOK_EVERY_S = 0.5
 
 
 def find_log(overview: Overview, written: str) -> tuple[TrialRow, Path]:
-    """Returns the trial or baseline that a user means, and the path of its log, which need not be there yet.
+    """Returns the trial, baseline or training of a confirm that a user means, and the path of its log.
+
+    The log need not be there yet.
 
     Raises:
         UsageError: There is no such trial.
     """
-    row = find_row([*overview.baselines, *overview.trials], written)
+    rows = [row for row in overview.confirmations if row.name == written]  # these have no numbers to be called by
+    row = rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
     return row, folder_of(overview.study_dir, row) / LOG
 
 

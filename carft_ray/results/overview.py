@@ -13,9 +13,9 @@ from carft_ray.errors import CarftError, Problem, StorageError, UsageError, near
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
-from carft_ray.search.holder import holder
+from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
-from carft_ray.search.study import ZERO_SHOT, baselines, best_row, trials
+from carft_ray.search.study import ZERO_SHOT, baselines, best_row, confirmations, trials
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
 
@@ -29,15 +29,17 @@ class Overview:
         recipe: Its resolved recipe.
         trials: In the order of their numbers.
         baselines: Zero-shot and the recipe's baselines.
+        confirmations: Trainings with fresh seeds, of a confirm.
         holder: What the live search says of itself; None: no search works on the study.
         stopping: A stop was asked for and the live search has not ended yet.
-        running: Names of trials and baselines that train at the moment.
+        running: Kinds and names of what trains at the moment.
     """
 
     study_dir: Path
     recipe: Recipe
     trials: list[TrialRow]
     baselines: list[TrialRow]
+    confirmations: list[TrialRow]
     holder: str | None
     stopping: bool
     running: frozenset[tuple[str, str]]
@@ -46,6 +48,11 @@ class Overview:
     def best(self) -> TrialRow | None:
         """The trial with the largest objective."""
         return best_row(self.trials)
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """All trainings: baselines, trials, and those of a confirm."""
+        return [*self.baselines, *self.trials, *self.confirmations]
 
     @property
     def num_finished(self) -> int:
@@ -101,10 +108,10 @@ def read_study(folder: Path) -> Overview:
     """
     study_dir = require_study(folder)
     found = holder(study_dir)
-    rows, beside = trials(study_dir), baselines(study_dir)
-    live = frozenset((row.kind, row.name) for row in (*rows, *beside) if found and _trains(study_dir, row))
+    rows, beside, fresh = trials(study_dir), baselines(study_dir), confirmations(study_dir)
+    live = frozenset((row.kind, row.name) for row in (*rows, *beside, *fresh) if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
-    return Overview(study_dir, study_recipe(study_dir), rows, beside, found, stopping, live)
+    return Overview(study_dir, study_recipe(study_dir), rows, beside, fresh, found, stopping, live)
 
 
 def is_study(folder: Path) -> bool:
@@ -217,7 +224,8 @@ def last_epoch(folder: Path) -> int | None:
 
 def status(overview: Overview) -> dict[str, Any]:
     """Returns what `status` tells, as plain data."""
-    best, rows = overview.best, [*overview.baselines, *overview.trials]
+    best, rows = overview.best, overview.rows
+    fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
     journal = overview.study_dir / JOURNAL
     return {
@@ -225,9 +233,11 @@ def status(overview: Overview) -> dict[str, Any]:
         "name": overview.recipe.name,
         "wanted": overview.recipe.search.trials,
         "finished": overview.num_finished,
+        "selected_on": "id_val and ood_val" if overview.recipe.data.ood_val else "id_val",
         "trials": overview.counts(),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
+        "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
         "search": {
             "running": overview.holder is not None,

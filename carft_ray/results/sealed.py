@@ -88,7 +88,7 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, compared, sources, folder, held, say)
-        summary = summarise(study_dir, recipe, compared, tables, entry, entries, number)
+        summary = summarise(recipe, compared, tables, entry, entries, number)
         held.check()
         files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
         files.write_json(folder / SUMMARY, summary)

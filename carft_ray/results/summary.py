@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.evaluation.run import objective_spec
 from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe
@@ -13,7 +13,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
 from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import row_dict
-from carft_ray.search.folder import PREPARED
+from carft_ray.results.stored import predictions_path
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.study import ZERO_SHOT
 
@@ -58,11 +58,7 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
 
 def _correct(recipe: Recipe, result: SearchResult, row: TrialRow) -> dict[str, BoolArray]:
     """Returns per validation set which images a row classifies right at its alpha, bool [1, N]."""
-    folder = result.study_dir / ("trials" if row.kind == "trial" else "baselines") / row.name
-    path = folder / "predictions" / "validation.parquet"
-    if row.name == ZERO_SHOT:
-        path = result.study_dir / PREPARED / "zero_shot.parquet"
-    table, spec = read_predictions(path), objective_spec(recipe)
+    table, spec = read_predictions(predictions_path(result.study_dir, row)), objective_spec(recipe)
     return {name: correct_matrix([(table, row.alpha or 0.0)], name) for name in (spec.id_set, *spec.ood_sets)}
 
 
@@ -75,6 +71,8 @@ def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
     best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
     path = result.study_dir / BEST
     head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    if not recipe.data.ood_val:
+        head += "# Selected on ID only: the recipe has no ood_val.\n"
     write_text(path, head + dump_recipe(best, base_dir))
     return path
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.evaluate import metrics_at, predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.metrics import answers, set_metrics
+from carft_ray.evaluation.predictions import select
 from carft_ray.evaluation.run import RESULT, WEIGHTS, device_of, num_threads, objective_spec
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier
@@ -161,6 +164,22 @@ def evaluate_trained(trained: Trained, alpha: float, zero_shot_head: bool = Fals
         alpha: Mixing coefficient.
         zero_shot_head: Score with the class head of the prompts instead of the mixed one.
     """
+    return metrics_at(_predict(trained, alpha, zero_shot_head), objective_spec(trained.recipe), alpha)
+
+
+def evaluate_by_set(
+    trained: Trained, alpha: float, zero_shot_head: bool = False
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Returns what ``evaluate_trained`` does, and per set ``set_metrics`` with the name of the worst class."""
+    table, by_set = _predict(trained, alpha, zero_shot_head), {}
+    for image_set in trained.materials.validation:
+        found = set_metrics(answers(select(table, image_set.name, alpha)))
+        name = trained.materials.class_names[found["worst_class"]["index"]]
+        by_set[image_set.name] = {**found, "worst_class": {"name": name, **found["worst_class"]}}
+    return metrics_at(table, objective_spec(trained.recipe), alpha), by_set
+
+
+def _predict(trained: Trained, alpha: float, zero_shot_head: bool) -> pa.Table:
     recipe, sets = trained.recipe, trained.materials.validation
     classifier = trained.classifier(alpha)
     if zero_shot_head:
@@ -169,5 +188,4 @@ def evaluate_trained(trained: Trained, alpha: float, zero_shot_head: bool = Fals
         if classifier.class_bias is not None:
             classifier.class_bias.data.zero_()
     torch.set_num_threads(num_threads(recipe))
-    table = predict_all(classifier, sets, alpha, recipe.evaluate.batch_size, RunContext())
-    return metrics_at(table, objective_spec(recipe), alpha)
+    return predict_all(classifier, sets, alpha, recipe.evaluate.batch_size, RunContext())

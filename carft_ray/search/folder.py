@@ -13,17 +13,17 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import DataError, Problem, RecipeError, StorageError, UsageError
+from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
-MANIFEST = "manifest.json"
+MANIFEST = provenance.MANIFEST
 LOCK = "lock"
 RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
@@ -46,26 +46,36 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
     """Holds the study for this process: a lock, which goes when the process does, and a lease for other machines.
 
     Raises:
-        StorageError: Another process holds it, or the folder cannot be written.
+        StorageError: Another process holds it, or the folder cannot be written; a new one is gone then.
+        UsageError: The folder holds something and is no study.
     """
     path = study_dir / LOCK
+    is_new = not study_dir.exists()
+    _check_free_or_claimed(study_dir)
     with files.writing(path):
         study_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            files.patiently(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             raise StorageError(in_use(study_dir, holder)) from None
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise files.storage_error(path, error) from error
-        with lease(study_dir) as held:
-            with files.writing(path):
-                started = datetime.now().astimezone().isoformat(timespec="seconds")
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode(), 0)
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(lease(study_dir))
+                with files.writing(path):
+                    started = datetime.now().astimezone().isoformat(timespec="seconds")
+                    text = f"process {os.getpid()} on {socket.gethostname()}, since {started}\n"
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, text.encode(), 0)
+            except StorageError:
+                if is_new:
+                    shutil.rmtree(study_dir, ignore_errors=True)
+                raise
             yield held
     finally:
         os.close(handle)
@@ -76,18 +86,33 @@ def is_ours(name: str) -> bool:
     return name in (LOCK, LEASE) or name.startswith((f".{MANIFEST}.", f".{LEASE}."))
 
 
+def _check_free_or_claimed(folder: Path) -> None:
+    """Raises a ``UsageError`` when a folder holds something and is no study; looked at before a lock is left in it."""
+    with files.writing(folder):
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not is_ours(name)]
+    if foreign and MANIFEST not in names:
+        step = "Give the folder of a study, or one that does not exist yet."
+        raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
+
+
 @contextlib.contextmanager
-def gone_if_nothing_began(folder: Path, began: Callable[[], bool]) -> Iterator[None]:
+def gone_if_nothing_began(folder: Path, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
     """Removes a folder when model or data turn out unfit, so that the mended recipe may use the same name.
+
+    One that was made for this is removed when Ray cannot be had, too. A Ray that goes while it prepares is another
+    matter: what is prepared stays for the same command.
 
     Args:
         folder: A claimed folder whose lock is held.
+        is_new: Whether it has been claimed just now.
         began: Tells whether a training has begun in it; then it stays.
     """
     try:
         yield
-    except (RecipeError, DataError):
-        if (folder / MANIFEST).exists() and not began():
+    except (RecipeError, DataError, HoldOutError, ClusterError) as error:
+        stays = isinstance(error, ClusterError) and (not is_new or (folder / PREPARED).exists())
+        if (folder / MANIFEST).exists() and not stays and not began():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -133,13 +158,16 @@ def _whole(content: bytes) -> int:
     return end
 
 
-def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
+def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> bool:
     """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
 
     Args:
         study_dir: An empty folder, or a study.
         recipe: The recipe of the search.
         base_dir: Folder from which the recipe's relative paths count.
+
+    Returns:
+        Whether it was empty.
 
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
@@ -149,15 +177,11 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
     path = study_dir / MANIFEST
     wanted = absolute_paths(recipe, base_dir).model_dump(mode="json")
     if not path.exists():
-        foreign = sorted(entry.name for entry in study_dir.iterdir() if not is_ours(entry.name))
-        if foreign:
-            step = "Give the folder of a study, or one that does not exist yet."
-            raise UsageError(
-                Problem(str(study_dir), "must be a study or empty", ", ".join(foreign[:5]), next_step=step)
-            )
+        _check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
-        files.write_json(path, {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted})
-        return
+        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted}
+        files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
+        return True
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format_version"]
@@ -166,7 +190,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
         raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
     if version != FORMAT_VERSION:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
-    old, new = _flat(kept), _flat(wanted)
+    old, new = provenance.leaves(kept), provenance.leaves(wanted)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     step = f"Go on with {study_dir / 'resolved.yaml'}, or give another folder."
     differing = [
@@ -177,13 +201,4 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> None:
     if differing:
         last = differing.pop()
         raise RecipeError([*differing, Problem(last.place, last.rule, last.value, next_step=step)])
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dictionaries by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    leaves: dict[str, Any] = {}
-    for key, child in value.items():
-        leaves |= _flat(child, f"{prefix}.{key}" if prefix else key)
-    return leaves
+    return False

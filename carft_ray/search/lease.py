@@ -1,7 +1,8 @@
 """The lease of a folder: who works in it. For other machines, which a lock of a shared file system may not reach.
 
 One small file, ``lease.json``, says which process holds the folder; its time of change is the heartbeat. A lease whose
-process is gone from this machine, or whose heartbeat has stopped, is taken over.
+process is gone from this machine, or whose heartbeat has stopped, is taken over. Readers look at it too: they take no
+lock, which could turn away a search that begins at that moment, and write nothing.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,10 @@ from carft_ray.errors import Problem, StorageError
 LEASE = "lease.json"
 BEAT_EVERY_S = 10.0
 STALE_AFTER_S = 60.0
+# a reader may not write a file to ask for the file system's clock, and goes by its own: it must believe in a heartbeat
+# for longer, since clocks of machines differ and what is known of a shared file may be old
+READERS_STALE_AFTER_S = 300.0
+ALIVE = "alive"  # of a process of which no more can be seen
 MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be looked up
 
 
@@ -42,10 +48,10 @@ class Lease:
     def check(self) -> None:
         """Raises a ``StorageError`` when another process has taken it over: this one was suspended, or cut off."""
         if self.lost():
-            holder = _holder(_read(self._path) or {})
+            by = _named(_read(self._path) or {})
             rule = f"was taken over by another search while this one gave no sign of life for {STALE_AFTER_S:.0f} s"
             step = "The other search goes on with all that is finished; this one has ended."
-            raise StorageError(Problem(str(self._path.parent), rule, holder, next_step=step))
+            raise StorageError(Problem(str(self._path.parent), rule, by, next_step=step))
 
     def beat(self, left: threading.Event) -> None:
         """Keeps the heartbeat until ``left`` is set or the lease is lost."""
@@ -68,9 +74,9 @@ def lease(folder: Path) -> Iterator[Lease]:
     if path.exists():
         before = _read(path) or {}
         age_s = _age_s(path)
-        if _lives(before, age_s):
-            raise StorageError(in_use(folder, _holder(before), age_s))
-        note = f"took over from {_holder(before)}, which is gone"
+        if _lives(before, age_s, STALE_AFTER_S):
+            raise StorageError(in_use(folder, _named(before), age_s))
+        note = f"took over from {_named(before)}, which is gone"
     files.write_json(path, content)
     held, left = Lease(path, content, note), threading.Event()
     thread = threading.Thread(target=held.beat, args=(left,), name="lease", daemon=True)
@@ -85,12 +91,30 @@ def lease(folder: Path) -> Iterator[Lease]:
                 path.unlink(missing_ok=True)
 
 
-def in_use(folder: Path, holder: str, age_s: float | None = None) -> Problem:
+def holder(folder: Path) -> str | None:
+    """Returns which live process works in a study's folder (or that of a training of `train`); None when none does.
+
+    Writes nothing and takes no lock. A process of this machine is looked up, and one that is gone counts for nothing,
+    whatever it has left behind. One of another machine counts until its heartbeat is ``READERS_STALE_AFTER_S`` old.
+    """
+    path = folder / LEASE
+    try:
+        age_s = time.time() - path.stat().st_mtime
+    except OSError:  # there is none, as between two searches, or it cannot be seen
+        return None
+    content = _read(path)
+    if content is None and not path.exists():  # its process has just ended
+        return None
+    content = content or {}
+    return _named(content) if _lives(content, age_s, READERS_STALE_AFTER_S) else None
+
+
+def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
     """Returns the message for a folder that another process works in; ``age_s`` since its last heartbeat."""
     step = "Wait until the other search ends, or end it with Ctrl-C; then run the command again."
     if age_s is not None:
         step += f" If its machine is gone, the study is free {max(0.0, STALE_AFTER_S - age_s):.0f} s from now."
-    return Problem(str(folder), "is in use: two searches on one study would spoil it", holder, next_step=step)
+    return Problem(str(folder), "is in use: two searches on one study would spoil it", by, next_step=step)
 
 
 def _identity() -> dict[str, Any]:
@@ -104,26 +128,30 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _lives(content: dict[str, Any], age_s: float) -> bool:
+def _lives(content: dict[str, Any], age_s: float, stale_after_s: float) -> bool:
     """Tells whether the holder of a lease lives: by its process where that can be seen, else by its heartbeat."""
     here = _identity()
-    if all(content.get(key) == here[key] for key in MACHINE):
-        return bool(_process_started(content["pid"]) == content["process_started"])
-    return age_s < STALE_AFTER_S
+    if all(content.get(key) == here[key] for key in MACHINE) and isinstance(content.get("pid"), int):
+        return _process_started(content["pid"]) in (content.get("process_started"), ALIVE)
+    return age_s < stale_after_s
 
 
 def _process_started(pid: int) -> str:
-    """Returns when a process of this machine began, in the kernel's ticks; empty when there is none."""
+    """Returns when a process of this machine began, in the kernel's ticks; empty when there is none.
+
+    One that has ended and for which nobody has asked yet (in a container often nobody ever does) is none.
+    """
     stat = _read_text(Path(f"/proc/{pid}/stat"))
     if stat:
-        return stat.rpartition(")")[2].split()[19]  # field 22; the name before it may hold anything
+        fields = stat.rpartition(")")[2].split()  # from field 3 on; the name before it may hold anything
+        return "" if fields[0] in "ZX" else fields[19]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return ""
-    except OSError:
-        return "alive"
-    return "alive"
+    except OSError:  # it is another user's
+        return ALIVE
+    return ALIVE
 
 
 def _age_s(path: Path) -> float:
@@ -136,7 +164,7 @@ def _age_s(path: Path) -> float:
         return now - path.stat().st_mtime
 
 
-def _holder(content: dict[str, Any]) -> str:
+def _named(content: dict[str, Any]) -> str:
     return f"process {content.get('pid', '?')} on {content.get('host', '?')}, since {content.get('since', '?')}"
 
 

@@ -25,7 +25,8 @@ WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the
 CHECKPOINTS = "checkpoint"
 ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
 
-Kind = Literal["trial", "baseline"]
+Kind = Literal["trial", "baseline", "confirm"]
+FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
 Outcome = Literal["complete", "diverged", "error", "running"]
 
 
@@ -34,9 +35,9 @@ class TrialSpec:
     """One attempt at a training of a study.
 
     Attributes:
-        kind: A trial of the search, or a baseline.
+        kind: A trial of the search, a baseline, or a training with a fresh seed that confirms one of them.
         number: Its number in the Optuna study of its kind.
-        name: Name of its folder: ``t0007-3f9c``, or the baseline's name.
+        name: Name of its folder: ``t0007-3f9c``, the baseline's name, or either with ``-seed<seed>``.
         values: Values over the recipe's ``train``.
         attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
     """
@@ -49,12 +50,12 @@ class TrialSpec:
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
-        return study_dir / ("trials" if self.kind == "trial" else "baselines") / self.name
+        return study_dir / FOLDERS[self.kind] / self.name
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial or baseline as tables show it. Accuracies and objective are fractions."""
+    """A training of a study as tables show it. Accuracies and objective are fractions."""
 
     kind: Kind
     number: int

@@ -1,6 +1,7 @@
 """The study: an Optuna journal on disk that is the only state of a search. Nothing here knows Ray.
 
-The journal holds two Optuna studies. The sampler sees ``search`` alone; ``baselines`` stands beside it.
+The journal holds three Optuna studies. The sampler sees ``search`` alone; ``baselines`` stands beside it, and so does
+``confirm`` once the winner is trained again with fresh seeds.
 
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
@@ -15,7 +16,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 import contextlib
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from carft_ray.search.outcome import (
     trial_name,
 )
 
-STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines"}
+STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
@@ -61,8 +62,10 @@ class Study:
         self.notes = notes
         self._lease = held
         storage = _storage(study_dir)
-        known = optuna.get_all_study_names(storage)
-        self._studies = {kind: _open(storage, name, name in known) for kind, name in STUDY_NAMES.items()}
+        self._storage = storage
+        self._studies: dict[Kind, optuna.Study] = {}
+        self._open_studies("trial", "baseline")
+        self._asks = True  # whether the sampler proposes new trials
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
@@ -84,21 +87,40 @@ class Study:
         Returns:
             Rows of what was told.
         """
-        self._add_baselines()
-        told = []
-        for kind, study in reversed(self._studies.items()):
-            for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                trial = optuna.trial.Trial(study, frozen._trial_id)
-                spec = self._spec(kind, trial)
-                failure = read_failure(spec.folder(self.study_dir), spec.attempt)
-                mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
-                row = self.settle(spec) if spec.attempt and not mended else None
-                if row:
-                    told.append(row)
-                elif spec not in self._waiting and spec.name != ZERO_SHOT:  # which is told, and never trained
-                    self._waiting.append(spec)
+        self._enter("baseline", self.recipe.search.baselines)
+        told = self._take_over("baseline") + self._take_over("trial")
         for row in self.rows("baseline") + self.rows():
             self._retain(row)
+        return told
+
+    def adopt_confirm(self, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
+        """As ``adopt``, for the trainings of a confirm: these and no others run until the study is opened again.
+
+        Args:
+            trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
+
+        Returns:
+            Rows of what was told.
+        """
+        self._asks = False
+        self._open_studies("confirm")
+        self._enter("confirm", trainings)
+        return self._take_over("confirm", trainings)
+
+    def _take_over(self, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
+        """Tells or queues what is RUNNING in one of the Optuna studies; None wants everything."""
+        told = []
+        for frozen in self._studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            spec = self._spec(kind, optuna.trial.Trial(self._studies[kind], frozen._trial_id))
+            if wanted is not None and spec.name not in wanted:
+                continue
+            failure = read_failure(spec.folder(self.study_dir), spec.attempt)
+            mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
+            row = self.settle(spec) if spec.attempt and not mended else None
+            if row:
+                told.append(row)
+            elif spec not in self._waiting and spec.name != ZERO_SHOT:  # which is told, and never trained
+                self._waiting.append(spec)
         return told
 
     def next(self) -> TrialSpec | None:
@@ -106,7 +128,7 @@ class Study:
 
         Baselines come first, then adopted trials, then new ones until the recipe's number is reached.
         """
-        if not self._waiting and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials:
+        if not self._waiting and self._wants_more():
             with self._writing():
                 trial = self._studies["trial"].ask()
             self._waiting.append(self._spec("trial", trial))
@@ -161,9 +183,9 @@ class Study:
         Returns:
             Its row, or None when it is there already.
         """
-        number = self._baseline_names().get(ZERO_SHOT)
+        number = self._names("baseline").get(ZERO_SHOT)
         if number is None:
-            spec = self._add_baseline(ZERO_SHOT, {"alpha": 0.0})
+            spec = self._add("baseline", ZERO_SHOT, {"alpha": 0.0})
         elif self.rows("baseline")[number].outcome == "running":  # a kill came before it was told whole
             spec = TrialSpec("baseline", number, ZERO_SHOT, {"alpha": 0.0}, 1)
         else:
@@ -173,12 +195,12 @@ class Study:
         return self._tell(spec, TrialState.COMPLETE, attributes, numbers["objective"])
 
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:
-        """Returns all trials (or baselines) in the order of their numbers."""
+        """Returns all trials (or baselines, or trainings of the confirm) in the order of their numbers."""
         return _rows(kind, self._studies[kind])
 
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
-        return not self._waiting and len(self._studies["trial"].get_trials(deepcopy=False)) >= self.recipe.search.trials
+        return not self._waiting and not self._wants_more()
 
     def waits(self, spec: TrialSpec) -> bool:
         """Tells whether the training of an attempt is queued for another one."""
@@ -243,25 +265,33 @@ class Study:
         self._trials[kind, trial.number] = trial
         return TrialSpec(kind, trial.number, name, values, attributes.get("attempt", 0))
 
-    def _add_baselines(self) -> None:
-        """Enters the recipe's baselines that are not in the study yet."""
-        names = self._baseline_names()
-        for name, values in self.recipe.search.baselines.items():
-            if name not in names:
-                self._waiting.append(self._add_baseline(name, values))
+    def _open_studies(self, *kinds: Kind) -> None:
+        known = optuna.get_all_study_names(self._storage)
+        for kind in kinds:
+            name = STUDY_NAMES[kind]
+            self._studies[kind] = _open(self._storage, name, name in known)
 
-    def _add_baseline(self, name: str, values: dict[str, Any]) -> TrialSpec:
-        study = self._studies["baseline"]
+    def _wants_more(self) -> bool:
+        return self._asks and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials
+
+    def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
+        """Enters trainings with given values that are not in the study yet, and queues them."""
+        names = self._names(kind)
+        for name, values in trainings.items():
+            if name not in names:
+                self._waiting.append(self._add(kind, name, values))
+
+    def _add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
+        study = self._studies[kind]
         with self._writing():
             frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
             study.add_trial(frozen)
         added = study.get_trials(deepcopy=False)[-1]
-        return self._spec("baseline", optuna.trial.Trial(study, added._trial_id))
+        return self._spec(kind, optuna.trial.Trial(study, added._trial_id))
 
-    def _baseline_names(self) -> dict[str, int]:
-        """Returns the numbers of the baselines by name."""
-        rows = self._studies["baseline"].get_trials(deepcopy=False)
-        return {trial.user_attrs["name"]: trial.number for trial in rows}
+    def _names(self, kind: Kind) -> dict[str, int]:
+        """Returns the numbers of the baselines (or trainings of the confirm) by name."""
+        return {trial.user_attrs["name"]: trial.number for trial in self._studies[kind].get_trials(deepcopy=False)}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -278,7 +308,7 @@ class Study:
 def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
-    When model or data turn out unfit before a training has begun, the study vanishes: the mended recipe may have it.
+    When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
 
     Args:
         study_dir: The study directory; made when it is missing.
@@ -292,12 +322,12 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        claim(study_dir, recipe, base_dir)
+        is_new = claim(study_dir, recipe, base_dir)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with _readable(study_dir):
             study = Study(study_dir, recipe, held, notes)
-        with gone_if_nothing_began(study_dir, study._began):
+        with gone_if_nothing_began(study_dir, is_new, study._began):
             yield study
 
 
@@ -313,6 +343,11 @@ def trials(study_dir: Path) -> list[TrialRow]:
 def baselines(study_dir: Path) -> list[TrialRow]:
     """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
     return _read_rows(study_dir, "baseline")
+
+
+def confirmations(study_dir: Path) -> list[TrialRow]:
+    """Reads the trainings with fresh seeds as ``trials`` does; none before a confirm has begun."""
+    return _read_rows(study_dir, "confirm")
 
 
 def best_row(rows: list[TrialRow]) -> TrialRow | None:

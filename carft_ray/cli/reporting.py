@@ -1,0 +1,49 @@
+"""Trusting the numbers: what a study's best is worth. Nothing is locked, nothing is written."""
+
+import shlex
+from typing import Any
+
+from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+
+PANEL = "Trusting the numbers"  # of the help
+
+
+@app.command(epilog="Example:  carft-ray report studies/quickstart", rich_help_panel=PANEL)
+def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption = False) -> None:
+    """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test is read."""
+    from carft_ray import console
+    from carft_ray.results import overview
+    from carft_ray.results.report import study_report
+
+    view = overview.read_study(study)
+    answer = study_report(view)
+    if json_:
+        console.print_json(answer)
+        return
+    for line in answer["lines"]:
+        console.out.print(line, markup=False, soft_wrap=True)
+    if answer["rules"]:
+        console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
+        console.out.print(_rule_table(answer["rules"]))
+        console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
+    folder, data = shlex.quote(str(study)), view.recipe.data
+    if not answer["confirm"]:
+        console.next_step(f"carft-ray confirm {folder}")
+    elif not answer["test"] and (data.id_test is not None or data.ood_test):
+        console.next_step(f"carft-ray test {folder}    # opens the test sets; each read is recorded")
+    else:
+        console.next_step(f"carft-ray export {folder} --to exports/{answer['name']}")
+
+
+def _rule_table(rules: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("rule", no_wrap=True)
+    for name in ("regret, points", "standard error"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for rule in rules:
+        cells = ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
+        table.add_row(rule["rule"], *cells, rule["note"])
+    return table

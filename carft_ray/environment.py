@@ -1,0 +1,101 @@
+"""Where and with what something is computed: code, versions of libraries, machine. Nothing heavy is imported."""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from carft_ray import __version__
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+GIT_TIMEOUT_S = 5.0
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "ray",
+    "optuna",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "pillow",
+    "safetensors",
+    "pydantic",
+)
+
+
+@functools.cache
+def _code() -> tuple[tuple[str, Any], ...]:
+    commit, dirty = git_state(PACKAGE_DIR)
+    return tuple({"version": __version__, "commit": commit, "dirty": dirty, "source": source_digest()}.items())
+
+
+def code() -> dict[str, Any]:
+    """Returns what code this process runs, as it was when it was first asked.
+
+    ``version`` of carft-ray; ``commit`` and ``dirty`` (changes that are not committed) of the git checkout that it
+    lies in, None without one; ``source``, a hash of the package's own files, which tells any two codes apart.
+    """
+    return dict(_code())
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Returns the commit of the checkout that tracks a folder, and whether files of the folder differ from it.
+
+    (None, None) where git is missing or slow, or the folder is not tracked (an installation inside a checkout).
+    """
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--", ".")
+    return (None, None) if commit is None or changes is None else (commit.strip(), bool(changes.strip()))
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Returns what git prints, or None when it does not answer well."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # reading must not write the index
+    command = ["git", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, env=environment)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def source_digest(folder: Path = PACKAGE_DIR) -> str:
+    """Returns a hash of all Python files under a folder, their names and contents, 16 hex digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the libraries on which numbers depend; None for one that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Returns ``platform``, ``cpu`` (the model) and ``cores`` of this machine."""
+    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": os.cpu_count()}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

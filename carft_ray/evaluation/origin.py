@@ -1,0 +1,102 @@
+"""What the numbers of a training come from: contents of the sets, model, prompts, views, and where it was computed.
+
+``prepare`` finds the part that all trainings of a study share, for the manifest; ``run_training`` adds the part of one
+training to its ``result.json``. Test sets are never opened.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carft_ray import environment
+from carft_ray.data.content import image_digests, pixel_digest, set_digest
+from carft_ray.data.folder import FolderSource
+from carft_ray.data.sets import class_folders, open_train, open_validation
+from carft_ray.data.source import Source
+from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
+from carft_ray.evaluation.materials import Materials
+from carft_ray.recipe.schema import Recipe
+
+
+def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: torch.device) -> dict[str, Any]:
+    """Returns what all trainings of a study share, as plain data.
+
+    ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
+    ``model`` (``weights_hash``) and ``preparation`` (``device``, ``threads``).
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    clip = materials.clip
+    return {
+        "data": set_contents(recipe, base_dir, materials),
+        "classes": list(class_folders(recipe, base_dir)),
+        "class_names": list(materials.class_names),
+        "templates": list(materials.templates),
+        "augmentation": {
+            "view_version": VIEW_VERSION,
+            "crop_scale": [recipe.train.crop_scale, 1.0],
+            "interpolation": INTERPOLATION,
+            "image_size": clip.image_size,
+            "mean": list(clip.mean),
+            "std": list(clip.std),
+            "evaluation": clip.input_key,
+        },
+        "model": {"weights_hash": clip.weights_hash},
+        "preparation": {"device": device_name(device), "threads": torch.get_num_threads()},
+    }
+
+
+def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
+    """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
+
+    The digest of a set of files is that of the files, read now. Pictures of the sandbox are drawn by the package, which
+    takes long, so they are taken as ``materials`` holds them; without materials these sets are left out.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    id_val, ood_val = open_validation(recipe, base_dir)
+    sources: dict[str, Source] = {"train": open_train(recipe, base_dir), "id_val": id_val, **ood_val}
+    decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
+    contents: dict[str, dict[str, Any]] = {}
+    for name, source in sources.items():
+        if isinstance(source, FolderSource):
+            digest = set_digest(source)
+        elif name in decoded:
+            digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
+        elif materials is not None:
+            digest = set_digest(source, image_digests(materials.train))
+        else:
+            continue
+        contents[name] = {"digest": digest, "num_images": len(source)}
+    return contents
+
+
+def training_environment(device: torch.device, num_workers: int, stored_targets: int) -> dict[str, Any]:
+    """Returns with what one training was computed: code, torch, ``device``, ``threads`` and ``num_workers``.
+
+    Args:
+        device: Where it ran.
+        num_workers: Workers that shared it.
+        stored_targets: Epochs whose context distributions came from the target store; the others were computed.
+    """
+    return {
+        **environment.code(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "num_workers": num_workers,
+        "stored_targets": stored_targets,
+    }
+
+
+def gpu_names() -> list[str]:
+    """Returns the names of the GPUs that this process sees."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def device_name(device: torch.device) -> str:
+    """Returns ``cpu`` or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,93 @@
+"""Training configurations of a search again with fresh seeds; killed and run again, it goes on where it was."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.launch.cluster import running_ray
+from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
+from carft_ray.launch.executors import Runner, make_plan, run_prepare
+from carft_ray.launch.search import RAY_LOG
+from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.trainings import run_trainings
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.search.folder import RESOLVED, STOP
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.study import Study, open_study
+
+Trainings = Mapping[str, dict[str, Any]]
+
+
+def run_confirm(
+    recipe: Recipe,
+    base_dir: Path,
+    study_dir: Path,
+    fix: Callable[[Study], Trainings],
+    resume_command: str,
+    address: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    runner: Runner | None = None,
+) -> list[TrialRow]:
+    """Trains what ``fix`` names, as trials of a search are trained; what is finished already is left alone.
+
+    The frozen model's targets are stored once per seed and shared by all trainings with it.
+
+    Args:
+        recipe: The study's resolved recipe.
+        base_dir: Folder from which the recipe's relative paths count.
+        study_dir: The study directory.
+        fix: Called with the study once its lock is held and before anything is trained. Returns the values over the
+            recipe's ``train`` by name, ``seed`` and ``alpha`` among them.
+        resume_command: Shown after an interruption.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        on_event: Told what happens, in the calling thread.
+        runner: What is trained; by default ``evaluation.run``.
+
+    Returns:
+        The rows of these trainings, in the order of their numbers.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        CarftError: As ``run_search``.
+    """
+    base_dir = base_dir.resolve()
+    with open_study(study_dir, recipe, base_dir) as study:
+        stop_path = study.study_dir / STOP
+        with files.writing(stop_path):
+            stop_path.unlink(missing_ok=True)
+        for note in study.notes:
+            on_event(Note(note))
+        trainings = fix(study)
+        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        for row in study.adopt_confirm(trainings):
+            on_event(TrialFinished(row, is_best=False))
+
+        def rows() -> list[TrialRow]:
+            return [row for row in study.rows("confirm") if row.name in trainings]
+
+        def num_finished() -> int:
+            return sum(row.outcome != "running" for row in rows())
+
+        def interrupted() -> InterruptedRunError:
+            what = f"stopped; {num_finished()} of {len(trainings)} trainings are finished"
+            return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
+
+        if not study.done():
+            with (
+                interruptions_as(interrupted, stop_path),
+                running_ray(address, study.study_dir / RAY_LOG, stop_path) as nodes,
+            ):
+                plan = make_plan(recipe, base_dir, study.study_dir, nodes, runner or Runner())
+                on_event(Preparing())
+                for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
+                    run_prepare(replace(plan, recipe=apply(plan.recipe, {"seed": seed})))
+                room = plan.capacity
+                on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
+                if run_trainings(study, plan, on_event):
+                    raise interrupted()
+        return rows()

@@ -1,0 +1,66 @@
+"""Trainings of an open study on a running Ray: the loop of Tune that a search and a confirm share."""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from carft_ray.errors import StorageError
+from carft_ray.launch.events import Event
+from carft_ray.launch.executors import RAY_FILES, Plan, tune_trainable
+from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.searcher import StudySearcher, Watcher
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.search.folder import STOP
+from carft_ray.search.study import Study
+
+
+def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None]) -> bool:
+    """Runs what an adopted study proposes, until nothing is left or a stop is asked for.
+
+    Args:
+        study: The study; what was prepared lies in its folder.
+        plan: How and where trainings run.
+        on_event: Told what happens, in the calling thread.
+
+    Returns:
+        Whether it was stopped on request.
+
+    Raises:
+        CarftError: What ended the run before its time (``StudySearcher.failure``).
+    """
+    study_dir, room = study.study_dir, plan.capacity
+    searcher = StudySearcher(study, room.concurrency, on_event)
+    watcher = Watcher(searcher, study.recipe.resources.hang_timeout_s, Leaks(study_dir) if plan.nested else None)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
+    ray_files = study_dir / RAY_FILES
+    shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
+    tuner = tune.Tuner(
+        tune_trainable(plan),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # until the searcher says FINISHED
+            reuse_actors=True,
+            trial_name_creator=_tune_name,
+            trial_dirname_creator=_tune_name,
+        ),
+        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
+    )
+    try:
+        with stop_file_on_signal(study_dir / STOP):
+            tuner.fit()
+    except (RuntimeError, StorageError):
+        if searcher.failure is None:
+            raise
+    if not study.taken_over:
+        shutil.rmtree(ray_files, ignore_errors=True)
+    if searcher.failure is not None:
+        raise searcher.failure
+    return searcher.stopped
+
+
+def _tune_name(tune_trial: Any) -> str:
+    spec = tune_trial.config["spec"]
+    return f"{spec['name']}-{spec['attempt']}"

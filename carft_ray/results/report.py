@@ -1,0 +1,185 @@
+"""What a study's numbers are worth (`report`): the best as measured and corrected, other rules, the headline.
+
+Everything is read from stored validation predictions; no test set is opened.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from carft_ray import files
+from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.results.bootstrap import NUM_RESAMPLES, BoolArray, Win, bbc, incumbent_values, overtuning, resample
+from carft_ray.results.confirm import CONFIRM
+from carft_ray.results.intervals import headline, in_points, objective_difference
+from carft_ray.results.overview import Overview
+from carft_ray.results.selection import (
+    Correction,
+    Noise,
+    Pick,
+    correct_best,
+    one_se_pick,
+    ranking_noise,
+    regret_table,
+)
+from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.study import ZERO_SHOT
+
+LEDGER = "ledger.jsonl"
+TEST = "test"
+_SHOWN_WINS = 5
+
+
+def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+    """Returns the report as plain data; ``lines`` is its text.
+
+    Args:
+        view: The study.
+        num_resamples: Of the bootstrap.
+
+    Raises:
+        NoSuccessfulTrialError: No trial has finished.
+        StorageError, DataError: Stored predictions are missing, damaged or of different images.
+    """
+    best = view.best
+    if best is None:
+        step = f"See why: carft-ray ls {view.study_dir}"
+        raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
+    spec, lowest = objective_spec(view.recipe), view.recipe.search.alpha.lowest
+    trials = [row for row in view.trials if row.outcome == "complete" and row.objective is not None]
+    baselines = [row for row in view.baselines if row.outcome == "complete" and row.objective is not None]
+    stored = read_stored(view.study_dir, view.recipe, trials, baselines, spec)
+    objectives = [row.objective or 0.0 for row in trials]
+
+    again = confirmed(view.study_dir, spec)
+    at_choice = {name: _stack(stored, trials, name) for name in (spec.id_set, *spec.ood_sets)}
+    noise = ranking_noise(spec, objectives, at_choice, again)
+    corrected = correct_best(objectives, noise.variance)
+    resamples = resample(stored.candidates, spec, lowest, num_resamples)
+    bbc_value, wins = bbc(resamples)
+    pick = None
+    if best.name in stored.moved:
+        pick = one_se_pick(spec, stored.chosen[best.name], stored.candidates, stored.moved, lowest, noise.seed)
+    curve = overtuning(incumbent_values(resamples))
+    counts = {
+        "trials": view.counts(),
+        "trainings": sum(row.outcome not in ("running",) for row in (*view.trials, *view.baselines))
+        - _zero_shots(view),
+        "alphas": stored.num_alphas,
+        "test_reads": sum(line.get("purpose") == "test" for line in files.read_json_lines(view.study_dir / LEDGER)),
+    }
+    against = _headline(spec, best, baselines, stored)
+    lines = [
+        *_count_lines(view.recipe.name, counts),
+        "",
+        *_best_lines(best, corrected, noise, bbc_value, num_resamples, len(again)),
+        *([] if pick is None else [_pick_line(best, pick)]),
+        _wins_line(wins),
+        _overtuning_line(curve.absolute[-1], curve.relative[-1]),
+        *([] if against is None else ["", *against["lines"]]),
+    ]
+    beside = {step: found_beside(view.study_dir, step) for step in (CONFIRM, TEST)}
+    for found in beside.values():
+        lines += ["", *found] if found else []
+    return {
+        "study": str(view.study_dir),
+        "name": view.recipe.name,
+        "counts": counts,
+        "best": {"name": best.name, "alpha": best.alpha, "objective": best.objective},
+        "noise": {**asdict(noise), "words": noise.words},
+        "corrected": asdict(corrected),
+        "bbc": {"value": bbc_value, "num_resamples": num_resamples, "wins": [asdict(win) for win in wins]},
+        "one_standard_error": None if pick is None else asdict(pick),
+        "overtuning": asdict(curve),
+        "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
+        "headline": against,
+        **beside,
+        "lines": lines,
+    }
+
+
+def _stack(stored: Stored, trials: list[TrialRow], name: str) -> BoolArray:
+    matrix: BoolArray = np.concatenate([stored.chosen[row.name].correct[name] for row in trials])
+    return matrix
+
+
+def _zero_shots(view: Overview) -> int:
+    return sum(row.name == ZERO_SHOT and row.outcome != "running" for row in view.baselines)
+
+
+def _headline(spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], stored: Stored) -> dict[str, Any] | None:
+    """Returns the best trial against the baseline with the highest objective, or None without a baseline."""
+    if not baselines:
+        return None
+    rival = max(baselines, key=lambda row: row.objective or 0.0)
+    difference = objective_difference(spec, stored.chosen[best.name].correct, stored.chosen[rival.name].correct)
+    sentence = headline(difference, rival.name.replace("_", " "))
+    return {
+        "baseline": rival.name,
+        "mean": difference.mean,
+        "images_random": difference.images_random,
+        "words": difference.words,
+        "sentence": sentence,
+        "lines": [
+            f"Measured at their alphas, on the images that chose: {best.name} {sentence}; 95 %, {difference.words}.",
+            f"    {best.name} - {rival.name}: {in_points(difference, signed=True)}",
+        ],
+    }
+
+
+def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
+    states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
+    return [
+        f"{name}: trials: {states}.",
+        f"{counts['trainings']} trainings and {counts['alphas']} evaluated alphas chose on these validation images; "
+        f"test sets were read {counts['test_reads']} times.",
+    ]
+
+
+def _best_lines(
+    best: TrialRow, corrected: Correction, noise: Noise, bbc_value: float, num_resamples: int, num_confirmed: int
+) -> list[str]:
+    covered = (
+        f"image and seed noise, the latter from {num_confirmed} confirmed configurations"
+        if noise.seed is not None
+        else "image noise only: the luck of the seed is still in it"
+    )
+    return [
+        f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
+        "It was chosen by this number, which flatters it.",
+        f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
+        f"of the best of {len(corrected.shrunk)} noisy values ({covered}).",
+        f"bbc: {100 * bbc_value:.1f} %: the choice made again, alpha included, on {num_resamples:,} resamples of the "
+        "images and scored on the images left out. It corrects the luck of images, not that of seeds: nearly unbiased "
+        "where seeds matter little, half the bias stays where they matter much.",
+    ]
+
+
+def _pick_line(best: TrialRow, pick: Pick) -> str:
+    others = pick.num_candidates - 1
+    share = f"{others} other candidates (trial, alpha) within one standard error of the best"
+    if (pick.name, pick.alpha) == (best.name, best.alpha):
+        moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
+        return f"One standard error: {share}; the best itself {moved}."
+    return (
+        f"One standard error: {share}; {pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot "
+        f"({100 * pick.moved:.2f} % of its norm), {100 * pick.behind:.1f} points behind, "
+        f"standard error {100 * pick.se:.1f}."
+    )
+
+
+def _wins_line(wins: list[Win]) -> str:
+    often = [win for win in wins if win.share >= 0.005][:_SHOWN_WINS]
+    shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in often)
+    rest = len(wins) - len(often)
+    return f"Wins in the resamples: {shown}" + (f", and {rest} more" if rest > 0 else "") + "."
+
+
+def _overtuning_line(absolute: float, relative: float | None) -> str:
+    share = "" if relative is None else f", {100 * relative:.0f} % of what the search had gained"
+    lost = f"{100 * absolute:.1f} points below the best incumbent before it"
+    return f"Overtuning: on images that did not choose, the last incumbent is {lost}{share}."

@@ -1,0 +1,296 @@
+"""A training done again from the manifest of its study, and whether the numbers are the same, column by column.
+
+Whatever the manifest says of data and model is checked first, by contents: sets are decoded anew, since the cache of
+decoded sets knows files by size and date only. The training is done as it was done: the same threads, workers and
+stored targets.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from carft_ray import environment, files
+from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem, StorageError
+from carft_ray.evaluation.origin import gpu_names, set_contents
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.evaluation.run import prepare
+from carft_ray.launch.single import train_once
+from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.finished import Finished, open_finished
+from carft_ray.search.provenance import CHANGING, differences, identity_problems, leaves
+
+# of result.json; all but times and the machine
+COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "alpha_choice", "moved", "num_images")
+DECODED = "decoded"
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same.
+
+    Attributes:
+        what: Dotted name: ``metrics.ood_accuracy``, ``predictions.logit_true``, ``weights``.
+        then: What the study has; a text where it is no single number.
+        now: What was found now.
+        size: Largest absolute difference; None where there is none to take.
+    """
+
+    what: str
+    then: Any
+    now: Any
+    size: float | None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What doing a training again has shown.
+
+    Attributes:
+        title: The training.
+        num_numbers: Numbers of ``result.json`` that were compared.
+        num_predictions: Rows of the predictions that were compared, all columns.
+        weights_compared: Whether the study still had the fine-tuned weights.
+        differences: What is not the same, the numbers first.
+        changes: What the manifest says otherwise than it is now: ``(key, then, now)``.
+    """
+
+    title: str
+    num_numbers: int
+    num_predictions: int
+    weights_compared: bool
+    differences: list[Difference]
+    changes: list[tuple[str, Any, Any]]
+
+    @property
+    def same(self) -> bool:
+        """Whether everything is the same, bit for bit."""
+        return not self.differences
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in one sentence."""
+        what = f"{self.num_numbers} numbers (objective, alpha, metrics, curve)"
+        what += f" and {self.num_predictions} predictions, column by column"
+        what += ", and the weights" if self.weights_compared else ""
+        return f"{self.title} is reproduced: {what}, are the same, bit for bit."
+
+    def data(self) -> dict[str, Any]:
+        """Returns all of it as plain data."""
+        changes = [{"key": key, "then": then, "now": now} for key, then, now in self.changes]
+        return {"same": self.same, **asdict(self), "changes": changes}
+
+    def error(self) -> CarftError:
+        """Returns the error that tells the largest difference and what may explain it."""
+        largest = max(self.differences, key=lambda each: each.size or 0.0)
+        names = ", ".join(each.what for each in self.differences[:8]) + (", ..." if len(self.differences) > 8 else "")
+        value = f"{len(self.differences)} that differ ({names})"
+        value += f"; the largest difference is that of {largest.what}: {largest.then} then, {largest.now} now"
+        if largest.size is not None:
+            value += f" ({largest.size:.3g})"
+        lines = shown_changes(self.changes)
+        if lines:
+            step = "What the manifest says otherwise than it is now:\n      " + "\n      ".join(lines)
+        else:
+            step = "Data, weights, code, versions and hardware are those of the manifest: please report it."
+        return CarftError(Problem(self.title, "its numbers must be the same", value, next_step=step))
+
+
+def reproduce(
+    finished: Finished,
+    out_dir: Path,
+    say: Callable[[str], None],
+    progress: Callable[[Row], None],
+    report: Callable[[Row], None],
+) -> Reproduction:
+    """Does a training again and compares.
+
+    Args:
+        finished: A training of a study or of `train`, or the zero-shot model of a study.
+        out_dir: Folder of the new training; must be new. Afterwards it is like that of `train`.
+        say: Told what is being done.
+        progress: Given the metrics every few steps (one worker).
+        report: Given the metrics of every epoch (one worker).
+
+    Raises:
+        DataError: Images or weights are not those of the manifest; names the sets.
+        StorageError: The manifest does not say what the training started from, or predictions are damaged.
+        UsageError: The new folder holds something.
+        InterruptedRunError: Stopped on request.
+    """
+    out_dir = out_dir.resolve()
+    kept = finished.provenance
+    if (
+        "data" not in kept
+        or "preparation" not in kept
+        or not (finished.is_zero_shot or "environment" in finished.result)
+    ):
+        rule = "the manifest must say what the training started from"
+        step = "Begin a new study: this one was made by a version that did not write it down."
+        raise StorageError(Problem(str(finished.folder), rule, "no provenance", next_step=step))
+    then = finished.predictions()
+    say("comparing the images with the manifest")
+    _check({"data": set_contents(finished.base, Path("/"))}, kept)
+    shared = _as_computed(finished.base, kept["preparation"], out_dir)
+
+    def prepare_first(folder: Path) -> dict[str, Any]:
+        found = prepare(shared, Path("/"), folder, say, share_targets=False)
+        _check(found["provenance"], kept)
+        if stored := finished.result.get("environment", {}).get("stored_targets"):
+            train = finished.recipe.train.model_copy(update={"epochs": stored})
+            search = shared.search.model_copy(update={"space": {}})
+            prepare(shared.model_copy(update={"train": train, "search": search}), Path("/"), folder, say)
+        return found
+
+    if finished.is_zero_shot:
+        files.require_new(out_dir, "--out")
+        metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
+        now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
+        table = read_predictions(out_dir / "zero_shot.parquet")
+        return _compared(finished, finished.result, now, then, table, None)
+    recipe = _as_computed(finished.recipe, finished.result["environment"], out_dir)
+    try:
+        train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first)
+    except InterruptedRunError:
+        step = f"Run the same command again; {out_dir} is of no further use."
+        raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
+    again = open_finished(out_dir)
+    return _compared(finished, finished.result, again.result, then, again.predictions(), again.weights_path)
+
+
+def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:
+    if problems := identity_problems(kept, found):
+        raise DataError(problems)
+
+
+def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Recipe:
+    """Returns the recipe with the threads, workers and kind of device of the first time, and a cache of its own.
+
+    One worker runs in this process, whatever the executor was: a test of the executors holds that nothing changes.
+    """
+    num_workers = where.get("num_workers", 1)
+    resources = recipe.resources.model_copy(
+        update={
+            "threads": where["threads"],
+            "num_workers": num_workers,
+            "executor": "inline" if num_workers == 1 else "ray-train",
+            "gpus_per_worker": 0.0 if where["device"] == "cpu" else recipe.resources.gpus_per_worker,
+        }
+    )
+    data = recipe.data.model_copy(update={"cache_dir": str(out_dir / DECODED)})
+    return recipe.model_copy(update={"resources": resources, "data": data})
+
+
+def _compared(
+    finished: Finished,
+    then: dict[str, Any],
+    now: dict[str, Any],
+    table_then: pa.Table,
+    table_now: pa.Table,
+    weights_path: Path | None,
+) -> Reproduction:
+    old, new = _numbers(then), _numbers(now)
+    found = [
+        Difference(key, old.get(key), new.get(key), _size(old.get(key), new.get(key)))
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+    found += table_differences(table_then, table_now)
+    with_weights = weights_path is not None and finished.weights_path.is_file()
+    if weights_path is not None and with_weights:
+        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(weights_path))
+    changes = changes_since(finished.provenance, finished.result.get("environment", {}))
+    return Reproduction(finished.title, len(old), len(table_then), with_weights, found, changes)
+
+
+def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns how code, versions and hardware differ now from those under which a training ran.
+
+    Args:
+        provenance: Of the manifest.
+        where: ``environment`` of the training's result; tells which entry of the history is meant.
+    """
+    entries = [provenance, *provenance.get("history", [])]
+    fitting = [
+        entry
+        for entry in entries
+        if entry["code"].get("source") == where.get("source") and entry["versions"].get("torch") == where.get("torch")
+    ]
+    entry = (fitting or entries)[-1]
+    hardware = {**environment.hardware(), "gpus": gpu_names()}
+    now = {"code": environment.code(), "versions": environment.versions(), "hardware": hardware}
+    then = {key: {name: v for name, v in entry[key].items() if name != "threads"} for key in CHANGING}
+    return differences(then, now)
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is compared of a result, by dotted key; points of the curve by their alpha."""
+    parts = {key: result[key] for key in COMPARED if key in result}
+    if "curve" in parts:
+        parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}
+    return leaves(parts)
+
+
+def _size(then: Any, now: Any) -> float | None:
+    both = (then, now)
+    return abs(float(now) - float(then)) if all(isinstance(value, int | float) for value in both) else None
+
+
+def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
+    """Returns a difference for every column of two tables that is not the same, row by row."""
+    if then.column_names != now.column_names:
+        return [Difference("predictions", ", ".join(then.column_names), ", ".join(now.column_names), None)]
+    if len(then) != len(now):
+        return [Difference("predictions", f"{len(then)} rows", f"{len(now)} rows", None)]
+    found = []
+    for name in then.column_names:
+        old, new = _values(then[name]), _values(now[name])
+        if old.shape != new.shape:
+            found.append(Difference(f"predictions.{name}", f"{old.shape} values", f"{new.shape} values", None))
+            continue
+        unequal = np.flatnonzero(old != new)
+        if not len(unequal):
+            continue
+        size, first = None, unequal[0]
+        if np.issubdtype(old.dtype, np.floating):
+            gaps = np.abs(old.astype(np.float64) - new.astype(np.float64))
+            first, size = int(np.argmax(gaps)), float(gaps.max())
+        what = f"predictions.{name} ({len(unequal)} of {len(old)} values)"
+        found.append(Difference(what, str(old[first]), str(new[first]), size))
+    return found
+
+
+def _values(column: pa.ChunkedArray) -> Any:
+    """Returns a column as one array; lists one behind the other, words as they are."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string())
+    if pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    return column.to_numpy()
+
+
+def _weights_differences(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[Difference]:
+    if sorted(then) != sorted(now):
+        return [Difference("weights", f"{len(then)} tensors", f"{len(now)} other tensors", None)]
+    unequal = [name for name in then if not torch.equal(then[name], now[name])]
+    if not unequal:
+        return []
+    size = max(float((then[name].double() - now[name].double()).abs().max()) for name in unequal)
+    return [Difference("weights", f"{len(then)} tensors", f"{len(unequal)} of them differ", size)]
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shown_changes(changes: Sequence[tuple[str, Any, Any]]) -> list[str]:
+    """Returns a line per change, for a reader."""
+    return [f"{key}: {_short(then)} then, {_short(now)} now" for key, then, now in changes]

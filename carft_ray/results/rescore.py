@@ -1,0 +1,218 @@
+"""Ranking the trials of a study again under another objective, from their stored validation predictions.
+
+No image, GPU or torch is needed, and nothing in the study changes: the alpha curve, the choice of alpha and the
+objective are made anew from ``predictions/validation.parquet`` of every finished trial. With the recipe's own objective
+they are exactly those that the search stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from carft_ray.errors import (
+    CarftError,
+    HoldOutError,
+    NoSuccessfulTrialError,
+    Problem,
+    StorageError,
+    UsageError,
+    nearest,
+)
+from carft_ray.evaluation import predictions
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve
+from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.results.overview import Overview, folder_of
+from carft_ray.search.folder import PREPARED
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.study import ZERO_SHOT
+
+NOTE = (
+    "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
+    "each look at another one is one more selection on the same validation images."
+)
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """One training under an objective; all values but alpha are fractions.
+
+    Attributes:
+        choice: Alpha and objective.
+        id_accuracy: At that alpha.
+        ood_accuracy: Mean over the OOD sets at that alpha; None without any.
+        measured: The accuracies were measured at that alpha; False: read from the fitted curves, since no predictions
+            at it are stored.
+    """
+
+    choice: AlphaChoice
+    id_accuracy: float
+    ood_accuracy: float | None
+    measured: bool
+
+
+def asked_objective(
+    recipe: Recipe, kind: str | None = None, id_weight: float | None = None, sets: str | None = None
+) -> ObjectiveSpec:
+    """Returns the objective that a user asks for; what is left out is as in the recipe.
+
+    Args:
+        recipe: The study's recipe.
+        kind: Kind of objective.
+        id_weight: w of ``weighted_mean``.
+        sets: Names of OOD validation sets, separated by commas; ``id_val`` is always in.
+
+    Raises:
+        HoldOutError: A test set is named.
+        UsageError: A name or the weight is none.
+    """
+    own, problems = objective_spec(recipe), []
+    kinds = get_args(ObjectiveKind)
+    if kind is not None and kind not in kinds:
+        problems.append(Problem("--objective", "must be a kind of objective", repr(kind), kinds, nearest(kind, kinds)))
+    if id_weight is not None and not 0 <= id_weight <= 1:
+        problems.append(Problem("--id-weight", "must be a number from 0 to 1", f"{id_weight:g}"))
+    names = own.ood_sets
+    if sets is not None:
+        asked = [name for name in (part.strip() for part in sets.split(",")) if name]
+        hidden = [name for name in asked if name not in own.ood_sets and name in _test_names(recipe)]
+        if hidden:
+            rule = "must be validation sets: no choice may see a test set"
+            raise HoldOutError(Problem("--sets", rule, ", ".join(hidden), own.ood_sets))
+        if not asked:
+            problems.append(Problem("--sets", "must name an OOD validation set", repr(sets), own.ood_sets))
+        rule = "must be OOD validation sets of the study; id_val is always in"
+        for name in dict.fromkeys(asked):
+            if name not in own.ood_sets:
+                near = nearest(name, own.ood_sets)
+                problems.append(Problem("--sets", rule, repr(name), own.ood_sets or ("none",), near))
+        names = tuple(name for name in own.ood_sets if name in asked)
+    if problems:
+        raise UsageError(problems)
+    weight = own.id_weight if id_weight is None else id_weight
+    return ObjectiveSpec(own.kind if kind is None else kind, own.id_set, names, weight)  # type: ignore[arg-type]
+
+
+def _test_names(recipe: Recipe) -> set[str]:
+    return {"id_test", "ood_test", *recipe.data.ood_test}
+
+
+def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
+    """Ranks the finished trials again and returns what `rescore` tells, as plain data.
+
+    Args:
+        view: The study.
+        spec: The objective; its sets are validation sets of the study (``asked_objective``).
+
+    Returns:
+        ``baselines`` in their order and ``trials`` by new rank, each with old and new rank (trials alone have them),
+        alpha and objective; ``unfinished``: how many trials are not among them.
+
+    Raises:
+        NoSuccessfulTrialError: No trial is finished.
+        StorageError: Predictions of a finished trial are missing or damaged; names them all.
+    """
+    finished = [row for row in view.trials if row.outcome == "complete"]
+    if not finished:
+        step = f"See what became of them: carft-ray status {view.study_dir}"
+        raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
+    beside = [row for row in view.baselines if row.outcome == "complete"]
+    found: dict[str, Rescored] = {}
+    problems: list[Problem] = []
+    for row in (*beside, *finished):
+        try:
+            found[row.kind + row.name] = rescore_row(view, row, spec)
+        except CarftError as error:
+            problems += error.problems
+    if problems:
+        raise StorageError(problems)
+    old = _ranks(finished, [row.objective or 0.0 for row in finished])
+    new = _ranks(finished, [found[row.kind + row.name].choice.value for row in finished])
+
+    def data(row: TrialRow) -> dict[str, Any]:
+        each = found[row.kind + row.name]
+        return {
+            "name": row.name,
+            "values": row.values,
+            "old_rank": old.get(row.number) if row.kind == "trial" else None,
+            "new_rank": new.get(row.number) if row.kind == "trial" else None,
+            "old_alpha": row.alpha,
+            "old_objective": row.objective,
+            "alpha": each.choice.alpha,
+            "fitted": each.choice.fitted,
+            "id_accuracy": each.id_accuracy,
+            "ood_accuracy": each.ood_accuracy,
+            "measured": each.measured,
+            "objective": each.choice.value,
+        }
+
+    return {
+        "study": str(view.study_dir),
+        "objective": _words(spec),
+        "own_objective": _words(objective_spec(view.recipe)),
+        "note": NOTE,
+        "study_changed": False,
+        "baselines": [data(row) for row in beside],
+        "trials": sorted((data(row) for row in finished), key=lambda each: int(each["new_rank"])),
+        "unfinished": len(view.trials) - len(finished),
+    }
+
+
+def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec) -> Rescored:
+    """Returns one finished trial or baseline under an objective, the way its training chose alpha.
+
+    A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays; else the curve over the recipe's grid
+    decides. Predictions at a chosen alpha off the grid, which the training added, are no point of the curve.
+
+    Args:
+        view: The study.
+        row: A complete trial or baseline.
+        spec: The objective, over validation sets of the study.
+
+    Raises:
+        StorageError, DataError: Its predictions are missing, damaged, or lack a set or an alpha.
+    """
+    path = folder_of(view.study_dir, row) / "predictions" / "validation.parquet"
+    if row.name == ZERO_SHOT and row.kind == "baseline":
+        path = view.study_dir / PREPARED / "zero_shot.parquet"
+    table = predictions.read_predictions(path)
+    fixed = apply(view.recipe, row.values).train.alpha
+    if fixed is not None:
+        by_set = _accuracies(table, spec, fixed)
+        return _rescored(AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed"), by_set, spec)
+    grid = view.recipe.search.alpha.grid
+    on_grid = table.filter(np.isin(table["alpha"].to_numpy(), grid))
+    profile = alpha_profile(on_grid, spec, view.recipe.search.alpha.lowest)
+    choice = profile.choice
+    if all(choice.alpha in predictions.alphas(table, name) for name in (spec.id_set, *spec.ood_sets)):
+        return _rescored(choice, _accuracies(table, spec, choice.alpha), spec)
+    curves = {spec.id_set: profile.id_accuracies, **profile.ood_accuracies}
+    by_set = {
+        name: float(np.clip(fitted_curve(profile.alphas, curve, [choice.alpha])[0], 0, 1))
+        for name, curve in curves.items()
+    }
+    return _rescored(choice, by_set, spec, measured=False)
+
+
+def _accuracies(table: Any, spec: ObjectiveSpec, alpha: float) -> dict[str, float]:
+    names = (spec.id_set, *spec.ood_sets)
+    return {name: predictions.accuracy(predictions.select(table, name, alpha)) for name in names}
+
+
+def _rescored(choice: AlphaChoice, by_set: dict[str, float], spec: ObjectiveSpec, measured: bool = True) -> Rescored:
+    ood = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets}) if spec.ood_sets else None
+    return Rescored(choice, by_set[spec.id_set], ood, measured)
+
+
+def _ranks(rows: Sequence[TrialRow], objectives: Sequence[float]) -> dict[int, int]:
+    """Returns the rank of each trial by its number, from 1; the earlier of equals comes first."""
+    order = sorted(zip(rows, objectives, strict=True), key=lambda pair: (-pair[1], pair[0].number))
+    return {row.number: rank for rank, (row, _) in enumerate(order, start=1)}
+
+
+def _words(spec: ObjectiveSpec) -> dict[str, Any]:
+    weight = spec.id_weight if spec.kind == "weighted_mean" else None
+    return {"kind": spec.kind, "id_weight": weight, "id_set": spec.id_set, "ood_sets": list(spec.ood_sets)}

@@ -1,0 +1,134 @@
+"""Stored validation predictions of a study as arrays: no torch, no model, no test set.
+
+Shape letters: A alphas, r seeds, n images of one set; images are ordered by sample id, the same in every array.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import StorageError
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.bootstrap import Candidate
+from carft_ray.results.confirm import read_plan
+from carft_ray.results.confirmed import is_whole, row_correct
+from carft_ray.results.overview import folder_of
+from carft_ray.search.folder import PREPARED
+from carft_ray.search.outcome import TrialRow, read_result
+from carft_ray.search.study import ZERO_SHOT
+
+PREDICTIONS = Path("predictions") / "validation.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A study's predictions.
+
+    Attributes:
+        candidates: Per trial what its alpha was chosen from.
+        chosen: Per trial and baseline its correctness at its alpha: a candidate with that alpha alone.
+        num_alphas: Alphas of trained models that were evaluated, over trials and baselines.
+        moved: ``moved`` of the trials' results, by name, where it is known.
+    """
+
+    candidates: tuple[Candidate, ...]
+    chosen: dict[str, Candidate]
+    num_alphas: int
+    moved: dict[str, float]
+
+
+def predictions_path(study_dir: Path, row: TrialRow) -> Path:
+    """Returns where the validation predictions of a trial or baseline lie."""
+    if row.name == ZERO_SHOT:
+        return study_dir / PREPARED / "zero_shot.parquet"
+    return folder_of(study_dir, row) / PREDICTIONS
+
+
+def read_stored(
+    study_dir: Path, recipe: Recipe, trials: Sequence[TrialRow], baselines: Sequence[TrialRow], spec: ObjectiveSpec
+) -> Stored:
+    """Reads the predictions of complete trials and baselines.
+
+    Args:
+        study_dir: The study directory.
+        recipe: Its recipe.
+        trials: Complete trials, in the order of the search.
+        baselines: Complete baselines, zero-shot among them.
+        spec: The objective.
+
+    Raises:
+        StorageError: Predictions are missing or damaged.
+        DataError: They lack a set or an alpha, or are of different images.
+    """
+    rows = [*trials, *baselines]
+    tables = [read_predictions(predictions_path(study_dir, row)) for row in rows]
+    stored = [alphas(table, spec.id_set) for table in tables]
+    asked = [
+        (table, alpha)
+        for row, table, found in zip(rows, tables, stored, strict=True)
+        for alpha in (*(_choices(recipe, row, found) if row.kind == "trial" else ()), row.alpha or 0.0)
+    ]
+    matrices = {name: correct_matrix(asked, name) for name in (spec.id_set, *spec.ood_sets)}
+    candidates, chosen, start = [], {}, 0
+    for row, found in zip(rows, stored, strict=True):
+        choices = _choices(recipe, row, found) if row.kind == "trial" else ()
+        end = start + len(choices)
+        if choices:
+            candidates.append(Candidate(row.name, choices, {name: m[start:end] for name, m in matrices.items()}))
+        own = {name: matrix[end : end + 1] for name, matrix in matrices.items()}
+        chosen[row.name] = Candidate(row.name, (row.alpha or 0.0,), own)
+        start = end + 1
+    trained = [found for row, found in zip(rows, stored, strict=True) if row.name != ZERO_SHOT]
+    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
+    moved = {name: float(result["moved"]) for name, result in results.items() if "moved" in result}
+    return Stored(tuple(candidates), chosen, sum(alpha > 0 for found in trained for alpha in found), moved)
+
+
+def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:
+    """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
+
+    Args:
+        study_dir: The study directory.
+        spec: The objective over the validation sets.
+
+    Returns:
+        Per trial and stage its correctness by set, bool [r, n]; empty before there is a confirm.
+
+    Raises:
+        StorageError: The plan or predictions cannot be read.
+        DataError: Predictions lack a set or an alpha, or are of different images.
+    """
+    return [
+        row_correct(study_dir, spec, row, stage.seeds)
+        for stage in read_plan(study_dir) or ()
+        if stage is not None
+        for row in stage.rows
+        if row.role != "baseline" and is_whole(study_dir, row, stage.seeds)
+    ]
+
+
+def found_beside(study_dir: Path, step: str) -> list[str]:
+    """Returns the ``lines`` of ``<step>/summary.json`` (``confirm``, ``test``), none while there is no such file.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    path = study_dir / step / "summary.json"
+    if not path.exists():
+        return []
+    content: Any = files.read_json(path)
+    lines = content.get("lines") if isinstance(content, dict) else None
+    if not isinstance(lines, list):
+        raise StorageError(f"{path}: must have a list 'lines'")
+    return [str(line) for line in lines]
+
+
+def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:
+    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone."""
+    if "alpha" in row.values or recipe.train.alpha is not None:
+        return (row.alpha or 0.0,)
+    return tuple(alpha for alpha in found if alpha in recipe.search.alpha.grid)

@@ -1,0 +1,176 @@
+"""Confirmed configurations side by side: families, broadcasting of the zero-shot model, headline, optimism, lines."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.comparison import compare, comparison_lines
+from carft_ray.results.intervals import (
+    OVER_IMAGES,
+    OVER_SEEDS,
+    OVER_SEEDS_AND_IMAGES,
+    crossed,
+    objective_difference,
+    objective_interval,
+    values_by_seed,
+)
+from carft_ray.results.selection import holm
+
+SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
+SIZES = {"id_val": 400, "a": 200, "b": 200}
+
+
+def answers(rng, hard, share, num_seeds):
+    """Correctness over seeds on images whose hardness all configurations share."""
+    return {name: rng.normal(0, 0.05, (num_seeds, n)) + hard[name] < share for name, n in SIZES.items()}
+
+
+@pytest.fixture(scope="module")
+def correct():
+    rng = np.random.default_rng(0)
+    hard = {name: rng.random(n) for name, n in SIZES.items()}
+    shares = {
+        "t0007": (0.75, 3),
+        "t0002": (0.74, 3),
+        "fine_tuning": (0.68, 3),
+        "paper": (0.75, 3),
+        "zero_shot": (0.5, 1),
+    }
+    return {name: answers(rng, hard, *values) for name, values in shares.items()}
+
+
+BASELINES = ["fine_tuning", "paper", "zero_shot"]
+
+
+@pytest.fixture(scope="module")
+def found(correct):
+    return compare(SPEC, correct, "t0007", BASELINES, "fine_tuning", searched=0.78)
+
+
+def by_name(differences):
+    return {each.other: each for each in differences}
+
+
+def test_rows_have_the_intervals_of_each_configuration(correct, found):
+    assert [row.name for row in found.rows] == list(correct)
+    row = found.rows[0]
+    assert row.objective == objective_interval(SPEC, correct["t0007"])
+    ood = {name: correct["t0007"][name] for name in SPEC.ood_sets}
+    assert row.ood_accuracy == crossed(ood, {"a": 0.5, "b": 0.5})
+    assert list(row.sets) == ["id_val", "a", "b"]
+    assert found.rows[-1].objective.words == OVER_IMAGES
+
+
+def test_the_primary_family_is_holm_over_the_baselines(correct, found):
+    against = by_name(found.baselines)
+    assert list(against) == BASELINES
+    raw = [objective_difference(SPEC, correct["t0007"], correct[name]).p_value for name in BASELINES[:2]]
+    assert [against[name].objective.p_value for name in BASELINES[:2]] == raw
+    assert [each.p_holm for each in found.baselines] == holm([each.objective.p_value for each in found.baselines])
+
+
+def test_each_secondary_family_is_holm_over_its_sets(found):
+    for each in found.baselines:
+        assert list(each.sets_p_holm.values()) == holm([interval.p_value for interval in each.sets.values()])
+    assert [(each.other, each.p_holm, each.sets_p_holm) for each in found.others] == [("t0002", None, {})]
+
+
+def test_one_training_counts_for_every_seed_in_differences(correct, found):
+    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}
+    expected = objective_difference(SPEC, correct["t0007"], repeated)
+    assert by_name(found.baselines)["zero_shot"].objective == expected
+    assert expected.num_seeds == 3
+
+
+def test_headline_names_the_baseline_that_was_chosen_before(correct, found):
+    assert found.headline.startswith("t0007 improves on fine tuning by +7.")
+    assert compare(SPEC, correct, "t0007", BASELINES, "paper").headline.startswith(
+        "t0007 no improvement over paper shown"
+    )
+    assert compare(SPEC, correct, "fine_tuning", ["paper"], "paper").headline.startswith(
+        "fine_tuning worse than paper by"
+    )
+    assert compare(SPEC, correct, "t0007", []).headline is None
+
+
+def test_equal_configurations_differ_by_a_point_of_zero(correct):
+    same = compare(SPEC, {"one": correct["paper"], "two": correct["paper"]}, "one", ["two"], "two")
+    difference = same.baselines[0].objective
+    assert (difference.mean, difference.images_random, difference.p_value) == (0, (0, 0), 1)
+    assert same.baselines[0].keeps_id
+    assert "no improvement over two shown" in same.headline
+
+
+def test_keeping_id_depends_on_the_margin(correct):
+    low = compare(SPEC, correct, "t0007", ["paper"], "paper").baselines[0].sets["id_val"].images_random[0]
+    assert low < 0
+    for margin, kept in ((-low + 1e-6, True), (-low - 1e-6, False)):
+        assert compare(SPEC, correct, "t0007", ["paper"], "paper", id_margin=margin).baselines[0].keeps_id is kept
+
+
+def test_another_configuration_above_the_winner_is_told(correct):
+    found = compare(SPEC, correct, "fine_tuning", ["zero_shot"], "zero_shot")
+    assert found.better_than_winner == ["t0007", "t0002", "paper"]
+    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(found))
+
+
+def test_optimism_has_the_standard_error_of_a_new_mean(correct, found):
+    values = {name: values_by_seed(SPEC, rows) for name, rows in correct.items()}
+    pooled = np.mean([np.var(values[name], ddof=1) for name in ("t0007", "t0002", "fine_tuning", "paper")])
+    assert found.optimism.value == pytest.approx(0.78 - np.mean(values["t0007"]))
+    assert found.optimism.se == pytest.approx(math.sqrt(pooled * (1 + 1 / 3)))
+    assert compare(SPEC, correct, "t0007", []).optimism is None
+
+
+def test_one_training_each_works_and_covers_images_only(correct):
+    single = {name: {each: rows[:1] for each, rows in by_set.items()} for name, by_set in correct.items()}
+    found = compare(SPEC, single, "t0007", BASELINES, "fine_tuning", label="test", searched=0.78)
+    assert {each.objective.words for each in found.baselines} == {OVER_IMAGES}
+    assert found.optimism.se is None
+    lines = comparison_lines(found)
+    assert lines[0].startswith("Test;")
+    assert lines[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
+    json.dumps(found.as_data(), allow_nan=False)
+
+
+def test_lines_have_both_intervals_with_their_words_and_never_a_bare_one(found):
+    lines = comparison_lines(found)
+    assert not any("±" in line or "+-" in line for line in lines)
+    for line in lines:
+        if "95 %" in line and "t0007" in line and "improves" not in line:
+            assert f"{OVER_SEEDS_AND_IMAGES}; [" in line
+            assert OVER_SEEDS in line
+    assert sum("(Holm)" in line for line in lines) == 3 + 3 * 3
+    assert not any("(Holm)" in line for line in lines if "t0002" in line)
+    assert sum("a loss of 0.5 points is allowed" in line for line in lines) == 3
+
+
+def test_data_are_json_and_hold_the_lines(found):
+    data = json.loads(json.dumps(found.as_data(), allow_nan=False))
+    assert data["lines"] == comparison_lines(found)
+    assert data["baselines"][0]["other"] == "fine_tuning"
+    assert data["rows"][-1]["objective"]["dof"] is None  # infinite
+    assert data["better_than_winner"] == []
+
+
+@pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
+def test_other_objectives_and_no_ood_set_work(correct, kind):
+    found = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES, "fine_tuning")
+    assert math.isfinite(found.baselines[0].objective.p_value)
+    alone = compare(ObjectiveSpec(kind, "id_val", ()), correct, "t0007", BASELINES, "fine_tuning")
+    assert alone.rows[0].ood_accuracy is None
+    assert list(alone.baselines[0].sets) == ["id_val"]
+    assert comparison_lines(alone)
+
+
+def test_what_does_not_belong_together_is_refused(correct):
+    with pytest.raises(ValueError, match=r"must be rows of the comparison .*t0009"):
+        compare(SPEC, correct, "t0009", [])
+    with pytest.raises(ValueError, match="must be one of"):
+        compare(SPEC, correct, "t0007", ["paper"], "zero_shot")
+    short = {name: rows[:2] for name, rows in correct["paper"].items()}
+    with pytest.raises(ValueError, match="paper must have 3 seeds"):
+        compare(SPEC, {**correct, "paper": short}, "t0007", ["paper"], "paper")

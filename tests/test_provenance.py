@@ -1,0 +1,222 @@
+"""The manifest says where a study's numbers come from: at once what is known, later data and model, never less."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import short_study
+import short_training
+
+from carft_ray import environment
+from carft_ray.data import content
+from carft_ray.data.folder import folder_source
+from carft_ray.errors import DataError
+from carft_ray.evaluation.materials import load_materials
+from carft_ray.evaluation.origin import set_contents
+from carft_ray.launch.single import train_once
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.search.folder import claim
+from carft_ray.search.provenance import differences, record_provenance
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def quiet(*words):
+    del words
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with model, images, a secret test set, recipe, a training ``run`` and a study ``study``."""
+    folder = tmp_path_factory.mktemp("here")
+    path = short_training.make(folder)
+    for label, name in enumerate(short_training.CLASSES):
+        short_training.write_image(folder / "images" / "secret" / name / "0.png", label, 900)
+    always = [
+        f"data.cache_dir={folder / 'cache'}",
+        "data.id_test={source: folder, path: images, domains: [secret]}",
+        "train.epochs=1",
+        "search.trials=1",
+        "search.sampler.seed=11",
+    ]
+    recipe = load_recipe(path, always)
+    read = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        "carft_ray.data.content._content", lambda source, index: read.append(source.name) or _read(source, index)
+    )
+    train_once(recipe, folder, folder / "run", False, "", quiet, quiet, quiet)
+    patch.undo()
+    short_study.search(folder / "study", recipe, folder)
+    return folder, recipe, set(read)
+
+
+_read = content._content
+
+
+def as_a_new_process(recipe, cache_dir):
+    """The recipe with another cache: a process keeps what it has loaded for one recipe, and this must look again."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(cache_dir)})})
+
+
+def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
+    folder, recipe, _ = here
+    claim(tmp_path, recipe, folder)
+    found = manifest(tmp_path)["provenance"]
+    assert found["seeds"] == {"sampler": 11, "train": 0}
+    assert found["code"] == environment.code()
+    assert found["versions"] == environment.versions()
+    assert found["hardware"]["threads"] == 1
+    assert found["test_sets"] == {"id_test": {"source": "folder", "path": "images", "domains": ["secret"]}}
+    assert "data" not in found
+
+
+@pytest.mark.parametrize("name", ["run", "study"])
+def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
+    folder, recipe, _ = here
+    found = manifest(folder / name)["provenance"]
+    expected = {}
+    for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
+        source = folder_source(folder / "images", (domain,), None, set_name)
+        expected[set_name] = {"digest": content.set_digest(source), "num_images": len(source)}
+    assert found["data"] == expected
+    assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
+    assert found["templates"] == list(recipe.prompts.templates)
+    assert found["model"] == {"weights_hash": load_materials(recipe, folder).clip.weights_hash}
+    assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
+    assert found["preparation"] == {"device": "cpu", "threads": 1}
+    assert found["hardware"]["gpus"] == []
+
+
+def test_no_image_of_a_test_set_is_read_for_it(here):
+    folder, _, read = here
+    assert read == {"train", "id_val", "sketch"}
+    assert set(manifest(folder / "run")["provenance"]["data"]) == read
+
+
+def test_a_result_says_on_what_it_was_computed(here):
+    folder, _, _ = here
+    run = json.loads((folder / "run" / "result.json").read_text())["environment"]
+    trial = json.loads(next((folder / "study" / "trials").glob("*/result.json")).read_text())["environment"]
+    assert run["source"] == environment.source_digest()
+    assert (run["device"], run["threads"], run["num_workers"], run["stored_targets"]) == ("cpu", 1, 1, 0)
+    assert trial == {**run, "stored_targets": 1}
+
+
+def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):
+    folder, recipe, _ = here
+    before = (folder / "study" / "manifest.json").read_bytes()
+    short_study.search(folder / "study", recipe, folder)
+    assert (folder / "study" / "manifest.json").read_bytes() == before
+
+
+def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_first(here, monkeypatch):
+    folder, recipe, _ = here
+    study_dir = short_study.search(folder / "moved", recipe, folder, num_attempts=0)
+    first = manifest(study_dir)["provenance"]
+    for number, version in enumerate(("9.8", "9.8", "9.9"), start=1):
+        monkeypatch.setattr(environment, "versions", lambda version=version: {**first["versions"], "torch": version})
+        short_study.search(study_dir, recipe, folder, num_attempts=0)
+        history = manifest(study_dir)["provenance"]["history"]
+        assert [entry["versions"]["torch"] for entry in history] == ["9.8", "9.9"][: max(1, number - 1)]
+    now = manifest(study_dir)["provenance"]
+    now.pop("history")
+    assert now == first
+
+
+def test_a_study_does_not_go_on_with_other_images(here):
+    folder, recipe, _ = here
+    study_dir = short_study.search(folder / "changed", recipe, folder, num_attempts=1)
+    image = folder / "images" / "sketch" / "star" / "0.png"
+    kept, times = image.read_bytes(), image.stat()
+    short_training.write_image(image, 4, 12345)
+    try:
+        with pytest.raises(DataError, match=r"data\.ood_val\.sketch: the contents"):
+            short_study.search(study_dir, as_a_new_process(recipe, folder / "cache2"), folder)
+    finally:
+        image.write_bytes(kept)
+        os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert study_dir.exists()
+
+
+def test_a_file_that_was_only_touched_is_no_other_image(here):
+    folder, recipe, _ = here
+    study_dir = short_study.search(folder / "touched", recipe, folder, num_attempts=0)
+    before = manifest(study_dir)
+    os.utime(folder / "images" / "photo" / "star" / "0.png")
+    prepared = (study_dir / "prepared" / "prepared.json").read_bytes()
+    short_study.search(study_dir, as_a_new_process(recipe, folder / "cache3"), folder, num_attempts=0)
+    assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
+    assert manifest(study_dir) == before
+
+
+def test_without_findings_nothing_is_recorded(here, tmp_path):
+    folder, recipe, _ = here
+    claim(tmp_path, recipe, folder)
+    before = manifest(tmp_path)
+    record_provenance(tmp_path, recipe, None)
+    assert manifest(tmp_path) == before
+
+
+def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
+    spec = "{{source: sandbox, domain: {}, split: {}, num_per_class: 1}}"
+    recipe_path = tmp_path / "recipe.yaml"
+    recipe_path.write_text(
+        f"data:\n  train: {spec.format('photo', 'train')}\n  id_val: {spec.format('photo', 'val')}\n"
+        f"  cache_dir: {tmp_path}\ntrain: {{batch_size: 8}}\n"
+    )
+    recipe = load_recipe(recipe_path)
+    found = set_contents(recipe, tmp_path, load_materials(recipe, tmp_path))
+    from carft_ray.data.sandbox import sandbox_source
+
+    for name, split in (("train", "train"), ("id_val", "val")):
+        assert found[name]["digest"] == content.set_digest(sandbox_source("photo", split, 1, name))
+    assert set_contents(recipe, tmp_path) == {}
+
+
+def git(folder, *words):
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_git_state_tells_commit_and_uncommitted_changes(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert environment.git_state(package) == (None, None)
+    git(tmp_path, "init")
+    assert environment.git_state(package) == (None, None)  # not tracked: an installation inside somebody's checkout
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    commit, dirty = environment.git_state(package)
+    assert len(commit) == 40
+    assert dirty is False
+    (tmp_path / "notes.txt").write_text("beside the package")
+    assert environment.git_state(package) == (commit, False)
+    (package / "more.py").write_text("")
+    assert environment.git_state(package) == (commit, True)
+
+
+def test_git_state_is_none_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment.git_state(environment.PACKAGE_DIR) == (None, None)
+
+
+def test_the_digest_of_the_code_changes_with_every_file(tmp_path):
+    digests = [environment.source_digest(tmp_path)]
+    for name, text in (("a.py", ""), ("b/c.py", "1"), ("b/c.py", "2"), ("b/d.py", "2")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        digests.append(environment.source_digest(tmp_path))
+    (tmp_path / "readme.md").write_text("")
+    assert environment.source_digest(tmp_path) == digests[-1]
+    assert len(set(digests)) == 5
+
+
+def test_differences_are_leaves_by_their_dotted_keys():
+    before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": (1, 2)}, "e": "x"}
+    assert differences(before, now) == [("a.b", 1, 2), ("e", None, "x")]

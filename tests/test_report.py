@@ -1,0 +1,237 @@
+"""`carft-ray report` on a small study with stored predictions; nothing is trained here."""
+
+import json
+import shutil
+from pathlib import Path
+
+import crash_host
+import numpy as np
+import pytest
+
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.bootstrap import bbc, resample
+from carft_ray.results.overview import read_study
+from carft_ray.results.report import study_report
+from carft_ray.results.selection import correct_best, ranking_noise
+from carft_ray.results.stored import confirmed, read_stored
+from carft_ray.search.outcome import Failure, write_failure
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+SETS = {"id_val": 60, "noisy": 40, "blurry": 40}
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def make_recipe(**train):
+    def images(domain, split):
+        return {"source": "sandbox", "domain": domain, "split": split, "num_per_class": 4}
+
+    return Recipe.model_validate(
+        {
+            "name": "small",
+            "data": {
+                "train": images("photo", "train"),
+                "id_val": images("photo", "val"),
+                "ood_val": {"noisy": images("noisy_photo", "val"), "blurry": images("blurry_photo", "val")},
+            },
+            "train": train,
+            "search": {
+                "trials": 6,
+                "space": {"kl_weight": {"low": 0.1, "high": 10, "log": True}},
+                "baselines": {"plain": {"kl_weight": 0}},
+            },
+        }
+    )
+
+
+def predictions(rng, alphas, lift):
+    """Predictions whose accuracy rises with ``lift`` and has its best between the ends."""
+    tables = []
+    for alpha in alphas:
+        for name, n in SETS.items():
+            labels = np.arange(n) % 3
+            right = np.arange(n) * 7 % n / n + rng.normal(0, 0.03, n) < 0.5 + 4 * lift * alpha * (1.4 - alpha)
+            logits = np.zeros((n, 3), np.float32)
+            logits[np.arange(n), np.where(right, labels, (labels + 1) % 3)] = 1
+            tables.append(predictions_table(name, alpha, np.arange(n, dtype=np.uint64), labels, logits))
+    return concat(tables)
+
+
+def write_training(folder, table, objective, alpha):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / "predictions" / "validation.parquet", table)
+    metrics = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
+    content = {"objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 61.0, "moved": 0.02}
+    (folder / "result.json").write_text(json.dumps({"format_version": 1, **content}))
+
+
+def make_study(study_dir, recipe, alpha=0.65):
+    rng = np.random.default_rng(0)
+    stored = sorted({*GRID, alpha})
+    with open_study(study_dir, recipe, BASE) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+        study.adopt()
+        study.tell_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
+        write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
+        for lift in (0.02, 0.1, 0.12, 0.11, 0.05):
+            spec = study.next()
+            write_training(spec.folder(study_dir), predictions(rng, stored, lift), 0.5 + 1.96 * lift, alpha)
+            study.settle(spec)
+        spec = study.next()
+        spec.folder(study_dir).mkdir(parents=True)
+        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt), "Traceback ...")
+        study.settle(spec)
+    return study_dir
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("studies") / "small", make_recipe())
+
+
+@pytest.fixture
+def study_dir(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "small"))
+
+
+def run(capsys, *words):
+    capsys.readouterr()
+    code = crash_host.call(["report", *map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def complete(view):
+    return [row for row in view.trials if row.outcome == "complete"]
+
+
+def test_counts_and_corrections(original):
+    view = read_study(original)
+    found = study_report(view, num_resamples=100)
+    assert found["counts"]["trials"]["complete"] == 4
+    assert found["counts"]["trials"]["diverged"] == 1
+    assert (found["counts"]["trainings"], found["counts"]["alphas"], found["counts"]["test_reads"]) == (6, 5 * 6, 0)
+    spec = objective_spec(view.recipe)
+    rows = complete(view)
+    tables = [read_predictions(original / "trials" / row.name / "predictions" / "validation.parquet") for row in rows]
+    matrices = {name: np.stack([correct(table, name, 0.65) for table in tables]) for name in SETS}
+    objectives = [row.objective for row in rows]
+    noise = ranking_noise(spec, objectives, matrices)
+    assert found["noise"]["image"] == pytest.approx(noise.variance)
+    assert found["corrected"]["value"] == correct_best(objectives, noise.variance).value
+    assert found["best"]["name"] == view.best.name
+    stored = read_stored(original, view.recipe, rows, [], spec)
+    assert found["bbc"]["value"] == bbc(resample(stored.candidates, spec, 0.1, 100))[0]
+    assert sum(win["share"] for win in found["bbc"]["wins"]) == pytest.approx(1)
+    assert found["headline"]["baseline"] == "plain"
+    assert [row["rule"] for row in found["rules"]][-1] == "leave_one_domain_out"
+
+
+def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(original):
+    view = read_study(original)
+    stored = read_stored(original, view.recipe, complete(view), [], objective_spec(view.recipe))
+    assert {candidate.alphas for candidate in stored.candidates} == {GRID}
+    assert {candidate.alphas for candidate in stored.chosen.values()} == {(0.65,)}
+
+
+def test_a_fixed_alpha_stands_alone(tmp_path):
+    study_dir = make_study(tmp_path / "fixed", make_recipe(alpha=0.6), alpha=0.6)
+    view = read_study(study_dir)
+    stored = read_stored(study_dir, view.recipe, complete(view), [], objective_spec(view.recipe))
+    assert {candidate.alphas for candidate in stored.candidates} == {(0.6,)}
+    assert study_report(view, 50)["bbc"]["wins"][0]["alpha"] == 0.6
+
+
+def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
+    code, out, err = run(capsys, study_dir)
+    assert code == 0
+    for words in (
+        "small: trials: 4 complete, 1 diverged.",
+        "6 trainings and 30 evaluated alphas chose on these validation images; test sets were read 0 times.",
+        "corrected: ",
+        "image noise only: the luck of the seed is still in it",
+        "It corrects the luck of images, not that of seeds",
+        "One standard error: ",
+        "Wins in the resamples: ",
+        "Overtuning: ",
+        "improves on plain by" if "improves" in out else "no improvement over plain shown",
+        "same as ood_val",
+    ):
+        assert words in out, words
+    assert f"carft-ray confirm {study_dir}" in err
+
+
+def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
+    code, out, _ = run(capsys, study_dir, "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(run(capsys, study_dir, "--json")[1])
+    assert json.loads(out)["bbc"]["num_resamples"] == 1000
+
+
+def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
+    for step in ("confirm", "test"):
+        (study_dir / step).mkdir()
+        (study_dir / step / "summary.json").write_text(json.dumps({"lines": [f"found by {step}"]}))
+    lines = [{"purpose": "winner"}, {"purpose": "test"}, {"purpose": "test"}]
+    (study_dir / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, out, err = run(capsys, study_dir)
+    assert f"carft-ray export {study_dir}" in err
+    assert "test sets were read 2 times" in out
+    assert out.index("found by confirm") < out.index("found by test")
+    (study_dir / "confirm" / "summary.json").write_text("[]")
+    assert run(capsys, study_dir)[0] == 5
+
+
+def test_confirmed_configurations_give_the_seed_noise(study_dir):
+    rng = np.random.default_rng(1)
+    spec = objective_spec(make_recipe())
+    values = {"values": {}, "objective": 0.6}
+    rows = [
+        {"name": "t0001", "role": "winner", "training": "t0001", "alpha": 0.6, **values},
+        {"name": "unfinished", "role": "candidate", "training": "t0002", "alpha": 0.6, **values},
+        {"name": "plain", "role": "baseline", "training": "plain", "alpha": 1.0, **values},
+        {"name": "zero_shot", "role": "baseline", "training": None, "alpha": 0.0, **values},
+    ]
+    for row in (rows[0], rows[2]):
+        for seed, lift in ((11, 0.05), (12, 0.1), (13, 0.15)):
+            folder = study_dir / "confirm" / f"{row['training']}-seed{seed}"
+            write_training(folder, predictions(rng, (0.6, 1.0), lift), 0.6, row["alpha"])
+    plan = {"format_version": 1, "winner": "t0001", "seeds": [11, 12, 13], "rows": rows, "stage1": None}
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
+    found = confirmed(study_dir, spec)
+    assert [by_set["id_val"].shape for by_set in found] == [(3, 60)]
+    first = {"winner": "t0001", "seeds": [11, 12], "rows": rows[:2]}
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps({**plan, "rows": [rows[0]], "stage1": first}))
+    assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
+    report = study_report(read_study(study_dir), 50)
+    assert report["noise"]["seed"] > 0
+    assert any("image and seed noise, the latter from 1 confirmed" in line for line in report["lines"])
+
+
+def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
+    recipe = make_recipe()
+    with open_study(tmp_path / "new", recipe, BASE):
+        (tmp_path / "new" / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    code, _, err = run(capsys, tmp_path / "new")
+    assert code == 6
+    assert "must have a finished trial" in err
+
+
+def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
+    best = read_study(study_dir).best.name
+    (study_dir / "trials" / best / "predictions" / "validation.parquet").unlink()
+    assert run(capsys, study_dir)[0] == 5
+    assert run(capsys, tmp_path / "nothing")[0] == 2
+
+
+def test_a_study_without_ood_sets_has_no_table_of_rules(tmp_path, capsys):
+    recipe = make_recipe()
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": {}})})
+    study_dir = make_study(tmp_path / "id", recipe)
+    code, out, _ = run(capsys, study_dir)
+    assert code == 0
+    assert "Rules of selection" not in out

@@ -1,0 +1,288 @@
+"""A training of a study done again gives the same numbers, or says why not. The trainings are real and short."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import short_study
+import short_training
+from safetensors.torch import load_file, save_file
+
+from carft_ray import cli, environment
+from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.launch.single import train_once
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.results.finished import open_finished
+from carft_ray.results.reproduce import reproduce, table_differences
+
+
+def quiet(*words):
+    del words
+
+
+def again(folder, trial=None, out=None):
+    finished = open_finished(folder, trial)
+    return reproduce(finished, out or folder.with_name("again"), quiet, quiet, quiet)
+
+
+def run(monkeypatch, *words):
+    """Runs a command; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Model, images, a study of two trials and two baselines, and a training of ``train``."""
+    here = tmp_path_factory.mktemp("original")
+    overrides = [
+        f"data.cache_dir={here / 'cache'}",
+        "train.epochs=2",
+        "search.baselines={fine_tuning: {kl_weight: 0}, longer: {epochs: 3}}",
+    ]
+    recipe = load_recipe(short_training.make(here), overrides)
+    short_study.search(here / "study", recipe, here)
+    train_once(recipe, here, here / "run", False, "", quiet, quiet, quiet)
+    return here
+
+
+@pytest.fixture
+def here(original, tmp_path):
+    """A copy at the same age of every file; the study still names the images of the original."""
+    for name in ("study", "run"):
+        shutil.copytree(original / name, tmp_path / name, copy_function=shutil.copy2)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [None, "0", "t0001", "fine_tuning", "longer", "zero_shot"])
+def test_every_training_of_a_study_is_reproduced(here, trial):
+    found = again(here / "study", trial)
+    assert found.differences == []
+    assert found.changes == []
+    assert found.weights_compared == (trial != "zero_shot")
+    assert "the same, bit for bit" in found.sentence
+
+
+def test_a_training_of_train_is_reproduced(here):
+    found = again(here / "run")
+    assert found.same
+    assert found.num_predictions == len(read_predictions(here / "run" / "predictions" / "validation.parquet"))
+
+
+@pytest.mark.slow
+def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
+    """It is a training like a trial, with a seed of its own and no stored targets."""
+    name = next((here / "study" / "trials").iterdir()).name
+    recipe = load_recipe(original / "study" / "resolved.yaml", ["train.seed=5"])
+    train_once(recipe, original, here / "seed5", False, "", quiet, quiet, quiet)
+    shutil.copytree(here / "seed5", here / "study" / "confirm" / f"{name}-seed5")
+    assert again(here / "study", f"confirm/{name}-seed5").same
+    with pytest.raises(UsageError, match=f"did you mean 'confirm/{name}-seed5'"):
+        open_finished(here / "study", f"confirm/{name}-seed6")
+
+
+@pytest.mark.slow
+def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
+    """The longer baseline had stored targets for two of its three epochs: float16 there, float32 after it."""
+    result = json.loads((here / "study" / "baselines" / "longer" / "result.json").read_text())
+    assert result["environment"]["stored_targets"] == 2
+    path = here / "study" / "baselines" / "longer" / "result.json"
+    result["environment"]["stored_targets"] = 0
+    path.write_text(json.dumps(result))
+    assert "predictions.log_sum_exp" in " ".join(each.what for each in again(here / "study", "longer").differences)
+
+
+@pytest.mark.slow
+def test_the_new_training_can_be_kept_and_is_one_like_any_other(here):
+    again(here / "study", "0", here / "kept")
+    assert again(here / "kept", None, here / "twice").same
+
+
+@pytest.fixture
+def flipped(original):
+    """One bit of one PNG is flipped; size and date stay. Mended afterwards."""
+    path = original / "images" / "sketch" / "heart" / "1.png"
+    kept, times = path.read_bytes(), path.stat()
+    changed = bytearray(kept)
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    yield path
+    path.write_bytes(kept)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_one_flipped_bit_behind_the_same_size_and_date_names_the_set(here, flipped, monkeypatch, capsys):
+    assert run(monkeypatch, "reproduce", here / "study", "t0000") == DataError.exit_code == 4
+    text = capsys.readouterr().err
+    assert "data.ood_val.sketch: the contents of this set must be those of the manifest" in text
+    assert "data.id_val" not in text
+    assert not (here / "again").exists()
+
+
+def test_other_weights_are_named_and_nothing_is_left_behind(here, original):
+    path = original / "model" / "open_clip_model.safetensors"
+    kept = path.read_bytes()
+    state = load_file(path)
+    state["logit_scale"] = state["logit_scale"] + 1
+    save_file(state, path)
+    try:
+        with pytest.raises(DataError, match="model: the weights must be those of the manifest"):
+            again(here / "study", "0")
+    finally:
+        path.write_bytes(kept)
+    assert not (here / "again").exists()
+
+
+def change_result(study_dir, trial, change):
+    path = next((study_dir / "trials").glob(f"{trial}*")) / "result.json"
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
+
+
+@pytest.mark.slow
+def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
+    def change(result):
+        result["metrics"]["accuracy/sketch"] += 0.25
+        result["moved"] += 0.001
+
+    change_result(here / "study", "t0000", change)
+    assert run(monkeypatch, "reproduce", here / "study", "t0000", "--json") == CarftError.exit_code == 1
+    output = capsys.readouterr()
+    assert "2 that differ (metrics.accuracy/sketch, moved); the largest difference is that of metrics.acc" in output.err
+    assert "Data, weights, code, versions and hardware are those of the manifest" in output.err
+    found = json.loads(output.out)
+    assert found["same"] is False
+    assert {each["what"]: round(each["size"], 6) for each in found["differences"]} == {
+        "metrics.accuracy/sketch": 0.25,
+        "moved": 0.001,
+    }
+
+
+@pytest.mark.slow
+def test_a_difference_is_explained_by_what_the_manifest_says_otherwise(here, monkeypatch, capsys):
+    change_result(here / "study", "t0000", lambda result: result.update(objective=0.1))
+    then = environment.versions()
+    monkeypatch.setattr(environment, "versions", lambda: {**then, "numpy": "99.0"})
+    monkeypatch.setattr(environment, "hardware", lambda: {"platform": "here", "cpu": "fast", "cores": 99})
+    assert run(monkeypatch, "reproduce", here / "study", "t0000") == 1
+    text = capsys.readouterr().err
+    assert f"versions.numpy: {then['numpy']} then, 99.0 now" in text
+    assert "hardware.cores" in text
+
+
+def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys):
+    then = environment.versions()
+    monkeypatch.setattr(environment, "versions", lambda: {**then, "ray": "99.0"})
+    assert run(monkeypatch, "reproduce", here / "run", "--out", here / "kept") == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("run is reproduced: ")
+    assert f"versions.ray: {then['ray']} then, 99.0 now" in output.err
+    assert (here / "kept" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
+    path = next((here / "study" / "trials").glob("t0000*")) / "predictions" / "validation.parquet"
+    table = pq.read_table(path)
+    values = table["logit_true"].to_numpy().copy()
+    values[3] = np.nextafter(values[3], np.float32(np.inf))
+    index = table.schema.get_field_index("logit_true")
+    pq.write_table(table.set_column(index, table.schema.field(index), pa.array(values)), path)
+    found = again(here / "study", "0")
+    assert [each.what for each in found.differences] == [f"predictions.logit_true (1 of {len(values)} values)"]
+    assert 0 < found.differences[0].size < 1e-5
+
+
+def test_tables_of_other_rows_or_columns_are_no_columns_to_compare():
+    table = pa.table({"a": [1, 2], "b": [[1.0], [2.0, 3.0]]})
+    assert table_differences(table, table) == []
+    assert table_differences(table, table.slice(1))[0].then == "2 rows"
+    assert table_differences(table, table.select(["a"]))[0].now == "a"
+    other = pa.table({"a": [1, 3], "b": [[1.0], [2.5]]})
+    assert [each.what for each in table_differences(table, other)] == ["predictions.a (1 of 2 values)", "predictions.b"]
+
+
+def test_wrong_targets_are_refused_with_the_nearest(here, tmp_path):
+    name = next((here / "study" / "trials").glob("t0001*")).name
+    with pytest.raises(UsageError, match=f"did you mean {name!r}"):
+        open_finished(here / "study", name[:-1] + "x")
+    with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
+        open_finished(here / "study", "fine_tunning")
+    with pytest.raises(UsageError, match="needs a study, but got the folder of one training"):
+        open_finished(here / "run", "0")
+    with pytest.raises(UsageError, match="no such folder"):
+        open_finished(here / "studi")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="must be a study or the folder of a training"):
+        open_finished(tmp_path / "other")
+
+
+def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
+    next((here / "study" / "trials").glob("t0001*")).joinpath("result.json").unlink()
+    with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
+        open_finished(here / "study", "1")
+    (here / "run" / "result.json").unlink()
+    with pytest.raises(NoSuccessfulTrialError, match="--resume"):
+        open_finished(here / "run")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "result.json", "validation.parquet"])
+def test_a_damaged_file_of_a_study_is_named(here, name):
+    path = next(here.glob("run/**/" + name))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(StorageError, match=name):
+        again(here / "run")
+
+
+def test_a_study_without_provenance_cannot_be_checked(here):
+    path = here / "study" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["provenance"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="must say what the training started from"):
+        again(here / "study", "0")
+
+
+def test_the_new_folder_must_be_new(here):
+    with pytest.raises(UsageError, match="--out"):
+        again(here / "study", "0", here / "run")
+    with pytest.raises(UsageError, match="--out"):
+        again(here / "study", "zero_shot", here / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resources", [{}, {"num_workers": 2}], ids=["inline", "two workers"])
+def test_a_trial_of_a_real_search_is_reproduced(tmp_path, resources):
+    """Trained in a process of Ray with threads of its own; done again here, or by a group of as many workers."""
+    settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1", f"resources={json.dumps(resources)}"]
+    recipe = short_training.make(tmp_path)
+    words = [word for setting in settings for word in ("--set", setting)]
+    for command in (
+        ["search", recipe, *words, "--study", tmp_path / "study"],
+        ["reproduce", tmp_path / "study", "0"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "carft_ray.cli", *map(str, command)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "the same, bit for bit" in done.stdout

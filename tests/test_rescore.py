@@ -1,0 +1,285 @@
+"""`rescore`: the stored objective comes out again exactly, other objectives rank anew, and no test set is taken."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import crash_host
+import numpy as np
+import pytest
+import short_training
+import stand_in
+import typer.main
+
+from carft_ray import cli
+from carft_ray.errors import HoldOutError, StorageError, UsageError
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import accuracies, concat, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.space import apply
+from carft_ray.results.overview import folder_of, read_study
+from carft_ray.results.rescore import asked_objective, rescore
+from carft_ray.search.study import open_study
+
+SETS = """  ood_val:
+    sketch: {source: folder, path: images, domains: [sketch]}
+    fog: {source: folder, path: images, domains: [fog]}
+  ood_test:
+    night: {source: folder, path: images, domains: [night]}
+"""
+BASELINES = "  baselines: {plain: {kl_weight: 0}, half: {alpha: 0.5}}\n"
+
+
+def copied(study_dir, tmp_path):
+    return shutil.copytree(study_dir, tmp_path / "study")
+
+
+def searched(folder, mode, num_trials):
+    """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
+    path = short_training.make(folder)
+    for label, name in enumerate(short_training.CLASSES):
+        for domain, offset in (("fog", 300), ("night", 400)):
+            for index in range(3):
+                short_training.write_image(folder / "images" / domain / name / f"{index}.png", label, offset + index)
+    text = path.read_text().replace("epochs: 3", "epochs: 2")
+    text = re.sub(r"  ood_val:\n.*\n", SETS, text) + BASELINES
+    if mode == "sample":
+        text = text.replace("  space:\n", "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.2, high: 1}\n")
+    path.write_text(text)
+    recipe = load_recipe(
+        path, [f"data.cache_dir={folder / 'cache'}", f"search.trials={num_trials}", "search.keep_checkpoints=1"]
+    )
+    study_dir = folder / "study"
+    with open_study(study_dir, recipe, folder) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
+        study.adopt()
+        prepared = study_dir / "prepared"
+        study.tell_zero_shot(prepare(recipe, folder, prepared, lambda text: None))
+        while (spec := study.next()) is not None:
+            out = spec.folder(study_dir)
+            run_training(apply(recipe, spec.values), folder, out, prepared, RunContext(), spec.attempt)
+            study.settle(spec)
+    return study_dir
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    return searched(tmp_path_factory.mktemp("profile"), "profile", 4)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    return searched(tmp_path_factory.mktemp("sample"), "sample", 2)
+
+
+@pytest.fixture(params=["profile", "sample"])
+def view(request):
+    return read_study(request.getfixturevalue(f"{request.param}d"))
+
+
+def everything(folder):
+    return {str(path): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def test_the_own_objective_gives_exactly_what_the_search_stored(view):
+    answer = rescore(view, asked_objective(view.recipe))
+    assert answer["objective"] == answer["own_objective"]
+    rows = {row.name: row for row in (*view.baselines, *view.trials)}
+    assert [row["name"] for row in answer["baselines"]] == ["plain", "half", "zero_shot"]
+    for row in (*answer["baselines"], *answer["trials"]):
+        stored = rows[row["name"]]
+        assert (row["objective"], row["alpha"]) == (stored.objective, stored.alpha)
+        assert (row["old_objective"], row["old_alpha"], row["measured"]) == (stored.objective, stored.alpha, True)
+        assert row["id_accuracy"] == stored.metrics["id_accuracy"]
+        assert row["ood_accuracy"] == stored.metrics["ood_accuracy"]
+        assert row["old_rank"] == row["new_rank"]
+    assert [row["new_rank"] for row in answer["trials"]] == list(range(1, len(view.trials) + 1))
+    assert answer["trials"][0]["name"] == view.best.name
+    assert all(row["new_rank"] is None for row in answer["baselines"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec"),
+    [
+        (("harmonic", None, None), ObjectiveSpec("harmonic", "id_val", ("sketch", "fog"))),
+        (("worst_domain", None, "fog"), ObjectiveSpec("worst_domain", "id_val", ("fog",))),
+        ((None, 0.9, " fog , sketch"), ObjectiveSpec("weighted_mean", "id_val", ("sketch", "fog"), 0.9)),
+        ((None, 0.0, "sketch,sketch"), ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.0)),
+    ],
+)
+def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
+    assert asked_objective(view.recipe, *asked) == spec
+    for row in rescore(view, spec)["trials"]:
+        trial = next(each for each in view.trials if each.name == row["name"])
+        found = accuracies(read_predictions(folder_of(view.study_dir, trial) / "predictions" / "validation.parquet"))
+        values = {alpha: spec.value({name: found[name][alpha] for name in found}) for alpha in found["id_val"]}
+        assert row["alpha"] >= view.recipe.search.alpha.lowest
+        if row["fitted"]:
+            assert abs(row["objective"] - np.interp(row["alpha"], list(values), list(values.values()))) < 0.25
+        else:
+            assert row["objective"] == pytest.approx(values[row["alpha"]], abs=1e-12)
+        if row["measured"]:
+            assert row["id_accuracy"] == found["id_val"][row["alpha"]]
+
+
+def test_a_fixed_alpha_stays_what_it_is(view):
+    answer = rescore(view, asked_objective(view.recipe, "worst_domain"))
+    half = next(row for row in answer["baselines"] if row["name"] == "half")
+    zero_shot = next(row for row in answer["baselines"] if row["name"] == "zero_shot")
+    assert (half["alpha"], half["fitted"], zero_shot["alpha"]) == (0.5, False, 0.0)
+
+
+def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp_path):
+    """The predictions are replaced: trial i is right in i of 4 cases on ID, and in 4 - i on the OOD sets."""
+    view = read_study(copied(profiled, tmp_path))
+    grid = view.recipe.search.alpha.grid
+    for row in view.trials:
+        parts = [
+            table_of(name, alpha, row.number if name == "id_val" else 4 - row.number)
+            for name in ("id_val", "sketch", "fog")
+            for alpha in grid
+        ]
+        write_predictions(folder_of(view.study_dir, row) / "predictions" / "validation.parquet", concat(parts))
+    by_id = rescore(view, asked_objective(view.recipe, id_weight=1.0))
+    by_ood = rescore(view, asked_objective(view.recipe, id_weight=0.0))
+    names = [row.name for row in view.trials]
+    assert [row["name"] for row in by_id["trials"]] == names[::-1]
+    assert [row["name"] for row in by_ood["trials"]] == names
+    old = [row["old_rank"] for row in by_ood["trials"]]
+    assert sorted(old) == [1, 2, 3, 4]
+    assert old == [row["old_rank"] for row in by_id["trials"][::-1]]
+    assert [row["objective"] for row in by_ood["trials"]] == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-12)
+    assert [row["ood_accuracy"] for row in by_ood["trials"]] == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-12)
+    assert [row["alpha"] for row in by_ood["trials"]] == [pytest.approx(0.1)] * 4  # flat: the smallest alpha
+    assert not any(row["measured"] for row in by_ood["trials"])  # no predictions are stored at .1
+
+
+def table_of(name, alpha, num_right):
+    logits = np.zeros((4, 5), np.float32)
+    logits[np.arange(4), [0] * num_right + [1] * (4 - num_right)] = 1
+    return predictions_table(name, alpha, np.arange(4, dtype=np.uint64), [0] * 4, logits)
+
+
+@pytest.mark.parametrize("sets", ["night", "id_test", "ood_test", "fog,night", "nowhere,id_test"])
+def test_a_test_set_is_refused_with_one_message(view, sets):
+    with pytest.raises(HoldOutError, match="must be validation sets: no choice may see a test set") as error:
+        asked_objective(view.recipe, sets=sets)
+    assert error.value.exit_code == 8
+    assert len(error.value.problems) == 1
+
+
+def test_all_wrong_words_are_told_at_once_with_the_nearest_match(view):
+    with pytest.raises(UsageError) as error:
+        asked_objective(view.recipe, "harmonik", float("nan"), "sketsh,id_val")
+    text = str(error.value)
+    assert "--objective: must be a kind of objective, but got 'harmonik'; did you mean 'harmonic'?" in text
+    assert "--id-weight: must be a number from 0 to 1, but got nan" in text
+    assert "but got 'sketsh'; did you mean 'sketch'? (allowed: sketch, fog)" in text
+    assert "id_val is always in, but got 'id_val' (allowed: sketch, fog)" in text
+    with pytest.raises(UsageError, match="--sets: must name an OOD validation set, but got ' ,'"):
+        asked_objective(view.recipe, sets=" ,")
+
+
+def test_missing_and_damaged_predictions_are_all_named(profiled, tmp_path):
+    view = read_study(copied(profiled, tmp_path))
+    first, second, *_ = [folder_of(view.study_dir, row) / "predictions" / "validation.parquet" for row in view.trials]
+    first.unlink()
+    second.write_bytes(b"nonsense")
+    with pytest.raises(StorageError) as error:
+        rescore(view, objective_spec(view.recipe))
+    assert [problem.place for problem in error.value.problems] == [str(first), str(second)]
+
+
+def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_anew_at_the_next_start(profiled, tmp_path):
+    view = read_study(copied(profiled, tmp_path))
+    prepared = view.study_dir / "prepared"
+    path, content = prepared / "zero_shot.parquet", json.loads((prepared / "prepared.json").read_text())
+    table = read_predictions(path)
+    write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
+    (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 2, but got 1"):
+        rescore(view, objective_spec(view.recipe))
+    again = prepare(view.recipe, view.study_dir, prepared, lambda text: None)
+    assert read_predictions(path).equals(table)
+    assert again["objective"] == content["metrics"]["objective"]
+
+
+# the command
+
+
+@pytest.fixture
+def run(profiled, monkeypatch, capsys):
+    monkeypatch.chdir(profiled.parent)
+    capsys.readouterr()
+
+    def call(*words):
+        before = everything(profiled)
+        code = crash_host.call(["rescore", *words])
+        assert everything(profiled) == before
+        captured = capsys.readouterr()
+        for line in re.findall(r"  carft-ray (.*)", captured.err):
+            name, *rest = shlex.split(line)
+            typer.main.get_command(cli.app).commands[name].make_context(name, rest)
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run):
+    code, out, err = run("study", "--objective", "worst_domain", "--sets", "fog")
+    assert code == 0, err
+    head, _, columns, *rows = out.splitlines()
+    assert head == "Objective: worst_domain. OOD: mean over fog."
+    assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
+    assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
+    assert len(rows) == 7
+    assert max(map(len, rows)) <= 80
+    assert "Nothing in the study was changed." in err
+    assert "one more selection on the same validation images" in " ".join(err.split())
+    assert "carft-ray evaluate study --trial t000" in err
+    _, out, _ = run("study")
+    assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
+
+
+def test_the_command_answers_in_json(run):
+    code, out, err = run("study", "--objective", "harmonic", "--id-weight", "0.2", "--json")
+    answer = json.loads(out)
+    assert (code, answer["study_changed"]) == (0, False)
+    assert answer["objective"] == {
+        "kind": "harmonic",
+        "id_weight": None,
+        "id_set": "id_val",
+        "ood_sets": ["sketch", "fog"],
+    }
+    assert "--id-weight has no effect: harmonic has no weight" in err
+    assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["study", "--sets", "fog,night"], 8, "error: --sets: must be validation sets: no choice may see a test set"),
+        (["study", "--sets", "frog"], 2, "error: --sets: must be OOD validation sets of the study"),
+        (["study", "--objective", "mean"], 2, "error: --objective: must be a kind of objective, but got 'mean'"),
+        (["nowhere"], 2, "error: nowhere: must be a study, but got no such folder"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_its_exit_code(run, words, code, message):
+    found, out, err = run(*words)
+    assert (found, out) == (code, "")
+    assert err.startswith(message)
+    assert err.count("error: ") == 1
+
+
+def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, capsys):
+    recipe = stand_in.make_recipe(2)
+    with open_study(tmp_path / "empty", recipe, Path(__file__).parent) as study:
+        (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe, Path(__file__).parent))
+        study.adopt()
+    monkeypatch.chdir(tmp_path)
+    assert crash_host.call(["rescore", "empty"]) == 6
+    assert "must have a finished trial, but got none" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""Noise, correction, one-SE rule, tests in families and regret of rules: fixtures, references, limit cases."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from benchmarks import selection as benchmark
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.bootstrap import Candidate, resample
+from carft_ray.results.intervals import crossed, regret, values_by_seed
+from carft_ray.results.selection import (
+    IMAGE_AND_SEED_NOISE,
+    IMAGE_NOISE_ONLY,
+    correct_best,
+    holm,
+    keeps_id,
+    mcnemar,
+    one_se_pick,
+    ranking_noise,
+    regret_table,
+)
+
+J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
+SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
+SIZES = {"id_val": 50, "a": 30, "b": 20}
+
+
+def random_correct(rng, num_rows, sizes=SIZES, share=0.6):
+    return {name: rng.random((num_rows, n)) < share for name, n in sizes.items()}
+
+
+# ---------------------------------------------------------------------------------------------- correction
+
+
+def test_correction_of_the_fixture():
+    found = correct_best(J, 0.01**2, num_draws=2_000_000)
+    assert found.median == pytest.approx(0.695)
+    assert found.spread == pytest.approx(1.875e-4)
+    assert found.factor == pytest.approx(0.466667, abs=5e-7)
+    assert max(found.shrunk) == pytest.approx(0.704333, abs=5e-7)
+    assert found.optimism == pytest.approx(0.01109, abs=1e-4)
+    assert found.value == pytest.approx(0.715 - found.optimism)
+    assert correct_best(J, 0.01**2).optimism == pytest.approx(0.01109, abs=8e-4)
+
+
+def test_shrinking_keeps_the_order_and_without_noise_nothing_changes():
+    assert np.argsort(correct_best(J, 0.01**2).shrunk).tolist() == np.argsort(J).tolist()
+    exact = correct_best(J, 0.0)
+    assert (exact.value, exact.optimism, exact.factor) == (0.715, 0.0, 1.0)
+    assert exact.shrunk == pytest.approx(J)
+
+
+def test_equal_trials_are_corrected_by_the_expected_maximum_of_noise():
+    found = correct_best([0.7] * 10, 0.01**2, num_draws=100_000)
+    assert found.factor == 0
+    assert found.optimism == pytest.approx(0.01538753, abs=1e-4)  # of ten standard normal values: 1.538753
+    assert correct_best([0.7] * 3, 0.0).value == 0.7
+    assert correct_best([0.7], 0.01**2).value == pytest.approx(0.7, abs=1e-3)
+
+
+def test_noise_agrees_with_sums_written_out_over_the_upper_half():
+    rng = np.random.default_rng(0)
+    correct = random_correct(rng, 7)
+    objectives = [0.5, 0.9, 0.6, 0.8, 0.55, 0.7, 0.4]
+    upper = [1, 2, 3, 5]
+    expected = 0.0
+    for name, w in (("id_val", 0.5), ("a", 0.25), ("b", 0.25)):
+        x = correct[name][upper].astype(float)
+        n = x.shape[1]
+        residual = sum((x[i, k] - x[i].mean() - x[:, k].mean() + x.mean()) ** 2 for i in range(4) for k in range(n))
+        expected += w**2 * residual / ((n - 1) * 3) / n
+    noise = ranking_noise(SPEC, objectives, correct)
+    assert noise.image == pytest.approx(expected, abs=1e-15)
+    assert (noise.seed, noise.variance, noise.words) == (None, noise.image, IMAGE_NOISE_ONLY)
+
+
+def test_luck_that_all_trials_share_is_no_noise():
+    rng = np.random.default_rng(1)
+    shared = {name: np.repeat(rows, 6, axis=0) for name, rows in random_correct(rng, 1).items()}
+    assert ranking_noise(SPEC, J[:6], shared).variance == pytest.approx(0, abs=1e-30)
+    assert ranking_noise(SPEC, [0.7], random_correct(rng, 1)).variance == 0
+
+
+def test_seed_noise_is_what_the_images_do_not_explain():
+    rng = np.random.default_rng(2)
+    correct, configurations = random_correct(rng, 4), [random_correct(rng, 5), random_correct(rng, 3)]
+    total = dof = own = 0.0
+    for by_set in configurations:
+        y = values_by_seed(SPEC, by_set)
+        total += sum((value - np.mean(y)) ** 2 for value in y)
+        own += (len(y) - 1) * ranking_noise(SPEC, [1.0] * len(y), by_set).image
+        dof += len(y) - 1
+    noise = ranking_noise(SPEC, J[:4], correct, configurations)
+    assert noise.seed == pytest.approx(max(0.0, (total - own) / dof))
+    assert noise.words == IMAGE_AND_SEED_NOISE
+    steady = {name: np.repeat(rows[:1], 3, axis=0) for name, rows in correct.items()}
+    assert ranking_noise(SPEC, J[:4], correct, [steady]).seed == 0
+    assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None
+    shifts = [{name: np.arange(n) < share * n for name, n in SIZES.items()} for share in (0.2, 0.5, 0.8)]
+    moving = {name: np.stack([by_set[name] for by_set in shifts]) for name in SIZES}
+    assert ranking_noise(SPEC, J[:4], correct, [moving]).seed == pytest.approx(0.09, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------- one standard error
+
+
+def candidate(name, alphas, rows):
+    """A candidate with the same correctness on all sets."""
+    return Candidate(name, alphas, {each: np.array(rows, bool) for each in ("id_val", "a", "b")})
+
+
+BEST = [1] * 70 + [0] * 30
+NEAR = [1] * 68 + [0] * 31 + [1]  # one point behind, two or three images differ
+FAR = [1] * 40 + [0] * 60
+
+
+def test_one_standard_error_takes_the_one_that_moved_least():
+    winner = candidate("w", (0.8,), [BEST])
+    near, other = candidate("near", (0.0, 0.05, 0.5, 1.0), [FAR, NEAR, NEAR, NEAR]), candidate("far", (0.2,), [FAR])
+    own = candidate("w", (0.2, 0.8), [FAR, BEST])
+    moved = {"w": 0.02, "near": 0.01, "far": 0.001}
+    pick = one_se_pick(SPEC, winner, [own, near, other], moved, lowest=0.1)
+    assert (pick.name, pick.alpha, pick.num_candidates) == ("near", 0.5, 3)
+    assert pick.moved == pytest.approx(0.005)
+    assert pick.behind == pytest.approx(0.01)
+    differences = np.array(BEST, float) - NEAR
+    assert pick.se == pytest.approx(math.sqrt((0.25 + 2 * 0.0625) * differences.var(ddof=1) / 100))
+    assert one_se_pick(SPEC, winner, [own, other], moved, lowest=0.1).name == "w"
+    assert one_se_pick(SPEC, winner, [own, other], moved, lowest=0.1, seed_variance=0.1).name == "far"
+    without = {name: value for name, value in moved.items() if name != "near"}
+    assert one_se_pick(SPEC, winner, [own, near, other], without, lowest=0.1).name == "w"
+
+
+# ---------------------------------------------------------------------------------------------- tests and families
+
+
+def test_holm_of_the_fixture_and_its_limits():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+    p = np.random.default_rng(0).random(9)
+    adjusted = np.array(holm(list(p)))[np.argsort(p)]
+    assert all(one <= two for one, two in pairwise(adjusted))
+    assert (adjusted >= np.sort(p)).all()
+
+
+def test_mcnemar_is_the_exact_binomial_of_the_images_that_differ():
+    assert mcnemar(15, 5) == pytest.approx(0.0414, abs=5e-5)
+    assert mcnemar(5, 15) == mcnemar(15, 5)
+    assert mcnemar(0, 3) == pytest.approx(0.25)
+    assert mcnemar(0, 0) == mcnemar(4, 4) == 1
+
+
+def test_id_is_kept_when_the_interval_stays_above_the_margin():
+    noise = np.tile([0.02, -0.02], (3, 50))
+    low = crossed({"id": noise}, {"id": 1.0}).images_random[0]
+    assert keeps_id(crossed({"id": noise}, {"id": 1.0}), margin=-low + 1e-9)
+    assert not keeps_id(crossed({"id": noise}, {"id": 1.0}), margin=-low - 1e-9)
+    assert not keeps_id(crossed({"id": noise - 0.02}, {"id": 1.0}))
+
+
+@pytest.mark.parametrize(("num_seeds", "half_width"), [(2, 9.0), (3, 2.48), (5, 1.24), (10, 0.72)])
+def test_half_width_over_seeds_in_standard_deviations(num_seeds, half_width):
+    y = np.arange(num_seeds, dtype=float)
+    y = y / y.std(ddof=1)
+    result = crossed({"a": np.tile(y[:, None], (1, 20))}, {"a": 1.0})
+    assert (result.images_fixed[1] - result.images_fixed[0]) / 2 == pytest.approx(half_width, abs=0.02)
+    assert result.image_variance == 0
+    assert result.images_random == pytest.approx(result.images_fixed)
+
+
+# ---------------------------------------------------------------------------------------------- regret of rules
+
+
+def test_regret_of_the_rules_agrees_with_plain_loops():
+    rng = np.random.default_rng(3)
+    spec = ObjectiveSpec("harmonic", "id_val", ("a", "b", "c"), 0.4)
+    sizes = {**SIZES, "c": 25}
+    grid = (0.0, 0.05, 0.5, 0.8, 1.0)
+    candidates = [Candidate(f"t{i}", grid, random_correct(rng, 5, sizes)) for i in range(4)]
+    candidates.append(Candidate("fixed", (0.02,), random_correct(rng, 1, sizes)))
+    table = {row.rule: row for row in regret_table(candidates, resample(candidates, spec, 0.1, 200), spec, 0.1)}
+    points = [
+        {name: rows[i].mean() for name, rows in each.correct.items()}
+        for each in candidates
+        for i, alpha in enumerate(each.alphas)
+        if alpha >= 0.1 or each.name == "fixed"
+    ]
+    expected = {"id_val": [], "ood_val": [], "objective": [], "worst_domain": []}
+    for left_out in spec.ood_sets:
+        rest = [name for name in spec.ood_sets if name != left_out]
+        target = [0.4 * p["id_val"] + 0.6 * p[left_out] for p in points]
+        mean = [np.mean([p[name] for name in rest]) for p in points]
+        expected["id_val"].append(regret([p["id_val"] for p in points], target))
+        expected["ood_val"].append(regret(mean, target))
+        harmonic = [2 * p["id_val"] * m / (p["id_val"] + m) for p, m in zip(points, mean, strict=True)]
+        expected["objective"].append(regret(harmonic, target))
+        expected["worst_domain"].append(regret([min(p[name] for name in rest) for p in points], target))
+    for rule, values in expected.items():
+        assert table[rule].regret == pytest.approx(np.mean(values), abs=1e-12)
+        assert table[rule].se > 0
+    left_out = table["leave_one_domain_out"]
+    assert (left_out.regret, left_out.note) == (table["ood_val"].regret, "same as ood_val")
+
+
+def test_rules_that_need_a_second_ood_set_say_so():
+    rng = np.random.default_rng(4)
+    candidates = [Candidate(f"t{i}", (1.0,), random_correct(rng, 1)) for i in range(5)]
+    one, none = (ObjectiveSpec("weighted_mean", "id_val", sets) for sets in (("a",), ()))
+    table = {row.rule: row for row in regret_table(candidates, resample(candidates, one, 0.1, 20), one, 0.1)}
+    assert table["ood_val"].regret is None
+    assert table["worst_domain"].note == "needs two OOD validation sets"
+    assert table["objective"].regret == table["id_val"].regret
+    assert regret_table(candidates, resample(candidates, none, 0.1, 20), none, 0.1) == []
+
+
+def test_regret_is_zero_where_one_candidate_is_best_everywhere():
+    rng = np.random.default_rng(5)
+    good = {name: np.ones((1, n), bool) for name, n in SIZES.items()}
+    candidates = [Candidate("good", (1.0,), good), Candidate("bad", (1.0,), random_correct(rng, 1))]
+    table = regret_table(candidates, resample(candidates, SPEC, 0.1, 20), SPEC, 0.1)
+    assert {(row.regret, row.se) for row in table} == {(0.0, 0.0)}
+
+
+# ---------------------------------------------------------------------------------------------- simulated studies
+
+
+def test_simulated_answers_have_their_true_accuracies():
+    rng = np.random.default_rng(6)
+    truth = {"id_val": 0.8, "ood_1": 0.6, "ood_2": 0.5}
+    shares = []
+    for _ in range(400):
+        images = benchmark.draw_images(rng, 1)
+        correct = benchmark.answers(rng, truth, images, 0, rng.normal(0, 0.3, 2), 0.3)
+        shares.append([correct[name].mean() for name in truth])
+    assert np.mean(shares, axis=0) == pytest.approx(list(truth.values()), abs=0.02)
+
+
+def test_the_mean_over_seeds_on_fixed_images_is_the_closed_form():
+    rng = np.random.default_rng(7)
+    truth, images = {"id_val": 0.8, "ood_1": 0.6, "ood_2": 0.5}, benchmark.draw_images(rng, 2)
+    correct = benchmark.answers(rng, truth, images, 1, rng.normal(0, 0.2, 2000), 0.2)
+    means = benchmark.objective_of(correct)
+    exact = benchmark.mean_on_these_images(truth, images, 1, 0.2)
+    assert means.mean() == pytest.approx(exact, abs=4 * means.std() / math.sqrt(2000))
+    assert special.ndtri(0.8) == pytest.approx(stats.norm.ppf(0.8))
+
+
+def test_a_few_simulated_studies_run_and_are_repeatable():
+    checks, beside = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1)
+    again, _ = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1)
+    assert checks == again
+    assert len(checks) == 9
+    assert all(math.isfinite(check.value) for check in checks)
+    assert "naive" in beside[0]
+    naive = next(check for check in checks if check.text.startswith("naive"))
+    assert naive.passed == (naive.value <= 0.75)
+
+
+def test_a_check_passes_between_its_ends_only():
+    assert benchmark.Check("x", 0.5, 0.5, 0.6).line() == "PASS  x: 50.00 (from 50.00 to 60.00)"
+    assert benchmark.Check("x", 0.49, 0.5, 0.6).line().startswith("FAIL")
+    assert not benchmark.Check("x", math.nan, 0, 1).passed
+
+
+def test_the_benchmark_refuses_too_few_studies(capsys):
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(["--studies", "1"])
+    assert left.value.code == 2
+    assert "at least 2" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""Studies in wrong hands: what the command line says, and that nothing is lost or left behind. No Ray runs."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import crash_host
+import pytest
+import short_training
+
+from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.search.study import open_study, trials
+
+OTHER_SPACE = "search.space.learning_rate={low: 1e-3, high: 1e-1, log: true}"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder with a recipe of images that are there, and the study ``study`` of it: 3 of 4 trials finished."""
+    folder = tmp_path_factory.mktemp("wrong") / "here"
+    short_training.make(folder)
+    recipe = load_recipe(folder / "recipe.yaml", ["search.trials=4"])
+    with open_study(folder / "study", recipe, folder) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
+        study.adopt()
+        study.tell_zero_shot({"objective": 0.25})
+        for _ in range(len(recipe.search.baselines) + 3):
+            spec = study.next()
+            place = spec.folder(study.study_dir)
+            place.mkdir(parents=True)
+            content = {"format_version": 1, "objective": 0.5, "alpha": 0.5, "metrics": {}, "elapsed_s": 1.0}
+            (place / "result.json").write_text(json.dumps(content))
+            study.settle(spec)
+    return folder
+
+
+@pytest.fixture
+def here(original, monkeypatch):
+    """The folder, in its own place, since a study holds absolute paths; as it was, after the test."""
+    monkeypatch.chdir(original)
+    copy = original.with_name("copy")
+    shutil.copytree(original, copy)
+    yield original
+    shutil.rmtree(original)
+    copy.rename(original)
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """Runs a command line that must end with a code and one message, and change nothing; returns the message."""
+    capsys.readouterr()
+
+    def call(code, *words):
+        before = everything(here)
+        found = crash_host.call(words)
+        captured = capsys.readouterr()
+        assert (found, captured.out) == (code, ""), captured.err
+        told = captured.err.removeprefix("training with 2 Ray Train workers\n")
+        assert told.startswith("error: ")
+        assert told.count("error: ") == 1
+        assert "Traceback" not in told
+        assert everything(here) == before
+        return told
+
+    return call
+
+
+def everything(folder):
+    """All that is in a folder, by path; of what a lock is only that it is there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name != "lock" else None
+        for path in folder.rglob("*")
+    }
+
+
+@contextlib.contextmanager
+def another_search(study_dir):
+    """Another process that holds a study within the block."""
+    code = f"""
+        import sys
+        from pathlib import Path
+        from carft_ray.search.folder import study_lock
+        with study_lock(Path({str(study_dir)!r})):
+            print("locked", flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.stdin.close()
+
+
+def closed_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+SEARCH = ("search", "recipe.yaml", "--set", "search.trials=4", "--study", "study")
+RESUME = ("resume", "study")
+
+
+@pytest.mark.parametrize("words", [SEARCH, RESUME], ids=lambda words: words[0])
+def test_two_searches_on_one_study(refused, here, words):
+    with another_search(here / "study") as other:
+        told = refused(5, *words)
+    assert told.startswith(f"error: {here / 'study'}: is in use: two searches on one study would spoil it, but got ")
+    assert f"process {other.pid} on " in told
+    assert told.splitlines()[1].startswith("    Wait until the other search ends")
+
+
+def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
+    told = refused(3, *SEARCH, "--set", "train.epochs=9", "--set", OTHER_SPACE)
+    assert told.startswith("error: 2 problems\n")
+    for place, was, given in (("train.epochs", 3, 9), ("search.space.learning_rate.high", 0.01, 0.1)):
+        assert f"{place}: must be {was} as in {here / 'study'}, but got {given}" in told
+    assert told.splitlines()[-1].strip() == f"Go on with {here / 'study' / 'resolved.yaml'}, or give another folder."
+
+
+@pytest.mark.parametrize("words", [SEARCH, (*SEARCH[:-1], "new"), RESUME], ids=" ".join)
+def test_an_address_where_nothing_answers(refused, words):
+    address = f"127.0.0.1:{closed_port()}"
+    told = refused(5, *words, "--address", address)
+    assert told.startswith(f"error: address: no Ray answers at {address}, but got ")
+    assert "Start one with 'ray start --head', or leave the address out to use this machine." in told
+
+
+def test_an_address_where_nothing_answers_leaves_no_folder_of_a_training(refused):
+    words = ("train", "recipe.yaml", "--out", "new", "--num-workers", "2", "--executor", "ray-train")
+    assert "no Ray answers at" in refused(5, *words, "--address", f"127.0.0.1:{closed_port()}")
+
+
+@pytest.mark.parametrize("place", ["recipe.yaml/study", "recipe.yaml/deeper/study", "/proc/study", "/sys/study"])
+@pytest.mark.parametrize("command", [("search", "--study"), ("train", "--out")], ids=lambda words: words[0])
+def test_a_place_where_no_folder_can_be_made(refused, here, command, place):
+    told = refused(5, command[0], "recipe.yaml", command[1], place)
+    assert told.startswith(f"error: {here / place}")
+    assert "must be writable, but got " in told
+    assert told.splitlines()[-1].startswith("    ")
+
+
+def test_a_full_disk_at_the_first_write_leaves_no_folder(refused):
+    """Files that may not grow stand for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        told = refused(5, *SEARCH[:-1], "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "must be writable, but got File too large" in told
+    assert "run the same command again" in told
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_fewer_trials_than_are_done(refused, number):
+    told = refused(2, *RESUME, "--trials", number)
+    assert told.startswith("error: --trials: must be at least 3: the study has 3 finished")
+    assert f"but got {number}\n    For more trials: --trials +N." in told
+
+
+@pytest.mark.parametrize(
+    "words", [SEARCH, RESUME, ("status", "study"), ("export", "study", "--to", "new")], ids=" ".join
+)
+@pytest.mark.parametrize("garbage", [b"\0\xff" * 99 + b"\n", b'{"op_code": 5, "wor', b"nonsense\n"])
+def test_a_journal_with_garbage_in_its_middle(refused, here, words, garbage):
+    journal = here / "study" / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:9], garbage, *lines[9:]]))
+    told = refused(5, *words)
+    assert told.startswith(f"error: {journal}: must be an Optuna journal, but got ")
+    assert told.splitlines()[-1] == (
+        "    Restore the file from a copy; the results of finished trials are still in trials/."
+    )
+    journal.write_bytes(b"".join(lines))
+    assert len(trials(here / "study")) == 3
+
+
+@pytest.mark.parametrize("names", [("notes.txt",), ("lock", "thesis.tex"), ("study.journal",), (".git", "data")])
+def test_a_folder_that_holds_something_else(refused, here, names):
+    (here / "mine").mkdir()
+    for name in names:
+        (here / "mine" / name).write_text("precious")
+    told = refused(2, *SEARCH[:-1], "mine")
+    foreign = ", ".join(name for name in names if name != "lock")
+    assert told == (
+        f"error: {here / 'mine'}: must be a study or empty, but got {foreign}\n"
+        "    Give the folder of a study, or one that does not exist yet.\n"
+    )
+    assert (here / "mine" / names[0]).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "recipe": {}}', "\0"]
+)
+@pytest.mark.parametrize("words", [SEARCH, RESUME], ids=lambda words: words[0])
+def test_a_manifest_that_is_damaged(refused, here, words, content):
+    manifest = here / "study" / "manifest.json"
+    manifest.write_text(content)
+    told = refused(5, *words)
+    assert told.startswith(f"error: {manifest}: ")
+    assert "but got" in told
+
+
+def test_a_manifest_of_another_version(refused, here):
+    manifest = here / "study" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    assert "must have format_version " in refused(5, *SEARCH)
+
+
+# the folder of a study that did not begin
+
+
+@pytest.mark.parametrize("error", [RecipeError, DataError, HoldOutError, ClusterError])
+def test_a_new_study_that_could_not_begin_leaves_no_folder(here, error):
+    recipe = load_recipe(here / "recipe.yaml")
+    with pytest.raises(error), open_study(here / "new", recipe, here):
+        raise error("unfit")
+    assert not (here / "new").exists()
+
+
+def prepared_and_then(study_dir, error):
+    (study_dir / "prepared").mkdir()
+    return error
+
+
+def test_what_is_prepared_stays_when_ray_goes(here):
+    recipe = load_recipe(here / "recipe.yaml")
+    with pytest.raises(ClusterError), open_study(here / "new", recipe, here):
+        raise prepared_and_then(here / "new", ClusterError("its head is gone"))
+    assert (here / "new" / "prepared").exists()
+
+
+def test_a_study_that_was_there_stays_when_ray_cannot_be_had(here):
+    recipe = load_recipe(here / "recipe.yaml")
+    with open_study(here / "new", recipe, here):
+        pass
+    with pytest.raises(ClusterError), open_study(here / "new", recipe, here):
+        raise ClusterError("no Ray answers")
+    assert (here / "new" / "study.journal").exists()
