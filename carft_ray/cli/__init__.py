@@ -2,7 +2,7 @@
 
 # in the order of the help
 from carft_ray.cli import training, search, reading  # noqa: F401  # isort: skip
-from carft_ray.cli import confirming, reporting, reproducing, rescoring  # noqa: F401  # isort: skip
+from carft_ray.cli import confirming, sealed, reporting, reproducing, rescoring  # noqa: F401  # isort: skip
 from carft_ray.cli import sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.common import app, main
 

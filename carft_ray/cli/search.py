@@ -21,6 +21,12 @@ from carft_ray.cli.common import (
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
 
 PANEL = "A search"  # of the help
+AgainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--again", metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."
+    ),
+]
 
 
 @app.command(
@@ -33,12 +39,13 @@ def search(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
     value = load(recipe, set_, executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, json_)
+    _search(value, recipe.absolute().parent, study, address, again, json_)
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -50,6 +57,7 @@ def resume(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -61,16 +69,20 @@ def resume(
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     recipe = overview.resolved_recipe(study_dir)
-    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, json_)
+    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, json_)
 
 
-def _search(value: Any, base_dir: Path, study: Path, address: str | None, json_: bool) -> None:
+def _search(value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, json_: bool) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
     from carft_ray.recipe.advice import check_searchable
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
+    from carft_ray.search.ledger import require_unread
+
+    if not require_unread(study, value, base_dir, again) and again is not None:
+        console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure

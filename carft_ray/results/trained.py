@@ -91,19 +91,40 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         raise NoSuccessfulTrialError(
             Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
+    return open_run(folder, run_dir, recipe, name if run_dir == folder else f"{folder.name}/{name}")
+
+
+def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
+    """Opens one finished training of a study, or that of `train` (``run_dir`` is then ``folder``).
+
+    Args:
+        folder: The study directory, or the folder of the training; absolute.
+        run_dir: Folder of the training, with its result.
+        recipe: The recipe; its paths absolute.
+        name: For people.
+
+    Raises:
+        StorageError: Its weights are gone, or something in it is damaged.
+    """
     result = files.read_json(run_dir / RESULT)
-    if run_dir != folder and not (run_dir / WEIGHTS).exists():
-        raise StorageError(_weights_gone(folder, run_dir, recipe, result["train"]))
+    if run_dir != folder:
+        require_weights(folder, run_dir, recipe)
     recipe = apply(recipe, result["train"])
     heads = load_tensors(folder / PREPARED / "heads.safetensors")
     return Trained(
-        name if run_dir == folder else f"{folder.name}/{name}",
+        name,
         recipe,
         result,
         load_materials(recipe, Path("/")),
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
     )
+
+
+def require_weights(study_dir: Path, run_dir: Path, recipe: Recipe) -> None:
+    """Raises a ``StorageError``, with the command to train it again, when a training has lost its weights."""
+    if not (run_dir / WEIGHTS).exists():
+        raise StorageError(_weights_gone(study_dir, run_dir, recipe, files.read_json(run_dir / RESULT)["train"]))
 
 
 def _weights_gone(study_dir: Path, run_dir: Path, recipe: Recipe, values: dict[str, Any]) -> Problem:

@@ -1,0 +1,70 @@
+"""The one command that reads the test sets."""
+
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.errors import InterruptedRunError, Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PANEL = "Trusting the numbers"  # of the help
+
+
+@app.command("test", epilog="Example:  carft-ray test studies/quickstart", rich_help_panel=PANEL)
+def open_seal(
+    study: StudyArgument,
+    again: Annotated[
+        str | None,
+        typer.Option("--again", metavar="REASON", help="Read once more; the ledger and every report keep the reason."),
+    ] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Open the seal: measure winner and baselines on id_test and ood_test, once; every read goes into the ledger."""
+    from carft_ray import console
+    from carft_ray.results.sealed import read_sealed
+
+    folder = shlex.quote(str(study))
+    try:
+        summary = read_sealed(study, again, (lambda text: None) if json_ else console.say)
+    except KeyboardInterrupt:
+        step = f"Go on with: carft-ray test {folder}"
+        raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
+    if json_:
+        console.print_json({"study": str(study.resolve()), **summary})
+        return
+    console.out.print(_table(summary))
+    console.say("\n" + "\n".join(summary["lines"]))
+    console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
+    console.next_step(f"carft-ray export {folder} --to exports/{shlex.quote(study.resolve().name)}")
+
+
+def _table(summary: Mapping[str, Any]) -> "Table":
+    """Returns the table of a read: a line per row, a column per set, and the interval of the objective."""
+    from rich.table import Table
+
+    from carft_ray import console
+
+    columns = {name: "ID test" if name == "id_test" else name for name in summary["sets"]}
+    if summary["ood_mean_over"]:
+        columns["ood_mean"] = "OOD mean"
+    columns["objective"] = "objective"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("test accuracy, %", no_wrap=True)
+    for title in ("alpha", "seeds", *columns.values(), "95 % of it"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for row in summary["rows"]:
+        found = row["test"]
+        low, high = found["objective"]["interval"]
+        cells = [f"{row['alpha']:.2f}", str(row["num_seeds"] or "-")]
+        cells += [console.percent(found[name]["mean"]) for name in columns]
+        cells.append(f"[{console.percent(low)}, {console.percent(high)}]")
+        is_winner = row["role"] == "winner"
+        table.add_row(row["name"], *cells, row["role"], style="bold green" if is_winner else None)
+    return table

@@ -1,0 +1,141 @@
+"""What a read of the test sets has found, as data: intervals, paired differences, the headline, lines for a report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import correct_matrix
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.compared import Compared
+from carft_ray.results.comparison import Difference, compare, comparison_lines
+from carft_ray.results.comparison import Row as ComparedRow
+from carft_ray.results.intervals import Interval
+from carft_ray.search.ledger import WENT_ON, Entry
+from carft_ray.search.study import ZERO_SHOT
+
+FORMAT_VERSION = 1
+ID_TEST = "id_test"
+
+
+def summarise(
+    recipe: Recipe,
+    compared: Compared,
+    tables: Mapping[str, pa.Table],
+    entry: Entry,
+    before: Sequence[Entry],
+    number: int,
+) -> dict[str, Any]:
+    """Returns the content of ``summary.json``.
+
+    Args:
+        recipe: Of the study.
+        compared: The rows that were read.
+        tables: Predictions on the test sets by the folder of the training, zero-shot by its name.
+        entry: The line of this read in the ledger.
+        before: The lines that the ledger held when it began.
+        number: Which read it is, from 1.
+    """
+    part = recipe.search.objective
+    spec = ObjectiveSpec(part.kind, ID_TEST, tuple(recipe.data.ood_test), part.id_weight)
+    names = (spec.id_set, *spec.ood_sets)
+    correct = {
+        row.name: {
+            name: correct_matrix(
+                [(tables[run.folder], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)], name
+            )
+            for name in names
+        }
+        for row in compared.rows
+    }
+    rival = max(compared.baselines, key=lambda row: row.objective, default=None)
+    comparison = compare(
+        spec,
+        correct,
+        compared.winner.name,
+        [row.name for row in compared.baselines],
+        None if rival is None else rival.name,
+        id_margin=part.id_margin,
+        label="test sets",
+    )
+    num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
+    num_went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
+    return {
+        "format_version": FORMAT_VERSION,
+        "read": number,
+        "reason": entry.reason,
+        "time": entry.time,
+        "user": entry.user,
+        "ledger_line": entry.number,
+        "searches_after_a_read": num_went_on,
+        "confirmed": compared.confirmed,
+        "seeds": list(compared.seeds),
+        "sets": num_images,
+        "ood_mean_over": list(spec.ood_sets),
+        "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
+        "rows": [
+            {
+                "name": row.name,
+                "role": row.role,
+                "alpha": row.alpha,
+                "num_seeds": len(row.runs),
+                "runs": [run.folder for run in row.runs],
+                "validation_objective": row.objective,
+                "test": _row_data(found),
+            }
+            for row, found in zip(compared.rows, comparison.rows, strict=True)
+        ],
+        "differences": {each.other: _difference_data(each) for each in comparison.baselines},
+        "baseline": comparison.headline_baseline,
+        "headline": comparison.headline,
+        "lines": [*_lines(compared, num_images, entry, number, num_went_on), *comparison_lines(comparison)],
+    }
+
+
+def _row_data(row: ComparedRow) -> dict[str, Any]:
+    found = {**row.sets, "objective": row.objective}
+    if row.ood_accuracy is not None:
+        found["ood_mean"] = row.ood_accuracy
+    return {name: _plain(interval) for name, interval in found.items()}
+
+
+def _difference_data(difference: Difference) -> dict[str, Any]:
+    return {
+        "objective": {**_plain(difference.objective), "p_holm": difference.p_holm},
+        "sets": {
+            name: {**_plain(interval), "p_holm": difference.sets_p_holm[name]}
+            for name, interval in difference.sets.items()
+        },
+        "keeps_id": difference.keeps_id,
+    }
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    return {
+        "mean": interval.mean,
+        "interval": list(interval.images_random),
+        "over": interval.words,
+        "interval_these_images": None if interval.images_fixed is None else list(interval.images_fixed),
+        "num_seeds": interval.num_seeds,
+        "notes": list(interval.notes),
+    }
+
+
+def _lines(compared: Compared, num_images: Mapping[str, int], entry: Entry, number: int, num_went_on: int) -> list[str]:
+    """Returns what a report says of a read before the numbers."""
+    ood = [name for name in num_images if name != ID_TEST]
+    reason = f"; reason: {entry.reason}" if entry.reason else ""
+    lines = [f"Test read {number}, {entry.time} by {entry.user}{reason}."]
+    if num_went_on:
+        lines.append(f"The search went on {_times(num_went_on)} after a test read.")
+    sets = f"ID: {ID_TEST} ({num_images[ID_TEST]} images)."
+    if ood:
+        sets += f" OOD mean: over {', '.join(f'{name} ({num_images[name]})' for name in ood)}."
+    lines.append(sets)
+    seeds = f"{len(compared.seeds)} fresh seeds" if compared.confirmed else "one training each"
+    return [*lines, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -1,0 +1,30 @@
+"""One line for the ledger of a study, as a command writes it: for the tests that kill it everywhere.
+
+``crash_host.py`` calls it as its program.
+"""
+
+import gc
+import shutil
+from pathlib import Path
+
+import stand_in
+
+from carft_ray.search.folder import repair_journal, study_lock
+from carft_ray.search.ledger import record
+
+
+def import_everything():
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def call(argv):
+    """Writes a line: ``[STUDY_DIR, REASON, TEMPLATE]``; the study is copied from the template when it is not there."""
+    study_dir, reason, template = Path(argv[0]).absolute(), argv[1], Path(argv[2])
+    if not study_dir.exists():
+        shutil.copytree(template, study_dir)
+    with study_lock(study_dir):
+        repair_journal(study_dir)
+        record(study_dir, stand_in.make_recipe(), "test", ("id_test",), {"rows": [1, 2]}, reason)
+    return 0

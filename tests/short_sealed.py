@@ -1,0 +1,50 @@
+"""A finished study of short trainings with test sets, made without Ray in seconds."""
+
+from carft_ray import files
+from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.space import apply
+from carft_ray.search.study import open_study
+
+TEST_SETS = {"photo_test": (3, 300), "cartoon": (2, 400), "painting": (4, 500)}  # domain -> images per class, seed
+
+
+def make(folder, short_training, *overrides, trials=2):
+    """Writes images and recipe into ``folder`` and searches in ``folder/study``; returns the study directory."""
+    path = short_training.make(folder)
+    for domain, (num_per_class, offset) in TEST_SETS.items():
+        for label, name in enumerate(short_training.CLASSES):
+            for index in range(num_per_class):
+                image = folder / "images" / domain / name / f"{index}.png"
+                short_training.write_image(image, label, offset + index)
+    recipe = load_recipe(path, [*settings(folder, trials), *overrides])
+    search(folder / "study", recipe, folder)
+    return folder / "study"
+
+
+def settings(folder, trials):
+    """What the recipe says besides that of ``short_training``."""
+    return [
+        f"data.cache_dir={folder / 'cache'}",
+        "data.id_test={source: folder, path: images, domains: [photo_test]}",
+        "data.ood_test.cartoon={source: folder, path: images, domains: [cartoon]}",
+        "data.ood_test.painting={source: folder, path: images, domains: [painting]}",
+        f"search.trials={trials}",
+        "search.baselines.plain={kl_weight: 0}",
+        "train.epochs=3",
+    ]
+
+
+def search(study_dir, recipe, base_dir):
+    """What a search does, one training after the other in this process."""
+    with open_study(study_dir, recipe, base_dir) as study:
+        files.write_text(study.study_dir / "resolved.yaml", dump_recipe(recipe, base_dir))
+        study.adopt()
+        prepared = study.study_dir / "prepared"
+        study.tell_zero_shot(prepare(recipe, base_dir, prepared, str))
+        while (spec := study.next()) is not None:
+            run_training(
+                apply(recipe, spec.values), base_dir, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt
+            )
+            study.settle(spec)

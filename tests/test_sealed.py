@@ -1,0 +1,449 @@
+"""`test` opens the seal once: rows, alphas and numbers are those of the study, every read is counted, kills go on."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import crash_host
+import numpy as np
+import pytest
+import short_sealed
+import short_training
+import torch
+import typer.main
+
+from carft_ray import cli
+from carft_ray.data.arrays import image_set
+from carft_ray.data.sets import class_folders, open_source
+from carft_ray.evaluation.predictions import alphas, read_predictions
+from carft_ray.evaluation.run import run_training
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.space import apply
+from carft_ray.results.confirm import PlanRow, Stage, training_name, write_plan
+from carft_ray.results.confirmed import summarise
+from carft_ray.results.intervals import wilson
+from carft_ray.results.trained import open_trained
+from carft_ray.search.folder import study_lock
+from carft_ray.search.ledger import read_ledger, require_unread
+from carft_ray.search.study import baselines, best_row, open_study, trials
+
+HERE = Path(__file__).parent
+SETS = {"id_test": ("photo_test", 15), "cartoon": ("cartoon", 10), "painting": ("painting", 20)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a finished study, images, a recipe and a cache."""
+    folder = tmp_path_factory.mktemp("sealed")
+    short_sealed.make(folder, short_training)
+    return folder
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch):
+    """A copy of the study, beside the working directory's other files."""
+    shutil.copytree(folder / "study", tmp_path / "study")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, capsys):
+    """Runs a command line; every command that it suggests must parse."""
+    capsys.readouterr()
+
+    def call(*words):
+        code = crash_host.call(words)
+        captured = capsys.readouterr()
+        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
+            name, *rest = shlex.split(words)
+            if name != "confirm":  # which belongs to another file of commands
+                typer.main.get_command(cli.app).commands[name].make_context(name, rest)
+        assert "Traceback (" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def read(folder, tmp_path_factory):
+    """A study whose test sets were read once, and the summary."""
+    study = tmp_path_factory.mktemp("read") / "study"
+    shutil.copytree(folder / "study", study)
+    assert crash_host.call(["test", study, "--json"]) == 0
+    return study, json.loads((study / "test" / "summary.json").read_text())
+
+
+@pytest.fixture
+def again(read, here):
+    """A copy of that study, in the place of the one that was not read."""
+    shutil.rmtree(here / "study")
+    shutil.copytree(read[0], here / "study")
+    return here / "study"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def right(study, name, domain, alpha):
+    """Counts right answers by hand: weights mixed here, images decoded here, one at a time."""
+    trained = open_trained(study, name)
+    recipe, clip = trained.recipe, trained.materials.clip
+    spec = recipe.data.id_test if domain == "photo_test" else recipe.data.ood_test[domain]
+    source = open_source(spec, domain, class_folders(recipe, Path("/")), Path("/"))
+    classifier = trained.classifier(0.0)
+    zero_shot = {key: tensor.clone() for key, tensor in classifier.state().items()}
+    mixed = {
+        key: (1 - alpha) * tensor + alpha * trained.fine_tuned[key] if tensor.is_floating_point() else tensor
+        for key, tensor in zero_shot.items()
+    }
+    classifier.load_state_dict(mixed)
+    images = image_set(source, clip.to_input, clip.input_key, study.parent / "own_cache")
+    with torch.inference_mode():
+        logits = [classifier(torch.from_numpy(images.images_NHWC[k : k + 1].copy()))[1] for k in range(len(images))]
+    return np.mean([int(row.argmax()) == label for row, label in zip(logits, source.labels, strict=True)])
+
+
+# what is read
+
+
+def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
+    study, summary = read
+    best = best_row(trials(study))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == [best.name, "plain", "zero_shot"] or list(rows) == [best.name, "zero_shot", "plain"]
+    assert {name: row["role"] for name, row in rows.items()} == {
+        best.name: "winner",
+        "plain": "baseline",
+        "zero_shot": "baseline",
+    }
+    stored = {row.name: row.alpha for row in (best, *baselines(study))}
+    assert {name: row["alpha"] for name, row in rows.items()} == stored
+    assert summary["sets"] == {name: count for name, (_, count) in SETS.items()}
+    assert summary["ood_mean_over"] == ["cartoon", "painting"]
+    for name, path in {best.name: f"trials/{best.name}", "plain": "baselines/plain", "zero_shot": "zero_shot"}.items():
+        table = read_predictions(study / "test" / "read-1" / f"{path}.parquet")
+        assert {alpha for set_name in SETS for alpha in alphas(table, set_name)} == {stored[name]}
+
+
+def test_the_numbers_are_those_of_the_models_by_hand(read):
+    study, summary = read
+    for row in summary["rows"]:
+        name = "plain" if row["name"] == "zero_shot" else row["name"]  # any training is zero-shot at alpha 0
+        found = {set_name: right(study, name, domain, row["alpha"]) for set_name, (domain, _) in SETS.items()}
+        told = {set_name: row["test"][set_name]["mean"] for set_name in SETS}
+        assert told == pytest.approx(found)
+        ood_mean = (found["cartoon"] + found["painting"]) / 2
+        assert row["test"]["ood_mean"]["mean"] == pytest.approx(ood_mean)
+        assert row["test"]["objective"]["mean"] == pytest.approx((found["id_test"] + ood_mean) / 2)
+        assert row["test"]["id_test"]["interval"] == pytest.approx(wilson(round(found["id_test"] * 15), 15))
+    assert len({json.dumps(row["test"]) for row in summary["rows"]}) > 1
+
+
+def test_differences_are_paired_and_the_baseline_of_the_headline_is_the_best_on_validation(read):
+    study, summary = read
+    rows = {row["name"]: row for row in summary["rows"]}
+    winner = summary["rows"][0]["name"]
+    validation = {row.name: row.objective for row in baselines(study)}
+    means = {name: row["test"]["objective"]["mean"] for name, row in rows.items()}
+    for name in ("plain", "zero_shot"):
+        difference = summary["differences"][name]["objective"]
+        assert difference["mean"] == pytest.approx(means[winner] - means[name])
+        assert difference["p_holm"] <= 1
+        assert summary["differences"][name]["sets"].keys() == SETS.keys()
+        assert difference["over"] == "over images; one training: seeds not covered"
+    table = {name: row["validation_objective"] for name, row in rows.items()}
+    assert table["zero_shot"] == pytest.approx(validation["zero_shot"])
+    assert table["plain"] == pytest.approx(validation["plain"])
+    assert summary["baseline"] == max(("plain", "zero_shot"), key=table.get)
+    text = "\n".join(summary["lines"])
+    assert summary["headline"] in text
+    assert "OOD mean: over cartoon (10), painting (20)." in text
+    assert "id_test (15 images)" in text
+
+
+def test_nothing_changes_but_test_ledger_journal_and_manifest_and_no_trial(folder, read):
+    study, _ = read
+    before, after = contents(folder / "study"), contents(study)
+    changed = {name for name in before | after if before.get(name) != after.get(name) and name != "lock"}
+    assert {name for name in changed if not name.startswith("test/")} == {
+        "ledger.jsonl",
+        "manifest.json",
+        "study.journal",
+    }
+    assert trials(study) == trials(folder / "study")
+    assert baselines(study) == baselines(folder / "study")
+    assert not list(study.rglob("*.tmp"))
+
+
+# how often
+
+
+def test_the_first_read_works_and_ends_with_a_table_and_the_next_command(run, here):
+    code, out, err = run("test", "study")
+    assert code == 0, err
+    winner = best_row(trials(here / "study")).name
+    assert re.search(rf"^{winner} .*winner", out, re.M)
+    assert "ID test" in out
+    assert "OOD mean" in out
+    assert "1/3 zero_shot" in err
+    assert "Next:" in err
+    assert "Test read 1" in err
+    [entry] = read_ledger(here / "study")
+    assert (entry.purpose, entry.sets, entry.reason) == ("test", ("id_test", "cartoon", "painting"), "")
+
+
+def test_a_second_read_is_refused_and_says_when_and_by_whom(run, again):
+    [entry] = read_ledger(again)
+    before = contents(again)
+    code, out, err = run("test", "study")
+    assert (code, out) == (8, "")
+    assert f"{entry.time} by {entry.user} (line 1 of ledger.jsonl)" in err
+    assert "--again REASON" in err
+    assert {name: text for name, text in contents(again).items() if name != "lock"} == {
+        name: text for name, text in before.items() if name != "lock"
+    }
+
+
+def test_again_reads_once_more_and_is_counted(run, again, read):
+    code, out, err = run("test", "study", "--again", "a reviewer asked", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert (summary["read"], summary["reason"], summary["ledger_line"]) == (2, "a reviewer asked", 2)
+    assert summary["rows"] == read[1]["rows"]
+    assert any(line.startswith("Test read 2") and "reason: a reviewer asked" in line for line in summary["lines"])
+    assert summary.pop("study") == str(again)
+    assert json.loads((again / "test" / "summary.json").read_text()) == summary
+    assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
+    assert [entry.reason for entry in read_ledger(again)] == ["", "a reviewer asked"]
+
+
+def test_an_empty_reason_is_a_usage_error(run, again):
+    assert run("test", "study", "--again", " ")[0] == 2
+
+
+def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
+    (again / "ledger.jsonl").unlink()
+    code, _, err = run("test", "study", "--again", "why not")
+    assert code == 8
+    assert "the whole file, 1 line, was removed" in err
+
+
+# kills
+
+KILLED = """
+import os, sys
+from carft_ray.results import sealed
+
+plain, calls = sealed.predict_all, []
+
+def dying(*args):
+    calls.append(args)
+    if len(calls) == int(sys.argv[2]):
+        os._exit(9)
+    return plain(*args)
+
+sealed.predict_all = dying
+sealed.read_sealed(__import__("pathlib").Path(sys.argv[1]), None, str)
+"""
+
+
+@pytest.mark.slow
+def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
+    study, number = here / "study", 3
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, study, str(number)], env=environment, timeout=200)
+    assert done.returncode == 9
+    assert not (study / "test" / "summary.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in study.glob("test/**/*.parquet")}
+    assert len(kept) == number - 1
+    code, out, err = run("test", "study", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert len(read_ledger(study)) == 1
+    assert (summary["read"], summary["rows"], summary["differences"]) == (1, read[1]["rows"], read[1]["differences"])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert run("test", "study")[0] == 8
+
+
+@pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])
+def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, again, read, gone):
+    """Whatever the study has become since: here a confirm was begun, which would be compared now."""
+    for name in gone.split():
+        (again / "test" / "read-1" / name).unlink()
+    if not gone:
+        shutil.rmtree(again / "test")
+    (again / "confirm").mkdir()
+    (again / "confirm" / "plan.json").write_text("{}")
+    code, _, err = run("test", "study")
+    assert code == 0, err
+    assert "going on with the read of" in err
+    assert ("read before" in err) == bool(gone)
+    assert json.loads((again / "test" / "summary.json").read_text()) == read[1]
+    assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
+    assert len(read_ledger(again)) == 1
+
+
+def test_a_reason_begins_another_read_though_one_is_not_finished(run, again):
+    """As when its weights are gone by now: it cannot be finished, and stays counted."""
+    (again / "test" / "read-1" / "summary.json").unlink()
+    code, out, err = run("test", "study", "--again", "the first was cut off", "--json")
+    assert code == 0, err
+    assert json.loads(out)["read"] == 2
+    assert run("test", "study")[0] == 8
+
+
+# confirm
+
+
+@pytest.fixture
+def confirmed(here):
+    """The study with a confirm: winner and a baseline at two alphas on two fresh seeds, and zero-shot."""
+    study = here / "study"
+    recipe = load_recipe(study / "resolved.yaml")
+    best = best_row(trials(study))
+    plain = next(row for row in baselines(study) if row.name == "plain")
+    rows = (
+        PlanRow("plain, alpha 1", "baseline", "plain", 1.0, plain.values, 0.1),
+        PlanRow("plain", "baseline", "plain", plain.alpha, plain.values, 0.2),
+        PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.1),
+        PlanRow(best.name, "winner", best.name, best.alpha, best.values, 0.3),
+    )
+    stage = Stage(best.name, (101, 102), rows)
+    write_plan(study, stage, None)
+    for row in (best, plain):
+        for seed in stage.seeds:
+            chosen = apply(recipe, {**row.values, "alpha": row.alpha, "seed": seed})
+            folder = study / "confirm" / training_name(row.name, seed)
+            run_training(chosen, Path("/"), folder, study / "prepared", RunContext())
+    summarise(study, recipe, stage, None)
+    return study
+
+
+def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, confirmed):
+    result = next(confirmed.glob("confirm/plain-seed102/result.json"))
+    result.rename(result.with_name("hidden"))
+    code, _, err = run("test", "study")
+    assert code == 6
+    assert "one without all seeds of plain, alpha 1, plain" in err
+    assert read_ledger(confirmed) == []
+    result.with_name("hidden").rename(result)
+    code, out, err = run("test", "study", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    best = best_row(trials(confirmed))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == [best.name, "plain, alpha 1", "plain", "zero_shot"]
+    assert summary["confirmed"]
+    assert summary["seeds"] == [101, 102]
+    assert [row["num_seeds"] for row in summary["rows"]] == [2, 2, 2, 0]
+    assert rows["plain"]["runs"] == rows["plain, alpha 1"]["runs"]
+    read_dir = confirmed / "test" / "read-1"
+    trainings = {f"confirm/{name}-seed{seed}.parquet" for name in (best.name, "plain") for seed in (101, 102)}
+    assert {str(path.relative_to(read_dir)) for path in read_dir.rglob("*.parquet")} == {
+        "zero_shot.parquet",
+        *trainings,
+    }
+    assert rows[best.name]["test"]["objective"]["over"] == "over seeds and images"
+    assert summary["differences"]["zero_shot"]["objective"]["num_seeds"] == 2
+    assert "over seeds, these images" in "\n".join(summary["lines"])
+    table = read_predictions(confirmed / "test" / "read-1" / "confirm" / "plain-seed101.parquet")
+    assert alphas(table, "id_test") == sorted({rows["plain"]["alpha"], 1.0})
+
+
+# what is refused before the seal is broken
+
+
+def test_a_study_without_test_sets_is_told_to_begin_another(run, here, folder):
+    text = (here / "study" / "resolved.yaml").read_text()
+    manifest = json.loads((here / "study" / "manifest.json").read_text())
+    manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
+    (here / "study" / "manifest.json").write_text(json.dumps(manifest))
+    (here / "study" / "resolved.yaml").unlink()
+    code, _, err = run("test", "study")
+    assert code == 3
+    assert "without data.id_test and data.ood_test" in err
+    assert "begin a new study" in err
+    (here / "study" / "resolved.yaml").write_text(text)
+    assert run("test", "study")[0] == 3  # the recipe of another study
+
+
+def test_a_study_without_a_finished_trial_is_told(run, here, folder):
+    recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1"])
+    with open_study(here / "empty", recipe, here) as study:
+        study.adopt()
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe, here))
+    code, _, err = run("test", "empty")
+    assert code == 6
+    assert "must have a finished trial" in err
+
+
+def test_lost_weights_are_told_before_the_seal_is_broken(run, here):
+    best = best_row(trials(here / "study"))
+    (here / "study" / "trials" / best.name / "fine_tuned.safetensors").unlink()
+    code, _, err = run("test", "study")
+    assert code == 5
+    assert "its weights are gone" in err
+    assert read_ledger(here / "study") == []
+
+
+def test_a_study_in_use_is_told(run, here):
+    with study_lock(here / "study"):
+        code, _, err = run("test", "study")
+    assert code == 5
+    assert "is in use" in err
+    assert read_ledger(here / "study") == []
+
+
+def test_missing_test_images_are_told_before_the_seal_is_broken(run, here, folder):
+    shutil.copytree(folder / "images", here / "images")
+    manifest = here / "study" / "manifest.json"
+    resolved = here / "study" / "resolved.yaml"
+    for path in (manifest, resolved):
+        path.write_text(path.read_text().replace(str(folder / "images"), str(here / "images")))
+    shutil.rmtree(here / "images" / "cartoon" / "star")
+    code, _, err = run("test", "study")
+    assert code == 4
+    assert "cartoon" in err
+    assert "star" in err
+    assert read_ledger(here / "study") == []
+
+
+def test_a_folder_that_is_no_study_is_a_usage_error(run):
+    assert run("test", "nothing")[0] == 2
+
+
+# a search that goes on
+
+
+def test_after_a_read_resume_needs_a_reason(run, again):
+    code, _, err = run("resume", "study", "--trials", "+1")
+    assert code == 8
+    assert "its test sets were read" in err
+    assert "--again REASON" in err
+    assert len(read_ledger(again)) == 1
+
+
+@pytest.mark.slow
+def test_after_a_read_resume_with_nothing_to_do_needs_no_reason(run, again):
+    code, _, err = run("resume", "study")
+    assert code == 0, err
+    assert "Nothing to do" in err
+
+
+def test_a_read_after_the_search_went_on_says_so(run, again):
+    recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
+    assert require_unread(again, recipe, again, "a wider range")
+    short_sealed.search(again, recipe, again)
+    assert len(trials(again)) == 3
+    code, out, err = run("test", "study", "--again", "after a wider range", "--json")
+    assert code == 0, err
+    assert "The search went on once after a test read." in json.loads(out)["lines"]
+    assert json.loads(out)["ledger_line"] == 3
