@@ -17,6 +17,7 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import Overview, folder_of
+from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
 from carft_ray.search.study import ZERO_SHOT
 
@@ -177,10 +178,10 @@ def cost(view: Overview, stage: Stage) -> str:
 
 
 def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, stage: Stage) -> dict[str, dict[str, Any]]:
-    """Writes the plan, before anything of it is trained; the study's lock is held.
+    """Writes ledger and plan, before anything of it is trained; the study's lock is held.
 
     Args:
-        study_dir: The study directory.
+        study_dir: The study directory, absolute.
         recipe: Its recipe.
         first: The first stage.
         second: The second one, where there is one.
@@ -190,9 +191,14 @@ def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, sta
         Values of the stage's trainings by name.
 
     Raises:
-        StorageError: It cannot be written.
+        HoldOutError: The ledger is not as carft-ray has written it.
+        StorageError: Something cannot be written.
     """
-    del recipe
+    sets = ("id_val", *recipe.data.ood_val)
+    details = {**_stage_data(stage), "chosen_by": "confirm" if stage is second else "search"}
+    written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
+    if details not in written[-2:]:  # the same command again, after a kill
+        record(study_dir, recipe, WINNER_FIXED, sets, details)
     write_plan(study_dir, first, second)
     return stage.trainings()
 
