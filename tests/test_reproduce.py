@@ -267,10 +267,9 @@ def test_the_new_folder_must_be_new(here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resources", [{}, {"num_workers": 2, "cpus_per_worker": 0.5}], ids=["inline", "two workers"])
-def test_a_trial_of_a_real_search_is_reproduced(tmp_path, resources):
-    """Trained in a process of Ray with threads of its own; done again here, or by a group of as many workers."""
-    settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1", f"resources={json.dumps(resources)}"]
+def test_a_trial_of_a_real_search_is_reproduced(tmp_path):
+    """Trained in a process of Ray with threads of its own; done again in that of the command."""
+    settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1"]
     recipe = short_training.make(tmp_path)
     words = [word for setting in settings for word in ("--set", setting)]
     for command in (
