@@ -37,7 +37,8 @@ from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter, Recipe
 from carft_ray.search.outcome import FORMAT_VERSION, RESULT, Failure, TrialRow, write_failure
-from carft_ray.search.study import best_row, open_study
+from carft_ray.search.rows import best_row
+from carft_ray.search.study import open_study
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30

@@ -27,7 +27,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.finished import open_finished
 from carft_ray.results.overview import require_study, study_recipe
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.study import baselines, best_row, trials
+from carft_ray.search.rows import baselines, best_row, trials
 
 Kind = Literal["trial", "baseline"]
 

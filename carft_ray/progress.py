@@ -103,7 +103,7 @@ class _Listener:
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
     from carft_ray.errors import CarftError
-    from carft_ray.search.study import baselines, confirmations, trials
+    from carft_ray.search.rows import baselines, confirmations, trials
 
     try:
         return [*baselines(study_dir), *trials(study_dir), *confirmations(study_dir)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import killed_searches as searches
 
-from carft_ray.search.study import baselines, trials
+from carft_ray.search.rows import baselines, trials
 
 HEADER = ("killed", "executor", "times", "outcome", "lost trials", "begun again", "seconds each")
 

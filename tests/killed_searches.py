@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from subprocess import PIPE
 
-from carft_ray.search.study import baselines, trials
+from carft_ray.search.rows import baselines, trials
 
 HERE = Path(__file__).parent
 RESOURCES = {

@@ -23,7 +23,8 @@ from carft_ray.results.confirm import (
     second_stage,
 )
 from carft_ray.results.overview import read_study
-from carft_ray.search.study import confirmations, open_study, trials
+from carft_ray.search.rows import confirmations, trials
+from carft_ray.search.study import open_study
 
 BASE = Path(__file__).parent
 

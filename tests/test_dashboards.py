@@ -17,7 +17,8 @@ from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.study import baselines, open_study, trials
+from carft_ray.search.rows import baselines, trials
+from carft_ray.search.study import open_study
 
 pytestmark = pytest.mark.slow
 

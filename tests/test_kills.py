@@ -10,7 +10,7 @@ import time
 import killed_searches as searches
 import pytest
 
-from carft_ray.search.study import baselines, trials
+from carft_ray.search.rows import baselines, trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -16,7 +16,8 @@ from sequential_search import attempt
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.search.folder import repair_journal, study_lock
 from carft_ray.search.ledger import check_ledger, mend, read_ledger, reads_of, record, require_unread
-from carft_ray.search.study import baselines, open_study, trials
+from carft_ray.search.rows import baselines, trials
+from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
 RECIPE = stand_in.make_recipe(2)

@@ -31,7 +31,8 @@ from carft_ray.results.intervals import wilson
 from carft_ray.results.trained import open_trained
 from carft_ray.search.folder import study_lock
 from carft_ray.search.ledger import read_ledger, require_unread
-from carft_ray.search.study import baselines, best_row, open_study, trials
+from carft_ray.search.rows import baselines, best_row, trials
+from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
 SETS = {"id_test": ("photo_test", 15), "cartoon": ("cartoon", 10), "painting": ("painting", 20)}

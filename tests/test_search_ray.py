@@ -27,7 +27,8 @@ from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.study import open_study, trials
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
 RUNNER = Runner(stand_in.prepare, stand_in.train)

@@ -16,7 +16,8 @@ from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
-from carft_ray.search.study import open_study, trials
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
 
 BASE = Path(__file__).parent
 

@@ -25,7 +25,8 @@ from carft_ray.recipe.space import apply
 from carft_ray.results.trained import open_trained
 from carft_ray.search.folder import study_lock
 from carft_ray.search.outcome import Failure, read_failure, read_result, trial_name, write_failure
-from carft_ray.search.study import baselines, best_row, open_study, trials
+from carft_ray.search.rows import baselines, best_row, trials
+from carft_ray.search.study import open_study
 
 BASE = Path(__file__).parent
 

@@ -16,7 +16,7 @@ import pytest
 import stand_in
 from sequential_search import DIVERGES, SEARCH
 
-from carft_ray.search.study import baselines, best_row, trials
+from carft_ray.search.rows import baselines, best_row, trials
 
 HERE = Path(__file__).parent
 NUM_TRIALS = 4

@@ -17,7 +17,8 @@ import short_training
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.search.study import open_study, trials
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
 
 OTHER_SPACE = "search.space.learning_rate={low: 1e-3, high: 1e-1, log: true}"
 

@@ -114,7 +114,7 @@ def logs(
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
     from carft_ray import console
     from carft_ray.results import logs, overview
-    from carft_ray.search.study import ZERO_SHOT
+    from carft_ray.search.rows import ZERO_SHOT
 
     if follow and json_:
         raise UsageError(Problem("--json", "must stand without --follow: a document ends"))

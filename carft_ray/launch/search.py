@@ -21,7 +21,8 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.provenance import record_provenance
-from carft_ray.search.study import Study, best_row, open_study
+from carft_ray.search.rows import best_row
+from carft_ray.search.study import Study, open_study
 
 RAY_LOG = "ray.log"
 

@@ -30,7 +30,8 @@ from carft_ray.launch.executors import end_process
 from carft_ray.launch.leaks import Leaks
 from carft_ray.search.folder import STOP
 from carft_ray.search.outcome import LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive
-from carft_ray.search.study import Study, best_row
+from carft_ray.search.rows import best_row
+from carft_ray.search.study import Study
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
 ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values

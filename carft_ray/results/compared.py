@@ -14,7 +14,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirm import CONFIRM, SUMMARY, Role, Stage, last_stage, training_name
 from carft_ray.results.confirmed import is_whole
 from carft_ray.results.overview import folder_of
-from carft_ray.search.study import ZERO_SHOT, baselines, best_row, trials
+from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
 
 ROLES: tuple[Role, ...] = ("winner", "candidate", "baseline")
 

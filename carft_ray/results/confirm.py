@@ -19,7 +19,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT, best_first
 
 FORMAT_VERSION = 1
 CONFIRM = FOLDERS["confirm"]
@@ -253,7 +253,7 @@ def _best_first(view: Overview) -> list[TrialRow]:
     if not rows:
         step = f"Go on with the search: carft-ray resume {view.study_dir}"
         raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
-    return sorted(rows, key=lambda row: (-(row.objective or 0.0), row.number))
+    return best_first(rows)
 
 
 def _plan_row(row: TrialRow, role: Role) -> PlanRow:

@@ -19,7 +19,7 @@ from carft_ray.results.confirm import CONFIRM, SUMMARY, PlanRow, Stage, training
 from carft_ray.results.intervals import values_by_seed
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import RESULT
-from carft_ray.search.study import confirmations
+from carft_ray.search.rows import confirmations
 
 LABEL = "validation images, fresh seeds"
 

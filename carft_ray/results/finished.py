@@ -15,7 +15,7 @@ from carft_ray.results.overview import find_row, folder_of, is_study, require_cl
 from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, PREPARED
 from carft_ray.search.outcome import RESULT, WEIGHTS, read_result
 from carft_ray.search.provenance import PROVENANCE
-from carft_ray.search.study import ZERO_SHOT, baselines, best_row, trials
+from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
 
 CONFIRM = "confirm"
 

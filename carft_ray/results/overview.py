@@ -15,7 +15,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
-from carft_ray.search.study import ZERO_SHOT, baselines, best_row, confirmations, trials
+from carft_ray.search.rows import ZERO_SHOT, baselines, best_first, best_row, confirmations, trials
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
 
@@ -257,7 +257,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     """Returns what `ls` tells of a study, as plain data: baselines, and the trials that come first."""
     rows = list(overview.trials)
     if by_objective:  # those without one last, in the order of their numbers
-        rows.sort(key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+        rows = best_first(rows)
     return {
         "study": str(overview.study_dir),
         "num_trials": len(rows),

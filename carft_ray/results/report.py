@@ -27,7 +27,7 @@ from carft_ray.results.selection import (
 )
 from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT
 
 LEDGER = "ledger.jsonl"
 TEST = "test"

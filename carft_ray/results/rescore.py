@@ -28,7 +28,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT
 
 NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "

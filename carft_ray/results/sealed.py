@@ -37,7 +37,7 @@ from carft_ray.results.trained import open_run, require_weights
 from carft_ray.search.folder import PREPARED, claim, repair_journal, study_lock
 from carft_ray.search.lease import Lease
 from carft_ray.search.ledger import TEST, Entry, check_reason, mend, read_ledger, reads_of, record, told
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT
 
 TEST_DIR, SUMMARY = "test", "summary.json"
 

@@ -13,7 +13,7 @@ from carft_ray.results.comparison import Difference, compare, comparison_lines
 from carft_ray.results.comparison import Row as ComparedRow
 from carft_ray.results.intervals import Interval
 from carft_ray.search.ledger import WENT_ON, Entry
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT
 
 FORMAT_VERSION = 1
 ID_TEST = "id_test"

@@ -19,7 +19,7 @@ from carft_ray.results.confirmed import is_whole, row_correct
 from carft_ray.results.overview import folder_of
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT
 
 PREDICTIONS = Path("predictions") / "validation.parquet"
 

@@ -15,7 +15,7 @@ from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import row_dict
 from carft_ray.results.stored import predictions_path
 from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.study import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT, best_first
 
 BEST = "best.yaml"
 FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
@@ -24,7 +24,7 @@ FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
     best = result.best
-    trials = sorted(result.trials, key=lambda row: -1.0 if row.objective is None else row.objective, reverse=True)
+    trials = best_first(result.trials)
     outcomes = [row.outcome for row in result.trials]
     return {
         "study": str(result.study_dir),

@@ -25,7 +25,7 @@ from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
-from carft_ray.search.study import best_row, trials
+from carft_ray.search.rows import best_row, trials
 
 
 @dataclass(frozen=True, eq=False)

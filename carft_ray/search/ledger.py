@@ -30,7 +30,7 @@ from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, claim, repair_journal, study_lock
-from carft_ray.search.study import STUDY_NAMES, _readable, _storage, baselines, trials
+from carft_ray.search.rows import STUDY_NAMES, baselines, readable, storage_of, trials
 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
@@ -178,7 +178,7 @@ def record(
         previous=_head(lines),
     )
     lines.append(json.dumps(asdict(entry), allow_nan=False))
-    with _readable(study_dir), files.writing(study_dir / JOURNAL):
+    with readable(study_dir), files.writing(study_dir / JOURNAL):
         _study(study_dir).set_user_attr(ATTRIBUTE, lines)
     mend(study_dir)
     return _entry(lines[-1])
@@ -262,8 +262,8 @@ def _read(study_dir: Path) -> _Copies:
     with files.writing(path):
         content = path.read_bytes() if path.exists() else b""
     *whole, rest = content.split(b"\n")
-    with _readable(study_dir):
-        storage = _storage(study_dir.resolve())
+    with readable(study_dir):
+        storage = storage_of(study_dir)
         known = STUDY_NAMES["trial"] in optuna.get_all_study_names(storage)
         journal = list(_study(study_dir).user_attrs.get(ATTRIBUTE, [])) if known else []
         for line in journal:
@@ -279,7 +279,7 @@ def _read(study_dir: Path) -> _Copies:
 
 
 def _study(study_dir: Path) -> optuna.Study:
-    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=_storage(study_dir.resolve()))
+    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage_of(study_dir))
 
 
 def _entry(line: str) -> Entry:

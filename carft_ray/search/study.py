@@ -22,11 +22,9 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from carft_ray import files
-from carft_ray.errors import Problem, StorageError
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import space
 from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
@@ -42,9 +40,8 @@ from carft_ray.search.outcome import (
     read_result,
     trial_name,
 )
+from carft_ray.search.rows import STUDY_NAMES, ZERO_SHOT, best_first, readable, row_of, rows_of, storage_of
 
-STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
-ZERO_SHOT = "zero_shot"
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
 
@@ -61,7 +58,7 @@ class Study:
         self.recipe = recipe
         self.notes = notes
         self._lease = held
-        storage = _storage(study_dir)
+        storage = storage_of(study_dir)
         self._storage = storage
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
@@ -196,7 +193,7 @@ class Study:
 
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:
         """Returns all trials (or baselines, or trainings of the confirm) in the order of their numbers."""
-        return _rows(kind, self._studies[kind])
+        return rows_of(kind, self._studies[kind])
 
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
@@ -228,7 +225,7 @@ class Study:
             if "trained" not in trial.constraints:
                 trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
             study.tell(spec.number, objective, state)
-        row = _row(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+        row = row_of(spec.kind, study.get_trials(deepcopy=False)[spec.number])
         self._retain(row)
         return row
 
@@ -247,7 +244,7 @@ class Study:
         elif row.kind == "trial":
             self._kept[row.name] = row
             if len(self._kept) > self.recipe.search.keep_checkpoints:
-                worst = min(self._kept.values(), key=_rank)
+                worst = best_first(self._kept.values())[-1]
                 del self._kept[worst.name]
                 _remove(self.study_dir / "trials" / worst.name / WEIGHTS)
 
@@ -325,35 +322,10 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
         is_new = claim(study_dir, recipe, base_dir)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
-        with _readable(study_dir):
+        with readable(study_dir):
             study = Study(study_dir, recipe, held, notes)
         with gone_if_nothing_began(study_dir, is_new, study._began):
             yield study
-
-
-def trials(study_dir: Path) -> list[TrialRow]:
-    """Reads a study's trials without locking or writing; ``running`` ones may run, wait, or belong to a dead search.
-
-    Raises:
-        StorageError: There is no study, or its journal is damaged.
-    """
-    return _read_rows(study_dir, "trial")
-
-
-def baselines(study_dir: Path) -> list[TrialRow]:
-    """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
-    return _read_rows(study_dir, "baseline")
-
-
-def confirmations(study_dir: Path) -> list[TrialRow]:
-    """Reads the trainings with fresh seeds as ``trials`` does; none before a confirm has begun."""
-    return _read_rows(study_dir, "confirm")
-
-
-def best_row(rows: list[TrialRow]) -> TrialRow | None:
-    """Returns the complete row with the largest objective, the earliest of equals."""
-    complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
-    return max(complete, key=_rank, default=None)
 
 
 def _remove(path: Path) -> None:
@@ -365,45 +337,11 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _rank(row: TrialRow) -> tuple[float, int]:
-    """The larger, the better; the earlier of equals."""
-    return row.objective or 0.0, -row.number
-
-
-def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:
-    if not (study_dir / JOURNAL).exists():
-        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
-    with _readable(study_dir):
-        storage = _storage(study_dir.resolve())
-        if STUDY_NAMES[kind] not in optuna.get_all_study_names(storage):  # its first search is just making it
-            return []
-        return _rows(kind, optuna.load_study(storage=storage, study_name=STUDY_NAMES[kind]))
-
-
-def _storage(study_dir: Path) -> JournalStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(study_dir / JOURNAL)))
-
-
 def _open(storage: JournalStorage, name: str, known: bool) -> optuna.Study:
     sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
     if known:
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
     return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize")
-
-
-@contextlib.contextmanager
-def _readable(study_dir: Path) -> Iterator[None]:
-    """Turns what Optuna raises on a damaged or foreign journal into a ``StorageError``."""
-    path = study_dir / JOURNAL
-    try:
-        yield
-    except OSError as error:
-        raise files.storage_error(path, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        step = "Restore the file from a copy; the results of finished trials are still in trials/."
-        cause = f"{type(error).__name__}: {error}"
-        raise StorageError(Problem(str(path), "must be an Optuna journal", cause, next_step=step)) from error
 
 
 def _attributes(result: dict[str, Any]) -> dict[str, Any]:
@@ -413,29 +351,3 @@ def _attributes(result: dict[str, Any]) -> dict[str, Any]:
         "metrics": result["metrics"],
         "elapsed_s": result.get("elapsed_s"),
     }
-
-
-def _rows(kind: Kind, study: optuna.Study) -> list[TrialRow]:
-    return [_row(kind, trial) for trial in study.get_trials(deepcopy=False)]
-
-
-def _row(kind: Kind, trial: FrozenTrial) -> TrialRow:
-    attributes = trial.user_attrs
-    finished = trial.state.is_finished()
-    elapsed_s = attributes.get("elapsed_s")
-    if elapsed_s is None and trial.duration is not None:
-        elapsed_s = trial.duration.total_seconds()
-    return TrialRow(
-        kind=kind,
-        number=trial.number,
-        name=attributes.get("name", f"t{trial.number:04d}"),
-        values=dict(attributes.get("values", trial.params)),
-        outcome=attributes.get("outcome", "error") if finished else "running",
-        attempt=attributes.get("attempt", 0),
-        reason=attributes.get("reason", ""),
-        objective=trial.value if trial.state == TrialState.COMPLETE else None,
-        alpha=attributes.get("alpha"),
-        metrics=attributes.get("metrics", {}),
-        started=trial.datetime_start,
-        elapsed_s=elapsed_s,
-    )
