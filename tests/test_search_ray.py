@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import ray
 import stand_in
-from ray import tune
 
 from carft_ray.errors import (
     CarftError,
@@ -172,29 +171,6 @@ def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path,
     assert result.elapsed_s > 5
     assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1)] * 2
     assert [event for event in seen if isinstance(event, Note)] == []
-
-
-@pytest.mark.slow
-def test_a_trial_that_tune_stops_has_time_to_clean_up_before_its_process_is_reused(tmp_path):
-    """Tune would give it 2 s, and put the next trial in ERROR without a word; our Ray has another setting."""
-
-    def trial(config):
-        try:
-            for step in range(100):
-                tune.report({"step": step, "pid": os.getpid()})
-        finally:
-            time.sleep(5)
-
-    with running_ray(None, tmp_path / "ray.log"):
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 1}),
-            tune_config=tune.TuneConfig(num_samples=3, reuse_actors=True, max_concurrent_trials=1),
-            run_config=tune.RunConfig(storage_path=str(tmp_path), stop={"training_iteration": 2}, verbose=0),
-        )
-        results = tuner.fit()
-    assert results.errors == []
-    assert [result.metrics["step"] for result in results] == [1, 1, 1]
-    assert len({result.metrics["pid"] for result in results}) == 1
 
 
 @pytest.mark.slow
