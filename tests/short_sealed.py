@@ -1,11 +1,8 @@
 """A finished study of short trainings with test sets, made without Ray in seconds."""
 
-from carft_ray import files
-from carft_ray.evaluation.run import prepare, run_training
-from carft_ray.learning.context import RunContext
-from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.search.study import open_study
+from short_study import search
+
+from carft_ray.recipe.loading import load_recipe
 
 TEST_SETS = {"photo_test": (3, 300), "cartoon": (2, 400), "painting": (4, 500)}  # domain -> images per class, seed
 
@@ -34,17 +31,3 @@ def settings(folder, trials):
         "search.baselines.plain={kl_weight: 0}",
         "train.epochs=3",
     ]
-
-
-def search(study_dir, recipe, base_dir):
-    """What a search does, one training after the other in this process."""
-    with open_study(study_dir, recipe, base_dir) as study:
-        files.write_text(study.study_dir / "resolved.yaml", dump_recipe(recipe, base_dir))
-        study.adopt()
-        prepared = study.study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, base_dir, prepared, str))
-        while (spec := study.next()) is not None:
-            run_training(
-                apply(recipe, spec.values), base_dir, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt
-            )
-            study.settle(spec)

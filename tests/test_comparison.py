@@ -86,12 +86,12 @@ def test_one_training_counts_for_every_seed_in_differences(correct, found):
 
 
 def test_headline_names_the_baseline_that_was_chosen_before(correct, found):
-    assert found.headline.startswith("t0007 improves on fine tuning by +7.")
+    assert found.headline.startswith("t0007: improves on fine tuning by +7.")
     assert compare(SPEC, correct, "t0007", BASELINES, "paper").headline.startswith(
-        "t0007 no improvement over paper shown"
+        "t0007: no improvement over paper shown"
     )
     assert compare(SPEC, correct, "fine_tuning", ["paper"], "paper").headline.startswith(
-        "fine_tuning worse than paper by"
+        "fine_tuning: worse than paper by"
     )
     assert compare(SPEC, correct, "t0007", []).headline is None
 
@@ -131,7 +131,7 @@ def test_one_training_each_works_and_covers_images_only(correct):
     assert {each.objective.words for each in found.baselines} == {OVER_IMAGES}
     assert found.optimism.se is None
     lines = comparison_lines(found)
-    assert lines[0].startswith("Test;")
+    assert lines[0] == "Paired differences, points; test:"
     assert lines[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
     json.dumps(found.as_data(), allow_nan=False)
 

@@ -17,6 +17,7 @@ from carft_ray.results.overview import read_study
 from carft_ray.results.report import study_report
 from carft_ray.results.selection import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed, read_stored
+from carft_ray.search.ledger import record
 from carft_ray.search.outcome import Failure, write_failure
 from carft_ray.search.study import open_study
 
@@ -175,14 +176,24 @@ def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
     for step in ("confirm", "test"):
         (study_dir / step).mkdir()
         (study_dir / step / "summary.json").write_text(json.dumps({"lines": [f"found by {step}"]}))
-    lines = [{"purpose": "winner"}, {"purpose": "test"}, {"purpose": "test"}]
-    (study_dir / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for purpose in ("winner fixed", "test", "test"):
+        record(study_dir, make_recipe(), purpose)
     _, out, err = run(capsys, study_dir)
     assert f"carft-ray export {study_dir}" in err
     assert "test sets were read 2 times" in out
     assert out.index("found by confirm") < out.index("found by test")
     (study_dir / "confirm" / "summary.json").write_text("[]")
     assert run(capsys, study_dir)[0] == 5
+
+
+def test_a_ledger_that_lost_a_line_is_no_ground_for_a_report(study_dir, capsys):
+    for _ in range(2):
+        record(study_dir, make_recipe(), "test")
+    ledger = study_dir / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().splitlines(keepends=True)[0])
+    code, out, err = run(capsys, study_dir)
+    assert (code, out) == (8, "")
+    assert "line 2, the last, was removed" in err
 
 
 def test_confirmed_configurations_give_the_seed_noise(study_dir):

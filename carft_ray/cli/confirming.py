@@ -77,7 +77,9 @@ def confirm(
     console.say("\n" + "\n".join(summary["lines"]))
     folder = shlex.quote(str(study))
     steps = [f"carft-ray report {folder}"]
-    if recipe.data.id_test is not None or recipe.data.ood_test:
+    if summary["better_than_winner"] and winner == "search":
+        steps.insert(0, f"carft-ray confirm {folder} --winner confirmed")
+    elif recipe.data.id_test is not None:
         steps.insert(0, f"carft-ray test {folder}    # opens the test sets; each read is recorded")
     console.next_step(*steps)
 

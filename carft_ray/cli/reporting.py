@@ -26,10 +26,10 @@ def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
         console.out.print(_rule_table(answer["rules"]))
         console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
-    folder, data = shlex.quote(str(study)), view.recipe.data
+    folder = shlex.quote(str(study))
     if not answer["confirm"]:
         console.next_step(f"carft-ray confirm {folder}")
-    elif not answer["test"] and (data.id_test is not None or data.ood_test):
+    elif not answer["test"] and view.recipe.data.id_test is not None:
         console.next_step(f"carft-ray test {folder}    # opens the test sets; each read is recorded")
     else:
         console.next_step(f"carft-ray export {folder} --to exports/{answer['name']}")

@@ -126,6 +126,7 @@ class Comparison:
         return {
             **_plain(asdict(self)),
             "better_than_winner": self.better_than_winner,
+            "row_lines": row_lines(self),
             "lines": comparison_lines(self),
         }
 
@@ -173,7 +174,7 @@ def compare(
         label,
         winner,
         headline_baseline,
-        None if chosen is None else f"{winner} {chosen.sentence}",
+        None if chosen is None else f"{winner}: {chosen.sentence}",
         id_margin,
         rows,
         primary,
@@ -182,14 +183,20 @@ def compare(
     )
 
 
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Returns the comparison as lines of text, in points, each interval with its words."""
-    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}; accuracies and differences in points:"]
+def row_lines(comparison: Comparison) -> list[str]:
+    """Returns the configurations as lines of text, in points, each interval with its words."""
+    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}; accuracies in percent:"]
     for row in comparison.rows:
         lines.append(f"{row.name}: objective {in_points(row.objective)}")
         lines.append(f"    ID {in_points(row.id_accuracy)}")
         if row.ood_accuracy is not None:
             lines.append(f"    OOD mean {in_points(row.ood_accuracy)}")
+    return lines
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
+    lines = [f"Paired differences, points; {comparison.label}:"]
     for each in comparison.baselines:
         adjusted = "" if each.p_holm is None else f"; p = {_p(each.p_holm)} (Holm)"
         lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}{adjusted}")
@@ -207,7 +214,10 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
         then = f"{100 * found.searched:.1f} when it was chosen"
         lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
-    notes = dict.fromkeys(note for row in comparison.rows for note in row.objective.notes)
+    num_seeds = max(row.objective.num_seeds for row in comparison.rows)
+    # a row of one seed beside others with more is the zero-shot model, which has none to cover
+    counted = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
+    notes = dict.fromkeys(note for interval in counted for note in interval.notes)
     lines += [f"Note: {note}." for note in notes]
     if comparison.headline is not None:
         words = _of(comparison.baselines, comparison.headline_baseline).objective.words

@@ -14,7 +14,7 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.comparison import Comparison, compare
+from carft_ray.results.comparison import Comparison, compare, comparison_lines
 from carft_ray.results.confirm import CONFIRM, SUMMARY, PlanRow, Stage, training_name
 from carft_ray.results.intervals import values_by_seed
 from carft_ray.search.folder import PREPARED
@@ -152,7 +152,7 @@ def _lines(comparison: Comparison, stage: Stage, twice: bool, failed: Sequence[s
     if twice:
         lines.append("The winner was chosen on other fresh seeds; these did not choose it.")
     lines += [f"Failed, and not compared: {line}." for line in failed]
-    lines += [line for line in comparison.as_data()["lines"] if line]
+    lines += comparison_lines(comparison)
     if not recipe.data.ood_val:
         lines.append("Selected on ID only: the recipe has no ood_val.")
     return lines

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.results.bootstrap import NUM_RESAMPLES, BoolArray, Win, bbc, incumbent_values, overtuning, resample
@@ -26,10 +25,10 @@ from carft_ray.results.selection import (
     regret_table,
 )
 from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
+from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
 
-LEDGER = "ledger.jsonl"
 TEST = "test"
 _SHOWN_WINS = 5
 
@@ -43,6 +42,7 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
 
     Raises:
         NoSuccessfulTrialError: No trial has finished.
+        HoldOutError: The ledger was changed, so how often the test sets were read is not known.
         StorageError, DataError: Stored predictions are missing, damaged or of different images.
     """
     best = view.best
@@ -70,7 +70,7 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
         "trainings": sum(row.outcome not in ("running",) for row in (*view.trials, *view.baselines))
         - _zero_shots(view),
         "alphas": stored.num_alphas,
-        "test_reads": sum(line.get("purpose") == "test" for line in files.read_json_lines(view.study_dir / LEDGER)),
+        "test_reads": len(reads_of(read_ledger(view.study_dir))),
     }
     against = _headline(spec, best, baselines, stored)
     lines = [
@@ -125,7 +125,7 @@ def _headline(spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], st
         "words": difference.words,
         "sentence": sentence,
         "lines": [
-            f"Measured at their alphas, on the images that chose: {best.name} {sentence}; 95 %, {difference.words}.",
+            f"Measured at their alphas, on the images that chose: {best.name}: {sentence}; 95 %, {difference.words}.",
             f"    {best.name} - {rival.name}: {in_points(difference, signed=True)}",
         ],
     }
@@ -165,9 +165,10 @@ def _pick_line(best: TrialRow, pick: Pick) -> str:
     if (pick.name, pick.alpha) == (best.name, best.alpha):
         moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
         return f"One standard error: {share}; the best itself {moved}."
+    where = f"{100 * abs(pick.behind):.1f} points {'behind' if pick.behind >= 0 else 'ahead'} as measured"
     return (
         f"One standard error: {share}; {pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot "
-        f"({100 * pick.moved:.2f} % of its norm), {100 * pick.behind:.1f} points behind, "
+        f"({100 * pick.moved:.2f} % of its norm), {where}, "
         f"standard error {100 * pick.se:.1f}."
     )
 

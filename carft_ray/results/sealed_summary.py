@@ -9,7 +9,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.compared import Compared
-from carft_ray.results.comparison import Difference, compare, comparison_lines
+from carft_ray.results.comparison import Difference, compare, comparison_lines, row_lines
 from carft_ray.results.comparison import Row as ComparedRow
 from carft_ray.results.intervals import Interval
 from carft_ray.search.ledger import WENT_ON, Entry
@@ -89,6 +89,7 @@ def summarise(
         "differences": {each.other: _difference_data(each) for each in comparison.baselines},
         "baseline": comparison.headline_baseline,
         "headline": comparison.headline,
+        "row_lines": row_lines(comparison),
         "lines": [*_lines(compared, num_images, entry, number, num_went_on), *comparison_lines(comparison)],
     }
 

@@ -112,7 +112,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
 
 
 def found_beside(study_dir: Path, step: str) -> list[str]:
-    """Returns the ``lines`` of ``<step>/summary.json`` (``confirm``, ``test``), none while there is no such file.
+    """Returns the ``row_lines`` and ``lines`` of ``<step>/summary.json`` (``confirm``, ``test``); none without it.
 
     Raises:
         StorageError: The file is damaged.
@@ -124,7 +124,7 @@ def found_beside(study_dir: Path, step: str) -> list[str]:
     lines = content.get("lines") if isinstance(content, dict) else None
     if not isinstance(lines, list):
         raise StorageError(f"{path}: must have a list 'lines'")
-    return [str(line) for line in lines]
+    return [str(line) for line in [*content.get("row_lines", []), *lines]]
 
 
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:
