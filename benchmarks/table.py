@@ -128,7 +128,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Trainings to replay, as a table.")
     parser.add_argument("--out", type=Path, default=OUT, help="where trainings are kept (%(default)s)")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table (%(default)s)")
-    parser.add_argument("--points", type=int, default=NUM_POINTS, help="trainings (%(default)s)")
+    parser.add_argument("--points", type=int, default=NUM_POINTS, help="points of the design (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
     arguments = parser.parse_args(argv)
     if min(arguments.processes, arguments.points) < 1:
