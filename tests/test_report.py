@@ -2,19 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.bootstrap import bbc, resample
-from carft_ray.results.overview import read_study
+from carft_ray.results.overview import folder_of, read_study
 from carft_ray.results.report import study_report
+from carft_ray.results.robustness import robustness
 from carft_ray.results.selection import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed, read_stored
 from carft_ray.search.ledger import record
@@ -143,7 +146,7 @@ def test_a_fixed_alpha_stands_alone(tmp_path):
     view = read_study(study_dir)
     stored = read_stored(study_dir, view.recipe, complete(view), [], objective_spec(view.recipe))
     assert {candidate.alphas for candidate in stored.candidates} == {(0.6,)}
-    assert study_report(view, 50)["bbc"]["wins"][0]["alpha"] == 0.6
+    assert study_report(view, num_resamples=50)["bbc"]["wins"][0]["alpha"] == 0.6
 
 
 def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
@@ -218,7 +221,7 @@ def test_confirmed_configurations_give_the_seed_noise(study_dir):
     (study_dir / "confirm" / "plan.json").write_text(json.dumps({**plan, "rows": [rows[0]], "stage1": first}))
     assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
-    report = study_report(read_study(study_dir), 50)
+    report = study_report(read_study(study_dir), num_resamples=50)
     assert report["noise"]["seed"] > 0
     assert any("image and seed noise, the latter from 1 confirmed" in line for line in report["lines"])
 
@@ -246,3 +249,49 @@ def test_a_study_without_ood_sets_has_no_table_of_rules(tmp_path, capsys):
     code, out, _ = run(capsys, study_dir)
     assert code == 0
     assert "Rules of selection" not in out
+
+
+# beyond the line
+
+
+def measured(study_dir, row, id_accuracy, noisy):
+    """Gives a trial's result what a real training writes: metrics per set, at alpha 1 too, and its curve."""
+    path = folder_of(study_dir, row) / "result.json"
+    metrics = {"id_accuracy": id_accuracy, "ood_accuracy": noisy, "accuracy/noisy": noisy, "objective": 0.5}
+    curve = [{"alpha": alpha, **metrics, "objective": 0.5 + 0.1 * (alpha == 0.5)} for alpha in (0.0, 0.5, 1.0)]
+    content = {**json.loads(path.read_text()), "metrics": metrics, "fine_tuned": metrics, "curve": curve}
+    path.write_text(json.dumps({**content, "num_images": {"id_val": 60, "noisy": 40}}))
+
+
+def on_a_line(id_accuracy):
+    return float(expit(0.8 * logit(id_accuracy) - 0.3))
+
+
+def test_the_best_stands_on_the_line_of_the_studys_own_plain_trainings(study_dir):
+    view = read_study(study_dir)
+    rows = complete(view)[:4]
+    for row, id_accuracy in zip([*rows, view.baselines[0]], (0.6, 0.65, 0.7, 0.75, 0.8), strict=True):
+        measured(study_dir, row, id_accuracy, on_a_line(id_accuracy))
+    plain = replace(view, trials=[replace(row, values={"kl_weight": 0}) for row in rows])
+    [gain] = robustness(plain, rows[0], None)["noisy"]
+    assert gain.measure == "gain_over_ft_line"
+    assert gain.value == pytest.approx(0, abs=1e-12)
+    assert len(gain.models) == 5
+    assert robustness(view, rows[0], None) == {}  # of the study itself only the baseline is plain
+
+
+def test_a_reference_file_gives_effective_robustness_with_its_caveat(study_dir, tmp_path, capsys):
+    best = read_study(study_dir).best
+    measured(study_dir, best, 0.7, on_a_line(0.7) + 0.1)
+    path = tmp_path / "models.csv"
+    models = "".join(f"m{i},{x},{on_a_line(x)}\n" for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9)))
+    path.write_text("model,acc_id,acc_ood/noisy\n" + models)
+    code, out, _ = run(capsys, study_dir, "--reference", path)
+    assert code == 0
+    assert "noisy: effective_robustness +10.0 points over 5 models: m0, m1, m2, m3, m4." in out
+    assert "favours CLIP-like pre-training" in out
+    assert "area under the objective 55.0 %; best ID at alpha 0.00" in out
+    path.write_text("model,acc_id,acc_ood/noisey\n" + models)
+    code, out, err = run(capsys, study_dir, "--reference", path)
+    assert (code, out) == (4, "")
+    assert "must have a column for at least one OOD validation set of the study, but got acc_ood/noisey; did you" in err

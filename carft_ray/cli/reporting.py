@@ -1,7 +1,10 @@
 """Trusting the numbers: what a study's best is worth. Nothing is locked, nothing is written."""
 
 import shlex
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
 
@@ -9,14 +12,26 @@ PANEL = "Trusting the numbers"  # of the help
 
 
 @app.command(epilog="Example:  carft-ray report studies/quickstart", rich_help_panel=PANEL)
-def report(study: StudyArgument, json_: JsonOption = False, debug: DebugOption = False) -> None:
+def report(
+    study: StudyArgument,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            help="CSV with model, acc_id and acc_ood/<set> of models without robustness interventions: effective "
+            "robustness.",
+        ),
+    ] = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test is read."""
     from carft_ray import console
     from carft_ray.results import overview
     from carft_ray.results.report import study_report
 
     view = overview.read_study(study)
-    answer = study_report(view)
+    answer = study_report(view, reference)
     if json_:
         console.print_json(answer)
         return

@@ -89,7 +89,8 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
 
     with search_shown(not json_, study, value.train.epochs) as on_event:
         result = run_search(value, base_dir, study, address, on_event)
-    best_path, figure_path = write_best(value, base_dir, result), write_figure(value, result)
+    write_best(value, base_dir, result)
+    figure_path = write_figure(value, result)
     summary = study_summary(value, result)
     if json_:
         console.print_json(summary)
@@ -101,7 +102,8 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
     folder = shlex.quote(str(study))
     console.next_step(
-        f"carft-ray train {shlex.quote(str(best_path))} --out runs/{value.name}-best",
+        f"carft-ray report {folder}",
+        f"carft-ray confirm {folder}",
         f"carft-ray export {folder} --to exports/{value.name}",
         f"carft-ray resume {folder} --trials +{max(4, value.search.trials // 2)}",
         f"tensorboard --logdir {folder}",

@@ -5,6 +5,7 @@ Everything is read from stored validation predictions; no test set is opened.
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from carft_ray.results.bootstrap import NUM_RESAMPLES, BoolArray, Win, bbc, incu
 from carft_ray.results.confirm import CONFIRM
 from carft_ray.results.intervals import headline, in_points, objective_difference
 from carft_ray.results.overview import Overview
+from carft_ray.results.robustness import curve_line, robustness, robustness_lines
 from carft_ray.results.selection import (
     Correction,
     Noise,
@@ -33,11 +35,12 @@ TEST = "test"
 _SHOWN_WINS = 5
 
 
-def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+def study_report(view: Overview, reference: Path | None = None, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
     """Returns the report as plain data; ``lines`` is its text.
 
     Args:
         view: The study.
+        reference: Accuracies of reference models, for effective robustness.
         num_resamples: Of the bootstrap.
 
     Raises:
@@ -72,7 +75,7 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
         "alphas": stored.num_alphas,
         "test_reads": len(reads_of(read_ledger(view.study_dir))),
     }
-    against = _headline(spec, best, baselines, stored)
+    against, above = _headline(spec, best, baselines, stored), robustness(view, best, reference)
     lines = [
         *_count_lines(view.recipe.name, counts),
         "",
@@ -80,7 +83,9 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
         *([] if pick is None else [_pick_line(best, pick)]),
         _wins_line(wins),
         _overtuning_line(curve.absolute[-1], curve.relative[-1]),
+        *([line] if (line := curve_line(view, best)) else []),
         *([] if against is None else ["", *against["lines"]]),
+        *(["", *robustness_lines(above)] if above else []),
     ]
     beside = {step: found_beside(view.study_dir, step) for step in (CONFIRM, TEST)}
     for found in beside.values():
@@ -97,6 +102,7 @@ def study_report(view: Overview, num_resamples: int = NUM_RESAMPLES) -> dict[str
         "overtuning": asdict(curve),
         "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
         "headline": against,
+        "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
         **beside,
         "lines": lines,
     }
