@@ -23,6 +23,7 @@ Shape letters: N images of a set, M of another, F = 96 features.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -43,7 +44,7 @@ from carft_ray.data.folder import FolderSource, list_folders
 from carft_ray.data.sets import TEST_ROLES, check_roles, open_source
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, HoldOutError, Problem
-from carft_ray.files import fsync_file, new_file, write_json
+from carft_ray.files import write_bytes, write_json
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import FolderSet, Recipe, SetSpec
@@ -168,10 +169,9 @@ def signatures(
             thumbnails[index] = pixels
             if (index + 1) % 1000 == 0:
                 on_progress(index + 1, len(source))
-    with new_file(path) as temporary:
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate([digests, thumbnails.reshape(len(source), -1)], axis=1))
-        fsync_file(temporary)
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([digests, thumbnails.reshape(len(source), -1)], axis=1))
+    write_bytes(path, buffer.getvalue())
     return Signatures(digests, thumbnails)
 
 

@@ -82,17 +82,17 @@ def train_once(
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
-        check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
-        found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
-        if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
-            from carft_ray.launch.train import train_with_ray
-
-            say(f"training with {recipe.resources.num_workers} Ray Train workers")
-            result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
-            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
-            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
-            return result, zero_shot
         try:
+            check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
+            found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
+            if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
+                from carft_ray.launch.train import train_with_ray
+
+                say(f"training with {recipe.resources.num_workers} Ray Train workers")
+                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
+                zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+                record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
+                return result, zero_shot
             zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
