@@ -56,15 +56,14 @@ def _table(summary: Mapping[str, Any]) -> "Table":
     columns["objective"] = "objective"
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("test accuracy, %", no_wrap=True)
-    for title in ("alpha", "seeds", *columns.values(), "95 % of it"):
+    for title in ("alpha", "seeds", *columns.values()):
         table.add_column(title, justify="right")
-    table.add_column("")
+    table.add_column("95 % of it", justify="right", no_wrap=True)
     for row in summary["rows"]:
         found = row["test"]
         low, high = found["objective"]["interval"]
         cells = [f"{row['alpha']:.2f}", str(row["num_seeds"] or "-")]
         cells += [console.percent(found[name]["mean"]) for name in columns]
         cells.append(f"[{console.percent(low)}, {console.percent(high)}]")
-        is_winner = row["role"] == "winner"
-        table.add_row(row["name"], *cells, row["role"], style="bold green" if is_winner else None)
+        table.add_row(row["name"], *cells, style="bold green" if row["role"] == "winner" else None)
     return table

@@ -198,10 +198,10 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     """Returns the differences and what follows from them as lines of text, in points, the headline last."""
     lines = [f"Paired differences, points; {comparison.label}:"]
     for each in comparison.baselines:
-        adjusted = "" if each.p_holm is None else f"; p = {_p(each.p_holm)} (Holm)"
+        adjusted = "" if each.p_holm is None else f"; {_p(each.p_holm)} (Holm)"
         lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}{adjusted}")
         for name, interval in each.sets.items():
-            text = f"    {name} {in_points(interval, signed=True)}; p = {_p(each.sets_p_holm[name])} (Holm)"
+            text = f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)"
             lines.append(text)
         verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
         lines.append(f"    {verdict}: a loss of {100 * comparison.id_margin:g} points is allowed")
@@ -276,7 +276,7 @@ def _of(differences: Sequence[Difference], name: str | None) -> Difference:
 
 
 def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
 def _plain(value: Any) -> Any:
