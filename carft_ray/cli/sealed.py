@@ -59,11 +59,12 @@ def _table(summary: Mapping[str, Any]) -> "Table":
     for title in ("alpha", "seeds", *columns.values()):
         table.add_column(title, justify="right")
     table.add_column("95 % of it", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for row in summary["rows"]:
         found = row["test"]
         low, high = found["objective"]["interval"]
         cells = [f"{row['alpha']:.2f}", str(row["num_seeds"] or "-")]
         cells += [console.percent(found[name]["mean"]) for name in columns]
         cells.append(f"[{console.percent(low)}, {console.percent(high)}]")
-        table.add_row(row["name"], *cells, style="bold green" if row["role"] == "winner" else None)
+        table.add_row(row["name"], *cells, row["role"], style="bold green" if row["role"] == "winner" else None)
     return table

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
+from carft_ray.search.lease import holder as live_holder
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
@@ -27,6 +29,7 @@ MANIFEST = provenance.MANIFEST
 LOCK = "lock"
 RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
+DYING_LOOKS = 50
 STOP = "stop"  # asks running trainings to write a checkpoint and end
 # what may change between two searches of one study; everything else is what the study is about
 RUNNING_KEYS = (
@@ -57,7 +60,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle, study_dir)
         except BlockingIOError:
             holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             raise StorageError(in_use(study_dir, holder)) from None
@@ -79,6 +82,17 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
             yield held
     finally:
         os.close(handle)
+
+
+def _take(handle: int, study_dir: Path) -> None:
+    """Takes the lock; waits a moment for that of a killed process, whose threads end a little after it."""
+    for _ in range(DYING_LOOKS):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if live_holder(study_dir) is not None:
+            break
+        time.sleep(0.02)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_ours(name: str) -> bool:

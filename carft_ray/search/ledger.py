@@ -269,6 +269,9 @@ def _read(study_dir: Path) -> _Copies:
         for line in journal:
             _entry(line)
     manifest = files.read_json(study_dir / MANIFEST) if (study_dir / MANIFEST).exists() else {}
+    if not isinstance(manifest, dict):
+        value = f"a {type(manifest).__name__}"
+        raise StorageError(Problem(str(study_dir / MANIFEST), "must be the manifest of a study", value))
     noted = manifest.get(ATTRIBUTE, {})
     try:
         count, head = int(noted.get("count", 0)), str(noted.get("head", ""))
