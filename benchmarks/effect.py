@@ -24,7 +24,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_
 from carft_ray import console, files
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.materials import ID_SET
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter, Recipe
@@ -171,8 +171,7 @@ def measure(group: Group, zero_shot: Correct, recipe: Recipe) -> tuple[dict[str,
     plain, car_ft = (test_correct(group[name], test_sets) for name in ("plain", "CAR-FT"))
     intervals = acceptance.effect_intervals(zero_shot, plain, car_ft)
     tuned = {name: test_correct(group[f"tuned {name}"], test_sets) for name in ("plain", "CAR-FT")}
-    part = recipe.search.objective
-    spec = ObjectiveSpec(part.kind, ID_TEST, test_sets[1:], part.id_weight)
+    spec = replace(objective_spec(recipe), id_set=ID_TEST, ood_sets=test_sets[1:])
     differences = paired_differences(tuned["CAR-FT"], tuned["plain"])
     intervals |= {
         "tuned CAR-FT - tuned plain, objective": objective_difference(spec, tuned["CAR-FT"], tuned["plain"]),

@@ -234,7 +234,7 @@ BAD = [
     (
         "search: {space: {kl_weight: {low: 1, hihg: 2, high: 2}}}",
         "r.yaml:9: search.space.kl_weight.hihg: unknown key; did you mean 'high'? "
-        "(allowed: type, low, high, log, step)",
+        "(allowed: type, low, high, log, step, when)",
     ),
     (
         "search: {space: {kl_weight: {type: floot, low: 1, high: 2}}}",
@@ -678,7 +678,7 @@ def test_set_into_a_part_that_the_file_gets_wrong_leaves_the_file_s_message(tmp_
 
 WARNINGS = [
     ("storage: s3://x", "storage has no effect in this version"),
-    ("budget: {wall_time_s: 5}", "budget.wall_time_s has no effect in this version"),
+    ("budget: {wall_time: 5}", "budget.wall_time has no effect in this version"),
     ("budget: {gpu_hours: 5}", "budget.gpu_hours has no effect in this version"),
     ("train: {kl_weight: 0, context_scale: 9}", "train.context_scale has no effect: kl_weight is 0"),
     (

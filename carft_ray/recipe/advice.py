@@ -64,7 +64,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
-    if search.objective.id_weight != 0.5 and search.objective.kind != "weighted_mean":
+    if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):
         yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"

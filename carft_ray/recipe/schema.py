@@ -4,6 +4,7 @@ Units: learning rates are absolute, accuracies are fractions, sizes are pixels, 
 otherwise. The keys are described for users in ``search_spaces/README.md``; a test holds the two together.
 """
 
+import re
 from decimal import Decimal
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -30,6 +31,24 @@ def _templates(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
         raise ValueError("must be the name of a set of templates or a list of texts with {}")
     return tuple(value)
+
+
+def _choices(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values:
+        raise ValueError("must be a value of the other parameter, or a list of them")
+    return tuple(_plain_value(one) for one in values)
+
+
+def _duration(value: Any) -> Any:
+    """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip())
+    if found is None or not any(found.groups()):
+        raise ValueError("must be seconds, or a text such as 45m, 8h or 1h30m")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 # Strict: true is no number, '3' is no number, 1 is not true.
@@ -131,6 +150,10 @@ class TrainPart(Part):
     seed: Seed = 0  # data order and views
 
 
+# categorical parameter -> its values for which this one is drawn; elsewhere the field keeps its value in `train`
+When = Annotated[dict[str, Annotated[Any, BeforeValidator(_choices)]], BeforeValidator(_nothing_is_empty)]
+
+
 class FloatParameter(Part):
     """A real number between two ends."""
 
@@ -139,6 +162,7 @@ class FloatParameter(Part):
     high: Number
     log: Flag = False
     step: Positive | None = None
+    when: When = {}
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -154,6 +178,7 @@ class IntParameter(Part):
     high: Annotated[int, Field(strict=True)]
     log: Flag = False
     step: Count = 1
+    when: When = {}
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -169,6 +194,7 @@ class CategoricalParameter(Part):
 
     type: Literal["categorical"]
     choices: Annotated[tuple[Choice, ...], Field(min_length=1)]
+    when: When = {}
 
     @field_validator("choices")
     @classmethod
@@ -243,19 +269,41 @@ class AlphaPart(Part):
 
 
 class ObjectivePart(Part):
-    """The number that ranks trials, always maximised."""
+    """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
 
-    kind: Literal["weighted_mean", "harmonic", "worst_domain"] = "weighted_mean"
-    id_weight: Fraction = 0.5  # of weighted_mean
+    kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = "weighted_mean"
+    # of weighted_mean; with pareto of the number by which a running training is looked at
+    id_weight: Fraction = 0.5
     id_margin: Fraction = 0.005  # "keeps ID" in reports: at most so much is lost with 97.5 % confidence; ranks nothing
+    best: Literal["knee", "lexicographic"] = "knee"  # of pareto: which point of the front is the best trial
+    tolerance: Fraction = 0.005  # of lexicographic: ID accuracy under the highest at which OOD accuracy decides
+
+
+class ConstraintsPart(Part):
+    """What the chosen weights of a trial must keep; part of its choice of alpha, and told to the sampler."""
+
+    id_drop: dict[SetName, Fraction] = {}  # baseline, or zero_shot -> ID accuracy that may be lost under it
+    ece: dict[SetName, Fraction] = {}  # id_val or a set of ood_val -> largest expected calibration error
 
 
 class SamplerPart(Part):
     """Who proposes the next values."""
 
-    name: Literal["tpe", "random"] = "tpe"
+    name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = "tpe"
     seed: Seed = 0
-    startup_trials: Count | None = None  # random trials before TPE; None: max(4, trials / 4)
+    startup_trials: Count | None = None  # random trials before tpe, gp and cmaes; None: max(4, trials / 4)
+    options: Annotated[dict[str, Any], BeforeValidator(_nothing_is_empty)] = {}  # of the sampler: search/samplers.py
+
+
+class PrunerPart(Part):
+    """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
+
+    name: Literal["none", "successive_halving", "hyperband", "median", "percentile", "patience"] = "none"
+    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = 1 / 3  # share before which no training is cut
+    factor: Annotated[int, Field(ge=2, strict=True)] = 2  # halving, hyperband: next rung; 1/factor of the trials go on
+    startup_trials: Count = 4  # median, percentile: finished trials before anything is cut
+    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = 25.0  # percentile: the best share that goes on
+    patience: Count = 3  # patience: looks without a gain
 
 
 class SearchPart(Part):
@@ -265,7 +313,11 @@ class SearchPart(Part):
     space: Annotated[dict[str, Parameter], BeforeValidator(_name_types)] = {}
     alpha: AlphaPart = AlphaPart()
     objective: ObjectivePart = ObjectivePart()
+    constraints: ConstraintsPart = ConstraintsPart()
     sampler: SamplerPart = SamplerPart()
+    pruner: PrunerPart = PrunerPart()
+    points: tuple[dict[str, Any], ...] = ()  # values tried first; a parameter that is left out is drawn
+    warm_start: tuple[str, ...] = ()  # other studies whose trials the sampler is told of
     # name -> values over `train`; trained before the trials, shown beside them, never told to the sampler
     baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(_nothing_is_empty)] = {}
     concurrency: Count | None = None  # trials at a time; None: what the machine or cluster holds
@@ -289,10 +341,10 @@ class ResourcesPart(Part):
 
 
 class BudgetPart(Part):
-    """When a search ends before its trials are done."""
+    """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time_s: Positive | None = None
-    gpu_hours: Positive | None = None
+    wall_time: Annotated[Positive, BeforeValidator(_duration)] | None = None  # seconds, or a text such as 8h
+    gpu_hours: Positive | None = None  # of all attempts of the study
 
 
 class EvaluatePart(Part):

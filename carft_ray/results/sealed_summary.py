@@ -1,11 +1,12 @@
 """What a read of the test sets has found, as data: intervals, paired differences, the headline, lines for a report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.compared import Compared
@@ -38,7 +39,7 @@ def summarise(
         number: Which read it is, from 1.
     """
     part = recipe.search.objective
-    spec = ObjectiveSpec(part.kind, ID_TEST, tuple(recipe.data.ood_test), part.id_weight)
+    spec = replace(objective_spec(recipe), id_set=ID_TEST, ood_sets=tuple(recipe.data.ood_test))
     names = (spec.id_set, *spec.ood_sets)
     correct = {
         row.name: {

@@ -107,7 +107,7 @@ def write_figure(recipe: Recipe, result: SearchResult) -> Path:
         result.study_dir / FIGURE_SVG,
         f"{recipe.name}: {len(dots)} trials",
         synthetic=recipe.data.train.source == "sandbox",
-        kind=recipe.search.objective.kind,
+        kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,
     )
     return path
