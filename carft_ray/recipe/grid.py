@@ -18,8 +18,6 @@ def num_values(parameter: Parameter) -> int | None:
         return len(parameter.choices)
     if isinstance(parameter, IntParameter):
         return (parameter.high - parameter.low) // parameter.step + 1
-    if parameter.low == parameter.high:
-        return 1
     if parameter.step is None:
         return None
     return int((decimal(parameter.high) - decimal(parameter.low)) / decimal(parameter.step)) + 1

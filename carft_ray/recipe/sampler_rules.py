@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "gp": {"deterministic": Option(bool, "false", "takes the objective for free of noise")},
     "cmaes": {
-        "popsize": Option(int, "4 + 3 ln(parameters)", "trials of a generation", low=2),
+        "popsize": Option(int, "4 + 3 ln(parameters)", "trials of a generation", low=4),
         "sigma0": Option(float, "1/6", "first standard deviation, in widths of the range", low=0, high=1, above=True),
         "with_margin": Option(bool, "false", "keeps whole numbers and steps from being fixed too early"),
         "lr_adapt": Option(bool, "false", "adapts its learning rate to noise; not with with_margin"),
