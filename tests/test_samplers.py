@@ -17,12 +17,15 @@ from optuna.trial import TrialState
 from stand_in import make_recipe
 from test_study import optuna_study, run_all
 
-from carft_ray.errors import RecipeError, UsageError
+from carft_ray import api, cli, console, progress
+from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
 from carft_ray.recipe import advice
 from carft_ray.recipe.grid import grid_index, grid_size, num_trials
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.schema import SamplerPart
+from carft_ray.recipe.space import apply
+from carft_ray.results.overview import row_dict
 from carft_ray.search import samplers, space
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
@@ -640,6 +643,7 @@ def cmaes_study(tmp_path, monkeypatch):
     """A study of cmaes in which somebody has left a pickle of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     study_dir, recipe = tmp_path / "study", make_recipe(6, baselines={}, sampler={"name": "cmaes"})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
     with open_study(study_dir, recipe, BASE) as study:
         study.adopt()
         for _ in range(3):
@@ -716,6 +720,60 @@ def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
         study.adopt()
     assert not (tmp_path / "study" / "token").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch, capsys):
+    import carft_ray.launch.search
+
+    study_dir, recipe, trace = cmaes_study
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
+    commands = (["resume", study_dir], ["search", study_dir / "resolved.yaml", "--study", study_dir])
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("was not begun by you on this machine") == 1
+    assert not trace.exists()
+    given = []
+
+    def run_search(*arguments, trusted):
+        given.append(trusted)
+        raise InterruptedRunError("enough")
+
+    monkeypatch.setattr(carft_ray.launch.search, "run_search", run_search)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command), "--trust"])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert given == [True, True]
+
+
+# ---- trials without a value
+
+
+def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
+    recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
+    with open_study(tmp_path / "study", recipe, BASE) as study:
+        study.adopt()
+        run_all(study)
+    rows = trials(tmp_path / "study")
+    missing = ["label_smoothing" not in row.values for row in rows]
+    assert {*missing} == {True, False}
+    blank = []
+    for table in (
+        console.trial_table([row_dict(row, rows[0]) for row in rows]),
+        progress._fitting_table([progress._line(row, " ") for row in rows], 300),
+    ):
+        [column] = [column for column in table.columns if column.header == "label_smoothing"]
+        blank.append([cell == "" for cell in column.cells])
+    columns = api._table(rows)
+    blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
+    assert blank == [missing] * 3
+    for row, is_missing in zip(rows, missing, strict=True):
+        train = apply(recipe, row.values).train
+        assert train.label_smoothing == (recipe.train.label_smoothing if is_missing else row.values["label_smoothing"])
 
 
 # ---- contracts with Optuna
