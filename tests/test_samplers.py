@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import optuna
@@ -163,7 +164,7 @@ def check_resume(name, recipe):
 
 
 def check_many(name, recipe):
-    wanted = 16
+    wanted = 12 if name == "gp" else 16
     drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, at_a_time=4, wanted=wanted)
     first = HISTORY if name in ("nsga2", "nsga3") else wanted  # a child may be its parent
     assert len({json.dumps(values) for values in drawn[:first]}) == first
@@ -181,7 +182,12 @@ FEATURES = {  # feature -> keys of search, further parameters, what holds
     "resume": ({}, {}, check_resume),
     "many at a time": ({}, {}, check_many),
 }
-TABLE = [(name, feature) for name, cells in CELLS.items() for feature in cells]
+SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in CELLS]  # gp fits a model
+TABLE = [
+    pytest.param(name, feature, marks=pytest.mark.slow if name == "gp" else ())
+    for name, cells in CELLS.items()
+    for feature in cells
+]
 
 
 def write(tmp_path, recipe):
@@ -235,10 +241,22 @@ def test_the_table_is_whole_and_the_documentation_shows_it():
     }
 
 
+def test_the_examples_of_the_documentation_are_valid(tmp_path):
+    text = (BASE.parent / "docs" / "samplers.md").read_text()
+    examples = re.findall(r"(?m)(?:^    .*\n)+", text)
+    assert len(examples) == 2
+    base = "search.space={learning_rate: {low: 1e-5, high: 1e-3}, kl_weight: {low: 1, high: 20}}"
+    for example in examples:
+        path = tmp_path / "r.yaml"
+        path.write_text(DATA + textwrap.dedent(example))
+        recipe = load_recipe(path, [] if "space:" in example else [base])
+        assert [line for line in advice.warnings(recipe) if "ood_val" not in line] == []
+
+
 # ---- kills
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
     few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "cmaes": {"options": {"popsize": 4}}}
     few |= {nsga: {"options": {"population_size": 3}} for nsga in ("nsga2", "nsga3")}
@@ -285,7 +303,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
     forms = dict(FORMS)
     if name == "grid":
@@ -511,6 +529,24 @@ def test_a_point_begins_the_search_of_every_sampler(name):
     assert drawn[0]["kl_weight"] == 2.5
     assert drawn[1]["kl_weight"] == 2.0 or name != "grid"
     assert len({json.dumps(values) for values in drawn[:HISTORY]}) == HISTORY
+
+
+def test_cmaes_does_not_take_a_point_for_a_draw_of_its_own():
+    points = [{"kl_weight": 2.5}, {"kl_weight": 0.5}]
+    recipe = recipe_for("cmaes", points=points, sampler={"options": {"popsize": 4, "with_margin": True}})
+    study = new_study()
+    told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
+    mine = ["cmawm:generation" in trial.system_attrs for trial in study.trials]
+    assert mine == [False, False, True, True, True]
+
+
+def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
+    parameters = (
+        "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
+    )
+    found = problems(tmp_path, f"{{space: {parameters}, points: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
+    assert len(found) == 2
+    assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
 
 
 # ---- messages

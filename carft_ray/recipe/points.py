@@ -31,7 +31,6 @@ def _entries(point: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
 def point_findings(recipe: Recipe) -> Iterator[Finding]:
     """Finds points that the search could not try as they are written."""
     search = recipe.search
-    reads: tuple[KeyPath, ...] = (("search", "space"),)
     if len(search.points) > search.trials:
         yield Finding(
             ("search", "points"),
@@ -41,10 +40,17 @@ def point_findings(recipe: Recipe) -> Iterator[Finding]:
         )
     for index, point in enumerate(search.points):
         path: KeyPath = ("search", "points", index)
-        yield from (replace(finding, reads=reads) for finding in _point(path, point, search.space))
+        for finding in _point(path, point, search.space):
+            yield replace(finding, reads=_read(finding.path[-1], search.space))
         earlier = [number for number in range(index) if _equal(flat(search.points[number]), flat(point))]
         if earlier and point:
             yield Finding(path, f"must not repeat an earlier point, search.points.{earlier[0]}", shown(flat(point)))
+
+
+def _read(name: str | int, space: Mapping[str, Parameter]) -> tuple[KeyPath, ...]:
+    """Returns the parameters that a rule about a value of a point has looked at."""
+    parents = space[str(name)].when if name in space else ()
+    return ("search", "space"), *(("search", "space", each) for each in (name, *parents))
 
 
 def _point(path: KeyPath, point: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[Finding]:

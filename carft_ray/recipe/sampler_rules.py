@@ -249,7 +249,7 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if sampler.name == "cmaes" and search.points:
         yield "search.points", "are tried, but teach nothing: cmaes learns from its own draws alone"
     size = grid_size(search.space) if sampler.name == "grid" else None
-    if size is not None and 0 < size < search.trials:
+    if search.space and size is not None and size < search.trials:
         yield "search.trials", f"is {search.trials}, but the grid has {size} points: the search ends after {size}"
 
 
