@@ -30,6 +30,7 @@ from carft_ray.results.overview import row_dict
 from carft_ray.search import samplers, space
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
+from carft_ray.search.trust import check_trusted
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -50,6 +51,7 @@ FINITE = {
     "warmup_steps": {"type": "int", "low": 0, "high": 30, "step": 10},
 }
 CHOICE = {"decay": {"choices": ["all", "matrices"]}}
+ALPHA = {"alpha": {"low": 0.1, "high": 1.0, "step": 0.1}}
 CHILD = {"label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.05, "when": {"decay": "matrices"}}}
 
 
@@ -57,7 +59,9 @@ def recipe_for(name, more=None, trials=HISTORY + 4, **search):
     """A recipe with a sampler, a space that suits it, and more parameters."""
     numbers = FINITE if name == "grid" else NUMBERS
     sampler = {"name": name, **OPTUNA.get(name, {}), **search.pop("sampler", {})}
-    return make_recipe(trials, sampler=sampler, space={**numbers, **(more or {})}, baselines={}, **search)
+    recipe = make_recipe(trials, sampler=sampler, space={**numbers, **(more or {})}, baselines={}, **search)
+    sketch = recipe.data.id_val.model_copy(update={"domain": "sketch"})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": {"sketch": sketch}})})
 
 
 def told(study, recipe, result, at_a_time=1, wanted=HISTORY + 4):
@@ -68,6 +72,7 @@ def told(study, recipe, result, at_a_time=1, wanted=HISTORY + 4):
         for _ in range(min(at_a_time, wanted - len(drawn))):
             trial = space.ask(study, recipe)
             values = space.draw(study, trial, recipe)
+            trial.set_user_attr("name", f"t{trial.number:04d}")
             begun.append((trial, values))
             drawn.append(values)
         for trial, values in begun:
@@ -178,7 +183,7 @@ FEATURES = {  # feature -> keys of search, further parameters, what holds
     "constraints": ({"constraints": {"ece": {"id_val": 0.1}}}, {}, check_constraints),
     "conditional": ({}, {**CHOICE, **CHILD}, check_conditional),
     "categorical": ({}, CHOICE, check_categorical),
-    "pareto": ({"objective": {"kind": "pareto"}}, {}, check_pareto),
+    "pareto": ({"objective": {"kind": "pareto"}, "alpha": {"mode": "sample"}}, ALPHA, check_pareto),
     "resume": ({}, {}, check_resume),
     "many at a time": ({}, {}, check_many),
 }
@@ -493,6 +498,25 @@ def test_grid_size_counts_chains_of_conditions_as_enumeration_does():
     assert grid_size(space_) == 3 * (2 + (1 + 4))
 
 
+def test_the_grid_passes_over_trials_without_values_and_those_of_another_space():
+    recipe = make_recipe(99, space={**CHOICE, "epochs": {"low": 1, "high": 3}}, baselines={}, sampler={"name": "grid"})
+    study = new_study()
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+    wider = optuna.distributions.IntDistribution(1, 9)
+    study.add_trial(optuna.trial.create_trial(value=0.0, params={"epochs": 2}, distributions={"epochs": wider}))
+    drawn = told(study, recipe, lambda values: {"value": 0.0}, wanted=99)
+    assert len({json.dumps(values) for values in drawn}) == len(drawn) == 6
+
+
+def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_sequence():
+    recipe = recipe_for("qmc", sampler={"seed": 3})
+    alone = told(new_study(), recipe, lambda values: {"value": 0.0}, wanted=6)
+    study = new_study()
+    first = told(study, recipe, lambda values: {"value": 0.0}, wanted=3)
+    study.add_trial(optuna.trial.create_trial(value=0.0, params={}, distributions={}))
+    assert first + told(study, recipe, lambda values: {"value": 0.0}, wanted=3) == alone
+
+
 # ---- points
 
 
@@ -547,6 +571,19 @@ def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
     found = problems(tmp_path, f"{{space: {parameters}, points: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
     assert len(found) == 2
     assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
+
+
+def test_points_that_are_added_to_a_study_are_tried_next(tmp_path):
+    points = [{"kl_weight": 2.0}, {"kl_weight": 3.0}]
+    recipes = [
+        make_recipe(6, space=NUMBERS, baselines={}, points=each) for each in (points, [{"kl_weight": 1.0}, *points])
+    ]
+    study, drawn = new_study(), []
+    for recipe, wanted in zip(recipes, (3, 2), strict=True):
+        drawn += told(study, recipe, lambda values: {"value": 0.0}, wanted=wanted)
+    assert [values["kl_weight"] for values in drawn][:2] == [2.0, 3.0]
+    assert drawn[3]["kl_weight"] == 1.0
+    assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
 
 
 # ---- messages
@@ -750,6 +787,14 @@ def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch
     assert not trace.exists()
 
 
+def test_a_study_without_a_pickle_may_go_on_with_cmaes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    study = new_study()
+    told(study, recipe_for("tpe"), lambda values: {"value": 0.0}, wanted=2)
+    check_trusted(tmp_path, recipe_for("cmaes"), study, trusted=False)
+    assert (tmp_path / "cache/carft-ray/studies" / (tmp_path / "token").read_text().strip()).exists()
+
+
 def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with open_study(tmp_path / "study", make_recipe(2, baselines={}), BASE) as study:
@@ -770,7 +815,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
         with pytest.raises(SystemExit) as caught:
             cli.main()
         assert caught.value.code == 2
-        assert capsys.readouterr().err.count("was not begun by you on this machine") == 1
+        assert capsys.readouterr().err.count("was not made by you on this machine") == 1
     assert not trace.exists()
     given = []
 

@@ -180,7 +180,7 @@ CELLS: dict[str, dict[Feature, Cell]] = {
         "conditional": Cell("ok", "an inactive parameter leaves its coordinate unused"),
         "categorical": Cell("ok", "a coordinate is cut into as many parts as choices"),
         "pareto": Cell("ok", _UNSEEN),
-        "resume": Cell("ok", "the number of the trial is its place in the sequence"),
+        "resume": Cell("ok", "its place in the sequence is the number of trials before"),
         "many at a time": Cell("ok", _DISTINCT),
     },
     "random": {

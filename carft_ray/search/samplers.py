@@ -1,9 +1,9 @@
 """Optuna's samplers as a recipe asks for them. What each can do stands in ``recipe/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so three of Optuna's need care. GP counts a trial whose draw a kill has cut off as a running one beside itself.
+study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as a running one beside itself.
 QMC counts its draws in the study, and a kill would skip one. NSGA-III chooses the parents of a generation with the
-generator that makes the child, unless they are chosen already.
+generator that makes the child, unless they are chosen already. The grid stumbles over trials of another space.
 """
 
 import json
@@ -69,7 +69,7 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
             plain = {"scramble": True, "seed": recipe.search.sampler.seed % 2**32, **options}
             return _QMC(recipe.search.space, number, RandomSampler(seed=seed), **plain)
         case "grid":
-            return BruteForceSampler(seed=seed)
+            return _Grid(recipe.search.space, seed)
         case _:
             return RandomSampler(seed=seed)
 
@@ -105,7 +105,7 @@ class _GP(GPSampler):  # type: ignore[misc]  # Optuna is untyped here
 
 
 class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
-    """QMC over the recipe's space from the first trial on; the number of a trial is its place in the sequence."""
+    """QMC over the recipe's space from the first trial on; a trial's place in the sequence is how many were before."""
 
     def __init__(self, space: Mapping[str, Parameter], number: int, rest: BaseSampler, **options: Any) -> None:
         super().__init__(independent_sampler=rest, warn_independent_sampling=False, **options)
@@ -118,4 +118,17 @@ class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
         return {name: each for name, each in self._space.items() if not each.single()}
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
-        return self._number
+        trials = study.get_trials(deepcopy=False)  # those without a name tell of something and were never drawn
+        return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
+
+
+class _Grid(BruteForceSampler):  # type: ignore[misc]  # Optuna is untyped here
+    """Each point of the space once. Trials that have no values, or those of another space, are none of them."""
+
+    def __init__(self, space: Mapping[str, Parameter], seed: int) -> None:
+        super().__init__(seed=seed)
+        self._space = {name: distribution(parameter) for name, parameter in space.items()}
+
+    def _populate_tree(self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]) -> None:
+        fit = [trial for trial in trials if trial.params and trial.distributions.items() <= self._space.items()]
+        super()._populate_tree(tree, fit, params)

@@ -10,7 +10,7 @@ from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Paramete
 from carft_ray.search.samplers import make_sampler
 
 Value = bool | int | float | str | None
-POINT = "point"  # attribute of a trial: which of the recipe's points it tries
+POINT = "point"  # attribute of a trial: the point of the recipe that it tries, flat
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
@@ -29,13 +29,12 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
 
     A point is entered with its trial, in one write: once, however often the search is killed.
     """
-    entered = {trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)}
-    waiting = [index for index in range(len(recipe.search.points)) if index not in entered]
+    entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
+    waiting = [point for point in map(flat, recipe.search.points) if point not in entered]
     if not waiting:
         return study.ask()
-    index = waiting[0]
-    fixed = {"fixed_params": flat(recipe.search.points[index])}  # as ``Study.enqueue_trial`` has it
-    state, attributes = TrialState.RUNNING, {POINT: index}
+    fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
+    state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
     study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
     return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 

@@ -90,7 +90,7 @@ class Study:
         Raises:
             UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
         """
-        trust.check_trusted(self.study_dir, self.recipe, bool(self.rows()), trusted)
+        trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], trusted)
         self._enter("baseline", self.recipe.search.baselines)
         told = self._take_over("baseline") + self._take_over("trial")
         for row in self.rows("baseline") + self.rows():

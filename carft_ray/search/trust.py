@@ -1,11 +1,14 @@
 """Whose study it is. Optuna's CMA-ES keeps a pickle in the journal, which runs any code when it is opened.
 
-A study that this user has begun holds a random token which a file in the user's own cache folder bears as its name.
+A study in which this user's cmaes has begun holds a random token, and a file in the user's own cache folder has the
+token as its name.
 """
 
 import re
 import secrets
 from pathlib import Path
+
+import optuna
 
 from carft_ray import files
 from carft_ray.data.sets import user_cache_dir
@@ -13,6 +16,7 @@ from carft_ray.errors import Problem, UsageError
 from carft_ray.recipe.schema import Recipe
 
 TOKEN = "token"
+PICKLE = "optimizer"  # part of the names of the attributes in which Optuna's CMA-ES keeps its pickles
 
 
 def unpickles(recipe: Recipe) -> bool:
@@ -20,14 +24,14 @@ def unpickles(recipe: Recipe) -> bool:
     return recipe.search.sampler.name == "cmaes"
 
 
-def check_trusted(study_dir: Path, recipe: Recipe, has_trials: bool, trust: bool) -> None:
+def check_trusted(study_dir: Path, recipe: Recipe, study: optuna.Study, trusted: bool) -> None:
     """Lets a search open the pickles of its study, or not. The lock must be held.
 
     Args:
         study_dir: The study directory.
         recipe: The recipe of the search.
-        has_trials: Whether the study has a trial; one without holds no pickle and becomes this user's.
-        trust: The user trusts whoever made it; from then on it counts as the user's own.
+        study: The Optuna study that the sampler reads. One without a pickle becomes this user's.
+        trusted: The user trusts whoever made it; from then on it counts as the user's own.
 
     Raises:
         UsageError: The study is from elsewhere and is not trusted.
@@ -38,8 +42,9 @@ def check_trusted(study_dir: Path, recipe: Recipe, has_trials: bool, trust: bool
     token = _token(study_dir)
     if token and (_known_tokens() / token).is_file():
         return
-    if has_trials and not trust:
-        rule = "was not begun by you on this machine: cmaes would open a pickle in its journal, which can run any code"
+    pickles = any(PICKLE in key for trial in study.get_trials(deepcopy=False) for key in trial.system_attrs)
+    if pickles and not trusted:
+        rule = "was not made by you on this machine: cmaes would open a pickle in its journal, which can run any code"
         step = "If you trust everyone who has written to it, add --trust."
         raise UsageError(Problem(str(study_dir), rule, next_step=step))
     token = secrets.token_hex(16)
