@@ -573,7 +573,7 @@ def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
     assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
 
 
-def test_points_that_are_added_to_a_study_are_tried_next(tmp_path):
+def test_points_that_are_added_to_a_study_are_tried_next():
     points = [{"kl_weight": 2.0}, {"kl_weight": 3.0}]
     recipes = [
         make_recipe(6, space=NUMBERS, baselines={}, points=each) for each in (points, [{"kl_weight": 1.0}, *points])
