@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -586,6 +587,14 @@ def test_points_that_are_added_to_a_study_are_tried_next():
     assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
 
 
+def test_conditions_points_and_options_come_back_from_a_written_recipe(tmp_path):
+    points = [{"train": {"decay": "matrices", "label_smoothing": 0.1}}, {"kl_weight": 1.0}]
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, points=points, sampler={"options": {"group": True}})
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
 # ---- messages
 
 CASES = [
@@ -749,6 +758,10 @@ def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
     assert trace.exists()
 
 
+def copied(study_dir):
+    return Path(shutil.copytree(study_dir, study_dir.with_name("copy"), dirs_exist_ok=True))
+
+
 @pytest.mark.parametrize("token", ["kept", "gone", "foreign", "a path"])
 def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_study, monkeypatch, token):
     study_dir, recipe, trace = cmaes_study
@@ -766,6 +779,8 @@ def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_st
             study.adopt()
         assert len(caught.value.problems) == 1
         assert "add --trust" in str(caught.value)
+    with open_study(study_dir, recipe, BASE) as study, pytest.raises(UsageError, match="add --trust"):
+        study._spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
     assert not trace.exists()
     assert (study_dir / "study.journal").read_bytes() == before
     assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing

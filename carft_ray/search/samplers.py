@@ -55,7 +55,7 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
     startup = startup_trials(recipe)
     match recipe.search.sampler.name:
         case "tpe":
-            return TPESampler(n_startup_trials=startup, seed=seed, **_together(recipe, options))
+            return TPESampler(n_startup_trials=startup, seed=seed, **_together(options))
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
         case "cmaes":
@@ -74,7 +74,7 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
             return RandomSampler(seed=seed)
 
 
-def _together(recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+def _together(options: dict[str, Any]) -> dict[str, Any]:
     """Says ``multivariate`` where ``group`` implies it; Optuna warns of that with two objectives."""
     return {"multivariate": True, **options} if options.get("group") else options
 

@@ -63,6 +63,7 @@ class Study:
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
         self._asks = True  # whether the sampler proposes new trials
+        self._trusted = False  # whether a sampler may open pickles of others
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
@@ -90,7 +91,8 @@ class Study:
         Raises:
             UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
         """
-        trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], trusted)
+        self._trusted = trusted
+        self._check_trusted()
         self._enter("baseline", self.recipe.search.baselines)
         told = self._take_over("baseline") + self._take_over("trial")
         for row in self.rows("baseline") + self.rows():
@@ -260,6 +262,7 @@ class Study:
         attributes = trial.user_attrs
         with self._writing():
             if kind == "trial":
+                self._check_trusted()  # nothing is drawn, so nothing is unpickled, without it
                 values = space.draw(self._studies["trial"], trial, self.recipe)
                 name = attributes.get("name") or trial_name(trial.number, values)
             else:
@@ -274,6 +277,9 @@ class Study:
         for kind in kinds:
             name = STUDY_NAMES[kind]
             self._studies[kind] = _open(self._storage, name, name in known)
+
+    def _check_trusted(self) -> None:
+        trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], self._trusted)
 
     def _wants_more(self) -> bool:
         study = self._studies["trial"]
