@@ -332,6 +332,25 @@ def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
             assert abs(steps - round(steps)) < 1e-6 or "step" not in form
 
 
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "qmc", "random", "grid"])
+def test_conditions_on_conditional_parameters_hold(name):
+    parameters = {
+        "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1, "when": {"decay": "matrices"}},  # before its parents
+        "decay": {"choices": ["all", "matrices"], "when": {"head_bias": [True]}},
+        "head_bias": {"choices": [True, False]},
+    }
+    recipe = make_recipe(40, space=parameters, baselines={}, sampler={"name": name})
+    drawn = told(new_study(), recipe, lambda values: {"value": float(len(values))}, wanted=40)
+    assert {tuple(values) for values in drawn} == {
+        ("head_bias",),
+        ("decay", "head_bias"),
+        ("label_smoothing", "decay", "head_bias"),
+    }
+    for values in drawn:
+        assert ("decay" in values) == values["head_bias"]
+        assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -626,7 +645,8 @@ POINTS = [
     ("[{weight_decay: 0.5}]", "0.weight_decay: must be a parameter of search.space (allowed: kl_weight, epochs, decay, crop_scale)\n    A value that all trials share belongs into train: weight_decay: 0.5."),  # noqa: E501
     ("[{train: {kl_weight: 2}}]", "0.train.kl_weight: must be in the range 0.0 to 1.0, but got 2"),
     ("[{kl_weight: 0.55}]", "0.kl_weight: must be a whole number of steps of 0.1 above 0.0, but got 0.55"),
-    ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a finite number, but got "0.5"'),
+    ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a number, but got "0.5"'),
+    ("[{kl_weight: .nan}]", "0.kl_weight: must be in the range 0.0 to 1.0, but got .nan"),
     ("[{epochs: 2.0}]", "0.epochs: must be a whole number, but got 2.0"),
     ("[{epochs: true}]", "0.epochs: must be a whole number, but got true"),
     ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean '\"matrices\"'? (allowed: \"all\", \"matrices\")"),  # noqa: E501

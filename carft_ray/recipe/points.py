@@ -1,6 +1,5 @@
 """``search.points``: values that are tried first. A point may be written flat or under ``train``."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -89,8 +88,8 @@ def _value(place: KeyPath, parameter: Parameter, value: Any) -> Iterator[Finding
         return
     whole = isinstance(parameter, IntParameter)
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        yield Finding(place, f"must be a {'whole' if whole else 'finite'} number", shown(value))
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        yield Finding(place, f"must be a {'whole ' if whole else ''}number", shown(value))
     elif not parameter.low <= value <= parameter.high:
         yield Finding(place, f"must be in the range {parameter.low} to {parameter.high}", shown(value))
     elif parameter.step is not None and (decimal(value) - decimal(parameter.low)) % decimal(parameter.step):
