@@ -21,6 +21,10 @@ from carft_ray.cli.common import (
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
 
 PANEL = "A search"  # of the help
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Open a study from elsewhere although its sampler, cmaes, reads pickles of it."),
+]
 AgainOption = Annotated[
     str | None,
     typer.Option(
@@ -40,12 +44,13 @@ def search(
     num_workers: WorkersOption = None,
     address: AddressOption = None,
     again: AgainOption = None,
+    trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
     value = load(recipe, set_, executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, again, json_)
+    _search(value, recipe.absolute().parent, study, address, again, trust, json_)
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -58,6 +63,7 @@ def resume(
     num_workers: WorkersOption = None,
     address: AddressOption = None,
     again: AgainOption = None,
+    trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -69,10 +75,12 @@ def resume(
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     recipe = overview.resolved_recipe(study_dir)
-    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, json_)
+    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, trust, json_)
 
 
-def _search(value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, json_: bool) -> None:
+def _search(
+    value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, trust: bool, json_: bool
+) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
     from carft_ray.recipe.advice import check_searchable
@@ -83,12 +91,16 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
 
     if not require_unread(study, value, base_dir, again) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.search.trust import unpickles
+
+    if trust and not unpickles(value):
+        console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
     with search_shown(not json_, study, value.train.epochs) as on_event:
-        result = run_search(value, base_dir, study, address, on_event)
+        result = run_search(value, base_dir, study, address, on_event, trusted=trust)
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)
@@ -120,6 +132,7 @@ def stop(
     """Ask a running search to write its checkpoints and end, as its own Ctrl-C does; then it can be resumed."""
     from carft_ray import console
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
+    from carft_ray.recipe.grid import num_trials
     from carft_ray.results import overview
 
     folder = shlex.quote(str(study))
@@ -144,7 +157,7 @@ def stop(
             console.say("The training has ended." if answer["ended"] else "Asked to stop.")
         return
     view = overview.read_study(study_dir)
-    finished, wanted = view.num_finished, view.recipe.search.trials
+    finished, wanted = view.num_finished, num_trials(view.recipe)
     if json_:
         console.print_json({**answer, "finished": finished, "wanted": wanted})
         return

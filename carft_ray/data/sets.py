@@ -159,6 +159,11 @@ def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
     """
     if recipe.data.cache_dir is not None:
         return resolve_path(recipe.data.cache_dir, recipe_dir or Path())
+    return user_cache_dir()
+
+
+def user_cache_dir() -> Path:
+    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
 
 

@@ -16,6 +16,7 @@ from carft_ray.launch.executors import Runner, make_plan, run_prepare
 from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
@@ -59,6 +60,7 @@ def run_search(
     address: str | None = None,
     on_event: Callable[[Event], None] = _ignore,
     runner: Runner | None = None,
+    trusted: bool = False,
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
@@ -71,6 +73,7 @@ def run_search(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.run``.
+        trusted: A study from elsewhere may be opened by a sampler that unpickles.
 
     Returns:
         The best trial, and all rows.
@@ -78,7 +81,7 @@ def run_search(
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
-        RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
         HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
@@ -92,7 +95,7 @@ def run_search(
         num_before = _num_finished(study)
         for note in study.notes:
             on_event(Note(note))
-        for row in study.adopt():
+        for row in study.adopt(trusted):
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP
@@ -132,13 +135,13 @@ def _run(
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
     room = plan.capacity
-    on_event(Started(study.recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
+    on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
     if run_trainings(study, plan, on_event):
         raise _interrupted(study, address)
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished, wanted = _num_finished(study), study.recipe.search.trials
+    finished, wanted = _num_finished(study), num_trials(study.recipe)
     step = f"Resume with: carft-ray resume {shlex.quote(str(study.study_dir))}"
     if address is not None:
         step += f" --address {shlex.quote(address)}"

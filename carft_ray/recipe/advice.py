@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from carft_ray.errors import Problem
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schema import Recipe, SandboxSet, SetSpec
 from carft_ray.recipe.text import KeyPath, dotted
 
@@ -68,8 +69,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
-    if search.sampler.name == "random" and search.sampler.startup_trials is not None:
-        yield "search.sampler.startup_trials", "has no effect: the sampler is random"
+    yield from sampler_advice(recipe)
     if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
 

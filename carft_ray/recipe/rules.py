@@ -6,7 +6,10 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from carft_ray.errors import nearest
+from carft_ray.recipe.conditions import condition_findings
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.points import point_findings
+from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schema import (
     CategoricalParameter,
     FolderSet,
@@ -39,7 +42,8 @@ WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
-    rules = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
+    between = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
+    rules = (*between, condition_findings, point_findings, sampler_findings)
     return [finding for rule in rules for finding in rule(recipe)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
@@ -231,7 +232,7 @@ def status(overview: Overview) -> dict[str, Any]:
     return {
         "study": str(overview.study_dir),
         "name": overview.recipe.name,
-        "wanted": overview.recipe.search.trials,
+        "wanted": num_trials(overview.recipe),
         "finished": overview.num_finished,
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
@@ -288,7 +289,7 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
                 "name": path.name,
                 "study": str(overview.study_dir),
                 "problem": None,
-                "wanted": overview.recipe.search.trials,
+                "wanted": num_trials(overview.recipe),
                 "trials": overview.counts(),
                 "best_objective": None if best is None else best.objective,
                 "running": overview.holder is not None,

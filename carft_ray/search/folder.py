@@ -1,6 +1,7 @@
 """A study's folder: one search at a time, a journal that opens, and the recipe that it belongs to.
 
-study_dir/{lock, lease.json, manifest.json, study.journal, resolved.yaml, trials/, baselines/, prepared/, stop, _tune/}
+study_dir/{lock, lease.json, manifest.json, study.journal, token, resolved.yaml, trials/, baselines/, prepared/, stop,
+_tune/}
 """
 
 import contextlib

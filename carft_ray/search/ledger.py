@@ -27,6 +27,7 @@ import optuna
 
 from carft_ray import __version__, files
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
+from carft_ray.recipe import grid
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, claim, repair_journal, study_lock
@@ -229,7 +230,7 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
     reads = reads_of(entries)
     rows = [*trials(study_dir), *baselines(study_dir)]
     num_trials = sum(row.kind == "trial" for row in rows)
-    wanted = recipe.search.trials
+    wanted = grid.num_trials(recipe)
     if not reads or (num_trials >= wanted and all(row.outcome != "running" for row in rows)):
         return False
     went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import space
+from carft_ray.search import space, trust
 from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
@@ -63,6 +63,7 @@ class Study:
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
         self._asks = True  # whether the sampler proposes new trials
+        self._trusted = False  # whether a sampler may open pickles of others
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
@@ -76,14 +77,22 @@ class Study:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
 
-    def adopt(self) -> list[TrialRow]:
+    def adopt(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
 
         Removes the weights that are not to be kept, too.
 
+        Args:
+            trusted: A study from elsewhere may be opened by a sampler that unpickles.
+
         Returns:
             Rows of what was told.
+
+        Raises:
+            UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
         """
+        self._trusted = trusted
+        self._check_trusted()
         self._enter("baseline", self.recipe.search.baselines)
         told = self._take_over("baseline") + self._take_over("trial")
         for row in self.rows("baseline") + self.rows():
@@ -127,7 +136,7 @@ class Study:
         """
         if not self._waiting and self._wants_more():
             with self._writing():
-                trial = self._studies["trial"].ask()
+                trial = space.ask(self._studies["trial"], self.recipe)
             self._waiting.append(self._spec("trial", trial))
         if not self._waiting:
             return None
@@ -253,6 +262,7 @@ class Study:
         attributes = trial.user_attrs
         with self._writing():
             if kind == "trial":
+                self._check_trusted()  # nothing is drawn, so nothing is unpickled, without it
                 values = space.draw(self._studies["trial"], trial, self.recipe)
                 name = attributes.get("name") or trial_name(trial.number, values)
             else:
@@ -268,8 +278,13 @@ class Study:
             name = STUDY_NAMES[kind]
             self._studies[kind] = _open(self._storage, name, name in known)
 
+    def _check_trusted(self) -> None:
+        trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], self._trusted)
+
     def _wants_more(self) -> bool:
-        return self._asks and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials
+        study = self._studies["trial"]
+        more = self._asks and len(study.get_trials(deepcopy=False)) < self.recipe.search.trials
+        return more and not space.used_up(study, self.recipe)
 
     def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
