@@ -35,9 +35,10 @@ from carft_ray.search.rows import STUDY_NAMES, baselines, readable, storage_of, 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
 
-Purpose = Literal["winner fixed", "test", "search went on"]
+Purpose = Literal["winner fixed", "test", "analysis", "search went on"]
 WINNER_FIXED: Purpose = "winner fixed"
-TEST: Purpose = "test"
+TEST: Purpose = "test"  # winner and baselines
+ANALYSIS: Purpose = "analysis"  # every trial, to judge the rules of selection; it chooses nothing
 WENT_ON: Purpose = "search went on"
 
 
@@ -196,8 +197,8 @@ def mend(study_dir: Path) -> None:
 
 
 def reads_of(entries: list[Entry]) -> list[Entry]:
-    """Returns the lines that are reads of the test sets."""
-    return [entry for entry in entries if entry.purpose == TEST]
+    """Returns the lines that are reads of the test sets, of winner and baselines or of every trial."""
+    return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
 
 
 def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None) -> bool:
