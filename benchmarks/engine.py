@@ -13,6 +13,7 @@ Numbers are medians; nothing here is compared with a threshold.
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,26 @@ SPACE = {
     "kl_weight": {"low": 0.1, "high": 100.0, "log": True},
     "weight_decay": {"low": 1e-3, "high": 1.0, "log": True},
 }
-EPOCH = {
-    **{"step": 8, "num_steps": 96, "learning_rate": 0.002495443738882951, "loss": 1.2485453075191606},
-    **{"ce": 1.0741136819124222, "kl": 0.13695777765703676, "context_entropy": 2.0345326364040375},
-    **{"grad_norm": 19.29855513572693, "images_per_s": 1193.7426760127225},
+EPOCH = {  # a line of metrics.jsonl, without its number
+    "step": 8,
+    "num_steps": 96,
+    "learning_rate": 0.002495443738882951,
+    "loss": 1.2485453075191606,
+    "ce": 1.0741136819124222,
+    "kl": 0.13695777765703676,
+    "context_entropy": 2.0345326364040375,
+    "grad_norm": 19.29855513572693,
+    "images_per_s": 1193.7426760127225,
 }
 
 
-def recipe_of(num_trials: int) -> Recipe:
-    """Returns a recipe with three parameters and TPE; its sets are never opened."""
+def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
+    """Returns a recipe with three parameters; its sets are never opened."""
     sandbox = {"source": "sandbox", "num_per_class": 4}
     ood = {name: {**sandbox, "domain": name, "split": "val"} for name in SETS}
     photo = {**sandbox, "domain": "photo"}
     data = {"train": {**photo, "split": "train"}, "id_val": {**photo, "split": "val"}, "ood_val": ood}
-    search = {"trials": num_trials, "space": SPACE, "baselines": {}}
+    search = {"trials": num_trials, "space": SPACE, "baselines": {}, "sampler": {"name": sampler}}
     return Recipe.model_validate({"data": data, "search": search})
 
 
@@ -88,7 +95,7 @@ def train(
 
 def objective_of(learning_rate: float) -> float:
     """Returns a number with a maximum inside the space."""
-    return 0.7 / (1 + 0.1 * np.log10(learning_rate / 1e-3) ** 2)
+    return 0.7 / (1 + 0.1 * math.log10(learning_rate / 1e-3) ** 2)
 
 
 def metrics_of(objective: float) -> dict[str, float]:
@@ -114,14 +121,15 @@ def finish(folder: Path, objective: float) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- a study of any size
 
 
-def fill(study_dir: Path, num_trials: int) -> None:
+def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
     """Makes a study with ``num_trials`` finished trials in seconds, as a search would have left it.
 
     Args:
         study_dir: A folder that is not there yet; absolute.
         num_trials: At least 1.
+        sampler: Of the recipe.
     """
-    recipe = recipe_of(num_trials)
+    recipe = recipe_of(num_trials, sampler)
     with open_study(study_dir, recipe, study_dir.parent) as study:
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, study_dir.parent))
         study.adopt()
@@ -199,12 +207,24 @@ COMMANDS = {
 }
 
 
-def study_cost(study_dir: Path, num_trials: int, num_asked: int = NUM_ASKED) -> StudyCost:
-    """Measures a study that ``fill`` makes; this process should have measured none before (its memory is a peak)."""
+def study_cost(
+    study_dir: Path,
+    num_trials: int,
+    num_asked: int = NUM_ASKED,
+    commands: Mapping[str, tuple[str, ...]] = COMMANDS,
+) -> StudyCost:
+    """Measures a study that ``fill`` makes; this process should have measured none before (its memory is a peak).
+
+    Args:
+        study_dir: A folder that is not there yet; absolute.
+        num_trials: Finished trials.
+        num_asked: Proposals and answers of which the median is taken.
+        commands: Command lines that are timed, by name.
+    """
     fill(study_dir, num_trials)
     journal_mb = (study_dir / JOURNAL).stat().st_size / 1e6
     replays = [_seconds(lambda: storage_of(study_dir)) for _ in range(3)]
-    commands = {name: _command_s(words, study_dir) for name, words in COMMANDS.items()}
+    commands_s = {name: _command_s(words, study_dir) for name, words in commands.items()}
     recipe = recipe_of(num_trials + num_asked)
     asked, told = [], []
     began = time.perf_counter()
@@ -225,7 +245,7 @@ def study_cost(study_dir: Path, num_trials: int, num_asked: int = NUM_ASKED) -> 
         journal_mb,
         statistics.median(replays),
         open_s,
-        commands,
+        commands_s,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
     )
 
@@ -275,28 +295,15 @@ def driver_cost(
     from carft_ray.progress import REFRESH_PER_S, SearchView
     from carft_ray.search.rows import trials
 
-    fill(study_dir, num_finished)
-    recipe = recipe_of(num_finished + num_live)
-    recipe = recipe.model_copy(
-        update={
-            "search": recipe.search.model_copy(
-                update={"sampler": recipe.search.sampler.model_copy(update={"name": "random"})}
-            )
-        }
-    )
+    fill(study_dir, num_finished, "random")  # proposals are not what is measured here
+    recipe = recipe_of(num_finished + num_live, "random")
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
     view = SearchView(num_seconds, trials(study_dir))
     looks, draws, look_cpu, draw_cpu = [], [], 0.0, 0.0
-    for path in (
-        study_dir / "manifest.json",
-        study_dir / RESOLVED,
-    ):  # another sampler, so that 200 proposals are soon there
-        path.write_text(
-            path.read_text().replace('"name": "tpe"', '"name": "random"').replace("name: tpe", "name: random")
-        )
+    told: list[str | None] = []
     with open_study(study_dir, recipe, study_dir.parent) as study:
         study.adopt()
-        searcher = StudySearcher(study, num_live, view.tell)
+        searcher = StudySearcher(study, num_live, lambda event: told.append(view.tell(event)))
         watcher = Watcher(searcher, 3600.0)
         view.tell(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []
@@ -316,7 +323,7 @@ def driver_cost(
                     out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
                 os.utime(folder / ALIVE)
             for _ in range(round(1 / LOOK_EVERY_S)):
-                watcher._next_look = 0.0
+                watcher._next_look = 0.0  # both looks, though it looks less often where one takes long
                 began, cpu = time.perf_counter(), time.process_time()
                 watcher.on_step_begin(0, [])
                 looks.append(time.perf_counter() - began)
@@ -402,7 +409,7 @@ def study_table(costs: Sequence[StudyCost]) -> list[str]:
         "journal, MB": lambda c: f"{c.journal_mb:.2f}",
         "reading the journal, s": lambda c: f"{c.replay_s:.2f}",
         "opening the study for a search, s": lambda c: f"{c.open_s:.2f}",
-        **{f"`{name}`, s": lambda c, name=name: f"{c.commands_s[name]:.2f}" for name in COMMANDS},  # type: ignore[misc]
+        **{f"`{name}`, s": lambda c, name=name: f"{c.commands_s[name]:.2f}" for name in costs[0].commands_s},  # type: ignore[misc]
         "peak memory of the process, MB": lambda c: f"{c.memory_mb:.0f}",
     }
     head = ["| finished trials | " + " | ".join(f"{cost.num_trials:,}" for cost in costs) + " |"]
@@ -420,7 +427,8 @@ def driver_table(costs: Sequence[DriverCost]) -> list[str]:
         "|---" * 5 + "|",
     ]
     return head + [
-        f"| {c.num_reports:,} | {c.look_ms:.1f} | {100 * c.look_share:.1f} % | {c.view_ms:.1f} | {100 * c.view_share:.1f} % |"
+        f"| {c.num_reports:,} | {c.look_ms:.1f} | {100 * c.look_share:.1f} % "
+        f"| {c.view_ms:.1f} | {100 * c.view_share:.1f} % |"
         for c in costs
     ]
 
