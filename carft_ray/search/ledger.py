@@ -30,7 +30,7 @@ from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, claim, repair_journal, study_lock
-from carft_ray.search.rows import STUDY_NAMES, baselines, readable, storage_of, trials
+from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
@@ -180,7 +180,7 @@ def record(
     )
     lines.append(json.dumps(asdict(entry), allow_nan=False))
     with readable(study_dir), files.writing(study_dir / JOURNAL):
-        _study(study_dir).set_user_attr(ATTRIBUTE, lines)
+        _study(storage_of(study_dir)).set_user_attr(ATTRIBUTE, lines)
     mend(study_dir)
     return _entry(lines[-1])
 
@@ -228,7 +228,8 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         return False
     entries = read_ledger(study_dir)
     reads = reads_of(entries)
-    rows = [*trials(study_dir), *baselines(study_dir)]
+    by_kind = rows_by_kind(study_dir)
+    rows = [*by_kind["trial"], *by_kind["baseline"]]
     num_trials = sum(row.kind == "trial" for row in rows)
     wanted = recipe.search.trials
     if not reads or (num_trials >= wanted and all(row.outcome != "running" for row in rows)):
@@ -266,7 +267,7 @@ def _read(study_dir: Path) -> _Copies:
     with readable(study_dir):
         storage = storage_of(study_dir)
         known = STUDY_NAMES["trial"] in optuna.get_all_study_names(storage)
-        journal = list(_study(study_dir).user_attrs.get(ATTRIBUTE, [])) if known else []
+        journal = list(_study(storage).user_attrs.get(ATTRIBUTE, [])) if known else []
         for line in journal:
             _entry(line)
     manifest = files.read_json(study_dir / MANIFEST) if (study_dir / MANIFEST).exists() else {}
@@ -282,8 +283,8 @@ def _read(study_dir: Path) -> _Copies:
     return _Copies([line.decode(errors="replace") for line in whole], rest, journal, (count, head))
 
 
-def _study(study_dir: Path) -> optuna.Study:
-    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage_of(study_dir))
+def _study(storage: optuna.storages.BaseStorage) -> optuna.Study:
+    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage)
 
 
 def _entry(line: str) -> Entry:
