@@ -7,6 +7,7 @@ written under a temporary name, flushed, and renamed. The tests kill the process
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import json
 import os
 import shutil
@@ -159,6 +160,35 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Reads the JSON lines that were appended since the last look; what was read before is not read again.
+
+    A file that has become shorter was begun anew, and is read from its beginning.
+
+    Args:
+        path: The file, which need not be there.
+        offset: Where the last look ended; 0 at first.
+
+    Returns:
+        The new lines, and where this look ended: behind the last whole line.
+    """
+    try:
+        size = path.stat().st_size
+        if size == offset:
+            return [], offset
+        with open(path, "rb") as file:
+            start = file.seek(offset if size > offset else 0)
+            content = file.read()
+    except FileNotFoundError:
+        return [], 0
+    whole = content.rfind(b"\n") + 1
+    rows = []
+    for line in content[:whole].split(b"\n"):
+        with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)], start + whole
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that takes the name ``path`` when the block ends well, and vanishes otherwise.
@@ -193,7 +223,12 @@ def remove_remains(folder: Path) -> None:
         StorageError: Something cannot be removed.
     """
     with writing(folder):
-        for path in list(folder.rglob(".*.[0-9]*.tmp")):
+        remains = [
+            Path(place, name)
+            for place, folders, names in os.walk(folder)  # a third of the time of rglob, where there are 10,000 trials
+            for name in fnmatch.filter([*folders, *names], ".*.[0-9]*.tmp")
+        ]
+        for path in remains:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -1,6 +1,7 @@
 """How a running training and a running search are shown: a bar or a live table on a terminal, plain lines elsewhere."""
 
 import contextlib
+import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,10 +104,10 @@ class _Listener:
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
     from carft_ray.errors import CarftError
-    from carft_ray.search.rows import baselines, confirmations, trials
+    from carft_ray.search.rows import rows_by_kind
 
     try:
-        return [*baselines(study_dir), *trials(study_dir), *confirmations(study_dir)]
+        return [row for rows in rows_by_kind(study_dir).values() for row in rows]
     except CarftError:
         return []
 
@@ -192,10 +193,11 @@ class SearchView:
         room = max(3, height - 6)  # lines but for header, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
-        best = sorted(
+        best = heapq.nsmallest(
+            min(NUM_BEST, max(1, room // 3)),
             (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
             key=lambda row: (-(row.objective or 0.0), row.number) if ranks else (0.0, -row.number),
-        )[: min(NUM_BEST, max(1, room // 3))]
+        )
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
         if beside or best or shown:

@@ -383,3 +383,19 @@ def test_a_trial_that_fits_nowhere_is_refused():
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPUs, but got 2 CPUs and 0 GPUs in all") as caught:
         capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
     assert caught.value.exit_code == 5
+
+
+def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
+    """It takes a tenth of the time at most, however slow the file system is."""
+    clock = {"now": 100.0, "took": 0.01}
+    monkeypatch.setattr("carft_ray.launch.searcher.time", SimpleNamespace(monotonic=lambda: clock["now"]))
+
+    def slow_look():
+        clock["now"] += clock["took"]
+
+    monkeypatch.setattr(tune.watcher, "_look", slow_look)
+    tune.look()
+    assert tune.watcher._next_look == pytest.approx(100.5)  # twice a second
+    clock.update(now=200.0, took=3.0)
+    tune.look()
+    assert tune.watcher._next_look - 200.0 == pytest.approx(30.0)

@@ -36,6 +36,7 @@ from carft_ray.search.study import Study
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
 ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
 LOOK_EVERY_S = 0.5
+LOOK_SHARE = 0.1  # of the time, at most
 WAIT_TOLD_S = 60  # a training whose process is not there after this time gets a note
 
 TrialKey = tuple[str, int]  # name and attempt
@@ -207,15 +208,27 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         self.leaks = leaks
         self.end = end
         self._next_look = 0.0
-        self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
+        self._offsets: dict[str, int] = {}  # bytes of metrics.jsonl already read, by name
+        self._alive: dict[TrialKey, Alive] = {}  # as it was read once; only its time changes
         self._steps: dict[TrialKey, tuple[int, float]] = {}  # last step, and when it was first seen here
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Lends Tune's list of trials to the searcher, and looks at the files twice a second."""
+        """Lends Tune's list of trials to the searcher, and looks at the files twice a second.
+
+        Where a look takes long (many trials, a slow file system), it is repeated less often: it never takes more than
+        ``LOOK_SHARE`` of the time.
+        """
         self.searcher.tune_trials = trials
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + LOOK_EVERY_S
+        began = time.monotonic()
+        try:
+            self._look()
+        finally:
+            now = time.monotonic()
+            self._next_look = max(began + LOOK_EVERY_S, now + (now - began) * (1 / LOOK_SHARE - 1))
+
+    def _look(self) -> None:
         try:
             self.searcher.study.check_held()
         except StorageError as error:  # ends Tune's run, and our trainings with it: others run in the same folders now
@@ -233,7 +246,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tells that a training begins."""
         spec = TrialSpec(**trial.config["spec"])
-        self._lines[spec.name] = len(files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS))
+        path = spec.folder(self.searcher.study.study_dir) / METRICS
+        self._offsets[spec.name] = files.read_new_lines(path, 0)[1]
         self.searcher.on_event(TrialStarted(spec))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -242,8 +256,10 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
             self.leaks.suspect(TrialSpec(**trial.config["spec"]), self.searcher.live)
 
     def _look_for_life(self, spec: TrialSpec) -> None:
-        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt)
         key, now = (spec.name, spec.attempt), time.monotonic()
+        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, self._alive.get(key))
+        if alive:
+            self._alive[key] = alive
         last_step = alive.last_step_ns if alive else 0
         before, since = self._steps.get(key, (-1, now))
         if last_step != before:
@@ -261,10 +277,10 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
             self.end(alive)
 
     def _tell_epochs(self, spec: TrialSpec) -> None:
-        told = self._lines.get(spec.name)
-        if told is None:
+        offset = self._offsets.get(spec.name)
+        if offset is None:
             return
-        rows = files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS)
-        if len(rows) > told:
-            self._lines[spec.name] = len(rows)
+        path = spec.folder(self.searcher.study.study_dir) / METRICS
+        rows, self._offsets[spec.name] = files.read_new_lines(path, offset)
+        if rows:
             self.searcher.on_event(TrialEpoch(spec, rows[-1]))

@@ -115,6 +115,34 @@ def resample(
     )
 
 
+def resampled_accuracies(
+    correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, FloatArray]:
+    """Returns per set the accuracies on images drawn with replacement, one draw per set for all rows.
+
+    Args:
+        correct: Per set, bool [rows, n]; n at least 2.
+        num_resamples: B.
+        seed: Of the draws.
+
+    Returns:
+        Per set [B, rows].
+
+    Raises:
+        ValueError: A set has fewer than two images.
+    """
+    if any(x.shape[1] < 2 for x in correct.values()):
+        raise ValueError("the bootstrap needs at least two images of every set")
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.concatenate(
+            [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
+        ).astype(np.float64)  # whole numbers below 2^24: exact
+        / x.shape[1]
+        for name, x in correct.items()
+    }
+
+
 def bbc(resamples: Resamples) -> tuple[float, list[Win]]:
     """Returns the mean out-of-bag objective of the resamples' winners, and how often which candidate won (most first).
 

@@ -16,7 +16,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
-from carft_ray.search.rows import ZERO_SHOT, baselines, best_first, best_row, confirmations, trials
+from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
 
@@ -109,7 +109,8 @@ def read_study(folder: Path) -> Overview:
     """
     study_dir = require_study(folder)
     found = holder(study_dir)
-    rows, beside, fresh = trials(study_dir), baselines(study_dir), confirmations(study_dir)
+    by_kind = rows_by_kind(study_dir)
+    rows, beside, fresh = by_kind["trial"], by_kind["baseline"], by_kind["confirm"]
     live = frozenset((row.kind, row.name) for row in (*rows, *beside, *fresh) if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
     return Overview(study_dir, study_recipe(study_dir), rows, beside, fresh, found, stopping, live)

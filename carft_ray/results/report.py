@@ -26,7 +26,7 @@ from carft_ray.results.selection import (
     ranking_noise,
     regret_table,
 )
-from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
+from carft_ray.results.stored import Stored, confirmed, found_analysis, found_beside, read_stored
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
@@ -104,6 +104,7 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "headline": against,
         "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
         **beside,
+        "analysis": found_analysis(view.study_dir),
         "lines": lines,
     }
 

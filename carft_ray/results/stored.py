@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import StorageError
+from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
 from carft_ray.recipe.schema import Recipe
@@ -125,6 +125,21 @@ def found_beside(study_dir: Path, step: str) -> list[str]:
     if not isinstance(lines, list):
         raise StorageError(f"{path}: must have a list 'lines'")
     return [str(line) for line in [*content.get("row_lines", []), *lines]]
+
+
+def found_analysis(study_dir: Path) -> dict[str, Any] | None:
+    """Returns what the newest `test --all-trials` has found; None before there is one.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    path = study_dir / "test" / "analysis.json"
+    if not path.exists():
+        return None
+    content: Any = files.read_json(path)
+    if not isinstance(content, dict) or not {"rules", "lines"} <= content.keys():
+        raise StorageError(Problem(str(path), "must have 'rules' and 'lines'"))
+    return content
 
 
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:

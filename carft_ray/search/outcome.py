@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -146,15 +146,23 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
 
 
-def read_alive(folder: Path, attempt: int) -> Alive | None:
-    """Returns the process of an attempt, or None when it has not begun or has ended."""
-    content = _read(folder / ALIVE)
-    if content is None or content.get("attempt") != attempt:
+def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive | None:
+    """Returns the process of an attempt, or None when it has not begun or has ended.
+
+    Args:
+        folder: Of the training.
+        attempt: The attempt.
+        known: What was read of this attempt before: the file is not opened again then, and its time alone asked for.
+    """
+    content = None if known else _read(folder / ALIVE)
+    if not known and (content is None or content.get("attempt") != attempt):
         return None
     try:
         last_step_ns = (folder / ALIVE).stat().st_mtime_ns
     except FileNotFoundError:
         return None
+    if content is None:
+        return known and replace(known, last_step_ns=last_step_ns)
     return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns)
 
 

@@ -24,17 +24,34 @@ def trials(study_dir: Path) -> list[TrialRow]:
     Raises:
         StorageError: There is no study, or its journal is damaged.
     """
-    return _read_rows(study_dir, "trial")
+    return rows_by_kind(study_dir)["trial"]
 
 
 def baselines(study_dir: Path) -> list[TrialRow]:
     """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
-    return _read_rows(study_dir, "baseline")
+    return rows_by_kind(study_dir)["baseline"]
 
 
 def confirmations(study_dir: Path) -> list[TrialRow]:
     """Reads the trainings with fresh seeds as ``trials`` does; none before a confirm has begun."""
-    return _read_rows(study_dir, "confirm")
+    return rows_by_kind(study_dir)["confirm"]
+
+
+def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
+    """Reads trials, baselines and trainings of the confirm at once: the journal is read from its beginning each time.
+
+    Raises:
+        StorageError: As ``trials``.
+    """
+    if not (study_dir / JOURNAL).exists():
+        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
+    with readable(study_dir):
+        storage = storage_of(study_dir)
+        known = optuna.get_all_study_names(storage)  # when its first search is just making them, not all are there
+        return {
+            kind: rows_of(kind, optuna.load_study(storage=storage, study_name=name)) if name in known else []
+            for kind, name in STUDY_NAMES.items()
+        }
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
@@ -94,13 +111,3 @@ def readable(study_dir: Path) -> Iterator[None]:
         step = "Restore the file from a copy; the results of finished trials are still in trials/."
         cause = f"{type(error).__name__}: {error}"
         raise StorageError(Problem(str(path), "must be an Optuna journal", cause, next_step=step)) from error
-
-
-def _read_rows(study_dir: Path, kind: Kind) -> list[TrialRow]:
-    if not (study_dir / JOURNAL).exists():
-        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
-    with readable(study_dir):
-        storage = storage_of(study_dir)
-        if STUDY_NAMES[kind] not in optuna.get_all_study_names(storage):  # its first search is just making it
-            return []
-        return rows_of(kind, optuna.load_study(storage=storage, study_name=STUDY_NAMES[kind]))

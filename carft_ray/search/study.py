@@ -234,7 +234,7 @@ class Study:
             if "trained" not in trial.constraints:
                 trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
             study.tell(spec.number, objective, state)
-        row = row_of(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+        row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
         self._retain(row)
         return row
 
