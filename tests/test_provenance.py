@@ -16,7 +16,7 @@ from carft_ray.evaluation.materials import load_materials
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.launch.single import train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.search.folder import claim
+from carft_ray.search.identity import claim
 from carft_ray.search.provenance import differences, record_provenance
 
 

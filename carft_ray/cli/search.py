@@ -11,9 +11,11 @@ from carft_ray.cli.common import (
     DebugOption,
     ExecutorOption,
     JsonOption,
+    NarrowOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
+    WidenOption,
     WorkersOption,
     app,
     load,
@@ -28,6 +30,13 @@ AgainOption = Annotated[
     ),
 ]
 
+WarmStartOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--warm-start", metavar="DIR", help="Tell the sampler of another study's trials too; may be repeated."
+    ),
+]
+
 
 @app.command(
     epilog="Example:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart", rich_help_panel=PANEL
@@ -39,13 +48,16 @@ def search(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = load(recipe, set_, executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, again, json_)
+    value = _warm(load(recipe, set_, executor, num_workers), warm_start)
+    _search(value, recipe.absolute().parent, study, address, again, json_, _may(narrow, widen))
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -54,25 +66,51 @@ def resume(
     trials: Annotated[
         str | None, typer.Option("--trials", metavar="N|+N", help="Trials in all, or with a plus how many more.")
     ] = None,
+    set_: SetOption = None,
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml."""
+    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml.
+
+    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
+    """
     from carft_ray.results import overview
 
     study_dir = overview.require_study(study)
-    overrides = []
+    recipe = overview.resolved_recipe(study_dir)
+    overrides = [*overview.behind(study_dir), *(set_ or ())]
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
-    recipe = overview.resolved_recipe(study_dir)
-    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, json_)
+    value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
+    _search(value, study_dir, study, address, again, json_, _may(narrow, widen))
 
 
-def _search(value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, json_: bool) -> None:
+def _may(narrow: bool, widen: bool) -> list[Any]:
+    return ["narrow"] * narrow + ["widen"] * widen
+
+
+def _warm(value: Any, sources: list[Path] | None) -> Any:
+    """Returns a recipe with further studies for a warm start, whose paths count from the working directory."""
+    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(source.resolve()) for source in sources or ()))))
+    return value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
+
+
+def _search(
+    value: Any,
+    base_dir: Path,
+    study: Path,
+    address: str | None,
+    again: str | None,
+    json_: bool,
+    may: list[Any],
+) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
     from carft_ray.recipe.advice import check_searchable
@@ -81,14 +119,14 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
         raise RecipeError(problems)
     from carft_ray.search.ledger import require_unread
 
-    if not require_unread(study, value, base_dir, again) and again is not None:
+    if not require_unread(study, value, base_dir, again, may) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
     with search_shown(not json_, study, value.train.epochs) as on_event:
-        result = run_search(value, base_dir, study, address, on_event)
+        result = run_search(value, base_dir, study, address, on_event, may=may)
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
@@ -59,18 +60,20 @@ def run_search(
     address: str | None = None,
     on_event: Callable[[Event], None] = _ignore,
     runner: Runner | None = None,
+    may: Collection[Direction] = (),
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
 
     Args:
-        recipe: The recipe. In an existing study only the number of trials and where it runs may differ.
+        recipe: The recipe. What may differ from that of an existing study is in ``search.identity``.
         base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.run``.
+        may: How the search space may change.
 
     Returns:
         The best trial, and all rows.
@@ -84,15 +87,16 @@ def run_search(
     """
     began = time.monotonic()
     base_dir = base_dir.resolve()
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe, base_dir, may) as study:
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
         num_before = _num_finished(study)
+        told = study.adopt()
         for note in study.notes:
             on_event(Note(note))
-        for row in study.adopt():
+        for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP
