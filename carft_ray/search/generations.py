@@ -62,9 +62,7 @@ def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -
         What became of the trials, in a sentence.
     """
     old = optuna.load_study(study_name=generation_name(generation), storage=storage)
-    new = optuna.create_study(
-        study_name=generation_name(generation + 1), storage=storage, directions=[one.name for one in old.directions]
-    )
+    new = optuna.create_study(study_name=generation_name(generation + 1), storage=storage, directions=old.directions)
     for key, value in old.user_attrs.items():
         if key != LEDGER:  # which stays where it began
             new.set_user_attr(key, value)

@@ -348,9 +348,7 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[
                 with before._writing():
                     notes.append(begin_generation(storage, claimed.generation, claimed.recipe))
             elif may:
-                notes.append(
-                    f"{' '.join(f'--{one}' for one in may)} has no effect: the search space is that of the study"
-                )
+                notes.append(f"{' '.join(f'--{one}' for one in may)} has no effect: the space is that of the study")
             if claimed.is_news:
                 held.check()
                 record_recipe(study_dir, claimed)
