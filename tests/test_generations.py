@@ -17,12 +17,14 @@ from stand_in import make_recipe, objective
 from test_study import BASE, fail, optuna_study, run_all, write_result
 
 import carft_ray
-from carft_ray.errors import RecipeError
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.errors import HoldOutError, RecipeError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.region import contains, directions, place
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import study_recipe
+from carft_ray.search.folder import study_lock
+from carft_ray.search.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
 
@@ -128,6 +130,13 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
     assert place({**values, "decay": "matrices"}, recipe) == "weight_decay"  # it has its own value there
     own = {**values, "decay": "matrices", "weight_decay": recipe.train.weight_decay}
     assert place(own, recipe) == {key: value for key, value in own.items() if key != "weight_decay"}
+    chain = recipe_of(
+        decay={"choices": ["all", "matrices"]},
+        head_bias={"choices": [True, False], "when": {"decay": ["matrices"]}},
+        weight_decay={"low": 0, "high": 1, "when": {"head_bias": [False]}},  # which is its own value, too
+    )
+    assert place(values, chain) == "weight_decay"
+    assert place({**values, "decay": "matrices"}, chain) == {**values, "decay": "matrices", "head_bias": False}
     assert place({**values, "epochs": 9}, recipe) == "epochs"
     assert place({**values, "learning_rate": 1.0}, recipe) == "learning_rate"
 
@@ -252,6 +261,34 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
     assert json.loads(capsys.readouterr().out)["outside"] == sum(row.outside for row in trials(study_dir))
     assert crash_host.call(["status", "study"]) == 0
     assert "of them lie outside the search space of today" in capsys.readouterr().out
+
+
+def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
+    from carft_ray.launch.search import run_search  # loads Ray, and begins none
+
+    begin(study_dir, recipe_of())
+    begin(tmp_path / "source", recipe_of(2), 2)
+    narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
+    notes = []
+    result = run_search(narrow, BASE, study_dir, on_event=notes.append, may=("narrow",))
+    assert (result.num_new, len(result.trials)) == (0, 6)
+    assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
+    assert load_recipe(study_dir / "resolved.yaml") == narrow
+
+
+def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
+    begin(study_dir, recipe_of())
+    with study_lock(study_dir):
+        record(study_dir, recipe_of(), TEST, ("id_test",))
+    narrow = recipe_of(9, learning_rate=NARROW)
+    with pytest.raises(HoldOutError, match="add --again REASON"):
+        require_unread(study_dir, narrow, BASE, None, ("narrow",))
+    assert require_unread(study_dir, narrow, BASE, "a smaller space", ("narrow",))
+    assert "generation" not in (study_dir / "manifest.json").read_text()
+    with open_study(study_dir, narrow, BASE, ("narrow",)):
+        pass
+    assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
+    assert "ledger" not in optuna_study(study_dir, "search-2").user_attrs
 
 
 def test_an_option_without_a_change_of_the_space_is_told(study_dir):

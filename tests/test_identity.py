@@ -285,3 +285,11 @@ def test_a_change_of_the_space_names_the_option_that_allows_it(here, capsys, giv
     assert told in err
     assert f"search.space.{given.partition('=')[0]}" in err
     assert (here / "first" / "manifest.json").read_bytes() == before
+
+
+def test_the_page_on_resuming_names_the_keys_that_may_change():
+    page = (FOLDER.parent / "docs" / "resume.md").read_text()
+    free = {key for key, (kind, _) in CLASSES.items() if kind == "running"}
+    table = page.partition("## What may change freely")[2].partition("A whole project")[0]
+    named = [key for line in table.splitlines() if line.startswith("| `") for key in re.findall("`([^`]+)`", line)]
+    assert sorted(key for key in named if key != "data.train") == sorted(free)

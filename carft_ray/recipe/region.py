@@ -43,7 +43,7 @@ def place(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | str:
     placed: dict[str, Any] = {}
     for name in SEARCHABLE:
         value = whole[name]
-        drawn = name in space and _holds(space[name].when, whole)
+        drawn = _is_drawn(name, space, whole)
         if drawn and contains(space[name], value):
             placed[name] = value
         elif drawn or not _same(value, own[name]):
@@ -120,8 +120,12 @@ def _on_grid(parameter: Any, value: float) -> bool:
     return abs(steps - round(steps)) <= _CLOSE
 
 
-def _holds(when: Mapping[str, tuple[Any, ...]], values: Mapping[str, Any]) -> bool:
-    return all(any(_same(one, values[name]) for one in wanted) for name, wanted in when.items())
+def _is_drawn(name: str, space: Mapping[str, Parameter], values: Mapping[str, Any]) -> bool:
+    """Tells whether a parameter is drawn beside these values; one that is not drawn fulfils no condition."""
+    return name in space and all(
+        _is_drawn(other, space, values) and any(_same(one, values[other]) for one in wanted)
+        for other, wanted in space[name].when.items()
+    )
 
 
 def _implies(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> bool:
