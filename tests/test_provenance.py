@@ -140,16 +140,16 @@ def test_a_study_does_not_go_on_with_other_images(here):
 def test_images_may_move_and_are_no_others(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "moving", recipe, folder, num_attempts=1)
-    shutil.copytree(folder / "images", folder / "moved")
+    shutil.copytree(folder / "images", folder / "another")
 
     def elsewhere(cache):
-        text = dump_recipe(as_a_new_process(recipe, folder / cache)).replace("path: images", "path: moved")
+        text = dump_recipe(as_a_new_process(recipe, folder / cache)).replace("path: images", "path: another")
         (folder / "moved.yaml").write_text(text)
         return load_recipe(folder / "moved.yaml")
 
     short_study.search(study_dir, elsewhere("cache4"), folder, num_attempts=0)
-    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "moved")
-    short_training.write_image(folder / "moved" / "photo_val" / "star" / "0.png", 4, 12345)
+    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
+    short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
     with pytest.raises(DataError, match=r"data\.id_val: the contents"):
         short_study.search(study_dir, elsewhere("cache5"), folder, num_attempts=0)
 
