@@ -152,7 +152,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``.
+            ``best``; optionally ``epoch`` and ``outside``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -194,7 +194,7 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
-        return "best" if row["best"] else ""
+        return ", ".join(["best"] * row["best"] + ["outside the space"] * row.get("outside", False))
     if row.get("epoch"):
         return f"{row['outcome']}, epoch {row['epoch']} done"
     return f"{row['outcome']}: {row['reason']}" if row["reason"] else str(row["outcome"])

@@ -854,7 +854,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
     assert not trace.exists()
     given = []
 
-    def run_search(*arguments, trusted):
+    def run_search(*arguments, trusted, **others):
         given.append(trusted)
         raise InterruptedRunError("enough")
 

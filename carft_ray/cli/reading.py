@@ -27,6 +27,9 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
     console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
+    if answer["outside"]:
+        told = f"{answer['outside']} of them lie outside the search space of today; the sampler does not look at them."
+        console.out.print(told, markup=False)
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
     rows += [row for row in answer["running"] if row["name"] not in shown]

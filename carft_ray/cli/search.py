@@ -11,9 +11,11 @@ from carft_ray.cli.common import (
     DebugOption,
     ExecutorOption,
     JsonOption,
+    NarrowOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
+    WidenOption,
     WorkersOption,
     app,
     load,
@@ -32,6 +34,13 @@ AgainOption = Annotated[
     ),
 ]
 
+WarmStartOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--warm-start", metavar="DIR", help="Tell the sampler of another study's trials too; may be repeated."
+    ),
+]
+
 
 @app.command(
     epilog="Example:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart", rich_help_panel=PANEL
@@ -43,14 +52,17 @@ def search(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = load(recipe, set_, executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, again, trust, json_)
+    value = _warm(load(recipe, set_, executor, num_workers), warm_start)
+    _search(value, recipe.absolute().parent, study, address, again, trust, json_, _may(narrow, widen))
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -59,27 +71,52 @@ def resume(
     trials: Annotated[
         str | None, typer.Option("--trials", metavar="N|+N", help="Trials in all, or with a plus how many more.")
     ] = None,
+    set_: SetOption = None,
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml."""
+    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml.
+
+    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
+    """
     from carft_ray.results import overview
 
     study_dir = overview.require_study(study)
-    overrides = []
+    recipe = overview.resolved_recipe(study_dir)
+    overrides = [*overview.behind(study_dir), *(set_ or ())]
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
-    recipe = overview.resolved_recipe(study_dir)
-    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, trust, json_)
+    value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
+    _search(value, study_dir, study, address, again, trust, json_, _may(narrow, widen))
+
+
+def _may(narrow: bool, widen: bool) -> list[Any]:
+    return ["narrow"] * narrow + ["widen"] * widen
+
+
+def _warm(value: Any, sources: list[Path] | None) -> Any:
+    """Returns a recipe with further studies for a warm start, whose paths count from the working directory."""
+    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(source.resolve()) for source in sources or ()))))
+    return value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
 
 
 def _search(
-    value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, trust: bool, json_: bool
+    value: Any,
+    base_dir: Path,
+    study: Path,
+    address: str | None,
+    again: str | None,
+    trust: bool,
+    json_: bool,
+    may: list[Any],
 ) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
@@ -89,7 +126,7 @@ def _search(
         raise RecipeError(problems)
     from carft_ray.search.ledger import require_unread
 
-    if not require_unread(study, value, base_dir, again) and again is not None:
+    if not require_unread(study, value, base_dir, again, may) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.search.trust import unpickles
 
@@ -100,7 +137,7 @@ def _search(
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
     with search_shown(not json_, study, value.train.epochs) as on_event:
-        result = run_search(value, base_dir, study, address, on_event, trusted=trust)
+        result = run_search(value, base_dir, study, address, on_event, trusted=trust, may=may)
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)

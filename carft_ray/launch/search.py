@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
@@ -61,19 +62,21 @@ def run_search(
     on_event: Callable[[Event], None] = _ignore,
     runner: Runner | None = None,
     trusted: bool = False,
+    may: Collection[Direction] = (),
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
 
     Args:
-        recipe: The recipe. In an existing study only the number of trials and where it runs may differ.
+        recipe: The recipe. What may differ from that of an existing study is in ``search.identity``.
         base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.run``.
         trusted: A study from elsewhere may be opened by a sampler that unpickles.
+        may: How the search space may change.
 
     Returns:
         The best trial, and all rows.
@@ -87,15 +90,16 @@ def run_search(
     """
     began = time.monotonic()
     base_dir = base_dir.resolve()
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe, base_dir, may) as study:
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
         num_before = _num_finished(study)
+        told = study.adopt(trusted)
         for note in study.notes:
             on_event(Note(note))
-        for row in study.adopt(trusted):
+        for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         if not study.done():
             stop_path = study_dir / STOP

@@ -14,6 +14,7 @@ from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.region import DIRECTIONS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import (
     JOURNAL,
@@ -21,11 +22,11 @@ from carft_ray.search.folder import (
     PREPARED,
     RESOLVED,
     STOP,
-    claim,
     gone_if_nothing_began,
     is_ours,
     study_lock,
 )
+from carft_ray.search.identity import claim
 from carft_ray.search.provenance import record_provenance
 
 Row = dict[str, float]
@@ -77,7 +78,7 @@ def train_once(
     ):
         if held.note:
             say(held.note)
-        claim(out_dir, recipe, base_dir)
+        claim(out_dir, recipe, base_dir, may=DIRECTIONS)  # it has no space
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))

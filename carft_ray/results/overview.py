@@ -14,6 +14,7 @@ from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
+from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
@@ -96,6 +97,7 @@ def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
         "objective": row.objective,
         "metrics": row.metrics,
         "elapsed_s": row.elapsed_s,
+        "outside": row.outside,
         "best": best is not None and row.kind == best.kind and row.name == best.name,
     }
 
@@ -173,6 +175,15 @@ def resolved_recipe(study_dir: Path) -> Path:
     return path
 
 
+def behind(study_dir: Path) -> list[str]:
+    """Returns what must be set over ``resolved.yaml``, as ``key=value``, where a kill has kept it from being written.
+
+    Raises:
+        RecipeError, StorageError: As ``study_recipe``.
+    """
+    return caught_up(study_dir, load_recipe(study_dir / RESOLVED))
+
+
 def study_recipe(study_dir: Path) -> Recipe:
     """Returns the recipe of a study's last search: ``resolved.yaml``, else that of its manifest.
 
@@ -181,7 +192,9 @@ def study_recipe(study_dir: Path) -> Recipe:
         StorageError: The manifest cannot be read.
     """
     if (study_dir / RESOLVED).exists():
-        return load_recipe(study_dir / RESOLVED)
+        recipe = load_recipe(study_dir / RESOLVED)
+        missing = caught_up(study_dir, recipe)
+        return load_recipe(study_dir / RESOLVED, missing) if missing else recipe
     try:
         return Recipe.model_validate(files.read_json(study_dir / MANIFEST)["recipe"])
     except (ValueError, KeyError, TypeError) as error:
@@ -237,6 +250,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "finished": overview.num_finished,
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
+        "outside": sum(row.outside for row in overview.trials),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,

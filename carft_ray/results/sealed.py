@@ -39,7 +39,8 @@ from carft_ray.results.analysis import analyse, judged_again, judged_trials
 from carft_ray.results.compared import Compared, Row, Run, compared_rows
 from carft_ray.results.sealed_summary import ID_TEST, summarise
 from carft_ray.results.trained import open_run, require_weights
-from carft_ray.search.folder import PREPARED, claim, repair_journal, study_lock
+from carft_ray.search.folder import PREPARED, repair_journal, study_lock
+from carft_ray.search.identity import claim
 from carft_ray.search.lease import Lease
 from carft_ray.search.ledger import (
     ANALYSIS,

@@ -18,6 +18,7 @@ import getpass
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -29,8 +30,10 @@ from carft_ray import __version__, files
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.recipe import grid
 from carft_ray.recipe.loading import recipe_hash
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, MANIFEST, claim, repair_journal, study_lock
+from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
+from carft_ray.search.identity import claim
 from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
 
 LEDGER = "ledger.jsonl"
@@ -202,7 +205,9 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
 
 
-def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None) -> bool:
+def require_unread(
+    study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None, may: Collection[Direction] = ()
+) -> bool:
     """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
 
     With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
@@ -213,6 +218,7 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         recipe: The recipe of the search.
         base_dir: Folder from which its relative paths count.
         reason: What was given with ``--again``.
+        may: How the search space may change.
 
     Returns:
         Whether the reason was written down.
@@ -243,7 +249,7 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
-        claim(study_dir, recipe, base_dir)
+        claim(study_dir, recipe, base_dir, may)
         repair_journal(study_dir)
         record(study_dir, recipe, WENT_ON, details={"trials": wanted, "trials_before": num_trials}, reason=reason)
     return True

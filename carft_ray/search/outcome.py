@@ -55,7 +55,10 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A training of a study as tables show it. Accuracies and objective are fractions."""
+    """A training of a study as tables show it. Accuracies and objective are fractions.
+
+    ``outside``: the search space has changed since, and the sampler looks at this trial no more.
+    """
 
     kind: Kind
     number: int
@@ -69,6 +72,7 @@ class TrialRow:
     metrics: dict[str, float] = field(default_factory=dict)
     started: datetime | None = None
     elapsed_s: float | None = None
+    outside: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 import contextlib
 import shutil
 from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray import files
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import space, trust
-from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search import space, trust, warm_start
+from carft_ray.search.folder import JOURNAL, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search.generations import begin_generation, remove_half_made
+from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
     CHECKPOINTS,
@@ -40,7 +43,16 @@ from carft_ray.search.outcome import (
     read_result,
     trial_name,
 )
-from carft_ray.search.rows import STUDY_NAMES, ZERO_SHOT, best_first, readable, row_of, rows_of, storage_of
+from carft_ray.search.rows import (
+    ZERO_SHOT,
+    best_first,
+    is_training,
+    readable,
+    row_of,
+    rows_of,
+    storage_of,
+    study_name,
+)
 
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
@@ -50,15 +62,15 @@ class Study:
     """An open study; its lock is held. Use ``open_study``.
 
     Attributes:
-        notes: What was repaired or found at opening, one sentence each.
+        resolved: The recipe with absolute paths.
+        notes: What was repaired, found or taken in, one sentence each.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str]) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str], storage: JournalStorage) -> None:
         self.study_dir = study_dir
-        self.recipe = recipe
+        self.recipe = self.resolved = recipe
         self.notes = notes
         self._lease = held
-        storage = storage_of(study_dir)
         self._storage = storage
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
@@ -95,6 +107,8 @@ class Study:
         self._check_trusted()
         self._enter("baseline", self.recipe.search.baselines)
         told = self._take_over("baseline") + self._take_over("trial")
+        with self._writing():
+            self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
         for row in self.rows("baseline") + self.rows():
             self._retain(row)
         return told
@@ -275,7 +289,7 @@ class Study:
     def _open_studies(self, *kinds: Kind) -> None:
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
-            name = STUDY_NAMES[kind]
+            name = study_name(self.study_dir, kind)
             self._studies[kind] = _open(self._storage, name, name in known)
 
     def _check_trusted(self) -> None:
@@ -283,8 +297,8 @@ class Study:
 
     def _wants_more(self) -> bool:
         study = self._studies["trial"]
-        more = self._asks and len(study.get_trials(deepcopy=False)) < self.recipe.search.trials
-        return more and not space.used_up(study, self.recipe)
+        num_begun = sum(is_training(trial) for trial in study.get_trials(deepcopy=False))
+        return self._asks and num_begun < self.recipe.search.trials and not space.used_up(study, self.recipe)
 
     def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
@@ -317,7 +331,7 @@ class Study:
 
 
 @contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
+def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direction] = ()) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
     When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
@@ -326,6 +340,7 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
         base_dir: Folder from which the recipe's relative paths count.
+        may: How the search space may change; a change begins another generation of the study.
 
     Raises:
         StorageError: Another search runs on it, or the study cannot be read or written.
@@ -334,12 +349,26 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        is_new = claim(study_dir, recipe, base_dir)
+        claimed = claim(study_dir, recipe, base_dir, may)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with readable(study_dir):
-            study = Study(study_dir, recipe, held, notes)
-        with gone_if_nothing_began(study_dir, is_new, study._began):
+            storage = storage_of(study_dir)
+            with files.writing(study_dir / JOURNAL):
+                remove_half_made(storage, claimed.generation)
+            if claimed.space_changes:
+                before = Study(study_dir, claimed.kept, held, [], storage)
+                before._take_over("trial")  # what has finished is told, as a trial of the space that it was drawn from
+                with before._writing():
+                    notes.append(begin_generation(storage, claimed.generation, claimed.recipe))
+            elif may:
+                notes.append(f"{' '.join(f'--{one}' for one in may)} has no effect: the space is that of the study")
+            if claimed.is_news:
+                held.check()
+                record_recipe(study_dir, claimed)
+            study = Study(study_dir, recipe, held, notes, storage)
+            study.resolved = claimed.recipe
+        with gone_if_nothing_began(study_dir, claimed.is_new, study._began):
             yield study
 
 
