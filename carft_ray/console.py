@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.recipe.constraints import violation_words
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
@@ -152,7 +153,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``.
+            ``best``; optionally ``epoch`` and ``on_front``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -194,7 +195,8 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
-        return "best" if row["best"] else ""
+        standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
+        return ", ".join(part for part in (standing, violation_words(row["metrics"])) if part)
     if row.get("epoch"):
         return f"{row['outcome']}, epoch {row['epoch']} done"
     return f"{row['outcome']}: {row['reason']}" if row["reason"] else str(row["outcome"])

@@ -46,7 +46,7 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
         DataError: The file cannot be used.
     """
     result = read_result(folder_of(view.study_dir, best)) or {}
-    metrics, num_images = result.get("metrics", {}), result.get("num_images", {})
+    metrics, num_images = best.metrics, result.get("num_images", {})
     known = {} if reference is None else read_reference(reference)
     sets = [name for name in view.recipe.data.ood_val if f"accuracy/{name}" in metrics and name in num_images]
     if reference is not None and not set(known) & set(sets):

@@ -11,11 +11,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
+from carft_ray.search import front
 from carft_ray.search.folder import JOURNAL
 from carft_ray.search.outcome import Kind, TrialRow
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
+# user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
+# the training with that number, and a trial of another study
+TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -38,24 +42,51 @@ def confirmations(study_dir: Path) -> list[TrialRow]:
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
-    """Returns rows from the largest objective down, the earlier of equals first; those without one come last."""
-    return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+    """Returns rows from the best down, the earlier of equals first; those without an objective come last.
+
+    Rows that meet all constraints come before those that do not, and of these the less violating first. Then the
+    standing of a Pareto search counts, then the objective.
+    """
+    return sorted(
+        rows,
+        key=lambda row: (
+            row.objective is None,
+            row.violation,
+            -row.standing,
+            -(row.objective or 0.0),
+            row.number,
+        ),
+    )
 
 
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
-    """Returns the complete row with the largest objective, the earliest of equals."""
+    """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
     return next(iter(best_first(complete)), None)
 
 
 def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
-    """Returns the trials of an Optuna study as rows."""
-    return [row_of(kind, trial) for trial in study.get_trials(deepcopy=False)]
+    """Returns the trainings of an Optuna study as rows, those of a Pareto search with their standing."""
+    rows = [row_of(kind, trial) for trial in trainings(study)]
+    rule = study.user_attrs.get(front.FRONT) if kind == "trial" else None
+    return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
+
+
+def trainings(study: optuna.Study) -> list[FrozenTrial]:
+    """Returns the trials of an Optuna study that are trainings of this study, in the order of their numbers."""
+    return [trial for trial in study.get_trials(deepcopy=False) if is_training(trial)]
+
+
+def is_training(trial: FrozenTrial) -> bool:
+    """Tells whether a trial is a training of this study; the others tell the sampler of something measured before."""
+    return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
 
 
 def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
-    """Returns a trial of an Optuna study as a row."""
+    """Returns a trial of an Optuna study as a row, without standing."""
     attributes = trial.user_attrs
+    complete = trial.state == TrialState.COMPLETE
+    [objective] = trial.values if complete and len(trial.values) == 1 else [attributes.get("objective")]
     finished = trial.state.is_finished()
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
@@ -68,11 +99,12 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         outcome=attributes.get("outcome", "error") if finished else "running",
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason", ""),
-        objective=trial.value if trial.state == TrialState.COMPLETE else None,
+        objective=objective if complete else None,
         alpha=attributes.get("alpha"),
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
+        points=tuple(attributes.get("points", ())),
     )
 
 
