@@ -55,6 +55,8 @@ def rescore(
     console.out.print(console.rescored_table(rows))
     if not all(row["measured"] for row in rows):
         console.say("~: read from the fitted curve; the training stored no predictions at this alpha.")
+    if answer["constraints"]:
+        console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
         console.say(f"{answer['unfinished']} more trials are not finished.")
     console.say(f"\n{answer['note']}")

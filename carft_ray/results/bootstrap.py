@@ -56,6 +56,8 @@ class Resamples:
         alphas: The alpha chosen, [B, N].
         accuracies: Per candidate and set the accuracies on the images drawn, [B, A].
         missed: By how much the choice misses the constraints in all, on the images drawn, [B, N].
+        outside: Per candidate and set the accuracies on the images not drawn, [B, A].
+        missed_at: Per candidate by how much each alpha misses the constraints, on the images drawn, [B, A].
     """
 
     names: tuple[str, ...]
@@ -64,6 +66,8 @@ class Resamples:
     alphas: FloatArray
     accuracies: tuple[dict[str, FloatArray], ...]
     missed: FloatArray
+    outside: tuple[dict[str, FloatArray], ...]
+    missed_at: tuple[FloatArray, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def resample(
         gaps = [candidate.gaps[name] for candidate in candidates if name in candidate.gaps]
         *sums[name], errors[name] = _both(rng, [each.correct[name] for each in candidates], num_resamples, gaps)
     num_images = {name: candidates[0].correct[name].shape[1] for name in names}
-    choices, outside, accuracies, column = [], [], [], 0
+    choices, scores, accuracies, outside, missed_at, column = [], [], [], [], [], 0
     for index, candidate in enumerate(candidates):
         num_alphas = len(candidate.alphas)
         own, pairs = slice(column, column + num_alphas), slice(column + num_alphas, column + 2 * num_alphas - 1)
@@ -121,17 +125,21 @@ def resample(
             for limit in bounds
         ]
         choice = _choose(candidate, spec, lowest, drawn, both_right, num_images, violations)
-        out = spec.values({name: sums[name][1][:, own] for name in names})
+        left_out = {name: sums[name][1][:, own] for name in names}
         choices.append(choice)
-        outside.append((choice.readers * out).sum(axis=1))
+        scores.append((choice.readers * spec.values(left_out)).sum(axis=1))
         accuracies.append(drawn)
+        outside.append(left_out)
+        missed_at.append(sum((np.maximum(each, 0) for each in violations), np.zeros_like(drawn[spec.id_set])))
     return Resamples(
         tuple(candidate.name for candidate in candidates),
         np.stack([choice.values for choice in choices], axis=1),
-        np.stack(outside, axis=1),
+        np.stack(scores, axis=1),
         np.stack([choice.alphas for choice in choices], axis=1),
         tuple(accuracies),
         np.stack([choice.missed for choice in choices], axis=1),
+        tuple(outside),
+        tuple(missed_at),
     )
 
 

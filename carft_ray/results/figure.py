@@ -114,8 +114,16 @@ def id_ood_figure(
     _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
     missing = [dot for dot in finite if not dot.meets]
     if missing:
-        x, y = [100 * dot.id_accuracy for dot in missing], [100 * dot.ood_accuracy for dot in missing]
-        axes.scatter(x, y, marker="x", s=45, color=_GREY, linewidths=1.4, zorder=3, label="violates a constraint")
+        axes.scatter(
+            [100 * dot.id_accuracy for dot in missing],
+            [100 * dot.ood_accuracy for dot in missing],
+            marker="x",
+            s=45,
+            color=_GREY,
+            linewidths=1.4,
+            zorder=3,
+            label="violates a constraint",
+        )
         axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_GREY)
 
     taken = [(100 * dot.id_accuracy, 100 * dot.ood_accuracy) for dot in finite]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from carft_ray.evaluation.constraints import Limit, limits
 from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.front import front_of, front_rule, points_of
@@ -54,10 +55,23 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
+def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
+    """Returns the content of a training's ``result.json`` at the point of the front at which its row stands."""
+    if row is None or not row.standing:
+        return result
+    return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}
+
+
 def mean_words(recipe: Recipe) -> str:
     """Returns the weighted mean by which points of a front are compared with baselines, ``0.5 ID + 0.5 OOD``."""
     weight = recipe.search.objective.id_weight
     return f"{weight:g} ID + {1 - weight:g} OOD"
+
+
+def study_limits(recipe: Recipe, baselines: Sequence[TrialRow]) -> tuple[Limit, ...]:
+    """Returns the constraints of a study with their bounds, as its trials had them."""
+    ids = {row.name: row.metrics["id_accuracy"] for row in baselines if row.outcome == "complete"}
+    return limits(recipe.search.constraints, ids)
 
 
 def constraint_lines(best: TrialRow | None) -> list[str]:

@@ -141,7 +141,12 @@ def found_beside(study_dir: Path, step: str) -> list[str]:
 
 
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:
-    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone."""
+    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
+
+    In a Pareto search they are all points of the training that may be on the front.
+    """
+    if recipe.search.objective.kind == "pareto":
+        return tuple(alpha for alpha in found if alpha >= recipe.search.alpha.lowest - 1e-9)
     if "alpha" in row.values or recipe.train.alpha is not None:
         return (row.alpha or 0.0,)
     return tuple(alpha for alpha in found if alpha in recipe.search.alpha.grid)
