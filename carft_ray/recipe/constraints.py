@@ -32,8 +32,11 @@ def total_violation(metrics: Mapping[str, float]) -> float:
 
 def violation_words(metrics: Mapping[str, float]) -> str:
     """Returns which constraints are missed and by how much: ``violates id_drop zero_shot by 0.6 points``; else ''."""
-    missed = [(name.replace("/", " "), value) for name, value in violations(metrics).items() if value > 0]
-    return "violates " + " and ".join(f"{name} by {100 * value:.2g} points" for name, value in missed) if missed else ""
+    missed = [(name.replace("/", " "), 100 * value) for name, value in violations(metrics).items() if value > 0]
+    words = [
+        f"{name} by {value:.1f} points" if value >= 0.1 else f"{name} by {value:.1g} points" for name, value in missed
+    ]
+    return "violates " + " and ".join(words) if words else ""
 
 
 def alone(recipe: Recipe) -> Recipe:
