@@ -61,6 +61,7 @@ def result_of(recipe, study_dir):
     curve = [{"alpha": each, **at(each)} for each in alphas]
     metrics = at(alpha)
     content = {"objective": metrics["objective"], "alpha": alpha, "metrics": metrics, "curve": curve, "elapsed_s": 0.1}
+    content["train"] = recipe.train.model_dump(mode="json")
     return {"format_version": 1, "num_images": {"train": 64, "id_val": 64, "sketch": 64}, **content}
 
 
