@@ -28,6 +28,7 @@ from carft_ray.results.confirm import first_stage
 from carft_ray.results.finished import open_finished
 from carft_ray.results.overview import read_study, status, total_trials
 from carft_ray.results.report import study_report
+from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.summary import study_summary, write_best, write_figure
 from carft_ray.results.trained import open_trained
@@ -328,3 +329,15 @@ def test_a_pareto_search_over_ray(tmp_path, monkeypatch):
     assert all("violation/id_drop/plain" in row.metrics for row in result.trials)
     finished = [event for event in events if type(event).__name__ == "TrialFinished"]
     assert finished[-1].best == result.best.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "trial"), [("pareto", None), ("pareto", "plain"), ("constrained", None)])
+def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name, trial):
+    _, studies = searched
+
+    def nothing(told):
+        del told
+
+    found = reproduce(open_finished(studies[name], trial), tmp_path / "again", nothing, nothing, nothing)
+    assert found.differences == []
