@@ -32,7 +32,7 @@ def rescore(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Rank the trials again under another objective, from their stored predictions; constraints hold. The study stays as it is."""
+    """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray import console
     from carft_ray.results import overview
     from carft_ray.results.rescore import asked_objective

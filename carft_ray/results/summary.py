@@ -79,6 +79,7 @@ def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
     best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
     path = result.study_dir / BEST
     head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    head += "".join(f"# {line}\n" for line in constraint_lines(result.best))
     if not recipe.data.ood_val:
         head += "# Selected on ID only: the recipe has no ood_val.\n"
     write_text(path, head + dump_recipe(best, base_dir))
