@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from carft_ray import console
+from carft_ray.recipe.constraints import violation_words
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started
@@ -146,6 +147,7 @@ class SearchView:
         self._started: Started | None = None
         self._running: dict[tuple[str, str], _Running] = {}
         self._rows = {(row.kind, row.name): row for row in earlier if row.outcome != "running"}
+        self._best = ""  # name of the best trial, as the search has told it
         self._seconds: list[float] = []  # of the trainings that ended in this search
 
     def tell(self, event: "Event") -> str | None:
@@ -172,6 +174,8 @@ class SearchView:
             elif isinstance(event, events.Stopping):
                 self._phase = f"stopping; {event.num_running} trainings write their checkpoints"
             elif isinstance(event, events.TrialFinished | events.BaselineFinished):
+                if isinstance(event, events.TrialFinished):
+                    self._best = event.best or self._best
                 return self._end(event.row)
             return None
 
@@ -190,14 +194,16 @@ class SearchView:
         yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
 
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
+        from carft_ray.search.rows import rank
+
         room = max(3, height - 6)  # lines but for header, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
         best = heapq.nsmallest(
             min(NUM_BEST, max(1, room // 3)),
             (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
-            key=lambda row: (-(row.objective or 0.0), row.number) if ranks else (0.0, -row.number),
-        )
+            key=lambda row: (row.name != self._best, *rank(row)) if ranks else (-row.number,),
+        )  # the best was told: of a front one row does not tell
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
         if beside or best or shown:
@@ -346,6 +352,6 @@ def _result(row: "TrialRow") -> str:
     metrics = row.metrics
     ood = f", OOD {console.percent(metrics['ood_accuracy'])}" if "ood_accuracy" in metrics else ""
     at = f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
-    return (
-        f"{text}: ID {console.percent(metrics['id_accuracy'])}{ood}, objective {console.percent(row.objective)} %{at}"
-    )
+    missed = f"; {words}" if (words := violation_words(metrics)) else ""
+    accuracies = f"ID {console.percent(metrics['id_accuracy'])}{ood}"
+    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{at}{missed}"

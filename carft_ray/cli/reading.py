@@ -36,6 +36,8 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))
+    for line in answer["lines"]:
+        console.out.print(line, markup=False, soft_wrap=True)
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
@@ -93,6 +95,8 @@ def list_(
     rows = [*answer["baselines"], *answer["trials"]]
     if rows:
         console.out.print(console.trial_table(rows))
+    for line in answer["lines"]:
+        console.out.print(line, markup=False, soft_wrap=True)
     left_out = answer["num_trials"] - len(answer["trials"])
     if left_out:
         console.say(f"{left_out} more trials; without --limit all are shown.")

@@ -25,6 +25,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, ClusterError, DivergedError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
 from carft_ray.learning.context import RunContext
+from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.folder import MANIFEST, PREPARED, STOP
@@ -195,7 +196,7 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
-        recipe = apply(plan.recipe, spec.values)
+        recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
         with _alive(folder, spec.attempt, context) as context:
             result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy

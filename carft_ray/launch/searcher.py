@@ -139,10 +139,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             self.on_event(BaselineFinished(row))
         else:
             self._ended.append(row)
-            found = row.objective if row.kind == "trial" else None  # a fresh seed confirms, it finds nothing better
-            is_best = found is not None and (self._best is None or found > self._best)
-            self._best = found if is_best else self._best
-            self.on_event(TrialFinished(row, is_best))
+            best = best_row(self.study.rows()) if row.kind == "trial" else None  # a fresh seed finds nothing better
+            self._best = best.objective if best else self._best
+            name = best.name if best else ""
+            self.on_event(TrialFinished(row, row.name == name, name))
             self._give_up_if_hopeless()
 
     def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:

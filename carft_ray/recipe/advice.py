@@ -67,6 +67,13 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):
         yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
+    if search.objective.kind != "pareto" and search.objective.best != "knee":
+        yield "search.objective.best", f"has no effect: the objective is {search.objective.kind}"
+    if search.objective.tolerance != 0.005 and (search.objective.kind, search.objective.best) != (
+        "pareto",
+        "lexicographic",
+    ):
+        yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
     yield from sampler_advice(recipe)

@@ -42,8 +42,10 @@ WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
-    between = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
-    rules = (*between, condition_findings, point_findings, sampler_findings)
+    rules = (
+        *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints, _search),
+        *(_resources, condition_findings, point_findings, sampler_findings),
+    )
     return [finding for rule in rules for finding in rule(recipe)]
 
 
@@ -213,6 +215,21 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
     search = recipe.search
     path, mode, lowest = ("search", "space", "alpha"), ("search", "alpha", "mode"), search.alpha.lowest
     parameter = search.space.get("alpha")
+    if search.objective.kind == "pareto":
+        kind = ("search", "objective", "kind")
+        if not recipe.data.ood_val:
+            step = "Add a set to data.ood_val, or choose another kind."
+            yield Finding(kind, "pareto needs an OOD validation set", next_step=step, reads=(("data", "ood_val"),))
+        if search.alpha.mode == "profile":
+            wanted = "" if parameter else f" and search.space.alpha: {{low: {lowest}, high: 1}}"
+            step = f"Write search.alpha.mode: sample{wanted}."
+            yield Finding(
+                kind,
+                "pareto needs alpha as a parameter of the space",
+                next_step=step,
+                reads=(mode, path),
+            )
+            return
     if parameter is None:
         if search.alpha.mode == "sample":
             step = f"Add alpha: {{low: {lowest}, high: 1}} to search.space, or remove the mode."
@@ -252,6 +269,23 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
                 f"micro_batch {micro}",
                 reads=(("train", "micro_batch"), ("train", "batch_size")),
             )
+
+
+def _constraints(recipe: Recipe) -> Iterator[Finding]:
+    baselines, sets = ("search", "baselines"), ("data", "ood_val")
+    known = {
+        "id_drop": (
+            ("zero_shot", *recipe.search.baselines),
+            "must be zero_shot or a name of search.baselines",
+            baselines,
+        ),
+        "ece": (("id_val", *recipe.data.ood_val), "must be id_val or a name of data.ood_val", sets),
+    }
+    for kind, (allowed, rule, read) in known.items():
+        for name in getattr(recipe.search.constraints, kind):
+            if name not in allowed:
+                path, near = ("search", "constraints", kind, name), nearest(name, allowed)
+                yield Finding(path, rule, shown(name), allowed, near, reads=((*read, name), read))
 
 
 def _search(recipe: Recipe) -> Iterator[Finding]:

@@ -10,9 +10,11 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
+from carft_ray.results.pareto import constraint_lines, front_data, front_lines
 from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
@@ -48,7 +50,7 @@ class Overview:
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
-        """The trial with the largest objective."""
+        """The best trial (``search.rows.best_first``), in a Pareto search at its point of the front."""
         return best_row(self.trials)
 
     @property
@@ -96,6 +98,8 @@ def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
         "alpha": row.alpha,
         "objective": row.objective,
         "metrics": row.metrics,
+        "violations": violations(row.metrics),
+        "on_front": row.standing > 0,
         "elapsed_s": row.elapsed_s,
         "outside": row.outside,
         "best": best is not None and row.kind == best.kind and row.name == best.name,
@@ -253,6 +257,8 @@ def status(overview: Overview) -> dict[str, Any]:
         "outside": sum(row.outside for row in overview.trials),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
+        "front": front_data(overview.recipe, overview.trials),
+        "lines": [*front_lines(front_data(overview.recipe, overview.trials)), *constraint_lines(best)],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
         "search": {
@@ -277,6 +283,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     return {
         "study": str(overview.study_dir),
         "num_trials": len(rows),
+        "lines": constraint_lines(overview.best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "trials": [overview.data(row) for row in rows[:limit]],
     }

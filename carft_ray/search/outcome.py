@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, Problem
+from carft_ray.recipe.constraints import total_violation
 
 FORMAT_VERSION = 1
 RESULT = "result.json"
@@ -57,7 +58,11 @@ class TrialSpec:
 class TrialRow:
     """A training of a study as tables show it. Accuracies and objective are fractions.
 
-    ``outside``: the search space has changed since, and the sampler looks at this trial no more.
+    Attributes:
+        outside: The search space has changed since, and the sampler looks at this trial no more.
+        points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
+        standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
+            front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``search.front``).
     """
 
     kind: Kind
@@ -73,6 +78,13 @@ class TrialRow:
     started: datetime | None = None
     elapsed_s: float | None = None
     outside: bool = False
+    points: tuple[dict[str, float], ...] = ()
+    standing: int = 0
+
+    @property
+    def violation(self) -> float:
+        """By how much all constraints are missed together; 0 when they are met."""
+        return total_violation(self.metrics)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
+from carft_ray.search import front
 from carft_ray.search.folder import JOURNAL, MANIFEST
 from carft_ray.search.outcome import Kind, TrialRow
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
 OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told before (search.generations)
-WARM_FROM = "warm_from"  # attribute of a trial of another study, which the sampler is told of (search.warm_start)
+# user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
+# the training with that number, and a trial of another study
+TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -58,12 +61,21 @@ def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
-    """Returns rows from the largest objective down, the earlier of equals first; those without one come last."""
-    return sorted(rows, key=lambda row: (row.objective is None, -(row.objective or 0.0), row.number))
+    """Returns rows from the best down, the earlier of equals first; those without an objective come last."""
+    return sorted(rows, key=rank)
+
+
+def rank(row: TrialRow) -> tuple[float, ...]:
+    """Returns what the best row has least of.
+
+    Rows that meet all constraints come before those that do not, and of these the less violating first. Then the
+    standing of a Pareto search counts, then the objective.
+    """
+    return row.objective is None, row.violation, -row.standing, -(row.objective or 0.0), row.number
 
 
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
-    """Returns the complete row with the largest objective, the earliest of equals."""
+    """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
     return next(iter(best_first(complete)), None)
 
@@ -86,11 +98,6 @@ def generation_name(generation: int) -> str:
     return STUDY_NAMES["trial"] if generation == 1 else f"{STUDY_NAMES['trial']}-{generation}"
 
 
-def is_training(trial: FrozenTrial) -> bool:
-    """Tells a training of this study from a trial that only the sampler knows."""
-    return WARM_FROM not in trial.user_attrs
-
-
 def told(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
     """Returns state and objectives of a trial as they were told, whether it lies in the space of today or not."""
     before = trial.user_attrs.get(OUTSIDE)
@@ -100,15 +107,28 @@ def told(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
 
 
 def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
-    """Returns the trainings of an Optuna study as rows."""
-    return [row_of(kind, trial) for trial in study.get_trials(deepcopy=False) if is_training(trial)]
+    """Returns the trainings of an Optuna study as rows, those of a Pareto search with their standing."""
+    rows = [row_of(kind, trial) for trial in trainings(study)]
+    rule = study.user_attrs.get(front.FRONT) if kind == "trial" else None
+    return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
+
+
+def trainings(study: optuna.Study) -> list[FrozenTrial]:
+    """Returns the trials of an Optuna study that are trainings of this study, in the order of their numbers."""
+    return [trial for trial in study.get_trials(deepcopy=False) if is_training(trial)]
+
+
+def is_training(trial: FrozenTrial) -> bool:
+    """Tells whether a trial is a training of this study; the others tell the sampler of something measured before."""
+    return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
 
 
 def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
-    """Returns a trial of an Optuna study as a row."""
+    """Returns a trial of an Optuna study as a row, without standing."""
     attributes = trial.user_attrs
     finished = trial.state.is_finished()
     state, objectives = told(trial)
+    objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
         elapsed_s = trial.duration.total_seconds()
@@ -120,12 +140,13 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         outcome=attributes.get("outcome", "error") if finished else "running",
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason", ""),
-        objective=objectives[0] if state == TrialState.COMPLETE and objectives else None,
+        objective=objective if state == TrialState.COMPLETE else None,
         alpha=attributes.get("alpha"),
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
         outside=OUTSIDE in attributes,
+        points=tuple(attributes.get("points", ())),
     )
 
 

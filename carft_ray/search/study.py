@@ -5,18 +5,24 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
-| valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1 |
+| valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | its processes were lost, again and again | error | FAIL: no verdict on the values |
 | stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
 
-PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again.
+PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again. Every finished
+trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
+
+A Pareto search has two directions, ID and OOD accuracy. Its sampler is also told of other points of a training's alpha
+curve (``front.told_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``). They are added
+before the training itself is told, so that a training that is told has all of them.
 """
 
 import contextlib
 import shutil
 from collections import deque
 from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +31,19 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray import files
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.recipe.constraints import REFERENCES, VIOLATION, constraint_names, violations
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import space, trust, warm_start
-from carft_ray.search.folder import JOURNAL, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search import front, space, trust, warm_start
+from carft_ray.search.folder import JOURNAL, PREPARED, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
     CHECKPOINTS,
+    LOG,
+    RESULT,
     WEIGHTS,
     Kind,
     TrialRow,
@@ -44,6 +54,7 @@ from carft_ray.search.outcome import (
     trial_name,
 )
 from carft_ray.search.rows import (
+    TRAINING_OF,
     ZERO_SHOT,
     best_first,
     is_training,
@@ -52,6 +63,7 @@ from carft_ray.search.rows import (
     rows_of,
     storage_of,
     study_name,
+    trainings,
 )
 
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
@@ -72,6 +84,9 @@ class Study:
         self.notes = notes
         self._lease = held
         self._storage = storage
+        self._rule = front.front_rule(recipe.search.objective)
+        self._constraints = constraint_names(recipe.search.constraints)
+        self._references_known = not self._constraints  # whether what the constraints compare with is there
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
         self._asks = True  # whether the sampler proposes new trials
@@ -109,7 +124,7 @@ class Study:
         told = self._take_over("baseline") + self._take_over("trial")
         with self._writing():
             self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
-        for row in self.rows("baseline") + self.rows():
+        for row in self.rows("baseline") + [row_of("trial", trial) for trial in trainings(self._studies["trial"])]:
             self._retain(row)
         return told
 
@@ -131,6 +146,8 @@ class Study:
         """Tells or queues what is RUNNING in one of the Optuna studies; None wants everything."""
         told = []
         for frozen in self._studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not is_training(frozen):
+                continue
             spec = self._spec(kind, optuna.trial.Trial(self._studies[kind], frozen._trial_id))
             if wanted is not None and spec.name not in wanted:
                 continue
@@ -146,15 +163,20 @@ class Study:
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
 
-        Baselines come first, then adopted trials, then new ones until the recipe's number is reached.
+        Baselines come first, then adopted trials, then new ones until the recipe's number is reached. No trial starts
+        before the baselines that a constraint names have finished.
+
+        Raises:
+            NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
         """
-        if not self._waiting and self._wants_more():
+        if not self._waiting and self._wants_more() and self._may_try():
             with self._writing():
                 trial = space.ask(self._studies["trial"], self.recipe)
             self._waiting.append(self._spec("trial", trial))
-        if not self._waiting:
+        waiting = next((spec for spec in self._waiting if spec.kind != "trial" or self._may_try()), None)
+        if waiting is None:
             return None
-        waiting = self._waiting.popleft()
+        self._waiting.remove(waiting)
         spec = TrialSpec(waiting.kind, waiting.number, waiting.name, waiting.values, waiting.attempt + 1)
         trial = self._trials[spec.kind, spec.number]
         with self._writing():
@@ -173,7 +195,8 @@ class Study:
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
         if result is not None:
-            return self._tell(spec, TrialState.COMPLETE, _attributes(result), result["objective"])
+            self._check_measured(spec, result)
+            return self._tell(spec, TrialState.COMPLETE, self._attributes(spec, result), result["objective"])
         failure = read_failure(folder, spec.attempt)
         if failure is None:
             return None
@@ -226,6 +249,85 @@ class Study:
         """Tells whether the training of an attempt is queued for another one."""
         return any((waiting.kind, waiting.number) == (spec.kind, spec.number) for waiting in self._waiting)
 
+    def _may_try(self) -> bool:
+        """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
+
+        Raises:
+            NoSuccessfulTrialError: One of them never will.
+        """
+        if self._references_known:
+            return True
+        rows = {row.name: row for row in self.rows("baseline")}
+        named = [rows.get(name) for name in self.recipe.search.constraints.id_drop]
+        ended = [
+            name
+            for name, row in zip(self.recipe.search.constraints.id_drop, named, strict=True)
+            if row is None or row.outcome not in ("complete", "running")
+        ]
+        if ended:
+            raise NoSuccessfulTrialError([_without_reference(self.study_dir, name, rows.get(name)) for name in ended])
+        if any(row is None or row.outcome == "running" for row in named):
+            return False
+        self.check_held()
+        found = {row.name: row.metrics["id_accuracy"] for row in named if row is not None}
+        files.write_json(self.study_dir / PREPARED / REFERENCES, found)
+        self._references_known = True
+        return True
+
+    def _check_measured(self, spec: TrialSpec, result: Mapping[str, Any]) -> None:
+        """Raises a ``StorageError`` when the result of a trial lacks what the search must tell of it."""
+        if spec.kind != "trial":
+            return
+        wanted = [VIOLATION + name for name in self._constraints]
+        wanted += ["id_accuracy", "ood_accuracy"] if self._rule else []
+        missing = [name for name in wanted if name not in result["metrics"]]
+        if missing:
+            rule = f"the metrics of a trial of this study must have {', '.join(wanted)}"
+            raise StorageError(
+                Problem(str(spec.folder(self.study_dir) / RESULT), rule, f"none of {', '.join(missing)}")
+            )
+
+    def _attributes(self, spec: TrialSpec, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what is kept of a result with its trial; in a Pareto search all points that may be on the front."""
+        found = {
+            "outcome": "complete",
+            "alpha": result.get("alpha"),
+            "metrics": result["metrics"],
+            "elapsed_s": result.get("elapsed_s"),
+        }
+        if spec.kind != "trial" or self._rule is None:
+            return found
+        lowest = self.recipe.search.alpha.lowest - 1e-9
+        curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest]
+        if all(point["alpha"] != result["alpha"] for point in curve):
+            curve.append({"alpha": result["alpha"], **result["metrics"]})
+        return {**found, "objective": result["objective"], "points": curve}
+
+    def _add_points(self, spec: TrialSpec, alpha: float, points: list[dict[str, float]]) -> None:
+        """Tells the sampler of further points of a training; those that an earlier search has told are there."""
+        study, trial = self._studies["trial"], self._trials["trial", spec.number]
+        of_this = [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(TRAINING_OF) == spec.number]
+        there = {each.params["alpha"] for each in of_this}
+        within = trial.distributions["alpha"]
+        for point in front.told_points(points, alpha):
+            if point["alpha"] in there or not within._contains(within.to_internal_repr(point["alpha"])):
+                continue
+            frozen = optuna.trial.create_trial(
+                values=[point["id_accuracy"], point["ood_accuracy"]],
+                params={**trial.params, "alpha": point["alpha"]},
+                distributions=trial.distributions,
+                user_attrs={TRAINING_OF: spec.number},
+                constraints=self._told_constraints("complete", point),
+            )
+            with self._writing():
+                study.add_trial(frozen)
+
+    def _told_constraints(self, outcome: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns all constraints of a finished trial: what was measured of a complete one, else 0."""
+        measured = violations(metrics) if outcome == "complete" else {}
+        trained = 1.0 if outcome in ("diverged", "error") else -1.0
+        return {"trained": trained, **{name: measured.get(name, 0.0) for name in self._constraints}}
+
     def _again(self, spec: TrialSpec, how: str) -> bool:
         """Queues another attempt unless too many have failed; the failed attempts are kept with the trial."""
         trial = self._trials[spec.kind, spec.number]
@@ -240,14 +342,25 @@ class Study:
     def _tell(
         self, spec: TrialSpec, state: TrialState, attributes: dict[str, Any], objective: float | None = None
     ) -> TrialRow:
-        """Writes attributes, constraint and state, in this order: a kill in between leaves the trial RUNNING."""
+        """Writes attributes, other points, constraints, state, in this order: a kill in between leaves it RUNNING."""
         study, trial = self._studies[spec.kind], self._trials[spec.kind, spec.number]
+        metrics = attributes.get("metrics", {})
+        values: float | list[float] | None = objective
+        constraints = self._told_constraints(attributes["outcome"], metrics)
+        if spec.kind != "trial":
+            constraints = {"trained": constraints["trained"]}
+        elif self._rule is not None and state == TrialState.COMPLETE:
+            values = [metrics["id_accuracy"], metrics["ood_accuracy"]]
         with self._writing():
             for key, value in attributes.items():
                 trial.set_user_attr(key, value)
-            if "trained" not in trial.constraints:
-                trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
-            study.tell(spec.number, objective, state)
+        if isinstance(values, list):
+            self._add_points(spec, attributes["alpha"], attributes["points"])
+        with self._writing():
+            for key, value in constraints.items():
+                if key not in trial.constraints:
+                    trial.set_constraint(key, value)
+            study.tell(spec.number, values, state)
         row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
         self._retain(row)
         return row
@@ -256,7 +369,8 @@ class Study:
         """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
 
         Called for every finished row at opening, and for each that is told: what a kill has left over goes then. A
-        failed training loses its checkpoints, too; a finished one has none.
+        failed training loses its checkpoints, too; a finished one has none. In a Pareto search those of all trainings
+        on the front stay, since the best point moves along it; a training that has left the front never comes back.
         """
         if row.outcome == "running":
             return
@@ -266,10 +380,12 @@ class Study:
             _remove(spec.folder(self.study_dir) / WEIGHTS)
         elif row.kind == "trial":
             self._kept[row.name] = row
-            if len(self._kept) > self.recipe.search.keep_checkpoints:
-                worst = best_first(self._kept.values())[-1]
-                del self._kept[worst.name]
-                _remove(self.study_dir / "trials" / worst.name / WEIGHTS)
+            kept = list(self._kept.values())
+            ranked = best_first(kept if self._rule is None else front.stand(kept, self._rule))
+            for worse in ranked[self.recipe.search.keep_checkpoints :]:
+                if not worse.standing:
+                    del self._kept[worse.name]
+                    _remove(self.study_dir / "trials" / worse.name / WEIGHTS)
 
     def _spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
         """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""
@@ -290,15 +406,19 @@ class Study:
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
             name = study_name(self.study_dir, kind)
-            self._studies[kind] = _open(self._storage, name, name in known)
+            rule = self._rule if kind == "trial" else None
+            study = self._studies[kind] = _open(self._storage, name, name in known, 2 if rule else 1)
+            if rule is not None and front.FRONT not in study.user_attrs:
+                with self._writing():
+                    study.set_user_attr(front.FRONT, asdict(rule))
 
     def _check_trusted(self) -> None:
         trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], self._trusted)
 
     def _wants_more(self) -> bool:
         study = self._studies["trial"]
-        num_begun = sum(is_training(trial) for trial in study.get_trials(deepcopy=False))
-        return self._asks and num_begun < self.recipe.search.trials and not space.used_up(study, self.recipe)
+        more = self._asks and len(trainings(study)) < self.recipe.search.trials
+        return more and not space.used_up(study, self.recipe)
 
     def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
@@ -381,17 +501,21 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _open(storage: JournalStorage, name: str, known: bool) -> optuna.Study:
+def _open(storage: JournalStorage, name: str, known: bool, num_directions: int) -> optuna.Study:
     sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
     if known:
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-    return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize")
+    directions = ["maximize"] * num_directions
+    return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, directions=directions)
 
 
-def _attributes(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "outcome": "complete",
-        "alpha": result.get("alpha"),
-        "metrics": result["metrics"],
-        "elapsed_s": result.get("elapsed_s"),
-    }
+def _without_reference(study_dir: Path, name: str, row: TrialRow | None) -> Problem:
+    """Returns the message for a baseline under which no constraint can hold."""
+    place = f"search.constraints.id_drop.{name}"
+    rule = f"the baseline {name} must finish before a trial can begin"
+    value = "none" if row is None else f"{row.outcome}: {row.reason}"
+    step = "A study keeps its recipe: mend the baseline or the constraint, and begin a new study."
+    if row is not None:
+        spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+        step = f"See {spec.folder(study_dir) / LOG}. {step}"
+    return Problem(place, rule, value, next_step=step)
