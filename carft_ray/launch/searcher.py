@@ -27,16 +27,17 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
+from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive
+from carft_ray.search.outcome import FOLDERS, LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
 ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
 LOOK_EVERY_S = 0.5
-WAIT_TOLD_S = 60  # a training whose process is not there after this time gets a note
+WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 TrialKey = tuple[str, int]  # name and attempt
 
@@ -128,8 +129,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if row is None and self.stopped:
             return  # it stays RUNNING, for the next search
         reason = self.hung.get((spec.name, spec.attempt)) or reason
+        failure = read_failure(spec.folder(self.study.study_dir), spec.attempt) if row is None else None
+        if failure is not None and failure.outcome == "memory":
+            self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            return
         if row is None and not self.study.waits(spec):
             reason = reason or "its process ended without a word"
+            if told_of_full_memory(reason) and self.concurrency > 1:
+                self._run_fewer(spec, reason)
+                return
             row = self.study.lost(spec, reason)
         self._give_up_if_nothing_ends_well(row, reason)
         if row is None:
@@ -143,6 +151,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             self._best = found if is_best else self._best
             self.on_event(TrialFinished(row, is_best))
             self._give_up_if_hopeless()
+
+    def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
+        """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""
+        self.concurrency -= 1
+        self.study.repeat(spec)
+        text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
+        self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
 
     def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
@@ -171,7 +186,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
         error = trial.get_pickled_error() if trial is not None else None
         text = str(error or "").strip()
-        return text.splitlines()[0] if text else ""
+        return host_memory(text) or (text.splitlines()[0] if text else "")
 
 
 def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
@@ -192,6 +207,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: Knows what runs.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         leaks: Removes what killed trials leave; None: they leave nothing.
+        why_waiting: Says why a process does not come.
         end: Ends its process.
     """
 
@@ -200,11 +216,13 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: StudySearcher,
         hang_timeout_s: float | None = None,
         leaks: Leaks | None = None,
+        why_waiting: Callable[[], str] = lambda: "is the cluster full?",
         end: Callable[[Alive], None] = end_process,
     ) -> None:
         self.searcher = searcher
         self.hang_timeout_s = hang_timeout_s
         self.leaks = leaks
+        self.why_waiting = why_waiting
         self.end = end
         self._next_look = 0.0
         self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
@@ -251,11 +269,12 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         elif alive is None:
             if now - since >= WAIT_TOLD_S:
                 self._steps[key] = (last_step, math.inf)  # told once
-                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: is the cluster full?"
+                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: {self.why_waiting()}"
                 self.searcher.on_event(Note(note))
         elif self.hang_timeout_s is not None and now - since >= self.hang_timeout_s:
             self._steps[key] = (last_step, now)  # once more after the same time, should it be needed
             reason = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s); process {alive.pid} was ended"
+            reason += f"; what its threads did is in {FOLDERS[spec.kind]}/{spec.name}/{LOG}"
             self.searcher.hung[key] = reason
             self.searcher.on_event(Note(f"{spec.name} hangs: {reason}"))
             self.end(alive)

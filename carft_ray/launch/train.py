@@ -84,6 +84,8 @@ def train_with_ray(
     if result is not None:
         return result
     failure = read_failure(out_dir, attempt)
+    if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
+        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner)
     if failure is not None:
         raise failure_error(failure, "train", out_dir)
     if (out_dir / STOP).exists():
