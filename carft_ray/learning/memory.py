@@ -29,13 +29,15 @@ TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tells whether an exception of torch, NumPy or Python says that memory could not be had. Needs no torch."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+    text = str(error)
+    return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or any(known in text for known in TEXTS))
 
 
 def micro_batch_of(train: TrainPart, num_workers: int) -> int:
