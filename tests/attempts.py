@@ -9,8 +9,11 @@ import resource
 import sys
 import time
 from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import stand_in
 import torch
 from ray.tune.search import Searcher
@@ -26,6 +29,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import TrialSpec
 from carft_ray.search.study import open_study
 
+HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["warm_training"])
@@ -78,6 +82,9 @@ def plan_of(study, base_dir, runner=STAND_IN):
 
 def start(plan, spec):
     """Starts an attempt; returns its process."""
+    with pytest.MonkeyPatch.context() as patched:  # the process to fork looks for modules where it is told to
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        forkserver.ensure_running()
     process = _forks.Process(target=_attempt, args=(plan, spec), daemon=True)
     process.start()
     return process

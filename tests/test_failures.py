@@ -160,7 +160,7 @@ def sandbox_search(folder, prepared, recipe, megabytes):
 def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enough(tmp_path, prepared):
     """Both under a limit of the system on the memory of each training's process: a wide one and a tight one."""
     found = {}
-    for name, megabytes in (("wide", 10_000), ("tight", 70)):
+    for name, megabytes in (("wide", 10_000), ("tight", 80)):
         searcher, events = sandbox_search(tmp_path / name, prepared, attempts.sandbox_recipe(), megabytes)
         assert searcher.failure is None
         rows = trials(tmp_path / name / "study")
@@ -184,12 +184,13 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
 
 def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_goes_on_later(tmp_path):
     recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
     tight = Runner(stand_in.prepare, attempts.without_memory)
     searcher, events = attempts.search(tmp_path / "study", recipe, tmp_path, tight, at_a_time=1)
     assert searcher.failure.exit_code == 5
     assert "1 image of 32 x 32 pixels at a time must fit into memory, but got " in str(searcher.failure)
     assert [row.outcome for row in trials(tmp_path / "study")] == ["running"]
-    assert len(notes(events)) == 9  # 512, 256, ..., 2
+    assert len(notes(events)) == 3  # 8, 4, 2
     (tmp_path / "study" / "stop").unlink()
     searcher, _ = attempts.search(tmp_path / "study", recipe, tmp_path, at_a_time=1)
     assert searcher.failure is None
