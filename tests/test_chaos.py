@@ -29,8 +29,9 @@ def test_forty_trials_of_all_fates_end_with_the_counts_of_their_seed(tmp_path, s
     print(dict(counts))
 
 
-def test_ten_trials_of_all_fates_end_so_with_ray_train(tmp_path, seed):
-    searches.chaotic(tmp_path / "study", 10, seed, "ray-train", 0)
+def test_four_trials_end_so_with_ray_train(tmp_path, seed):
+    """One of them hangs, whatever the seed is, and all want for memory first."""
+    searches.chaotic(tmp_path / "study", 4, seed, "ray-train", 0)
 
 
 def test_ten_trials_of_all_fates_end_so_though_the_driver_is_killed(tmp_path, seed):

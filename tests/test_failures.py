@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import attempts
@@ -18,9 +20,10 @@ from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Note
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.executors import Runner, make_plan
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import host_memory
+from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.waiting import Node, lacking, why_waiting
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
 from carft_ray.search.outcome import check_fence, raise_fence, read_failure, read_result
@@ -251,6 +254,32 @@ def test_a_training_for_which_there_is_never_memory_fails_in_the_end(tmp_path):
     assert [row.outcome for row in rows] == ["complete", "error", "complete"]
     assert rows[1].attempt == 4  # one with two at a time, three alone
     assert rows[1].reason.startswith("no memory was left on node 10.0.0.7")
+
+
+@pytest.mark.slow
+def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(tmp_path, monkeypatch):
+    """A real Ray that takes any machine for full: every process of a trial is ended."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BASE.parent), str(BASE)]))
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    base_dir, events = tmp_path / "base", []
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"seconds": 100}))
+    recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
+    with open_study(tmp_path / "study", recipe, base_dir) as study:
+        study.adopt()
+        with running_ray(None, tmp_path / "ray.log") as there:
+            plan = make_plan(recipe, base_dir, study.study_dir, there, attempts.STAND_IN)
+            plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
+            run_trainings(study, plan, events.append)
+        [row] = study.rows()
+    assert (row.outcome, row.attempt) == ("error", 4)
+    known = re.compile(
+        r"no memory was left on node [\d.]+ \([\d.]+GB of [\d.]+GB used\): Ray's memory monitor ended it; "
+    )
+    assert known.match(row.reason)
+    assert notes(events)[0].startswith(
+        f"{row.name} gets another attempt, with 1 at a time from now on, no more 2: no m"
+    )
 
 
 # a training that hangs

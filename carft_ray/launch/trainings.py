@@ -11,6 +11,7 @@ from ray import tune
 from carft_ray.errors import StorageError
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import RAY_FILES, Plan, tune_trainable
+from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.launch.signals import stop_file_on_signal
@@ -52,7 +53,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None]) -
         run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
     )
     try:
-        with stop_file_on_signal(study_dir / STOP):
+        with stop_file_on_signal(study_dir / STOP), one_trial_dies():
             tuner.fit()
     except (RuntimeError, StorageError):
         if searcher.failure is None:
