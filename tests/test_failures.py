@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import attempts
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import ray
 import stand_in
 import torch
+from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
@@ -22,7 +24,7 @@ from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Note
 from carft_ray.launch.executors import Runner, make_plan
 from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import host_memory
+from carft_ray.launch.host_memory import host_memory, one_trial_dies
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.waiting import Node, lacking, why_waiting
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
@@ -280,6 +282,21 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     assert notes(events)[0].startswith(
         f"{row.name} gets another attempt, with 1 at a time from now on, no more 2: no m"
     )
+
+
+def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
+    """As it is, Tune ends the whole run: the exception is neither that of an actor nor that of a task."""
+    told = []
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
+    manager = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    full = ray.exceptions.OutOfMemoryError(MONITOR_NOW)
+    with pytest.raises(RuntimeError, match="Caught unexpected exception"):
+        RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=full)
+    with one_trial_dies():
+        RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=full)
+    assert isinstance(told[0], ray.exceptions.RayActorError)
+    assert host_memory(str(told[0])) == FULL + HELP
 
 
 # a training that hangs

@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -182,10 +183,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
     def _error(self, trial_id: str) -> str:
-        """Returns the first line of what Tune knows of a failed trial."""
+        """Returns the first line of what Tune knows of a failed trial; that its memory was full, where it says so."""
         trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
         error = trial.get_pickled_error() if trial is not None else None
-        text = str(error or "").strip()
+        text = str(error or _written(trial)).strip()
         return host_memory(text) or (text.splitlines()[0] if text else "")
 
 
@@ -198,6 +199,14 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
     step = f"See {spec.folder(study.study_dir) / LOG}."
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+
+
+def _written(trial: Any) -> str:
+    """Returns the text that Tune has written for a failed trial: its pickled error appears a little later."""
+    path = getattr(trial, "error_file", None)
+    if path is None or not Path(path).exists():
+        return ""
+    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
