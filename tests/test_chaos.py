@@ -1,6 +1,7 @@
 """Searches in which trials diverge, raise, hang, die and want for memory end by themselves, with the right counts.
 
-With Ray Train, and with the driver killed again and again, forty trials are rows of ``make kill-matrix``.
+Forty trials with Ray Train (a minute and a half for four), and forty with the driver killed five times, are rows of
+``make kill-matrix``.
 """
 
 import secrets
@@ -27,11 +28,6 @@ def seed():
 def test_forty_trials_of_all_fates_end_with_the_counts_of_their_seed(tmp_path, seed):
     counts = searches.chaotic(tmp_path / "study", 40, seed, "inline", 0)
     print(dict(counts))
-
-
-def test_four_trials_end_so_with_ray_train(tmp_path, seed):
-    """One of them hangs, whatever the seed is, and all want for memory first."""
-    searches.chaotic(tmp_path / "study", 4, seed, "ray-train", 0)
 
 
 def test_ten_trials_of_all_fates_end_so_though_the_driver_is_killed(tmp_path, seed):
