@@ -311,7 +311,7 @@ def driver_cost(
             config = searcher.suggest(f"id{index}")
             assert isinstance(config, dict)
             folder = TrialSpec(**config["spec"]).folder(study_dir)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / ALIVE).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
             lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
             (folder / METRICS).write_text("".join(lines))

@@ -56,7 +56,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
         study.adopt()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
-            home.mkdir(parents=True)
+            home.mkdir(parents=True, exist_ok=True)
             objective = told(spec.values, rng)
             if objective is None:
                 error = DivergedError("replayed divergence")

@@ -11,11 +11,29 @@ import fnmatch
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, StorageError, UsageError
+
+_may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
+
+
+@contextlib.contextmanager
+def fenced(check: Callable[[], None]) -> Iterator[None]:
+    """Within the block, every durable operation of this process calls ``check`` first, which raises to forbid it."""
+    _may_write.append(check)
+    try:
+        yield
+    finally:
+        _may_write.remove(check)
+
+
+def _check_fence() -> None:
+    for check in _may_write:
+        check()
 
 
 @contextlib.contextmanager
@@ -70,6 +88,11 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path) -> Path:
+    """Returns a name that no other process has, on whatever machine: in containers most have the same number."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{socket.gethostname()}.tmp")
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Gives a temporary name for a file that takes the name ``path`` when the block ends well, and vanishes otherwise.
@@ -79,11 +102,12 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The file cannot be written; nothing is left under its name that was not there before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            _check_fence()
             os.replace(temporary, path)
             fsync_dir(path.parent)
     except BaseException:
@@ -120,6 +144,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         StorageError: The line cannot be written.
     """
+    _check_fence()
     with writing(path), open(path, "a+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
@@ -198,13 +223,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: A file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with writing(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             fsync_dir(temporary)
+            _check_fence()
             os.rename(temporary, path)
             fsync_dir(path.parent)
     except StorageError as error:  # of a file inside: it is known by its last name
@@ -214,6 +240,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder of this process's training as far as it can; what stays harms nobody."""
+    _check_fence()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_remains(folder: Path) -> None:

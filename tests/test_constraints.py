@@ -246,7 +246,7 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
     with open_study(study_dir, recipe, study_dir.parent) as study:
         study.adopt()
         spec = study.next()
-        spec.folder(study_dir).mkdir(parents=True)
+        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "Traceback ...")
         study.settle(spec)
         with pytest.raises(NoSuccessfulTrialError) as caught:
@@ -267,7 +267,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
         study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
         diverged, lost = study.next(), study.next()
-        diverged.folder(study_dir).mkdir(parents=True)
+        diverged.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(diverged.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
         study.settle(diverged)
         while study.lost(lost, "killed") is None:
@@ -308,7 +308,7 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
         study.adopt()
         spec = study.next()
         folder = spec.folder(study_dir)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         content = {"format_version": 1, "objective": 0.5, "metrics": {"id_accuracy": 0.5}}
         (folder / "result.json").write_text(json.dumps(content))
         with pytest.raises(StorageError, match="violation/ece/id_val"):

@@ -146,7 +146,7 @@ def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(stu
     with open_study(study_dir, make_recipe(6, baselines={}), study_dir.parent) as study:
         study.adopt()
         spec = study.next()
-        spec.folder(study_dir).mkdir(parents=True)
+        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
         assert study.settle(spec).outcome == "diverged"
         run_all(study)

@@ -552,7 +552,7 @@ def test_points_are_tried_first_in_their_order_and_once(tmp_path):
             study.adopt()
             spec = study.next()
             if spec is not None:
-                spec.folder(parts).mkdir(parents=True)
+                spec.folder(parts).mkdir(parents=True, exist_ok=True)
                 content = {"format_version": 1, "objective": 0.5, "metrics": {}}
                 (spec.folder(parts) / "result.json").write_text(json.dumps(content))
     drawn = [row.values for row in trials(parts)]
@@ -750,7 +750,7 @@ def cmaes_study(tmp_path, monkeypatch):
         study.adopt()
         for _ in range(3):
             spec = study.next()
-            spec.folder(study_dir).mkdir(parents=True)
+            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
             content = {"format_version": 1, "objective": 0.1 * spec.number, "metrics": {}}
             (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
             study.settle(spec)

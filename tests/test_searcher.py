@@ -226,7 +226,7 @@ def test_a_stop_leaves_running_trials_to_the_next_search(tune):
 def test_epochs_are_told_from_the_files_of_the_training(tune):
     trial = tune.start()
     folder = tune.folder(trial)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     tune.look()
     tune.look()
@@ -258,7 +258,8 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     time.sleep(0.2)
     tune.look()
     assert [alive.pid for alive in ended] == [77]
-    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended"
+    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended; what its threads did is in "
+    reason += f"trials/{name}/log.txt"
     assert tune.events[-1] == Note(f"{name} hangs: {reason}")
     tune.die(trial)
     assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")

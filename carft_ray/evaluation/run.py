@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
+from carft_ray.learning.memory import told_with_numbers
 from carft_ray.recipe.schema import Recipe
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
@@ -152,6 +152,7 @@ def run_training(
     Raises:
         StoppedRun: Stopped on request, after a checkpoint.
         DivergedError: The loss is not finite.
+        OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
         CarftError: As its message says.
     """
     result_path = out_dir / RESULT
@@ -194,7 +195,7 @@ def run_training(
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)  # before: what is finished is never looked at again
+        files.remove_folder(out_dir / "checkpoint")  # before: what is finished is never looked at again
         files.write_json(result_path, result)
     return result
 
@@ -229,7 +230,8 @@ def _train(
         best = max(looks, key=lambda look: look["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    with _recorder(out_dir, context) as recorded:
+    told = told_with_numbers(recipe.train, materials.clip.image_size, device, context.world_size)
+    with told, _recorder(out_dir, context) as recorded:
         state = fine_tune(
             materials.clip,
             heads["class_head"],

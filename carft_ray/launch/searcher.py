@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -27,9 +28,10 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
+from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive
+from carft_ray.search.outcome import FOLDERS, LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 
@@ -37,7 +39,7 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
 LOOK_EVERY_S = 0.5
 LOOK_SHARE = 0.1  # of the time, at most
-WAIT_TOLD_S = 60  # a training whose process is not there after this time gets a note
+WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 TrialKey = tuple[str, int]  # name and attempt
 
@@ -129,8 +131,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if row is None and self.stopped:
             return  # it stays RUNNING, for the next search
         reason = self.hung.get((spec.name, spec.attempt)) or reason
+        failure = read_failure(spec.folder(self.study.study_dir), spec.attempt) if row is None else None
+        if failure is not None and failure.outcome == "memory":
+            self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            return
         if row is None and not self.study.waits(spec):
             reason = reason or "its process ended without a word"
+            if told_of_full_memory(reason) and self.concurrency > 1:
+                self._run_fewer(spec, reason)
+                return
             row = self.study.lost(spec, reason)
         self._give_up_if_nothing_ends_well(row, reason)
         if row is None:
@@ -144,6 +153,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             name = best.name if best else ""
             self.on_event(TrialFinished(row, row.name == name, name))
             self._give_up_if_hopeless()
+
+    def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
+        """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""
+        self.concurrency -= 1
+        self.study.repeat(spec)
+        text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
+        self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
 
     def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
@@ -168,11 +184,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
     def _error(self, trial_id: str) -> str:
-        """Returns the first line of what Tune knows of a failed trial."""
+        """Returns the first line of what Tune knows of a failed trial; that its memory was full, where it says so."""
         trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
         error = trial.get_pickled_error() if trial is not None else None
-        text = str(error or "").strip()
-        return text.splitlines()[0] if text else ""
+        text = str(error or _written(trial)).strip()
+        return host_memory(text) or (text.splitlines()[0] if text else "")
 
 
 def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
@@ -186,6 +202,14 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
 
 
+def _written(trial: Any) -> str:
+    """Returns the text that Tune has written for a failed trial: its pickled error appears a little later."""
+    path = getattr(trial, "error_file", None)
+    if path is None or not Path(path).exists():
+        return ""
+    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+
+
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
     """Looks after running trainings from Tune's loop: starts, epochs, the stop file, trainings that hang.
 
@@ -193,6 +217,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: Knows what runs.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         leaks: Removes what killed trials leave; None: they leave nothing.
+        why_waiting: Says why a process does not come.
         end: Ends its process.
     """
 
@@ -201,11 +226,13 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: StudySearcher,
         hang_timeout_s: float | None = None,
         leaks: Leaks | None = None,
+        why_waiting: Callable[[], str] = lambda: "is the cluster full?",
         end: Callable[[Alive], None] = end_process,
     ) -> None:
         self.searcher = searcher
         self.hang_timeout_s = hang_timeout_s
         self.leaks = leaks
+        self.why_waiting = why_waiting
         self.end = end
         self._next_look = 0.0
         self._offsets: dict[str, int] = {}  # bytes of metrics.jsonl already read, by name
@@ -267,11 +294,12 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         elif alive is None:
             if now - since >= WAIT_TOLD_S:
                 self._steps[key] = (last_step, math.inf)  # told once
-                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: is the cluster full?"
+                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: {self.why_waiting()}"
                 self.searcher.on_event(Note(note))
         elif self.hang_timeout_s is not None and now - since >= self.hang_timeout_s:
             self._steps[key] = (last_step, now)  # once more after the same time, should it be needed
             reason = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s); process {alive.pid} was ended"
+            reason += f"; what its threads did is in {FOLDERS[spec.kind]}/{spec.name}/{LOG}"
             self.searcher.hung[key] = reason
             self.searcher.on_event(Note(f"{spec.name} hangs: {reason}"))
             self.end(alive)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.errors import CarftError, DivergedError, Problem
+from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
 from carft_ray.recipe.constraints import total_violation
 
 FORMAT_VERSION = 1
@@ -24,6 +24,7 @@ LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
+FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
@@ -111,14 +112,15 @@ class Failure:
     """Content of ``error.json``.
 
     Attributes:
-        outcome: ``diverged`` and ``error`` are verdicts on the values. ``fatal`` is none: disk, data or recipe are at
-            fault and every other trial would end the same way, so the search stops.
+        outcome: ``diverged`` and ``error`` are verdicts on the values. ``memory`` is none: the micro-batch was too
+            large for the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe
+            are at fault and every other trial would end the same way, so the search stops.
         reason: One line.
         attempt: The attempt that failed.
         exit_code: Of the error.
     """
 
-    outcome: Literal["diverged", "error", "fatal"]
+    outcome: Literal["diverged", "error", "memory", "fatal"]
     reason: str
     attempt: int
     exit_code: int = 1
@@ -160,6 +162,22 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
     if read_failure(folder, failure.attempt) is None:
         content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+
+
+def raise_fence(folder: Path, attempt: int) -> None:
+    """Says that from now on only this attempt at a training may write into its folder; the driver's to call.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    files.write_json(folder / FENCE, {"attempt": attempt})
+
+
+def check_fence(folder: Path, attempt: int) -> None:
+    """Raises an ``OutdatedAttemptError`` when a newer attempt may write into the folder: this one was believed lost."""
+    content = _read(folder / FENCE)
+    if content is not None and content["attempt"] > attempt:
+        raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
 
 
 def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive | None:

@@ -49,6 +49,7 @@ from carft_ray.search.outcome import (
     TrialRow,
     TrialSpec,
     failure_error,
+    raise_fence,
     read_failure,
     read_result,
     trial_name,
@@ -181,6 +182,7 @@ class Study:
         trial = self._trials[spec.kind, spec.number]
         with self._writing():
             trial.set_user_attr("attempt", spec.attempt)
+        raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
 
     def settle(self, spec: TrialSpec) -> TrialRow | None:
@@ -202,6 +204,9 @@ class Study:
             return None
         if failure.outcome == "fatal":
             raise failure_error(failure, f"{spec.kind} {spec.name}", folder)
+        if failure.outcome == "memory":  # the micro-batch is at fault
+            self.repeat(spec)
+            return None
         if failure.outcome == "error" and self._again(spec, "error"):
             return None
         attributes = {"outcome": failure.outcome, "reason": failure.reason}
@@ -215,7 +220,12 @@ class Study:
         """
         if self._again(spec, "lost"):
             return None
+        raise_fence(spec.folder(self.study_dir), spec.attempt + 1)  # should it wake up: what is told stands
         return self._tell(spec, TrialState.FAIL, {"outcome": "error", "reason": reason})
+
+    def repeat(self, spec: TrialSpec) -> None:
+        """Gives the training of an attempt another one, and does not count this one as failed."""
+        self._waiting.append(spec)
 
     def tell_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
