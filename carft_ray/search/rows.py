@@ -16,6 +16,7 @@ from carft_ray.search.outcome import Kind, TrialRow
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
+LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -73,7 +74,16 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
+        looks=looks_of(trial),
     )
+
+
+def looks_of(trial: FrozenTrial) -> dict[int, float]:
+    """Returns the looks at a trial: percent of its schedule -> objective on the subset."""
+    if trial.intermediate_values:
+        return dict(trial.intermediate_values)
+    named = {key.removeprefix(LOOK_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 
 def storage_of(study_dir: Path) -> JournalStorage:

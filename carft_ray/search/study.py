@@ -6,6 +6,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1 |
+| cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
 | not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | its processes were lost, again and again | error | FAIL: no verdict on the values |
 | stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
@@ -26,21 +27,36 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import space
+from carft_ray.search import pruning, space
 from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
     CHECKPOINTS,
+    METRICS,
+    RESULT,
     WEIGHTS,
+    Cut,
     Kind,
     TrialRow,
     TrialSpec,
     failure_error,
+    read_cut,
     read_failure,
     read_result,
     trial_name,
+    write_cut,
 )
-from carft_ray.search.rows import STUDY_NAMES, ZERO_SHOT, best_first, readable, row_of, rows_of, storage_of
+from carft_ray.search.rows import (
+    LOOK_ATTRIBUTE,
+    STUDY_NAMES,
+    ZERO_SHOT,
+    best_first,
+    looks_of,
+    readable,
+    row_of,
+    rows_of,
+    storage_of,
+)
 
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
@@ -138,8 +154,47 @@ class Study:
             trial.set_user_attr("attempt", spec.attempt)
         return spec
 
+    def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
+        """Notes a look at a running trial, and decides whether its training is cut there.
+
+        The decision lies in the trial's folder before the look is in the study, so a kill in between loses neither. A
+        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+
+        Args:
+            spec: The attempt; trainings beside the search are never cut.
+            line: A line of its ``metrics.jsonl``.
+
+        Returns:
+            Why the training is cut; it ends by itself once it has seen the file. None: it goes on.
+        """
+        pruner = self.recipe.search.pruner
+        if spec.kind != "trial" or pruner.name == "none":
+            return None
+        look = pruning.look_of(self.recipe, spec.values, line)
+        study, folder = self._studies["trial"], spec.folder(self.study_dir)
+        trials = study.get_trials(deepcopy=False)
+        looks = looks_of(trials[spec.number])
+        cut = read_cut(folder)
+        if look is None or look[0] in looks or (cut is not None and look[0] > cut.percent):
+            return None
+        percent, value = look
+        reason = None
+        if cut is None and not (folder / RESULT).exists():
+            known = [pruning.Looked(t.number, looks_of(t), t.state == TrialState.COMPLETE) for t in trials]
+            mine = pruning.Looked(spec.number, {**looks, percent: value}, complete=False)
+            others = [trial for trial in known if trial.number != spec.number]
+            reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            if reason is not None:
+                write_cut(folder, Cut(spec.attempt, percent, reason))
+        with self._writing():
+            if len(study.directions) == 1:
+                self._trials[spec.kind, spec.number].report(value, percent)
+            else:  # Optuna takes no intermediate values of a trial with two objectives
+                self._trials[spec.kind, spec.number].set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
+        return reason
+
     def settle(self, spec: TrialSpec) -> TrialRow | None:
-        """Tells the study how an attempt ended, by what lies in its folder.
+        """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
 
         Returns:
             The row; None when the folder has no answer, or the same training gets another attempt.
@@ -149,8 +204,14 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
+        if self.recipe.search.pruner.name != "none":  # the last lines may not have been looked at
+            for line in files.read_json_lines(folder / METRICS):
+                self.report(spec, line)
         if result is not None:
             return self._tell(spec, TrialState.COMPLETE, _attributes(result), result["objective"])
+        cut = read_cut(folder)
+        if cut is not None:
+            return self._tell(spec, TrialState.PRUNED, {"outcome": "pruned", "reason": cut.reason})
         failure = read_failure(folder, spec.attempt)
         if failure is None:
             return None
@@ -223,7 +284,7 @@ class Study:
             for key, value in attributes.items():
                 trial.set_user_attr(key, value)
             if "trained" not in trial.constraints:
-                trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
+                trial.set_constraint("trained", -1.0 if attributes["outcome"] in ("complete", "pruned") else 1.0)
             study.tell(spec.number, objective, state)
         row = row_of(spec.kind, study.get_trials(deepcopy=False)[spec.number])
         self._retain(row)
@@ -233,7 +294,7 @@ class Study:
         """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
 
         Called for every finished row at opening, and for each that is told: what a kill has left over goes then. A
-        failed training loses its checkpoints, too; a finished one has none.
+        failed or cut training loses its checkpoints, too; a finished one has none.
         """
         if row.outcome == "running":
             return
