@@ -1,9 +1,9 @@
 """Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
 
 A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
-nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study, needs no actor that could
-die, and lets another process ask for the stop. What a training has to say it writes into its folder before it ends;
-Ray carries no results.
+nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
+needs no actor that could die, and lets another process ask for the stop. What a training has to say it writes into its
+folder before it ends; Ray carries no results.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import (
     CategoricalParameter,
     FolderSet,
@@ -39,7 +40,19 @@ WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
-    rules = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
+    rules = (
+        _model,
+        _sets,
+        _classes,
+        _prompts,
+        batch_findings,
+        _space,
+        _alpha,
+        _baselines,
+        _search,
+        _pruner,
+        _resources,
+    )
     return [finding for rule in rules for finding in rule(recipe)]
 
 
@@ -259,6 +272,31 @@ def _search(recipe: Recipe) -> Iterator[Finding]:
             str(startup),
             reads=(("search", "trials"),),
         )
+
+
+def _pruner(recipe: Recipe) -> Iterator[Finding]:
+    """A pruner that could cut nothing, however the trials are drawn."""
+    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    if pruner.name == "none" or can_cut(recipe):
+        return
+    epochs: tuple[KeyPath, ...] = (("train", "epochs"), ("search", "space", "epochs"))
+    if every == 0 and pruner.name not in HALVING:
+        yield Finding(
+            ("evaluate", "every_epochs"),
+            f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
+            "0",
+            next_step="successive_halving and hyperband look at the end of each rung by themselves.",
+            reads=(("search", "pruner", "name"),),
+        )
+        return
+    needed = f"{pruner.patience + 2} looks" if pruner.name == "patience" else "a look"
+    yield Finding(
+        ("search", "pruner", "name"),
+        f"needs {needed} between search.pruner.first and the last epoch of a training",
+        pruner.name,
+        next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
+        reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),
+    )
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:

@@ -8,7 +8,8 @@ The rules are those of Optuna's pruners, and tests hold them to the same answers
 - Optuna's halving writes a rung before it answers: a kill in between would lose the cut. Here the answer follows from
   the looks that the study holds, so it can be found before anything is written;
 - Optuna's pruners refuse a study of two objectives;
-- its median compares looks of one step only, and trainings of different length are seldom looked at in the same percent.
+- its median compares looks of one step only, and trainings of different length are seldom looked at in the same
+  percent.
 """
 
 import binascii
@@ -96,8 +97,11 @@ def deciding_look(pruner: PrunerPart, looks: Mapping[int, float]) -> float | Non
 
 
 def _halving(ends: Sequence[int], factor: int, looks: Mapping[int, float], rivals: Sequence[Looked]) -> str | None:
-    """Successive halving without waiting (Li et al. 2020, arXiv 1810.05934): who is not among the best ``1 / factor`` of
-    those that have reached a rung by now is cut there. The first ones to come go on when they lead."""
+    """Successive halving without waiting (Li et al. 2020, arXiv 1810.05934).
+
+    Who is not among the best ``1 / factor`` of those that have reached a rung by now is cut there. The first ones to
+    come go on when they lead.
+    """
     step = max(looks)
     value, before = looks[step], max((other for other in looks if other != step), default=0)
     for rung in ends:
@@ -124,7 +128,9 @@ def _percentile(share: float, startup: int, looks: Mapping[int, float], complete
     limit, best = float(np.percentile(values, 100 - share)), max(looks.values())
     if best >= limit:
         return None
-    return f"{_shown(best)} was not among the best {share:g} % of {len(values)} complete trials, from {_shown(limit)} on"
+    return (
+        f"{_shown(best)} was not among the best {share:g} % of {len(values)} complete trials, from {_shown(limit)} on"
+    )
 
 
 def _patience(patience: int, looks: Mapping[int, float]) -> str | None:
