@@ -21,7 +21,7 @@ EPOCHS = 3
 SEARCH = {
     "keep_checkpoints": 2,
     "sampler": {"name": "tpe", "startup_trials": 2},
-    "pruner": {"name": "successive_halving"},
+    "pruner": {"name": "hyperband"},
     "evaluate": {"every_epochs": 0},
 }
 
