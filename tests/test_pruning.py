@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import short_training
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -14,7 +15,9 @@ from stand_in import make_recipe
 from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.searcher import no_successful_trial
+from carft_ray.learning.context import RunContext
 from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import is_looked_at, percent, rungs
 from carft_ray.recipe.schema import PrunerPart, Recipe
@@ -309,6 +312,19 @@ def test_a_search_in_which_all_were_cut_says_so():
     error = no_successful_trial(None, rows)
     assert isinstance(error, NoSuccessfulTrialError)
     assert "the pruner has cut all 3" in str(error)
+
+
+@pytest.mark.slow
+def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
+    from carft_ray.evaluation.run import prepare, run_training
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=hyperband"]
+    recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
+    prepare(recipe, tmp_path, tmp_path / "prepared", share_targets=False)
+    run_training(recipe, tmp_path, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
+    assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
+    assert [look[0] for line in lines if (look := look_of(recipe, {}, line))] == [33, 67]
 
 
 # what foretells the end

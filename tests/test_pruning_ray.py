@@ -41,7 +41,7 @@ def told(study_dir):
 def test_a_group_of_two_workers_ends_by_itself_when_it_is_cut_and_leaves_no_placement_group(tmp_path, base_dir):
     (base_dir / "modes.json").write_text(json.dumps({"seconds": 1.5}))
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
-    recipe = stand_in.make_recipe(3, epochs=4, resources=resources, **SEARCH)
+    recipe = stand_in.make_recipe(2, epochs=4, resources=resources, **SEARCH)
     left = []
 
     def on_event(event):
@@ -63,10 +63,10 @@ def test_a_group_of_two_workers_ends_by_itself_when_it_is_cut_and_leaves_no_plac
 
 def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path, base_dir):
     """Inline, one at a time, so that the order is that of the numbers."""
-    (base_dir / "modes.json").write_text(json.dumps({"seconds": 1.2}))
+    (base_dir / "modes.json").write_text(json.dumps({"seconds": 0.8}))
 
     def driver(study_dir):
-        command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), "5", "{}", ""]
+        command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), "3", "{}", ""]
         return subprocess.Popen(
             [*command, json.dumps(SEARCH)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
