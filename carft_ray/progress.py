@@ -185,7 +185,7 @@ class SearchView:
         if ran is not None:
             self._seconds.append(self._clock() - ran.began)
         self._rows[key] = row
-        return None if row.outcome == "complete" else f"{row.name}: {row.outcome}, {row.reason}"
+        return None if row.outcome in ("complete", "pruned") else f"{row.name}: {row.outcome}, {row.reason}"
 
     def __rich_console__(self, console_: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
@@ -231,11 +231,14 @@ class SearchView:
 
     def _last_line(self) -> str:
         trials = [row for row in self._rows.values() if row.kind == self._kind]
-        failed = sum(row.objective is None for row in trials)
+        pruned = sum(row.outcome == "pruned" for row in trials)
+        failed = sum(row.objective is None for row in trials) - pruned
         elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
         pieces = [elapsed]
         if self._started is not None:
             count = f"{len(trials)} of {self._started.num_trials} {NOUNS[self._kind]} finished"
+            if pruned:
+                count += f", {pruned} of them pruned"
             if failed:
                 count += f", {failed} of them failed"
             pieces = [count, f"{self._started.concurrency} at a time ({self._started.reason})", elapsed]

@@ -41,6 +41,10 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+    if answer["pruner"]:
+        console.out.print("\n" + "\n".join(answer["pruner"]["lines"]), markup=False)
+        if answer["pruner"]["warning"]:
+            console.warn(answer["pruner"]["warning"])
     if not view.recipe.data.ood_val:
         console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:

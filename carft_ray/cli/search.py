@@ -148,6 +148,10 @@ def _search(
         console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
+    if summary["pruner"]:
+        console.say("\n".join(summary["pruner"]["lines"]))
+        if summary["pruner"]["warning"]:
+            console.warn(summary["pruner"]["warning"])
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
     folder = shlex.quote(str(study))
     console.next_step(

@@ -38,6 +38,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
+from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
@@ -215,11 +216,11 @@ def _train(
     if weights.exists():
         return load_tensors(weights)
     small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
-    spec, every = objective_spec(recipe), recipe.evaluate.every_epochs
+    spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
 
     def on_epoch(classifier: ImageClassifier, epoch: int) -> Metrics:
-        if not every or epoch % every:
+        if not is_looked_at(every, pruner, epoch, recipe.train.epochs):
             return {}
         mixed = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
         zero_shot, now = mixed.state(), classifier.state()

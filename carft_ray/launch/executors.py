@@ -1,9 +1,9 @@
 """Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
 
-A training is stopped by one file, ``stop`` in the study directory, which rank 0 reads; so nothing is ever stopped from
-outside, where Ray leaks placement groups. A file reaches every node that sees the study, needs no actor that could
-die, and lets another process ask for the stop. What a training has to say it writes into its folder before it ends;
-Ray carries no results.
+A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
+nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
+needs no actor that could die, and lets another process ask for the stop. What a training has to say it writes into its
+folder before it ends; Ray carries no results.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.search.folder import MANIFEST, PREPARED, STOP
 from carft_ray.search.outcome import (
     ALIVE,
+    CUT,
     LOG,
     Alive,
     Failure,
@@ -138,13 +139,16 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
     return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
 
 
-def stop_reader(study_dir: Path) -> Callable[[], bool]:
-    """Returns a function that tells whether the stop file is there, looking at most twice a second."""
-    path, state = study_dir / STOP, {"next": 0.0, "stopped": False}
+def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
+    """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
+
+    It looks at most twice a second.
+    """
+    paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
 
     def should_stop() -> bool:
         if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = path.exists()
+            state["stopped"] = any(path.exists() for path in paths)
             state["next"] = time.monotonic() + STOP_CHECK_S
         return bool(state["stopped"])
 
@@ -203,8 +207,8 @@ def tune_trainable(plan: Plan) -> Any:
 
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
-        context = RunContext(should_stop=stop_reader(plan.study_dir))
         folder = spec.folder(plan.study_dir)
+        context = RunContext(should_stop=stop_reader(plan.study_dir, folder))
         if not run_worker(plan, spec, folder, context):
             failure = read_failure(folder, spec.attempt)
             if failure and failure.outcome == "memory":  # Ray ends the process, and with it all that it held
@@ -369,12 +373,10 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
 
 def _nested_worker(config: dict[str, Any]) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
-    plan, spec = config["plan"], config["spec"]
-    place = ray.train.get_context()
-    context = RunContext(
-        rank=place.get_world_rank(), world_size=place.get_world_size(), should_stop=stop_reader(plan.study_dir)
-    )
-    if not run_worker(plan, spec, config["folder"], context):
+    plan, spec, folder = config["plan"], config["spec"], config["folder"]
+    place, should_stop = ray.train.get_context(), stop_reader(plan.study_dir, folder)
+    context = RunContext(place.get_world_rank(), place.get_world_size(), should_stop=should_stop)
+    if not run_worker(plan, spec, folder, context):
         raise RuntimeError(f"{spec.name} failed, see its folder")
 
 

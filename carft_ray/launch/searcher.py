@@ -110,6 +110,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         except Exception as failure:  # raised again by the search
             self._fail(failure)
 
+    def report(self, spec: TrialSpec, line: dict[str, Any]) -> None:
+        """Tells the study of a look at a running training, which may be cut then; never raises."""
+        try:
+            self.study.report(spec, line)
+        except Exception as failure:  # raised again by the search
+            self._fail(failure)
+
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Says that the limit is ours."""
         return True
@@ -147,7 +154,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         elif row.kind == "baseline":
             self.on_event(BaselineFinished(row))
         else:
-            self._ended.append(row)
+            if row.outcome != "pruned":  # neither well nor badly
+                self._ended.append(row)
             best = best_row(self.study.rows()) if row.kind == "trial" else None  # a fresh seed finds nothing better
             self._best = best.objective if best else self._best
             name = best.name if best else ""
@@ -193,7 +201,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
 def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
     """Returns the error for a search without an objective: the commonest reason, and where its log is."""
-    failed = [row for row in rows if row.outcome != "complete"]
+    failed = [row for row in rows if row.outcome not in ("complete", "pruned")]
+    if not failed:
+        step = "Begin another study with a milder search.pruner, or with name: none."
+        rule = f"no trial was trained to its end: the pruner has cut all {len(rows)}"
+        return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
     [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
     row = next(row for row in failed if row.reason == reason)
     spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
@@ -310,5 +322,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
             return
         path = spec.folder(self.searcher.study.study_dir) / METRICS
         rows, self._offsets[spec.name] = files.read_new_lines(path, offset)
+        for line in rows:
+            self.searcher.report(spec, line)
         if rows:
             self.searcher.on_event(TrialEpoch(spec, rows[-1]))

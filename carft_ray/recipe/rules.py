@@ -10,6 +10,7 @@ from carft_ray.recipe.conditions import condition_findings
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
+from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import (
     CategoricalParameter,
     FolderSet,
@@ -44,7 +45,7 @@ def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
         *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints, _search),
-        *(_resources, condition_findings, point_findings, sampler_findings),
+        *(_pruner, _resources, condition_findings, point_findings, sampler_findings),
     )
     return [finding for rule in rules for finding in rule(recipe)]
 
@@ -297,6 +298,31 @@ def _search(recipe: Recipe) -> Iterator[Finding]:
             str(startup),
             reads=(("search", "trials"),),
         )
+
+
+def _pruner(recipe: Recipe) -> Iterator[Finding]:
+    """A pruner that could cut nothing, however the trials are drawn."""
+    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    if pruner.name == "none" or can_cut(recipe):
+        return
+    epochs: tuple[KeyPath, ...] = (("train", "epochs"), ("search", "space", "epochs"))
+    if every == 0 and pruner.name not in HALVING:
+        yield Finding(
+            ("evaluate", "every_epochs"),
+            f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
+            "0",
+            next_step="successive_halving and hyperband look at the end of each rung by themselves.",
+            reads=(("search", "pruner", "name"),),
+        )
+        return
+    needed = f"{pruner.patience + 2} looks" if pruner.name == "patience" else "a look"
+    yield Finding(
+        ("search", "pruner", "name"),
+        f"needs {needed} between search.pruner.first and the last epoch of a training",
+        pruner.name,
+        next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
+        reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),
+    )
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:

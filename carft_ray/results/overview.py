@@ -246,7 +246,7 @@ def status(overview: Overview) -> dict[str, Any]:
     best, rows = overview.best, overview.rows
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
-    journal = overview.study_dir / JOURNAL
+    journal, pruner = overview.study_dir / JOURNAL, overview.recipe.search.pruner
     return {
         "study": str(overview.study_dir),
         "name": overview.recipe.name,
@@ -255,6 +255,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
         "outside": sum(row.outside for row in overview.trials),
+        "pruner": None if pruner.name == "none" else _foretold(overview),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front_data(overview.recipe, overview.trials),
@@ -273,6 +274,12 @@ def status(overview: Overview) -> dict[str, Any]:
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
         },
     }
+
+
+def _foretold(overview: Overview) -> dict[str, Any]:
+    from carft_ray.results.foretold import foretold  # SciPy takes a second
+
+    return foretold(overview.recipe.search.pruner, overview.trials)
 
 
 def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
+from carft_ray.results.foretold import foretold
 from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import row_dict
 from carft_ray.results.pareto import constraint_lines, front_data, front_lines, mean_words
@@ -29,7 +30,8 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     outcomes = [row.outcome for row in result.trials]
     return {
         "study": str(result.study_dir),
-        "trials": {name: outcomes.count(name) for name in ("complete", "diverged", "error", "running")},
+        "trials": {name: outcomes.count(name) for name in ("complete", "pruned", "diverged", "error", "running")},
+        "pruner": None if recipe.search.pruner.name == "none" else foretold(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),
         "best": row_dict(best, best),
@@ -111,14 +113,14 @@ def write_figure(recipe: Recipe, result: SearchResult) -> Path:
         for row in sorted(result.baselines, key=lambda row: row.name != ZERO_SHOT)
         if "ood_accuracy" in row.metrics
     }
-    path = result.study_dir / FIGURE_PNG
+    path, num_pruned = result.study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in result.trials)
     id_ood_figure(
         dots,
         marks,
         _curve(result),
         path,
         result.study_dir / FIGURE_SVG,
-        f"{recipe.name}: {len(dots)} trials",
+        f"{recipe.name}: {len(dots)} trials" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,

@@ -25,11 +25,12 @@ METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
+CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
 ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
 FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
-Outcome = Literal["complete", "diverged", "error", "running"]
+Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class TrialRow:
     outside: bool = False
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
+    looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
 
     @property
     def violation(self) -> float:
@@ -126,6 +128,21 @@ class Failure:
     exit_code: int = 1
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
+
+    Attributes:
+        attempt: The attempt that was looked at.
+        percent: Of its schedule.
+        reason: One line.
+    """
+
+    attempt: int
+    percent: int
+    reason: str
+
+
 def trial_name(number: int, values: Mapping[str, Any]) -> str:
     """Returns the name of a trial's folder: number and hash of the values."""
     text = json.dumps(values, sort_keys=True)
@@ -162,6 +179,23 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
     if read_failure(folder, failure.attempt) is None:
         content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+
+
+def read_cut(folder: Path) -> Cut | None:
+    """Returns where and why a training was cut, or None when it was not."""
+    content = _read(folder / CUT)
+    return None if content is None else Cut(content["attempt"], content["percent"], content["reason"])
+
+
+def write_cut(folder: Path, cut: Cut) -> None:
+    """Writes ``cut.json``, which a running training takes as a request to end, and a line of the log.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
+    content = {"attempt": cut.attempt, "percent": cut.percent, "reason": cut.reason}
+    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **content})
 
 
 def raise_fence(folder: Path, attempt: int) -> None:

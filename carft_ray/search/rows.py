@@ -21,6 +21,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told 
 # user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
+LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -147,7 +148,16 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         elapsed_s=elapsed_s,
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
+        looks=looks_of(trial),
     )
+
+
+def looks_of(trial: FrozenTrial) -> dict[int, float]:
+    """Returns the looks at a trial: percent of its schedule -> objective on the subset."""
+    if trial.intermediate_values:
+        return dict(trial.intermediate_values)
+    named = {key.removeprefix(LOOK_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 
 def storage_of(study_dir: Path) -> JournalStorage:

@@ -6,6 +6,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
+| cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
 | not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | its processes were lost, again and again | error | FAIL: no verdict on the values |
 | stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
@@ -35,7 +36,7 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.recipe.constraints import REFERENCES, VIOLATION, constraint_names, violations
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import front, space, trust, warm_start
+from carft_ray.search import front, pruning, space, trust, warm_start
 from carft_ray.search.folder import JOURNAL, PREPARED, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
@@ -43,22 +44,28 @@ from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
     CHECKPOINTS,
     LOG,
+    METRICS,
     RESULT,
     WEIGHTS,
+    Cut,
     Kind,
     TrialRow,
     TrialSpec,
     failure_error,
     raise_fence,
+    read_cut,
     read_failure,
     read_result,
     trial_name,
+    write_cut,
 )
 from carft_ray.search.rows import (
+    LOOK_ATTRIBUTE,
     TRAINING_OF,
     ZERO_SHOT,
     best_first,
     is_training,
+    looks_of,
     readable,
     row_of,
     rows_of,
@@ -185,8 +192,47 @@ class Study:
         raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
 
+    def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
+        """Notes a look at a running trial, and decides whether its training is cut there.
+
+        The decision lies in the trial's folder before the look is in the study, so a kill in between loses neither. A
+        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+
+        Args:
+            spec: The attempt; trainings beside the search are never cut.
+            line: A line of its ``metrics.jsonl``.
+
+        Returns:
+            Why the training is cut; it ends by itself once it has seen the file. None: it goes on.
+        """
+        pruner = self.recipe.search.pruner
+        if spec.kind != "trial" or pruner.name == "none":
+            return None
+        look = pruning.look_of(self.recipe, spec.values, line)
+        study, folder = self._studies["trial"], spec.folder(self.study_dir)
+        trials = study.get_trials(deepcopy=False)
+        looks = looks_of(trials[spec.number])
+        cut = read_cut(folder)
+        if look is None or look[0] in looks or (cut is not None and look[0] > cut.percent):
+            return None
+        percent, value = look
+        reason = None
+        if cut is None and not (folder / RESULT).exists():
+            known = [pruning.Looked(t.number, looks_of(t), t.state == TrialState.COMPLETE) for t in trials]
+            mine = pruning.Looked(spec.number, {**looks, percent: value}, complete=False)
+            others = [trial for trial in known if trial.number != spec.number]
+            reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            if reason is not None:
+                write_cut(folder, Cut(spec.attempt, percent, reason))
+        with self._writing():
+            if len(study.directions) == 1:
+                self._trials[spec.kind, spec.number].report(value, percent)
+            else:  # Optuna takes no intermediate values of a trial with two objectives
+                self._trials[spec.kind, spec.number].set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
+        return reason
+
     def settle(self, spec: TrialSpec) -> TrialRow | None:
-        """Tells the study how an attempt ended, by what lies in its folder.
+        """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
 
         Returns:
             The row; None when the folder has no answer, or the same training gets another attempt.
@@ -196,9 +242,15 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
+        if self.recipe.search.pruner.name != "none":  # the last lines may not have been looked at
+            for line in files.read_json_lines(folder / METRICS):
+                self.report(spec, line)
         if result is not None:
             self._check_measured(spec, result)
             return self._tell(spec, TrialState.COMPLETE, self._attributes(spec, result), result["objective"])
+        cut = read_cut(folder)
+        if cut is not None:
+            return self._tell(spec, TrialState.PRUNED, {"outcome": "pruned", "reason": cut.reason})
         failure = read_failure(folder, spec.attempt)
         if failure is None:
             return None
@@ -379,8 +431,8 @@ class Study:
         """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
 
         Called for every finished row at opening, and for each that is told: what a kill has left over goes then. A
-        failed training loses its checkpoints, too; a finished one has none. In a Pareto search those of all trainings
-        on the front stay, since the best point moves along it; a training that has left the front never comes back.
+        failed or cut training loses its checkpoints, too; a finished one has none. In a Pareto search those of all
+        trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
         """
         if row.outcome == "running":
             return
