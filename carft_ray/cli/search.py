@@ -10,12 +10,15 @@ from carft_ray.cli.common import (
     AddressOption,
     DebugOption,
     ExecutorOption,
+    GpuHoursOption,
     JsonOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
+    WallTimeOption,
     WorkersOption,
     app,
+    budget_overrides,
     load,
 )
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
@@ -39,12 +42,14 @@ def search(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    wall_time: WallTimeOption = None,
+    gpu_hours: GpuHoursOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = load(recipe, set_, executor, num_workers)
+    value = load(recipe, [*(set_ or ()), *budget_overrides(wall_time, gpu_hours)], executor, num_workers)
     _search(value, recipe.absolute().parent, study, address, again, json_)
 
 
@@ -57,6 +62,8 @@ def resume(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    wall_time: WallTimeOption = None,
+    gpu_hours: GpuHoursOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
@@ -65,7 +72,7 @@ def resume(
     from carft_ray.results import overview
 
     study_dir = overview.require_study(study)
-    overrides = []
+    overrides = budget_overrides(wall_time, gpu_hours)
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     recipe = overview.resolved_recipe(study_dir)
@@ -95,12 +102,17 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
     if json_:
         console.print_json(summary)
         return
-    if not result.num_new:
+    if not result.num_new and not result.out_of_budget:
         console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
     folder = shlex.quote(str(study))
+    if result.out_of_budget:
+        console.say("\n" + summary["budget"]["line"])
+        more = f" --gpu-hours {2 * value.budget.gpu_hours:g}" if "gpu_hours" in result.out_of_budget else ""
+        console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
+        return
     console.next_step(
         f"carft-ray report {folder}",
         f"carft-ray confirm {folder}",

@@ -196,7 +196,8 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
         if context.rank == 0:
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
         recipe = apply(plan.recipe, spec.values)
-        with _alive(folder, spec.attempt, context) as context:
+        gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
+        with _alive(folder, spec.attempt, context, gpus) as context:
             result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         failure = _failure(error, spec.attempt)
@@ -212,7 +213,7 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
 
 
 @contextlib.contextmanager
-def _alive(folder: Path, attempt: int, context: RunContext) -> Iterator[RunContext]:
+def _alive(folder: Path, attempt: int, context: RunContext, gpus: float) -> Iterator[RunContext]:
     """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does."""
     if context.rank != 0:
         yield context
@@ -220,7 +221,7 @@ def _alive(folder: Path, attempt: int, context: RunContext) -> Iterator[RunConte
     path, state = folder / ALIVE, {"next": 0.0}
     group = ray.util.get_current_placement_group()
     names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
-    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), **names})
+    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
 
     def should_stop() -> bool:
         if time.monotonic() >= state["next"]:

@@ -69,6 +69,8 @@ class TrialRow:
     metrics: dict[str, float] = field(default_factory=dict)
     started: datetime | None = None
     elapsed_s: float | None = None
+    spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
+    gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Alive:
         node_id: Ray's name of the node that it runs on.
         group: Ray's name of the placement group of its workers; empty when there is none.
         last_step_ns: Time of the file system, to be compared with another of these only.
+        began: When the attempt began, seconds since 1970.
+        gpus: GPUs that its workers hold together.
     """
 
     attempt: int
@@ -88,6 +92,8 @@ class Alive:
     node_id: str
     group: str
     last_step_ns: int
+    began: float = 0.0
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ def read_alive(folder: Path, attempt: int) -> Alive | None:
         last_step_ns = (folder / ALIVE).stat().st_mtime_ns
     except FileNotFoundError:
         return None
-    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns)
+    began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

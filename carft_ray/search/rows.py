@@ -13,6 +13,7 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.search.folder import JOURNAL
 from carft_ray.search.outcome import Kind, TrialRow
+from carft_ray.search.spent import gpu_seconds_of, seconds_of
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
@@ -73,6 +74,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
+        spent_s=seconds_of(attributes),
+        gpu_s=gpu_seconds_of(attributes),
     )
 
 
