@@ -18,7 +18,7 @@ from carft_ray import console
 from carft_ray.recipe.constraints import violation_words
 
 if TYPE_CHECKING:
-    from carft_ray.launch.events import Event, Started
+    from carft_ray.launch.events import Event, Started, Stopping
     from carft_ray.search.outcome import Kind, TrialRow, TrialSpec
 
 Row = dict[str, float]
@@ -172,7 +172,7 @@ class SearchView:
                 if found is not None:
                     found.metrics = event.metrics
             elif isinstance(event, events.Stopping):
-                self._phase = f"stopping; {event.num_running} trainings write their checkpoints"
+                self._phase = _stopping(event)
             elif isinstance(event, events.TrialFinished | events.BaselineFinished):
                 if isinstance(event, events.TrialFinished):
                     self._best = event.best or self._best
@@ -342,9 +342,14 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
             position = f"{state['finished']}/{state['wanted']} " if state["wanted"] else ""
             console.say(f"{clock()} {position}{_result(event.row)}{mark}")
         elif isinstance(event, events.Stopping):
-            console.say(f"{clock()} stopping; {event.num_running} trainings write their checkpoints")
+            console.say(f"{clock()} {_stopping(event)}")
 
     return on_event
+
+
+def _stopping(event: "Stopping") -> str:
+    why = f" ({event.reason})" if event.reason else ""
+    return f"stopping{why}; {event.num_running} trainings write their checkpoints"
 
 
 def _result(row: "TrialRow") -> str:

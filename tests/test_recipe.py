@@ -678,8 +678,10 @@ def test_set_into_a_part_that_the_file_gets_wrong_leaves_the_file_s_message(tmp_
 
 WARNINGS = [
     ("storage: s3://x", "storage has no effect in this version"),
-    ("budget: {wall_time: 5}", "budget.wall_time has no effect in this version"),
-    ("budget: {gpu_hours: 5}", "budget.gpu_hours has no effect in this version"),
+    (
+        "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}",
+        "budget.gpu_hours has no effect: resources.gpus_per_worker is 0",
+    ),
     ("train: {kl_weight: 0, context_scale: 9}", "train.context_scale has no effect: kl_weight is 0"),
     (
         "train: {kl_weight: 0}\nsearch: {space: {context_scale: {low: 1, high: 2}}}",

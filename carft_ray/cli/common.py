@@ -42,6 +42,15 @@ WorkersOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Address of a running Ray cluster; without it a Ray of its own.")
 ]
+WallTimeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wall-time", metavar="TIME", help="End after this time, such as 45m or 8h, with the best so far; resumable."
+    ),
+]
+GpuHoursOption = Annotated[
+    float | None, typer.Option("--gpu-hours", help="End once all attempts of the study have used so many GPU hours.")
+]
 AlphaOption = Annotated[
     float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
 ]
@@ -75,6 +84,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     finally:
         logger.removeHandler(handler)
+
+
+def budget_overrides(wall_time: str | None, gpu_hours: float | None) -> list[str]:
+    """Returns the options of a budget as settings of the recipe."""
+    given = {"budget.wall_time": wall_time, "budget.gpu_hours": gpu_hours}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:

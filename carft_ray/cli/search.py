@@ -10,14 +10,17 @@ from carft_ray.cli.common import (
     AddressOption,
     DebugOption,
     ExecutorOption,
+    GpuHoursOption,
     JsonOption,
     NarrowOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
+    WallTimeOption,
     WidenOption,
     WorkersOption,
     app,
+    budget_overrides,
     load,
 )
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
@@ -55,13 +58,16 @@ def search(
     narrow: NarrowOption = False,
     widen: WidenOption = False,
     warm_start: WarmStartOption = None,
+    wall_time: WallTimeOption = None,
+    gpu_hours: GpuHoursOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = _warm(load(recipe, set_, executor, num_workers), warm_start)
+    overrides = [*(set_ or ()), *budget_overrides(wall_time, gpu_hours)]
+    value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
     _search(value, recipe.absolute().parent, study, address, again, trust, json_, _may(narrow, widen))
 
 
@@ -78,6 +84,8 @@ def resume(
     narrow: NarrowOption = False,
     widen: WidenOption = False,
     warm_start: WarmStartOption = None,
+    wall_time: WallTimeOption = None,
+    gpu_hours: GpuHoursOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
@@ -91,7 +99,7 @@ def resume(
 
     study_dir = overview.require_study(study)
     recipe = overview.resolved_recipe(study_dir)
-    overrides = [*overview.behind(study_dir), *(set_ or ())]
+    overrides = [*overview.behind(study_dir), *(set_ or ()), *budget_overrides(wall_time, gpu_hours)]
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
@@ -144,7 +152,7 @@ def _search(
     if json_:
         console.print_json(summary)
         return
-    if not result.num_new:
+    if not result.num_new and not result.out_of_budget:
         console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
@@ -154,6 +162,11 @@ def _search(
             console.warn(summary["pruner"]["warning"])
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
     folder = shlex.quote(str(study))
+    if result.out_of_budget:
+        console.say("\n" + summary["budget"]["line"])
+        more = f" --gpu-hours {2 * value.budget.gpu_hours:g}" if "gpu_hours" in result.out_of_budget else ""
+        console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
+        return
     console.next_step(
         f"carft-ray report {folder}",
         f"carft-ray confirm {folder}",

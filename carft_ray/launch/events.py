@@ -73,6 +73,7 @@ class Stopping:
     """A stop was asked for; the search waits for the checkpoints of running trainings."""
 
     num_running: int
+    reason: str = ""  # which budget is used up; empty: somebody asked
 
 
 Event = Note | Preparing | Prepared | Started | TrialStarted | TrialEpoch | TrialFinished | BaselineFinished | Stopping

@@ -245,7 +245,8 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
         recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
         recipe = fitted(recipe, plan.study_dir, context.world_size)
-        with _alive(folder, spec.attempt, context, plan.recipe.resources.hang_timeout_s) as context:
+        gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
+        with _alive(folder, spec.attempt, context, gpus, plan.recipe.resources.hang_timeout_s) as context:
             result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
@@ -270,7 +271,9 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
 
 
 @contextlib.contextmanager
-def _alive(folder: Path, attempt: int, context: RunContext, hang_timeout_s: float | None) -> Iterator[RunContext]:
+def _alive(
+    folder: Path, attempt: int, context: RunContext, gpus: float, hang_timeout_s: float | None
+) -> Iterator[RunContext]:
     """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
 
     Without a step for most of ``hang_timeout_s`` the stacks of all threads go to the log: the driver is about to end
@@ -284,7 +287,7 @@ def _alive(folder: Path, attempt: int, context: RunContext, hang_timeout_s: floa
     if ray.is_initialized():
         group = ray.util.get_current_placement_group()
         names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
-    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), **names})
+    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
     with open(folder / LOG, "a") as log:
 
         def watch() -> None:

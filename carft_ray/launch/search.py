@@ -9,13 +9,14 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import cache_dir
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import BudgetError, InterruptedRunError, Problem
+from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import Runner, make_plan, run_prepare
 from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
-from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.region import Direction
@@ -40,6 +41,7 @@ class SearchResult:
         baselines: Zero-shot and the recipe's baselines.
         num_new: Trials that ended in this search; 0 when there was nothing to do.
         elapsed_s: Seconds that this search took.
+        out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
     """
 
     study_dir: Path
@@ -48,6 +50,7 @@ class SearchResult:
     baselines: list[TrialRow]
     num_new: int
     elapsed_s: float
+    out_of_budget: str = ""
 
 
 def _ignore(event: Event) -> None:
@@ -66,6 +69,7 @@ def run_search(
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
+    When its budget is used up, running trainings are asked to write a checkpoint, and the search ends with its best.
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
 
     Args:
@@ -84,6 +88,7 @@ def run_search(
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
+        BudgetError: The budget was used up before a trial was complete.
         RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
         HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
@@ -101,7 +106,8 @@ def run_search(
             on_event(Note(note))
         for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
-        if not study.done():
+        ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
+        if not ended and not study.done():
             stop_path = study_dir / STOP
             with interruptions_as(lambda: _interrupted(study, address), stop_path):
                 check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
@@ -109,13 +115,13 @@ def run_search(
                 interruptions_as(lambda: _interrupted(study, address), stop_path),
                 running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
             ):
-                _run(study, base_dir, nodes, on_event, runner or Runner(), address)
+                ended = _run(study, base_dir, nodes, on_event, runner or Runner(), address, began)
         rows = study.rows()
         best = best_row(rows)
         if best is None:
-            raise no_successful_trial(study, rows)
-        elapsed_s = time.monotonic() - began
-        return SearchResult(study_dir, best, rows, study.rows("baseline"), _num_finished(study) - num_before, elapsed_s)
+            raise _nothing_within_budget(study, ended, address) if ended else no_successful_trial(study, rows)
+        elapsed_s, num_new = time.monotonic() - began, _num_finished(study) - num_before
+        return SearchResult(study_dir, best, rows, study.rows("baseline"), num_new, elapsed_s, ended)
 
 
 def _num_finished(study: Study) -> int:
@@ -129,7 +135,9 @@ def _run(
     on_event: Callable[[Event], None],
     runner: Runner,
     address: str | None,
-) -> None:
+    began: float,
+) -> str:
+    """Prepares and trains; returns which limit of the budget ended it, if one did."""
     plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan)
@@ -140,13 +148,28 @@ def _run(
         on_event(BaselineFinished(zero_shot))
     room = plan.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
-    if run_trainings(study, plan, on_event):
+    if study.recipe.budget.gpu_hours is not None and not room.gpus_per_worker:
+        on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
+    ended = run_trainings(study, plan, on_event, began)
+    if ended == STOPPED:
         raise _interrupted(study, address)
+    return ended
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
     finished, wanted = _num_finished(study), num_trials(study.recipe)
-    step = f"Resume with: carft-ray resume {shlex.quote(str(study.study_dir))}"
-    if address is not None:
-        step += f" --address {shlex.quote(address)}"
+    step = f"Resume with: {_resume(study, address)}"
     return InterruptedRunError(Problem("", f"stopped; {finished} of {wanted} trials are finished", next_step=step))
+
+
+def _nothing_within_budget(study: Study, ended: str, address: str | None) -> BudgetError:
+    begun = sum(row.outcome == "running" for row in study.rows())
+    rule = f"{ended}, and no trial is complete; {begun} have begun and left their checkpoints"
+    hours = study.recipe.budget.gpu_hours
+    more = f"--gpu-hours {2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
+    return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))
+
+
+def _resume(study: Study, address: str | None) -> str:
+    command = f"carft-ray resume {shlex.quote(str(study.study_dir))}"
+    return command if address is None else f"{command} --address {shlex.quote(address)}"

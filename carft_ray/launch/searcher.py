@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 
 from carft_ray import files
 from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.launch.budget import used_up
 from carft_ray.launch.events import (
     BaselineFinished,
     Event,
@@ -30,8 +31,9 @@ from carft_ray.launch.events import (
 from carft_ray.launch.executors import end_process
 from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
+from carft_ray.recipe.schema import BudgetPart
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import FOLDERS, LOG, METRICS, Alive, TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.search.outcome import FOLDERS, LOG, METRICS, RESULT, Alive, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 
@@ -51,12 +53,25 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         study: The open study.
         concurrency: Trainings at a time.
         on_event: Told what happens.
+        gpus: GPUs of one training.
+        budget: Of this search; None: it has none.
+        began: When the search began, of ``time.monotonic``.
 
     Attributes:
         failure: What ended the search before its time.
+        out_of_budget: Which limit of the budget has ended it; empty while none has.
+        longest_end_s: The longest that a training took to end, or to make a step, so far.
     """
 
-    def __init__(self, study: Study, concurrency: int, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        concurrency: int,
+        on_event: Callable[[Event], None],
+        gpus: float = 0.0,
+        budget: BudgetPart | None = None,
+        began: float | None = None,
+    ) -> None:
         super().__init__()
         self.study = study
         self.concurrency = concurrency
@@ -67,6 +82,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self._live: dict[str, TrialSpec] = {}
         self._ended: list[TrialRow] = []  # trials told in this search
         self._failed_in_a_row = 0  # attempts
+        self._gpus = gpus
+        self._budget = budget
+        self._began_search = time.monotonic() if began is None else began
+        self._began: dict[str, float] = {}  # when live attempts began
+        self._gpu_s = study.gpu_seconds()  # of attempts that have ended
+        self.out_of_budget = ""
+        self.longest_end_s = 0.0
         self.hung: dict[TrialKey, str] = {}  # why an attempt was ended from outside, by name and attempt
         best = best_row(study.rows())
         self._best = best.objective if best else None
@@ -74,10 +96,29 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
     @property
     def stopped(self) -> bool:
         """Whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago."""
-        if not self._stopped and (self.study.study_dir / STOP).exists():
+        if not self._stopped and ((self.study.study_dir / STOP).exists() or self._budget_ends()):
             self._stopped = True
-            self.on_event(Stopping(len(self._live)))
+            self.on_event(Stopping(len(self._live), self.out_of_budget))
         return self._stopped
+
+    def begins(self, trial_id: str) -> None:
+        """Notes that an attempt has got its resources: from now on it counts."""
+        self._began[trial_id] = time.monotonic()
+
+    def _budget_ends(self) -> bool:
+        """Asks what runs to stop when the budget is used up; tells whether it is."""
+        if self._budget is None or self.failure is not None:
+            return False
+        now = time.monotonic()
+        gpu_s = self._gpu_s + self._gpus * sum(now - began for began in self._began.values())
+        gpus, elapsed_s = self._gpus * len(self._began), now - self._began_search
+        self.out_of_budget = used_up(self._budget, elapsed_s, gpu_s, gpus, self.longest_end_s)
+        if self.out_of_budget:
+            try:
+                files.write_text(self.study.study_dir / STOP, f"budget: {self.out_of_budget}\n")
+            except StorageError as error:
+                self._fail(error)
+        return bool(self.out_of_budget)
 
     @property
     def live(self) -> list[TrialSpec]:
@@ -97,6 +138,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
                 self._fail(error)
         if spec is not None:
             self._live[trial_id] = spec
+            self.begins(trial_id)
             return {"spec": dataclasses.asdict(spec)}
         return None if self._live else Searcher.FINISHED
 
@@ -105,7 +147,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         spec = self._live.pop(trial_id, None)
         if spec is None:
             return
+        seconds = time.monotonic() - self._began.pop(trial_id)
+        self._gpu_s += seconds * self._gpus
         try:
+            self.study.spend(spec, seconds, self._gpus)
+            self._see_end(spec)
             self._settle(spec, self._error(trial_id) if error else str((result or {}).get("lost", "")))
         except Exception as failure:  # raised again by the search
             self._fail(failure)
@@ -116,6 +162,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             self.study.report(spec, line)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
+
+    def _see_end(self, spec: TrialSpec) -> None:
+        """Learns from a finished training how long its end takes: from its last epoch to its result."""
+        folder = spec.folder(self.study.study_dir)
+        with contextlib.suppress(OSError):
+            seconds = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
+            self.longest_end_s = max(self.longest_end_s, seconds)
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Says that the limit is ours."""
@@ -284,6 +337,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tells that a training begins."""
+        self.searcher.begins(trial.trial_id)
         spec = TrialSpec(**trial.config["spec"])
         path = spec.folder(self.searcher.study.study_dir) / METRICS
         self._offsets[spec.name] = files.read_new_lines(path, 0)[1]
@@ -302,6 +356,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         last_step = alive.last_step_ns if alive else 0
         before, since = self._steps.get(key, (-1, now))
         if last_step != before:
+            if before > 0:
+                self.searcher.longest_end_s = max(self.searcher.longest_end_s, (last_step - before) / 1e9)
             self._steps[key] = (last_step, now)
         elif alive is None:
             if now - since >= WAIT_TOLD_S:

@@ -19,23 +19,27 @@ from carft_ray.launch.waiting import why_waiting
 from carft_ray.search.folder import STOP
 from carft_ray.search.study import Study
 
+STOPPED = "stopped on request"
 
-def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None]) -> bool:
+
+def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], began: float | None = None) -> str:
     """Runs what an adopted study proposes, until nothing is left or a stop is asked for.
 
     Args:
         study: The study; what was prepared lies in its folder.
         plan: How and where trainings run.
         on_event: Told what happens, in the calling thread.
+        began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
 
     Returns:
-        Whether it was stopped on request.
+        What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
 
     Raises:
         CarftError: What ended the run before its time (``StudySearcher.failure``).
     """
     study_dir, room = study.study_dir, plan.capacity
-    searcher = StudySearcher(study, room.concurrency, on_event)
+    budget, gpus = None if began is None else study.recipe.budget, room.num_workers * room.gpus_per_worker
+    searcher = StudySearcher(study, room.concurrency, on_event, gpus, budget, began)
     leaks = Leaks(study_dir) if plan.nested else None
     watcher = Watcher(searcher, study.recipe.resources.hang_timeout_s, leaks, functools.partial(why_waiting, room))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
@@ -62,7 +66,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None]) -
         shutil.rmtree(ray_files, ignore_errors=True)
     if searcher.failure is not None:
         raise searcher.failure
-    return searcher.stopped
+    return searcher.out_of_budget or (STOPPED if searcher.stopped else "")
 
 
 def _tune_name(tune_trial: Any) -> str:

@@ -61,9 +61,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     no_kl = train.kl_weight == 0 and "kl_weight" not in space
     if recipe.storage is not None:
         yield "storage", "has no effect in this version"
-    for key, limit in recipe.budget:
-        if limit is not None:
-            yield f"budget.{key}", "has no effect in this version"
+    if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
+        yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if train.context_scale is not None and no_kl:
         yield "train.context_scale", "has no effect: kl_weight is 0"
     if "context_scale" in space and no_kl:

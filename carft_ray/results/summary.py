@@ -38,9 +38,20 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
         "rows": [row_dict(row, best) for row in (*result.baselines, *trials)],
         "front": front_data(recipe, result.trials),
         "lines": _lines(recipe, result),
+        "budget": {"used_up": bool(result.out_of_budget), "line": budget_line(recipe, result)},
         "best_recipe": str(result.study_dir / BEST),
         "figure": str(result.study_dir / FIGURE_PNG),
     }
+
+
+def budget_line(recipe: Recipe, result: SearchResult) -> str:
+    """Returns what a search that its budget has ended leaves unfinished, in a sentence; empty when it was not."""
+    if not result.out_of_budget:
+        return ""
+    begun = [row.name for row in result.trials if row.outcome == "running"]
+    wanted, finished = recipe.search.trials, len(result.trials) - len(begun)
+    waiting = f", {len(begun)} have begun and left their checkpoints ({', '.join(begun)})" if begun else ""
+    return f"The search has ended early: {result.out_of_budget}. {finished} of {wanted} trials are finished{waiting}."
 
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:

@@ -83,6 +83,8 @@ class TrialRow:
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
     looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
+    gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
     @property
     def violation(self) -> float:
@@ -100,6 +102,8 @@ class Alive:
         node_id: Ray's name of the node that it runs on.
         group: Ray's name of the placement group of its workers; empty when there is none.
         last_step_ns: Time of the file system, to be compared with another of these only.
+        began: When the attempt began, seconds since 1970.
+        gpus: GPUs that its workers hold together.
     """
 
     attempt: int
@@ -107,6 +111,8 @@ class Alive:
     node_id: str
     group: str
     last_step_ns: int
+    began: float = 0.0
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,8 @@ def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive 
         return None
     if content is None:
         return known and replace(known, last_step_ns=last_step_ns)
-    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns)
+    began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -14,6 +14,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.search import front
 from carft_ray.search.folder import JOURNAL, MANIFEST
 from carft_ray.search.outcome import Kind, TrialRow
+from carft_ray.search.spent import gpu_seconds_of, seconds_of
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
@@ -149,6 +150,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
         looks=looks_of(trial),
+        spent_s=seconds_of(attributes),
+        gpu_s=gpu_seconds_of(attributes),
     )
 
 

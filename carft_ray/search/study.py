@@ -64,6 +64,7 @@ from carft_ray.search.rows import (
     TRAINING_OF,
     ZERO_SHOT,
     best_first,
+    confirmations,
     is_training,
     looks_of,
     readable,
@@ -73,6 +74,8 @@ from carft_ray.search.rows import (
     study_name,
     trainings,
 )
+from carft_ray.search.spent import ATTRIBUTE as SPENT
+from carft_ray.search.spent import left_behind
 
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
@@ -159,6 +162,7 @@ class Study:
             spec = self._spec(kind, optuna.trial.Trial(self._studies[kind], frozen._trial_id))
             if wanted is not None and spec.name not in wanted:
                 continue
+            self._spend_left_behind(spec)
             failure = read_failure(spec.folder(self.study_dir), spec.attempt)
             mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
             row = self.settle(spec) if spec.attempt and not mended else None
@@ -278,6 +282,29 @@ class Study:
     def repeat(self, spec: TrialSpec) -> None:
         """Gives the training of an attempt another one, and does not count this one as failed."""
         self._waiting.append(spec)
+
+    def spend(self, spec: TrialSpec, seconds: float, gpus: float) -> None:
+        """Notes what an attempt took; call it before ``settle`` or ``lost``.
+
+        Args:
+            spec: The attempt.
+            seconds: From its start to its end.
+            gpus: GPUs that its workers held together.
+        """
+        trial = self._trials[spec.kind, spec.number]
+        spent = {**trial.user_attrs.get(SPENT, {}), str(spec.attempt): [round(seconds, 3), gpus]}
+        with self._writing():
+            trial.set_user_attr(SPENT, spent)
+
+    def gpu_seconds(self) -> float:
+        """Returns GPUs x seconds of all attempts of the study."""
+        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *confirmations(self.study_dir)))
+
+    def _spend_left_behind(self, spec: TrialSpec) -> None:
+        if spec.attempt and str(spec.attempt) not in self._trials[spec.kind, spec.number].user_attrs.get(SPENT, {}):
+            seconds, gpus = left_behind(spec.folder(self.study_dir), spec.attempt, self.recipe.resources)
+            if seconds:
+                self.spend(spec, seconds, gpus)
 
     def tell_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
