@@ -1,0 +1,321 @@
+"""Pruning, Pareto search, constraints and warm start on the replayed table. ``python -m benchmarks.searches``
+
+Searches of the product's own study over ``benchmarks.landscape``, ``NUM_SEEDS`` a side, over the four values of
+``benchmarks.samplers``; a trial shows the noise between seeds, what is compared is free of it, with Student's 95 %
+interval over searches. Differences are paired by seed.
+
+    pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best
+    pareto        TPE with and without successive halving, and random: hypervolume of the reported front beyond
+                  zero-shot, 30 trainings each; epochs saved
+    constraints   ID accuracy at least that of plain fine-tuning plus ``ID_GAIN``: how often the best trial meets it,
+                  with the constraint told to TPE, with it in the choice of alpha alone (random), and without
+    warm_start    10 trials after a search of 30 with half as many epochs, against 10 and 30 trials alone
+    real          a search of the sandbox with successive halving, beside what its replay foretells
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.landscape import FloatArray, Landscape, Measured, covered, read_landscape
+from benchmarks.replay import NUM_SEEDS, mean_with_interval
+from benchmarks.samplers import LOWEST, recipe_of
+from benchmarks.table import RECIPE, TABLE
+from carft_ray import files
+from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.recipe.constraints import VIOLATION
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schedule import is_looked_at
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.front import front_of, hypervolume
+from carft_ray.search.outcome import FORMAT_VERSION, METRICS, RESULT, TrialRow
+from carft_ray.search.rows import best_row, trials
+from carft_ray.search.study import open_study
+
+ROOT = Path(__file__).parent.parent
+NUM_TRIALS = 30
+EPOCHS = 12
+STEPS_AN_EPOCH = 8  # of the quickstart recipe
+PLAIN = {"learning_rate": 5e-4, "kl_weight": 0.3, "weight_decay": 0.1, "crop_scale": 0.9}  # the least KL of the table
+ID_GAIN = 0.0125
+CONSTRAINT = "id_drop/plain"
+PRUNERS: dict[str, list[str]] = {
+    "none": [],
+    "successive_halving": ["search.pruner.name=successive_halving"],
+    "hyperband": ["search.pruner.name=hyperband"],
+    "median": ["search.pruner.name=median"],
+    "percentile, best half": ["search.pruner={name: percentile, percentile: 50.0}"],
+    "patience": ["search.pruner={name: patience, patience: 2}"],
+}
+TPE = ["search.sampler.startup_trials=8"]
+DRAWN_ALPHA = ["search.objective.kind=pareto", "search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A replayed search.
+
+    Attributes:
+        rows: Its trials.
+        num_epochs: Epochs that were trained.
+    """
+
+    rows: list[TrialRow]
+    num_epochs: int
+
+
+def replayed(recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | None = None) -> Searched:
+    """Runs one search, a training after the other, with looks, cuts, alpha curves and constraints.
+
+    Args:
+        recipe: Its baselines are left out, but for ``plain`` where a constraint names it.
+        landscape: What trainings give.
+        seed: Of the sampler and of the noise.
+        study_dir: Where the study is made and stays; None: a temporary folder.
+    """
+    sampler = recipe.search.sampler.model_copy(update={"seed": seed})
+    baselines = {"plain": PLAIN} if recipe.search.constraints.id_drop else {}
+    part = recipe.search.model_copy(update={"sampler": sampler, "baselines": baselines})
+    recipe = recipe.model_copy(update={"search": part})
+    rng, num_epochs = np.random.default_rng(seed), 0
+    with (
+        tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
+        open_study(study_dir or Path(folder) / "study", recipe, RECIPE.parent) as study,
+    ):
+        study.adopt()
+        while (spec := study.next()) is not None:
+            home = spec.folder(study.study_dir)
+            home.mkdir(parents=True, exist_ok=True)
+            values = {"epochs": recipe.train.epochs, **spec.values}
+            training = landscape.training(values, rng if spec.kind == "trial" else None)
+            cut_after = None
+            for epoch in range(1, recipe.train.epochs + 1):
+                if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
+                    line = _line(epoch, recipe.train.epochs, training)
+                    files.append_line(home / METRICS, json.dumps(line))
+                    if study.report(spec, line) is not None:
+                        cut_after = epoch
+                        break
+            if cut_after is None:
+                files.write_json(home / RESULT, _result(recipe, training, spec.values.get("alpha"), landscape))
+            study.settle(spec)
+            num_epochs += (cut_after or recipe.train.epochs) if spec.kind == "trial" else 0
+        return Searched(study.rows(), num_epochs)
+
+
+def _line(epoch: int, epochs: int, training: Measured) -> dict[str, Any]:
+    steps = {"step": epoch * STEPS_AN_EPOCH, "num_steps": epochs * STEPS_AN_EPOCH}
+    return {"epoch": epoch, **steps, "subset/objective": training.look(epoch / epochs)}
+
+
+def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: Landscape) -> dict[str, Any]:
+    """Returns the result of a training; with a constraint alpha is chosen within it, by the fit alone."""
+    bound = id_bound(landscape) if recipe.search.constraints.id_drop else None
+
+    def at(alpha: float) -> dict[str, float]:
+        id_accuracy, ood_accuracy = accuracies_at(training, alpha)
+        found = {"id_accuracy": id_accuracy, "ood_accuracy": ood_accuracy}
+        violation = {} if bound is None else {VIOLATION + CONSTRAINT: bound - id_accuracy}
+        return {**found, **violation, "objective": (id_accuracy + ood_accuracy) / 2}
+
+    if drawn is None:
+        missed = None if bound is None else (bound - training.id_accuracies)[None]
+        objectives = training.objectives.tolist()
+        drawn = choose_alpha(training.alphas.tolist(), objectives, recipe.search.alpha.lowest, None, missed).alpha
+    curve = [{"alpha": alpha, **at(alpha)} for alpha in sorted({*training.alphas.tolist(), drawn})]
+    metrics = at(drawn)
+    return {
+        "format_version": FORMAT_VERSION,
+        "objective": metrics["objective"],
+        "alpha": drawn,
+        "metrics": metrics,
+        "curve": curve,
+    }
+
+
+def accuracies_at(training: Measured, alpha: float) -> tuple[float, float]:
+    """Returns ID and OOD accuracy at an alpha, by the fits of both curves."""
+    id_accuracy, ood_accuracy = (
+        float(fitted_curve(training.alphas, curve, [alpha])[0])
+        for curve in (training.id_accuracies, training.ood_accuracies)
+    )
+    return id_accuracy, ood_accuracy
+
+
+def id_bound(landscape: Landscape) -> float:
+    """Returns the least ID accuracy that the constraint asks for: of plain fine-tuning at its alpha, and more."""
+    plain = landscape.training({**PLAIN, "epochs": EPOCHS})
+    alpha = choose_alpha(plain.alphas.tolist(), plain.objectives.tolist(), LOWEST, None).alpha
+    return accuracies_at(plain, alpha)[0] + ID_GAIN
+
+
+def truth(row: TrialRow, landscape: Landscape) -> tuple[float, float]:
+    """Returns ID and OOD accuracy of a trial at its alpha, free of noise."""
+    assert row.alpha is not None
+    return accuracies_at(landscape.training({"epochs": EPOCHS, **row.values}), row.alpha)
+
+
+def best_truth(rows: Sequence[TrialRow], landscape: Landscape) -> float:
+    """Returns the noise-free objective of the trial that a search calls best, at its alpha."""
+    best = best_row(rows)
+    assert best is not None
+    return sum(truth(best, landscape)) / 2
+
+
+def pruners(landscape: Landscape, num_seeds: int) -> None:
+    """Prints what each pruner saves and costs."""
+    print("| pruner | epochs saved, % | trials cut | best, % | minus none |\n|---|---|---|---|---|")
+    unpruned: FloatArray | None = None
+    for name, overrides in PRUNERS.items():
+        recipe = recipe_of("tpe", NUM_TRIALS, [*TPE, "evaluate.every_epochs=1", *overrides])
+        found = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
+        saved = np.array([1 - each.num_epochs / (NUM_TRIALS * EPOCHS) for each in found])
+        cut = np.mean([sum(row.outcome == "pruned" for row in each.rows) for each in found])
+        best = np.array([best_truth(each.rows, landscape) for each in found])
+        unpruned = best if unpruned is None else unpruned
+        beside = mean_with_interval(best - unpruned) if overrides else ""
+        share = mean_with_interval(saved) if overrides else "0"
+        print(f"| {name} | {share} | {cut:.1f} | {mean_with_interval(best)} | {beside} |", flush=True)
+
+
+def pareto(landscape: Landscape, num_seeds: int) -> None:
+    """Prints the hypervolume of fronts, in thousandths of the unit square."""
+    zero_shot = landscape.training(PLAIN)
+    reference = (float(zero_shot.id_accuracies[0]), float(zero_shot.ood_accuracies[0]))
+    print("| search | hypervolume, 1e-3 | minus random | epochs saved, % |\n|---|---|---|---|")
+    halving = [*PRUNERS["successive_halving"], "evaluate.every_epochs=1"]
+    settings = {"random": ("random", []), "TPE": ("tpe", TPE), "TPE, successive halving": ("tpe", [*TPE, *halving])}
+    random: FloatArray | None = None
+    for name, (sampler, overrides) in settings.items():
+        recipe = recipe_of(sampler, NUM_TRIALS, [*DRAWN_ALPHA, *overrides])
+        volumes, saved = [], []
+        for seed in range(num_seeds):
+            searched = replayed(recipe, landscape, seed)
+            rows = {row.name: row for row in searched.rows}
+            front = [(rows[point.name], point.alpha) for point in front_of(searched.rows)]
+            points = [
+                accuracies_at(landscape.training({"epochs": EPOCHS, **row.values}), alpha) for row, alpha in front
+            ]
+            volumes.append(hypervolume(np.array(points), reference))
+            saved.append(1 - searched.num_epochs / (NUM_TRIALS * EPOCHS))
+        found = np.array(volumes)
+        random = found if random is None else random
+        beside = mean_with_interval(10 * (found - random)) if name != "random" else ""
+        share = mean_with_interval(np.array(saved)) if any(saved) else "0"
+        print(f"| {name} | {mean_with_interval(10 * found)} | {beside} | {share} |", flush=True)
+
+
+def constraints(landscape: Landscape, num_seeds: int) -> None:
+    """Prints how often the best trial meets a constraint, free of noise."""
+    bound = id_bound(landscape)
+    print(f"ID accuracy of at least {100 * bound:.2f} %, free of noise:")
+    print(
+        "| search | best trial meets it, % | violation of the best, points | trials of the second half that meet it, % | best, % |"
+    )
+    print("|---|---|---|---|---|")
+    told = ["search.baselines={plain: {kl_weight: 0.3}}", "search.constraints={id_drop: {plain: 0.0}}"]
+    settings = {"TPE, none": ("tpe", TPE), "random, in the choice of alpha": ("random", told)}
+    settings["TPE, in the choice of alpha and told"] = ("tpe", [*TPE, *told])
+    for name, (sampler, overrides) in settings.items():
+        recipe = recipe_of(sampler, NUM_TRIALS, overrides)
+        met, missed, later, best = [], [], [], []
+        for seed in range(num_seeds):
+            rows = replayed(recipe, landscape, seed).rows
+            winner = best_row(rows)
+            assert winner is not None
+            gap = bound - truth(winner, landscape)[0]
+            met.append(float(gap <= 0))
+            missed.append(max(gap, 0.0))
+            later.append(np.mean([truth(row, landscape)[0] >= bound for row in rows[NUM_TRIALS // 2 :]]))
+            best.append(best_truth(rows, landscape))
+        cells = [f"{100 * np.mean(met):.0f}", *(mean_with_interval(np.array(each)) for each in (missed, later, best))]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def warm_start(landscape: Landscape, num_seeds: int) -> None:
+    """Prints what a search with half as many epochs is worth to the next one."""
+    few = 10
+    half = recipe_of("tpe", NUM_TRIALS, [*TPE, f"train.epochs={EPOCHS // 2}"])
+    alone = {number: recipe_of("tpe", number, ["search.sampler.startup_trials=8"]) for number in (few, NUM_TRIALS)}
+    found: dict[str, list[float]] = {}
+    for seed in range(num_seeds):
+        with tempfile.TemporaryDirectory(prefix="carft-warm-") as folder:
+            source = Path(folder) / "half"
+            replayed(half, landscape, seed, source)
+            part = alone[few].search.model_copy(update={"warm_start": (str(source),)})
+            warm = replayed(alone[few].model_copy(update={"search": part}), landscape, seed)
+        runs = {f"{few} trials": replayed(alone[few], landscape, seed), f"{few} trials, warm": warm}
+        runs[f"{NUM_TRIALS} trials"] = replayed(alone[NUM_TRIALS], landscape, seed)
+        for name, searched in runs.items():
+            found.setdefault(name, []).append(best_truth(searched.rows, landscape))
+    cold = np.array(found[f"{few} trials"])
+    print(f"| search of {EPOCHS} epochs a trial | best, % | minus {few} trials |\n|---|---|---|")
+    for name, values in found.items():
+        best = np.array(values)
+        beside = "" if name == f"{few} trials" else mean_with_interval(best - cold)
+        print(f"| {name} | {mean_with_interval(best)} | {beside} |")
+
+
+def real(landscape: Landscape, num_seeds: int) -> None:
+    """Runs the sandbox's search with successive halving, and says what its replay foretells."""
+    settings = ["evaluate.every_epochs=2", "search.pruner.name=successive_halving", "search.baselines={}"]
+    recipe = covered(load_recipe(RECIPE, settings))
+    with tempfile.TemporaryDirectory(prefix="carft-real-") as folder:
+        study_dir = Path(folder) / "study"
+        command = [sys.executable, "-m", "carft_ray.cli", "search", str(RECIPE), "--study", str(study_dir)]
+        space = [f"search.space.{name}={part.model_dump_json()}" for name, part in recipe.search.space.items()]
+        command += [word for setting in (*settings, *space) for word in ("--set", setting)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        rows = trials(study_dir)
+        epochs = [len(files.read_json_lines(study_dir / "trials" / row.name / METRICS)) for row in rows]
+    complete = [row for row in rows if row.outcome == "complete"]
+    measured = np.array([row.objective for row in complete], np.float64)
+    foretold = np.array([landscape.objective(row.values, LOWEST) for row in complete])
+    error = np.sqrt(np.mean((measured - foretold) ** 2))
+    rank = stats.spearmanr(measured, foretold).statistic
+    replays = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
+    all_epochs = recipe.search.trials * EPOCHS
+    saved = np.array([1 - each.num_epochs / all_epochs for each in replays])
+    cut = np.array([sum(row.outcome == "pruned" for row in each.rows) for each in replays])
+    print(
+        f"real: {len(rows) - len(complete)} of {len(rows)} trials cut, {100 * (1 - sum(epochs) / all_epochs):.0f} % of the epochs saved"
+    )
+    print(f"replayed: {cut.mean():.1f} cut (from {cut.min()} to {cut.max()}), {mean_with_interval(saved)} % saved")
+    print(f"objectives of {len(complete)} complete trials: rank correlation {rank:.2f}, error {100 * error:.2f} points")
+
+
+PARTS: Mapping[str, Callable[[Landscape, int], None]] = {
+    "pruners": pruners,
+    "pareto": pareto,
+    "constraints": constraints,
+    "warm_start": warm_start,
+    "real": real,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.searches", description="Searches, replayed.")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; as often as you like (all)")
+    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="searches a side (%(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.seeds < 2:
+        parser.error("--seeds must be at least 2")
+    landscape = read_landscape(TABLE, covered(load_recipe(RECIPE, [])))
+    for name in arguments.only or PARTS:
+        print(f"\n{name}")
+        PARTS[name](landscape, arguments.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
