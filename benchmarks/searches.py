@@ -218,10 +218,8 @@ def constraints(landscape: Landscape, num_seeds: int) -> None:
     """Prints how often the best trial meets a constraint, free of noise."""
     bound = id_bound(landscape)
     print(f"ID accuracy of at least {100 * bound:.2f} %, free of noise:")
-    print(
-        "| search | best trial meets it, % | violation of the best, points | trials of the second half that meet it, % | best, % |"
-    )
-    print("|---|---|---|---|---|")
+    heads = ("search", "best meets it, %", "violation of the best, points", "of the second half meet it, %", "best, %")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     told = ["search.baselines={plain: {kl_weight: 0.3}}", "search.constraints={id_drop: {plain: 0.0}}"]
     settings = {"TPE, none": ("tpe", TPE), "random, in the choice of alpha": ("random", told)}
     settings["TPE, in the choice of alpha and told"] = ("tpe", [*TPE, *told])
