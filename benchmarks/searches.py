@@ -284,9 +284,8 @@ def real(landscape: Landscape, num_seeds: int) -> None:
     all_epochs = recipe.search.trials * EPOCHS
     saved = np.array([1 - each.num_epochs / all_epochs for each in replays])
     cut = np.array([sum(row.outcome == "pruned" for row in each.rows) for each in replays])
-    print(
-        f"real: {len(rows) - len(complete)} of {len(rows)} trials cut, {100 * (1 - sum(epochs) / all_epochs):.0f} % of the epochs saved"
-    )
+    share = 100 * (1 - sum(epochs) / all_epochs)
+    print(f"real: {len(rows) - len(complete)} of {len(rows)} trials cut, {share:.0f} % of the epochs saved")
     print(f"replayed: {cut.mean():.1f} cut (from {cut.min()} to {cut.max()}), {mean_with_interval(saved)} % saved")
     print(f"objectives of {len(complete)} complete trials: rank correlation {rank:.2f}, error {100 * error:.2f} points")
 
