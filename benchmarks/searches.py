@@ -4,12 +4,14 @@ Searches of the product's own study over ``benchmarks.landscape``, ``NUM_SEEDS``
 ``benchmarks.samplers``; a trial shows the noise between seeds, what is compared is free of it, with Student's 95 %
 interval over searches. Differences are paired by seed.
 
-    pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best
+    pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best; beside it the
+                  best of the first trials without a pruner that train as many epochs
     pareto        TPE with and without successive halving, and random: hypervolume of the reported front beyond
                   zero-shot, 30 trainings each; epochs saved
     constraints   ID accuracy at least that of plain fine-tuning plus ``ID_GAIN``: how often the best trial meets it,
                   with the constraint told to TPE, with it in the choice of alpha alone (random), and without
-    warm_start    10 trials after a search of 30 with half as many epochs, against 10 and 30 trials alone
+    warm_start    10 trials after a search of 30 on a related task (the same space, whose trainings give what half as
+                  many epochs give), against 10 and 30 trials alone
     real          a search of the sandbox with successive halving, beside what its replay foretells
 """
 
@@ -53,7 +55,7 @@ PRUNERS: dict[str, list[str]] = {
     "successive_halving": ["search.pruner.name=successive_halving"],
     "hyperband": ["search.pruner.name=hyperband"],
     "median": ["search.pruner.name=median"],
-    "percentile, best half": ["search.pruner={name: percentile, percentile: 50.0}"],
+    "percentile, best 75 %": ["search.pruner={name: percentile, percentile: 75.0}"],
     "patience": ["search.pruner={name: patience, patience: 2}"],
 }
 TPE = ["search.sampler.startup_trials=8"]
@@ -73,7 +75,9 @@ class Searched:
     num_epochs: int
 
 
-def replayed(recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | None = None) -> Searched:
+def replayed(
+    recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | None = None, as_epochs: int | None = None
+) -> Searched:
     """Runs one search, a training after the other, with looks, cuts, alpha curves and constraints.
 
     Args:
@@ -81,6 +85,7 @@ def replayed(recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | 
         landscape: What trainings give.
         seed: Of the sampler and of the noise.
         study_dir: Where the study is made and stays; None: a temporary folder.
+        as_epochs: Trainings give what so many epochs give; None: those of the recipe.
     """
     sampler = recipe.search.sampler.model_copy(update={"seed": seed})
     baselines = {"plain": PLAIN} if recipe.search.constraints.id_drop else {}
@@ -95,7 +100,7 @@ def replayed(recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | 
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)
-            values = {"epochs": recipe.train.epochs, **spec.values}
+            values = {"epochs": as_epochs or recipe.train.epochs, **spec.values}
             training = landscape.training(values, rng if spec.kind == "trial" else None)
             cut_after = None
             for epoch in range(1, recipe.train.epochs + 1):
@@ -173,18 +178,26 @@ def best_truth(rows: Sequence[TrialRow], landscape: Landscape) -> float:
 
 def pruners(landscape: Landscape, num_seeds: int) -> None:
     """Prints what each pruner saves and costs."""
-    print("| pruner | epochs saved, % | trials cut | best, % | minus none |\n|---|---|---|---|---|")
-    unpruned: FloatArray | None = None
+    heads = ("pruner", "epochs saved, %", "trials cut", "best, %", "minus none", "minus none of as many epochs")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    unpruned: list[Searched] = []
     for name, overrides in PRUNERS.items():
         recipe = recipe_of("tpe", NUM_TRIALS, [*TPE, "evaluate.every_epochs=1", *overrides])
         found = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
         saved = np.array([1 - each.num_epochs / (NUM_TRIALS * EPOCHS) for each in found])
         cut = np.mean([sum(row.outcome == "pruned" for row in each.rows) for each in found])
         best = np.array([best_truth(each.rows, landscape) for each in found])
-        unpruned = best if unpruned is None else unpruned
-        beside = mean_with_interval(best - unpruned) if overrides else ""
-        share = mean_with_interval(saved) if overrides else "0"
-        print(f"| {name} | {share} | {cut:.1f} | {mean_with_interval(best)} | {beside} |", flush=True)
+        cells = ["0", "0", mean_with_interval(best), "", ""]
+        unpruned = unpruned or found
+        if overrides:
+            plain = np.array([best_truth(each.rows, landscape) for each in unpruned])
+            as_many = [
+                best_truth(all_.rows[: max(1, round(each.num_epochs / EPOCHS))], landscape)
+                for all_, each in zip(unpruned, found, strict=True)
+            ]
+            cells = [mean_with_interval(saved), f"{cut:.1f}", mean_with_interval(best)]
+            cells += [mean_with_interval(best - plain), mean_with_interval(best - np.array(as_many))]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def pareto(landscape: Landscape, num_seeds: int) -> None:
@@ -240,15 +253,14 @@ def constraints(landscape: Landscape, num_seeds: int) -> None:
 
 
 def warm_start(landscape: Landscape, num_seeds: int) -> None:
-    """Prints what a search with half as many epochs is worth to the next one."""
+    """Prints what a search on a related task is worth to the next one."""
     few = 10
-    half = recipe_of("tpe", NUM_TRIALS, [*TPE, f"train.epochs={EPOCHS // 2}"])
-    alone = {number: recipe_of("tpe", number, ["search.sampler.startup_trials=8"]) for number in (few, NUM_TRIALS)}
+    alone = {number: recipe_of("tpe", number, TPE) for number in (few, NUM_TRIALS)}
     found: dict[str, list[float]] = {}
     for seed in range(num_seeds):
         with tempfile.TemporaryDirectory(prefix="carft-warm-") as folder:
-            source = Path(folder) / "half"
-            replayed(half, landscape, seed, source)
+            source = Path(folder) / "related"
+            replayed(alone[NUM_TRIALS], landscape, seed + num_seeds, source, EPOCHS // 2)
             part = alone[few].search.model_copy(update={"warm_start": (str(source),)})
             warm = replayed(alone[few].model_copy(update={"search": part}), landscape, seed)
         runs = {f"{few} trials": replayed(alone[few], landscape, seed), f"{few} trials, warm": warm}

@@ -28,6 +28,7 @@ def seed():
 def test_forty_trials_of_all_fates_end_with_the_counts_of_their_seed(tmp_path, seed):
     counts = searches.chaotic(tmp_path / "study", 40, seed, "inline", 0)
     print(dict(counts))
+    assert counts["pruned"] > 0
 
 
 def test_ten_trials_of_all_fates_end_so_though_the_driver_is_killed(tmp_path, seed):
