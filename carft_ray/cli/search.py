@@ -10,8 +10,9 @@ from carft_ray.cli.common import (
     AddressOption,
     DebugOption,
     ExecutorOption,
-    GpuHoursOption,
     JsonOption,
+    NotifyCommandOption,
+    NotifyUrlOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
@@ -43,14 +44,15 @@ def search(
     num_workers: WorkersOption = None,
     address: AddressOption = None,
     wall_time: WallTimeOption = None,
-    gpu_hours: GpuHoursOption = None,
+    notify_command: NotifyCommandOption = None,
+    notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = load(recipe, [*(set_ or ()), *budget_overrides(wall_time, gpu_hours)], executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, again, json_)
+    value = load(recipe, [*(set_ or ()), *budget_overrides(wall_time)], executor, num_workers)
+    _search(value, recipe.absolute().parent, study, address, again, json_, (notify_command, notify_url))
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -63,7 +65,8 @@ def resume(
     num_workers: WorkersOption = None,
     address: AddressOption = None,
     wall_time: WallTimeOption = None,
-    gpu_hours: GpuHoursOption = None,
+    notify_command: NotifyCommandOption = None,
+    notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
@@ -72,14 +75,30 @@ def resume(
     from carft_ray.results import overview
 
     study_dir = overview.require_study(study)
-    overrides = budget_overrides(wall_time, gpu_hours)
+    overrides = budget_overrides(wall_time)
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     recipe = overview.resolved_recipe(study_dir)
-    _search(load(recipe, overrides, executor, num_workers), study_dir, study, address, again, json_)
+    _search(
+        load(recipe, overrides, executor, num_workers),
+        study_dir,
+        study,
+        address,
+        again,
+        json_,
+        (notify_command, notify_url),
+    )
 
 
-def _search(value: Any, base_dir: Path, study: Path, address: str | None, again: str | None, json_: bool) -> None:
+def _search(
+    value: Any,
+    base_dir: Path,
+    study: Path,
+    address: str | None,
+    again: str | None,
+    json_: bool,
+    notify: tuple[str | None, str | None],
+) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
     from carft_ray.recipe.advice import check_searchable
@@ -90,12 +109,16 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
 
     if not require_unread(study, value, base_dir, again) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.launch.notify import notifying
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
-    with search_shown(not json_, study, value.train.epochs) as on_event:
-        result = run_search(value, base_dir, study, address, on_event)
+    with (
+        notifying(*notify, value.name, study, console.warn) as beside,
+        search_shown(not json_, study, value.train.epochs) as on_event,
+    ):
+        result = run_search(value, base_dir, study, address, beside(on_event))
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)
@@ -110,7 +133,8 @@ def _search(value: Any, base_dir: Path, study: Path, address: str | None, again:
     folder = shlex.quote(str(study))
     if result.out_of_budget:
         console.say("\n" + summary["budget"]["line"])
-        more = f" --gpu-hours {2 * value.budget.gpu_hours:g}" if "gpu_hours" in result.out_of_budget else ""
+        hours = value.budget.gpu_hours
+        more = f" --set budget.gpu_hours={2 * hours:g}" if "gpu_hours" in result.out_of_budget else ""
         console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
         return
     console.next_step(

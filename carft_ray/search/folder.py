@@ -31,6 +31,7 @@ RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
 DYING_LOOKS = 50
 STOP = "stop"  # asks running trainings to write a checkpoint and end
+BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
 # what may change between two searches of one study; everything else is what the study is about
 RUNNING_KEYS = (
     "search.trials",
