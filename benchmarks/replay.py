@@ -1,9 +1,6 @@
 """Searches replayed on the table of real trainings, in seconds. ``python -m benchmarks.replay``
 
-Between the trainings of ``benchmarks/table.parquet`` a smoothed thin-plate spline over the unit cube of their values
-gives the alpha curve of any training; its error is measured by cross-validation and printed. Trainings with a large
-learning rate collapse, down to chance: beside that cliff a smooth surface swings, so what lies more than ``DEPTH``
-under zero-shot counts as that much (chosen by cross-validation). The search spaces are cut to what the table covers. A
+What a training gives comes from ``benchmarks.landscape``; the search spaces are cut to what the table covers. A
 replayed trial adds the noise between seeds, measured on the points that the table holds with several. The search itself
 is the product's own: ``search.study`` with its journal, sampler and outcomes. Every comparison uses ``NUM_SEEDS``
 searches a side; what is compared is the noise-free objective of the trial that the search calls best, with Student's
@@ -20,22 +17,18 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import optuna
-import pyarrow.parquet as pq
 from scipy import stats
-from scipy.interpolate import RBFInterpolator
 
 from benchmarks.effect import space_of
+from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_landscape
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray import console, files
-from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
-from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.errors import CarftError, DivergedError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter, Recipe
 from carft_ray.search.outcome import FORMAT_VERSION, RESULT, Failure, TrialRow, write_failure
@@ -44,117 +37,10 @@ from carft_ray.search.study import open_study
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30
-SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
-FOLDS = 10
-DEPTH = 0.03  # of the landscape under zero-shot
 DIVERGES_ABOVE = 1e-3  # learning rate; half of the space on its log scale
 LARGEST_INFEASIBLE_SHARE = 0.40
 
-FloatArray = npt.NDArray[np.float64]
 Told = Callable[[Mapping[str, Any], np.random.Generator], float | None]  # objective of a training; None: diverged
-
-
-@dataclass(frozen=True)
-class Landscape:
-    """What trainings give: the spline and the noise.
-
-    Attributes:
-        alphas: Grid of the curves.
-        spline: From the unit cube to the curves, [n, len(alphas)] objectives.
-        seed_sd: Noise of the objective between seeds.
-        num_collapsed: Trainings more than ``DEPTH`` under zero-shot.
-        cv_correlation: Rank correlation of predicted and measured objective over the folds, of those that stand.
-        cv_error: Root mean square of their difference.
-        defaults: Values of what a search leaves alone.
-    """
-
-    alphas: tuple[float, ...]
-    spline: RBFInterpolator
-    seed_sd: float
-    num_collapsed: int
-    cv_correlation: float
-    cv_error: float
-    defaults: Mapping[str, float]
-
-    def curve(self, values: Mapping[str, Any]) -> FloatArray:
-        """Returns the noise-free objectives along alpha."""
-        curve: FloatArray = self.spline(_unit([{**self.defaults, **values}]))[0]
-        return curve
-
-    def objective(self, values: Mapping[str, Any], lowest: float) -> float:
-        """Returns the noise-free objective: of the profile, or at ``values['alpha']`` where the search draws it."""
-        curve = self.curve(values)
-        if "alpha" in values:
-            return float(fitted_curve(self.alphas, curve, [values["alpha"]])[0])
-        return choose_alpha(self.alphas, curve.tolist(), lowest, None).value
-
-
-def read_landscape(path: Path, recipe: Recipe) -> Landscape:
-    """Reads the table and fits the spline.
-
-    Raises:
-        StorageError: There is no table.
-    """
-    if not path.exists():
-        step = "Make it: python -m benchmarks.table (about 200 trainings)"
-        raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
-    rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
-    alphas = recipe.search.alpha.grid
-    measured_curves = np.array([[_at(row["curve"], alpha) for alpha in alphas] for row in rows])
-    floor = float(measured_curves[0, list(alphas).index(0.0)]) - DEPTH  # alpha 0 is zero-shot in every row
-    curves = np.maximum(measured_curves, floor)
-    points = _unit(rows)
-    identity = [tuple(row[name] for name in SPACE) for row in rows]
-    fold = np.array([identity.index(values) for values in identity]) % FOLDS  # repeated points stay together
-    predicted = np.empty_like(curves)
-    for k in range(FOLDS):
-        predicted[fold == k] = _spline(points[fold != k], curves[fold != k])(points[fold == k])
-    lowest = recipe.search.alpha.lowest
-    foretold, measured = (
-        np.array([choose_alpha(alphas, curve.tolist(), lowest, None).value for curve in both])
-        for both in (predicted, curves)
-    )
-    stands = np.array([row["objective"] > floor for row in rows])
-    repeats: dict[tuple[float, ...], list[float]] = {}
-    for values, row in zip(identity, rows, strict=True):
-        repeats.setdefault(values, []).append(row["objective"])
-    variances = [np.var(values, ddof=1) for values in repeats.values() if len(values) > 1 and min(values) > floor]
-    return Landscape(
-        alphas=alphas,
-        spline=_spline(points, curves),
-        seed_sd=float(np.sqrt(np.mean(variances))),
-        num_collapsed=int((~stands).sum()),
-        cv_correlation=float(stats.spearmanr(foretold[stands], measured[stands]).statistic),
-        cv_error=float(np.sqrt(np.mean((foretold - measured)[stands] ** 2))),
-        defaults={name: getattr(recipe.train, name) for name in SPACE},
-    )
-
-
-def covered(recipe: Recipe) -> Recipe:
-    """Returns the recipe with a search space that the table covers."""
-    space = dict(recipe.search.space)
-    for name, part in space_of(recipe).items():
-        if name in SPACE:
-            low, high, _ = SPACE[name]
-            space[name] = part.model_copy(update={"low": max(part.low, low), "high": min(part.high, high)})
-    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"space": space})})
-
-
-def _at(curve: Sequence[Mapping[str, Any]], alpha: float) -> float:
-    return next(float(point["objective"]) for point in curve if abs(point["alpha"] - alpha) < 1e-9)
-
-
-def _spline(points: FloatArray, curves: FloatArray) -> RBFInterpolator:
-    return RBFInterpolator(points, curves, kernel="thin_plate_spline", smoothing=SMOOTHING)
-
-
-def _unit(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
-    """Returns values as shares of their (log) range, [n, len(SPACE)]."""
-    columns = []
-    for name, (low, high, log) in SPACE.items():
-        column = np.array([float(row[name]) for row in rows])
-        columns.append(np.log(column / low) / np.log(high / low) if log else (column - low) / (high - low))
-    return np.stack(columns, axis=1)
 
 
 def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
@@ -170,7 +56,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
         study.adopt()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
-            home.mkdir(parents=True)
+            home.mkdir(parents=True, exist_ok=True)
             objective = told(spec.values, rng)
             if objective is None:
                 error = DivergedError("replayed divergence")

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.recipe.constraints import VIOLATION, violation_words
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
@@ -127,12 +128,13 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
-            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``.
+            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``violations``.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for name in ("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"):
         table.add_column(name, justify="right")
+    table.add_column("")
     for row in rows:
         about = "" if row["measured"] else "~"
         pair = [row["id_accuracy"], row["ood_accuracy"]]
@@ -142,6 +144,7 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['alpha']:.2f}",
             *("" if value is None else about + percent(value) for value in pair),
             percent(row["objective"]),
+            violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()}),
             style="bold green" if row["new_rank"] == 1 else None,
         )
     return table
@@ -152,7 +155,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``.
+            ``best``; optionally ``epoch``, ``outside`` and ``on_front``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -194,7 +197,9 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
-        return "best" if row["best"] else ""
+        standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
+        outside = "outside the space" if row.get("outside") else ""
+        return ", ".join(part for part in (standing, outside, violation_words(row["metrics"])) if part)
     if row.get("epoch"):
         return f"{row['outcome']}, epoch {row['epoch']} done"
     return f"{row['outcome']}: {row['reason']}" if row["reason"] else str(row["outcome"])

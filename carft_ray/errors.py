@@ -92,6 +92,22 @@ class ClusterError(CarftError):
     exit_code = 5
 
 
+class OutOfMemoryError(CarftError):
+    """The device has no memory for a training or an evaluation; no verdict on its hyperparameters.
+
+    Args:
+        problems: As for ``CarftError``.
+        micro_batch: Images of the forward pass that a training wanted; 0 where a smaller one would not help.
+    """
+
+    exit_code = 5
+
+    def __init__(self, problems: str | Problem | Sequence[Problem], micro_batch: int = 0) -> None:
+        super().__init__(problems)
+        self.args = (problems, micro_batch)
+        self.micro_batch = micro_batch
+
+
 class NoSuccessfulTrialError(CarftError):
     """The search ended and no trial has an objective."""
 
@@ -120,6 +136,10 @@ class InterruptedRunError(CarftError):
     """Stopped on request; everything needed to resume is on disk."""
 
     exit_code = 130
+
+
+class OutdatedAttemptError(InterruptedRunError):
+    """A newer attempt of the same training has begun while this one gave no sign of life; it must not write."""
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:

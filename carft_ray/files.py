@@ -7,14 +7,33 @@ written under a temporary name, flushed, and renamed. The tests kill the process
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, StorageError, UsageError
+
+_may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
+
+
+@contextlib.contextmanager
+def fenced(check: Callable[[], None]) -> Iterator[None]:
+    """Within the block, every durable operation of this process calls ``check`` first, which raises to forbid it."""
+    _may_write.append(check)
+    try:
+        yield
+    finally:
+        _may_write.remove(check)
+
+
+def _check_fence() -> None:
+    for check in _may_write:
+        check()
 
 
 @contextlib.contextmanager
@@ -69,6 +88,11 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path) -> Path:
+    """Returns a name that no other process has, on whatever machine: in containers most have the same number."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{socket.gethostname()}.tmp")
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Gives a temporary name for a file that takes the name ``path`` when the block ends well, and vanishes otherwise.
@@ -78,11 +102,12 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The file cannot be written; nothing is left under its name that was not there before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            _check_fence()
             os.replace(temporary, path)
             fsync_dir(path.parent)
     except BaseException:
@@ -119,6 +144,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         StorageError: The line cannot be written.
     """
+    _check_fence()
     with writing(path), open(path, "a+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
@@ -159,6 +185,35 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Reads the JSON lines that were appended since the last look; what was read before is not read again.
+
+    A file that has become shorter was begun anew, and is read from its beginning.
+
+    Args:
+        path: The file, which need not be there.
+        offset: Where the last look ended; 0 at first.
+
+    Returns:
+        The new lines, and where this look ended: behind the last whole line.
+    """
+    try:
+        size = path.stat().st_size
+        if size == offset:
+            return [], offset
+        with open(path, "rb") as file:
+            start = file.seek(offset if size > offset else 0)
+            content = file.read()
+    except FileNotFoundError:
+        return [], 0
+    whole = content.rfind(b"\n") + 1
+    rows = []
+    for line in content[:whole].split(b"\n"):
+        with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)], start + whole
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that takes the name ``path`` when the block ends well, and vanishes otherwise.
@@ -168,13 +223,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: A file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with writing(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             fsync_dir(temporary)
+            _check_fence()
             os.rename(temporary, path)
             fsync_dir(path.parent)
     except StorageError as error:  # of a file inside: it is known by its last name
@@ -186,6 +242,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder of this process's training as far as it can; what stays harms nobody."""
+    _check_fence()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_remains(folder: Path) -> None:
     """Removes what writes that were killed have left anywhere in a folder. Only the holder of its lock may.
 
@@ -193,7 +255,12 @@ def remove_remains(folder: Path) -> None:
         StorageError: Something cannot be removed.
     """
     with writing(folder):
-        for path in list(folder.rglob(".*.[0-9]*.tmp")):
+        remains = [
+            Path(place, name)
+            for place, folders, names in os.walk(folder)  # a third of the time of rglob, where there are 10,000 trials
+            for name in fnmatch.filter([*folders, *names], ".*.[0-9]*.tmp")
+        ]
+        for path in remains:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

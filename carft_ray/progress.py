@@ -1,6 +1,7 @@
 """How a running training and a running search are shown: a bar or a live table on a terminal, plain lines elsewhere."""
 
 import contextlib
+import heapq
 import math
 import statistics
 import threading
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from carft_ray import console, files
+from carft_ray.recipe.constraints import violation_words
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started, Stopping
@@ -110,10 +112,10 @@ class _Listener:
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
     from carft_ray.errors import CarftError
-    from carft_ray.search.rows import baselines, confirmations, trials
+    from carft_ray.search.rows import rows_by_kind
 
     try:
-        return [*baselines(study_dir), *trials(study_dir), *confirmations(study_dir)]
+        return [row for rows in rows_by_kind(study_dir).values() for row in rows]
     except CarftError:
         return []
 
@@ -152,6 +154,7 @@ class SearchView:
         self._started: Started | None = None
         self._running: dict[tuple[str, str], _Running] = {}
         self._rows = {(row.kind, row.name): row for row in earlier if row.outcome != "running"}
+        self._best = ""  # name of the best trial, as the search has told it
         self._seconds: list[float] = []  # of the trainings that ended in this search
 
     @classmethod
@@ -163,6 +166,7 @@ class SearchView:
             clock: Seconds since 1970.
         """
         from carft_ray.launch.events import Started
+        from carft_ray.recipe.grid import num_trials
         from carft_ray.results.overview import alive_since, folder_of, search_began
         from carft_ray.search.outcome import METRICS, TrialSpec
         from carft_ray.search.rows import ZERO_SHOT
@@ -179,14 +183,15 @@ class SearchView:
                 view._seconds.append(row.spent_s or row.elapsed_s or 0.0)
         view._phase = "" if overview.holder else "no search runs"
         view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
+        view._best = "" if overview.best is None else overview.best.name
         num_running = max(1, len(view._running))
-        view._started = Started(overview.recipe.search.trials, overview.num_finished, num_running, "")
+        view._started = Started(num_trials(overview.recipe), overview.num_finished, num_running, "")
         return view
 
     def line(self) -> str:
         """Returns counts, the best trial and times, for where there is no terminal."""
         with self._lock:
-            best = self._ranked()[:1]
+            best = self._ranked(1)
             found = [f"best {console.percent(best[0].objective or 0.0)} % ({best[0].name})"] if best else []
             return " · ".join([*self._pieces(), *found])
 
@@ -214,6 +219,8 @@ class SearchView:
             elif isinstance(event, events.Stopping):
                 self._phase = _stopping(event)
             elif isinstance(event, events.TrialFinished | events.BaselineFinished):
+                if isinstance(event, events.TrialFinished):
+                    self._best = event.best or self._best
                 return self._end(event.row)
             return None
 
@@ -224,7 +231,7 @@ class SearchView:
             self._seconds.append(self._clock() - ran.began)
         self._rows.pop(key, None)  # the latest stands last
         self._rows[key] = row
-        return None if row.outcome == "complete" else f"{row.name}: {row.outcome}, {row.reason}"
+        return None if row.outcome in ("complete", "pruned") else f"{row.name}: {row.outcome}, {row.reason}"
 
     def __rich_console__(self, console_: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
@@ -236,7 +243,7 @@ class SearchView:
         room = max(3, height - 8)  # lines but for header, bar, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
-        best = self._ranked()[: min(NUM_BEST, max(1, room // 3))]
+        best = self._ranked(min(NUM_BEST, max(1, room // 3)))
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
         left = min(NUM_LATEST, room - len(beside) - len(best) - len(shown))
@@ -268,13 +275,16 @@ class SearchView:
         elapsed = console.duration(self._clock() - running.began)
         return _Line(f"  {spec.name}", spec.values, [epoch, *numbers, elapsed], "cyan")
 
-    def _ranked(self) -> list["TrialRow"]:
-        """Returns the trials with an objective from the best down; trainings of a confirm from the latest back."""
+    def _ranked(self, number: int) -> list["TrialRow"]:
+        """Returns the first trials from the best down; trainings of a confirm from the latest back."""
+        from carft_ray.search.rows import rank
+
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
-        return sorted(
+        return heapq.nsmallest(
+            number,
             (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
-            key=lambda row: (-(row.objective or 0.0), row.number) if ranks else (0.0, -row.number),
-        )
+            key=lambda row: (row.name != self._best, *rank(row)) if ranks else (-row.number,),
+        )  # the best was told: of a front one row does not tell
 
     def _bar(self, width: int, can_draw: bool) -> Text:
         ended = sum(row.kind == self._kind for row in self._rows.values())
@@ -288,11 +298,14 @@ class SearchView:
 
     def _pieces(self) -> list[str]:
         trials = [row for row in self._rows.values() if row.kind == self._kind]
-        failed = sum(row.objective is None for row in trials)
+        pruned = sum(row.outcome == "pruned" for row in trials)
+        failed = sum(row.objective is None for row in trials) - pruned
         elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
         pieces = [elapsed]
         if self._started is not None:
             count = f"{len(trials)} of {self._started.num_trials} {NOUNS[self._kind]} finished"
+            if pruned:
+                count += f", {pruned} of them pruned"
             if failed:
                 count += f", {failed} of them failed"
             room = f"{self._started.concurrency} at a time ({self._started.reason})"
@@ -429,6 +442,6 @@ def _result(row: "TrialRow") -> str:
     metrics = row.metrics
     ood = f", OOD {console.percent(metrics['ood_accuracy'])}" if "ood_accuracy" in metrics else ""
     at = f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
-    return (
-        f"{text}: ID {console.percent(metrics['id_accuracy'])}{ood}, objective {console.percent(row.objective)} %{at}"
-    )
+    missed = f"; {words}" if (words := violation_words(metrics)) else ""
+    accuracies = f"ID {console.percent(metrics['id_accuracy'])}{ood}"
+    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{at}{missed}"

@@ -1,5 +1,7 @@
 """Kills everything that a search consists of, checks what is left, and prints a table: ``make kill-matrix``.
 
+Two searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
+
     python tests/kill_matrix.py [--kills 10] [--times 2] [--seed N]
 
 Trainings are stand-ins (``stand_in.py``), Ray is real. Ends with an error at the first study that is not whole.
@@ -33,6 +35,14 @@ def main(kills, times, seed):
         rows.append(row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began))
         for executor, event, delay_s, done in struck:
             print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
+        for executor, num_kills in (("inline", 5), ("ray-train", 0)):
+            began, study_dir = time.monotonic(), folder / f"chaos-{executor}"
+            counts = searches.chaotic(study_dir, 40, seed, executor, num_kills)
+            told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
+            again = sum(each.attempt - 1 for each in trials(study_dir))
+            what = f"40 trials of all fates, driver killed {num_kills} times"
+            rows.append((what, executor, 1, told, 0, again, f"{time.monotonic() - began:.0f}"))
+            print(rows[-1], flush=True)
         with searches.cluster() as cluster:
             for what, executor, name in (
                 ("training", "inline", "process of a training"),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -12,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 from subprocess import PIPE
+
+import chaos
 
 from carft_ray.search.rows import baselines, trials
 
@@ -46,6 +49,31 @@ def driver(study_dir, base_dir, num_trials, executor="inline", address=None, aut
     )
     _drivers.append(process)
     return process
+
+
+def chaotic(study_dir, num_trials, seed, executor, num_kills):
+    """Runs a search of ``chaos.py`` to its end, its driver and Ray killed so often at random moments, and checks it.
+
+    Returns:
+        Number of trials by outcome.
+    """
+    rng = random.Random(f"kills {seed}")
+    command = [sys.executable, str(HERE / "chaos.py"), str(study_dir), str(num_trials), str(seed)]
+    command.append(json.dumps(chaos.RESOURCES[executor]))
+    for number in range(num_kills + 1):
+        process = subprocess.Popen(
+            command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
+        )
+        _drivers.append(process)
+        if number < num_kills:
+            for line in process.stdout:  # whatever it takes Ray to start
+                if line.startswith("TrialStarted"):
+                    break
+            time.sleep(rng.uniform(0, 6))
+            kill_group(process)
+    code, output = finish(process)
+    assert code == 0, output
+    return chaos.check(study_dir, num_trials, seed)
 
 
 def kill_drivers():

@@ -1,6 +1,6 @@
 """A search of stand-in trainings as a process of its own, for the tests that interrupt and kill it.
 
-    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS]
+    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS] [SEARCH as JSON]
 
 Prints one line per event, and ends with the exit code of the error, as the command line does.
 """
@@ -23,11 +23,11 @@ def show(event):
     print(type(event).__name__, *told, flush=True)
 
 
-def main(study_dir, base_dir, trials, resources="{}", address=None):
-    recipe = stand_in.make_recipe(int(trials), epochs=4, resources=json.loads(resources))
+def main(study_dir, base_dir, trials, resources="{}", address="", search="{}"):
+    recipe = stand_in.make_recipe(int(trials), epochs=4, resources=json.loads(resources), **json.loads(search))
     runner = Runner(stand_in.prepare, stand_in.train)
     try:
-        result = run_search(recipe, Path(base_dir), Path(study_dir), address, show, runner)
+        result = run_search(recipe, Path(base_dir), Path(study_dir), address or None, show, runner)
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import stand_in
 
-from carft_ray.errors import CarftError, DivergedError
+from carft_ray import files
+from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.space import apply
 from carft_ray.search.outcome import Failure, write_failure
 from carft_ray.search.study import open_study
 
 DIVERGES = 2  # number of the trial that does
-SEARCH = {"keep_checkpoints": 2, "sampler": {"name": "tpe", "startup_trials": 2}}
+EPOCHS = 3
+SEARCH = {
+    "keep_checkpoints": 2,
+    "sampler": {"name": "tpe", "startup_trials": 2},
+    "pruner": {"name": "hyperband"},
+    "evaluate": {"every_epochs": 0},
+}
 
 
 def import_everything():
@@ -31,7 +38,7 @@ def import_everything():
 def call(argv):
     """Searches in a folder: ``[STUDY_DIR, BASE_DIR, TRIALS]``; returns the exit code."""
     study_dir, base_dir, num_trials = Path(argv[0]), Path(argv[1]), int(argv[2])
-    recipe = stand_in.make_recipe(num_trials, epochs=2, **SEARCH)
+    recipe = stand_in.make_recipe(num_trials, epochs=EPOCHS, **SEARCH)
     try:
         with open_study(study_dir, recipe, base_dir) as study:
             told = study.adopt()
@@ -51,10 +58,19 @@ def call(argv):
 
 
 def attempt(study, spec, base_dir, prepared):
-    """One training, as a worker runs it."""
+    """One training, as a worker runs it, and what the driver does meanwhile: it looks, and the worker sees a cut."""
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
+
+    def should_stop():
+        for line in files.read_json_lines(folder / "metrics.jsonl"):
+            study.report(spec, line)
+        return (folder / "cut.json").exists()
+
+    context = RunContext(should_stop=should_stop)
     try:
-        stand_in.train(apply(study.recipe, spec.values), base_dir, folder, prepared, RunContext(), spec.attempt)
+        stand_in.train(apply(study.recipe, spec.values), base_dir, folder, prepared, context, spec.attempt)
+    except InterruptedRunError:
+        return
     except DivergedError as error:
         write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "Traceback ...")

@@ -13,6 +13,7 @@ import time
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
+from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 
 SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
@@ -23,19 +24,25 @@ def make_recipe(trials=8, epochs=2, **search):
         "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         "kl_weight": {"low": 0.1, "high": 10, "log": True},
     }
-    resources = search.pop("resources", {})
+    resources, evaluate = search.pop("resources", {}), search.pop("evaluate", {})
     return Recipe.model_validate(
         {
             "data": {"train": {**SANDBOX_SET, "split": "train"}, "id_val": {**SANDBOX_SET, "split": "val"}},
             "train": {"epochs": epochs},
             "search": {"trials": trials, "space": space, "baselines": {"plain": {"kl_weight": 0}}, **search},
             "resources": resources,
+            "evaluate": evaluate,
         }
     )
 
 
 def objective(train):
     return 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2) - 0.01 * math.log10(train.kl_weight + 1) ** 2
+
+
+def look(train, epoch):
+    """The objective on the way, which rises to the final one in the same order for all."""
+    return objective(train) * (0.5 + 0.5 * epoch / train.epochs)
 
 
 def prepare(recipe, base_dir, folder):
@@ -68,7 +75,10 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
         if context.rank == 0:
-            report(out_dir / "metrics.jsonl", {"epoch": epoch, "loss": 1 / epoch})
+            row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
+            if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
+                row["subset/objective"] = look(recipe.train, epoch)
+            report(out_dir / "metrics.jsonl", row)
             files.write_json(checkpoint, epoch)
         if context.should_stop() and epoch < recipe.train.epochs:
             time.sleep(modes.get("slow_stop", 0))

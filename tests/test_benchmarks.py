@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import effect, overhead, startup
+from benchmarks import effect, engine, overhead, startup
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -26,6 +26,8 @@ from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter
+from carft_ray.search.outcome import trial_name
+from carft_ray.search.rows import trials
 
 SPACE = {
     "learning_rate": FloatParameter(low=1e-4, high=1e-2, log=True),
@@ -295,3 +297,38 @@ def test_memory_of_a_process_counts_its_children():
         process.stdout.readline()
         assert 120 < overhead.memory_mb(process.pid) < 200
         process.communicate(b"\n")
+
+
+# ---------------------------------------------------------------------------------------------- engine
+
+
+def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
+    """One real trial, then copies of its lines: all are read, all have folders, and the sampler takes them."""
+    engine.fill(tmp_path / "study", 6)
+    rows = trials(tmp_path / "study")
+    assert [row.number for row in rows] == list(range(6))
+    assert {row.outcome for row in rows} == {"complete"}
+    assert len({row.values["learning_rate"] for row in rows}) == 6
+    assert [row.name for row in rows] == [trial_name(row.number, row.values) for row in rows]
+    assert [row.objective for row in rows] == [engine.objective_of(row.values["learning_rate"]) for row in rows]
+    assert {path.name for path in tmp_path.glob("study/trials/*")} == {row.name for row in rows}
+    cost = engine.study_cost(tmp_path / "other", 6, num_asked=2, commands={})
+    assert [row.outcome for row in trials(tmp_path / "other")] == ["complete"] * 8
+    assert cost.num_trials == 6
+    assert 0 < cost.journal_mb < 0.1
+    assert min(cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
+    assert engine.study_table([cost])[0] == "| finished trials | 6 |"
+
+
+def test_a_played_driver_has_its_trials_running(tmp_path):
+    cost = engine.driver_cost(tmp_path / "study", num_finished=3, num_live=4, num_reports=5, num_seconds=2)
+    assert min(cost.look_ms, cost.look_share, cost.view_ms, cost.view_share) > 0
+    assert len(engine.driver_table([cost])) == 3
+    assert [row.outcome for row in trials(tmp_path / "study")] == ["complete"] * 3 + ["running"] * 4
+
+
+def test_engine_refuses_a_study_without_trials(capsys):
+    with pytest.raises(SystemExit) as left:
+        engine.main(["--sizes", "0"])
+    assert left.value.code == 2
+    assert "at least 1" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     tune = tune(wall_time=3600)
     first = tune.start()
     folder = tune.folder(first)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
     os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     tune.finish(first)
@@ -137,7 +137,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
         study.adopt()
         spec = study.next()
     folder = spec.folder(study_dir)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": now - 1000, "gpus": 4.0}
     (folder / ALIVE).write_text(json.dumps(alive))
@@ -196,7 +196,7 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path):
         spec = study.next()
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with pytest.raises(BudgetError, match="1 GPU hours are used") as nothing:
         run_search(recipe, BASE, study_dir, None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -15,8 +16,8 @@ from carft_ray.errors import DataError
 from carft_ray.evaluation.materials import load_materials
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.launch.single import train_once
-from carft_ray.recipe.loading import load_recipe
-from carft_ray.search.folder import claim
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.search.identity import claim
 from carft_ray.search.provenance import differences, record_provenance
 
 
@@ -134,6 +135,23 @@ def test_a_study_does_not_go_on_with_other_images(here):
         image.write_bytes(kept)
         os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert study_dir.exists()
+
+
+def test_images_may_move_and_are_no_others(here):
+    folder, recipe = here
+    study_dir = short_study.search(folder / "moving", recipe, folder, num_attempts=1)
+    shutil.copytree(folder / "images", folder / "another")
+
+    def elsewhere(cache):
+        text = dump_recipe(as_a_new_process(recipe, folder / cache)).replace("path: images", "path: another")
+        (folder / "moved.yaml").write_text(text)
+        return load_recipe(folder / "moved.yaml")
+
+    short_study.search(study_dir, elsewhere("cache4"), folder, num_attempts=0)
+    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
+    short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
+    with pytest.raises(DataError, match=r"data\.id_val: the contents"):
+        short_study.search(study_dir, elsewhere("cache5"), folder, num_attempts=0)
 
 
 def test_a_file_that_was_only_touched_is_no_other_image(here):

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import landscape as landscapes
 from benchmarks import replay, table
 from carft_ray.recipe.loading import load_recipe
 
@@ -22,16 +23,28 @@ def objective(values, alpha):
     return 0.6 + height(values) * 4 * alpha * (1 - alpha)
 
 
+def point(alpha, value):
+    """ID accuracy .2 over the objective, OOD accuracy .2 under it."""
+    return {"alpha": alpha, "objective": value, "id_accuracy": value + 0.2, "ood_accuracy": value - 0.2}
+
+
+def look(values, epoch):
+    """Rises with the share of the schedule."""
+    return objective(values, 0.5) - 0.05 * (1 - epoch / values["epochs"])
+
+
 @pytest.fixture(scope="module")
 def table_path(tmp_path_factory):
     points = [{**values, "seed": 0} for values in table.design(60)]
     points += [{**points[0], "seed": seed} for seed in (1, 2)]
     rows = []
     for values in points:
-        curve = [{"alpha": alpha, "objective": objective(values, alpha)} for alpha in ALPHAS]
-        best = objective(values, 0.5) + 0.001 * values["seed"]
-        rows.append({**values, "diverged": False, "objective": best, "curve": curve})
-    rows.append({**points[1], "diverged": True, "objective": None, "curve": None})
+        noise = 0.001 * values["seed"]
+        curve = [point(alpha, objective(values, alpha) + noise * (alpha > 0)) for alpha in ALPHAS]
+        looks = [{"epoch": e, "subset/objective": look(values, e) + noise} for e in range(1, values["epochs"] + 1)]
+        best = objective(values, 0.5) + noise
+        rows.append({**values, "diverged": False, "objective": best, "curve": curve, "epochs_seen": looks})
+    rows.append({**points[1], "diverged": True, "objective": None, "curve": None, "epochs_seen": None})
     path = tmp_path_factory.mktemp("table") / "table.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -44,7 +57,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def landscape(table_path, recipe):
-    return replay.read_landscape(table_path, recipe)
+    return landscapes.read_landscape(table_path, recipe)
 
 
 def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
@@ -53,6 +66,25 @@ def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
     assert np.abs(landscape.curve(values) - expected).max() < 0.005
     assert landscape.cv_correlation > 0.8
     assert landscape.seed_sd == pytest.approx(0.001)
+
+
+def test_accuracies_and_looks_are_foretold_beside_the_objective(landscape):
+    values = {"learning_rate": 7e-4, "kl_weight": 2.0, "weight_decay": 0.05, "epochs": 12, "crop_scale": 0.8}
+    training = landscape.training(values)
+    assert np.abs(training.id_accuracies - training.ood_accuracies - 0.4).max() < 1e-9
+    assert training.look(0.5) == pytest.approx(look(values, 6), abs=0.01)
+
+
+def test_a_seed_moves_curve_and_looks_together_and_leaves_zero_shot(landscape):
+    values = {"learning_rate": 7e-4, "kl_weight": 2.0}
+    truth, rng = landscape.training(values), np.random.default_rng(0)
+    shifts = []
+    for _ in range(200):
+        noisy = landscape.training(values, rng)
+        assert noisy.objectives[0] == pytest.approx(truth.objectives[0])
+        shifts.append(noisy.objectives[2] - truth.objectives[2])
+        assert np.allclose(noisy.looks - truth.looks, shifts[-1])
+    assert np.std(shifts) == pytest.approx(landscape.seed_sd, rel=0.2)
 
 
 def test_alpha_is_that_of_the_curve_or_the_one_drawn(landscape):

@@ -85,7 +85,7 @@ def make_study(study_dir, recipe, alpha=0.65):
             write_training(spec.folder(study_dir), predictions(rng, stored, lift), 0.5 + 1.96 * lift, alpha)
             study.settle(spec)
         spec = study.next()
-        spec.folder(study_dir).mkdir(parents=True)
+        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt), "Traceback ...")
         study.settle(spec)
     return study_dir

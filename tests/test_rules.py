@@ -218,11 +218,13 @@ def test_every_error_has_the_exit_code_of_its_kind():
         "DataError": 4,
         "StorageError": 5,
         "ClusterError": 5,
+        "OutOfMemoryError": 5,
         "NoSuccessfulTrialError": 6,
         "DivergedError": 6,
         "BudgetError": 7,
         "HoldOutError": 8,
         "InterruptedRunError": 130,
+        "OutdatedAttemptError": 130,
     }
     leaves = {
         kind.__name__: kind.exit_code

@@ -197,7 +197,7 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path, b
     with open_study(tmp_path / "study", recipe, base_dir) as study:
         study.adopt()
         while (spec := study.next()) is not None:
-            spec.folder(study.study_dir).mkdir(parents=True)
+            spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
             write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "")
             study.settle(spec)
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:

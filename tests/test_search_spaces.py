@@ -134,6 +134,8 @@ def test_every_example_of_the_readme_is_valid(key):
     before = ["search.space.weight_decay={low: 1e-5, high: 1}"] if "<parameter>" in key else []
     if key.endswith(".choices"):
         before = ["search.space.weight_decay={}"]
+    if key.endswith(".when"):
+        before += ["search.space.head_bias={choices: [true, false]}"]
     if key == "resources.executor":
         before = ["resources.num_workers=2"]
     recipe = load_recipe(FOLDER / base, [*before, f"{place}={example}"])

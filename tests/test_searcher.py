@@ -226,7 +226,7 @@ def test_a_stop_leaves_running_trials_to_the_next_search(tune):
 def test_epochs_are_told_from_the_files_of_the_training(tune):
     trial = tune.start()
     folder = tune.folder(trial)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     tune.look()
     tune.look()
@@ -258,7 +258,8 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     time.sleep(0.2)
     tune.look()
     assert [alive.pid for alive in ended] == [77]
-    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended"
+    reason = "no step for 0.2 s (resources.hang_timeout_s); process 77 was ended; what its threads did is in "
+    reason += f"trials/{name}/log.txt"
     assert tune.events[-1] == Note(f"{name} hangs: {reason}")
     tune.die(trial)
     assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
@@ -383,3 +384,19 @@ def test_a_trial_that_fits_nowhere_is_refused():
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPUs, but got 2 CPUs and 0 GPUs in all") as caught:
         capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
     assert caught.value.exit_code == 5
+
+
+def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
+    """It takes a tenth of the time at most, however slow the file system is."""
+    clock = {"now": 100.0, "took": 0.01}
+    monkeypatch.setattr("carft_ray.launch.searcher.time", SimpleNamespace(monotonic=lambda: clock["now"]))
+
+    def slow_look():
+        clock["now"] += clock["took"]
+
+    monkeypatch.setattr(tune.watcher, "_look", slow_look)
+    tune.look()
+    assert tune.watcher._next_look == pytest.approx(100.5)  # twice a second
+    clock.update(now=200.0, took=3.0)
+    tune.look()
+    assert tune.watcher._next_look - 200.0 == pytest.approx(30.0)

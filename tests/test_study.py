@@ -506,7 +506,7 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
                     fail(study_dir, spec, outcome)
                     row = study.settle(spec)
                 assert (folder / "checkpoint").exists() == (row is None)
-            assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json"}
+            assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json", "fence.json"}
     assert [row.outcome for row in trials(study_dir)] == ["diverged", "error", "error"]
 
 

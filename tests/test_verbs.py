@@ -24,7 +24,8 @@ from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
 from carft_ray.results.summary import write_best
-from carft_ray.search.folder import claim, study_lock
+from carft_ray.search.folder import study_lock
+from carft_ray.search.identity import claim
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import Failure, append_log, write_failure
 from carft_ray.search.study import open_study
@@ -456,7 +457,8 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     monkeypatch.setattr(search_commands, "_search", lambda *given: asked.append(given))
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == 0
-    [(recipe, base_dir, study, address, _, json_)] = asked
+    [(recipe, base_dir, study, address, *_, json_, may)] = asked
+    assert may == []
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
     assert (base_dir, study, address, json_) == (here / "first", Path("first"), "auto", True)

@@ -35,7 +35,7 @@ def fill(study, num_finished):
     for number in range(num_finished):
         spec = study.next()
         folder = spec.folder(study_dir)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         study.spend(spec, 50.0 + number % 10, 0.0)
         if number % 7 == 3:
             write_failure(folder, Failure("diverged", "loss not finite", 1), "")
@@ -47,7 +47,7 @@ def fill(study, num_finished):
     for _ in range(2):
         spec = study.next()
         folder = spec.folder(study_dir)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         append_log(folder, "attempt 1: starts on here")
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
         alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 30, "gpus": 0.0}
@@ -152,7 +152,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
             assert len(ask(port, f"/api/studies/{number}?after=0")["trials"]) == 5
             spec = study.next()  # the search goes on
             folder = spec.folder(study_dir)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             content = {"format_version": 1, "objective": 0.9, "alpha": 0.5, "metrics": {}}
             (folder / "result.json").write_text(json.dumps(content))
             study.settle(spec)

@@ -29,6 +29,8 @@ StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; may be repeated.")
 ]
+NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
+WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[

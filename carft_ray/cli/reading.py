@@ -40,17 +40,26 @@ def status(
     finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
     console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
+    if answer["outside"]:
+        told = f"{answer['outside']} of them lie outside the search space of today; the sampler does not look at them."
+        console.out.print(told, markup=False)
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
     rows += [row for row in answer["running"] if row["name"] not in shown]
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))
+    for line in answer["lines"]:
+        console.out.print(line, markup=False, soft_wrap=True)
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
     for line in budget_lines(answer["budget"]):
         console.out.print(f"\n{line}", markup=False)
+    if answer["pruner"]:
+        console.out.print("\n" + "\n".join(answer["pruner"]["lines"]), markup=False)
+        if answer["pruner"]["warning"]:
+            console.warn(answer["pruner"]["warning"])
     if not view.recipe.data.ood_val:
         console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
@@ -105,6 +114,8 @@ def list_(
     rows = [*answer["baselines"], *answer["trials"]]
     if rows:
         console.out.print(console.trial_table(rows))
+    for line in answer["lines"]:
+        console.out.print(line, markup=False, soft_wrap=True)
     left_out = answer["num_trials"] - len(answer["trials"])
     if left_out:
         console.say(f"{left_out} more trials; without --limit all are shown.")

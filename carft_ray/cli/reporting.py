@@ -27,6 +27,7 @@ def report(
 ) -> None:
     """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test is read."""
     from carft_ray import console
+    from carft_ray.cli.sealed import regret_table
     from carft_ray.results import overview
     from carft_ray.results.report import study_report
 
@@ -41,6 +42,9 @@ def report(
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
         console.out.print(_rule_table(answer["rules"]))
         console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
+    if answer["analysis"]:
+        console.out.print("\n" + "\n".join(answer["analysis"]["lines"]), markup=False, soft_wrap=True)
+        console.out.print(regret_table(answer["analysis"]["rules"]))
     folder = shlex.quote(str(study))
     if not answer["confirm"]:
         console.next_step(f"carft-ray confirm {folder}")

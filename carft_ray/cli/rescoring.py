@@ -32,7 +32,7 @@ def rescore(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Rank the trials again under another objective, from their stored predictions. The study stays as it is."""
+    """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray import console
     from carft_ray.results import overview
     from carft_ray.results.rescore import asked_objective
@@ -55,6 +55,8 @@ def rescore(
     console.out.print(console.rescored_table(rows))
     if not all(row["measured"] for row in rows):
         console.say("~: read from the fitted curve; the training stored no predictions at this alpha.")
+    if answer["constraints"]:
+        console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
         console.say(f"{answer['unfinished']} more trials are not finished.")
     console.say(f"\n{answer['note']}")

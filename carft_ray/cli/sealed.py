@@ -1,7 +1,7 @@
 """The one command that reads the test sets."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +22,14 @@ def open_seal(
         str | None,
         typer.Option("--again", metavar="REASON", help="Read once more; the ledger and every report keep the reason."),
     ] = None,
+    all_trials: Annotated[
+        bool,
+        typer.Option(
+            "--all-trials",
+            help="Another read, an analysis: every trial whose weights are there, to judge the rules of selection. "
+            "`search --set search.keep_checkpoints=N` keeps the weights of the best N. The winner stays what it is.",
+        ),
+    ] = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -31,17 +39,41 @@ def open_seal(
 
     folder = shlex.quote(str(study))
     try:
-        summary = read_sealed(study, again, (lambda text: None) if json_ else console.say)
+        summary = read_sealed(study, again, (lambda text: None) if json_ else console.say, all_trials)
     except KeyboardInterrupt:
-        step = f"Go on with: carft-ray test {folder}"
+        step = f"Go on with: carft-ray test {folder}{' --all-trials' if all_trials else ''}"
         raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
     if json_:
         console.print_json({"study": str(study.resolve()), **summary})
         return
-    console.out.print(_table(summary))
+    console.out.print(regret_table(summary["rules"]) if all_trials else _table(summary))
     console.say("\n" + "\n".join(summary["lines"]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
+    if all_trials:
+        console.next_step(f"carft-ray report {folder}")
+        return
     console.next_step(f"carft-ray export {folder} --to exports/{shlex.quote(study.resolve().name)}")
+
+
+def regret_table(rules: Sequence[Mapping[str, Any]]) -> "Table":
+    """Returns the table of an analysis: what each rule picks, what that is worth on the test sets, what it has lost."""
+    from rich.table import Table
+
+    from carft_ray import console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("rule, on test", no_wrap=True)
+    table.add_column("picks", no_wrap=True)
+    for name in ("alpha", "objective, %", "regret, points", "standard error"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for rule in rules:
+        cells = ["-" if rule["alpha"] is None else f"{rule['alpha']:.2f}"]
+        cells.append("-" if rule["objective"] is None else console.percent(rule["objective"]))
+        cells += ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
+        style = "dim" if rule["rule"] == "oracle" else None
+        table.add_row(rule["rule"], rule["name"] or "-", *cells, rule["note"], style=style)
+    return table
 
 
 def _table(summary: Mapping[str, Any]) -> "Table":

@@ -11,12 +11,14 @@ from carft_ray.cli.common import (
     DebugOption,
     ExecutorOption,
     JsonOption,
+    NarrowOption,
     NotifyCommandOption,
     NotifyUrlOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
     WallTimeOption,
+    WidenOption,
     WorkersOption,
     app,
     budget_overrides,
@@ -25,10 +27,21 @@ from carft_ray.cli.common import (
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
 
 PANEL = "A search"  # of the help
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust", help="Open a study from elsewhere although its sampler, cmaes, reads pickles of it."),
+]
 AgainOption = Annotated[
     str | None,
     typer.Option(
         "--again", metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."
+    ),
+]
+
+WarmStartOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--warm-start", metavar="DIR", help="Tell the sampler of another study's trials too; may be repeated."
     ),
 ]
 
@@ -43,16 +56,22 @@ def search(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     wall_time: WallTimeOption = None,
     notify_command: NotifyCommandOption = None,
     notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
+    trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    value = load(recipe, [*(set_ or ()), *budget_overrides(wall_time)], executor, num_workers)
-    _search(value, recipe.absolute().parent, study, address, again, json_, (notify_command, notify_url))
+    overrides = [*(set_ or ()), *budget_overrides(wall_time)]
+    value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
+    notify = (notify_command, notify_url)
+    _search(value, recipe.absolute().parent, study, address, again, trust, json_, _may(narrow, widen), notify)
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -61,33 +80,45 @@ def resume(
     trials: Annotated[
         str | None, typer.Option("--trials", metavar="N|+N", help="Trials in all, or with a plus how many more.")
     ] = None,
+    set_: SetOption = None,
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
     wall_time: WallTimeOption = None,
     notify_command: NotifyCommandOption = None,
     notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
+    trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml."""
+    """Go on with a study where it was, or extend it; its recipe is its own resolved.yaml.
+
+    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
+    """
     from carft_ray.results import overview
 
     study_dir = overview.require_study(study)
-    overrides = budget_overrides(wall_time)
+    recipe = overview.resolved_recipe(study_dir)
+    overrides = [*overview.behind(study_dir), *(set_ or ()), *budget_overrides(wall_time)]
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
-    recipe = overview.resolved_recipe(study_dir)
-    _search(
-        load(recipe, overrides, executor, num_workers),
-        study_dir,
-        study,
-        address,
-        again,
-        json_,
-        (notify_command, notify_url),
-    )
+    value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
+    notify = (notify_command, notify_url)
+    _search(value, study_dir, study, address, again, trust, json_, _may(narrow, widen), notify)
+
+
+def _may(narrow: bool, widen: bool) -> list[Any]:
+    return ["narrow"] * narrow + ["widen"] * widen
+
+
+def _warm(value: Any, sources: list[Path] | None) -> Any:
+    """Returns a recipe with further studies for a warm start, whose paths count from the working directory."""
+    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(source.resolve()) for source in sources or ()))))
+    return value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
 
 
 def _search(
@@ -96,7 +127,9 @@ def _search(
     study: Path,
     address: str | None,
     again: str | None,
+    trust: bool,
     json_: bool,
+    may: list[Any],
     notify: tuple[str | None, str | None],
 ) -> None:
     """What `search` and `resume` do once they have a recipe."""
@@ -107,8 +140,12 @@ def _search(
         raise RecipeError(problems)
     from carft_ray.search.ledger import require_unread
 
-    if not require_unread(study, value, base_dir, again) and again is not None:
+    if not require_unread(study, value, base_dir, again, may) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.search.trust import unpickles
+
+    if trust and not unpickles(value):
+        console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
@@ -118,7 +155,7 @@ def _search(
         notifying(*notify, value.name, study, console.warn) as beside,
         search_shown(not json_, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, base_dir, study, address, beside(on_event))
+        result = run_search(value, base_dir, study, address, beside(on_event), trusted=trust, may=may)
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)
@@ -129,6 +166,10 @@ def _search(
         console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
+    if summary["pruner"]:
+        console.say("\n".join(summary["pruner"]["lines"]))
+        if summary["pruner"]["warning"]:
+            console.warn(summary["pruner"]["warning"])
     console.say(f"Results: {result.study_dir}; figure: {figure_path}")
     folder = shlex.quote(str(study))
     if result.out_of_budget:
@@ -156,6 +197,7 @@ def stop(
     """Ask a running search to write its checkpoints and end, as its own Ctrl-C does; then it can be resumed."""
     from carft_ray import console
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
+    from carft_ray.recipe.grid import num_trials
     from carft_ray.results import overview
 
     folder = shlex.quote(str(study))
@@ -180,7 +222,7 @@ def stop(
             console.say("The training has ended." if answer["ended"] else "Asked to stop.")
         return
     view = overview.read_study(study_dir)
-    finished, wanted = view.num_finished, view.recipe.search.trials
+    finished, wanted = view.num_finished, num_trials(view.recipe)
     if json_:
         console.print_json({**answer, "finished": finished, "wanted": wanted})
         return

@@ -13,6 +13,7 @@ from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema import CategoricalParameter, FolderSet, Recipe, SandboxSet, SetSpec
 from carft_ray.recipe.text import dotted
 
@@ -159,6 +160,11 @@ def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
     """
     if recipe.data.cache_dir is not None:
         return resolve_path(recipe.data.cache_dir, recipe_dir or Path())
+    return user_cache_dir()
+
+
+def user_cache_dir() -> Path:
+    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
 
 
@@ -234,6 +240,10 @@ def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: FolderListi
         if batch_size > size:
             rule = f"must be at most the size of the training set, {size} images"
             problems.append(Problem(place, rule, str(batch_size)))
+    if not problems and recipe.search.pruner.name != "none" and can_cut(recipe) and not can_cut(recipe, size):
+        rule = f"must end early enough for a look by the pruner {recipe.search.pruner.name}: none is before its end"
+        step = "Shorten the warm-up, train longer, or use a smaller batch."
+        problems.append(Problem("train.warmup_steps", rule, str(recipe.train.warmup_steps), next_step=step))
     return problems
 
 

@@ -6,6 +6,11 @@ by less than their noise, so the raw maximum is too high; an *anchored cubic*
     J(alpha) = J(0) + c1 alpha + c2 alpha^2 + c3 alpha^3        (least squares over the grid points with alpha > 0)
 
 is fitted and the trial's objective is the fitted value at its best alpha. All objectives are fractions.
+
+Constraints are part of the choice. Of the alphas that may be chosen only those count that miss the constraints least,
+by the sum of the positive parts of their violations: where any meets them all, only alphas that do. Between evaluated
+points violations are interpolated linearly. A chosen alpha between them is evaluated, and given up for the best
+evaluated point when it then misses more than that one (``stepped_back``).
 """
 
 import math
@@ -19,6 +24,7 @@ import pyarrow as pa
 from carft_ray.data.source import IdArray
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation import predictions
+from carft_ray.evaluation.constraints import Limit, violation_curve
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
@@ -57,7 +63,9 @@ class AlphaProfile:
         objectives: Objective per grid point.
         noise_se: Paired image standard error of neighbouring grid points.
         choice: Alpha and objective of the trial.
-        cross_fit: Objective by two halves (``cross_fit``), a diagnostic; None when a half lacks images of a set.
+        cross_fit: Objective by two halves (``cross_fit``), a diagnostic without constraints; None when a half lacks
+            images of a set.
+        violations: Per constraint its violation per grid point.
     """
 
     alphas: tuple[float, ...]
@@ -67,10 +75,16 @@ class AlphaProfile:
     noise_se: float
     choice: AlphaChoice
     cross_fit: float | None
+    violations: tuple[tuple[float, ...], ...] = ()
 
 
 def choose_alpha(
-    alphas: Sequence[float], objectives: Sequence[float], lowest: float, noise_se: float | None
+    alphas: Sequence[float],
+    objectives: Sequence[float],
+    lowest: float,
+    noise_se: float | None,
+    violations_KA: FloatArray | None = None,
+    evaluated_only: bool = False,
 ) -> AlphaChoice:
     """Chooses alpha by the anchored cubic, or by the raw maximum where the cubic cannot be trusted.
 
@@ -78,13 +92,16 @@ def choose_alpha(
     (within 1e-12) the smaller alpha wins. The raw maximum over the evaluated alphas from ``lowest`` on is taken, with
     the reason, when there are fewer than four points (alpha = 0 counted), when alpha = 0 is missing, or when the
     residual sd, sqrt(RSS / (number of points with alpha > 0 - 3)), exceeds 1.5 ``noise_se``. With four points the cubic
-    goes through all of them and nothing is left to check.
+    goes through all of them and nothing is left to check. With constraints the evaluated alphas from ``lowest`` on may
+    be chosen after a fit, too, and the least violating alphas alone take part.
 
     Args:
         alphas: Evaluated alphas, different from each other, any order.
         objectives: Objective at each.
         lowest: Lowest alpha that may be chosen; alpha = 0 is a baseline and never a trial's objective.
         noise_se: Paired image standard error of neighbouring points; None skips the check of the residuals.
+        violations_KA: Violation of each of K constraints at each alpha, [K, A]; None: no constraint.
+        evaluated_only: Only an evaluated alpha may be chosen, with its fitted value where there is a fit.
 
     Raises:
         CarftError: An objective is not finite, or no alpha from ``lowest`` on was evaluated.
@@ -103,17 +120,34 @@ def choose_alpha(
         shown = ", ".join(f"{alpha:g}" for alpha in points)
         raise CarftError(Problem("alpha", f"at least one evaluated alpha must be {lowest:g} or more", shown))
 
+    violations = None if violations_KA is None else violations_KA[None][..., order]
     reason = _no_fit_reason(points, values, noise_se)
-    fine = np.arange(round(1 / STEP) + 1) / round(1 / STEP)
-    fine = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
+    fine = _fine(points, lowest, violations)
     if not reason and not len(fine):
         reason = f"no multiple of {STEP:g} from {lowest:g} to {points[-1]:g}"
-    if reason:
-        best = _first_maximum(values[eligible])
-        return AlphaChoice(float(points[eligible][best]), float(values[eligible][best]), False, reason)
-    fit = fitted_curve(points, values, fine)
-    best = _first_maximum(fit)
-    return AlphaChoice(float(fine[best]), float(fit[best]), True)
+    at = points[eligible] if reason or evaluated_only else fine
+    curve = values[eligible] if reason else fitted_curve(points, values, at)
+    best = int(_first_best(curve[None], _totals(violations, points, at))[0])
+    return AlphaChoice(float(at[best]), float(curve[best]), not reason, reason)
+
+
+def stepped_back(profile: AlphaProfile, measured: Mapping[str, float], lowest: float) -> AlphaChoice:
+    """Returns the choice of a profile after its alpha, which is no grid point, was evaluated.
+
+    The choice stands unless it misses the constraints by more than the best grid point does; then that one is chosen.
+
+    Args:
+        profile: With its choice.
+        measured: Violations at the chosen alpha, by any names; empty without constraints.
+        lowest: Lowest alpha that may be chosen.
+    """
+    missed = sum(max(0.0, value) for value in measured.values())
+    if missed == 0:
+        return profile.choice
+    violations = np.asarray(profile.violations)
+    back = choose_alpha(profile.alphas, profile.objectives, lowest, profile.noise_se, violations, evaluated_only=True)
+    there = float(np.maximum(violations[:, profile.alphas.index(back.alpha)], 0).sum())
+    return back if there < missed else profile.choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +159,21 @@ class AlphaChoices:
         values: Objective of each choice, [B].
         readers: How each value is read off its curve, [B, A]: ``values = (readers * objectives).sum(axis=1)``. The same
             row reads another curve at the alpha chosen here: from its fit after a fit, else as measured.
+        missed: By how much each choice misses the constraints in all, [B]; between evaluated points as interpolated.
     """
 
     alphas: FloatArray
     values: FloatArray
     readers: FloatArray
+    missed: FloatArray
 
 
 def choose_alphas(
-    alphas: Sequence[float], objectives_BA: FloatArray, lowest: float, noise_se_B: FloatArray
+    alphas: Sequence[float],
+    objectives_BA: FloatArray,
+    lowest: float,
+    noise_se_B: FloatArray,
+    violations_BKA: FloatArray | None = None,
 ) -> AlphaChoices:
     """Does ``choose_alpha`` for many curves at once.
 
@@ -142,24 +182,27 @@ def choose_alphas(
         objectives_BA: Objectives, [B, A], finite.
         lowest: Lowest alpha that may be chosen.
         noise_se_B: Paired image standard error of neighbouring points per curve, [B].
+        violations_BKA: Violation of each of K constraints per curve and alpha, [B, K, A]; None: no constraint.
     """
     points = np.asarray(alphas, np.float64)
     allowed = np.flatnonzero(points >= lowest - 1e-9)
-    raw_B = allowed[_first_maxima(objectives_BA[:, allowed])]
+    totals = _totals(violations_BKA, points, points[allowed])
+    best_B = _first_best(objectives_BA[:, allowed], totals)
+    raw_B, missed = allowed[best_B], _picked(totals, best_B)
     chosen, readers = points[raw_B], np.eye(len(points))[raw_B]
-    fine = np.arange(round(1 / STEP) + 1) / round(1 / STEP)
-    fine = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
+    fine = _fine(points, lowest, violations_BKA)
     if len(points) >= MIN_POINTS and points[0] == 0 and len(fine):
         fitted_B = np.ones(len(objectives_BA), np.bool_)
         if dof := max(0, len(points) - 1 - 3):
             residuals_BA = objectives_BA - objectives_BA @ _fit_readers(points, points).T
             residual_sd_B = np.sqrt((residuals_BA**2).sum(axis=1) / dof)
             fitted_B = residual_sd_B <= MAX_RESIDUAL * noise_se_B + 1e-12
-        fit_readers = _fit_readers(points, fine)
-        best_B = _first_maxima(objectives_BA @ fit_readers.T)
+        fit_readers, totals = _fit_readers(points, fine), _totals(violations_BKA, points, fine)
+        best_B = _first_best(objectives_BA @ fit_readers.T, totals)
         chosen = np.where(fitted_B, fine[best_B], chosen)
         readers = np.where(fitted_B[:, None], fit_readers[best_B], readers)
-    return AlphaChoices(chosen, (readers * objectives_BA).sum(axis=1), readers)
+        missed = np.where(fitted_B, _picked(totals, best_B), missed)
+    return AlphaChoices(chosen, (readers * objectives_BA).sum(axis=1), readers, missed)
 
 
 def fitted_curve(
@@ -252,13 +295,14 @@ def cross_fit(
     return sum(scores) / 2
 
 
-def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float) -> AlphaProfile:
+def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: Sequence[Limit] = ()) -> AlphaProfile:
     """Makes the alpha curve of one training from its predictions and chooses alpha.
 
     Args:
         table: Predictions of all sets of the objective at all grid points (``predictions``).
         spec: The objective.
         lowest: Lowest alpha that may be chosen.
+        bounds: The constraints. A chosen alpha that is no grid point must be evaluated, then ``stepped_back`` asked.
 
     Raises:
         DataError: The sets were not all evaluated at the same alphas.
@@ -276,14 +320,16 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float) -> AlphaP
     noise_se = neighbour_se(curve, spec) if len(curve) > 1 else 0.0
     ids = {name: predictions.sample_ids(table, name, alphas[0]) for name in names}
     accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
+    violations = violation_curve(table, bounds, alphas)
     return AlphaProfile(
         alphas=tuple(alphas),
         id_accuracies=accuracies[spec.id_set],
         ood_accuracies={name: accuracies[name] for name in spec.ood_sets},
         objectives=tuple(objectives),
         noise_se=noise_se,
-        choice=choose_alpha(alphas, objectives, lowest, noise_se),
+        choice=choose_alpha(alphas, objectives, lowest, noise_se, violations if bounds else None),
         cross_fit=cross_fit(alphas, curve, ids, spec, lowest) if len(curve) > 1 else None,
+        violations=tuple(tuple(float(value) for value in row) for row in violations),
     )
 
 
@@ -316,13 +362,38 @@ def _fit_readers(points: FloatArray, at: FloatArray) -> FloatArray:
     return np.concatenate([1 - of_rest.sum(axis=1, keepdims=True), of_rest], axis=1)
 
 
-def _first_maxima(values_BA: FloatArray) -> npt.NDArray[np.int64]:
+def _fine(points: FloatArray, lowest: float, violations: FloatArray | None) -> FloatArray:
+    """Returns the alphas that a fit is maximised over; with constraints the evaluated ones are among them."""
+    fine: FloatArray = np.arange(round(1 / STEP) + 1) / round(1 / STEP)
+    if violations is not None:
+        fine = np.union1d(fine, points)
+        fine = fine[np.append(True, np.diff(fine) > 1e-9)]
+    eligible: FloatArray = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
+    return eligible
+
+
+def _totals(violations_BKA: FloatArray | None, points: FloatArray, at: FloatArray) -> FloatArray:
+    """Returns by how much the alphas ``at`` miss the constraints in all, [B, at], interpolated between the points."""
+    if violations_BKA is None:
+        return np.zeros((1, len(at)))
+    between = np.stack([np.interp(at, points, unit) for unit in np.eye(len(points))])
+    missed: FloatArray = np.maximum(violations_BKA @ between, 0).sum(axis=1)
+    return missed
+
+
+def _first_best(values_BA: FloatArray, totals_BA: FloatArray) -> npt.NDArray[np.int64]:
+    """Returns the index of the largest value among those with the smallest total, the first of equals, [B]."""
+    least = totals_BA <= totals_BA.min(axis=1, keepdims=True) + 1e-12
+    values_BA = np.where(least, values_BA, -np.inf)
     first: npt.NDArray[np.int64] = (values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1)
     return first
 
 
-def _first_maximum(values: FloatArray) -> int:
-    return int(np.flatnonzero(values >= values.max() - 1e-12)[0])
+def _picked(totals_BA: FloatArray, best_B: npt.NDArray[np.int64]) -> FloatArray:
+    """Returns the totals of the picks, [B]."""
+    each_BA = np.broadcast_to(totals_BA, (len(best_B), totals_BA.shape[1]))
+    picked: FloatArray = np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]
+    return picked
 
 
 def _half(sample_ids: IdArray) -> BoolArray:

@@ -13,6 +13,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
 from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.memory import in_batches
 from carft_ray.learning.mixing import mix_weights
 
 Metrics = dict[str, float]
@@ -30,18 +31,21 @@ def predict(
         classifier: On the device where it is to run.
         image_set: N decoded images of the model's input size.
         alpha: Written into the table.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass, fewer where they do not fit into memory.
         context: Rank and number of workers.
     """
     device = classifier.class_head.device
     positions = np.arange(context.rank, len(image_set), context.world_size)
-    parts = []
     classifier.eval()
+
+    def logits_of(batch: np.ndarray) -> np.ndarray:
+        context.should_stop()  # a sign of life: a long evaluation is no training that hangs
+        pixels_BHWC = torch.from_numpy(image_set.images_NHWC[batch]).to(device)
+        logits: np.ndarray = classifier(pixels_BHWC)[1].float().cpu().numpy()
+        return logits
+
     with torch.inference_mode():
-        for start in range(0, len(positions), batch_size):
-            pixels_BHWC = torch.from_numpy(image_set.images_NHWC[positions[start : start + batch_size]]).to(device)
-            parts.append(classifier(pixels_BHWC)[1].float().cpu().numpy())
-            context.should_stop()  # a sign of life: a long evaluation is no training that hangs
+        parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     mine = predictions_table(
         image_set.name, alpha, image_set.sample_ids[positions], image_set.labels[positions], logits_NC

@@ -212,7 +212,7 @@ def reliability(
         num_below_N = np.searchsorted(np.sort(confidence), confidence, side="left")
         bins_N = num_bins * num_below_N // len(confidence)
     else:
-        bins_N = np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
+        bins_N = equal_width_bins(confidence, num_bins)
     curve = []
     for b in range(num_bins):
         inside, right = confidence[bins_N == b], np.asarray(correct)[bins_N == b]
@@ -222,6 +222,13 @@ def reliability(
         means = (float(inside.mean()), float(right.mean())) if len(inside) else (None, None)
         curve.append(Bin(*ends, len(inside), *means))
     return curve
+
+
+def equal_width_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArray:
+    """Returns the bin of equal width, 0 .. B - 1, of each confidence, [N]; see ``reliability``."""
+    edges = np.arange(num_bins + 1) / num_bins
+    bins_N: IntArray = np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
+    return bins_N
 
 
 def expected_calibration_error(given: Answers, num_bins: int = NUM_BINS, equal_mass: bool = False) -> float:

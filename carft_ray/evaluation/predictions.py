@@ -277,7 +277,10 @@ def read_predictions(path: Path) -> pa.Table:
     """
     step = "Evaluate the model again to write it anew."
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
+        path.stat()  # Arrow's own words for a file that is not there are long
+        # Arrow's file, not Python's: its threads free it, and where Python ends meanwhile the whole process aborts
+        with pa.OSFile(str(path)) as file:
+            table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise StorageError(Problem(str(path), "must be a readable Parquet file", cause, next_step=step)) from error

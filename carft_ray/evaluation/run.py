@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, stepped_back
+from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -37,6 +37,8 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
+from carft_ray.learning.memory import told_with_numbers
+from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
@@ -151,6 +153,7 @@ def run_training(
     Raises:
         StoppedRun: Stopped on request, after a checkpoint.
         DivergedError: The loss is not finite.
+        OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
         CarftError: As its message says.
     """
     result_path = out_dir / RESULT
@@ -173,14 +176,15 @@ def run_training(
         sets, batch_size = materials.validation, recipe.evaluate.batch_size
         return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context)
 
-    table, choice, curve = _choose(recipe, spec, read_predictions(prepared_dir / "zero_shot.parquet"), at)
+    bounds = stored_limits(recipe.search.constraints, prepared_dir)
+    table, choice, curve = _choose(recipe, spec, bounds, read_predictions(prepared_dir / "zero_shot.parquet"), at)
     if context.rank == 0:
         write_predictions(out_dir / "predictions" / "validation.parquet", table)
     result = {
         "format_version": RESULT_VERSION,
         "objective": choice.value,
         "alpha": choice.alpha,
-        "metrics": metrics_at(table, spec, choice.alpha),
+        "metrics": {**metrics_at(table, spec, choice.alpha), **violations_at(table, bounds, choice.alpha)},
         "fine_tuned": metrics_at(table, spec, 1.0),
         "curve": curve,
         "alpha_choice": dataclasses.asdict(choice),
@@ -192,7 +196,7 @@ def run_training(
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)  # before: what is finished is never looked at again
+        files.remove_folder(out_dir / "checkpoint")  # before: what is finished is never looked at again
         files.write_json(result_path, result)
     return result
 
@@ -212,11 +216,11 @@ def _train(
     if weights.exists():
         return load_tensors(weights)
     small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
-    spec, every = objective_spec(recipe), recipe.evaluate.every_epochs
+    spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
 
     def on_epoch(classifier: ImageClassifier, epoch: int) -> Metrics:
-        if not every or epoch % every:
+        if not is_looked_at(every, pruner, epoch, recipe.train.epochs):
             return {}
         mixed = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
         zero_shot, now = mixed.state(), classifier.state()
@@ -227,7 +231,8 @@ def _train(
         best = max(looks, key=lambda look: look["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    with _recorder(out_dir, context) as recorded:
+    told = told_with_numbers(recipe.train, materials.clip.image_size, device, context.world_size)
+    with told, _recorder(out_dir, context) as recorded:
         state = fine_tune(
             materials.clip,
             heads["class_head"],
@@ -306,24 +311,34 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
 
 
 def _choose(
-    recipe: Recipe, spec: ObjectiveSpec, zero_shot: pa.Table, at: Callable[[float], pa.Table]
+    recipe: Recipe,
+    spec: ObjectiveSpec,
+    bounds: Sequence[Limit],
+    zero_shot: pa.Table,
+    at: Callable[[float], pa.Table],
 ) -> tuple[pa.Table, AlphaChoice, list[dict[str, float]]]:
     """Evaluates the alphas that are wanted; returns their predictions, the chosen alpha, and the curve.
 
     A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid is evaluated and the
-    fitted curve decides. Predictions at a chosen alpha off the grid are added; the curve holds the points measured.
+    fitted curve decides. A Pareto search evaluates both: every point may stand on its front. Predictions at a chosen
+    alpha off the grid are added; the curve holds the points measured, with their violations of constraints.
     """
-    fixed = recipe.train.alpha
-    grid = [alpha for alpha in recipe.search.alpha.grid if alpha > 0] if fixed is None else sorted({fixed, 1.0} - {0.0})
-    tables = {0.0: zero_shot, **{alpha: at(alpha) for alpha in grid}}
+    fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
+    wanted = set(recipe.search.alpha.grid) if fixed is None or recipe.search.objective.kind == "pareto" else {1.0}
+    tables = {0.0: zero_shot, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
     if fixed is None:
-        choice = alpha_profile(concat(list(tables.values())), spec, recipe.search.alpha.lowest).choice
+        profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
+        choice = profile.choice
+        if choice.alpha not in tables:
+            tables[choice.alpha] = at(choice.alpha)
+            choice = stepped_back(profile, violations_at(tables[choice.alpha], bounds, choice.alpha), lowest)
     else:
         value = metrics_at(tables[fixed], spec, fixed)["objective"]
         choice = AlphaChoice(fixed, value, False, "alpha is fixed")
-    if choice.alpha not in tables:
-        tables[choice.alpha] = at(choice.alpha)
-    curve = [{"alpha": alpha, **metrics_at(tables[alpha], spec, alpha)} for alpha in sorted(tables)]
+    curve = [
+        {"alpha": alpha, **metrics_at(tables[alpha], spec, alpha), **violations_at(tables[alpha], bounds, alpha)}
+        for alpha in sorted(tables)
+    ]
     return concat([tables[alpha] for alpha in sorted(tables)]), choice, curve
 
 

@@ -23,6 +23,7 @@ from carft_ray.evaluation.materials import Materials
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution
+from carft_ray.learning.memory import in_batches
 from carft_ray.recipe.schema import FloatParameter, IntParameter, Recipe, TrainPart
 
 VIEW_FIELDS = ("crop_scale", "context_scale")  # searched over, every trial has other targets
@@ -85,23 +86,20 @@ class TargetStore:
 
     def _compute(self, frozen: ImageClassifier, visit: int, batch_size: int) -> npt.NDArray[np.float16]:
         source, device = self.materials.train, frozen.class_head.device
-        context_head_TD, rows = self.context_head_TD.to(device), []
-        for start in range(0, len(source), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(source)), dtype=np.int64)
-            pixels_BHWC = view_batch(
-                source,
-                indices,
-                source.sample_ids[indices],
-                self.train.seed,
-                visit,
-                self.train.crop_scale,
-                self.materials.clip.image_size,
-            )
+        context_head_TD, image_size = self.context_head_TD.to(device), self.materials.clip.image_size
+        train = self.train
+
+        def distributions(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+            ids = source.sample_ids[indices]
+            pixels_BHWC = view_batch(source, indices, ids, train.seed, visit, train.crop_scale, image_size)
             with torch.inference_mode():
                 features_BD = frozen.features(torch.from_numpy(pixels_BHWC).to(device))
                 p_BT = context_distribution(features_BD, context_head_TD, self.context_scale).exp()
-            rows.append(p_BT.half().cpu().numpy())
-        return np.concatenate(rows)
+            rows: npt.NDArray[np.float16] = p_BT.half().cpu().numpy()
+            return rows
+
+        everything = np.arange(len(source), dtype=np.int64)
+        return np.concatenate(in_batches(distributions, everything, batch_size, image_size, device))
 
     def _path(self, visit: int) -> Path:
         return self.folder / f"visit-{visit:04d}.npy"

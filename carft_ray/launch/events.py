@@ -57,7 +57,8 @@ class TrialFinished:
     """A trial, or a training of a confirm, was told to the study."""
 
     row: TrialRow
-    is_best: bool  # better than all before it
+    is_best: bool  # the best of the study now
+    best: str = ""  # name of the study's best trial now; empty where nothing was ranked
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
 
-A training is stopped by one file, ``stop`` in the study directory, which rank 0 reads; so nothing is ever stopped from
-outside, where Ray leaks placement groups. A file reaches every node that sees the study, needs no actor that could
-die, and lets another process ask for the stop. What a training has to say it writes into its folder before it ends;
-Ray carries no results.
+A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
+nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
+needs no actor that could die, and lets another process ask for the stop. What a training has to say it writes into its
+folder before it ends; Ray carries no results.
 """
 
 import contextlib
+import faulthandler
 import math
 import os
 import signal
@@ -22,16 +23,41 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import files
-from carft_ray.errors import CarftError, ClusterError, DivergedError, InterruptedRunError, Problem
+from carft_ray.errors import (
+    CarftError,
+    ClusterError,
+    DivergedError,
+    InterruptedRunError,
+    OutdatedAttemptError,
+    OutOfMemoryError,
+    Problem,
+)
 from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
+from carft_ray.launch.fits import fitted, memory_failure
+from carft_ray.launch.host_memory import host_memory
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.folder import MANIFEST, PREPARED, STOP
-from carft_ray.search.outcome import ALIVE, Alive, Failure, TrialSpec, append_log, write_failure
+from carft_ray.search.outcome import (
+    ALIVE,
+    CUT,
+    LOG,
+    Alive,
+    Failure,
+    TrialSpec,
+    append_log,
+    check_fence,
+    read_alive,
+    read_failure,
+    write_failure,
+)
 
 STOP_CHECK_S = 0.5
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
+STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 RAY_FILES = "_tune"
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -113,13 +139,16 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
     return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
 
 
-def stop_reader(study_dir: Path) -> Callable[[], bool]:
-    """Returns a function that tells whether the stop file is there, looking at most twice a second."""
-    path, state = study_dir / STOP, {"next": 0.0, "stopped": False}
+def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
+    """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
+
+    It looks at most twice a second.
+    """
+    paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
 
     def should_stop() -> bool:
         if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = path.exists()
+            state["stopped"] = any(path.exists() for path in paths)
             state["next"] = time.monotonic() + STOP_CHECK_S
         return bool(state["stopped"])
 
@@ -141,7 +170,8 @@ def run_prepare(plan: Plan) -> dict[str, Any]:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise ClusterError(Problem("preparation", "its process must stay alive", str(error).strip())) from error
+        cause = host_memory(str(error)) or str(error).strip()
+        raise ClusterError(Problem("preparation", "its process must stay alive", cause)) from error
     return metrics
 
 
@@ -177,8 +207,12 @@ def tune_trainable(plan: Plan) -> Any:
 
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
-        context = RunContext(should_stop=stop_reader(plan.study_dir))
-        run_worker(plan, spec, spec.folder(plan.study_dir), context)
+        folder = spec.folder(plan.study_dir)
+        context = RunContext(should_stop=stop_reader(plan.study_dir, folder))
+        if not run_worker(plan, spec, folder, context):
+            failure = read_failure(folder, spec.attempt)
+            if failure and failure.outcome == "memory":  # Ray ends the process, and with it all that it held
+                raise RuntimeError(f"{spec.name}: {failure.reason}")
         return {"lost": ""}
 
     return tune.with_resources(inline_trial, tune.PlacementGroupFactory([plan.worker_resources]))
@@ -187,54 +221,96 @@ def tune_trainable(plan: Plan) -> Any:
 def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
     """Runs one attempt in this process; how it ended lies in the folder afterwards.
 
+    Once the driver has begun another attempt, it writes nothing more and ends at its next look or write.
+
     Returns:
         Whether it ended well: finished, or stopped after a checkpoint.
+
+    Raises:
+        MemoryError, RuntimeError: The machine has no memory for the process as such; nothing is left in the folder.
     """
+    try:
+        with files.fenced(lambda: check_fence(folder, spec.attempt)):
+            return _run_worker(plan, spec, folder, context)
+    except OutdatedAttemptError:
+        return False
+
+
+def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
+    recipe = plan.recipe
     try:
         _check_visible(plan)
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
-        recipe = apply(plan.recipe, spec.values)
+        recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
+        recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
-        with _alive(folder, spec.attempt, context, gpus) as context:
+        with _alive(folder, spec.attempt, context, gpus, plan.recipe.resources.hang_timeout_s) as context:
             result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
+    except OutdatedAttemptError:
+        raise
+    except OutOfMemoryError as error:
+        details = traceback.format_exc()
+        failure = memory_failure(error, recipe, spec.values, plan.study_dir, spec.attempt)
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
-        failure = _failure(error, spec.attempt)
-        if failure is None:
+        if is_out_of_memory(error):
+            append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
+            raise
+        sorted_out, details = _failure(error, spec.attempt), traceback.format_exc()
+        if sorted_out is None:
             return True
-        write_failure(folder, failure, traceback.format_exc())
-        return False
-    if math.isfinite(result["objective"]):
-        return True
-    reason = f"objective is {result['objective']}"
-    write_failure(folder, Failure("diverged", reason, spec.attempt, DivergedError.exit_code), "")
+        failure = sorted_out
+    else:
+        if math.isfinite(result["objective"]):
+            return True
+        reason = f"objective is {result['objective']}"
+        failure, details = Failure("diverged", reason, spec.attempt, DivergedError.exit_code), ""
+    write_failure(folder, failure, details)
     return False
 
 
 @contextlib.contextmanager
-def _alive(folder: Path, attempt: int, context: RunContext, gpus: float) -> Iterator[RunContext]:
-    """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does."""
+def _alive(
+    folder: Path, attempt: int, context: RunContext, gpus: float, hang_timeout_s: float | None
+) -> Iterator[RunContext]:
+    """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
+
+    Without a step for most of ``hang_timeout_s`` the stacks of all threads go to the log: the driver is about to end
+    the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
+    """
     if context.rank != 0:
         yield context
         return
-    path, state = folder / ALIVE, {"next": 0.0}
-    group = ray.util.get_current_placement_group()
-    names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
+    path, state = folder / ALIVE, {"next": time.monotonic() + STEP_TOLD_S}
+    names = {"node_id": "", "group": ""}
+    if ray.is_initialized():
+        group = ray.util.get_current_placement_group()
+        names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
     files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
+    with open(folder / LOG, "a") as log:
 
-    def should_stop() -> bool:
-        if time.monotonic() >= state["next"]:
-            state["next"] = time.monotonic() + STEP_TOLD_S
-            with contextlib.suppress(OSError):  # a step is not worth a failure
-                os.utime(path)
-        return context.should_stop()
+        def watch() -> None:
+            if hang_timeout_s is not None:
+                faulthandler.dump_traceback_later(STACKS_AFTER * hang_timeout_s, file=log)
 
-    try:
-        yield replace(context, should_stop=should_stop)
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        def should_stop() -> bool:
+            if time.monotonic() >= state["next"]:
+                state["next"] = time.monotonic() + STEP_TOLD_S
+                check_fence(folder, attempt)
+                watch()
+                with contextlib.suppress(OSError):  # a step is not worth a failure
+                    os.utime(path)
+            return context.should_stop()
+
+        watch()
+        try:
+            yield replace(context, should_stop=should_stop)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            with contextlib.suppress(OSError):
+                if read_alive(folder, attempt):  # it is still ours
+                    path.unlink(missing_ok=True)
 
 
 def end_process(alive: Alive) -> None:
@@ -300,12 +376,10 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
 
 def _nested_worker(config: dict[str, Any]) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
-    plan, spec = config["plan"], config["spec"]
-    place = ray.train.get_context()
-    context = RunContext(
-        rank=place.get_world_rank(), world_size=place.get_world_size(), should_stop=stop_reader(plan.study_dir)
-    )
-    if not run_worker(plan, spec, config["folder"], context):
+    plan, spec, folder = config["plan"], config["spec"], config["folder"]
+    place, should_stop = ray.train.get_context(), stop_reader(plan.study_dir, folder)
+    context = RunContext(place.get_world_rank(), place.get_world_size(), should_stop=should_stop)
+    if not run_worker(plan, spec, folder, context):
         raise RuntimeError(f"{spec.name} failed, see its folder")
 
 
@@ -317,5 +391,8 @@ def _cause(error: Exception, plan: Plan) -> str:
         what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
         return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"
     failures = getattr(error, "worker_failures", None) or {}
+    for each in (*failures.values(), error):
+        if found := host_memory(str(each)):
+            return found
     text = str(next(iter(failures.values()), None) or error)
     return next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(error).__name__)

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from carft_ray.launch.executors import Runner, make_plan, run_prepare
 from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
@@ -62,6 +64,8 @@ def run_search(
     address: str | None = None,
     on_event: Callable[[Event], None] = _ignore,
     runner: Runner | None = None,
+    trusted: bool = False,
+    may: Collection[Direction] = (),
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
@@ -69,12 +73,14 @@ def run_search(
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
 
     Args:
-        recipe: The recipe. In an existing study only the number of trials and where it runs may differ.
+        recipe: The recipe. What may differ from that of an existing study is in ``search.identity``.
         base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.run``.
+        trusted: A study from elsewhere may be opened by a sampler that unpickles.
+        may: How the search space may change.
 
     Returns:
         The best trial, and all rows.
@@ -83,21 +89,22 @@ def run_search(
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
         BudgetError: The budget was used up before a trial was complete.
-        RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
         HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
     base_dir = base_dir.resolve()
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe, base_dir, may) as study:
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
         num_before = _num_finished(study)
+        told = study.adopt(trusted)
         for note in study.notes:
             on_event(Note(note))
-        for row in study.adopt():
+        for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
         if not ended and not study.done():
@@ -140,7 +147,7 @@ def _run(
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
     room = plan.capacity
-    on_event(Started(study.recipe.search.trials, _num_finished(study), room.concurrency, room.reason))
+    on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
     if study.recipe.budget.gpu_hours is not None and not room.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     ended = run_trainings(study, plan, on_event, began)
@@ -150,7 +157,7 @@ def _run(
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished, wanted = _num_finished(study), study.recipe.search.trials
+    finished, wanted = _num_finished(study), num_trials(study.recipe)
     step = f"Resume with: {_resume(study, address)}"
     return InterruptedRunError(Problem("", f"stopped; {finished} of {wanted} trials are finished", next_step=step))
 

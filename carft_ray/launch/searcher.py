@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -28,17 +29,19 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
+from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.recipe.schema import BudgetPart
 from carft_ray.search.folder import BUDGET_STOP, STOP
-from carft_ray.search.outcome import LOG, METRICS, RESULT, Alive, TrialRow, TrialSpec, read_alive
+from carft_ray.search.outcome import FOLDERS, LOG, METRICS, RESULT, Alive, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
 ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
 LOOK_EVERY_S = 0.5
-WAIT_TOLD_S = 60  # a training whose process is not there after this time gets a note
+LOOK_SHARE = 0.1  # of the time, at most
+WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 TrialKey = tuple[str, int]  # name and attempt
 
@@ -153,6 +156,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         except Exception as failure:  # raised again by the search
             self._fail(failure)
 
+    def report(self, spec: TrialSpec, line: dict[str, Any]) -> None:
+        """Tells the study of a look at a running training, which may be cut then; never raises."""
+        try:
+            self.study.report(spec, line)
+        except Exception as failure:  # raised again by the search
+            self._fail(failure)
+
     def _see_end(self, spec: TrialSpec) -> None:
         """Learns from a finished training how long its end takes: from its last epoch to its result."""
         folder = spec.folder(self.study.study_dir)
@@ -181,8 +191,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if row is None and self.stopped:
             return  # it stays RUNNING, for the next search
         reason = self.hung.get((spec.name, spec.attempt)) or reason
+        failure = read_failure(spec.folder(self.study.study_dir), spec.attempt) if row is None else None
+        if failure is not None and failure.outcome == "memory":
+            self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            return
         if row is None and not self.study.waits(spec):
             reason = reason or "its process ended without a word"
+            if told_of_full_memory(reason) and self.concurrency > 1:
+                self._run_fewer(spec, reason)
+                return
             row = self.study.lost(spec, reason)
         self._give_up_if_nothing_ends_well(row, reason)
         if row is None:
@@ -190,12 +207,20 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         elif row.kind == "baseline":
             self.on_event(BaselineFinished(row))
         else:
-            self._ended.append(row)
-            found = row.objective if row.kind == "trial" else None  # a fresh seed confirms, it finds nothing better
-            is_best = found is not None and (self._best is None or found > self._best)
-            self._best = found if is_best else self._best
-            self.on_event(TrialFinished(row, is_best))
+            if row.outcome != "pruned":  # neither well nor badly
+                self._ended.append(row)
+            best = best_row(self.study.rows()) if row.kind == "trial" else None  # a fresh seed finds nothing better
+            self._best = best.objective if best else self._best
+            name = best.name if best else ""
+            self.on_event(TrialFinished(row, row.name == name, name))
             self._give_up_if_hopeless()
+
+    def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
+        """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""
+        self.concurrency -= 1
+        self.study.repeat(spec)
+        text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
+        self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
 
     def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
@@ -220,22 +245,34 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
     def _error(self, trial_id: str) -> str:
-        """Returns the first line of what Tune knows of a failed trial."""
+        """Returns the first line of what Tune knows of a failed trial; that its memory was full, where it says so."""
         trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
         error = trial.get_pickled_error() if trial is not None else None
-        text = str(error or "").strip()
-        return text.splitlines()[0] if text else ""
+        text = str(error or _written(trial)).strip()
+        return host_memory(text) or (text.splitlines()[0] if text else "")
 
 
 def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
     """Returns the error for a search without an objective: the commonest reason, and where its log is."""
-    failed = [row for row in rows if row.outcome != "complete"]
+    failed = [row for row in rows if row.outcome not in ("complete", "pruned")]
+    if not failed:
+        step = "Begin another study with a milder search.pruner, or with name: none."
+        rule = f"no trial was trained to its end: the pruner has cut all {len(rows)}"
+        return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
     [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
     row = next(row for row in failed if row.reason == reason)
     spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
     step = f"See {spec.folder(study.study_dir) / LOG}."
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+
+
+def _written(trial: Any) -> str:
+    """Returns the text that Tune has written for a failed trial: its pickled error appears a little later."""
+    path = getattr(trial, "error_file", None)
+    if path is None or not Path(path).exists():
+        return ""
+    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
@@ -245,6 +282,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: Knows what runs.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         leaks: Removes what killed trials leave; None: they leave nothing.
+        why_waiting: Says why a process does not come.
         end: Ends its process.
     """
 
@@ -253,22 +291,36 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         searcher: StudySearcher,
         hang_timeout_s: float | None = None,
         leaks: Leaks | None = None,
+        why_waiting: Callable[[], str] = lambda: "is the cluster full?",
         end: Callable[[Alive], None] = end_process,
     ) -> None:
         self.searcher = searcher
         self.hang_timeout_s = hang_timeout_s
         self.leaks = leaks
+        self.why_waiting = why_waiting
         self.end = end
         self._next_look = 0.0
-        self._lines: dict[str, int] = {}  # lines of metrics.jsonl already told, by name
+        self._offsets: dict[str, int] = {}  # bytes of metrics.jsonl already read, by name
+        self._alive: dict[TrialKey, Alive] = {}  # as it was read once; only its time changes
         self._steps: dict[TrialKey, tuple[int, float]] = {}  # last step, and when it was first seen here
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Lends Tune's list of trials to the searcher, and looks at the files twice a second."""
+        """Lends Tune's list of trials to the searcher, and looks at the files twice a second.
+
+        Where a look takes long (many trials, a slow file system), it is repeated less often: it never takes more than
+        ``LOOK_SHARE`` of the time.
+        """
         self.searcher.tune_trials = trials
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + LOOK_EVERY_S
+        began = time.monotonic()
+        try:
+            self._look()
+        finally:
+            now = time.monotonic()
+            self._next_look = max(began + LOOK_EVERY_S, now + (now - began) * (1 / LOOK_SHARE - 1))
+
+    def _look(self) -> None:
         try:
             self.searcher.study.check_held()
         except StorageError as error:  # ends Tune's run, and our trainings with it: others run in the same folders now
@@ -287,7 +339,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         """Tells that a training begins."""
         self.searcher.begins(trial.trial_id)
         spec = TrialSpec(**trial.config["spec"])
-        self._lines[spec.name] = len(files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS))
+        path = spec.folder(self.searcher.study.study_dir) / METRICS
+        self._offsets[spec.name] = files.read_new_lines(path, 0)[1]
         self.searcher.on_event(TrialStarted(spec))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -296,8 +349,10 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
             self.leaks.suspect(TrialSpec(**trial.config["spec"]), self.searcher.live)
 
     def _look_for_life(self, spec: TrialSpec) -> None:
-        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt)
         key, now = (spec.name, spec.attempt), time.monotonic()
+        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, self._alive.get(key))
+        if alive:
+            self._alive[key] = alive
         last_step = alive.last_step_ns if alive else 0
         before, since = self._steps.get(key, (-1, now))
         if last_step != before:
@@ -307,20 +362,23 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         elif alive is None:
             if now - since >= WAIT_TOLD_S:
                 self._steps[key] = (last_step, math.inf)  # told once
-                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: is the cluster full?"
+                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: {self.why_waiting()}"
                 self.searcher.on_event(Note(note))
         elif self.hang_timeout_s is not None and now - since >= self.hang_timeout_s:
             self._steps[key] = (last_step, now)  # once more after the same time, should it be needed
             reason = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s); process {alive.pid} was ended"
+            reason += f"; what its threads did is in {FOLDERS[spec.kind]}/{spec.name}/{LOG}"
             self.searcher.hung[key] = reason
             self.searcher.on_event(Note(f"{spec.name} hangs: {reason}"))
             self.end(alive)
 
     def _tell_epochs(self, spec: TrialSpec) -> None:
-        told = self._lines.get(spec.name)
-        if told is None:
+        offset = self._offsets.get(spec.name)
+        if offset is None:
             return
-        rows = files.read_json_lines(spec.folder(self.searcher.study.study_dir) / METRICS)
-        if len(rows) > told:
-            self._lines[spec.name] = len(rows)
+        path = spec.folder(self.searcher.study.study_dir) / METRICS
+        rows, self._offsets[spec.name] = files.read_new_lines(path, offset)
+        for line in rows:
+            self.searcher.report(spec, line)
+        if rows:
             self.searcher.on_event(TrialEpoch(spec, rows[-1]))

@@ -7,13 +7,15 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import cache_dir
-from carft_ray.errors import InterruptedRunError, Problem, StorageError, UsageError
+from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
+from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.region import DIRECTIONS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import (
     JOURNAL,
@@ -21,11 +23,11 @@ from carft_ray.search.folder import (
     PREPARED,
     RESOLVED,
     STOP,
-    claim,
     gone_if_nothing_began,
     is_ours,
     study_lock,
 )
+from carft_ray.search.identity import claim
 from carft_ray.search.provenance import record_provenance
 
 Row = dict[str, float]
@@ -77,7 +79,7 @@ def train_once(
     ):
         if held.note:
             say(held.note)
-        claim(out_dir, recipe, base_dir)
+        claim(out_dir, recipe, base_dir, may=DIRECTIONS)  # it has no space
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
@@ -98,12 +100,28 @@ def train_once(
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
             with stop_file_on_signal(out_dir / STOP):
-                result = run_training(recipe, base_dir, out_dir, out_dir / PREPARED, context, attempt)
+                result = _run(recipe, base_dir, out_dir, context, attempt, say)
         except StoppedRun as stopped:
             raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
         except KeyboardInterrupt:  # before or after the training itself, or twice
             raise _interrupted("stopped at once; what was written before is kept", resume_command) from None
         return result, zero_shot
+
+
+def _run(
+    recipe: Recipe, base_dir: Path, out_dir: Path, context: RunContext, attempt: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs a training with the micro-batch that fits, from its checkpoint with half of it whenever memory is short."""
+    while True:
+        tried = fitted(recipe, out_dir, context.world_size)
+        try:
+            return run_training(tried, base_dir, out_dir, out_dir / PREPARED, context, attempt)
+        except OutOfMemoryError as error:
+            failure = memory_failure(error, tried, {}, out_dir, attempt)
+            if failure.outcome != "memory":
+                raise
+        say(failure.reason)  # the exception is gone by now, and with it what it held
+        attempt += 1
 
 
 def _interrupted(what: str, resume_command: str) -> InterruptedRunError:

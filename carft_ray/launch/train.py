@@ -19,6 +19,7 @@ from carft_ray.launch.executors import (
     run_nested,
     run_prepare,
 )
+from carft_ray.launch.host_memory import host_memory
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.schema import Recipe
@@ -84,6 +85,8 @@ def train_with_ray(
     if result is not None:
         return result
     failure = read_failure(out_dir, attempt)
+    if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
+        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner)
     if failure is not None:
         raise failure_error(failure, "train", out_dir)
     if (out_dir / STOP).exists():
@@ -104,7 +107,7 @@ def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str,
     try:
         return str(ray.get(task))
     except ray.exceptions.RayError as error:
-        return str(error).strip().splitlines()[0]
+        return host_memory(str(error)) or str(error).strip().splitlines()[0]
 
 
 def _interrupted(resume_command: str) -> InterruptedRunError:

@@ -1,5 +1,6 @@
 """Trainings of an open study on a running Ray: the loop of Tune that a search and a confirm share."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from ray import tune
 from carft_ray.errors import StorageError
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import RAY_FILES, Plan, tune_trainable
+from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.waiting import why_waiting
 from carft_ray.search.folder import STOP
 from carft_ray.search.study import Study
 
@@ -37,7 +40,8 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
     study_dir, room = study.study_dir, plan.capacity
     budget, gpus = None if began is None else study.recipe.budget, room.num_workers * room.gpus_per_worker
     searcher = StudySearcher(study, room.concurrency, on_event, gpus, budget, began)
-    watcher = Watcher(searcher, study.recipe.resources.hang_timeout_s, Leaks(study_dir) if plan.nested else None)
+    leaks = Leaks(study_dir) if plan.nested else None
+    watcher = Watcher(searcher, study.recipe.resources.hang_timeout_s, leaks, functools.partial(why_waiting, room))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
     ray_files = study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
@@ -53,7 +57,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
         run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
     )
     try:
-        with stop_file_on_signal(study_dir / STOP):
+        with stop_file_on_signal(study_dir / STOP), one_trial_dies():
             tuner.fit()
     except (RuntimeError, StorageError):
         if searcher.failure is None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import fsync_file, new_folder, write_text, writing
+from carft_ray.files import fsync_file, new_folder, remove_folder, write_text, writing
 
 FORMAT_VERSION = 1
 KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
@@ -87,7 +86,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         content["sha256"]["state"] = _sha256_of_state(content)
         write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     for _, old in _folders(checkpoint_dir)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     return folder
 
 

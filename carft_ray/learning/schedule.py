@@ -2,11 +2,9 @@
 
 import math
 
+from carft_ray.recipe.schedule import num_warmup_steps
 
-def num_warmup_steps(asked: int | None, num_steps: int) -> int:
-    """Returns the warm-up length: what was asked for, else ``min(500, 10 % of the steps)``, never all steps."""
-    warmup = min(500, num_steps // 10) if asked is None else asked
-    return min(warmup, max(num_steps - 1, 0))
+__all__ = ["learning_rate_at", "num_warmup_steps"]
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, num_steps: int) -> float:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from carft_ray.errors import Problem
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Recipe, SandboxSet, SetSpec
+from carft_ray.recipe.sampler_rules import sampler_advice
+from carft_ray.recipe.schedule import HALVING, possible_values
+from carft_ray.recipe.schema import PrunerPart, Recipe, SandboxSet, SetSpec
 from carft_ray.recipe.text import KeyPath, dotted
 
 # kinds of shift, for the warning about OOD sets of one kind on both sides: science of the sandbox's domains, and words
@@ -23,6 +25,16 @@ WORD_FAMILIES = {
     "drawing": ("sketch", "sketches", "drawing", "drawings", "quickdraw", "doodle", "lineart"),
     "rendition": ("rendition", "renditions", "imagenetr", "inr", "art", "artwork", "cartoon", "clipart", "comic"),
     "ImageNet-V2": ("v2", "imagenetv2", "inv2"),
+}
+
+
+FEW_EPOCHS = 10  # with fewer, a look foretold little of the end where it was measured (rank correlation .1 to .7)
+PRUNER_KEYS = {  # which pruners a setting is for
+    "first": (*HALVING, "median", "percentile", "patience"),
+    "factor": HALVING,
+    "startup_trials": ("median", "percentile"),
+    "percentile": ("percentile",),
+    "patience": ("patience",),
 }
 
 
@@ -65,10 +77,23 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):
         yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
+    if search.objective.kind != "pareto" and search.objective.best != "knee":
+        yield "search.objective.best", f"has no effect: the objective is {search.objective.kind}"
+    if search.objective.tolerance != 0.005 and (search.objective.kind, search.objective.best) != (
+        "pareto",
+        "lexicographic",
+    ):
+        yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
-    if search.sampler.name == "random" and search.sampler.startup_trials is not None:
-        yield "search.sampler.startup_trials", "has no effect: the sampler is random"
+    yield from sampler_advice(recipe)
+    for key, names in PRUNER_KEYS.items():
+        given = getattr(search.pruner, key) != PrunerPart.model_fields[key].default
+        if given and search.pruner.name not in names:
+            yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
+    if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
+        few = f"{fewest} epochs, fewer than {FEW_EPOCHS}"
+        yield "search.pruner", f"is weakly informative: a training has {few}, and its looks foretell little of its end"
     if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
 

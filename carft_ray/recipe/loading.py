@@ -162,8 +162,16 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     storage = recipe.storage
     if storage is not None and "://" not in storage:
         storage = absolute(storage)
+    search = recipe.search.model_copy(
+        update={"warm_start": tuple(absolute(source) for source in recipe.search.warm_start)}
+    )
     return recipe.model_copy(
-        update={"data": data.model_copy(update=sets), "model": model.model_copy(update=named), "storage": storage}
+        update={
+            "data": data.model_copy(update=sets),
+            "model": model.model_copy(update=named),
+            "search": search,
+            "storage": storage,
+        }
     )
 
 

@@ -6,7 +6,11 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from carft_ray.errors import nearest
+from carft_ray.recipe.conditions import condition_findings
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.points import point_findings
+from carft_ray.recipe.sampler_rules import sampler_findings
+from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import (
     CategoricalParameter,
     FolderSet,
@@ -39,7 +43,10 @@ WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
-    rules = (_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _search, _resources)
+    rules = (
+        *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints, _search),
+        *(_pruner, _resources, condition_findings, point_findings, sampler_findings),
+    )
     return [finding for rule in rules for finding in rule(recipe)]
 
 
@@ -209,6 +216,21 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
     search = recipe.search
     path, mode, lowest = ("search", "space", "alpha"), ("search", "alpha", "mode"), search.alpha.lowest
     parameter = search.space.get("alpha")
+    if search.objective.kind == "pareto":
+        kind = ("search", "objective", "kind")
+        if not recipe.data.ood_val:
+            step = "Add a set to data.ood_val, or choose another kind."
+            yield Finding(kind, "pareto needs an OOD validation set", next_step=step, reads=(("data", "ood_val"),))
+        if search.alpha.mode == "profile":
+            wanted = "" if parameter else f" and search.space.alpha: {{low: {lowest}, high: 1}}"
+            step = f"Write search.alpha.mode: sample{wanted}."
+            yield Finding(
+                kind,
+                "pareto needs alpha as a parameter of the space",
+                next_step=step,
+                reads=(mode, path),
+            )
+            return
     if parameter is None:
         if search.alpha.mode == "sample":
             step = f"Add alpha: {{low: {lowest}, high: 1}} to search.space, or remove the mode."
@@ -250,6 +272,23 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
             )
 
 
+def _constraints(recipe: Recipe) -> Iterator[Finding]:
+    baselines, sets = ("search", "baselines"), ("data", "ood_val")
+    known = {
+        "id_drop": (
+            ("zero_shot", *recipe.search.baselines),
+            "must be zero_shot or a name of search.baselines",
+            baselines,
+        ),
+        "ece": (("id_val", *recipe.data.ood_val), "must be id_val or a name of data.ood_val", sets),
+    }
+    for kind, (allowed, rule, read) in known.items():
+        for name in getattr(recipe.search.constraints, kind):
+            if name not in allowed:
+                path, near = ("search", "constraints", kind, name), nearest(name, allowed)
+                yield Finding(path, rule, shown(name), allowed, near, reads=((*read, name), read))
+
+
 def _search(recipe: Recipe) -> Iterator[Finding]:
     startup, trials = recipe.search.sampler.startup_trials, recipe.search.trials
     if startup is not None and startup > trials:
@@ -259,6 +298,31 @@ def _search(recipe: Recipe) -> Iterator[Finding]:
             str(startup),
             reads=(("search", "trials"),),
         )
+
+
+def _pruner(recipe: Recipe) -> Iterator[Finding]:
+    """A pruner that could cut nothing, however the trials are drawn."""
+    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    if pruner.name == "none" or can_cut(recipe):
+        return
+    epochs: tuple[KeyPath, ...] = (("train", "epochs"), ("search", "space", "epochs"))
+    if every == 0 and pruner.name not in HALVING:
+        yield Finding(
+            ("evaluate", "every_epochs"),
+            f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
+            "0",
+            next_step="successive_halving and hyperband look at the end of each rung by themselves.",
+            reads=(("search", "pruner", "name"),),
+        )
+        return
+    needed = f"{pruner.patience + 2} looks" if pruner.name == "patience" else "a look"
+    yield Finding(
+        ("search", "pruner", "name"),
+        f"needs {needed} between search.pruner.first and the last epoch of a training",
+        pruner.name,
+        next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
+        reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),
+    )
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:

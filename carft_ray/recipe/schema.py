@@ -291,8 +291,8 @@ class SamplerPart(Part):
 
     name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = "tpe"
     seed: Seed = 0
-    startup_trials: Count | None = None  # random trials before tpe, gp and cmaes; None: max(4, trials / 4)
-    options: Annotated[dict[str, Any], BeforeValidator(_nothing_is_empty)] = {}  # of the sampler: search/samplers.py
+    startup_trials: Count | None = None  # random trials before tpe, gp (None: max(4, trials / 4)) and cmaes (None: 1)
+    options: Annotated[dict[str, Any], BeforeValidator(_nothing_is_empty)] = {}  # see recipe/sampler_rules.py
 
 
 class PrunerPart(Part):

@@ -2,22 +2,26 @@
 
 Bootstrap bias-corrected selection (BBC, Tsamardinos et al. 2018). Images are drawn with replacement within each set,
 one draw per set for all candidates and alphas, so luck that all share stays shared. It corrects the luck of images, not
-that of seeds.
+that of seeds. Constraints are part of the choice, as in the search: of alpha (violations between evaluated alphas are
+interpolated; nothing is evaluated anew) and of the winner.
 
 Shape letters: B resamples, N candidates, A alphas of one candidate, n images of one set. Accuracies are fractions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from carft_ray.evaluation.alpha import AlphaChoices, choose_alphas
+from carft_ray.evaluation.constraints import Gaps, Limit
+from carft_ray.evaluation.metrics import NUM_BINS
 from carft_ray.evaluation.objective import ObjectiveSpec
 
 NUM_RESAMPLES = 1000
 _CHUNK = 8_000_000  # image draws held at a time
+_MET = 1e-6  # a violation that is rounding: calibration gaps are summed in float32
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -32,11 +36,13 @@ class Candidate:
         name: Of the trial.
         alphas: What its alpha was chosen from by ``evaluation.alpha``, rising, 0 as the anchor; a single one is fixed.
         correct: Per set, bool [A, n].
+        gaps: Per set whose calibration is constrained.
     """
 
     name: str
     alphas: tuple[float, ...]
     correct: Mapping[str, BoolArray]
+    gaps: Mapping[str, Gaps] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,9 @@ class Resamples:
         out_of_bag: The same choice scored on the images not drawn, [B, N].
         alphas: The alpha chosen, [B, N].
         accuracies: Per candidate and set the accuracies on the images drawn, [B, A].
+        missed: By how much the choice misses the constraints in all, on the images drawn, [B, N].
+        outside: Per candidate and set the accuracies on the images not drawn, [B, A].
+        missed_at: Per candidate by how much each alpha misses the constraints, on the images drawn, [B, A].
     """
 
     names: tuple[str, ...]
@@ -56,6 +65,9 @@ class Resamples:
     out_of_bag: FloatArray
     alphas: FloatArray
     accuracies: tuple[dict[str, FloatArray], ...]
+    missed: FloatArray
+    outside: tuple[dict[str, FloatArray], ...]
+    missed_at: tuple[FloatArray, ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ def resample(
     lowest: float,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
+    bounds: Sequence[Limit] = (),
 ) -> Resamples:
     """Makes the choice of alpha of every candidate again on resampled images.
 
@@ -84,6 +97,7 @@ def resample(
         lowest: Lowest alpha that may be chosen; a single alpha is taken whatever it is.
         num_resamples: B.
         seed: Of the draws.
+        bounds: The constraints, on sets of ``spec``; their bounds are the same in every resample.
 
     Raises:
         ValueError: There is no candidate, or a set has fewer than two images.
@@ -92,35 +106,113 @@ def resample(
     if not candidates:
         raise ValueError("the bootstrap needs at least one candidate")
     rng = np.random.default_rng(seed)
-    sums = {name: _both(rng, [candidate.correct[name] for candidate in candidates], num_resamples) for name in names}
+    sums, errors = {}, {}
+    for name in names:
+        gaps = [candidate.gaps[name] for candidate in candidates if name in candidate.gaps]
+        *sums[name], errors[name] = _both(rng, [each.correct[name] for each in candidates], num_resamples, gaps)
     num_images = {name: candidates[0].correct[name].shape[1] for name in names}
-    choices, outside, accuracies, column = [], [], [], 0
-    for candidate in candidates:
+    choices, scores, accuracies, outside, missed_at, column = [], [], [], [], [], 0
+    for index, candidate in enumerate(candidates):
         num_alphas = len(candidate.alphas)
         own, pairs = slice(column, column + num_alphas), slice(column + num_alphas, column + 2 * num_alphas - 1)
         column += 2 * num_alphas - 1
         drawn = {name: sums[name][0][:, own] for name in names}
         both_right = {name: sums[name][0][:, pairs] for name in names}
-        choice = _choose(candidate, spec, lowest, drawn, both_right, num_images)
-        out = spec.values({name: sums[name][1][:, own] for name in names})
+        violations = [
+            limit.bound - drawn[limit.set_name]
+            if limit.measure == "accuracy"
+            else errors[limit.set_name][index] - limit.bound
+            for limit in bounds
+        ]
+        choice = _choose(candidate, spec, lowest, drawn, both_right, num_images, violations)
+        left_out = {name: sums[name][1][:, own] for name in names}
         choices.append(choice)
-        outside.append((choice.readers * out).sum(axis=1))
+        scores.append((choice.readers * spec.values(left_out)).sum(axis=1))
         accuracies.append(drawn)
+        outside.append(left_out)
+        missed_at.append(sum((np.maximum(each, 0) for each in violations), np.zeros_like(drawn[spec.id_set])))
     return Resamples(
         tuple(candidate.name for candidate in candidates),
         np.stack([choice.values for choice in choices], axis=1),
-        np.stack(outside, axis=1),
+        np.stack(scores, axis=1),
         np.stack([choice.alphas for choice in choices], axis=1),
         tuple(accuracies),
+        np.stack([choice.missed for choice in choices], axis=1),
+        tuple(outside),
+        tuple(missed_at),
     )
+
+
+def resampled_accuracies(
+    correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, FloatArray]:
+    """Returns per set the accuracies on images drawn with replacement, one draw per set for all rows.
+
+    Args:
+        correct: Per set, bool [rows, n]; n at least 2.
+        num_resamples: B.
+        seed: Of the draws.
+
+    Returns:
+        Per set [B, rows].
+
+    Raises:
+        ValueError: A set has fewer than two images.
+    """
+    if any(x.shape[1] < 2 for x in correct.values()):
+        raise ValueError("the bootstrap needs at least two images of every set")
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.concatenate(
+            [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
+        ).astype(np.float64)  # whole numbers below 2^24: exact
+        / x.shape[1]
+        for name, x in correct.items()
+    }
+
+
+def share_meeting(
+    winner: Candidate, spec: ObjectiveSpec, bounds: Sequence[Limit], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> float:
+    """Returns the share of resamples in which a candidate with one alpha meets all constraints.
+
+    Args:
+        winner: With the alpha that it has.
+        spec: The objective.
+        bounds: The constraints.
+        num_resamples: B.
+        seed: Of the draws.
+    """
+    return float((resample([winner], spec, 0.0, num_resamples, seed, bounds).missed <= _MET).mean())
+
+
+def meeting(candidates: Sequence[Candidate], bounds: Sequence[Limit]) -> list[Candidate]:
+    """Returns the candidates with those alphas alone that meet all constraints as measured; without any, it is gone."""
+    found = []
+    for candidate in candidates:
+        met: BoolArray = np.ones(len(candidate.alphas), np.bool_)
+        for limit in bounds:
+            values = candidate.correct[limit.set_name].mean(axis=1)
+            if limit.measure == "ece":
+                gaps = candidate.gaps[limit.set_name]
+                values = _calibration(gaps.columns().sum(axis=0, dtype=np.float64)[None], gaps)[0]
+            met &= np.array([limit.violation(float(value)) <= _MET for value in values])
+        if met.any():
+            alphas = tuple(np.asarray(candidate.alphas)[met].tolist())
+            correct = {name: array[met] for name, array in candidate.correct.items()}
+            gaps_met = {name: gaps.take(met) for name, gaps in candidate.gaps.items()}
+            found.append(Candidate(candidate.name, alphas, correct, gaps_met))
+    return found
 
 
 def bbc(resamples: Resamples) -> tuple[float, list[Win]]:
     """Returns the mean out-of-bag objective of the resamples' winners, and how often which candidate won (most first).
 
-    The winner of a resample has the largest in-bag objective, the earliest of equals.
+    The winner of a resample has the largest in-bag objective of those that miss the constraints least there, the
+    earliest of equals.
     """
-    winners: IntArray = resamples.in_bag.argmax(axis=1)
+    least = resamples.missed <= resamples.missed.min(axis=1, keepdims=True) + _MET
+    winners: IntArray = np.where(least, resamples.in_bag, -np.inf).argmax(axis=1)
     rows = np.arange(len(winners))
     value = float(resamples.out_of_bag[rows, winners].mean())
     wins = []
@@ -139,7 +231,9 @@ def incumbent_values(resamples: Resamples) -> list[float]:
     incumbent = np.zeros(len(rows), np.int64)
     values = []
     for t in range(resamples.in_bag.shape[1]):
-        incumbent = np.where(resamples.in_bag[:, t] > resamples.in_bag[rows, incumbent], t, incumbent)
+        behind = resamples.missed[:, t] - resamples.missed[rows, incumbent]
+        higher = resamples.in_bag[:, t] > resamples.in_bag[rows, incumbent]
+        incumbent = np.where((behind < -_MET) | ((behind <= _MET) & higher), t, incumbent)
         values.append(float(resamples.out_of_bag[rows, incumbent].mean()))
     return values
 
@@ -175,15 +269,20 @@ def _choose(
     drawn: Mapping[str, FloatArray],
     both_right: Mapping[str, FloatArray],
     num_images: Mapping[str, int],
+    violations: Sequence[FloatArray],
 ) -> AlphaChoices:
     """Returns the alpha choices of a candidate on B resamples.
 
     The noise of neighbouring points a, b follows from E d^2 = w_a^2 E x_a + w_b^2 E x_b - 2 w_a w_b E x_a x_b.
     """
     objectives_BA = spec.values(drawn)
+    violations_BKA = np.stack(violations, axis=1) if violations else None
     if len(candidate.alphas) == 1:
         alpha_B = np.full(len(objectives_BA), candidate.alphas[0])
-        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA))
+        missed_B = np.zeros(len(alpha_B))
+        if violations_BKA is not None:
+            missed_B = np.maximum(violations_BKA[..., 0], 0).sum(axis=1)
+        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA), missed_B)
     slopes = spec.slopes(drawn)
     variance = np.zeros(both_right[spec.id_set].shape)
     for name, x in drawn.items():
@@ -192,24 +291,37 @@ def _choose(
         mean_square = squares[:, :-1] + squares[:, 1:] - 2 * w[:, :-1] * w[:, 1:] * both_right[name]
         mean = (w * x)[:, :-1] - (w * x)[:, 1:]
         variance += np.maximum(mean_square - mean**2, 0) / (num_images[name] - 1)
-    return choose_alphas(candidate.alphas, objectives_BA, lowest, np.sqrt(variance.mean(axis=1)))
+    return choose_alphas(candidate.alphas, objectives_BA, lowest, np.sqrt(variance.mean(axis=1)), violations_BKA)
 
 
-def _both(rng: np.random.Generator, correct: Sequence[BoolArray], num_resamples: int) -> tuple[FloatArray, FloatArray]:
+def _both(
+    rng: np.random.Generator, correct: Sequence[BoolArray], num_resamples: int, gaps: Sequence[Gaps]
+) -> tuple[FloatArray, FloatArray, list[FloatArray]]:
     """Returns the means over the images drawn and over those left out, [B, rows], of one set.
 
-    The rows are, candidate by candidate, its A alphas and its A - 1 pairs of neighbours (both right).
+    The rows are, candidate by candidate, its A alphas and its A - 1 pairs of neighbours (both right). Third, per
+    candidate with gaps, the calibration error on the images drawn, [B, A].
     """
     rows = np.concatenate([part for x_An in correct for part in (x_An, x_An[:-1] & x_An[1:])]).T.astype(np.float32)
     num_images = len(rows)
     if num_images < 2:
         raise ValueError("the bootstrap needs at least two images of every set")
     drawn, left_out = [], []
+    errors: list[list[FloatArray]] = [[] for _ in gaps]
     for counts in _counts(rng, num_images, num_resamples):
         drawn.append((counts @ rows).astype(np.float64) / num_images)  # whole numbers below 2^24: exact
         out = (counts == 0).astype(np.float32)
         left_out.append((out @ rows).astype(np.float64) / out.sum(axis=1, keepdims=True, dtype=np.float64))
-    return np.concatenate(drawn), np.concatenate(left_out)
+        for found, each in zip(errors, gaps, strict=True):
+            found.append(_calibration((counts @ each.columns()).astype(np.float64), each))
+    return np.concatenate(drawn), np.concatenate(left_out), [np.concatenate(found) for found in errors]
+
+
+def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
+    """Returns the ECE [B, A] from the sums of gaps per alpha and bin, [B, A * bins]."""
+    num_alphas, num_images = gaps.bins.shape
+    errors: FloatArray = np.abs(sums.reshape(-1, num_alphas, NUM_BINS)).sum(axis=2) / num_images
+    return errors
 
 
 def _counts(rng: np.random.Generator, num_images: int, num_resamples: int) -> Iterator[npt.NDArray[np.float32]]:

@@ -90,7 +90,8 @@ def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
 def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
     """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
 
-    A baseline stands there with its own alpha and at alpha 1. The winner of another study counts as one more baseline.
+    A trial that misses constraints by more than the winner does is no candidate. A baseline stands there with its own
+    alpha and at alpha 1. The winner of another study counts as one more baseline.
 
     Args:
         view: The study.
@@ -102,7 +103,8 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         NoSuccessfulTrialError: A study has no finished trial.
         UsageError: A study of ``against`` cannot be compared.
     """
-    winner, *others = _best_first(view)[:top]
+    ranked = _best_first(view)
+    winner, *others = [row for row in ranked if row.violation <= ranked[0].violation][:top]
     rows = [_plan_row(row, "winner" if row is winner else "candidate") for row in (winner, *others)]
     for row in view.baselines:
         if row.objective is None:

@@ -37,6 +37,7 @@ class Dot:
     id_accuracy: float
     ood_accuracy: float
     kl_weight: float | None  # None or 0: drawn grey
+    meets: bool = True  # all constraints; else it is drawn as a cross
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def id_ood_figure(
     synthetic: bool = False,
     kind: ObjectiveKind = "weighted_mean",
     id_weight: float = 0.5,
+    front: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
 
@@ -86,6 +88,8 @@ def id_ood_figure(
         synthetic: Whether the images are; the title then says so.
         kind: Kind of objective, for the faint lines of equal objective (none for ``worst_domain``).
         id_weight: w of ``weighted_mean``.
+        front: Points of the front of a Pareto search, by rising ID accuracy; the line through them is drawn and takes
+            the place of the lines of equal objective.
 
     Raises:
         StorageError: A file cannot be written.
@@ -98,12 +102,29 @@ def id_ood_figure(
     if best_curve is not None:
         xs += [*best_curve.id_accuracies, best_curve.chosen_id_accuracy]
         ys += [*best_curve.ood_accuracies, best_curve.chosen_ood_accuracy]
+    xs, ys = [*xs, *(x for x, _ in front)], [*ys, *(y for _, y in front)]
     if not xs:
         axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=_GREY, fontsize=12)
     axes.set_xlim(*_limits(xs))
     axes.set_ylim(*_limits(ys))
-    _iso_lines(axes, kind, id_weight)
-    _draw_dots(figure, axes, finite)
+    if front:
+        _draw_front(axes, front)
+    else:
+        _iso_lines(axes, kind, id_weight)
+    _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
+    missing = [dot for dot in finite if not dot.meets]
+    if missing:
+        axes.scatter(
+            [100 * dot.id_accuracy for dot in missing],
+            [100 * dot.ood_accuracy for dot in missing],
+            marker="x",
+            s=45,
+            color=_GREY,
+            linewidths=1.4,
+            zorder=3,
+            label="violates a constraint",
+        )
+        axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_GREY)
 
     taken = [(100 * dot.id_accuracy, 100 * dot.ood_accuracy) for dot in finite]
     labels: list[Label] = []
@@ -222,6 +243,24 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
     name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
     axes.annotate(
         f"lines of equal objective, {name}",
+        (1, 0),
+        xytext=(0, -29),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=_GREY,
+        fontsize=9,
+    )
+
+
+def _draw_front(axes: "Axes", front: Sequence[tuple[float, float]]) -> None:
+    """Draws the front as the edge of what its points dominate, and says what it is."""
+    xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
+    axes.step(xs, ys, where="pre", color=_INK, linewidth=1.2, zorder=2)
+    axes.scatter(xs, ys, s=22, color=_INK, zorder=5)
+    axes.annotate(
+        "line: the front over all trials and alphas",
         (1, 0),
         xytext=(0, -29),
         xycoords="axes fraction",

@@ -1,7 +1,7 @@
 """A finished training as it lies on disk: result, predictions, and the manifest that it belongs to. No torch."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, Usag
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.schema import Recipe, TrainPart
 from carft_ray.results.overview import find_row, folder_of, is_study, require_claimed
+from carft_ray.results.pareto import placed
 from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, PREPARED
-from carft_ray.search.outcome import RESULT, WEIGHTS, read_result
+from carft_ray.search.outcome import RESULT, WEIGHTS, TrialRow, read_result
 from carft_ray.search.provenance import PROVENANCE
 from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
 
@@ -29,7 +30,7 @@ class Finished:
         name: Name of the trial, of the baseline, or ``confirm/NAME``; empty for the folder of `train`.
         base: Recipe of the study (or of the training) as its manifest has it.
         recipe: The same with the values of this training.
-        result: Content of ``result.json``.
+        result: Content of ``result.json``; a trial of a Pareto search stands at its point of the front.
         provenance: Of the manifest; empty when there is none.
         run_dir: Folder of the training.
     """
@@ -88,9 +89,10 @@ def open_finished(folder: Path, trial: str | None = None) -> Finished:
         step = "Finish it first: the same `carft-ray train` command again, with --resume."
         return _finished(folder, "", base, provenance, folder, step)
     step = f"Go on with the search: carft-ray resume {shlex.quote(str(folder))}"
-    name, run_dir = _place(folder, trial, step)
+    name, run_dir, row = _place(folder, trial, step)
     if name != ZERO_SHOT:
-        return _finished(folder, name, base, provenance, run_dir, step)
+        found = _finished(folder, name, base, provenance, run_dir, step)
+        return replace(found, result=placed(found.result, row))
     path = folder / PREPARED / "prepared.json"
     try:
         metrics = files.read_json(path)["metrics"]
@@ -128,8 +130,8 @@ def split_target(written: str) -> tuple[Path, str | None]:
     return Path(folder), trial
 
 
-def _place(study_dir: Path, trial: str | None, step: str) -> tuple[str, Path]:
-    """Returns name and folder of a training of a study."""
+def _place(study_dir: Path, trial: str | None, step: str) -> tuple[str, Path, TrialRow | None]:
+    """Returns name, folder and row of a training of a study; one of a confirm has no row here."""
     confirmed = sorted(path.name for path in (study_dir / CONFIRM).glob("*/"))
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
         name = trial.removeprefix(f"{CONFIRM}/").rstrip("/")
@@ -137,12 +139,12 @@ def _place(study_dir: Path, trial: str | None, step: str) -> tuple[str, Path]:
             allowed = tuple(f"{CONFIRM}/{each}" for each in confirmed)
             rule = f"must be a training of {study_dir / CONFIRM}"
             raise UsageError(Problem("TRIAL", rule, repr(trial), allowed, nearest(trial, allowed)))
-        return f"{CONFIRM}/{name}", study_dir / CONFIRM / name
+        return f"{CONFIRM}/{name}", study_dir / CONFIRM / name, None
     rows = trials(study_dir)
     row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial)
     if row is None:
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
-    return row.name, folder_of(study_dir, row)
+    return row.name, folder_of(study_dir, row), row
 
 
 def _finished(folder: Path, name: str, base: Recipe, provenance: dict[str, Any], run_dir: Path, step: str) -> Finished:

@@ -7,7 +7,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.results.overview import Overview, find_row, folder_of
 from carft_ray.search.lease import holder
-from carft_ray.search.outcome import ERROR, LOG, RESULT, TrialRow
+from carft_ray.search.outcome import ALIVE, CUT, ERROR, LOG, RESULT, TrialRow
 
 LOOK_EVERY_S = 0.5
 
@@ -65,6 +65,7 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
 
 
 def _ended(folder: Path) -> bool:
-    """Tells whether a training has finished or diverged; after another failure it may get one more attempt."""
+    """Tells whether a training has finished, was cut or diverged; after another failure it may get one more attempt."""
     failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
-    return (folder / RESULT).exists() or failure.get("outcome") == "diverged"
+    was_cut = (folder / CUT).exists() and not (folder / ALIVE).exists()
+    return (folder / RESULT).exists() or was_cut or failure.get("outcome") == "diverged"

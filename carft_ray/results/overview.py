@@ -12,12 +12,16 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.recipe.constraints import violations
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
+from carft_ray.results.pareto import constraint_lines, front_data, front_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
+from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
-from carft_ray.search.rows import ZERO_SHOT, baselines, best_first, best_row, confirmations, trials
+from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
 
@@ -48,7 +52,7 @@ class Overview:
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
-        """The trial with the largest objective."""
+        """The best trial (``search.rows.best_first``), in a Pareto search at its point of the front."""
         return best_row(self.trials)
 
     @property
@@ -96,7 +100,10 @@ def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
         "alpha": row.alpha,
         "objective": row.objective,
         "metrics": row.metrics,
+        "violations": violations(row.metrics),
+        "on_front": row.standing > 0,
         "elapsed_s": row.elapsed_s,
+        "outside": row.outside,
         "best": best is not None and row.kind == best.kind and row.name == best.name,
     }
 
@@ -110,7 +117,8 @@ def read_study(folder: Path) -> Overview:
     """
     study_dir = require_study(folder)
     found = holder(study_dir)
-    rows, beside, fresh = trials(study_dir), baselines(study_dir), confirmations(study_dir)
+    by_kind = rows_by_kind(study_dir)
+    rows, beside, fresh = by_kind["trial"], by_kind["baseline"], by_kind["confirm"]
     live = frozenset((row.kind, row.name) for row in (*rows, *beside, *fresh) if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
     return Overview(study_dir, study_recipe(study_dir), rows, beside, fresh, found, stopping, live)
@@ -173,6 +181,15 @@ def resolved_recipe(study_dir: Path) -> Path:
     return path
 
 
+def behind(study_dir: Path) -> list[str]:
+    """Returns what must be set over ``resolved.yaml``, as ``key=value``, where a kill has kept it from being written.
+
+    Raises:
+        RecipeError, StorageError: As ``study_recipe``.
+    """
+    return caught_up(study_dir, load_recipe(study_dir / RESOLVED))
+
+
 def study_recipe(study_dir: Path) -> Recipe:
     """Returns the recipe of a study's last search: ``resolved.yaml``, else that of its manifest.
 
@@ -181,7 +198,9 @@ def study_recipe(study_dir: Path) -> Recipe:
         StorageError: The manifest cannot be read.
     """
     if (study_dir / RESOLVED).exists():
-        return load_recipe(study_dir / RESOLVED)
+        recipe = load_recipe(study_dir / RESOLVED)
+        missing = caught_up(study_dir, recipe)
+        return load_recipe(study_dir / RESOLVED, missing) if missing else recipe
     try:
         return Recipe.model_validate(files.read_json(study_dir / MANIFEST)["recipe"])
     except (ValueError, KeyError, TypeError) as error:
@@ -229,16 +248,20 @@ def status(overview: Overview) -> dict[str, Any]:
     best, rows = overview.best, overview.rows
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
-    journal = overview.study_dir / JOURNAL
+    journal, pruner = overview.study_dir / JOURNAL, overview.recipe.search.pruner
     return {
         "study": str(overview.study_dir),
         "name": overview.recipe.name,
-        "wanted": overview.recipe.search.trials,
+        "wanted": num_trials(overview.recipe),
         "finished": overview.num_finished,
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
+        "outside": sum(row.outside for row in overview.trials),
+        "pruner": None if pruner.name == "none" else _foretold(overview),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
+        "front": front_data(overview.recipe, overview.trials),
+        "lines": [*front_lines(front_data(overview.recipe, overview.trials)), *constraint_lines(best)],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
         "search": {
@@ -254,6 +277,12 @@ def status(overview: Overview) -> dict[str, Any]:
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
         },
     }
+
+
+def _foretold(overview: Overview) -> dict[str, Any]:
+    from carft_ray.results.foretold import foretold  # SciPy takes a second
+
+    return foretold(overview.recipe.search.pruner, overview.trials)
 
 
 def _budget(overview: Overview) -> dict[str, Any]:
@@ -283,6 +312,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     return {
         "study": str(overview.study_dir),
         "num_trials": len(rows),
+        "lines": constraint_lines(overview.best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "trials": [overview.data(row) for row in rows[:limit]],
     }
@@ -310,7 +340,7 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
                 "name": path.name,
                 "study": str(overview.study_dir),
                 "problem": None,
-                "wanted": overview.recipe.search.trials,
+                "wanted": num_trials(overview.recipe),
                 "trials": overview.counts(),
                 "best_objective": None if best is None else best.objective,
                 "running": overview.holder is not None,

@@ -3,7 +3,7 @@
 Everything is read from stored validation predictions; no test set is opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,26 @@ from typing import Any
 import numpy as np
 
 from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.results.bootstrap import NUM_RESAMPLES, BoolArray, Win, bbc, incumbent_values, overtuning, resample
+from carft_ray.recipe.constraints import violations
+from carft_ray.results.bootstrap import (
+    NUM_RESAMPLES,
+    BoolArray,
+    Resamples,
+    Win,
+    bbc,
+    incumbent_values,
+    meeting,
+    overtuning,
+    resample,
+    share_meeting,
+)
 from carft_ray.results.confirm import CONFIRM
+from carft_ray.results.front_bootstrap import front_choice
 from carft_ray.results.intervals import headline, in_points, objective_difference
 from carft_ray.results.overview import Overview
+from carft_ray.results.pareto import constraint_lines, front_data, front_lines, mean_words, study_limits
 from carft_ray.results.robustness import curve_line, robustness, robustness_lines
 from carft_ray.results.selection import (
     Correction,
@@ -26,7 +41,8 @@ from carft_ray.results.selection import (
     ranking_noise,
     regret_table,
 )
-from carft_ray.results.stored import Stored, confirmed, found_beside, read_stored
+from carft_ray.results.stored import Stored, confirmed, found_analysis, found_beside, read_stored
+from carft_ray.search.front import FrontRule
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
@@ -55,19 +71,15 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
     spec, lowest = objective_spec(view.recipe), view.recipe.search.alpha.lowest
     trials = [row for row in view.trials if row.outcome == "complete" and row.objective is not None]
     baselines = [row for row in view.baselines if row.outcome == "complete" and row.objective is not None]
-    stored = read_stored(view.study_dir, view.recipe, trials, baselines, spec)
-    objectives = [row.objective or 0.0 for row in trials]
-
-    again = confirmed(view.study_dir, spec)
-    at_choice = {name: _stack(stored, trials, name) for name in (spec.id_set, *spec.ood_sets)}
-    noise = ranking_noise(spec, objectives, at_choice, again)
-    corrected = correct_best(objectives, noise.variance)
-    resamples = resample(stored.candidates, spec, lowest, num_resamples)
-    bbc_value, wins = bbc(resamples)
-    pick = None
-    if best.name in stored.moved:
-        pick = one_se_pick(spec, stored.chosen[best.name], stored.candidates, stored.moved, lowest, noise.seed)
-    curve = overtuning(incumbent_values(resamples))
+    bounds = study_limits(view.recipe, view.baselines)
+    stored = read_stored(view.study_dir, view.recipe, trials, baselines, spec, bounds)
+    resamples = resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
+    found_front = front_data(view.recipe, view.trials)
+    if found_front is None:
+        worth = _by_one_number(view, best, trials, spec, bounds, stored, resamples)
+    else:
+        worth = _by_front(view, best, found_front, spec, stored, resamples)
+    share = share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
     counts = {
         "trials": view.counts(),
         "trainings": sum(row.outcome not in ("running",) for row in (*view.trials, *view.baselines))
@@ -75,14 +87,14 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "alphas": stored.num_alphas,
         "test_reads": len(reads_of(read_ledger(view.study_dir))),
     }
-    against, above = _headline(spec, best, baselines, stored), robustness(view, best, reference)
+    of = "" if found_front is None else f" by {mean_words(view.recipe)}"
+    against, above = _headline(spec, best, baselines, stored, of), robustness(view, best, reference)
     lines = [
         *_count_lines(view.recipe.name, counts),
         "",
-        *_best_lines(best, corrected, noise, bbc_value, num_resamples, len(again)),
-        *([] if pick is None else [_pick_line(best, pick)]),
-        _wins_line(wins),
-        _overtuning_line(curve.absolute[-1], curve.relative[-1]),
+        *worth.pop("lines"),
+        *constraint_lines(best),
+        *([] if share is None else [f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples."]),
         *([line] if (line := curve_line(view, best)) else []),
         *([] if against is None else ["", *against["lines"]]),
         *(["", *robustness_lines(above)] if above else []),
@@ -94,16 +106,20 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "study": str(view.study_dir),
         "name": view.recipe.name,
         "counts": counts,
-        "best": {"name": best.name, "alpha": best.alpha, "objective": best.objective},
-        "noise": {**asdict(noise), "words": noise.words},
-        "corrected": asdict(corrected),
-        "bbc": {"value": bbc_value, "num_resamples": num_resamples, "wins": [asdict(win) for win in wins]},
-        "one_standard_error": None if pick is None else asdict(pick),
-        "overtuning": asdict(curve),
+        "best": {
+            "name": best.name,
+            "alpha": best.alpha,
+            "objective": best.objective,
+            "violations": violations(best.metrics),
+            "share_meeting_constraints": share,
+        },
+        "front": found_front,
+        **worth,
         "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
         "headline": against,
         "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
         **beside,
+        "analysis": found_analysis(view.study_dir),
         "lines": lines,
     }
 
@@ -117,7 +133,84 @@ def _zero_shots(view: Overview) -> int:
     return sum(row.name == ZERO_SHOT and row.outcome != "running" for row in view.baselines)
 
 
-def _headline(spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], stored: Stored) -> dict[str, Any] | None:
+def _by_one_number(
+    view: Overview,
+    best: TrialRow,
+    trials: list[TrialRow],
+    spec: ObjectiveSpec,
+    bounds: Sequence[Limit],
+    stored: Stored,
+    resamples: Resamples,
+) -> dict[str, Any]:
+    """Returns what the best value is worth where one objective has chosen it; ``lines`` among it.
+
+    Trials that miss constraints compete only where no trial meets them; ``corrected`` is over those that compete.
+    """
+    competing = [row for row in trials if row.violation <= best.violation]
+    objectives = [row.objective or 0.0 for row in competing]
+    again = confirmed(view.study_dir, spec)
+    at_choice = {name: _stack(stored, competing, name) for name in (spec.id_set, *spec.ood_sets)}
+    noise = ranking_noise(spec, objectives, at_choice, again)
+    corrected = correct_best(objectives, noise.variance)
+    bbc_value, wins = bbc(resamples)
+    pick = None
+    if best.name in stored.moved and not best.violation:
+        own, lowest = stored.chosen[best.name], view.recipe.search.alpha.lowest
+        pick = one_se_pick(spec, own, meeting(stored.candidates, bounds), stored.moved, lowest, noise.seed)
+    curve, num_resamples = overtuning(incumbent_values(resamples)), len(resamples.in_bag)
+    return {
+        "noise": {**asdict(noise), "words": noise.words},
+        "corrected": asdict(corrected),
+        "bbc": {"value": bbc_value, "num_resamples": num_resamples, "wins": [asdict(win) for win in wins]},
+        "one_standard_error": None if pick is None else asdict(pick),
+        "overtuning": asdict(curve),
+        "lines": [
+            *_best_lines(best, corrected, noise, bbc_value, num_resamples, len(again), bool(bounds)),
+            *([] if pick is None else [_pick_line(best, pick)]),
+            _wins_line(wins),
+            _overtuning_line(curve.absolute[-1], curve.relative[-1]),
+        ],
+    }
+
+
+def _by_front(
+    view: Overview,
+    best: TrialRow,
+    found: dict[str, Any],
+    spec: ObjectiveSpec,
+    stored: Stored,
+    resamples: Resamples,
+) -> dict[str, Any]:
+    """Returns what the best point of a front is worth; ``lines`` among it.
+
+    ``corrected``, the one-SE pick and overtuning belong to a choice by one number and are None.
+    """
+    rule = FrontRule(found["rule"]["best"], found["rule"]["tolerance"])
+    choice = front_choice(stored.candidates, resamples, spec, rule, (best.name, best.alpha or 0.0))
+    num_resamples = len(resamples.in_bag)
+    pair = f"ID {100 * best.metrics['id_accuracy']:.1f} %, OOD {100 * best.metrics['ood_accuracy']:.1f} %"
+    return {
+        "noise": None,
+        "corrected": None,
+        "bbc": {**asdict(choice), "num_resamples": num_resamples},
+        "one_standard_error": None,
+        "overtuning": None,
+        "lines": [
+            *front_lines(found),
+            f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, {pair}. It was chosen by these numbers, "
+            "which flatter it.",
+            f"bbc: ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %: front and best point "
+            f"chosen again on {num_resamples:,} resamples of the images and scored on the images left out. It corrects "
+            "the luck of images, not that of seeds.",
+            f"In the resamples {best.name} at alpha {best.alpha or 0:.2f} is the best again in "
+            f"{100 * choice.share_best:.0f} %, and on the front in {100 * choice.share_on_front:.0f} %.",
+        ],
+    }
+
+
+def _headline(
+    spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], stored: Stored, of: str
+) -> dict[str, Any] | None:
     """Returns the best trial against the baseline with the highest objective, or None without a baseline."""
     if not baselines:
         return None
@@ -131,7 +224,8 @@ def _headline(spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], st
         "words": difference.words,
         "sentence": sentence,
         "lines": [
-            f"Measured at their alphas, on the images that chose: {best.name}: {sentence}; 95 %, {difference.words}.",
+            f"Measured at their alphas{of}, on the images that chose: {best.name}: {sentence}; 95 %, "
+            f"{difference.words}.",
             f"    {best.name} - {rival.name}: {in_points(difference, signed=True)}",
         ],
     }
@@ -147,19 +241,26 @@ def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
 
 
 def _best_lines(
-    best: TrialRow, corrected: Correction, noise: Noise, bbc_value: float, num_resamples: int, num_confirmed: int
+    best: TrialRow,
+    corrected: Correction,
+    noise: Noise,
+    bbc_value: float,
+    num_resamples: int,
+    num_confirmed: int,
+    constrained: bool,
 ) -> list[str]:
     covered = (
         f"image and seed noise, the latter from {num_confirmed} confirmed configurations"
         if noise.seed is not None
         else "image noise only: the luck of the seed is still in it"
     )
+    included = "alpha and constraints included" if constrained else "alpha included"
     return [
         f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
         "It was chosen by this number, which flatters it.",
         f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
         f"of the best of {len(corrected.shrunk)} noisy values ({covered}).",
-        f"bbc: {100 * bbc_value:.1f} %: the choice made again, alpha included, on {num_resamples:,} resamples of the "
+        f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "
         "images and scored on the images left out. It corrects the luck of images, not that of seeds: nearly unbiased "
         "where seeds matter little, half the bias stays where they matter much.",
     ]

@@ -22,8 +22,11 @@ from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.single import train_once
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.recipe.constraints import REFERENCES, alone
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.finished import Finished, open_finished
+from carft_ray.search.folder import PREPARED
+from carft_ray.search.outcome import FOLDERS, read_result
 from carft_ray.search.provenance import CHANGING, differences, identity_problems, leaves
 
 # of result.json; all but times and the machine
@@ -139,10 +142,15 @@ def reproduce(
     say("comparing the images with the manifest")
     _check({"data": set_contents(finished.base, Path("/"))}, kept)
     shared = _as_computed(finished.base, kept["preparation"], out_dir)
+    of_study = finished.run_dir != finished.folder
+    is_trial = of_study and finished.run_dir.parent.name == FOLDERS["trial"]
+    references = finished.folder / PREPARED / REFERENCES
 
     def prepare_first(folder: Path) -> dict[str, Any]:
         found = prepare(shared, Path("/"), folder, say, share_targets=False)
         _check(found["provenance"], kept)
+        if is_trial and references.exists():
+            files.write_json(folder / REFERENCES, files.read_json(references))
         if stored := finished.result.get("environment", {}).get("stored_targets"):
             train = finished.recipe.train.model_copy(update={"epochs": stored})
             search = shared.search.model_copy(update={"space": {}})
@@ -155,14 +163,16 @@ def reproduce(
         now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         table = read_predictions(out_dir / "zero_shot.parquet")
         return _compared(finished, finished.result, now, then, table, None)
-    recipe = _as_computed(finished.recipe, finished.result["environment"], out_dir)
+    was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
+    recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
         train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first)
     except InterruptedRunError:
         step = f"Run the same command again; {out_dir} is of no further use."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
     again = open_finished(out_dir)
-    return _compared(finished, finished.result, again.result, then, again.predictions(), again.weights_path)
+    as_trained = read_result(finished.run_dir) or finished.result
+    return _compared(finished, as_trained, again.result, then, again.predictions(), again.weights_path)
 
 
 def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:

@@ -3,10 +3,13 @@
 No image, GPU or torch is needed, and nothing in the study changes: the alpha curve, the choice of alpha and the
 objective are made anew from ``predictions/validation.parquet`` of every finished trial. With the recipe's own objective
 they are exactly those that the search stored.
+
+Constraints of the recipe hold here as in the search. In a Pareto search every trial has a whole alpha curve, and alpha
+is chosen from its grid as in mode ``profile``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -21,14 +24,17 @@ from carft_ray.errors import (
     nearest,
 )
 from carft_ray.evaluation import predictions
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, stepped_back
+from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
+from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import Overview, folder_of
+from carft_ray.results.pareto import study_limits
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT, best_first
 
 NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
@@ -46,12 +52,14 @@ class Rescored:
         ood_accuracy: Mean over the OOD sets at that alpha; None without any.
         measured: The accuracies were measured at that alpha; False: read from the fitted curves, since no predictions
             at it are stored.
+        violations: ``violation/<name>`` of every constraint at that alpha, interpolated where it is not measured.
     """
 
     choice: AlphaChoice
     id_accuracy: float
     ood_accuracy: float | None
     measured: bool
+    violations: dict[str, float] = field(default_factory=dict)
 
 
 def asked_objective(
@@ -122,15 +130,17 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     beside = [row for row in view.baselines if row.outcome == "complete"]
     found: dict[str, Rescored] = {}
     problems: list[Problem] = []
+    bounds = study_limits(view.recipe, view.baselines)
     for row in (*beside, *finished):
         try:
-            found[row.kind + row.name] = rescore_row(view, row, spec)
+            found[row.kind + row.name] = rescore_row(view, row, spec, bounds if row.kind == "trial" else ())
         except CarftError as error:
             problems += error.problems
     if problems:
         raise StorageError(problems)
-    old = _ranks(finished, [row.objective or 0.0 for row in finished])
-    new = _ranks(finished, [found[row.kind + row.name].choice.value for row in finished])
+    old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
+    again = [found[row.kind + row.name] for row in finished]
+    new = _ranks(finished, [(total_violation(each.violations), -each.choice.value) for each in again])
 
     def data(row: TrialRow) -> dict[str, Any]:
         each = found[row.kind + row.name]
@@ -147,12 +157,14 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
             "ood_accuracy": each.ood_accuracy,
             "measured": each.measured,
             "objective": each.choice.value,
+            "violations": violations(each.violations),
         }
 
     return {
         "study": str(view.study_dir),
         "objective": _words(spec),
-        "own_objective": _words(objective_spec(view.recipe)),
+        "own_objective": {**_words(objective_spec(view.recipe)), "kind": view.recipe.search.objective.kind},
+        "constraints": [limit.name for limit in bounds],
         "note": NOTE,
         "study_changed": False,
         "baselines": [data(row) for row in beside],
@@ -161,7 +173,7 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     }
 
 
-def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec) -> Rescored:
+def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> Rescored:
     """Returns one finished trial or baseline under an objective, the way its training chose alpha.
 
     A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays; else the curve over the recipe's grid
@@ -171,6 +183,7 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec) -> Rescored:
         view: The study.
         row: A complete trial or baseline.
         spec: The objective, over validation sets of the study.
+        bounds: The constraints; a baseline has none.
 
     Raises:
         StorageError, DataError: Its predictions are missing, damaged, or lack a set or an alpha.
@@ -180,21 +193,29 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec) -> Rescored:
         path = view.study_dir / PREPARED / "zero_shot.parquet"
     table = predictions.read_predictions(path)
     fixed = apply(view.recipe, row.values).train.alpha
-    if fixed is not None:
-        by_set = _accuracies(table, spec, fixed)
-        return _rescored(AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed"), by_set, spec)
-    grid = view.recipe.search.alpha.grid
+    if fixed is not None and not (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
+        by_set, missed = _accuracies(table, spec, fixed), violations_at(table, bounds, fixed)
+        return _rescored(AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed"), by_set, spec, missed)
+    grid, lowest = view.recipe.search.alpha.grid, view.recipe.search.alpha.lowest
     on_grid = table.filter(np.isin(table["alpha"].to_numpy(), grid))
-    profile = alpha_profile(on_grid, spec, view.recipe.search.alpha.lowest)
+    profile = alpha_profile(on_grid, spec, lowest, bounds)
     choice = profile.choice
-    if all(choice.alpha in predictions.alphas(table, name) for name in (spec.id_set, *spec.ood_sets)):
-        return _rescored(choice, _accuracies(table, spec, choice.alpha), spec)
+    stored = set.intersection(*({*predictions.alphas(table, name)} for name in (spec.id_set, *spec.ood_sets)))
+    if choice.alpha in stored:
+        if choice.alpha not in profile.alphas:
+            choice = stepped_back(profile, violations_at(table, bounds, choice.alpha), lowest)
+        by_set, missed = _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha)
+        return _rescored(choice, by_set, spec, missed)
+    missed = {
+        VIOLATION + limit.name: float(np.interp(choice.alpha, profile.alphas, along))
+        for limit, along in zip(bounds, profile.violations, strict=True)
+    }
     curves = {spec.id_set: profile.id_accuracies, **profile.ood_accuracies}
     by_set = {
         name: float(np.clip(fitted_curve(profile.alphas, curve, [choice.alpha])[0], 0, 1))
         for name, curve in curves.items()
     }
-    return _rescored(choice, by_set, spec, measured=False)
+    return _rescored(choice, by_set, spec, missed, measured=False)
 
 
 def _accuracies(table: Any, spec: ObjectiveSpec, alpha: float) -> dict[str, float]:
@@ -202,14 +223,20 @@ def _accuracies(table: Any, spec: ObjectiveSpec, alpha: float) -> dict[str, floa
     return {name: predictions.accuracy(predictions.select(table, name, alpha)) for name in names}
 
 
-def _rescored(choice: AlphaChoice, by_set: dict[str, float], spec: ObjectiveSpec, measured: bool = True) -> Rescored:
+def _rescored(
+    choice: AlphaChoice,
+    by_set: dict[str, float],
+    spec: ObjectiveSpec,
+    missed: dict[str, float],
+    measured: bool = True,
+) -> Rescored:
     ood = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets}) if spec.ood_sets else None
-    return Rescored(choice, by_set[spec.id_set], ood, measured)
+    return Rescored(choice, by_set[spec.id_set], ood, measured, missed)
 
 
-def _ranks(rows: Sequence[TrialRow], objectives: Sequence[float]) -> dict[int, int]:
-    """Returns the rank of each trial by its number, from 1; the earlier of equals comes first."""
-    order = sorted(zip(rows, objectives, strict=True), key=lambda pair: (-pair[1], pair[0].number))
+def _ranks(rows: Sequence[TrialRow], keys: Sequence[tuple[float, float]]) -> dict[int, int]:
+    """Returns the rank of each trial by its number, from 1, the smallest key first; then the earlier of equals."""
+    order = sorted(zip(rows, keys, strict=True), key=lambda pair: (pair[1], pair[0].number))
     return {row.number: rank for rank, (row, _) in enumerate(order, start=1)}
 
 

@@ -16,6 +16,7 @@ from carft_ray.evaluation.robustness import (
     read_reference,
 )
 from carft_ray.results.overview import Overview, folder_of
+from carft_ray.results.pareto import placed
 from carft_ray.search.outcome import TrialRow, read_result
 
 
@@ -45,7 +46,7 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
     Raises:
         DataError: The file cannot be used.
     """
-    result = read_result(folder_of(view.study_dir, best)) or {}
+    result = placed(read_result(folder_of(view.study_dir, best)) or {}, best)
     metrics, num_images = result.get("metrics", {}), result.get("num_images", {})
     known = {} if reference is None else read_reference(reference)
     sets = [name for name in view.recipe.data.ood_val if f"accuracy/{name}" in metrics and name in num_images]

@@ -1,16 +1,20 @@
 """The seal opened: winner and baselines read on the test sets, at the alphas that validation chose, every read counted.
 
-    study_dir/test/summary.json                  of the newest finished read
-    study_dir/test/read-N/summary.json           written last: the read is finished
+A read of every trial (``analysis``) is counted with the others and chooses nothing.
+
+    study_dir/test/summary.json                  of the newest finished read of winner and baselines
+    study_dir/test/analysis.json                 of the newest finished read of every trial
+    study_dir/test/read-N/summary.json           of either, written last: the read is finished
     study_dir/test/read-N/**/*.parquet           predictions, a file per training, under the name of its folder
 
-The line in the ledger comes before the first image. It holds the rows with their alphas; a read that was killed goes on
-from there, whatever the study has become since, and needs no reason. Nothing of a read enters the trials.
+The line in the ledger comes before the first image. It holds rows or trials with their alphas; a read that was killed
+goes on from there, whatever the study has become since, and needs no reason. Nothing of a read enters the trials.
 """
 
 import dataclasses
+import functools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +35,33 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results import overview
+from carft_ray.results.analysis import analyse, judged_again, judged_trials
 from carft_ray.results.compared import Compared, Row, Run, compared_rows
 from carft_ray.results.sealed_summary import ID_TEST, summarise
 from carft_ray.results.trained import open_run, require_weights
-from carft_ray.search.folder import PREPARED, claim, repair_journal, study_lock
+from carft_ray.search.folder import PREPARED, repair_journal, study_lock
+from carft_ray.search.identity import claim
 from carft_ray.search.lease import Lease
-from carft_ray.search.ledger import TEST, Entry, check_reason, mend, read_ledger, reads_of, record, told
+from carft_ray.search.ledger import (
+    ANALYSIS,
+    TEST,
+    Entry,
+    Purpose,
+    check_reason,
+    mend,
+    read_ledger,
+    reads_of,
+    record,
+    told,
+)
 from carft_ray.search.rows import ZERO_SHOT
 
-TEST_DIR, SUMMARY = "test", "summary.json"
+TEST_DIR, SUMMARY, ANALYSIS_SUMMARY = "test", "summary.json", "analysis.json"
 
 
-def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def read_sealed(
+    study: Path, reason: str | None, say: Callable[[str], None], all_trials: bool = False
+) -> dict[str, Any]:
     """Reads the test sets once, or goes on with a read that was killed; holds the study meanwhile.
 
     Args:
@@ -50,6 +69,8 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
             killed goes on.
         say: Told what is being done.
+        all_trials: Read every complete trial whose weights are there, to judge the rules of selection, instead of
+            winner and baselines.
 
     Returns:
         Content of ``summary.json``.
@@ -74,23 +95,25 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         mend(study_dir)
         reads = reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
-        if entry is not None and (_read_dir(study_dir, len(reads)) / SUMMARY).exists():
-            raise HoldOutError(_read_already(study_dir, entry))
+        purpose = ANALYSIS if all_trials else TEST
+        if entry is not None:
+            _require_unfinished(study_dir, entry, len(reads), purpose)
         sources = _open_sources(recipe)
-        compared = _rows_of(study_dir, recipe, entry)
+        read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
+        for run in read.runs.keys() - {ZERO_SHOT}:
+            require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
-            details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
             sets = tuple(source.name for source in sources)
-            entry = record(study_dir, recipe, TEST, sets, details, reason or "")
+            entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"going on with the read of {told(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
-        tables = _evaluate(study_dir, recipe, compared, sources, folder, held, say)
-        summary = summarise(recipe, compared, tables, entry, entries, number)
+        tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
+        summary = read.summarise(tables, entry, entries, number)
         held.check()
-        files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
+        files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
         files.write_json(folder / SUMMARY, summary)
     return summary
 
@@ -106,12 +129,20 @@ def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
     raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
 
 
-def _read_already(study_dir: Path, entry: Entry) -> Problem:
-    folder = shlex.quote(str(study_dir))
+def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
+    """Raises a ``HoldOutError`` unless the last read was killed and this one would go on with it."""
+    command = f"carft-ray test {shlex.quote(str(study_dir))}"
+    option = {TEST: "", ANALYSIS: " --all-trials"}
     rule = f"its test sets were read already: {told(entry)}"
-    step = f"What was found lies in {study_dir / TEST_DIR / SUMMARY}.\n    "
-    step += f"Every further read is counted and told: carft-ray test {folder} --again REASON"
-    return Problem(str(study_dir), rule, next_step=step)
+    if (_read_dir(study_dir, number) / SUMMARY).exists():
+        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
+        step = f"What was found lies in {found}."
+    elif entry.purpose != purpose:
+        step = f"That read is not finished; go on with it: {command}{option[entry.purpose]}"
+    else:
+        return
+    step += f"\n    Every further read is counted and told: {command}{option[purpose]} --again REASON"
+    raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
 
 
 def _read_dir(study_dir: Path, number: int) -> Path:
@@ -129,37 +160,56 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes, Path("/")) for name, spec in specs.items() if spec is not None]
 
 
-def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> Compared:
-    """Returns the rows of a read that goes on, or those of the study; their weights are there."""
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a read is of.
+
+    Attributes:
+        runs: Trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0.
+        details: For the ledger: what a read that was killed goes on with.
+        summarise: Returns the content of ``summary.json`` from the tables by folder, the line of this read, the lines
+            before it, and which read it is.
+    """
+
+    runs: dict[str, list[float]]
+    details: dict[str, Any]
+    summarise: Callable[[Mapping[str, pa.Table], Entry, Sequence[Entry], int], dict[str, Any]]
+
+
+def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+    """Returns winner and baselines: of a read that goes on, or those of the study."""
     if entry is None:
         compared = compared_rows(study_dir, recipe)
     else:
         rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in entry.details["rows"])
         compared = Compared(tuple(rows), entry.details["confirmed"])
-    for run in _runs(compared):
-        require_weights(study_dir, study_dir / run, recipe)
-    return compared
-
-
-def _runs(compared: Compared) -> dict[str, list[float]]:
-    """Returns the trainings of all rows by folder, with the alphas at which they are read."""
     runs: dict[str, list[float]] = {}
+    if any(not row.runs for row in compared.rows):
+        runs[ZERO_SHOT] = [0.0]
     for row in compared.rows:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
-    return runs
+    details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
+    return _Read(runs, details, functools.partial(summarise, recipe, compared))
+
+
+def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+    """Returns every trial whose weights are there: of a read that goes on, or those of the study."""
+    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
+    runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
+    return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
 
 
 def _evaluate(
     study_dir: Path,
     recipe: Recipe,
-    compared: Compared,
+    runs: Mapping[str, Sequence[float]],
     sources: Sequence[Source],
     folder: Path,
     held: Lease,
     say: Callable[[str], None],
 ) -> dict[str, pa.Table]:
-    """Reads every training at its alphas, and zero-shot; what is there already is not read again.
+    """Reads every training at its alphas; what is there already is not read again.
 
     Returns:
         Predictions by the folder of the training, zero-shot by its name.
@@ -173,17 +223,14 @@ def _evaluate(
             sets.extend(_decoded(source, materials, recipe) for source in sources)
         return sets
 
-    jobs: dict[str, list[float]] = _runs(compared)
-    if any(not row.runs for row in compared.rows):
-        jobs = {ZERO_SHOT: [0.0], **jobs}
     tables: dict[str, pa.Table] = {}
-    for number, (name, alphas) in enumerate(jobs.items(), start=1):
+    for number, (name, alphas) in enumerate(runs.items(), start=1):
         path = folder / f"{name}.parquet"
         at = ", ".join(f"{alpha:.2f}" for alpha in alphas)
         if path.exists():
-            say(f"{number}/{len(jobs)} {name} at alpha {at}: read before")
+            say(f"{number}/{len(runs)} {name} at alpha {at}: read before")
         else:
-            say(f"{number}/{len(jobs)} {name} at alpha {at}")
+            say(f"{number}/{len(runs)} {name} at alpha {at}")
             table = _predict(study_dir, recipe, materials, name, alphas, test_sets())
             held.check()
             write_predictions(path, table)

@@ -9,7 +9,7 @@ Shape letters: N trials, n images of one set, r seeds, K candidates (trial, alph
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from carft_ray.results.intervals import (
 
 NUM_DRAWS = 2000
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
+RULES = ("id_val", "ood_val", "objective", "worst_domain")
 IMAGE_NOISE_ONLY = "image noise only"
 IMAGE_AND_SEED_NOISE = "image and seed noise"
 
@@ -269,7 +270,7 @@ def regret_table(
         resampled[name] = np.concatenate(again, axis=1)
     now, spread = _regrets(spec, measured), _regrets(spec, resampled)
     table = []
-    for rule in ("id_val", "ood_val", "objective", "worst_domain"):
+    for rule in RULES:
         if rule in now:
             table.append(RuleRegret(rule, float(now[rule]), float(np.std(spread[rule], ddof=1))))
         else:
@@ -279,18 +280,27 @@ def regret_table(
     return table
 
 
+def rule_values(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Returns per rule of selection what it maximises; ``ood_val`` and ``worst_domain`` need an OOD set.
+
+    Args:
+        spec: The objective over the sets that a rule may use.
+        accuracies: Per set, any shape.
+    """
+    values = {"id_val": accuracies[spec.id_set], "objective": spec.values(accuracies)}
+    if spec.ood_sets:
+        by_set = np.stack([accuracies[name] for name in spec.ood_sets])
+        values |= {"ood_val": by_set.mean(axis=0), "worst_domain": by_set.min(axis=0)}
+    return values
+
+
 def _regrets(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     """Returns per rule its mean regret over the sets left out; accuracies [..., K] give [...]."""
     id_accuracy, found = accuracies[spec.id_set], dict[str, list[FloatArray]]()
     for left_out in spec.ood_sets:
         others = tuple(name for name in spec.ood_sets if name != left_out)
         target = spec.id_weight * id_accuracy + (1 - spec.id_weight) * accuracies[left_out]
-        rules = {"id_val": id_accuracy}
-        rules["objective"] = ObjectiveSpec(spec.kind, spec.id_set, others, spec.id_weight).values(accuracies)
-        if others:
-            by_set = np.stack([accuracies[name] for name in others])
-            rules |= {"ood_val": by_set.mean(axis=0), "worst_domain": by_set.min(axis=0)}
-        for rule, values in rules.items():
+        for rule, values in rule_values(replace(spec, ood_sets=others), accuracies).items():
             picked = np.take_along_axis(target, values.argmax(axis=-1)[..., None], axis=-1)[..., 0]
             found.setdefault(rule, []).append(target.max(axis=-1) - picked)
     return {rule: np.mean(regrets, axis=0) for rule, regrets in found.items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import StorageError
+from carft_ray.errors import Problem, StorageError
+from carft_ray.evaluation.constraints import Limit, calibration_gaps
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
 from carft_ray.recipe.schema import Recipe
@@ -49,7 +50,12 @@ def predictions_path(study_dir: Path, row: TrialRow) -> Path:
 
 
 def read_stored(
-    study_dir: Path, recipe: Recipe, trials: Sequence[TrialRow], baselines: Sequence[TrialRow], spec: ObjectiveSpec
+    study_dir: Path,
+    recipe: Recipe,
+    trials: Sequence[TrialRow],
+    baselines: Sequence[TrialRow],
+    spec: ObjectiveSpec,
+    bounds: Sequence[Limit] = (),
 ) -> Stored:
     """Reads the predictions of complete trials and baselines.
 
@@ -59,6 +65,7 @@ def read_stored(
         trials: Complete trials, in the order of the search.
         baselines: Complete baselines, zero-shot among them.
         spec: The objective.
+        bounds: The constraints; what their calibration errors are made of is read with the candidates.
 
     Raises:
         StorageError: Predictions are missing or damaged.
@@ -73,15 +80,21 @@ def read_stored(
         for alpha in (*(_choices(recipe, row, found) if row.kind == "trial" else ()), row.alpha or 0.0)
     ]
     matrices = {name: correct_matrix(asked, name) for name in (spec.id_set, *spec.ood_sets)}
+    calibrated = [limit.set_name for limit in bounds if limit.measure == "ece"]
+    gaps = {name: calibration_gaps(asked, name) for name in calibrated}
+
+    def part(name: str, of_alphas: tuple[float, ...], first: int) -> Candidate:
+        taken = slice(first, first + len(of_alphas))
+        correct = {each: matrix[taken] for each, matrix in matrices.items()}
+        return Candidate(name, of_alphas, correct, {each: found.take(taken) for each, found in gaps.items()})
+
     candidates, chosen, start = [], {}, 0
     for row, found in zip(rows, stored, strict=True):
         choices = _choices(recipe, row, found) if row.kind == "trial" else ()
-        end = start + len(choices)
         if choices:
-            candidates.append(Candidate(row.name, choices, {name: m[start:end] for name, m in matrices.items()}))
-        own = {name: matrix[end : end + 1] for name, matrix in matrices.items()}
-        chosen[row.name] = Candidate(row.name, (row.alpha or 0.0,), own)
-        start = end + 1
+            candidates.append(part(row.name, choices, start))
+        chosen[row.name] = part(row.name, (row.alpha or 0.0,), start + len(choices))
+        start += len(choices) + 1
     trained = [found for row, found in zip(rows, stored, strict=True) if row.name != ZERO_SHOT]
     results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
     moved = {name: float(result["moved"]) for name, result in results.items() if "moved" in result}
@@ -127,8 +140,28 @@ def found_beside(study_dir: Path, step: str) -> list[str]:
     return [str(line) for line in [*content.get("row_lines", []), *lines]]
 
 
+def found_analysis(study_dir: Path) -> dict[str, Any] | None:
+    """Returns what the newest `test --all-trials` has found; None before there is one.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    path = study_dir / "test" / "analysis.json"
+    if not path.exists():
+        return None
+    content: Any = files.read_json(path)
+    if not isinstance(content, dict) or not {"rules", "lines"} <= content.keys():
+        raise StorageError(Problem(str(path), "must have 'rules' and 'lines'"))
+    return content
+
+
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:
-    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone."""
+    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
+
+    In a Pareto search they are all points of the training that may be on the front.
+    """
+    if recipe.search.objective.kind == "pareto":
+        return tuple(alpha for alpha in found if alpha >= recipe.search.alpha.lowest - 1e-9)
     if "alpha" in row.values or recipe.train.alpha is not None:
         return (row.alpha or 0.0,)
     return tuple(alpha for alpha in found if alpha in recipe.search.alpha.grid)

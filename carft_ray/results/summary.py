@@ -7,12 +7,15 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.figure import Curve, Dot, id_ood_figure
+from carft_ray.results.foretold import foretold
 from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import row_dict
+from carft_ray.results.pareto import constraint_lines, front_data, front_lines, mean_words
 from carft_ray.results.stored import predictions_path
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_first
@@ -28,11 +31,13 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     outcomes = [row.outcome for row in result.trials]
     return {
         "study": str(result.study_dir),
-        "trials": {name: outcomes.count(name) for name in ("complete", "diverged", "error", "running")},
+        "trials": {name: outcomes.count(name) for name in ("complete", "pruned", "diverged", "error", "running")},
+        "pruner": None if recipe.search.pruner.name == "none" else foretold(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),
         "best": row_dict(best, best),
         "rows": [row_dict(row, best) for row in (*result.baselines, *trials)],
+        "front": front_data(recipe, result.trials),
         "lines": _lines(recipe, result),
         "budget": {"used_up": bool(result.out_of_budget), "line": budget_line(recipe, result)},
         "best_recipe": str(result.study_dir / BEST),
@@ -45,14 +50,19 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
     if not result.out_of_budget:
         return ""
     begun = [row.name for row in result.trials if row.outcome == "running"]
-    wanted, finished = recipe.search.trials, len(result.trials) - len(begun)
+    wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
     waiting = f", {len(begun)} have begun and left their checkpoints ({', '.join(begun)})" if begun else ""
     return f"The search has ended early: {result.out_of_budget}. {finished} of {wanted} trials are finished{waiting}."
 
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
-    best = result.best
-    lines = [f"Best: {best.name}, objective {100 * (best.objective or 0):.1f} % at alpha {best.alpha or 0:.2f}."]
+    best, front = result.best, front_data(recipe, result.trials)
+    value = f"objective {100 * (best.objective or 0):.1f} %"
+    if front is not None:
+        pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
+        value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
+    lines = [*front_lines(front), *constraint_lines(best)]
+    lines.append(f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.")
     rivals = [row for row in result.baselines if row.objective is not None]
     if rivals:
         rival = max(rivals, key=lambda row: row.objective or 0)
@@ -60,7 +70,8 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
             objective_spec(recipe), _correct(recipe, result, best), _correct(recipe, result, rival)
         )
         text = headline(difference, rival.name.replace("_", " "))
-        lines.append(f"Measured at their alphas: {text}; 95 %, {difference.words}.")
+        of = f", by {mean_words(recipe)}" if front is not None else ""
+        lines.append(f"Measured at their alphas{of}: {text}; 95 %, {difference.words}.")
     lines.append("These numbers chose the best trial, so they flatter it; test sets were not read.")
     if not recipe.data.ood_val:
         lines.append("Selected on ID only: the recipe has no ood_val.")
@@ -82,6 +93,7 @@ def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
     best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
     path = result.study_dir / BEST
     head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    head += "".join(f"# {line}\n" for line in constraint_lines(result.best))
     if not recipe.data.ood_val:
         head += "# Selected on ID only: the recipe has no ood_val.\n"
     write_text(path, head + dump_recipe(best, base_dir))
@@ -97,9 +109,13 @@ def write_figure(recipe: Recipe, result: SearchResult) -> Path:
     Raises:
         StorageError: It cannot be written.
     """
+    front = front_data(recipe, result.trials)
     dots = [
         Dot(
-            row.metrics["id_accuracy"], row.metrics["ood_accuracy"], row.values.get("kl_weight", recipe.train.kl_weight)
+            row.metrics["id_accuracy"],
+            row.metrics["ood_accuracy"],
+            row.values.get("kl_weight", recipe.train.kl_weight),
+            meets=not row.violation,
         )
         for row in result.trials
         if "ood_accuracy" in row.metrics
@@ -109,17 +125,18 @@ def write_figure(recipe: Recipe, result: SearchResult) -> Path:
         for row in sorted(result.baselines, key=lambda row: row.name != ZERO_SHOT)
         if "ood_accuracy" in row.metrics
     }
-    path = result.study_dir / FIGURE_PNG
+    path, num_pruned = result.study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in result.trials)
     id_ood_figure(
         dots,
         marks,
         _curve(result),
         path,
         result.study_dir / FIGURE_SVG,
-        f"{recipe.name}: {len(dots)} trials",
+        f"{recipe.name}: {len(dots)} trials" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,
+        front=[(point["id_accuracy"], point["ood_accuracy"]) for point in front["points"]] if front else (),
     )
     return path
 
@@ -128,7 +145,7 @@ def _curve(result: SearchResult) -> Curve | None:
     content = read_result(result.study_dir / "trials" / result.best.name)
     if content is None or "ood_accuracy" not in content["metrics"]:
         return None
-    points, metrics, counts = content["curve"], content["metrics"], content["num_images"]
+    points, metrics, counts = content["curve"], result.best.metrics, content["num_images"]
     ood = [name for name in counts if name not in ("train", "id_val")]
     variances = {
         name: a * (1 - a) / counts[name] for name in counts if (a := metrics.get(f"accuracy/{name}")) is not None
@@ -137,7 +154,7 @@ def _curve(result: SearchResult) -> Curve | None:
         alphas=[point["alpha"] for point in points],
         id_accuracies=[point["id_accuracy"] for point in points],
         ood_accuracies=[point["ood_accuracy"] for point in points],
-        chosen_alpha=content["alpha"],
+        chosen_alpha=result.best.alpha or 0.0,
         chosen_id_accuracy=metrics["id_accuracy"],
         chosen_ood_accuracy=metrics["ood_accuracy"],
         id_se=variances["id_val"] ** 0.5,

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
+from carft_ray.results.pareto import placed
 from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
+from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_row, trials
 
 
@@ -35,7 +37,7 @@ class Trained:
     Attributes:
         name: Folder of the training, or study and trial.
         recipe: With the values of this training in ``train``; all paths absolute.
-        result: Content of its ``result.json``.
+        result: Content of its ``result.json``; a trial of a Pareto search stands at its point of the front.
         materials: Model, prompts and sets.
         class_head_CD: Zero-shot head, unit rows [C, D].
         fine_tuned: State at alpha 1.
@@ -77,10 +79,12 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         recipe = Recipe.model_validate(files.read_json(folder / MANIFEST)["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(Problem(str(folder / MANIFEST), "must be a manifest", str(error))) from error
-    run_dir, name = folder, folder.name
+    run_dir, name, row = folder, folder.name, None
     if (folder / JOURNAL).exists():
-        name = trial or _best(folder)
+        rows = trials(folder)
+        name = trial or _best(folder, rows)
         run_dir = _trial_dir(folder, name)
+        row = next((each for each in rows if each.name == name), None)
     elif trial is not None:
         step = "Leave --trial out, or give the folder of a study."
         raise UsageError(Problem("--trial", "needs a study", f"the folder of one training, {folder}", next_step=step))
@@ -91,7 +95,8 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         raise NoSuccessfulTrialError(
             Problem(str(run_dir), "must be a finished training", "an unfinished or failed one", next_step=step)
         )
-    return open_run(folder, run_dir, recipe, name if run_dir == folder else f"{folder.name}/{name}")
+    trained = open_run(folder, run_dir, recipe, name if run_dir == folder else f"{folder.name}/{name}")
+    return replace(trained, result=placed(trained.result, row))
 
 
 def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
@@ -148,8 +153,8 @@ def _trial_dir(study_dir: Path, name: str) -> Path:
     return found[name]
 
 
-def _best(study_dir: Path) -> str:
-    best = best_row(trials(study_dir))
+def _best(study_dir: Path, rows: list[TrialRow]) -> str:
+    best = best_row(rows)
     if best is None:
         step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))

@@ -1,6 +1,7 @@
 """A study's folder: one search at a time, a journal that opens, and the recipe that it belongs to.
 
-study_dir/{lock, lease.json, manifest.json, study.journal, resolved.yaml, trials/, baselines/, prepared/, stop, _tune/}
+study_dir/{lock, lease.json, manifest.json, study.journal, token, resolved.yaml, trials/, baselines/, prepared/, stop,
+_tune/}
 """
 
 import contextlib
@@ -17,8 +18,6 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
 from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
 from carft_ray.search.lease import holder as live_holder
@@ -32,16 +31,6 @@ PREPARED = "prepared"
 DYING_LOOKS = 50
 STOP = "stop"  # asks running trainings to write a checkpoint and end
 BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
-# what may change between two searches of one study; everything else is what the study is about
-RUNNING_KEYS = (
-    "search.trials",
-    "search.concurrency",
-    "search.keep_checkpoints",
-    "resources",
-    "budget",
-    "storage",
-    "data.cache_dir",
-)
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks; there the lease must do
 
 
@@ -55,7 +44,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
     """
     path = study_dir / LOCK
     is_new = not study_dir.exists()
-    _check_free_or_claimed(study_dir)
+    check_free_or_claimed(study_dir)
     with files.writing(path):
         study_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,7 +90,7 @@ def is_ours(name: str) -> bool:
     return name in (LOCK, LEASE) or name.startswith((f".{MANIFEST}.", f".{LEASE}."))
 
 
-def _check_free_or_claimed(folder: Path) -> None:
+def check_free_or_claimed(folder: Path) -> None:
     """Raises a ``UsageError`` when a folder holds something and is no study; looked at before a lock is left in it."""
     with files.writing(folder):
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -171,49 +160,3 @@ def _whole(content: bytes) -> int:
         except ValueError:
             return start
     return end
-
-
-def claim(study_dir: Path, recipe: Recipe, base_dir: Path) -> bool:
-    """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
-
-    Args:
-        study_dir: An empty folder, or a study.
-        recipe: The recipe of the search.
-        base_dir: Folder from which the recipe's relative paths count.
-
-    Returns:
-        Whether it was empty.
-
-    Raises:
-        RecipeError: It is the study of another recipe; names the keys that differ.
-        UsageError: The folder holds something else.
-        StorageError: The manifest cannot be read or written.
-    """
-    path = study_dir / MANIFEST
-    wanted = absolute_paths(recipe, base_dir).model_dump(mode="json")
-    if not path.exists():
-        _check_free_or_claimed(study_dir)
-        created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted}
-        files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
-        return True
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-        kept = Recipe.model_validate(manifest["recipe"]).model_dump(mode="json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
-    if version != FORMAT_VERSION:
-        raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
-    old, new = provenance.leaves(kept), provenance.leaves(wanted)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    step = f"Go on with {study_dir / 'resolved.yaml'}, or give another folder."
-    differing = [
-        Problem(key, f"must be {json.dumps(old.get(key))} as in {study_dir}", json.dumps(new.get(key)))
-        for key in keys
-        if not any(key == free or key.startswith(free + ".") for free in RUNNING_KEYS)
-    ]
-    if differing:
-        last = differing.pop()
-        raise RecipeError([*differing, Problem(last.place, last.rule, last.value, next_step=step)])
-    return False

@@ -18,6 +18,7 @@ import getpass
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,17 +28,21 @@ import optuna
 
 from carft_ray import __version__, files
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
+from carft_ray.recipe import grid
 from carft_ray.recipe.loading import recipe_hash
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, MANIFEST, claim, repair_journal, study_lock
-from carft_ray.search.rows import STUDY_NAMES, baselines, readable, storage_of, trials
+from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
+from carft_ray.search.identity import claim
+from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
 
-Purpose = Literal["winner fixed", "test", "search went on"]
+Purpose = Literal["winner fixed", "test", "analysis", "search went on"]
 WINNER_FIXED: Purpose = "winner fixed"
-TEST: Purpose = "test"
+TEST: Purpose = "test"  # winner and baselines
+ANALYSIS: Purpose = "analysis"  # every trial, to judge the rules of selection; it chooses nothing
 WENT_ON: Purpose = "search went on"
 
 
@@ -179,7 +184,7 @@ def record(
     )
     lines.append(json.dumps(asdict(entry), allow_nan=False))
     with readable(study_dir), files.writing(study_dir / JOURNAL):
-        _study(study_dir).set_user_attr(ATTRIBUTE, lines)
+        _study(storage_of(study_dir)).set_user_attr(ATTRIBUTE, lines)
     mend(study_dir)
     return _entry(lines[-1])
 
@@ -196,11 +201,13 @@ def mend(study_dir: Path) -> None:
 
 
 def reads_of(entries: list[Entry]) -> list[Entry]:
-    """Returns the lines that are reads of the test sets."""
-    return [entry for entry in entries if entry.purpose == TEST]
+    """Returns the lines that are reads of the test sets, of winner and baselines or of every trial."""
+    return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
 
 
-def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None) -> bool:
+def require_unread(
+    study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None, may: Collection[Direction] = ()
+) -> bool:
     """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
 
     With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
@@ -211,6 +218,7 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         recipe: The recipe of the search.
         base_dir: Folder from which its relative paths count.
         reason: What was given with ``--again``.
+        may: How the search space may change.
 
     Returns:
         Whether the reason was written down.
@@ -227,9 +235,10 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         return False
     entries = read_ledger(study_dir)
     reads = reads_of(entries)
-    rows = [*trials(study_dir), *baselines(study_dir)]
+    by_kind = rows_by_kind(study_dir)
+    rows = [*by_kind["trial"], *by_kind["baseline"]]
     num_trials = sum(row.kind == "trial" for row in rows)
-    wanted = recipe.search.trials
+    wanted = grid.num_trials(recipe)
     if not reads or (num_trials >= wanted and all(row.outcome != "running" for row in rows)):
         return False
     went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
@@ -240,7 +249,7 @@ def require_unread(study_dir: Path, recipe: Recipe, base_dir: Path, reason: str 
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
-        claim(study_dir, recipe, base_dir)
+        claim(study_dir, recipe, base_dir, may)
         repair_journal(study_dir)
         record(study_dir, recipe, WENT_ON, details={"trials": wanted, "trials_before": num_trials}, reason=reason)
     return True
@@ -265,7 +274,7 @@ def _read(study_dir: Path) -> _Copies:
     with readable(study_dir):
         storage = storage_of(study_dir)
         known = STUDY_NAMES["trial"] in optuna.get_all_study_names(storage)
-        journal = list(_study(study_dir).user_attrs.get(ATTRIBUTE, [])) if known else []
+        journal = list(_study(storage).user_attrs.get(ATTRIBUTE, [])) if known else []
         for line in journal:
             _entry(line)
     manifest = files.read_json(study_dir / MANIFEST) if (study_dir / MANIFEST).exists() else {}
@@ -281,8 +290,8 @@ def _read(study_dir: Path) -> _Copies:
     return _Copies([line.decode(errors="replace") for line in whole], rest, journal, (count, head))
 
 
-def _study(study_dir: Path) -> optuna.Study:
-    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage_of(study_dir))
+def _study(storage: optuna.storages.BaseStorage) -> optuna.Study:
+    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage)
 
 
 def _entry(line: str) -> Entry:

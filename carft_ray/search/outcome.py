@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.errors import CarftError, DivergedError, Problem
+from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
+from carft_ray.recipe.constraints import total_violation
 
 FORMAT_VERSION = 1
 RESULT = "result.json"
@@ -23,11 +24,13 @@ LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
+FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
+CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
 ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
 FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
-Outcome = Literal["complete", "diverged", "error", "running"]
+Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,14 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A training of a study as tables show it. Accuracies and objective are fractions."""
+    """A training of a study as tables show it. Accuracies and objective are fractions.
+
+    Attributes:
+        outside: The search space has changed since, and the sampler looks at this trial no more.
+        points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
+        standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
+            front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``search.front``).
+    """
 
     kind: Kind
     number: int
@@ -69,8 +79,17 @@ class TrialRow:
     metrics: dict[str, float] = field(default_factory=dict)
     started: datetime | None = None
     elapsed_s: float | None = None
+    outside: bool = False
+    points: tuple[dict[str, float], ...] = ()
+    standing: int = 0
+    looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
+
+    @property
+    def violation(self) -> float:
+        """By how much all constraints are missed together; 0 when they are met."""
+        return total_violation(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -101,17 +120,33 @@ class Failure:
     """Content of ``error.json``.
 
     Attributes:
-        outcome: ``diverged`` and ``error`` are verdicts on the values. ``fatal`` is none: disk, data or recipe are at
-            fault and every other trial would end the same way, so the search stops.
+        outcome: ``diverged`` and ``error`` are verdicts on the values. ``memory`` is none: the micro-batch was too
+            large for the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe
+            are at fault and every other trial would end the same way, so the search stops.
         reason: One line.
         attempt: The attempt that failed.
         exit_code: Of the error.
     """
 
-    outcome: Literal["diverged", "error", "fatal"]
+    outcome: Literal["diverged", "error", "memory", "fatal"]
     reason: str
     attempt: int
     exit_code: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
+
+    Attributes:
+        attempt: The attempt that was looked at.
+        percent: Of its schedule.
+        reason: One line.
+    """
+
+    attempt: int
+    percent: int
+    reason: str
 
 
 def trial_name(number: int, values: Mapping[str, Any]) -> str:
@@ -152,15 +187,56 @@ def write_failure(folder: Path, failure: Failure, details: str) -> None:
         files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
 
 
-def read_alive(folder: Path, attempt: int) -> Alive | None:
-    """Returns the process of an attempt, or None when it has not begun or has ended."""
-    content = _read(folder / ALIVE)
-    if content is None or content.get("attempt") != attempt:
+def read_cut(folder: Path) -> Cut | None:
+    """Returns where and why a training was cut, or None when it was not."""
+    content = _read(folder / CUT)
+    return None if content is None else Cut(content["attempt"], content["percent"], content["reason"])
+
+
+def write_cut(folder: Path, cut: Cut) -> None:
+    """Writes ``cut.json``, which a running training takes as a request to end, and a line of the log.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
+    content = {"attempt": cut.attempt, "percent": cut.percent, "reason": cut.reason}
+    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **content})
+
+
+def raise_fence(folder: Path, attempt: int) -> None:
+    """Says that from now on only this attempt at a training may write into its folder; the driver's to call.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    files.write_json(folder / FENCE, {"attempt": attempt})
+
+
+def check_fence(folder: Path, attempt: int) -> None:
+    """Raises an ``OutdatedAttemptError`` when a newer attempt may write into the folder: this one was believed lost."""
+    content = _read(folder / FENCE)
+    if content is not None and content["attempt"] > attempt:
+        raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
+
+
+def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive | None:
+    """Returns the process of an attempt, or None when it has not begun or has ended.
+
+    Args:
+        folder: Of the training.
+        attempt: The attempt.
+        known: What was read of this attempt before: the file is not opened again then, and its time alone asked for.
+    """
+    content = None if known else _read(folder / ALIVE)
+    if not known and (content is None or content.get("attempt") != attempt):
         return None
     try:
         last_step_ns = (folder / ALIVE).stat().st_mtime_ns
     except FileNotFoundError:
         return None
+    if content is None:
+        return known and replace(known, last_step_ns=last_step_ns)
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
     return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus)
 

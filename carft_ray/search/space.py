@@ -1,11 +1,16 @@
-"""The recipe's search space and sampler in Optuna's terms."""
+"""The values of a trial: asked of the recipe's sampler, or given by the recipe's points."""
 
-import numpy as np
 import optuna
+from optuna.trial import TrialState
 
+from carft_ray.recipe.conditions import in_order, is_active
+from carft_ray.recipe.grid import grid_index, grid_size
+from carft_ray.recipe.points import flat
 from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.search.samplers import make_sampler
 
 Value = bool | int | float | str | None
+POINT = "point"  # attribute of a trial: the point of the recipe that it tries, flat
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
@@ -19,28 +24,65 @@ def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
     return float(trial.suggest_float(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log))
 
 
+def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
+    """Begins a trial: of the recipe's next point, in their order, else one that is drawn whole.
+
+    A point is entered with its trial, in one write: once, however often the search is killed.
+    """
+    entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
+    waiting = [point for point in map(flat, recipe.search.points) if point not in entered]
+    if not waiting:
+        return study.ask()
+    fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
+    state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
+    study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
+    return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
+
+
 def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:
-    """Returns the values of a trial: those that it has already, else new draws.
+    """Returns the values of a trial: those that it has already, else new draws; none of an inactive parameter.
 
     Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the trials that are
     told and on nothing else: a search that was killed, even between two parameters, draws what it would have drawn.
     """
     parameters = recipe.search.space
-    if not parameters.keys() <= trial.params.keys():
-        study.sampler = _sampler(recipe, trial.number, 0)
-        _ = trial.relative_params  # what the sampler draws together, of which some may be there already
-    values = {}
-    for index, (name, parameter) in enumerate(parameters.items(), start=1):
-        study.sampler = _sampler(recipe, trial.number, index)
-        values[name] = suggest(trial, name, parameter)
-    return values
+    places = {name: place for place, name in enumerate(parameters, start=1)}
+    values: dict[str, Value] = {}
+    drawn = set(trial.params)
+    usual, together = study.sampler, False
+    try:
+        for name, parameter in in_order(parameters).items():
+            if not is_active(parameter, values):
+                continue
+            if name not in drawn and not together:
+                _draw_together(study, trial, recipe)
+                together = True
+            study.sampler = make_sampler(recipe, trial.number, places[name])
+            values[name] = suggest(trial, name, parameter)
+    finally:
+        study.sampler = usual  # told to ours, grid would end the study and cmaes complain of constraints
+    return {name: values[name] for name in parameters if name in values}
 
 
-def _sampler(recipe: Recipe, number: int, index: int) -> optuna.samplers.BaseSampler:
-    """Returns the recipe's sampler for a draw of the trial with this number."""
-    part = recipe.search.sampler
-    seed = int(np.random.SeedSequence([part.seed, number, index]).generate_state(1)[0])
-    if part.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    startup = part.startup_trials or max(4, recipe.search.trials // 4)
-    return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
+def used_up(study: optuna.Study, recipe: Recipe) -> bool:
+    """Tells whether every point of the grid has a trial, where the sampler is the grid."""
+    if recipe.search.sampler.name != "grid":
+        return False
+    parameters, size = recipe.search.space, grid_size(recipe.search.space)
+    points = {grid_index(parameters, trial.params) for trial in study.get_trials(deepcopy=False)} - {None}
+    return size is not None and len(points) >= size
+
+
+def _draw_together(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
+    """Draws what the sampler draws at once, of which some may be there already; Optuna's trial keeps it."""
+    name = recipe.search.sampler.name
+    if name == "cmaes" and POINT in trial.user_attrs:
+        study.sampler = optuna.samplers.RandomSampler(seed=0)  # a given point is no draw of its distribution
+    elif name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
+        sampler = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
+        generation = sampler.get_trial_generation(study, trial._cached_frozen_trial)
+        sampler.get_parent_population(study, generation)
+        study.sampler = make_sampler(recipe, trial.number, 0)
+    else:
+        study.sampler = make_sampler(recipe, trial.number, 0)
+    _ = trial.relative_params

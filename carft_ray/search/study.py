@@ -5,18 +5,25 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
-| valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1 |
+| valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
+| cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
 | not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | its processes were lost, again and again | error | FAIL: no verdict on the values |
 | stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
 
-PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again.
+PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again. Every finished
+trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
+
+A Pareto search has two directions, ID and OOD accuracy. Its sampler is also told of other points of a training's alpha
+curve (``front.told_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``). They are added
+before the training itself is told, so that a training that is told has all of them.
 """
 
 import contextlib
 import shutil
 from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +32,47 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray import files
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.recipe.constraints import REFERENCES, VIOLATION, constraint_names, violations
+from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search import space
-from carft_ray.search.folder import JOURNAL, claim, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search import front, pruning, space, trust, warm_start
+from carft_ray.search.folder import JOURNAL, PREPARED, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search.generations import begin_generation, remove_half_made
+from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
     CHECKPOINTS,
+    LOG,
+    METRICS,
+    RESULT,
     WEIGHTS,
+    Cut,
     Kind,
     TrialRow,
     TrialSpec,
     failure_error,
+    raise_fence,
+    read_cut,
     read_failure,
     read_result,
     trial_name,
+    write_cut,
 )
 from carft_ray.search.rows import (
-    STUDY_NAMES,
+    LOOK_ATTRIBUTE,
+    TRAINING_OF,
     ZERO_SHOT,
     best_first,
     confirmations,
+    is_training,
+    looks_of,
     readable,
     row_of,
     rows_of,
     storage_of,
+    study_name,
+    trainings,
 )
 from carft_ray.search.spent import ATTRIBUTE as SPENT
 from carft_ray.search.spent import left_behind
@@ -61,19 +85,23 @@ class Study:
     """An open study; its lock is held. Use ``open_study``.
 
     Attributes:
-        notes: What was repaired or found at opening, one sentence each.
+        resolved: The recipe with absolute paths.
+        notes: What was repaired, found or taken in, one sentence each.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str]) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str], storage: JournalStorage) -> None:
         self.study_dir = study_dir
-        self.recipe = recipe
+        self.recipe = self.resolved = recipe
         self.notes = notes
         self._lease = held
-        storage = storage_of(study_dir)
         self._storage = storage
+        self._rule = front.front_rule(recipe.search.objective)
+        self._constraints = constraint_names(recipe.search.constraints)
+        self._references_known = not self._constraints  # whether what the constraints compare with is there
         self._studies: dict[Kind, optuna.Study] = {}
         self._open_studies("trial", "baseline")
         self._asks = True  # whether the sampler proposes new trials
+        self._trusted = False  # whether a sampler may open pickles of others
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
@@ -87,17 +115,27 @@ class Study:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
 
-    def adopt(self) -> list[TrialRow]:
+    def adopt(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
 
         Removes the weights that are not to be kept, too.
 
+        Args:
+            trusted: A study from elsewhere may be opened by a sampler that unpickles.
+
         Returns:
             Rows of what was told.
+
+        Raises:
+            UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
         """
+        self._trusted = trusted
+        self._check_trusted()
         self._enter("baseline", self.recipe.search.baselines)
         told = self._take_over("baseline") + self._take_over("trial")
-        for row in self.rows("baseline") + self.rows():
+        with self._writing():
+            self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
+        for row in self.rows("baseline") + [row_of("trial", trial) for trial in trainings(self._studies["trial"])]:
             self._retain(row)
         return told
 
@@ -119,6 +157,8 @@ class Study:
         """Tells or queues what is RUNNING in one of the Optuna studies; None wants everything."""
         told = []
         for frozen in self._studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not is_training(frozen):
+                continue
             spec = self._spec(kind, optuna.trial.Trial(self._studies[kind], frozen._trial_id))
             if wanted is not None and spec.name not in wanted:
                 continue
@@ -135,23 +175,68 @@ class Study:
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
 
-        Baselines come first, then adopted trials, then new ones until the recipe's number is reached.
+        Baselines come first, then adopted trials, then new ones until the recipe's number is reached. No trial starts
+        before the baselines that a constraint names have finished.
+
+        Raises:
+            NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
         """
-        if not self._waiting and self._wants_more():
+        if not self._waiting and self._wants_more() and self._may_try():
             with self._writing():
-                trial = self._studies["trial"].ask()
+                trial = space.ask(self._studies["trial"], self.recipe)
             self._waiting.append(self._spec("trial", trial))
-        if not self._waiting:
+        waiting = next((spec for spec in self._waiting if spec.kind != "trial" or self._may_try()), None)
+        if waiting is None:
             return None
-        waiting = self._waiting.popleft()
+        self._waiting.remove(waiting)
         spec = TrialSpec(waiting.kind, waiting.number, waiting.name, waiting.values, waiting.attempt + 1)
         trial = self._trials[spec.kind, spec.number]
         with self._writing():
             trial.set_user_attr("attempt", spec.attempt)
+        raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
 
+    def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
+        """Notes a look at a running trial, and decides whether its training is cut there.
+
+        The decision lies in the trial's folder before the look is in the study, so a kill in between loses neither. A
+        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+
+        Args:
+            spec: The attempt; trainings beside the search are never cut.
+            line: A line of its ``metrics.jsonl``.
+
+        Returns:
+            Why the training is cut; it ends by itself once it has seen the file. None: it goes on.
+        """
+        pruner = self.recipe.search.pruner
+        if spec.kind != "trial" or pruner.name == "none":
+            return None
+        look = pruning.look_of(self.recipe, spec.values, line)
+        study, folder = self._studies["trial"], spec.folder(self.study_dir)
+        trials = study.get_trials(deepcopy=False)
+        looks = looks_of(trials[spec.number])
+        cut = read_cut(folder)
+        if look is None or look[0] in looks or (cut is not None and look[0] > cut.percent):
+            return None
+        percent, value = look
+        reason = None
+        if cut is None and not (folder / RESULT).exists():
+            known = [pruning.Looked(t.number, looks_of(t), t.state == TrialState.COMPLETE) for t in trials]
+            mine = pruning.Looked(spec.number, {**looks, percent: value}, complete=False)
+            others = [trial for trial in known if trial.number != spec.number]
+            reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            if reason is not None:
+                write_cut(folder, Cut(spec.attempt, percent, reason))
+        with self._writing():
+            if len(study.directions) == 1:
+                self._trials[spec.kind, spec.number].report(value, percent)
+            else:  # Optuna takes no intermediate values of a trial with two objectives
+                self._trials[spec.kind, spec.number].set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
+        return reason
+
     def settle(self, spec: TrialSpec) -> TrialRow | None:
-        """Tells the study how an attempt ended, by what lies in its folder.
+        """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
 
         Returns:
             The row; None when the folder has no answer, or the same training gets another attempt.
@@ -161,13 +246,23 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
+        if self.recipe.search.pruner.name != "none":  # the last lines may not have been looked at
+            for line in files.read_json_lines(folder / METRICS):
+                self.report(spec, line)
         if result is not None:
-            return self._tell(spec, TrialState.COMPLETE, _attributes(result), result["objective"])
+            self._check_measured(spec, result)
+            return self._tell(spec, TrialState.COMPLETE, self._attributes(spec, result), result["objective"])
+        cut = read_cut(folder)
+        if cut is not None:
+            return self._tell(spec, TrialState.PRUNED, {"outcome": "pruned", "reason": cut.reason})
         failure = read_failure(folder, spec.attempt)
         if failure is None:
             return None
         if failure.outcome == "fatal":
             raise failure_error(failure, f"{spec.kind} {spec.name}", folder)
+        if failure.outcome == "memory":  # the micro-batch is at fault
+            self.repeat(spec)
+            return None
         if failure.outcome == "error" and self._again(spec, "error"):
             return None
         attributes = {"outcome": failure.outcome, "reason": failure.reason}
@@ -181,7 +276,12 @@ class Study:
         """
         if self._again(spec, "lost"):
             return None
+        raise_fence(spec.folder(self.study_dir), spec.attempt + 1)  # should it wake up: what is told stands
         return self._tell(spec, TrialState.FAIL, {"outcome": "error", "reason": reason})
+
+    def repeat(self, spec: TrialSpec) -> None:
+        """Gives the training of an attempt another one, and does not count this one as failed."""
+        self._waiting.append(spec)
 
     def spend(self, spec: TrialSpec, seconds: float, gpus: float) -> None:
         """Notes what an attempt took; call it before ``settle`` or ``lost``.
@@ -238,6 +338,85 @@ class Study:
         """Tells whether the training of an attempt is queued for another one."""
         return any((waiting.kind, waiting.number) == (spec.kind, spec.number) for waiting in self._waiting)
 
+    def _may_try(self) -> bool:
+        """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
+
+        Raises:
+            NoSuccessfulTrialError: One of them never will.
+        """
+        if self._references_known:
+            return True
+        rows = {row.name: row for row in self.rows("baseline")}
+        named = [rows.get(name) for name in self.recipe.search.constraints.id_drop]
+        ended = [
+            name
+            for name, row in zip(self.recipe.search.constraints.id_drop, named, strict=True)
+            if row is None or row.outcome not in ("complete", "running")
+        ]
+        if ended:
+            raise NoSuccessfulTrialError([_without_reference(self.study_dir, name, rows.get(name)) for name in ended])
+        if any(row is None or row.outcome == "running" for row in named):
+            return False
+        self.check_held()
+        found = {row.name: row.metrics["id_accuracy"] for row in named if row is not None}
+        files.write_json(self.study_dir / PREPARED / REFERENCES, found)
+        self._references_known = True
+        return True
+
+    def _check_measured(self, spec: TrialSpec, result: Mapping[str, Any]) -> None:
+        """Raises a ``StorageError`` when the result of a trial lacks what the search must tell of it."""
+        if spec.kind != "trial":
+            return
+        wanted = [VIOLATION + name for name in self._constraints]
+        wanted += ["id_accuracy", "ood_accuracy"] if self._rule else []
+        missing = [name for name in wanted if name not in result["metrics"]]
+        if missing:
+            rule = f"the metrics of a trial of this study must have {', '.join(wanted)}"
+            raise StorageError(
+                Problem(str(spec.folder(self.study_dir) / RESULT), rule, f"none of {', '.join(missing)}")
+            )
+
+    def _attributes(self, spec: TrialSpec, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what is kept of a result with its trial; in a Pareto search all points that may be on the front."""
+        found = {
+            "outcome": "complete",
+            "alpha": result.get("alpha"),
+            "metrics": result["metrics"],
+            "elapsed_s": result.get("elapsed_s"),
+        }
+        if spec.kind != "trial" or self._rule is None:
+            return found
+        lowest = self.recipe.search.alpha.lowest - 1e-9
+        curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest]
+        if all(point["alpha"] != result["alpha"] for point in curve):
+            curve.append({"alpha": result["alpha"], **result["metrics"]})
+        return {**found, "objective": result["objective"], "points": curve}
+
+    def _add_points(self, spec: TrialSpec, alpha: float, points: list[dict[str, float]]) -> None:
+        """Tells the sampler of further points of a training; those that an earlier search has told are there."""
+        study, trial = self._studies["trial"], self._trials["trial", spec.number]
+        of_this = [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(TRAINING_OF) == spec.number]
+        there = {each.params["alpha"] for each in of_this}
+        within = trial.distributions["alpha"]
+        for point in front.told_points(points, alpha):
+            if point["alpha"] in there or not within._contains(within.to_internal_repr(point["alpha"])):
+                continue
+            frozen = optuna.trial.create_trial(
+                values=[point["id_accuracy"], point["ood_accuracy"]],
+                params={**trial.params, "alpha": point["alpha"]},
+                distributions=trial.distributions,
+                user_attrs={TRAINING_OF: spec.number},
+                constraints=self._told_constraints("complete", point),
+            )
+            with self._writing():
+                study.add_trial(frozen)
+
+    def _told_constraints(self, outcome: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns all constraints of a finished trial: what was measured of a complete one, else 0."""
+        measured = violations(metrics) if outcome == "complete" else {}
+        trained = 1.0 if outcome in ("diverged", "error") else -1.0
+        return {"trained": trained, **{name: measured.get(name, 0.0) for name in self._constraints}}
+
     def _again(self, spec: TrialSpec, how: str) -> bool:
         """Queues another attempt unless too many have failed; the failed attempts are kept with the trial."""
         trial = self._trials[spec.kind, spec.number]
@@ -252,15 +431,26 @@ class Study:
     def _tell(
         self, spec: TrialSpec, state: TrialState, attributes: dict[str, Any], objective: float | None = None
     ) -> TrialRow:
-        """Writes attributes, constraint and state, in this order: a kill in between leaves the trial RUNNING."""
+        """Writes attributes, other points, constraints, state, in this order: a kill in between leaves it RUNNING."""
         study, trial = self._studies[spec.kind], self._trials[spec.kind, spec.number]
+        metrics = attributes.get("metrics", {})
+        values: float | list[float] | None = objective
+        constraints = self._told_constraints(attributes["outcome"], metrics)
+        if spec.kind != "trial":
+            constraints = {"trained": constraints["trained"]}
+        elif self._rule is not None and state == TrialState.COMPLETE:
+            values = [metrics["id_accuracy"], metrics["ood_accuracy"]]
         with self._writing():
             for key, value in attributes.items():
                 trial.set_user_attr(key, value)
-            if "trained" not in trial.constraints:
-                trial.set_constraint("trained", -1.0 if state == TrialState.COMPLETE else 1.0)
-            study.tell(spec.number, objective, state)
-        row = row_of(spec.kind, study.get_trials(deepcopy=False)[spec.number])
+        if isinstance(values, list):
+            self._add_points(spec, attributes["alpha"], attributes["points"])
+        with self._writing():
+            for key, value in constraints.items():
+                if key not in trial.constraints:
+                    trial.set_constraint(key, value)
+            study.tell(spec.number, values, state)
+        row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
         self._retain(row)
         return row
 
@@ -268,7 +458,8 @@ class Study:
         """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
 
         Called for every finished row at opening, and for each that is told: what a kill has left over goes then. A
-        failed training loses its checkpoints, too; a finished one has none.
+        failed or cut training loses its checkpoints, too; a finished one has none. In a Pareto search those of all
+        trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
         """
         if row.outcome == "running":
             return
@@ -278,16 +469,19 @@ class Study:
             _remove(spec.folder(self.study_dir) / WEIGHTS)
         elif row.kind == "trial":
             self._kept[row.name] = row
-            if len(self._kept) > self.recipe.search.keep_checkpoints:
-                worst = best_first(self._kept.values())[-1]
-                del self._kept[worst.name]
-                _remove(self.study_dir / "trials" / worst.name / WEIGHTS)
+            kept = list(self._kept.values())
+            ranked = best_first(kept if self._rule is None else front.stand(kept, self._rule))
+            for worse in ranked[self.recipe.search.keep_checkpoints :]:
+                if not worse.standing:
+                    del self._kept[worse.name]
+                    _remove(self.study_dir / "trials" / worse.name / WEIGHTS)
 
     def _spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
         """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""
         attributes = trial.user_attrs
         with self._writing():
             if kind == "trial":
+                self._check_trusted()  # nothing is drawn, so nothing is unpickled, without it
                 values = space.draw(self._studies["trial"], trial, self.recipe)
                 name = attributes.get("name") or trial_name(trial.number, values)
             else:
@@ -300,11 +494,20 @@ class Study:
     def _open_studies(self, *kinds: Kind) -> None:
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
-            name = STUDY_NAMES[kind]
-            self._studies[kind] = _open(self._storage, name, name in known)
+            name = study_name(self.study_dir, kind)
+            rule = self._rule if kind == "trial" else None
+            study = self._studies[kind] = _open(self._storage, name, name in known, 2 if rule else 1)
+            if rule is not None and front.FRONT not in study.user_attrs:
+                with self._writing():
+                    study.set_user_attr(front.FRONT, asdict(rule))
+
+    def _check_trusted(self) -> None:
+        trust.check_trusted(self.study_dir, self.recipe, self._studies["trial"], self._trusted)
 
     def _wants_more(self) -> bool:
-        return self._asks and len(self._studies["trial"].get_trials(deepcopy=False)) < self.recipe.search.trials
+        study = self._studies["trial"]
+        more = self._asks and len(trainings(study)) < self.recipe.search.trials
+        return more and not space.used_up(study, self.recipe)
 
     def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
@@ -337,7 +540,7 @@ class Study:
 
 
 @contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Study]:
+def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direction] = ()) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
     When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
@@ -346,6 +549,7 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
         base_dir: Folder from which the recipe's relative paths count.
+        may: How the search space may change; a change begins another generation of the study.
 
     Raises:
         StorageError: Another search runs on it, or the study cannot be read or written.
@@ -354,12 +558,26 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path) -> Iterator[Stud
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        is_new = claim(study_dir, recipe, base_dir)
+        claimed = claim(study_dir, recipe, base_dir, may)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with readable(study_dir):
-            study = Study(study_dir, recipe, held, notes)
-        with gone_if_nothing_began(study_dir, is_new, study._began):
+            storage = storage_of(study_dir)
+            with files.writing(study_dir / JOURNAL):
+                remove_half_made(storage, claimed.generation)
+            if claimed.space_changes:
+                before = Study(study_dir, claimed.kept, held, [], storage)
+                before._take_over("trial")  # what has finished is told, as a trial of the space that it was drawn from
+                with before._writing():
+                    notes.append(begin_generation(storage, claimed.generation, claimed.recipe))
+            elif may:
+                notes.append(f"{' '.join(f'--{one}' for one in may)} has no effect: the space is that of the study")
+            if claimed.is_news:
+                held.check()
+                record_recipe(study_dir, claimed)
+            study = Study(study_dir, recipe, held, notes, storage)
+            study.resolved = claimed.recipe
+        with gone_if_nothing_began(study_dir, claimed.is_new, study._began):
             yield study
 
 
@@ -372,17 +590,21 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _open(storage: JournalStorage, name: str, known: bool) -> optuna.Study:
+def _open(storage: JournalStorage, name: str, known: bool, num_directions: int) -> optuna.Study:
     sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
     if known:
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-    return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize")
+    directions = ["maximize"] * num_directions
+    return optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, directions=directions)
 
 
-def _attributes(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "outcome": "complete",
-        "alpha": result.get("alpha"),
-        "metrics": result["metrics"],
-        "elapsed_s": result.get("elapsed_s"),
-    }
+def _without_reference(study_dir: Path, name: str, row: TrialRow | None) -> Problem:
+    """Returns the message for a baseline under which no constraint can hold."""
+    place = f"search.constraints.id_drop.{name}"
+    rule = f"the baseline {name} must finish before a trial can begin"
+    value = "none" if row is None else f"{row.outcome}: {row.reason}"
+    step = "A study keeps its recipe: mend the baseline or the constraint, and begin a new study."
+    if row is not None:
+        spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+        step = f"See {spec.folder(study_dir) / LOG}. {step}"
+    return Problem(place, rule, value, next_step=step)

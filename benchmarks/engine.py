@@ -1,0 +1,479 @@
+"""What the engine itself costs, with trainings that do nothing: ``python -m benchmarks.engine [--only NAME ...]``
+
+    throughput   trials per second from end to end through Ray (inline)
+    study        one proposal and one answer after 10, 1,000 and 10,000 finished trials, without Ray: the journal, its
+                 size, opening it, `status` and `ls` as commands, memory
+    driver       a driver with 200 running trials that report every second: its look at their files, and the live
+                 table, as shares of one core
+
+A study of n trials is not searched, it is written: one trial goes the way of every trial, and its lines in the journal
+and the files of its folder are repeated with other numbers and values. So lines, bytes and files are those of a search.
+Numbers are medians; nothing here is compared with a threshold.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carft_ray import files
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.folder import JOURNAL, RESOLVED
+from carft_ray.search.outcome import ALIVE, METRICS, RESULT, TrialSpec, trial_name
+from carft_ray.search.rows import storage_of
+from carft_ray.search.study import Study, open_study
+
+PARTS = ("throughput", "study", "driver")
+SIZES = (10, 1_000, 10_000)
+NUM_TRIALS = 60  # of the search through Ray
+NUM_ASKED = 30  # proposals of which the median is taken
+NUM_LIVE = 200
+NUM_SECONDS = 10  # of the driver that are played
+SETS = ("noisy_photo", "blurry_photo", "painting", "negative")  # OOD validation sets
+SPACE = {
+    "learning_rate": {"low": 1e-4, "high": 5e-3, "log": True},
+    "kl_weight": {"low": 0.1, "high": 100.0, "log": True},
+    "weight_decay": {"low": 1e-3, "high": 1.0, "log": True},
+}
+EPOCH = {  # a line of metrics.jsonl, without its number
+    "step": 8,
+    "num_steps": 96,
+    "learning_rate": 0.002495443738882951,
+    "loss": 1.2485453075191606,
+    "ce": 1.0741136819124222,
+    "kl": 0.13695777765703676,
+    "context_entropy": 2.0345326364040375,
+    "grad_norm": 19.29855513572693,
+    "images_per_s": 1193.7426760127225,
+}
+
+
+def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
+    """Returns a recipe with three parameters; its sets are never opened."""
+    sandbox = {"source": "sandbox", "num_per_class": 4}
+    ood = {name: {**sandbox, "domain": name, "split": "val"} for name in SETS}
+    photo = {**sandbox, "domain": "photo"}
+    data = {"train": {**photo, "split": "train"}, "id_val": {**photo, "split": "val"}, "ood_val": ood}
+    search = {"trials": num_trials, "space": SPACE, "baselines": {}, "sampler": {"name": sampler}}
+    return Recipe.model_validate({"data": data, "search": search})
+
+
+# ---------------------------------------------------------------------------------------------- trainings of nothing
+
+
+def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+    """Stands in for ``evaluation.run.prepare``."""
+    del recipe, base_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    return metrics_of(0.5)
+
+
+def train(
+    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
+) -> dict[str, Any]:
+    """Stands in for ``evaluation.run.run_training``: writes a result and trains nothing."""
+    del base_dir, prepared_dir, attempt
+    context.should_stop()
+    return finish(out_dir, objective_of(recipe.train.learning_rate))
+
+
+def objective_of(learning_rate: float) -> float:
+    """Returns a number with a maximum inside the space."""
+    return 0.7 / (1 + 0.1 * math.log10(learning_rate / 1e-3) ** 2)
+
+
+def metrics_of(objective: float) -> dict[str, float]:
+    """Returns as many metrics as a trial with five validation sets tells."""
+    sets = {f"accuracy/{name}": objective + 1e-3 * k for k, name in enumerate(("id_val", *SETS))}
+    return {**sets, "id_accuracy": objective, "ood_accuracy": objective + 2.5e-3, "objective": objective}
+
+
+def finish(folder: Path, objective: float) -> dict[str, Any]:
+    """Writes the files of a finished training and returns its result."""
+    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    for name in ("predictions/validation.parquet", "tensorboard/events", "log.txt"):
+        (folder / name).write_bytes(b"x" * 60)
+    (folder / METRICS).write_text("".join(json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, 13)))
+    metrics = metrics_of(objective)
+    points = [{"alpha": alpha, **metrics} for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+    content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": metrics, "elapsed_s": 13.4}
+    files.write_json(folder / RESULT, {**content, "curve": points})
+    return content
+
+
+# ---------------------------------------------------------------------------------------------- a study of any size
+
+
+def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
+    """Makes a study with ``num_trials`` finished trials in seconds, as a search would have left it.
+
+    Args:
+        study_dir: A folder that is not there yet; absolute.
+        num_trials: At least 1.
+        sampler: Of the recipe.
+    """
+    recipe = recipe_of(num_trials, sampler)
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        files.write_text(study_dir / RESOLVED, dump_recipe(recipe, study_dir.parent))
+        study.adopt()
+        study.tell_zero_shot(metrics_of(0.5))
+        spec = study.next()
+        assert spec is not None
+        answer(study, spec)
+    folder, journal = spec.folder(study_dir), study_dir / JOURNAL
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    creates = [line for line in lines if line["op_code"] == 4]  # ids count over all Optuna studies of the journal
+    own = [creates[-1], *(line for line in lines if line.get("trial_id") == len(creates) - 1)]
+    rng = np.random.default_rng(0)
+    with journal.open("a") as out:
+        for number in range(1, num_trials):
+            logs = rng.uniform(*np.log([[each["low"], each["high"]] for each in SPACE.values()]).T)
+            values = dict(zip(SPACE, np.exp(logs).tolist(), strict=True))
+            objective, name = objective_of(values["learning_rate"]), trial_name(number, values)
+            for line in own:
+                copy = {**line, "trial_id": len(creates) - 1 + number} if "trial_id" in line else line
+                if "param_name" in line:
+                    copy["param_value_internal"] = values[line["param_name"]]
+                elif "name" in line.get("user_attr", ()):
+                    copy["user_attr"] = {"name": name}
+                elif "metrics" in line.get("user_attr", ()):
+                    copy["user_attr"] = {"metrics": metrics_of(objective)}
+                elif line.get("values"):
+                    copy["values"] = [objective]
+                out.write(json.dumps(copy, separators=(",", ":")) + "\n")
+            shutil.copytree(folder, folder.with_name(name))
+
+
+def answer(study: Study, spec: TrialSpec) -> None:
+    """Ends a trial: its files, then the study is told."""
+    finish(spec.folder(study.study_dir), objective_of(spec.values["learning_rate"]))
+    study.settle(spec)
+
+
+# ---------------------------------------------------------------------------------------------- measurements
+
+
+@dataclass(frozen=True)
+class StudyCost:
+    """What a study with ``num_trials`` finished trials costs; times are medians.
+
+    Attributes:
+        num_trials: Finished trials before the first measured one.
+        ask_ms: The next trial with its values, written down.
+        ask_p95_ms: Its 95th percentile.
+        tell_ms: A finished trial told.
+        tell_p95_ms: Its 95th percentile.
+        journal_mb: Size of the journal.
+        replay_s: Reading it once.
+        open_s: Opening the study for a search, with what is tidied then.
+        commands_s: Wall time of whole commands, by name.
+        memory_mb: Peak resident memory of the process that asked and told.
+    """
+
+    num_trials: int
+    ask_ms: float
+    ask_p95_ms: float
+    tell_ms: float
+    tell_p95_ms: float
+    journal_mb: float
+    replay_s: float
+    open_s: float
+    commands_s: dict[str, float]
+    memory_mb: float
+
+
+COMMANDS = {
+    "status": ("status",),
+    "status --json": ("status", "--json"),
+    "ls --limit 10": ("ls", "--limit", "10"),
+    "ls --json": ("ls", "--json"),
+}
+
+
+def study_cost(
+    study_dir: Path,
+    num_trials: int,
+    num_asked: int = NUM_ASKED,
+    commands: Mapping[str, tuple[str, ...]] = COMMANDS,
+) -> StudyCost:
+    """Measures a study that ``fill`` makes; this process should have measured none before (its memory is a peak).
+
+    Args:
+        study_dir: A folder that is not there yet; absolute.
+        num_trials: Finished trials.
+        num_asked: Proposals and answers of which the median is taken.
+        commands: Command lines that are timed, by name.
+    """
+    fill(study_dir, num_trials)
+    journal_mb = (study_dir / JOURNAL).stat().st_size / 1e6
+    replays = [_seconds(lambda: storage_of(study_dir)) for _ in range(3)]
+    commands_s = {name: _command_s(words, study_dir) for name, words in commands.items()}
+    recipe = recipe_of(num_trials + num_asked)
+    asked, told = [], []
+    began = time.perf_counter()
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        open_s = time.perf_counter() - began
+        for _ in range(num_asked):
+            began = time.perf_counter()
+            spec = study.next()
+            asked.append(time.perf_counter() - began)
+            assert spec is not None
+            finish(spec.folder(study_dir), objective_of(spec.values["learning_rate"]))
+            told.append(_seconds(lambda spec=spec: study.settle(spec)))  # type: ignore[misc]
+    return StudyCost(
+        num_trials,
+        *_ms(asked),
+        *_ms(told),
+        journal_mb,
+        statistics.median(replays),
+        open_s,
+        commands_s,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+    )
+
+
+@dataclass(frozen=True)
+class DriverCost:
+    """What a driver does for its running trials, as shares of one core.
+
+    Attributes:
+        num_reports: Lines that each trial had written before.
+        look_ms: One look at the files of all, median.
+        look_share: Processor time of all looks per second of the search.
+        view_ms: Drawing the live table once, median.
+        view_share: As ``look_share``.
+    """
+
+    num_reports: int
+    look_ms: float
+    look_share: float
+    view_ms: float
+    view_share: float
+
+
+def driver_cost(
+    study_dir: Path,
+    num_finished: int = 10,
+    num_live: int = NUM_LIVE,
+    num_reports: int = 100,
+    num_seconds: int = NUM_SECONDS,
+) -> DriverCost:
+    """Plays seconds of a search with running trials that report once a second, without waiting for them to pass.
+
+    Args:
+        study_dir: A folder that is not there yet; absolute.
+        num_finished: Finished trials of the study.
+        num_live: Running trials.
+        num_reports: Lines that each has written before.
+        num_seconds: Seconds played.
+    """
+    import io
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from carft_ray.launch.events import Started
+    from carft_ray.launch.searcher import LOOK_EVERY_S, StudySearcher, Watcher
+    from carft_ray.progress import REFRESH_PER_S, SearchView
+    from carft_ray.search.rows import trials
+
+    fill(study_dir, num_finished, "random")  # proposals are not what is measured here
+    recipe = recipe_of(num_finished + num_live, "random")
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
+    view = SearchView(num_seconds, trials(study_dir))
+    looks, draws, look_cpu, draw_cpu = [], [], 0.0, 0.0
+    told: list[str | None] = []
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        searcher = StudySearcher(study, num_live, lambda event: told.append(view.tell(event)))
+        watcher = Watcher(searcher, 3600.0)
+        view.tell(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
+        folders = []
+        for index in range(num_live):
+            config = searcher.suggest(f"id{index}")
+            assert isinstance(config, dict)
+            folder = TrialSpec(**config["spec"]).folder(study_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ALIVE).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
+            lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
+            (folder / METRICS).write_text("".join(lines))
+            watcher.on_trial_start(0, [], SimpleNamespace(config=config))
+            folders.append(folder)
+        for second in range(1, num_seconds + 1):
+            for folder in folders:
+                with (folder / METRICS).open("a") as out:
+                    out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
+                os.utime(folder / ALIVE)
+            for _ in range(round(1 / LOOK_EVERY_S)):
+                watcher._next_look = 0.0  # both looks, though it looks less often where one takes long
+                began, cpu = time.perf_counter(), time.process_time()
+                watcher.on_step_begin(0, [])
+                looks.append(time.perf_counter() - began)
+                look_cpu += time.process_time() - cpu
+            for _ in range(REFRESH_PER_S):
+                began, cpu = time.perf_counter(), time.process_time()
+                terminal.print(view)
+                draws.append(time.perf_counter() - began)
+                draw_cpu += time.process_time() - cpu
+    return DriverCost(
+        num_reports,
+        1000 * statistics.median(looks),
+        look_cpu / num_seconds,
+        1000 * statistics.median(draws),
+        draw_cpu / num_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A search of trainings of nothing through Ray.
+
+    Attributes:
+        num_trials: Trials.
+        at_a_time: How many run together.
+        per_s: Trials per second, from the first end to the last.
+        total_s: Whole search, Ray's start and end with it.
+    """
+
+    num_trials: int
+    at_a_time: int
+    per_s: float
+    total_s: float
+
+
+def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
+    """Searches with Ray on this machine, inline."""
+    from carft_ray.launch.events import Event, Started
+    from carft_ray.launch.executors import Runner
+    from carft_ray.launch.search import run_search
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    from benchmarks import engine  # by its name, by which workers find the trainings, also where this is __main__
+
+    started: list[Started] = []
+
+    def on_event(event: Event) -> None:
+        started.extend([event] if isinstance(event, Started) else [])
+
+    runner = Runner(engine.prepare, engine.train)
+    result = run_search(recipe_of(num_trials), study_dir.parent, study_dir, on_event=on_event, runner=runner)
+    ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/{RESULT}"))
+    return Throughput(num_trials, started[0].concurrency, (len(ends) - 1) / (ends[-1] - ends[0]), result.elapsed_s)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _command_s(words: Sequence[str], study_dir: Path) -> float:
+    """Returns the median wall time of three runs of ``carft-ray WORD STUDY ...``, after one that fills the caches."""
+    command = [sys.executable, "-m", "carft_ray.cli", words[0], str(study_dir), *words[1:]]
+    times = [_seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(4)]
+    return statistics.median(times[1:])
+
+
+def _ms(seconds: Sequence[float]) -> tuple[float, float]:
+    """Returns median and 95th percentile in milliseconds."""
+    return 1000 * statistics.median(seconds), 1000 * float(np.percentile(seconds, 95))
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def study_table(costs: Sequence[StudyCost]) -> list[str]:
+    """Returns the lines of a Markdown table, a column per size."""
+    rows: dict[str, Callable[[StudyCost], str]] = {
+        "propose: median; 95 %, ms": lambda c: f"{c.ask_ms:.0f}; {c.ask_p95_ms:.0f}",
+        "tell: median; 95 %, ms": lambda c: f"{c.tell_ms:.1f}; {c.tell_p95_ms:.1f}",
+        "trials per minute, propose and tell": lambda c: f"{60_000 / (c.ask_ms + c.tell_ms):,.0f}",
+        "journal, MB": lambda c: f"{c.journal_mb:.2f}",
+        "reading the journal, s": lambda c: f"{c.replay_s:.2f}",
+        "opening the study for a search, s": lambda c: f"{c.open_s:.2f}",
+        **{f"`{name}`, s": lambda c, name=name: f"{c.commands_s[name]:.2f}" for name in costs[0].commands_s},  # type: ignore[misc]
+        "peak memory of the process, MB": lambda c: f"{c.memory_mb:.0f}",
+    }
+    head = ["| finished trials | " + " | ".join(f"{cost.num_trials:,}" for cost in costs) + " |"]
+    return [
+        *head,
+        "|---" * (len(costs) + 1) + "|",
+        *(f"| {name} | " + " | ".join(cell(cost) for cost in costs) + " |" for name, cell in rows.items()),
+    ]
+
+
+def driver_table(costs: Sequence[DriverCost]) -> list[str]:
+    """Returns the lines of a Markdown table, a row per number of lines written before."""
+    head = [
+        "| lines written before | a look, ms | share of a core | live table, ms | share of a core |",
+        "|---" * 5 + "|",
+    ]
+    return head + [
+        f"| {c.num_reports:,} | {c.look_ms:.1f} | {100 * c.look_share:.1f} % "
+        f"| {c.view_ms:.1f} | {100 * c.view_share:.1f} % |"
+        for c in costs
+    ]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description="What the engine itself costs.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure (all)")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="finished trials (10 1000 10000)"
+    )
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a study of this size, in a process of its own
+    arguments = parser.parse_args(argv)
+    if min(arguments.sizes) < 1:
+        parser.error("argument --sizes: at least 1")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints Markdown tables and returns 0."""
+    arguments = _arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="carft-engine-") as temporary:
+        folder = Path(temporary).resolve()
+        if arguments.one:
+            print(json.dumps(vars(study_cost(folder / "study", arguments.one))))
+            return 0
+        print(
+            f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, trainings of nothing\n"
+        )
+        if "study" in arguments.only:
+            command = [sys.executable, "-m", "benchmarks.engine", "--one"]
+            found = [subprocess.run([*command, str(n)], check=True, stdout=subprocess.PIPE) for n in arguments.sizes]
+            print("\n".join(study_table([StudyCost(**json.loads(each.stdout)) for each in found])) + "\n", flush=True)
+        if "driver" in arguments.only:
+            costs = [driver_cost(folder / f"driver-{n}", num_reports=n) for n in (10, 1_000)]
+            print(f"{NUM_LIVE} running trials\n\n" + "\n".join(driver_table(costs)) + "\n", flush=True)
+            costs = [driver_cost(folder / "driver-many", num_finished=10_000, num_reports=10)]
+            print("after 10,000 finished trials\n\n" + "\n".join(driver_table(costs)) + "\n", flush=True)
+        if "throughput" in arguments.only:
+            done = throughput(folder / "study")
+            print(
+                f"{done.num_trials} trials, {done.at_a_time} at a time: {done.per_s:.1f} trials/s "
+                f"between the first end and the last, {done.total_s:.1f} s in all"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""What a training of the sandbox gives, between the real trainings of ``benchmarks/table.parquet``.
+
+A smoothed thin-plate spline over the unit cube of the table's values gives ID and mean OOD accuracy along alpha and the
+looks on the way of any training; its error is measured by cross-validation. Trainings with a large learning rate
+collapse, down to chance: beside that cliff a smooth surface swings, so what lies more than ``DEPTH`` under zero-shot
+counts as that much (chosen by cross-validation). The noise between seeds is what the table's repeated points show: a
+noisy training adds the deviation of one of them, drawn at random with a random sign, to curve and looks together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from scipy import stats
+from scipy.interpolate import RBFInterpolator
+
+from benchmarks.effect import space_of
+from benchmarks.table import SPACE
+from carft_ray.errors import Problem, StorageError
+from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.recipe.schema import Recipe
+
+SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
+FOLDS = 10
+DEPTH = 0.03  # of the landscape under zero-shot
+SHARES = (0.25, 1 / 3, 0.5, 2 / 3, 0.75, 1.0)  # of a schedule, where looks are kept
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one training gives; all fractions.
+
+    Attributes:
+        alphas: Grid of the curve, [A].
+        id_accuracies: [A].
+        ood_accuracies: Mean over the OOD sets, [A].
+        looks: Objective of the looks at ``SHARES`` of the schedule, [len(SHARES)].
+    """
+
+    alphas: FloatArray
+    id_accuracies: FloatArray
+    ood_accuracies: FloatArray
+    looks: FloatArray
+
+    @property
+    def objectives(self) -> FloatArray:
+        """Weighted mean with equal weights, [A]."""
+        mean: FloatArray = (self.id_accuracies + self.ood_accuracies) / 2
+        return mean
+
+    def objective(self, lowest: float, alpha: float | None = None) -> float:
+        """Returns the objective of the profile, or at an alpha that the search has drawn."""
+        if alpha is not None:
+            return float(fitted_curve(self.alphas, self.objectives, [alpha])[0])
+        return choose_alpha(self.alphas.tolist(), self.objectives.tolist(), lowest, None).value
+
+    def look(self, share: float) -> float:
+        """Returns the objective of a look after a share of the schedule."""
+        return float(np.interp(share, SHARES, self.looks))
+
+    def plus(self, noise: FloatArray) -> "Measured":
+        """Returns the training with a deviation added, [2 A + len(SHARES)]; alpha 0 is the same in all."""
+        n = len(self.alphas)
+        return Measured(
+            self.alphas,
+            self.id_accuracies + noise[:n],
+            self.ood_accuracies + noise[n : 2 * n],
+            self.looks + noise[2 * n :],
+        )
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What trainings give: the spline and the noise.
+
+    Attributes:
+        alphas: Grid of the curves, A of them.
+        spline: From the unit cube to ``Measured`` in one row, [n, 2 A + len(SHARES)].
+        deviations: Of repeated points from their mean, scaled to the noise of one training, [m, 2 A + len(SHARES)].
+        seed_sd: Noise of the objective between seeds.
+        num_collapsed: Trainings more than ``DEPTH`` under zero-shot.
+        cv_correlation: Rank correlation of predicted and measured objective over the folds, of those that stand.
+        cv_error: Root mean square of their difference.
+        defaults: Values of what a search leaves alone.
+    """
+
+    alphas: tuple[float, ...]
+    spline: RBFInterpolator
+    deviations: FloatArray
+    seed_sd: float
+    num_collapsed: int
+    cv_correlation: float
+    cv_error: float
+    defaults: Mapping[str, float]
+
+    def training(self, values: Mapping[str, Any], rng: np.random.Generator | None = None) -> Measured:
+        """Returns what a training gives: noise-free, or as one seed shows it."""
+        row = self.spline(_unit([{**self.defaults, **values}]))[0]
+        n = len(self.alphas)
+        measured = Measured(np.asarray(self.alphas), row[:n], row[n : 2 * n], row[2 * n :])
+        if rng is None:
+            return measured
+        return measured.plus(rng.choice([-1.0, 1.0]) * self.deviations[rng.integers(len(self.deviations))])
+
+    def curve(self, values: Mapping[str, Any]) -> FloatArray:
+        """Returns the noise-free objectives along alpha."""
+        return self.training(values).objectives
+
+    def objective(self, values: Mapping[str, Any], lowest: float) -> float:
+        """Returns the noise-free objective: of the profile, or at ``values['alpha']`` where the search draws it."""
+        return self.training(values).objective(lowest, values.get("alpha"))
+
+
+def read_landscape(path: Path, recipe: Recipe) -> Landscape:
+    """Reads the table and fits the spline.
+
+    Raises:
+        StorageError: There is no table.
+    """
+    if not path.exists():
+        step = "Make it: python -m benchmarks.table (about 200 trainings)"
+        raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
+    rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
+    alphas, lowest = recipe.search.alpha.grid, recipe.search.alpha.lowest
+    found = np.array([_measured(row, alphas) for row in rows])
+    n = len(alphas)
+    zero = list(alphas).index(0.0)
+    floor = float(found[0, [zero, n + zero]].mean()) - DEPTH  # alpha 0 is zero-shot in every row
+    clipped = np.concatenate(
+        [_raised(found[:, :n], found[:, n : 2 * n], floor), np.maximum(found[:, 2 * n :], floor)], 1
+    )
+    points = _unit(rows)
+    identity = [tuple(row[name] for name in SPACE) for row in rows]
+    fold = np.array([identity.index(values) for values in identity]) % FOLDS  # repeated points stay together
+    predicted = np.empty_like(clipped)
+    for k in range(FOLDS):
+        predicted[fold == k] = _spline(points[fold != k], clipped[fold != k])(points[fold == k])
+    foretold, measured = (
+        np.array([choose_alpha(alphas, ((row[:n] + row[n : 2 * n]) / 2).tolist(), lowest, None).value for row in both])
+        for both in (predicted, clipped)
+    )
+    stands = np.array([row["objective"] > floor for row in rows])
+    repeats: dict[tuple[float, ...], list[int]] = {}
+    for index, values in enumerate(identity):
+        repeats.setdefault(values, []).append(index)
+    groups = [which for which in repeats.values() if len(which) > 1 and stands[which].all()]
+    variances = [np.var([rows[i]["objective"] for i in which], ddof=1) for which in groups]
+    deviations = [
+        (found[which] - found[which].mean(axis=0)) * np.sqrt(len(which) / (len(which) - 1)) for which in groups
+    ]
+    return Landscape(
+        alphas=alphas,
+        spline=_spline(points, clipped),
+        deviations=np.concatenate(deviations),
+        seed_sd=float(np.sqrt(np.mean(variances))),
+        num_collapsed=int((~stands).sum()),
+        cv_correlation=float(stats.spearmanr(foretold[stands], measured[stands]).statistic),
+        cv_error=float(np.sqrt(np.mean((foretold - measured)[stands] ** 2))),
+        defaults={name: getattr(recipe.train, name) for name in SPACE},
+    )
+
+
+def covered(recipe: Recipe) -> Recipe:
+    """Returns the recipe with a search space that the table covers."""
+    space = dict(recipe.search.space)
+    for name, part in space_of(recipe).items():
+        if name in SPACE:
+            low, high, _ = SPACE[name]
+            space[name] = part.model_copy(update={"low": max(part.low, low), "high": min(part.high, high)})
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"space": space})})
+
+
+def _measured(row: Mapping[str, Any], alphas: Sequence[float]) -> list[float]:
+    """Returns a training of the table in one row: ID accuracies, OOD accuracies, looks."""
+    points = [next(p for p in row["curve"] if abs(p["alpha"] - alpha) < 1e-9) for alpha in alphas]
+    shares = [seen["epoch"] / row["epochs"] for seen in row["epochs_seen"]]
+    looks = np.interp(SHARES, shares, [seen["subset/objective"] for seen in row["epochs_seen"]])
+    return [*(p["id_accuracy"] for p in points), *(p["ood_accuracy"] for p in points), *looks.tolist()]
+
+
+def _raised(id_accuracies: FloatArray, ood_accuracies: FloatArray, floor: float) -> FloatArray:
+    """Returns both curves side by side, raised by the same amount where their mean lies under the floor."""
+    lift = np.maximum(floor - (id_accuracies + ood_accuracies) / 2, 0)
+    return np.concatenate([id_accuracies + lift, ood_accuracies + lift], axis=1)
+
+
+def _spline(points: FloatArray, values: FloatArray) -> RBFInterpolator:
+    return RBFInterpolator(points, values, kernel="thin_plate_spline", smoothing=SMOOTHING)
+
+
+def _unit(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
+    """Returns values as shares of their (log) range, [n, len(SPACE)]."""
+    columns = []
+    for name, (low, high, log) in SPACE.items():
+        column = np.array([float(row[name]) for row in rows])
+        columns.append(np.log(column / low) / np.log(high / low) if log else (column - low) / (high - low))
+    return np.stack(columns, axis=1)

@@ -1,0 +1,132 @@
+"""Constraints of a trial, measured from predictions: ID accuracy that may be lost under a baseline, and calibration.
+
+    id_drop/<baseline>   violation = (ID accuracy of the baseline - allowed drop) - ID accuracy
+    ece/<set>            violation = ECE of the set - allowed ECE         (15 bins of equal width, ``metrics``)
+
+A violation of 0 or less meets the constraint; several add up by their positive parts. The baseline's accuracy is fixed
+before the first trial. Shape letters: K constraints, A alphas.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from carft_ray import files
+from carft_ray.data.source import IntArray
+from carft_ray.evaluation.metrics import NUM_BINS, answers, equal_width_bins, expected_calibration_error
+from carft_ray.evaluation.objective import ID_SET
+from carft_ray.evaluation.predictions import BoolArray, FloatArray, accuracy, select
+from carft_ray.recipe.constraints import ECE, ID_DROP, REFERENCES, VIOLATION
+from carft_ray.recipe.schema import ConstraintsPart
+
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One constraint with its bound.
+
+    Attributes:
+        name: ``id_drop/<baseline>`` or ``ece/<set>``.
+        measure: What is bounded: the accuracy from below, the calibration error from above.
+        set_name: On which set.
+        bound: A fraction.
+    """
+
+    name: str
+    measure: Literal["accuracy", "ece"]
+    set_name: str
+    bound: float
+
+    def violation(self, value: float) -> float:
+        """Returns by how much a value misses the bound; differences that are rounding alone are 0."""
+        found = self.bound - value if self.measure == "accuracy" else value - self.bound
+        return 0.0 if abs(found) < _ROUNDING else found
+
+    def measured(self, table: pa.Table, alpha: float) -> float:
+        """Returns the violation of predictions at one alpha."""
+        part = select(table, self.set_name, alpha)
+        return self.violation(
+            accuracy(part) if self.measure == "accuracy" else expected_calibration_error(answers(part))
+        )
+
+
+def limits(constraints: ConstraintsPart, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
+    """Returns the constraints of a recipe with their bounds, in the order of ``recipe.constraints.constraint_names``.
+
+    Args:
+        constraints: The recipe's.
+        id_accuracies: ID accuracy of each baseline that they name, at its alpha.
+
+    Raises:
+        KeyError: A baseline has none.
+    """
+    drops = [
+        Limit(f"{ID_DROP}/{name}", "accuracy", ID_SET, id_accuracies[name] - drop)
+        for name, drop in constraints.id_drop.items()
+    ]
+    return (*drops, *(Limit(f"{ECE}/{name}", "ece", name, bound) for name, bound in constraints.ece.items()))
+
+
+def stored_limits(constraints: ConstraintsPart, prepared_dir: Path) -> tuple[Limit, ...]:
+    """Returns the constraints by what the search has written beside its preparation.
+
+    None without that file: baselines and trainings outside a search are never constrained.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    path = prepared_dir / REFERENCES
+    return limits(constraints, files.read_json(path)) if path.exists() else ()
+
+
+def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:
+    """Returns ``violation/<name>`` of every constraint for predictions at one alpha."""
+    return {VIOLATION + limit.name: limit.measured(table, alpha) for limit in bounds}
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """What the ECE of one set is summed from: ECE = sum over bins of |sum of the gaps of its images| / n.
+
+    Attributes:
+        bins: Bin of each image, [A, n].
+        gaps: Right or not (1 or 0) - confidence, [A, n].
+    """
+
+    bins: IntArray
+    gaps: FloatArray
+
+    def columns(self) -> npt.NDArray[np.float32]:
+        """Returns the gap of every image in the column of its alpha and bin, zeros elsewhere, [n, A * bins]."""
+        num_alphas, num_images = self.bins.shape
+        found = np.zeros((num_images, num_alphas * NUM_BINS), np.float32)
+        for index in range(num_alphas):
+            found[np.arange(num_images), index * NUM_BINS + self.bins[index]] = self.gaps[index]
+        return found
+
+    def take(self, alphas: slice | BoolArray) -> "Gaps":
+        """Returns those of some alphas."""
+        return Gaps(self.bins[alphas], self.gaps[alphas])
+
+
+def calibration_gaps(evaluations: Sequence[tuple[pa.Table, float]], set_name: str) -> Gaps:
+    """Returns the gaps of a set in evaluations (predictions, alpha), images ordered by sample id."""
+    bins, gaps = [], []
+    for table, alpha in evaluations:
+        part = select(table, set_name, alpha)
+        given = answers(part).take(np.argsort(part["sample_id"].to_numpy(), kind="stable"))
+        bins.append(equal_width_bins(given.confidence))
+        gaps.append(given.correct - given.confidence)
+    return Gaps(np.stack(bins), np.stack(gaps))
+
+
+def violation_curve(table: pa.Table, bounds: Sequence[Limit], alphas: Sequence[float]) -> FloatArray:
+    """Returns the violation of every constraint at every alpha, [K, A]."""
+    found = [[limit.measured(table, alpha) for alpha in alphas] for limit in bounds]
+    return np.asarray(found, np.float64).reshape(len(bounds), len(alphas))

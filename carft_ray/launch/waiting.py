@@ -1,0 +1,72 @@
+"""What a trial that waits for its process lacks: it asks Ray for a placement group, and Ray never says why it waits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from carft_ray.launch.cluster import Capacity
+
+Resources = Mapping[str, float]
+SMALL = 1e-6  # Ray counts in ten-thousandths
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine: all that it has, and what nobody holds."""
+
+    total: Resources
+    free: Resources
+
+
+def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[Node]) -> str:
+    """Returns what keeps a trial from starting, in one line; empty when all that it needs is free.
+
+    Args:
+        need: Of one worker, by resource.
+        num_workers: Workers.
+        one_node: Whether all of them must be on one machine.
+        nodes: The machines.
+    """
+    found = []
+    for name, amount in need.items():
+        wanted = amount * num_workers
+        at_once = wanted if one_node else amount  # on one node
+        totals, free = ([room.get(name, 0.0) for room in rooms] for rooms in _rooms(nodes))
+        if sum(totals) < wanted - SMALL:
+            found.append(f"needs {_text(wanted, name)}, the cluster has {sum(totals):g}")
+        elif max(totals) < at_once - SMALL:
+            found.append(f"needs {_text(at_once, name)} on one node, the largest node has {max(totals):g}")
+        elif sum(free) < wanted - SMALL:
+            held = f"{sum(totals) - sum(free):g} of {_text(sum(totals), name)}"
+            found.append(f"needs {_text(wanted, name)}, and {held} are held by others")
+        elif max(free) < at_once - SMALL:
+            found.append(f"needs {_text(at_once, name)} on one node, the largest free node has {max(free):g}")
+    if found:
+        return "; ".join(found)
+    slots = [min(int((node.free.get(name, 0.0) + SMALL) // amount) for name, amount in need.items()) for node in nodes]
+    if (max(slots, default=0) if one_node else sum(slots)) < num_workers:
+        each = " and ".join(_text(amount, name) for name, amount in need.items())
+        return f"needs {num_workers} x ({each}){' on one node' if one_node else ''}, which are not free together"
+    return ""
+
+
+def why_waiting(room: Capacity) -> str:
+    """Returns why the process of a trial does not come, from what Ray knows at this moment."""
+    groups = ray.util.placement_group_table().values()
+    if not any(group["state"] == "PENDING" for group in groups):
+        return "Ray has given it what it needs and is starting it"
+    free = ray._private.state.available_resources_per_node()  # no public call gives it by node
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
+    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    return lacking(need, room.num_workers, room.one_node, nodes) or "what it needs has just become free"
+
+
+def _rooms(nodes: Sequence[Node]) -> tuple[list[Resources], list[Resources]]:
+    return [node.total for node in nodes] or [{}], [node.free for node in nodes] or [{}]
+
+
+def _text(amount: float, name: str) -> str:
+    plural = "s" if name in ("CPU", "GPU") and amount != 1 else ""
+    return f"{amount:g} {name}{plural}"

@@ -1,0 +1,133 @@
+"""Want of memory on the device: told apart from other errors, with its numbers; and batches that halve until they fit.
+
+The loss is a sum over samples and predictions are per image, so no split into smaller batches changes a result.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from carft_ray.errors import OutOfMemoryError, Problem
+from carft_ray.recipe.schema import TrainPart
+
+if TYPE_CHECKING:
+    import torch
+
+Part = TypeVar("Part")
+Positions = npt.NDArray[np.int64]
+
+# of torch's allocator for the CPU, and of the libraries below it on a GPU; the latter's own is an exception class
+TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an exception of torch, NumPy or Python says that memory could not be had. Needs no torch."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or any(known in text for known in TEXTS))
+
+
+def micro_batch_of(train: TrainPart, num_workers: int) -> int:
+    """Returns the images of one forward pass of a worker: ``micro_batch``, at most its part of the global batch."""
+    part = math.ceil(train.batch_size / num_workers)
+    return min(train.micro_batch or part, part)
+
+
+@contextlib.contextmanager
+def told_with_numbers(train: TrainPart, image_size: int, device: "torch.device", num_workers: int) -> Iterator[None]:
+    """Turns want of memory in a training into an ``OutOfMemoryError`` with micro-batch, image size and memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        micro_batch = micro_batch_of(train, num_workers)
+        raise OutOfMemoryError(shortage("training", micro_batch, image_size, device), micro_batch) from error
+
+
+def in_batches(
+    run: Callable[[Positions], Part], positions: Positions, batch_size: int, image_size: int, device: "torch.device"
+) -> list[Part]:
+    """Runs over positions in batches; one that does not fit into memory, and all after it, are halved.
+
+    Args:
+        run: Given the positions of a batch.
+        positions: [N].
+        batch_size: Largest batch.
+        image_size: Side of an image in pixels, for the message.
+        device: Where it runs.
+
+    Returns:
+        What ``run`` returned, in order.
+
+    Raises:
+        OutOfMemoryError: One image does not fit.
+    """
+    parts: list[Part] = []
+    start = 0
+    while start < len(positions):
+        batch = positions[start : start + batch_size]
+        problem = None
+        try:
+            parts.append(run(batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = shortage("evaluation", len(batch), image_size, device)
+        if problem is None:
+            start += len(batch)
+        elif len(batch) == 1:
+            raise OutOfMemoryError(problem)
+        else:  # the exception is gone by now, and with it what it held
+            batch_size = len(batch) // 2
+            _give_back(device)
+    return parts
+
+
+def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:
+    """Returns the message that a batch of images does not fit into the memory there is."""
+    rule = f"{num_images} {'image' if num_images == 1 else 'images'} of {image_size} x {image_size} pixels at a time"
+    step = "Free memory of the device, or take a larger one or a smaller model; then run the same command again."
+    return Problem(what, f"{rule} must fit into memory", _free(device), next_step=step)
+
+
+def _free(device: "torch.device") -> str:
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split(":", 1) for line in file)
+        free, total = (int(sizes[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+        return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on this machine{_limit()}"
+    return f"too little on the device {device}"
+
+
+def _limit() -> str:
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return "" if limit == resource.RLIM_INFINITY else f", of which a process may use {limit / 1e9:.1f} GB (ulimit -v)"
+
+
+def _give_back(device: "torch.device") -> None:
+    """Lets go of what torch keeps for later, in pieces that may be too small now."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()

@@ -1,0 +1,295 @@
+"""What each sampler can do and how it can be set, as data: ``validate`` enforces it, ``docs/samplers.md`` shows it.
+
+The verdicts were read in Optuna 5.0 and are held by a test each. ``search/samplers.py`` makes the samplers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from carft_ray.errors import nearest
+from carft_ray.recipe.grid import grid_size, num_values
+from carft_ray.recipe.messages import Finding, shown
+from carft_ray.recipe.schema import CategoricalParameter, Recipe
+from carft_ray.recipe.text import KeyPath
+
+NAME: KeyPath = ("search", "sampler", "name")
+SPACE: KeyPath = ("search", "space")
+OPTIONS_PATH: KeyPath = ("search", "sampler", "options")
+LARGEST_POPULATION = 50  # Optuna's default
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a sampler.
+
+    Attributes:
+        kind: What it holds; int and float are numbers, and true is none.
+        default: What null means, in words.
+        meaning: What it does.
+        low: Least value of a number.
+        high: Largest value of a number.
+        above: A number must be larger than ``low`` rather than at least that.
+        choices: The words of a text.
+    """
+
+    kind: type
+    default: str
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def range(self) -> str:
+        """What is allowed, in words."""
+        if self.kind is bool:
+            return "true or false"
+        if self.choices:
+            return "one of the allowed values"
+        kind = "a whole number" if self.kind is int else "a number"
+        ends = f" {'>' if self.above else '>='} {self.low:g}" if math.isfinite(self.low) else ""
+        return kind + ends + (f" and <= {self.high:g}" if math.isfinite(self.high) else "")
+
+    def takes(self, value: Any) -> bool:
+        """Tells whether a value is allowed; null always is, and means the default."""
+        if value is None:
+            return True
+        if self.kind in (bool, str):
+            return isinstance(value, self.kind) and (not self.choices or value in self.choices)
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
+            return False
+        return self.low < value <= self.high if self.above else self.low <= value <= self.high
+
+
+_GENETIC = {
+    "population_size": Option(int, "a quarter of the trials, 4 to 50", "trials of a generation", low=2),
+    "mutation_prob": Option(float, "1 / parameters", "probability that a parameter is drawn anew", low=0, high=1),
+    "crossover_prob": Option(float, "0.9", "probability that a child has two parents", low=0, high=1),
+    "swapping_prob": Option(float, "0.5", "probability that a parameter is of the other parent", low=0, high=1),
+}
+OPTIONS: dict[str, dict[str, Option]] = {
+    "tpe": {
+        "multivariate": Option(bool, "true with one objective, false with two", "draws the parameters together"),
+        "group": Option(bool, "false", "with conditions: draws together what is drawn in the same trials"),
+        "constant_liar": Option(bool, "true", "keeps away from the values of running trials"),
+        "n_ei_candidates": Option(int, "24", "candidates of which the best is taken", low=1),
+    },
+    "gp": {"deterministic": Option(bool, "false", "takes the objective for free of noise")},
+    "cmaes": {
+        "popsize": Option(int, "4 + 3 ln(parameters)", "trials of a generation", low=4),
+        "sigma0": Option(float, "1/6", "first standard deviation, in widths of the range", low=0, high=1, above=True),
+        "with_margin": Option(bool, "false", "keeps whole numbers and steps from being fixed too early"),
+        "lr_adapt": Option(bool, "false", "adapts its learning rate to noise; not with with_margin"),
+    },
+    "nsga2": _GENETIC,
+    "nsga3": {**_GENETIC, "dividing_parameter": Option(int, "3", "reference points per objective", low=1)},
+    "qmc": {
+        "type": Option(str, "sobol", "the sequence", choices=("sobol", "halton")),
+        "scramble": Option(bool, "true", "random shift by the seed; false begins in a corner of the space"),
+    },
+    "random": {},
+    "grid": {},
+}
+STARTUP_SAMPLERS = ("tpe", "gp", "cmaes")  # those with random trials first
+
+Verdict = Literal["ok", "warns", "refused"]
+Feature = Literal["pruning", "constraints", "conditional", "categorical", "pareto", "resume", "many at a time"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a sampler makes of a feature.
+
+    Attributes:
+        verdict: ok, ``validate`` warns, or ``validate`` refuses the recipe.
+        why: Half a sentence.
+    """
+
+    verdict: Verdict
+    why: str
+
+
+# how a recipe uses a feature; every search may be resumed, and may run several trials at a time
+USES: dict[Feature, Callable[[Recipe], bool]] = {
+    "pruning": lambda recipe: recipe.search.pruner.name != "none",
+    "constraints": lambda recipe: bool(recipe.search.constraints.id_drop or recipe.search.constraints.ece),
+    "conditional": lambda recipe: any(parameter.when for parameter in recipe.search.space.values()),
+    "categorical": lambda recipe: bool(categorical_names(recipe)),
+    "pareto": lambda recipe: recipe.search.objective.kind == "pareto",
+    "resume": lambda recipe: True,
+    "many at a time": lambda recipe: recipe.search.concurrency != 1,
+}
+_WORDS: dict[Feature, str] = {
+    "pruning": "a pruner",
+    "constraints": "constraints",
+    "conditional": "conditional parameters",
+    "categorical": "categorical parameters",
+    "pareto": "a Pareto search",
+    "resume": "a resumed search",
+    "many at a time": "several trials at a time",
+}
+
+_UNSEEN = "its draws do not depend on results"
+_DISTINCT = "the draw depends on seed and trial alone"
+_COMPLETE = "a pruned trial teaches it nothing"
+_GENETIC_CELLS: dict[Feature, Cell] = {
+    "pruning": Cell("warns", _COMPLETE),
+    "constraints": Cell("ok", "a trial that breaks one loses against one that keeps it"),
+    "conditional": Cell("warns", "conditional parameters are drawn at random, not inherited"),
+    "categorical": Cell("ok", "a child has the choice of one of its parents"),
+    "pareto": Cell("ok", "made for it"),
+    "resume": Cell("ok", "generations and parents are kept in the study"),
+    "many at a time": Cell("ok", "trials that end after their generation is full have no children"),
+}
+CELLS: dict[str, dict[Feature, Cell]] = {
+    "tpe": {
+        "pruning": Cell("ok", "pruned trials rank by step and last value"),
+        "constraints": Cell("ok", "trials that break one count as bad"),
+        "conditional": Cell("ok", "a parameter learns from the trials that have it"),
+        "categorical": Cell("ok", "a weight per choice"),
+        "pareto": Cell("ok", "good trials are the first fronts"),
+        "resume": Cell("ok", "it has no state but the trials"),
+        "many at a time": Cell("ok", "running trials count as bad: it keeps away from them"),
+    },
+    "gp": {
+        "pruning": Cell("warns", _COMPLETE),
+        "constraints": Cell("ok", "a process for each; all finished trials need the same"),
+        "conditional": Cell("warns", "conditional parameters are drawn at random, not modelled"),
+        "categorical": Cell("ok", "its kernel counts the choices that differ"),
+        "pareto": Cell("ok", "expected gain of hypervolume"),
+        "resume": Cell("ok", "it has no state but the trials, and is fitted anew for each"),
+        "many at a time": Cell("ok", "expected gain beside the running trials"),
+    },
+    "cmaes": {
+        "pruning": Cell("warns", _COMPLETE),
+        "constraints": Cell("warns", "it does not look at them; each trial still keeps them in its choice of alpha"),
+        "conditional": Cell("refused", "every trial must have the same parameters"),
+        "categorical": Cell("refused", "choices have no order and no distance"),
+        "pareto": Cell("refused", "it has one objective"),
+        "resume": Cell("ok", "its state is a pickle in the study; one from elsewhere needs --trust"),
+        "many at a time": Cell("ok", "trials that end after their generation is full teach it nothing"),
+    },
+    "nsga2": _GENETIC_CELLS,
+    "nsga3": {**_GENETIC_CELLS, "pareto": Cell("ok", "made for three objectives and more; nsga2 suits two")},
+    "qmc": {
+        "pruning": Cell("ok", _UNSEEN),
+        "constraints": Cell("ok", _UNSEEN),
+        "conditional": Cell("ok", "an inactive parameter leaves its coordinate unused"),
+        "categorical": Cell("ok", "a coordinate is cut into as many parts as choices"),
+        "pareto": Cell("ok", _UNSEEN),
+        "resume": Cell("ok", "its place in the sequence is the number of trials before"),
+        "many at a time": Cell("ok", _DISTINCT),
+    },
+    "random": {
+        "pruning": Cell("ok", _UNSEEN),
+        "constraints": Cell("ok", _UNSEEN),
+        "conditional": Cell("ok", "each parameter is drawn alone"),
+        "categorical": Cell("ok", "each choice is as likely"),
+        "pareto": Cell("ok", _UNSEEN),
+        "resume": Cell("ok", _DISTINCT),
+        "many at a time": Cell("ok", _DISTINCT),
+    },
+    "grid": {
+        "pruning": Cell("ok", "a pruned trial counts as tried"),
+        "constraints": Cell("ok", _UNSEEN),
+        "conditional": Cell("ok", "the grid is a tree: an inactive parameter does not multiply it"),
+        "categorical": Cell("ok", "a branch per choice"),
+        "pareto": Cell("ok", _UNSEEN),
+        "resume": Cell("ok", "what is tried is read from the trials"),
+        "many at a time": Cell("ok", "running trials count as tried"),
+    },
+}
+
+
+def categorical_names(recipe: Recipe) -> list[str]:
+    """Returns the names of the categorical parameters."""
+    return [name for name, each in recipe.search.space.items() if isinstance(each, CategoricalParameter)]
+
+
+def population_size(recipe: Recipe) -> int:
+    """Returns the trials of a generation of nsga2 and nsga3."""
+    chosen = recipe.search.sampler.options.get("population_size")
+    return int(chosen) if chosen else min(LARGEST_POPULATION, max(4, recipe.search.trials // 4))
+
+
+def startup_trials(recipe: Recipe) -> int:
+    """Returns the random trials before tpe, gp and cmaes; cmaes learns nothing from them and needs one to begin."""
+    sampler = recipe.search.sampler
+    return sampler.startup_trials or (1 if sampler.name == "cmaes" else max(4, recipe.search.trials // 4))
+
+
+def sampler_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Finds a sampler that cannot do what the recipe asks, and options that it does not have."""
+    yield from _refused(recipe)
+    yield from _options(recipe)
+    if recipe.search.sampler.name != "grid":
+        return
+    for name, parameter in recipe.search.space.items():
+        if num_values(parameter) is None:
+            step = f"Give {name} a step, or choices: [...], or another sampler than grid."
+            yield Finding((*SPACE, name), "must have a step for the grid", next_step=step, reads=(NAME,))
+
+
+def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields what a valid sampler should still be told of: the key, and what about it."""
+    search, sampler, options = recipe.search, recipe.search.sampler, recipe.search.sampler.options
+    for feature, cell in CELLS[sampler.name].items():
+        if cell.verdict == "warns" and USES[feature](recipe):
+            yield "search.sampler.name", f"{sampler.name} with {_WORDS[feature]}: {cell.why}"
+    if sampler.name not in STARTUP_SAMPLERS and sampler.startup_trials is not None:
+        yield "search.sampler.startup_trials", f"has no effect: the sampler is {sampler.name}"
+    if sampler.name == "qmc" and options.get("scramble") is False and sampler.seed:
+        yield "search.sampler.seed", "has no effect: the sequence is not scrambled"
+    if sampler.name in ("nsga2", "nsga3") and search.trials <= population_size(recipe):
+        what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, and there are only"
+        yield "search.sampler.name", f"{what} {search.trials} trials"
+    if sampler.name == "cmaes" and search.points:
+        yield "search.points", "are tried, but teach nothing: cmaes learns from its own draws alone"
+    size = grid_size(search.space) if sampler.name == "grid" else None
+    if search.space and size is not None and size < search.trials:
+        yield "search.trials", f"is {search.trials}, but the grid has {size} points: the search ends after {size}"
+
+
+def _refused(recipe: Recipe) -> Iterator[Finding]:
+    name = recipe.search.sampler.name
+    used: list[Feature] = [feature for feature, uses in USES.items() if uses(recipe)]
+    refused = [feature for feature in used if CELLS[name][feature].verdict == "refused"]
+    if "categorical" in refused and "conditional" in refused:
+        refused.remove("conditional")  # there is none without the other
+    if refused:
+        parts = " and ".join(f"{_WORDS[feature]} ({CELLS[name][feature].why})" for feature in refused)
+        value = ", ".join(categorical_names(recipe)) if "categorical" in refused else ""
+        fit = tuple(
+            other for other, cells in CELLS.items() if all(cells[feature].verdict != "refused" for feature in used)
+        )
+        reads: tuple[KeyPath, ...] = (SPACE, ("search", "objective", "kind"))
+        yield Finding(NAME, f"{name} does not take {parts}", value, fit, reads=reads)
+
+
+def _options(recipe: Recipe) -> Iterator[Finding]:
+    name, given = recipe.search.sampler.name, recipe.search.sampler.options
+    known = OPTIONS[name]
+    for key, value in given.items():
+        path: KeyPath = (*OPTIONS_PATH, key)
+        option = known.get(key)
+        if option is None:
+            owners = [other for other, options in OPTIONS.items() if key in options]
+            step = f"It is an option of {' and '.join(owners)}." if owners else ""
+            rule = f"{name} has no such option" if known else f"{name} has no options"
+            yield Finding(path, rule, allowed=tuple(known), nearest=nearest(key, known), next_step=step, reads=(NAME,))
+        elif not option.takes(value):
+            near = nearest(str(value), option.choices)
+            yield Finding(path, f"must be {option.range}", shown(value), option.choices, near, reads=(NAME,))
+    yield from _excluded(name, given)
+
+
+def _excluded(name: str, options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Options of a sampler that exclude each other."""
+    reads: tuple[KeyPath, ...] = (NAME, OPTIONS_PATH)
+    if name == "tpe" and options.get("group") is True and options.get("multivariate") is False:
+        yield Finding((*OPTIONS_PATH, "group"), "group needs multivariate: true", reads=reads)
+    if name == "cmaes" and options.get("lr_adapt") is True and options.get("with_margin") is True:
+        yield Finding((*OPTIONS_PATH, "lr_adapt"), "lr_adapt and with_margin exclude each other", reads=reads)

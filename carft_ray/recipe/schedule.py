@@ -1,0 +1,99 @@
+"""A training's schedule in steps, epochs and percent, as far as rules, looks and pruners must know it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from carft_ray.recipe.schema import CategoricalParameter, FloatParameter, PrunerPart, Recipe
+
+END = 100  # percent of a schedule
+HALVING = ("successive_halving", "hyperband")
+
+
+def num_warmup_steps(asked: int | None, num_steps: int) -> int:
+    """Returns the warm-up length: what was asked for, else ``min(500, 10 % of the steps)``, never all steps."""
+    warmup = min(500, num_steps // 10) if asked is None else asked
+    return min(warmup, max(num_steps - 1, 0))
+
+
+def percent(epoch: int, epochs: int) -> int:
+    """Returns how much of its schedule a training of ``epochs`` epochs has done at the end of an epoch, 0 to 100.
+
+    Trainings of different length are compared at the same percent.
+    """
+    return round(END * epoch / epochs)
+
+
+def first_percent(pruner: PrunerPart) -> int:
+    """Returns the percent before which no training is cut."""
+    return max(1, round(END * pruner.first))
+
+
+def rungs(pruner: PrunerPart) -> tuple[int, ...]:
+    """Returns where halving compares, in percent: ``first * factor**k``, as far as it is under 1; none for others."""
+    found: list[int] = []
+    share, rung = pruner.first, first_percent(pruner)
+    while pruner.name in HALVING and share < 1 - 1e-9 and rung < END:
+        found.append(rung)
+        share, rung = share * pruner.factor, rung * pruner.factor
+    return tuple(found)
+
+
+def is_looked_at(every_epochs: int, pruner: PrunerPart, epoch: int, epochs: int) -> bool:
+    """Tells whether a training is evaluated on the subset at the end of an epoch.
+
+    It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.
+    """
+    before, now = percent(epoch - 1, epochs), percent(epoch, epochs)
+    return bool(every_epochs and epoch % every_epochs == 0) or any(before < rung <= now for rung in rungs(pruner))
+
+
+def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None) -> int:
+    """Returns at how many looks the recipe's pruner could cut a training of so many epochs.
+
+    The last epoch is none of them, nor is a look before ``search.pruner.first``, nor one in the warm-up.
+
+    Args:
+        recipe: The recipe.
+        epochs: Of the training.
+        steps_per_epoch: At the smallest batch; None: not known, and no look is in the warm-up.
+    """
+    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    warmup = 0
+    if steps_per_epoch is not None:
+        warmups = possible_values(recipe, "warmup_steps")
+        warmup = min(num_warmup_steps(asked, epochs * steps_per_epoch) for asked in warmups)
+    looks = [
+        epoch
+        for epoch in range(1, epochs)
+        if percent(epoch, epochs) >= first_percent(pruner)
+        and epoch * (steps_per_epoch or 0) >= warmup
+        and is_looked_at(every, pruner, epoch, epochs)
+    ]
+    # patience compares the last ``patience + 1`` looks with at least one before them
+    return max(0, len(looks) - recipe.search.pruner.patience - 1) if pruner.name == "patience" else len(looks)
+
+
+def can_cut(recipe: Recipe, num_images: int | None = None) -> bool:
+    """Tells whether the recipe's pruner could cut any of the trainings that the search space holds.
+
+    Args:
+        recipe: A recipe with a pruner.
+        num_images: Size of the training set; None: not known.
+    """
+    steps = None
+    if num_images is not None:
+        steps = math.ceil(num_images / min(possible_values(recipe, "batch_size")))
+    return any(num_chances(recipe, epochs, steps) for epochs in possible_values(recipe, "epochs"))
+
+
+def possible_values(recipe: Recipe, name: str) -> Sequence[Any]:
+    """Returns the values, whole numbers or None, that such a field of ``train`` can have in the trials of a search."""
+    parameter, fixed = recipe.search.space.get(name), getattr(recipe.train, name)
+    if parameter is None or isinstance(parameter, FloatParameter):  # the latter is refused elsewhere
+        return (fixed,)
+    if isinstance(parameter, CategoricalParameter):
+        values = [choice for choice in parameter.choices if choice is None or type(choice) is int]
+        return [*values, fixed] if parameter.when or not values else values
+    searched = range(parameter.low, parameter.high + 1, parameter.step)
+    return [*searched, fixed] if parameter.when else searched

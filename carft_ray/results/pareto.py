@@ -1,0 +1,82 @@
+"""The front of a Pareto search as its readers are told it, and what is said of constraints. Nothing is evaluated."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carft_ray.evaluation.constraints import Limit, limits
+from carft_ray.recipe.constraints import violation_words
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.front import front_of, front_rule, points_of
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.rows import best_row
+
+
+def front_data(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
+    """Returns the front of a Pareto search as plain data; None where the search has one objective.
+
+    Args:
+        recipe: The study's.
+        rows: Its trials, with their standing.
+
+    Returns:
+        ``rule`` (``best``, ``tolerance``, ``words``), ``num_trainings`` and ``num_points`` over which the front is,
+        ``points`` by rising ID accuracy: ``name``, ``alpha``, ``id_accuracy``, ``ood_accuracy``, ``best``.
+    """
+    rule, best = front_rule(recipe.search.objective), best_row(rows)
+    if rule is None:
+        return None
+    complete = [row for row in rows if row.outcome == "complete"]
+    return {
+        "rule": {"best": rule.best, "tolerance": rule.tolerance, "words": rule.words},
+        "num_trainings": len(complete),
+        "num_points": len(points_of(complete)),
+        "points": [
+            {
+                "name": point.name,
+                "alpha": point.alpha,
+                "id_accuracy": point.pair[0],
+                "ood_accuracy": point.pair[1],
+                "best": best is not None and (point.name, point.alpha) == (best.name, best.alpha),
+            }
+            for point in front_of(complete)
+        ],
+    }
+
+
+def front_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Returns the front as lines of text, by rising ID accuracy; none without a front."""
+    if found is None or not found["points"]:
+        return []
+    count = f"{len(found['points'])} of {found['num_points']} points (alphas) of {found['num_trainings']} trainings"
+    lines = [f"Front of ID and OOD accuracy: {count}; the best by the rule {found['rule']['words']}."]
+    for point in found["points"]:
+        pair = f"ID {100 * point['id_accuracy']:.1f} %, OOD {100 * point['ood_accuracy']:.1f} %"
+        lines.append(f"    {point['name']} at alpha {point['alpha']:.2f}: {pair}{'  <- best' if point['best'] else ''}")
+    return lines
+
+
+def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
+    """Returns the content of a training's ``result.json`` at the point of the front at which its row stands."""
+    if row is None or not row.standing:
+        return result
+    return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}
+
+
+def mean_words(recipe: Recipe) -> str:
+    """Returns the weighted mean by which points of a front are compared with baselines, ``0.5 ID + 0.5 OOD``."""
+    weight = recipe.search.objective.id_weight
+    return f"{weight:g} ID + {1 - weight:g} OOD"
+
+
+def study_limits(recipe: Recipe, baselines: Sequence[TrialRow]) -> tuple[Limit, ...]:
+    """Returns the constraints of a study with their bounds, as its trials had them."""
+    ids = {row.name: row.metrics["id_accuracy"] for row in baselines if row.outcome == "complete"}
+    return limits(recipe.search.constraints, ids)
+
+
+def constraint_lines(best: TrialRow | None) -> list[str]:
+    """Returns a line that says plainly when not even the best trial meets the constraints."""
+    missed = violation_words(best.metrics) if best is not None else ""
+    if best is None or not missed:
+        return []
+    return [f"No trial meets all constraints; {best.name} misses them least: it {missed}."]

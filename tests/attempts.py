@@ -1,0 +1,129 @@
+"""Attempts at trainings in processes of their own, as a trial runs them, without Ray: forks of one that has it all.
+
+Searches of such attempts (``search``) go through the Searcher as Tune's do.
+"""
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import stand_in
+import torch
+from ray.tune.search import Searcher
+
+from carft_ray.errors import OutOfMemoryError
+from carft_ray.evaluation import run
+from carft_ray.launch.cluster import Node
+from carft_ray.launch.executors import Runner, make_plan, run_worker, stop_reader
+from carft_ray.launch.searcher import StudySearcher, Watcher
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.memory import micro_batch_of, shortage
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import TrialSpec
+from carft_ray.search.study import open_study
+
+HERE = Path(__file__).parent
+STAND_IN = Runner(stand_in.prepare, stand_in.train)
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["warm_training"])
+
+
+def sandbox_recipe(trials=2, **train):
+    """Real trainings of half a second; one forward and backward pass of a whole batch takes some 80 MB."""
+    images = {"source": "sandbox", "domain": "photo", "num_per_class": 32}
+    few = {**images, "num_per_class": 4}
+    return Recipe.model_validate(
+        {
+            "data": {
+                "train": {**images, "split": "train"},
+                "id_val": {**images, "split": "val"},
+                "ood_val": {"painting": {**few, "domain": "painting", "split": "val"}},
+            },
+            "train": {"epochs": 2, "batch_size": 512, "kl_weight": 0.0, "learning_rate": 1e-3, **train},
+            "evaluate": {"batch_size": 512},
+            "search": {
+                "trials": trials,
+                "space": {"learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},
+                "alpha": {"grid": [0, 0.5, 1]},
+            },
+            "resources": {"threads": 1, "gpus_per_worker": 0},
+        }
+    )
+
+
+def capped(megabytes, *args):
+    """A real training in a process that may take so much more memory than it has."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, resource.RLIM_INFINITY))
+    return run.run_training(*args)
+
+
+def without_memory(recipe, *args):
+    """A training for which not even one image fits."""
+    micro_batch = micro_batch_of(recipe.train, 1)
+    raise OutOfMemoryError(shortage("training", micro_batch, 32, torch.device("cpu")), micro_batch)
+
+
+def limited(megabytes):
+    return Runner(run.prepare, partial(capped, megabytes))
+
+
+def plan_of(study, base_dir, runner=STAND_IN):
+    return make_plan(study.recipe, base_dir, study.study_dir, (Node(2, 0),), runner)
+
+
+def start(plan, spec):
+    """Starts an attempt; returns its process."""
+    with pytest.MonkeyPatch.context() as patched:  # the process to fork looks for modules where it is told to
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        forkserver.ensure_running()
+    process = _forks.Process(target=_attempt, args=(plan, spec), daemon=True)
+    process.start()
+    return process
+
+
+def _attempt(plan, spec):
+    context = RunContext(should_stop=stop_reader(plan.study_dir, spec.folder(plan.study_dir)))
+    try:
+        run_worker(plan, spec, spec.folder(plan.study_dir), context)
+    except Exception as error:  # what Tune would tell
+        print(type(error).__name__, error, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def search(study_dir, recipe, base_dir, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
+    """Runs a search; returns its Searcher and what it told."""
+    events, running = [], {}
+    with open_study(study_dir, recipe, base_dir) as study:
+        plan = plan_of(study, base_dir, runner)
+        study.adopt()
+        searcher = StudySearcher(study, at_a_time, events.append)
+        watcher = Watcher(searcher, recipe.resources.hang_timeout_s, end=lambda alive: os.kill(alive.pid, 9))
+        for number in range(10_000):
+            watcher.on_step_begin(number, [trial for trial, _ in running.values()])
+            answer = searcher.suggest(f"id{number}")
+            if answer == Searcher.FINISHED:
+                break
+            if answer is not None:
+                spec = TrialSpec(**answer["spec"])
+                trial = SimpleNamespace(trial_id=f"id{number}", config=answer, status="RUNNING")
+                trial.get_pickled_error = lambda: RuntimeError(died)
+                watcher.on_trial_start(number, [], trial)
+                running[trial.trial_id] = trial, start(plan, spec)
+                continue
+            time.sleep(0.02)
+            for trial_id in [name for name, (_, process) in running.items() if not process.is_alive()]:
+                trial, process = running[trial_id]
+                searcher.tune_trials = [trial]
+                searcher.on_trial_complete(trial_id, {"lost": ""}, error=process.exitcode != 0)
+                del running[trial_id]
+    return searcher, events

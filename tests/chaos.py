@@ -1,0 +1,148 @@
+"""A search in which everything goes wrong that can, and the counts that must come out all the same.
+
+    python chaos.py STUDY_DIR TRIALS SEED [RESOURCES as JSON]       a driver; ends with the exit code of its error
+
+What a trial meets depends on the seed and its number alone (``fate``), whether it diverges on its learning rate, so
+the expected outcome of each is known without the code under test. Misfortunes that pass happen once: a file in the
+trial's folder remembers them, since another one (memory, a killed driver) may have taken the first attempt.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import stand_in
+
+from carft_ray import files
+from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, OutOfMemoryError, Problem
+from carft_ray.launch.events import Note
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.search.rows import trials
+
+PRUNER = {}  # search.pruner of the searches below
+BOUNDARY = 3e-3  # learning rates above it diverge
+FITS = 8  # largest micro-batch for which there is memory, of a batch of 32
+EPOCHS = 4
+HANG_TIMEOUT_S = 4
+RESOURCES = {
+    "inline": {"executor": "inline", "gpus_per_worker": 0, "hang_timeout_s": HANG_TIMEOUT_S},
+    "ray-train": {
+        "executor": "ray-train",
+        "num_workers": 2,
+        "cpus_per_worker": 0.5,
+        "gpus_per_worker": 0,
+        "hang_timeout_s": HANG_TIMEOUT_S,
+    },
+}
+
+
+def make_recipe(num_trials, seed, resources):
+    recipe = stand_in.make_recipe(num_trials, EPOCHS, resources=resources, pruner=PRUNER, sampler={"seed": seed})
+    train = recipe.train.model_copy(update={"batch_size": 32, "seed": seed})
+    return recipe.model_copy(update={"train": train})
+
+
+def fate(seed, number, num_trials):
+    """Returns what happens to a trial: "raise", "raise_once", "hang_once", "die_once" or nothing."""
+    if number == random.Random(f"hang {seed}").randrange(num_trials):
+        return "hang_once"
+    drawn = random.Random(f"{seed} {number}").random()
+    return "raise" if drawn < 0.05 else "raise_once" if drawn < 0.1 else "die_once" if drawn < 0.2 else ""
+
+
+def expected(seed, row, num_trials):
+    """Returns the outcomes that a trial may end with."""
+    if fate(seed, row.number, num_trials) == "raise":
+        return {"error"}
+    if row.values["learning_rate"] > BOUNDARY:
+        return {"diverged", "pruned"} if PRUNER else {"diverged"}
+    return {"complete", "pruned"} if PRUNER else {"complete"}
+
+
+def check(study_dir, num_trials, seed):
+    """Raises when a finished search has other outcomes than its seed says; returns how many of each there are."""
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(num_trials))
+    wrong = {row.name: row for row in rows if row.outcome not in expected(seed, row, num_trials)}
+    assert wrong == {}, f"seed {seed}"
+    for row in rows:
+        lines = files.read_json_lines(study_dir / "trials" / row.name / "metrics.jsonl")
+        if row.outcome == "complete":
+            assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1)), row.name
+    assert list(json.loads((study_dir / "fits.json").read_text()).values()) == [FITS]
+    assert list(study_dir.rglob("*.tmp")) == []
+    assert not (study_dir / "_tune").exists()
+    return Counter(row.outcome for row in rows)
+
+
+def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+    micro_batch = recipe.train.micro_batch or 32 // context.world_size
+    if micro_batch > FITS:
+        raise OutOfMemoryError(
+            Problem("training", f"{micro_batch} images at a time must fit", "no memory"), micro_batch
+        )
+    is_trial = out_dir.parent.name == "trials"
+    mode = fate(recipe.train.seed, int(out_dir.name[1:5]), recipe.search.trials) if is_trial else ""
+    if mode == "raise":
+        raise RuntimeError("it will never work")
+    if is_trial and recipe.train.learning_rate > BOUNDARY:
+        raise DivergedError("loss not finite at step 3")
+    step_size, checkpoint = 10, out_dir / "checkpoint" / "epoch.json"
+    done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
+    for epoch in range(done + 1, EPOCHS + 1):
+        time.sleep(0.02)
+        if epoch == 2 and context.rank == 0:
+            misfortune(mode, out_dir)
+        if context.rank == 0:
+            value = stand_in.objective(recipe.train) * epoch / EPOCHS
+            row = {"epoch": epoch, "step": epoch * step_size, "num_steps": EPOCHS * step_size, "loss": 1 / epoch}
+            stand_in.report(out_dir / "metrics.jsonl", {**row, "subset/objective": value})
+            files.write_json(checkpoint, epoch)
+        if context.should_stop() and epoch < EPOCHS:
+            raise InterruptedRunError("stopped")
+    numbers = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
+    result = {"format_version": 1, "objective": stand_in.objective(recipe.train), "alpha": 0.5, "metrics": numbers}
+    if context.rank == 0:
+        files.write_bytes(out_dir / "fine_tuned.safetensors", b"weights")
+        files.remove_folder(out_dir / "checkpoint")
+        files.write_json(out_dir / "result.json", {**result, "elapsed_s": 0.1})
+    return result
+
+
+def misfortune(mode, out_dir):
+    """Does to a training, once, what is its fate."""
+    mark = out_dir / "misfortune"
+    if not mode or mark.exists():
+        return
+    mark.write_text(mode)
+    if mode == "raise_once":
+        raise RuntimeError("it will work the next time")
+    if mode == "die_once":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def main(study_dir, num_trials, seed, resources):
+    def show(event):
+        spec = getattr(event, "spec", None) or getattr(event, "row", None)
+        print(type(event).__name__, event.text if isinstance(event, Note) else getattr(spec, "name", ""), flush=True)
+
+    recipe = make_recipe(int(num_trials), int(seed), json.loads(resources))
+    try:
+        run_search(recipe, Path(study_dir).parent, Path(study_dir), None, show, Runner(stand_in.prepare, train))
+    except CarftError as error:
+        print(error, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    import chaos  # so that workers find the training by the name of its module
+
+    sys.exit(chaos.main(*sys.argv[1:]))

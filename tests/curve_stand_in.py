@@ -1,0 +1,119 @@
+"""A search of trainings without torch that have an alpha curve of ID and OOD accuracy and a violation: for the tests of
+Pareto searches and constraints. Run by ``crash_host.py``, or called with an open study.
+"""
+
+import gc
+import math
+import sys
+from pathlib import Path
+
+import stand_in
+
+from carft_ray import files
+from carft_ray.errors import CarftError
+from carft_ray.evaluation.constraints import stored_limits
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.search.study import open_study
+
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+PARETO = {"kind": "pareto"}
+ZERO_SHOT = {"objective": 0.55, "id_accuracy": 0.6, "ood_accuracy": 0.5}
+
+
+def make_recipe(trials=4, **search):
+    """The recipe of a Pareto search; ``objective`` and the like over it."""
+    content = stand_in.make_recipe(trials).model_dump(mode="json")
+    content["data"]["ood_val"] = {"sketch": {**stand_in.SANDBOX_SET, "domain": "sketch", "split": "val"}}
+    content["search"]["space"]["alpha"] = {"low": 0.1, "high": 1.0}
+    content["search"] |= {"objective": PARETO, "alpha": {"mode": "sample"}, "keep_checkpoints": 1, **search}
+    if content["search"]["alpha"].get("mode") != "sample":
+        del content["search"]["space"]["alpha"]
+    return Recipe.model_validate(content)
+
+
+def metrics_at(train, alpha):
+    """ID rises with alpha, OOD rises and falls, both by what the training is."""
+    good = 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2)
+    id_accuracy = 0.6 + 0.25 * good * alpha
+    ood_accuracy = 0.5 + 0.3 * good * alpha * (0.9 - alpha) + 0.01 * math.log10(1 + train.kl_weight) * alpha
+    return {
+        "objective": (id_accuracy + ood_accuracy) / 2,
+        "id_accuracy": id_accuracy,
+        "ood_accuracy": ood_accuracy,
+        "accuracy/id_val": id_accuracy,
+        "accuracy/sketch": ood_accuracy,
+    }
+
+
+def result_of(recipe, study_dir):
+    """The content of a result: at the alpha drawn, else at the best of the grid."""
+    alphas = sorted({*GRID, recipe.train.alpha or 1.0})
+    bounds = stored_limits(recipe.search.constraints, study_dir / "prepared")
+
+    def at(alpha):
+        found = metrics_at(recipe.train, alpha)
+        missed = {f"violation/{limit.name}": limit.violation(found["id_accuracy"]) for limit in bounds}
+        return {**found, **missed}
+
+    best = max(alphas[1:], key=lambda alpha: at(alpha)["objective"])
+    alpha = best if recipe.train.alpha is None else recipe.train.alpha
+    curve = [{"alpha": each, **at(each)} for each in alphas]
+    metrics = at(alpha)
+    content = {"objective": metrics["objective"], "alpha": alpha, "metrics": metrics, "curve": curve, "elapsed_s": 0.1}
+    content["train"] = recipe.train.model_dump(mode="json")
+    return {"format_version": 1, "num_images": {"train": 64, "id_val": 64, "sketch": 64}, **content}
+
+
+def write_result(study, spec):
+    folder = spec.folder(study.study_dir)
+    files.write_bytes(folder / "fine_tuned.safetensors", b"weights")
+    recipe = apply(study.recipe, spec.values)
+    files.write_json(folder / "result.json", result_of(recipe, study.study_dir))
+
+
+def prepare(recipe, base_dir, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return {**ZERO_SHOT, "num_images": {"id_val": 64, "sketch": 64}}
+
+
+def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+    files.write_bytes(out_dir / "fine_tuned.safetensors", b"weights")
+    result = result_of(recipe, prepared_dir.parent)
+    files.write_json(out_dir / "result.json", result)
+    return result
+
+
+def run_all(study, num=None):
+    """Runs what the study proposes, at most ``num`` attempts; returns the specs."""
+    specs = []
+    while (num is None or len(specs) < num) and (spec := study.next()) is not None:
+        write_result(study, spec)
+        assert study.settle(spec) is not None
+        specs.append(spec)
+    return specs
+
+
+def import_everything():
+    import optuna.samplers._tpe.sampler
+
+    assert optuna
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def call(argv):
+    """Searches in a folder: ``[STUDY_DIR, TRIALS]``; returns the exit code."""
+    sampler = {"name": "tpe", "startup_trials": 2}
+    recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
+    try:
+        with open_study(Path(argv[0]), recipe, Path(argv[0]).parent) as study:
+            study.adopt()
+            study.tell_zero_shot(ZERO_SHOT)
+            run_all(study)
+            print(*study.notes, sep="\n")
+    except CarftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0

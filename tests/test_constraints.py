@@ -1,0 +1,368 @@
+"""Constraints: measured, part of the choice of alpha, told to the sampler, shown; the bootstrap chooses with them."""
+
+import json
+
+import numpy as np
+import optuna
+import pytest
+from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
+from carft_ray.evaluation.alpha import AlphaProfile, choose_alpha, choose_alphas, stepped_back
+from carft_ray.evaluation.constraints import Limit, calibration_gaps, limits, violations_at
+from carft_ray.evaluation.metrics import answers, expected_calibration_error
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
+from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.constraints import alone, constraint_names, total_violation, violation_words
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import ConstraintsPart
+from carft_ray.results.bootstrap import Candidate, bbc, meeting, resample, share_meeting
+from carft_ray.results.overview import listing, read_study, status
+from carft_ray.search.outcome import Failure, write_failure
+from carft_ray.search.rows import best_row, trials
+from carft_ray.search.study import open_study
+
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+PROFILE = {"objective": {}, "alpha": {}}
+
+
+def table_of(rng, accuracies, n=200, name="id_val"):
+    """Predictions of one set at every alpha of the grid, with about these accuracies."""
+    tables = []
+    for alpha, accuracy in zip(GRID, accuracies, strict=True):
+        labels = np.arange(n) % 4
+        logits = rng.normal(0, 1, (n, 4)).astype(np.float32)
+        right = np.arange(n) < round(accuracy * n)
+        logits[np.arange(n), np.where(right, labels, (labels + 1) % 4)] += 4
+        tables.append(predictions_table(name, alpha, np.arange(n, dtype=np.uint64)[::-1].copy(), labels, logits))
+    return concat(tables)
+
+
+def test_a_violation_is_what_is_missing_to_the_bound():
+    part = ConstraintsPart(id_drop={"zero_shot": 0.02, "plain": 0.0}, ece={"id_val": 0.1})
+    bounds = limits(part, {"zero_shot": 0.72, "plain": 0.8})
+    assert (
+        tuple(limit.name for limit in bounds)
+        == constraint_names(part)
+        == (
+            "id_drop/zero_shot",
+            "id_drop/plain",
+            "ece/id_val",
+        )
+    )
+    table = table_of(np.random.default_rng(0), (0.7, 0.75, 0.8, 0.85, 0.9, 0.95))
+    found = violations_at(table, bounds, 0.0)
+    ece = expected_calibration_error(answers(select(table, "id_val", 0.0)))
+    accuracy = float(correct_matrix([(table, 0.0)], "id_val").mean())
+    assert found["violation/id_drop/zero_shot"] == pytest.approx(0.7 - accuracy, abs=1e-12)
+    assert found["violation/id_drop/plain"] == pytest.approx(0.8 - accuracy)
+    assert found["violation/ece/id_val"] == pytest.approx(ece - 0.1)
+    assert total_violation({**found, "id_accuracy": 0.7}) == pytest.approx(sum(max(0, v) for v in found.values()))
+    assert violation_words({"violation/id_drop/zero_shot": 0.006}) == "violates id_drop zero_shot by 0.6 points"
+    assert " and id_drop plain by 10.5 points and ece id_val by " in violation_words(found)
+    assert violation_words({"id_accuracy": 0.7, "violation/ece/id_val": -0.1}) == ""
+    assert Limit("x", "accuracy", "id_val", 0.72 - 0.01).violation(0.71) == 0.0  # rounding is no violation
+
+
+def test_without_a_violation_alpha_is_chosen_as_without_constraints():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        curve = (0.6 + 0.1 * rng.random() * np.array(GRID) + rng.normal(0, 0.01, 6)).tolist()
+        met = -rng.random((2, 6))
+        assert choose_alpha(GRID, curve, 0.1, 0.01, met) == choose_alpha(GRID, curve, 0.1, 0.01)
+
+
+def test_alphas_that_violate_are_passed_over_by_interpolation_between_evaluated_points():
+    rising = [0.6 + 0.1 * alpha for alpha in GRID]
+    drop = np.array([[-0.3, -0.2, -0.1, 0.05, 0.2, 0.3]])  # crosses 0 at alpha .4 + .2 * 2 / 3
+    choice = choose_alpha(GRID, rising, 0.1, 0.01, drop)
+    assert (choice.alpha, choice.fitted) == (0.5, True)
+    assert choice.value == pytest.approx(0.65)
+    other = np.array([[0.5, 0.3, -0.1, -0.2, -0.2, -0.2]])
+    assert choose_alpha(GRID, rising, 0.1, 0.01, np.vstack([drop, other])).alpha == 0.5
+    assert choose_alpha(GRID, rising, 0.1, 0.01, drop, evaluated_only=True).alpha == 0.4
+    raw = choose_alpha((0.0, 0.5, 1.0), [0.6, 0.7, 0.8], 0.1, None, np.array([[0.0, 0.0, 0.1]]))
+    assert (raw.alpha, raw.value, raw.fitted) == (0.5, 0.7, False)
+
+
+def test_where_no_alpha_meets_all_the_smallest_sum_of_violations_is_chosen():
+    falling = [0.7 - 0.1 * alpha for alpha in GRID]
+    first = np.array([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert choose_alpha(GRID, falling, 0.1, 0.01, first[None]).alpha == 1.0
+    second = np.array([0.0, 0.0, 0.0, 0.2, 0.5, 0.6])
+    assert choose_alpha(GRID, falling, 0.1, 0.01, np.stack([first, second])).alpha == 0.4
+    even = np.full((1, 6), 0.3)
+    assert choose_alpha(GRID, falling, 0.1, 0.01, even).alpha == choose_alpha(GRID, falling, 0.1, 0.01).alpha
+
+
+def test_a_grid_point_off_the_steps_may_be_chosen_when_it_alone_meets():
+    grid = (0.0, 0.13, 0.62, 0.87, 1.0)
+    missed = np.array([[1.0, 0.5, 0.0, 0.5, 1.0]])
+    assert choose_alpha(grid, [0.5, 0.6, 0.5, 0.7, 0.8], 0.1, 1.0, missed).alpha == 0.62
+
+
+def test_a_chosen_alpha_that_turns_out_to_miss_more_than_a_grid_point_is_given_up():
+    rising = tuple(0.6 + 0.1 * alpha for alpha in GRID)
+    drop = ((-0.3, -0.2, -0.1, 0.05, 0.2, 0.3),)
+    choice = choose_alpha(GRID, rising, 0.1, 0.01, np.array(drop))
+    profile = AlphaProfile(GRID, rising, {}, rising, 0.01, choice, None, drop)
+    assert stepped_back(profile, {"violation/id_drop/zero_shot": -0.01}, 0.1) == choice
+    back = stepped_back(profile, {"violation/id_drop/zero_shot": 0.001}, 0.1)
+    assert (back.alpha, back.fitted, back.value) == (0.4, True, pytest.approx(0.64))
+    none_meets = AlphaProfile(GRID, rising, {}, rising, 0.01, choice, None, ((0.5,) * 6,))
+    assert stepped_back(none_meets, {"x": 0.1}, 0.1) == choice
+    assert stepped_back(profile, {}, 0.1) == choice
+
+
+@pytest.mark.parametrize("grid", [GRID, GRID[:3], (0.0, 0.03, 0.33, 0.5, 1.0)])
+@pytest.mark.parametrize("noise_se", [1e-4, 1.0])
+def test_many_constrained_curves_are_chosen_as_each_alone(grid, noise_se):
+    rng = np.random.default_rng(2)
+    curves = 0.6 + 0.1 * rng.random((100, 1)) * np.array(grid) + rng.normal(0, 0.01, (100, len(grid)))
+    missed = rng.normal(0, 0.1, (100, 2, len(grid))) + rng.normal(0, 0.1, (100, 1, 1))
+    many = choose_alphas(grid, curves, 0.1, np.full(100, noise_se), missed)
+    assert many.values == pytest.approx((many.readers * curves).sum(axis=1))
+    for b, curve in enumerate(curves):
+        one = choose_alpha(grid, curve.tolist(), 0.1, noise_se, missed[b])
+        assert (many.alphas[b], many.values[b]) == (one.alpha, pytest.approx(one.value, abs=1e-12))
+        there = [np.interp(one.alpha, grid, each) for each in missed[b]]
+        assert many.missed[b] == pytest.approx(np.maximum(there, 0).sum(), abs=1e-12)
+        eligible = [i for i, alpha in enumerate(grid) if alpha >= 0.1]
+        if any(np.maximum(missed[b][:, i], 0).sum() == 0 for i in eligible):
+            assert many.missed[b] == pytest.approx(0, abs=1e-9)
+
+
+SPEC = ObjectiveSpec("weighted_mean", "id_val", ())
+
+
+def candidate(name, seed, accuracies):
+    table = table_of(np.random.default_rng(seed), accuracies)
+    evaluations = [(table, alpha) for alpha in GRID]
+    gaps = {"id_val": calibration_gaps(evaluations, "id_val")}
+    eces = [expected_calibration_error(answers(select(table, "id_val", alpha))) for alpha in GRID]
+    return Candidate(name, GRID, {"id_val": correct_matrix(evaluations, "id_val")}, gaps), eces
+
+
+def test_alphas_that_meet_a_bound_are_found_from_the_stored_arrays():
+    found, eces = candidate("a", 0, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
+    bound = sorted(eces)[2] + 1e-5
+    [kept] = meeting([found], [Limit("ece/id_val", "ece", "id_val", bound)])
+    assert kept.alphas == tuple(alpha for alpha, ece in zip(GRID, eces, strict=True) if ece <= bound)
+    assert meeting([found], [Limit("id_drop/x", "accuracy", "id_val", 0.99)]) == []
+
+
+def test_the_bootstrap_chooses_alpha_and_winner_among_those_that_meet_the_constraints():
+    good, _ = candidate("good", 0, (0.6, 0.7, 0.75, 0.8, 0.85, 0.9))
+    poor, _ = candidate("poor", 1, (0.6, 0.58, 0.57, 0.56, 0.55, 0.54))
+    floor = [Limit("id_drop/zero_shot", "accuracy", "id_val", 0.5)]
+    assert bbc(resample([poor, good], SPEC, 0.1, 50))[1][0].name == "good"
+    # a ceiling on good: its calibration; poor meets it nowhere, so that the less violating wins
+    free = resample([poor, good], SPEC, 0.1, 50)
+    bound = resample([poor, good], SPEC, 0.1, 50, bounds=floor)
+    assert bound.missed.max() == 0
+    assert (bound.in_bag >= free.in_bag - 1e-12).all()
+    high = resample([poor, good], SPEC, 0.1, 50, bounds=[Limit("id_drop/x", "accuracy", "id_val", 0.95)])
+    assert (high.missed[:, 1] < high.missed[:, 0]).all()
+    assert bbc(high)[1][0].name == "good"
+
+
+def test_the_resampled_calibration_error_is_that_of_the_resampled_images():
+    found, eces = candidate("a", 3, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
+    at_zero = [Limit("ece/id_val", "ece", "id_val", 0.0)]
+    again = resample([found], SPEC, 0.1, 400, bounds=at_zero).missed_at[0]
+    assert again.shape == (400, 6)
+    assert (again.mean(axis=0) >= np.array(eces) - 0.01).all()  # the error of fewer distinct images is larger
+    assert (again.mean(axis=0) <= np.array(eces) + 0.06).all()
+    one = Candidate(
+        "a", (0.4,), {"id_val": found.correct["id_val"][2:3]}, {"id_val": found.gaps["id_val"].take(slice(2, 3))}
+    )
+    counts = np.ones((1, 200), np.float32)
+    sums = np.abs((counts @ one.gaps["id_val"].columns()).reshape(15)).sum() / 200
+    assert sums == pytest.approx(eces[2], abs=1e-6)
+
+
+def test_the_share_of_resamples_that_meet_a_constraint_goes_from_all_to_none():
+    found, _ = candidate("a", 0, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
+    own = Candidate("a", (0.4,), {"id_val": found.correct["id_val"][2:3]})
+    accuracy = float(own.correct["id_val"].mean())
+    shares = [
+        share_meeting(own, SPEC, [Limit("id_drop/x", "accuracy", "id_val", bound)], 400)
+        for bound in (accuracy - 0.2, accuracy, accuracy + 0.2)
+    ]
+    assert shares[0] == 1
+    assert 0.35 < shares[1] < 0.65
+    assert shares[2] == 0
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def told(study_dir):
+    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    return optuna.load_study(storage=storage, study_name="search").trials
+
+
+def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(study_dir):
+    drops = {"zero_shot": 0.1, "plain": 0.05}
+    recipe = make_recipe(
+        2, **PROFILE, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}, constraints={"id_drop": drops}
+    )
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        study.tell_zero_shot(ZERO_SHOT)
+        plain, other = study.next(), study.next()
+        assert (plain.name, other.name) == ("plain", "other")
+        assert study.next() is None
+        assert not study.done()
+        write_result(study, plain)
+        study.settle(plain)
+        assert study.next().kind == "trial"  # the other baseline is named by no constraint
+        references = json.loads((study_dir / "prepared" / "references.json").read_text())
+        assert references.keys() == drops.keys()
+        assert references["zero_shot"] == ZERO_SHOT["id_accuracy"]
+
+
+def test_an_adopted_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
+    recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        first = study.next()
+        study.lost(first, "killed")
+        again = study.next()
+        assert (again.name, again.attempt) == ("plain", 2)
+        assert study.next() is None
+        write_result(study, again)
+        study.settle(again)
+        assert [spec.kind for spec in run_all(study)] == ["trial", "trial"]
+
+
+def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
+    recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        spec = study.next()
+        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "Traceback ...")
+        study.settle(spec)
+        with pytest.raises(NoSuccessfulTrialError) as caught:
+            study.next()
+    assert caught.value.exit_code == 6
+    [problem] = caught.value.problems
+    assert problem.place == "search.constraints.id_drop.plain"
+    assert problem.value == "diverged: loss not finite"
+    assert "baselines/plain/log.txt" in problem.next_step
+
+
+def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir, tmp_path):
+    sampler = {"name": "random"}
+    constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
+    recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
+        run_all(study, 3)
+        diverged, lost = study.next(), study.next()
+        diverged.folder(study_dir).mkdir(parents=True, exist_ok=True)
+        write_failure(diverged.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
+        study.settle(diverged)
+        while study.lost(lost, "killed") is None:
+            lost = study.next()
+    found = [trial.constraints for trial in told(study_dir)]
+    assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
+    assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]
+    assert found[3]["id_drop/zero_shot"] == found[4]["id_drop/zero_shot"] == 0
+    rows = trials(study_dir)
+    missed = [row.violation for row in rows[:3]]
+    assert [max(0, each["id_drop/zero_shot"]) for each in found[:3]] == pytest.approx(missed)
+    assert min(missed) < max(missed)
+    best = best_row(rows)
+    assert best.violation == min(missed)
+    answer = listing(read_study(study_dir))
+    assert answer["trials"][0]["violations"]["id_drop/zero_shot"] == best.metrics["violation/id_drop/zero_shot"]
+    assert (status(read_study(study_dir))["lines"] == []) == (min(missed) == 0)
+
+
+def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
+    recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
+        run_all(study)
+    view = read_study(study_dir)
+    assert [path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")] == [view.best.name]
+    assert view.best.violation == min(row.violation for row in view.trials)
+    [line] = status(view)["lines"]
+    assert line.startswith(
+        f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop zero"
+    )
+
+
+def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
+    recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"ece": {"id_val": 0.1}})
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+        spec = study.next()
+        folder = spec.folder(study_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format_version": 1, "objective": 0.5, "metrics": {"id_accuracy": 0.5}}
+        (folder / "result.json").write_text(json.dumps(content))
+        with pytest.raises(StorageError, match="violation/ece/id_val"):
+            study.settle(spec)
+
+
+def test_baselines_and_fresh_seeds_have_no_constraints():
+    recipe = make_recipe(constraints={"id_drop": {"zero_shot": 0.1}})
+    assert alone(recipe).search.constraints == ConstraintsPart()
+    assert alone(recipe).search.objective.kind == "weighted_mean"
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    sets = "data:\n  train: {source: sandbox, domain: photo, split: train, num_per_class: 4}\n"
+    sets += "  id_val: {source: sandbox, domain: photo, split: val, num_per_class: 4}\n"
+    sets += "  ood_val: {sketch: {source: sandbox, domain: sketch, split: val, num_per_class: 4}}\n"
+    path.write_text(sets + "search:\n  space: {learning_rate: {low: 1e-4, high: 1e-3}}\n" + text)
+    return path
+
+
+def test_an_unknown_baseline_or_set_is_refused_with_the_nearest(tmp_path):
+    text = "  baselines: {plain: {kl_weight: 0}}\n"
+    text += "  constraints: {id_drop: {plan: 0.1}, ece: {sketsh: 0.1, id_test: 0.1}}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, text))
+    first, second, third = caught.value.problems
+    assert (first.nearest, second.nearest) == ("plain", "sketch")
+    assert first.allowed == ("zero_shot", "plain")
+    assert "must be id_val or a name of data.ood_val" in third.rule
+    load_recipe(written(tmp_path, "  constraints: {id_drop: {zero_shot: 0.1}, ece: {id_val: 0.1}}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "  objective: {kind: pareto}\n",
+            "Write search.alpha.mode: sample and search.space.alpha: {low: 0.1, high: 1}.",
+        ),
+        ("    alpha: {low: 0.1, high: 1}\n  objective: {kind: pareto}\n", "Write search.alpha.mode: sample."),
+    ],
+)
+def test_a_pareto_search_says_exactly_what_is_missing(tmp_path, text, told):
+    path = written(tmp_path, "")
+    path.write_text(path.read_text().replace("  space: {learning_rate: {low: 1e-4, high: 1e-3}}\n", ""))
+    path.write_text(path.read_text() + "  space:\n    learning_rate: {low: 1e-4, high: 1e-3}\n" + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    [problem] = caught.value.problems
+    assert problem.rule == "pareto needs alpha as a parameter of the space"
+    assert problem.next_step == told
+
+
+def test_what_belongs_to_a_pareto_search_is_idle_elsewhere(tmp_path):
+    recipe = load_recipe(written(tmp_path, "  objective: {best: lexicographic, tolerance: 0.01}\n"))
+    assert sum("search.objective." in text and "has no effect" in text for text in warnings(recipe)) == 2

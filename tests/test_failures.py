@@ -1,0 +1,464 @@
+"""What a search does when memory is short, a training hangs, or an attempt that was believed lost wakes up."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import attempts
+import numpy as np
+import pytest
+import ray
+import stand_in
+import torch
+from ray.air.execution._internal.actor_manager import RayActorManager
+
+from carft_ray import files
+from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
+from carft_ray.evaluation.run import prepare
+from carft_ray.launch.cluster import Capacity, running_ray
+from carft_ray.launch.events import Note
+from carft_ray.launch.executors import Runner, make_plan
+from carft_ray.launch.fits import fitted, memory_failure
+from carft_ray.launch.host_memory import host_memory, one_trial_dies
+from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.waiting import Node, lacking, why_waiting
+from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
+from carft_ray.search.outcome import check_fence, raise_fence, read_failure, read_result
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+CPU = torch.device("cpu")
+
+
+def notes(events):
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+# want of memory on the device
+
+
+def too_large():
+    return torch.empty(2**62, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA out of memory"), False),
+    ],
+)
+def test_want_of_memory_is_told_from_other_errors(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_torch_and_numpy_say_themselves_that_memory_is_short():
+    for allocate in (too_large, lambda: np.ones(2**58)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            allocate()
+        assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("fits", [1, 3, 7, 100])
+def test_batches_that_do_not_fit_are_halved_and_their_results_keep_their_order(fits):
+    seen = []
+
+    def run(positions):
+        if len(positions) > fits:
+            too_large()
+        seen.append(len(positions))
+        return positions * 2
+
+    parts = in_batches(run, np.arange(50), 16, 32, CPU)
+    assert np.concatenate(parts).tolist() == list(range(0, 100, 2))
+    assert max(seen) <= min(fits, 16)
+    assert in_batches(run, np.arange(0), 16, 32, CPU) == []
+
+
+def test_one_image_that_does_not_fit_is_told_with_the_numbers():
+    with pytest.raises(OutOfMemoryError, match="1 image of 32 x 32 pixels at a time must fit into memory") as caught:
+        in_batches(lambda positions: too_large(), np.arange(5), 4, 32, CPU)
+    assert "GB free on this machine" in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+def test_another_error_of_a_batch_passes():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        in_batches(lambda positions: (_ for _ in ()).throw(RuntimeError("size mismatch")), np.arange(5), 4, 32, CPU)
+
+
+def with_train(**train):
+    recipe = stand_in.make_recipe(resources={"gpus_per_worker": 0})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+
+
+def test_what_fits_is_noted_once_and_never_raised(tmp_path):
+    recipe = with_train(batch_size=64)
+    assert fitted(recipe, tmp_path, 1) is recipe
+    for failed, noted in ((64, 32), (32, 16), (64, 16)):  # the last one began before the others had noted theirs
+        failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, tmp_path, 1)
+        assert failure.outcome == "memory"
+        assert fitted(recipe, tmp_path, 1).train.micro_batch == noted
+    assert fitted(with_train(batch_size=64, micro_batch=8), tmp_path, 1).train.micro_batch == 8
+    assert fitted(with_train(batch_size=64), tmp_path, 8).train.micro_batch is None  # a worker's part fits already
+    assert fitted(with_train(batch_size=64, precision="bf16"), tmp_path, 1).train.micro_batch is None
+    assert json.loads((tmp_path / "fits.json").read_text()) == {"sandbox, auto, cpu": 16}
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"),
+    [
+        ({}, "fatal"),
+        ({"learning_rate": 1e-3}, "fatal"),
+        ({"batch_size": 64}, "error"),
+        ({"precision": "fp64"}, "error"),
+    ],
+)
+def test_where_one_image_does_not_fit_the_search_ends_unless_the_values_decide_it(tmp_path, values, outcome):
+    recipe = with_train(batch_size=2, micro_batch=2)
+    memory_failure(OutOfMemoryError("short", 2), recipe, values, tmp_path, 1)
+    failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, tmp_path, 2)
+    assert failure.outcome == outcome
+    assert fitted(recipe, tmp_path, 1) is recipe  # the next search begins anew
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "num_workers", "expected"),
+    [(64, None, 1, 64), (65, None, 2, 33), (64, 48, 2, 32), (64, 8, 2, 8)],
+)
+def test_a_forward_pass_holds_the_micro_batch_at_most_the_part_of_a_worker(
+    batch_size, micro_batch, num_workers, expected
+):
+    train = with_train(batch_size=batch_size, micro_batch=micro_batch).train
+    assert micro_batch_of(train, num_workers) == expected
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with what the trainings of ``sandbox_recipe`` share."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(attempts.sandbox_recipe(), folder, folder / "prepared", share_targets=False)
+    return folder / "prepared"
+
+
+def sandbox_search(folder, prepared, recipe, megabytes):
+    folder.mkdir()
+    (folder / "study").mkdir()
+    with open_study(folder / "study", recipe, folder):
+        pass
+    os.symlink(prepared, folder / "study" / "prepared")
+    return attempts.search(folder / "study", recipe, folder, attempts.limited(megabytes), at_a_time=1)
+
+
+@pytest.mark.slow
+def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enough(tmp_path, prepared):
+    """Both under a limit of the system on the memory of each training's process: a wide one and a tight one."""
+    found = {}
+    for name, megabytes in (("wide", 10_000), ("tight", 80)):
+        searcher, events = sandbox_search(tmp_path / name, prepared, attempts.sandbox_recipe(), megabytes)
+        assert searcher.failure is None
+        rows = trials(tmp_path / name / "study")
+        assert [row.outcome for row in rows] == ["complete", "complete"]
+        found[name] = [row.objective for row in rows], [row.attempt for row in rows], notes(events)
+        fits = tmp_path / name / "study" / "fits.json"
+        if name == "wide":
+            assert not fits.exists()
+            assert found[name][1] == [1, 1]
+    assert found["tight"][0] == pytest.approx(found["wide"][0], abs=1e-6)
+    [(key, micro_batch)] = json.loads(fits.read_text()).items()
+    assert key == "sandbox, auto, cpu"
+    assert micro_batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    first, second = found["tight"][1]
+    assert 2 ** (first - 1) * micro_batch == 512  # each failed attempt halves it, and none fails in the second trial
+    assert second == 1
+    assert len(found["tight"][2]) == first - 1
+    assert "512 images of 32 x 32 pixels at a time must fit into memory, but got " in found["tight"][2][0]
+    assert found["tight"][2][0].endswith("the next attempt takes a micro-batch of 256")
+
+
+def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_goes_on_later(tmp_path):
+    recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
+    tight = Runner(stand_in.prepare, attempts.without_memory)
+    searcher, events = attempts.search(tmp_path / "study", recipe, tmp_path, tight, at_a_time=1)
+    assert searcher.failure.exit_code == 5
+    assert "1 image of 32 x 32 pixels at a time must fit into memory, but got " in str(searcher.failure)
+    assert [row.outcome for row in trials(tmp_path / "study")] == ["running"]
+    assert len(notes(events)) == 3  # 8, 4, 2
+    (tmp_path / "study" / "stop").unlink()
+    searcher, _ = attempts.search(tmp_path / "study", recipe, tmp_path, at_a_time=1)
+    assert searcher.failure is None
+    assert [row.outcome for row in trials(tmp_path / "study")] == ["complete", "complete"]
+
+
+# a machine without memory
+
+MONITOR = """Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 1f2e) where the task (actor ID: 3) was running was 27.63GB / 28.80GB (0.959)
+Top 10 memory users: ..."""
+MONITOR_NOW = """2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, \
+ID: bd9a) was 27.63GB used / 28.80GB limit (0.959)
+OOM kill reason: Memory usage 2088845312B exceeded threshold of 1263825792B (5.0% of 25276514304B limit)"""
+FULL = "no memory was left on node 10.0.0.7 (27.63GB of 28.80GB used): Ray's memory monitor ended it"
+HELP = "; fewer trials at a time (search.concurrency) or a smaller evaluate.batch_size take less"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (MONITOR, FULL + HELP),
+        (MONITOR_NOW, FULL + HELP),
+        ("trial()\nMemoryError: 3 GiB", "no memory was left on its machine: MemoryError: 3 GiB" + HELP),
+        ("The actor died unexpectedly before finishing this task.", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
+    assert host_memory(text) == line
+    assert host_memory(line) == line
+
+
+def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_failed(tmp_path):
+    """Each training dies until one runs at a time: two of the first three are killed, none twice in a row for ever."""
+    base_dir = tmp_path / "base"
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"0": "die_once", "1": "die_once"}))
+    recipe = stand_in.make_recipe(4, baselines={}, resources={"gpus_per_worker": 0})
+    searcher, events = attempts.search(tmp_path / "study", recipe, base_dir, at_a_time=3, died=MONITOR_NOW)
+    assert searcher.failure is None
+    assert searcher.concurrency == 1
+    told = notes(events)
+    assert "gets another attempt, with 2 at a time from now on, no more 3: no memory was left on node 10.0" in told[0]
+    assert "gets another attempt, with 1 at a time from now on, no more 2: no memory was left on node 10.0" in told[1]
+    assert len(told) == 2
+    assert sorted(row.attempt for row in trials(tmp_path / "study")) == [1, 1, 2, 2]
+
+
+def test_a_training_for_which_there_is_never_memory_fails_in_the_end(tmp_path):
+    base_dir = tmp_path / "base"
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"1": "die"}))
+    recipe = stand_in.make_recipe(3, baselines={}, resources={"gpus_per_worker": 0})
+    searcher, _ = attempts.search(tmp_path / "study", recipe, base_dir, died=MONITOR_NOW)
+    assert searcher.failure is None
+    rows = trials(tmp_path / "study")
+    assert [row.outcome for row in rows] == ["complete", "error", "complete"]
+    assert rows[1].attempt == 4  # one with two at a time, three alone
+    assert rows[1].reason.startswith("no memory was left on node 10.0.0.7")
+
+
+@pytest.mark.slow
+def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(tmp_path, monkeypatch):
+    """A real Ray that takes any machine for full: every process of a trial is ended."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BASE.parent), str(BASE)]))
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    base_dir, events = tmp_path / "base", []
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"seconds": 100}))
+    recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
+    with open_study(tmp_path / "study", recipe, base_dir) as study:
+        study.adopt()
+        with running_ray(None, tmp_path / "ray.log") as there:
+            plan = make_plan(recipe, base_dir, study.study_dir, there, attempts.STAND_IN)
+            plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
+            run_trainings(study, plan, events.append)
+        [row] = study.rows()
+    assert (row.outcome, row.attempt) == ("error", 4)
+    known = re.compile(
+        r"no memory was left on node [\d.]+ \([\d.]+GB of [\d.]+GB used\): Ray's memory monitor ended it; "
+    )
+    assert known.match(row.reason)
+    assert notes(events)[0].startswith(
+        f"{row.name} gets another attempt, with 1 at a time from now on, no more 2: no m"
+    )
+
+
+def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
+    """As it is, Tune ends the whole run: the exception is neither that of an actor nor that of a task."""
+    told = []
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: told.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
+    manager = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    full = ray.exceptions.OutOfMemoryError(MONITOR_NOW)
+    with pytest.raises(RuntimeError, match="Caught unexpected exception"):
+        RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=full)
+    with one_trial_dies():
+        RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=full)
+    assert isinstance(told[0], ray.exceptions.RayActorError)
+    assert host_memory(str(told[0])) == FULL + HELP
+
+
+# a training that hangs
+
+
+def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_path):
+    base_dir = tmp_path / "base"
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"0": "hang_once", "seconds": 0.3}))
+    recipe = stand_in.make_recipe(2, epochs=8, baselines={}, resources={"gpus_per_worker": 0, "hang_timeout_s": 1.5})
+    searcher, events = attempts.search(tmp_path / "study", recipe, base_dir)
+    assert searcher.failure is None
+    hung, well = trials(tmp_path / "study")
+    assert (hung.outcome, hung.attempt, well.attempt) == ("complete", 2, 1)
+    assert f"; what its threads did is in trials/{hung.name}/log.txt" in notes(events)[0]
+    log = (tmp_path / "study" / "trials" / hung.name / "log.txt").read_text()
+    assert "most recent call first" in log
+    assert '/stand_in.py", line ' in log
+    assert log.count("Timeout") == 1
+    assert "Timeout" not in (tmp_path / "study" / "trials" / well.name / "log.txt").read_text()  # it took 2.4 s
+
+
+# attempts that wake up
+
+
+def test_behind_a_fence_nothing_is_written_once_another_attempt_has_begun(tmp_path):
+    (tmp_path / "log.txt").write_text("before\n")
+    (tmp_path / "checkpoint").mkdir()
+    check_fence(tmp_path, 1)  # without a fence, as in `train`
+    raise_fence(tmp_path, 1)
+    with files.fenced(lambda: check_fence(tmp_path, 1)):
+        files.append_line(tmp_path / "log.txt", "mine")
+        files.write_text(tmp_path / "result.json", "mine")
+        for write in (
+            lambda: files.append_line(tmp_path / "log.txt", "late"),
+            lambda: files.write_text(tmp_path / "result.json", "late"),
+            lambda: files.remove_folder(tmp_path / "checkpoint"),
+            lambda: _new_folder(tmp_path / "step"),
+        ):
+            (tmp_path / "fence.json").write_text('{"attempt": 2}')
+            with pytest.raises(OutdatedAttemptError, match="attempt 1 is outdated: attempt 2 has begun"):
+                write()
+    files.write_text(tmp_path / "after.json", "free again")
+    assert (tmp_path / "log.txt").read_text() == "before\nmine\n"
+    assert (tmp_path / "result.json").read_text() == "mine"
+    names = {"log.txt", "result.json", "checkpoint", "after.json", "fence.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def _new_folder(path):
+    with files.new_folder(path):
+        pass
+
+
+def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_ends(tmp_path):
+    """The first process is stopped in the middle of its second epoch, and woken in the middle of the next attempt."""
+    base_dir, study_dir = tmp_path / "base", tmp_path / "study"
+    base_dir.mkdir()
+    (base_dir / "modes.json").write_text(json.dumps({"seconds": 0.4, "tell_pid": True}))
+    recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
+    with open_study(study_dir, recipe, base_dir) as study:
+        study.adopt()
+        plan = attempts.plan_of(study, base_dir)
+        first = study.next()
+        folder = first.folder(study_dir)
+        zombie = attempts.start(plan, first)
+        wait_for_epoch(folder, 1)
+        os.kill(zombie.pid, signal.SIGSTOP)
+        assert study.lost(first, "its node is lost") is None
+        second = study.next()
+        process = attempts.start(plan, second)
+        wait_for_epoch(folder, 3)
+        os.kill(zombie.pid, signal.SIGCONT)
+        zombie.join(5)
+        assert zombie.exitcode == 0  # quietly, at its next look for a stop
+        assert json.loads((folder / "alive.json").read_text())["pid"] == process.pid
+        process.join(20)
+        row = study.settle(second)
+    assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
+    assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert read_failure(folder, 1) is read_failure(folder, 2) is None
+    assert read_result(folder)["metrics"]["pid"] == process.pid
+    assert (folder / "log.txt").read_text().count("attempt") == 2
+
+
+def wait_for_epoch(folder, epoch):
+    end = time.monotonic() + 20
+    while len(files.read_json_lines(folder / "metrics.jsonl")) < epoch:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_lost_training_that_is_told_writes_nothing_any_more(tmp_path):
+    with open_study(tmp_path / "study", stand_in.make_recipe(1, baselines={}), tmp_path) as study:
+        study.adopt()
+        for _ in range(3):
+            spec = study.next()
+            row = study.lost(spec, "its node is lost")
+        assert row.outcome == "error"
+        with pytest.raises(OutdatedAttemptError):
+            check_fence(spec.folder(study.study_dir), spec.attempt)
+
+
+# trials that wait
+
+
+def nodes(*sizes):
+    """Nodes from ``(CPUs, free CPUs, GPUs, free GPUs)``."""
+    return [Node({"CPU": size[0], "GPU": size[2]}, {"CPU": size[1], "GPU": size[3]}) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("need", "workers", "one_node", "there", "line"),
+    [
+        ({"CPU": 1}, 1, True, nodes((4, 1, 0, 0)), ""),
+        ({"CPU": 2}, 1, True, nodes((4, 1, 0, 0)), "needs 2 CPUs, and 3 of 4 CPUs are held by others"),
+        ({"CPU": 1}, 2, True, nodes((4, 1, 0, 0)), "needs 2 CPUs, and 3 of 4 CPUs are held by others"),
+        (
+            {"CPU": 1},
+            2,
+            True,
+            nodes((2, 1, 0, 0), (2, 1, 0, 0)),
+            "needs 2 CPUs on one node, the largest free node has 1",
+        ),
+        ({"CPU": 1}, 2, False, nodes((2, 1, 0, 0), (2, 1, 0, 0)), ""),
+        ({"CPU": 2}, 2, False, nodes((2, 1, 0, 0), (4, 3, 0, 0)), "needs 2 x (2 CPUs), which are not free together"),
+        ({"CPU": 3}, 1, True, nodes((2, 2, 0, 0), (2, 2, 0, 0)), "needs 3 CPUs on one node, the largest node has 2"),
+        ({"CPU": 1, "GPU": 1}, 1, True, nodes((4, 4, 1, 0)), "needs 1 GPU, and 1 of 1 GPU are held by others"),
+        ({"CPU": 1, "GPU": 1}, 2, True, nodes((4, 4, 1, 1)), "needs 2 GPUs, the cluster has 1"),
+        (
+            {"CPU": 1, "GPU": 1},
+            1,
+            True,
+            nodes((4, 0, 1, 1), (4, 4, 1, 0)),
+            "needs 1 x (1 CPU and 1 GPU) on one node, which are not free together",
+        ),
+        (
+            {"CPU": 2, "GPU": 1},
+            1,
+            True,
+            nodes((4, 1, 2, 0)),
+            "needs 2 CPUs, and 3 of 4 CPUs are held by others; needs 1 GPU, and 2 of 2 GPUs are held by others",
+        ),
+        ({"tpu": 1}, 1, True, nodes((4, 4, 0, 0)), "needs 1 tpu, the cluster has 0"),
+        ({"CPU": 0.5}, 2, True, nodes((2, 0.5, 0, 0)), "needs 1 CPU, and 1.5 of 2 CPUs are held by others"),
+        ({"CPU": 1}, 1, True, [], "needs 1 CPU, the cluster has 0"),
+    ],
+)  # fmt: skip
+def test_what_a_waiting_trial_lacks_is_named(need, workers, one_node, there, line):
+    assert lacking(need, workers, one_node, there) == line
+
+
+@pytest.mark.slow
+def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
+    room = Capacity(1, "", 2, 1.0, 0.0, True)
+    with running_ray(None, tmp_path / "ray.log") as (node,):
+        assert why_waiting(room) == "Ray has given it what it needs and is starting it"
+        held = ray.util.placement_group([{"CPU": node.num_cpus - 1}])
+        ray.get(held.ready())
+        ray.util.placement_group([{"CPU": 2}])
+        end, why = time.monotonic() + 30, ""
+        while "held" not in why and time.monotonic() < end:  # Ray tells its resources with a delay
+            time.sleep(0.2)
+            why = why_waiting(room)
+        assert why == f"needs 2 CPUs, and {node.num_cpus - 1:g} of {node.num_cpus:g} CPUs are held by others"

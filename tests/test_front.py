@@ -1,0 +1,159 @@
+"""Fronts: which points no other beats, which of them is the best, and the area that they dominate."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from carft_ray.search.front import (
+    FrontRule,
+    best_point,
+    front_of,
+    hypervolume,
+    knee,
+    lexicographic,
+    non_dominated,
+    stand,
+    told_points,
+)
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.rows import best_first, best_row
+
+
+def beaten(points, index):
+    others = np.delete(points, index, axis=0)
+    return bool(((others >= points[index]).all(axis=1) & (others > points[index]).any(axis=1)).any())
+
+
+def clouds(seed):
+    rng = np.random.default_rng(seed)
+    return [rng.random((n, 2)) for n in (1, 2, 7, 40)] + [rng.integers(0, 5, (30, 2)) / 4 for _ in range(3)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_front_is_what_no_other_point_beats_once_each_by_rising_id(seed):
+    for points in clouds(seed):
+        found = non_dominated(points)
+        expected = {tuple(points[i]) for i in range(len(points)) if not beaten(points, i)}
+        assert {tuple(points[i]) for i in found} == expected
+        assert len(found) == len(expected)
+        assert (np.diff(points[found, 0]) > 0).all()
+        assert (np.diff(points[found, 1]) < 0).all()
+        firsts = [np.flatnonzero((points == points[i]).all(axis=1))[0] for i in found]
+        assert list(found) == firsts
+
+
+def test_no_points_have_no_front():
+    assert len(non_dominated(np.zeros((0, 2)))) == 0
+    assert hypervolume(np.zeros((0, 2)), (0, 0)) == 0
+    assert front_of([]) == []
+    assert best_point([], FrontRule("knee", 0)) is None
+
+
+def test_the_knee_lies_farthest_beyond_the_line_between_the_ends():
+    front = np.array([[0.5, 0.6], [0.6, 0.58], [0.7, 0.5], [0.75, 0.4]])
+    assert knee(front) == 1  # scaled: (0, 1), (.4, .9), (.8, .5), (1, 0)
+    for scale, shift in (((1, 1), (0, 0)), ((0.01, 3), (0.2, -1))):
+        assert knee(front * scale + shift) == 1
+    assert knee(np.array([[0.5, 0.6], [0.6, 0.5], [0.7, 0.4]])) == 0  # all on the line: the highest OOD accuracy
+    assert knee(np.array([[0.5, 0.6], [0.51, 0.45], [0.7, 0.4]])) == 0  # short of the line: an end
+    assert knee(np.array([[0.5, 0.6], [0.6, 0.5]])) == 0
+    assert knee(np.array([[0.5, 0.6]])) == 0
+
+
+def test_lexicographic_takes_the_highest_ood_among_points_that_keep_id():
+    front = np.array([[0.5, 0.6], [0.6, 0.58], [0.695, 0.5], [0.7, 0.4]])
+    assert [lexicographic(front, tolerance) for tolerance in (0, 0.004, 0.005, 0.1, 1)] == [3, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hypervolume_is_the_area_of_the_union_of_the_rectangles(seed):
+    for points in clouds(seed):
+        for reference in ((0.0, 0.0), (0.3, 0.2), (0.9, 0.95)):
+            xs = np.unique([reference[0], *points[points[:, 0] > reference[0], 0]])
+            ys = np.unique([reference[1], *points[points[:, 1] > reference[1], 1]])
+            area = sum(
+                (right - left) * (top - bottom)
+                for left, right in itertools.pairwise(xs)
+                for bottom, top in itertools.pairwise(ys)
+                if ((points[:, 0] >= right) & (points[:, 1] >= top)).any()
+            )
+            assert hypervolume(points, reference) == pytest.approx(area, abs=1e-12)
+
+
+def test_a_further_point_adds_area_only_when_it_is_not_beaten():
+    points = np.array([[0.6, 0.5], [0.5, 0.6]])
+    assert hypervolume(points, (0.4, 0.4)) == pytest.approx(0.02 + 0.01)
+    assert hypervolume(np.vstack([points, [0.55, 0.5]]), (0.4, 0.4)) == pytest.approx(0.03)
+    assert hypervolume(np.vstack([points, [0.55, 0.55]]), (0.4, 0.4)) == pytest.approx(0.0325)
+
+
+def row(number, points, drawn=0, outcome="complete"):
+    """A training with points (alpha, ID, OOD[, violation]); ``drawn`` is the index of its own."""
+    curve = []
+    for alpha, id_accuracy, ood_accuracy, *missed in points:
+        found = {
+            "id_accuracy": id_accuracy,
+            "ood_accuracy": ood_accuracy,
+            "objective": (id_accuracy + ood_accuracy) / 2,
+        }
+        curve.append({"alpha": alpha, **found, **({"violation/id_drop/zero_shot": missed[0]} if missed else {})})
+    own = curve[drawn]
+    metrics = {name: value for name, value in own.items() if name != "alpha"}
+    return TrialRow(
+        "trial", number, f"t{number}", {}, outcome, objective=own["objective"], alpha=own["alpha"], metrics=metrics,
+        points=tuple(curve),
+    )  # fmt: skip
+
+
+KNEE = FrontRule("knee", 0.0)
+
+
+def test_the_front_is_over_all_points_of_all_complete_trainings():
+    rows = [
+        row(0, [(0.2, 0.5, 0.6), (0.6, 0.6, 0.59), (1.0, 0.61, 0.4)]),
+        row(1, [(0.3, 0.55, 0.5), (1.0, 0.7, 0.45)], drawn=1),
+        row(2, [(0.5, 0.9, 0.9)], outcome="running"),
+    ]
+    front = front_of(rows)
+    assert [(point.name, point.alpha) for point in front] == [("t0", 0.2), ("t0", 0.6), ("t1", 1.0)]
+    stood = stand(rows, KNEE)
+    assert [(each.standing, each.alpha) for each in stood] == [(2, 0.6), (1, 1.0), (0, 0.5)]
+    assert stood[0].metrics["ood_accuracy"] == 0.59
+    assert stood[0].objective == pytest.approx(0.595)
+    assert best_row(stood) == stood[0]
+    assert best_row(stand(rows, FrontRule("lexicographic", 0.0))).alpha == 1.0
+    assert best_row(stand(rows, FrontRule("lexicographic", 0.2))).alpha == 0.2
+
+
+def test_the_best_by_the_rule_comes_first_then_the_front_then_the_rest_by_the_mean():
+    rows = [
+        row(0, [(1.0, 0.70, 0.30)]),
+        row(1, [(1.0, 0.50, 0.60)]),
+        row(2, [(1.0, 0.65, 0.58)]),
+        row(3, [(1.0, 0.64, 0.57)]),
+    ]
+    assert [each.name for each in best_first(stand(rows, KNEE))] == ["t2", "t1", "t0", "t3"]
+
+
+def test_points_that_violate_a_constraint_are_on_the_front_only_when_all_do():
+    rows = [row(0, [(0.2, 0.5, 0.6, -0.1), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
+    assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 0.2)]
+    rows = [row(0, [(0.2, 0.5, 0.6, 0.3), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
+    assert best_row(stand(rows, KNEE)).name == "t1"
+
+
+def test_a_trial_that_violates_is_never_before_one_that_does_not():
+    rows = [row(0, [(1.0, 0.9, 0.9, 0.02)]), row(1, [(1.0, 0.5, 0.5, -0.02)]), row(2, [(1.0, 0.8, 0.8, 0.01)])]
+    assert [each.name for each in best_first(rows)] == ["t1", "t2", "t0"]
+    assert best_row(rows[::2]).name == "t2"
+
+
+def test_the_sampler_is_told_of_at_most_four_further_points_none_of_them_beaten():
+    points = [{"alpha": i / 10, "id_accuracy": i / 10, "ood_accuracy": 1 - i / 10} for i in range(11)]
+    told = [point["alpha"] for point in told_points(points, 0.5)]
+    assert told == [0.0, 0.3, 0.7, 1.0]
+    points[7] = {"alpha": 0.7, "id_accuracy": 0.1, "ood_accuracy": 0.1}
+    assert 0.7 not in [point["alpha"] for point in told_points(points, 0.5)]
+    assert told_points(points[:1], 0.0) == []
+    assert [point["alpha"] for point in told_points(points[:3], 0.2)] == [0.0, 0.1]

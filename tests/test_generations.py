@@ -1,0 +1,379 @@
+"""Search spaces that shrink and grow, without Ray: what becomes of the trials, and kills on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+import crash_host
+import optuna
+import pytest
+from optuna.trial import TrialState
+from stand_in import make_recipe, objective
+from test_study import BASE, fail, optuna_study, run_all, write_result
+
+import carft_ray
+from carft_ray.errors import HoldOutError, RecipeError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.region import contains, directions, place
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+from carft_ray.results.overview import study_recipe
+from carft_ray.search.folder import study_lock
+from carft_ray.search.ledger import TEST, read_ledger, record, require_unread
+from carft_ray.search.rows import best_row, trials
+from carft_ray.search.study import open_study
+
+HERE = Path(__file__).parent
+WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
+NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
+KL = {"low": 0.1, "high": 10, "log": True}
+
+
+def recipe_of(num_trials=6, train=None, search=None, **space):
+    recipe = make_recipe(num_trials, baselines={}, **(search or {})).model_dump()
+    recipe["search"]["space"] = {"learning_rate": WIDE, "kl_weight": KL, **space}
+    recipe["search"]["space"] = {name: value for name, value in recipe["search"]["space"].items() if value}
+    recipe["train"] |= train or {}
+    return Recipe.model_validate(recipe)
+
+
+def parameter(**keys):
+    return recipe_of(weight_decay=keys).search.space["weight_decay"]
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def begin(study_dir, recipe, num_trials=6, looks=False):
+    """Runs trials whose objective is that of the stand-in; every third diverges."""
+    with open_study(study_dir, recipe, BASE) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+        study.adopt()
+        for _ in range(num_trials):
+            spec = study.next()
+            if spec.number % 3 == 2:
+                fail(study_dir, spec, "diverged")
+            else:
+                write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
+            if looks:
+                study._trials["trial", spec.number].report(0.1 * spec.number, 1)
+            study.settle(spec)
+    return trials(study_dir)
+
+
+def shown(rows):
+    return [(row.number, row.name, row.outcome, row.objective, row.alpha, row.metrics) for row in rows]
+
+
+# ---- regions
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "own", "told"),
+    [
+        ({"low": 0.0, "high": 1.0}, {"low": 0.2, "high": 1.0}, 0.1, {"narrow"}),
+        ({"low": 0.2, "high": 0.5}, {"low": 0.2, "high": 1.0}, 0.1, {"widen"}),
+        ({"low": 0.2, "high": 0.5}, {"low": 0.3, "high": 1.0}, 0.1, set()),
+        ({"low": 0.1, "high": 1.0}, {"low": 0.1, "high": 1.0, "log": True}, 0.1, {"narrow", "widen"}),
+        ({"low": 0.0, "high": 1.0, "step": 0.1}, {"low": 0.2, "high": 1.0, "step": 0.2}, 0.1, {"narrow"}),
+        ({"low": 0.0, "high": 1.0, "step": 0.1}, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
+        ({"low": 0.0, "high": 1.0, "step": 0.2}, {"low": 0.1, "high": 0.9, "step": 0.2}, 0.1, set()),
+        ({"choices": [0.1, 0.2]}, {"choices": [0.2]}, 0.1, {"narrow"}),
+        ({"choices": [0.1]}, {"choices": [0.2, 0.1]}, 0.1, {"widen"}),
+        ({"choices": [0.1, 0.2]}, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
+        ({"low": 0.0, "high": 0.2, "step": 0.1}, {"choices": [0.0, 0.1, 0.2, 0.3]}, 0.1, {"widen"}),
+        (None, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
+        (None, {"low": 0.2, "high": 1.0}, 0.1, set()),
+        (None, {"choices": [0.1]}, 0.1, {"narrow", "widen"}),
+        ({"low": 0.0, "high": 1.0}, None, 0.1, {"narrow"}),
+        ({"low": 0.2, "high": 1.0}, None, 0.1, set()),
+        ({"low": 0.0, "high": 1.0}, {"low": 0.0, "high": 1.0, "when": {"decay": ["all"]}}, 0.1, {"narrow"}),
+        ({"low": 0.2, "high": 1.0}, {"low": 0.2, "high": 1.0, "when": {"decay": ["all"]}}, 0.1, set()),
+        (
+            {"low": 0.0, "high": 1.0, "when": {"decay": ["all"]}},
+            {"low": 0.0, "high": 1.0, "when": {"decay": ["all", "matrices"]}},
+            0.1,
+            {"widen"},
+        ),
+    ],
+)
+def test_a_parameter_shrinks_or_grows_with_its_values(old, new, own, told):
+    old, new = (None if keys is None else parameter(**keys) for keys in (old, new))
+    assert directions(old, new, own) == told
+
+
+def test_a_parameter_contains_its_ends_its_grid_and_no_other_kind():
+    stepped = parameter(low=0.1, high=0.7, step=0.1)
+    assert [contains(stepped, round(0.1 * n, 1)) for n in range(9)] == [False, *[True] * 7, False]
+    assert not contains(stepped, 0.15)
+    assert not contains(stepped, True)
+    assert not contains(stepped, None)
+    either = parameter(choices=[None, 1.0])
+    assert contains(either, None)
+    assert contains(either, 1)
+    assert not contains(either, True)
+
+
+def test_values_are_placed_with_the_fields_that_are_not_drawn():
+    recipe = recipe_of(
+        decay={"choices": ["all", "matrices"]}, weight_decay={"low": 0, "high": 1, "when": {"decay": ["all"]}}
+    )
+    values = {"learning_rate": 1e-3, "kl_weight": 1.0, "decay": "all", "weight_decay": 0.5}
+    assert place(values, recipe) == values
+    assert place({**values, "decay": "matrices"}, recipe) == "weight_decay"  # it has its own value there
+    own = {**values, "decay": "matrices", "weight_decay": recipe.train.weight_decay}
+    assert place(own, recipe) == {key: value for key, value in own.items() if key != "weight_decay"}
+    chain = recipe_of(
+        decay={"choices": ["all", "matrices"]},
+        head_bias={"choices": [True, False], "when": {"decay": ["matrices"]}},
+        weight_decay={"low": 0, "high": 1, "when": {"head_bias": [False]}},  # which is its own value, too
+    )
+    assert place(values, chain) == "weight_decay"
+    assert place({**values, "decay": "matrices"}, chain) == {**values, "decay": "matrices", "head_bias": False}
+    assert place({**values, "epochs": 9}, recipe) == "epochs"
+    assert place({**values, "learning_rate": 1.0}, recipe) == "learning_rate"
+
+
+# ---- trials
+
+
+def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
+    before = begin(study_dir, recipe_of(), looks=True)
+    narrow = recipe_of(10, learning_rate=NARROW)
+    with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow, BASE):
+        pass
+    with open_study(study_dir, narrow, BASE, ("narrow",)) as study:
+        study.adopt()
+        after = study.rows()
+        inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
+        assert 0 < len(inside) < len(before)
+        assert study.notes == [
+            f"the search space has changed: {len(inside)} of 6 earlier trials lie inside the new one"
+        ]
+        assert shown(after) == shown(before)
+        assert [row.values for row in after] == [row.values for row in before]
+        assert [row.outside for row in after] == [row not in inside for row in before]
+        specs = run_all(study, lambda spec: -1.0)
+    assert [spec.number for spec in specs] == [6, 7, 8, 9]
+    assert all(1e-4 <= spec.values["learning_rate"] <= 1e-3 for spec in specs)
+    assert best_row(trials(study_dir)).name == best_row(before).name  # wherever it lies
+    old, new = optuna_study(study_dir), optuna_study(study_dir, "search-2")
+    for one, other, row in zip(old.trials, new.trials, before, strict=False):
+        assert other.intermediate_values == one.intermediate_values
+        assert (other.datetime_start, other.datetime_complete) == (one.datetime_start, one.datetime_complete)
+        if row in inside:
+            assert (other.state, other.values, other.constraints) == (one.state, one.values, one.constraints)
+            assert other.user_attrs == one.user_attrs
+            assert (other.distributions["learning_rate"].low, other.params) == (1e-4, one.params)
+        else:
+            assert (other.state, other.params) == (TrialState.FAIL, {})
+    space = optuna.search_space.intersection_search_space(new.get_trials(deepcopy=False))
+    assert set(space) == {"learning_rate", "kl_weight"}  # of one range each, or tpe would drop them
+
+
+def test_widening_again_makes_the_trials_what_they_were(study_dir):
+    begin(study_dir, recipe_of(), looks=True)
+    kept = [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
+    with open_study(study_dir, recipe_of(learning_rate=NARROW), BASE, ("narrow",)):
+        pass
+    with open_study(study_dir, recipe_of(), BASE, ("widen",)):
+        pass
+    again = optuna_study(study_dir, "search-3").trials
+    assert [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in again] == kept
+    manifest = json.loads((study_dir / "manifest.json").read_text())
+    assert manifest["generation"] == 3
+    assert [one["generation"] for one in manifest["recipes"]] == [1, 2]
+    assert [one["recipe"]["search"]["space"]["learning_rate"]["low"] for one in manifest["recipes"]] == [1e-5, 1e-4]
+    assert not any(row.outside for row in trials(study_dir))
+
+
+def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
+    before = begin(study_dir, recipe_of())
+    wider = recipe_of(8, weight_decay={"low": 0.01, "high": 1.0, "log": True})
+    with open_study(study_dir, wider, BASE, ("widen",)) as study:
+        study.adopt()
+        rows = study.rows()
+        assert [row.values for row in rows] == [{**row.values, "weight_decay": 0.1} for row in before]
+        assert shown(rows) == shown(before)
+        assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
+    with open_study(study_dir, recipe_of(9), BASE, ("narrow",)) as study:  # removed: those with other values go
+        study.adopt()
+        assert [row.outside for row in study.rows()] == [False] * 6 + [True] * 2
+        assert [spec.number for spec in run_all(study)] == [8]
+
+
+def test_mixed_changes_need_both_options(study_dir):
+    begin(study_dir, recipe_of())
+    mixed = recipe_of(learning_rate=NARROW, kl_weight={"low": 0.01, "high": 10, "log": True})
+    for may in ((), ("narrow",), ("widen",)):
+        with pytest.raises(RecipeError, match="give --narrow --widen"), open_study(study_dir, mixed, BASE, may):
+            pass
+    with open_study(study_dir, mixed, BASE, ("narrow", "widen")):
+        pass
+    assert sum(row.outside for row in trials(study_dir)) > 0
+
+
+def test_running_trials_are_adopted_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
+    recipe = recipe_of(12)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        specs = [study.next() for _ in range(8)]
+        outside = [spec for spec in specs if not 1e-4 <= spec.values["learning_rate"] <= 1e-3]
+        inside = [spec for spec in specs if spec not in outside]
+        assert len(outside) > 1
+        assert inside
+        write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
+        (outside[1].folder(study_dir) / "checkpoint").mkdir(parents=True)
+    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), BASE, ("narrow",)) as study:
+        study.adopt()
+        rows = study.rows()
+        assert (rows[outside[0].number].outcome, rows[outside[0].number].objective) == ("complete", 0.9)
+        for spec in outside[1:]:
+            assert (rows[spec.number].outcome, rows[spec.number].name) == ("error", spec.name)
+            assert rows[spec.number].reason == "outside the search space, which was narrowed while it ran"
+        assert not (outside[1].folder(study_dir) / "checkpoint").exists()
+        again = [study.next() for _ in inside]
+        assert [(s.number, s.name, s.values, s.attempt) for s in again] == [
+            (s.number, s.name, s.values, 2) for s in inside
+        ]
+        assert study.next().number == 8
+
+
+def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypatch, capsys):
+    before = begin(study_dir, recipe_of())
+    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), BASE, ("narrow",)) as study:
+        assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
+        study.adopt()
+        run_all(study, lambda spec: 0.01)
+    assert carft_ray.open_study(study_dir).trials().num_rows == 7
+    assert carft_ray.open_study(study_dir).best.name == best_row(before).name
+    monkeypatch.chdir(study_dir.parent)
+    assert crash_host.call(["ls", "study"]) == 0
+    assert capsys.readouterr().out.count("outside the space") >= 1
+    assert crash_host.call(["status", "study", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outside"] == sum(row.outside for row in trials(study_dir))
+    assert crash_host.call(["status", "study"]) == 0
+    assert "of them lie outside the search space of today" in capsys.readouterr().out
+
+
+def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
+    from carft_ray.launch.search import run_search  # loads Ray, and begins none
+
+    begin(study_dir, recipe_of())
+    begin(tmp_path / "source", recipe_of(2), 2)
+    narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
+    notes = []
+    result = run_search(narrow, BASE, study_dir, on_event=notes.append, may=("narrow",))
+    assert (result.num_new, len(result.trials)) == (0, 6)
+    assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
+    assert load_recipe(study_dir / "resolved.yaml") == narrow
+
+
+def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
+    begin(study_dir, recipe_of())
+    with study_lock(study_dir):
+        record(study_dir, recipe_of(), TEST, ("id_test",))
+    narrow = recipe_of(9, learning_rate=NARROW)
+    with pytest.raises(HoldOutError, match="add --again REASON"):
+        require_unread(study_dir, narrow, BASE, None, ("narrow",))
+    assert require_unread(study_dir, narrow, BASE, "a smaller space", ("narrow",))
+    assert "generation" not in (study_dir / "manifest.json").read_text()
+    with open_study(study_dir, narrow, BASE, ("narrow",)):
+        pass
+    assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
+    assert "ledger" not in optuna_study(study_dir, "search-2").user_attrs
+
+
+def test_an_option_without_a_change_of_the_space_is_told(study_dir):
+    for may in (("narrow",), ("narrow", "widen")):
+        with open_study(study_dir, recipe_of(), BASE, may) as study:
+            assert study.notes == [
+                f"{' '.join('--' + one for one in may)} has no effect: the space is that of the study"
+            ]
+    assert not (study_dir / "manifest.json").read_text().count("generation")
+
+
+# ---- kills
+
+_PROGRAM = """
+import gc, sys
+from pathlib import Path
+import test_generations
+from carft_ray.errors import CarftError
+from carft_ray.search.study import open_study
+
+def import_everything():
+    import optuna.samplers._tpe.sampler
+    gc.collect(); gc.freeze(); gc.disable()
+
+def call(argv):
+    study_dir, kind = Path(argv[0]), argv[1]
+    space = test_generations.NARROW if kind == "new" else test_generations.WIDE
+    recipe = test_generations.recipe_of(8, learning_rate=space)
+    try:
+        with open_study(study_dir, recipe, Path(test_generations.BASE), argv[2:]) as study:
+            study.adopt()
+            print(len(study.rows()))
+    except CarftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path):
+    begin(tmp_path / "original", recipe_of())
+    with open_study(tmp_path / "original", recipe_of(8), BASE) as study:
+        study.adopt()
+        study.next()
+    before = shown(trials(tmp_path / "original"))
+    (tmp_path / "narrowing.py").write_text(_PROGRAM)
+    path = os.pathsep.join([str(tmp_path), str(HERE.parent), str(HERE)])
+    command = [sys.executable, str(HERE / "crash_host.py"), str(tmp_path), "narrowing"]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+
+        def run(jobs):
+            for job in jobs:
+                shutil.copytree(tmp_path / "original", tmp_path / job["name"] / "study")
+            process.stdin.write(json.dumps(jobs) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            return {job["name"]: json.loads((tmp_path / job["name"] / "answers.json").read_text()) for job in jobs}
+
+        new, old = ["study", "new", "narrow"], ["study", "old"]
+        kinds = tmp_path / "kinds.json"
+        [answer] = run([{"name": "whole", "commands": [{"argv": new, "count_to": str(kinds)}]}])["whole"]
+        assert answer["code"] == 0, answer["log"]
+        expected = shown(trials(tmp_path / "whole" / "study"))
+        number_of_kills = len(json.loads(kinds.read_text()))
+        assert number_of_kills > 20
+        jobs = []
+        for number, kind in enumerate(json.loads(kinds.read_text()), start=1):
+            if kind == "fsync":  # nothing is done there
+                continue
+            kill = {"argv": new, "kill": (number, "torn" if kind == "append" and number % 2 else "after")}
+            both = (("old", old), ("new", new))
+            late = number > number_of_kills - 12  # where the new generation begins to hold; before, one by turns
+            for name, then in both if late else [both[len(jobs) % 2]]:
+                jobs.append({"name": f"{number}-{name}", "commands": [kill, {"argv": then}]})
+        answers = run(jobs)
+        process.stdin.close()
+    codes = {name: [answer["code"] for answer in found] for name, found in answers.items()}
+    assert all(found[0] == -signal.SIGKILL for found in codes.values())
+    assert all(found[1] == 0 for name, found in codes.items() if "new" in name), codes
+    assert {found[1] for name, found in codes.items() if "old" in name} == {0, 3}  # 3: the new one holds already
+    committed = [found[1] == 3 for name, found in codes.items() if "old" in name]
+    assert committed == sorted(committed)
+    for name, found in codes.items():
+        rows = shown(trials(tmp_path / name / "study"))
+        assert rows == (before if found[1] == 0 and "old" in name else expected), name
+    assert [log for found in answers.values() for log in (one["log"] for one in found) if "Traceback (" in log] == []

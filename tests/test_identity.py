@@ -1,0 +1,295 @@
+"""What may change when a study goes on: every key of a recipe, through the open study and the command line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import crash_host
+import pytest
+from stand_in import make_recipe
+from test_search_spaces import FOLDER, _fields, _rows
+from test_study import run_all
+
+from carft_ray.errors import RecipeError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.finished import read_manifest
+from carft_ray.results.overview import study_recipe
+from carft_ray.search.folder import study_lock
+from carft_ray.search.identity import CLASSES, claim, class_of, record_recipe
+from carft_ray.search.rows import baselines, trials
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+KEYS = [key for key, _ in _fields() if key != "format_version"]  # which has one value
+# where the example of the README is what the quickstart has already, or is refused for another reason
+VALUES = {
+    "model.name": "[model={name: ViT-B-32, pretrained: openai}]",
+    "model.pretrained": "[model={name: ViT-B-32, pretrained: openai}]",
+    "data.train": "{source: sandbox, domain: photo, split: train, num_per_class: 31}",
+    "data.id_val": "{source: sandbox, domain: photo, split: val, num_per_class: 124}",
+    "data.id_test": "{source: sandbox, domain: photo, split: test, num_per_class: 124}",
+    "data.classes": "[arrow, star]",
+    "<set>.source": "[data.train={source: folder, path: images, domains: [photo]}]",
+    "<set>.split": "val",
+    "<set>.domain": "sketch",
+    "<set>.path": "elsewhere",
+    "<set>.domains": "[other]",
+    "prompts.class_names": "[a, b]",
+    "train.kl_weight": "5.0",
+    "train.batch_size": "32",
+    "train.alpha": "0.5",
+    "train.clip_norm": "2.0",
+    "search.space": "{learning_rate: {low: 1e-4, high: 5e-3}}",
+    "search.space.<parameter>.type": "[search.space.weight_decay={type: categorical, choices: [0.05, 0.1]}]",
+    "search.space.<parameter>.low": "1e-3",
+    "search.space.<parameter>.high": "0.5",
+    "search.space.<parameter>.log": "true",
+    "search.space.<parameter>.step": "[search.space.weight_decay={low: 0.1, high: 0.9, step: 0.2}]",
+    "search.space.<parameter>.choices": "[search.space.decay={choices: [all]}]",
+    "search.space.<parameter>.when": "{head_bias: true}",
+    "search.alpha.mode": "[search.alpha.mode=sample, 'search.space.alpha={low: 0.5, high: 1}']",
+    "search.objective.kind": "harmonic",
+    "search.constraints.ece": "{id_val: 0.05}",
+    "search.baselines": "{fine_tuning: {kl_weight: 0, epochs: 2}}",
+    "resources.num_workers": "2",
+}
+BEFORE = [
+    "search.space.weight_decay={low: 0.01, high: 1.0}",
+    "search.space.head_bias={choices: [true, false]}",
+    "search.space.decay={choices: [all, matrices]}",
+    "search.baselines={fine_tuning: {kl_weight: 0}}",
+]
+
+
+def place_of(key):
+    parameter = "decay" if key.endswith(".choices") else "weight_decay"
+    return key.replace("<set>", "data.train").replace("<parameter>", parameter)
+
+
+def changed(key, base):
+    """Returns the recipe ``base`` with another value of a key."""
+    written = VALUES.get(key, _rows()[key][4].strip("`"))
+    if key == "model.pretrained" or written.startswith(("[model=", "[data.", "[search.")):
+        overrides = [word.strip(" '") for word in re.split(r", (?='?search\.space)", written[1:-1])]
+    else:
+        overrides = [f"{place_of(key)}={written}"]
+    return load_recipe(base, overrides)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """Gives per base recipe its path and a study of it."""
+    folder = tmp_path_factory.mktemp("studies")
+    found = {}
+    for name in ("quickstart", "folders"):
+        path = folder / f"{name}.yaml"
+        before = BEFORE if name == "quickstart" else []
+        path.write_text(dump_recipe(load_recipe(FOLDER / f"{name}.yaml", before)))
+        with open_study(folder / name, load_recipe(path), folder):
+            pass
+        found[name] = (path, folder / name)
+    return found
+
+
+def test_every_key_of_a_recipe_has_a_class_and_a_reason():
+    assert sorted(CLASSES) == sorted(key for key, _ in _fields())
+    assert {kind for kind, _ in CLASSES.values()} == {"identity", "space", "running"}
+    assert all(reason for _, reason in CLASSES.values())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
+    path, study = studies["folders" if key in ("<set>.path", "<set>.domains") else "quickstart"]
+    recipe, kind = changed(key, path), CLASSES[key][0]
+    assert recipe != load_recipe(path)
+    study_dir = tmp_path / "study"
+    shutil.copytree(study, study_dir)
+    before = (study_dir / "manifest.json").read_bytes()
+    if kind == "running":
+        with open_study(study_dir, recipe, path.parent) as found:
+            assert found.recipe == recipe
+        return
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe, path.parent):
+        pass
+    assert caught.value.exit_code == 3
+    assert (study_dir / "manifest.json").read_bytes() == before
+    message = str(caught.value)
+    top = place_of(key).rsplit(".", 1)[0] if key.endswith((".type", ".source", ".name")) else place_of(key)
+    assert top in message
+    assert f"as in {study_dir}" in message
+    assert ("--narrow" in message or "--widen" in message) == (kind == "space")
+    if kind == "space":
+        with open_study(study_dir, recipe, path.parent, ("narrow", "widen")) as found:
+            assert found.recipe == recipe
+        assert read_manifest(study_dir)[0].search.space == recipe.search.space
+    else:
+        with pytest.raises(RecipeError), open_study(study_dir, recipe, path.parent, ("narrow", "widen")):
+            pass
+        assert (study_dir / "manifest.json").read_bytes() == before
+
+
+def test_keys_below_a_key_of_the_table_have_its_class():
+    assert class_of(("data", "ood_val", "sketch")) == "identity"
+    assert class_of(("data", "ood_val", "sketch", "path")) == "running"
+    assert class_of(("search", "space", "learning_rate")) == "space"
+    assert class_of(("search", "space", "learning_rate", "when", "head_bias")) == "space"
+    assert class_of(("search", "sampler", "options", "n_ei_candidates")) == "running"
+    with pytest.raises(KeyError):
+        class_of(("search", "unknown"))
+
+
+# ---- baselines may be added
+
+
+def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
+    study_dir = tmp_path / "study"
+    with open_study(study_dir, make_recipe(2), BASE) as study:
+        study.adopt()
+        run_all(study)
+    more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
+    with open_study(study_dir, make_recipe(2, baselines=more), BASE) as study:
+        study.adopt()
+        assert [spec.name for spec in run_all(study)] == ["strong"]
+    assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
+    assert set(read_manifest(study_dir)[0].search.baselines) == {"plain", "strong"}
+    for other in ({"strong": {"kl_weight": 9}}, {**more, "strong": {"kl_weight": 8}}):
+        with (
+            pytest.raises(RecipeError, match=r"search\.baselines\.(plain|strong)"),
+            open_study(study_dir, make_recipe(2, baselines=other), BASE),
+        ):
+            pass
+
+
+def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifest(tmp_path):
+    study_dir = tmp_path / "study"
+    old, new = make_recipe(2), make_recipe(2, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
+    with open_study(study_dir, old, BASE):
+        pass
+    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7), BASE))
+    with study_lock(study_dir):
+        record_recipe(study_dir, claim(study_dir, new, BASE))
+    assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9), BASE))  # by hand: is refused later
+    assert study_recipe(study_dir).train.epochs == 9
+
+
+# ---- moved folders
+
+
+def write_tree(folder):
+    for name in ("train", "val", "test"):
+        for word in ("fish", "bird"):
+            (folder / "images" / name / word).mkdir(parents=True)
+            (folder / "images" / name / word / "1.png").write_bytes(f"{name} {word}".encode())
+
+
+def folder_recipe(**data):
+    spec = {"source": "folder", "path": "images"}
+    sets = {
+        "train": {**spec, "domains": ["train"]},
+        "id_val": {**spec, "domains": ["val"]},
+        "id_test": {**spec, "domains": ["test"]},
+        **data,
+    }
+    return Recipe.model_validate({**make_recipe(2).model_dump(), "data": sets})
+
+
+def test_a_project_that_was_moved_goes_on(tmp_path):
+    write_tree(tmp_path / "old")
+    with open_study(tmp_path / "old" / "study", folder_recipe(), tmp_path / "old") as study:
+        study.adopt()
+        run_all(study)
+    (tmp_path / "old").rename(tmp_path / "new")
+    study_dir = tmp_path / "new" / "study"
+    assert len(trials(study_dir)) == 2
+    recipe = folder_recipe().model_copy(update={"search": make_recipe(3).search})
+    with open_study(study_dir, recipe, tmp_path / "new") as study:
+        study.adopt()
+        assert [spec.number for spec in run_all(study)] == [2]
+    assert read_manifest(study_dir)[0].data.id_test.path == str(tmp_path / "new" / "images")
+    kept = json.loads((study_dir / "manifest.json").read_text())["recipes"]
+    assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(tmp_path / "old" / "images")]
+
+
+def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_path):
+    write_tree(tmp_path)
+    with open_study(tmp_path / "study", folder_recipe(), tmp_path) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(), tmp_path))
+        study.adopt()
+        run_all(study)
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(tmp_path / "study", copy)
+    with open_study(copy, load_recipe(copy / "resolved.yaml"), copy) as study:
+        assert study.adopt() == []
+        assert study.done()
+
+
+def test_test_images_move_only_together_with_the_training_images(tmp_path):
+    with open_study(tmp_path / "study", folder_recipe(), tmp_path):
+        pass
+    other = {"source": "folder", "path": "others", "domains": ["test"]}
+    with (
+        pytest.raises(RecipeError, match=r"data\.id_test\.path: must be .*images"),
+        open_study(tmp_path / "study", folder_recipe(id_test=other), tmp_path),
+    ):
+        pass
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    with open_study(tmp_path / "first", load_recipe(FOLDER / "quickstart.yaml"), FOLDER) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe, FOLDER))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
+    words = ["resume", "first", "--set", "train.epochs=9", "--set", "evaluate.subset=9"]
+    words += ["--set", "search.objective.id_weight=0.25", "--set", "search.trials=9"]
+    assert crash_host.call(words) == 3
+    told = capsys.readouterr().err
+    epochs = load_recipe(FOLDER / "quickstart.yaml").train.epochs
+    assert told.startswith("error: 3 problems\n")
+    assert f"  - train.epochs: must be {epochs} as in {here / 'first'}, but got 9\n" in told
+    assert "  - evaluate.subset: must be " in told
+    assert "  - search.objective.id_weight: must be 0.5" in told
+    assert f"Go on with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "told"),
+    [
+        ("learning_rate={low: 1e-3, high: 2e-3, log: true}", [], "The space shrinks. To have it so, give --narrow"),
+        ("learning_rate={low: 1e-6, high: 1, log: true}", [], "The space grows. To have it so, give --widen"),
+        (
+            "learning_rate={low: 1e-3, high: 1, log: true}",
+            [],
+            "changes both ways. To have it so, give --narrow --widen",
+        ),
+        ("learning_rate={low: 1e-6, high: 1, log: true}", ["--narrow"], "--narrow is not enough: the space grows."),
+        ("learning_rate={low: 1e-3, high: 2e-3, log: true}", ["--widen"], "--widen is not enough: the space shrinks."),
+        ("weight_decay={low: 0.01, high: 1}", [], "The space grows."),
+        ("weight_decay={low: 0.2, high: 1}", ["--widen"], "changes both ways."),  # the value of train lies outside
+    ],
+)
+def test_a_change_of_the_space_names_the_option_that_allows_it(here, capsys, given, flags, told):
+    before = (here / "first" / "manifest.json").read_bytes()
+    assert crash_host.call(["resume", "first", "--set", f"search.space.{given}", *flags]) == 3
+    err = capsys.readouterr().err
+    assert told in err
+    assert f"search.space.{given.partition('=')[0]}" in err
+    assert (here / "first" / "manifest.json").read_bytes() == before
+
+
+def test_the_page_on_resuming_names_the_keys_that_may_change():
+    page = (FOLDER.parent / "docs" / "resume.md").read_text()
+    free = {key for key, (kind, _) in CLASSES.items() if kind == "running"}
+    table = page.partition("## What may change freely")[2].partition("A whole project")[0]
+    named = [key for line in table.splitlines() if line.startswith("| `") for key in re.findall("`([^`]+)`", line)]
+    assert sorted(key for key in named if key != "data.train") == sorted(free)

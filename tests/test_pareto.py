@@ -1,0 +1,343 @@
+"""A Pareto search: what the sampler is told, what is counted, what is the best, and that a kill doubles no point."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+import crash_host
+import curve_stand_in
+import numpy as np
+import optuna
+import pytest
+import ray
+import short_study
+import short_training
+from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import SearchResult, run_search
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.results.confirm import first_stage
+from carft_ray.results.finished import open_finished
+from carft_ray.results.overview import read_study, status, total_trials
+from carft_ray.results.report import study_report
+from carft_ray.results.reproduce import reproduce
+from carft_ray.results.rescore import asked_objective, rescore
+from carft_ray.results.summary import study_summary, write_best, write_figure
+from carft_ray.results.trained import open_trained
+from carft_ray.search.front import front_of, non_dominated, points_of
+from carft_ray.search.outcome import Failure, trial_name, write_failure
+from carft_ray.search.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
+from carft_ray.search.study import open_study
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def told(study_dir):
+    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    return optuna.load_study(storage=storage, study_name="search")
+
+
+def make_study(study_dir, recipe):
+    with open_study(study_dir, recipe, study_dir.parent) as study:
+        study.adopt()
+        study.tell_zero_shot(ZERO_SHOT)
+        return run_all(study)
+
+
+def test_trainings_and_points_are_counted_apart(study_dir):
+    specs = [spec for spec in make_study(study_dir, make_recipe(5)) if spec.kind == "trial"]
+    search = told(study_dir)
+    assert [direction.name for direction in search.directions] == ["MAXIMIZE", "MAXIMIZE"]
+    rows = trials(study_dir)
+    assert len(specs) == len(rows) == 5
+    assert [row.name for row in rows] == [trial_name(spec.number, spec.values) for spec in specs]
+    assert len(search.trials) > 8
+    assert [row.number for row in rows] != list(range(5))  # the points between have numbers, too
+    assert [trial.number for trial in search.trials if is_training(trial)] == [row.number for row in rows]
+    with open_study(study_dir, make_recipe(5), study_dir.parent) as study:
+        study.adopt()
+        assert study.done()
+    assert total_trials("+2", read_study_with_recipe(study_dir, make_recipe(5))) == 7
+    with open_study(study_dir, make_recipe(7), study_dir.parent) as study:
+        study.adopt()
+        assert len(run_all(study)) == 2
+
+
+def read_study_with_recipe(study_dir, recipe):
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, study_dir.parent))
+    return read_study(study_dir)
+
+
+def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_not_beat(study_dir):
+    recipe = make_recipe(6)
+    make_study(study_dir, recipe)
+    search = told(study_dir)
+    for row in trials(study_dir):
+        own = search.trials[row.number]
+        drawn = own.params["alpha"]
+        train = curve_stand_in.apply(recipe, row.values).train
+        expected = metrics_at(train, drawn)
+        assert own.values == [expected["id_accuracy"], expected["ood_accuracy"]]
+        assert own.constraints == {"trained": -1}
+        others = [trial for trial in search.trials if trial.user_attrs.get(TRAINING_OF) == row.number]
+        assert len(others) <= 4
+        alphas = sorted({*curve_stand_in.GRID[1:], drawn})
+        pairs = np.array([[metrics_at(train, a)["id_accuracy"], metrics_at(train, a)["ood_accuracy"]] for a in alphas])
+        allowed = {alphas[i] for i in non_dominated(pairs)} - {drawn}
+        assert {trial.params["alpha"] for trial in others} <= allowed
+        assert len(others) == min(4, len(allowed))
+        for trial in others:
+            assert trial.state == TrialState.COMPLETE
+            assert {**trial.params, "alpha": drawn} == own.params
+            assert trial.constraints.keys() == own.constraints.keys()
+        assert {point["alpha"] for point in row.points} == set(alphas)
+
+
+def test_the_best_stands_at_its_point_of_the_front_and_says_so(study_dir):
+    recipe = make_recipe(6)
+    make_study(study_dir, recipe)
+    view = read_study_with_recipe(study_dir, recipe)
+    front = front_of(view.trials)
+    assert (view.best.name, view.best.alpha) in [(point.name, point.alpha) for point in front]
+    pairs = np.array([point.pair for point in points_of(view.trials)])
+    assert not ((pairs > (view.best.metrics["id_accuracy"], view.best.metrics["ood_accuracy"])).all(axis=1)).any()
+    answer = status(view)
+    assert answer["front"]["num_trainings"] == 6
+    assert answer["front"]["num_points"] == sum(len(row.points) for row in view.trials)
+    assert [point["best"] for point in answer["front"]["points"]].count(True) == 1
+    assert "6 trainings; the best by the rule knee" in answer["lines"][0]
+    assert answer["best"]["on_front"]
+    found = open_finished(study_dir)
+    assert (found.name, found.result["alpha"], found.result["metrics"]) == (
+        view.best.name,
+        view.best.alpha,
+        view.best.metrics,
+    )
+    [winner, *_] = first_stage(view, 3, 2).rows
+    assert (winner.name, winner.alpha) == (view.best.name, view.best.alpha)
+    lexicographic = make_recipe(6, objective={"kind": "pareto", "best": "lexicographic", "tolerance": 0.0})
+    make_study(study_dir.with_name("other"), lexicographic)
+    best = best_row(trials(study_dir.with_name("other")))
+    assert best.metrics["id_accuracy"] == pairs[:, 0].max()
+
+
+def test_weights_of_all_trainings_on_the_front_stay(study_dir):
+    make_study(study_dir, make_recipe(8))
+    kept = {path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")}
+    on_front = {row.name for row in trials(study_dir) if row.standing}
+    assert kept == on_front
+    assert len(kept) < 8
+
+
+def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(study_dir):
+    with open_study(study_dir, make_recipe(6, baselines={}), study_dir.parent) as study:
+        study.adopt()
+        spec = study.next()
+        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
+        assert study.settle(spec).outcome == "diverged"
+        run_all(study)
+    assert [row.outcome for row in trials(study_dir)] == ["diverged"] + ["complete"] * 5
+
+
+def test_trials_that_tell_of_something_else_are_no_trainings():
+    trial = optuna.trial.create_trial(value=0.5)
+    assert is_training(trial)
+    for attribute in (TRAINING_OF, WARM_FROM):
+        assert not is_training(optuna.trial.create_trial(value=0.5, user_attrs={attribute: 0}))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """Gives a function that runs jobs in forks and returns for each name its study and its answers."""
+    folder = tmp_path_factory.mktemp("pareto")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "curve_stand_in"]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+
+        def run(jobs):
+            process.stdin.write(json.dumps(jobs) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            answers = {job["name"]: json.loads((folder / job["name"] / "answers.json").read_text()) for job in jobs}
+            return {name: (folder / name / "study", found) for name, found in answers.items()}
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_search_killed_at_every_write_doubles_no_point_and_ends_as_the_undisturbed_one(host, tmp_path):
+    search, kinds_path = ["study", "3"], tmp_path / "kinds.json"
+    undisturbed, [answer] = host([{"name": "whole", "commands": [{"argv": search, "count_to": str(kinds_path)}]}])[
+        "whole"
+    ]
+    assert answer["code"] == 0, answer["log"]
+    kinds = json.loads(kinds_path.read_text())
+    jobs = [
+        {"name": f"{number}-{moment}", "commands": [{"argv": search, "kill": (number, moment)}, {"argv": search}]}
+        for number, kind in enumerate(kinds, start=1)
+        for moment in (("torn", "after") if kind == "append" else ())
+    ]
+
+    def content(study_dir):
+        found = [
+            (
+                trial.number,
+                trial.state,
+                trial.values,
+                trial.params,
+                trial.constraints,
+                trial.user_attrs.get(TRAINING_OF),
+            )
+            for trial in told(study_dir).trials
+        ]
+        weights = sorted(path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors"))
+        return found, [(row.name, row.alpha, row.standing) for row in trials(study_dir)], weights
+
+    expected = content(undisturbed)
+    assert sum(each[5] is not None for each in expected[0]) >= 3
+    assert {frozenset(each[4]) for each in expected[0]} == {frozenset({"trained", "id_drop/zero_shot"})}
+    killed = host(jobs)
+    assert len(killed) > 60
+    codes = {name: [answer["code"] for answer in answers] for name, (_, answers) in killed.items()}
+    assert {name: found for name, found in codes.items() if found != [-signal.SIGKILL, 0]} == {}
+    assert {name for name, (study, _) in killed.items() if content(study) != expected} == set()
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A Pareto study, and one with constraints, of real trainings of a fraction of a second."""
+    folder = tmp_path_factory.mktemp("real")
+    path = short_training.make(folder)
+    text = path.read_text().replace("epochs: 3", "epochs: 2") + "  baselines: {plain: {kl_weight: 0}}\n"
+    constraints = "  constraints: {id_drop: {plain: 0.05, zero_shot: 0.2}, ece: {id_val: 0.45, sketch: 0.6}}\n"
+    path.write_text(text + constraints)
+    cache = [f"data.cache_dir={folder / 'cache'}", "search.trials=3"]
+    constrained = load_recipe(path, cache)
+    path.write_text(
+        text.replace("  space:\n", "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.1, high: 1}\n")
+        + "  objective: {kind: pareto}\n"
+    )
+    pareto = load_recipe(path, cache)
+    studies = {name: (folder / name).resolve() for name in ("pareto", "constrained")}
+    for name, recipe in (("pareto", pareto), ("constrained", constrained)):
+        with open_study(studies[name], recipe, folder):
+            pass
+        short_study.search(studies[name], recipe, folder)
+    return folder, studies
+
+
+@pytest.mark.slow
+def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_point(searched):
+    folder, studies = searched
+    view = read_study(studies["pareto"])
+    for row in view.trials:
+        assert {point["alpha"] for point in row.points} == {0.2, 0.4, 0.6, 0.8, 1.0, row.values["alpha"]}
+    best = view.best
+    report = study_report(view, num_resamples=100)
+    assert report["corrected"] is None
+    assert report["front"] == status(view)["front"]
+    assert 0 <= report["bbc"]["share_best"] <= report["bbc"]["share_on_front"] <= 1
+    assert 0 < report["bbc"]["id_accuracy"] < 1
+    assert any("front and best point chosen again" in line for line in report["lines"])
+    trained = open_trained(studies["pareto"])
+    assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
+    result = SearchResult(studies["pareto"], best, view.trials, view.baselines, 3, 1.0)
+    assert f"alpha: {best.alpha:g}"[:8] in write_best(view.recipe, folder, result).read_text()
+    assert load_recipe(studies["pareto"] / "best.yaml").train.alpha == best.alpha
+    assert write_figure(view.recipe, result).stat().st_size > 10_000
+    summary = study_summary(view.recipe, result)
+    assert any(line.startswith(f"Best: {best.name}, ID ") for line in summary["lines"])
+    assert json.loads(json.dumps(summary))["front"]["points"]
+    answer = rescore(view, asked_objective(view.recipe, "harmonic"))
+    assert answer["own_objective"]["kind"] == "pareto"
+    assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(searched):
+    _, studies = searched
+    view = read_study(studies["constrained"])
+    assert not any(name.startswith("violation/") for row in view.baselines for name in row.metrics)
+    for row in view.trials:
+        result = json.loads((studies["constrained"] / "trials" / row.name / "result.json").read_text())
+        assert len([name for name in row.metrics if name.startswith("violation/")]) == 4
+        missed = [
+            sum(max(0.0, value) for name, value in point.items() if name.startswith("violation/"))
+            for point in result["curve"]
+            if point["alpha"] >= 0.1
+        ]
+        assert row.violation <= min(missed) + 1e-12
+    answer = rescore(view, asked_objective(view.recipe))
+    stored = {row.name: row for row in view.trials}
+    for row in answer["trials"]:
+        assert (row["objective"], row["alpha"]) == (stored[row["name"]].objective, stored[row["name"]].alpha)
+        expected = {key: value for key, value in stored[row["name"]].metrics.items() if key.startswith("violation/")}
+        assert {f"violation/{key}": value for key, value in row["violations"].items()} == expected
+    assert answer["trials"][0]["name"] == view.best.name
+    report = study_report(view, num_resamples=100)
+    assert 0 <= report["best"]["share_meeting_constraints"] <= 1
+    assert any("meets all constraints in" in line for line in report["lines"])
+
+
+@pytest.mark.slow
+def test_the_verbs_show_the_front(searched, capsys):
+    _, studies = searched
+    for verb in ("status", "ls", "report", "rescore"):
+        assert crash_host.call([verb, str(studies["pareto"])]) == 0
+        assert crash_host.call([verb, str(studies["constrained"])]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Front of ID and OOD accuracy: ") == 2  # of status and of report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pareto_search_over_ray(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    recipe = make_recipe(4, constraints={"id_drop": {"plain": 0.1}})
+    events = []
+    try:
+        result = run_search(
+            recipe,
+            tmp_path,
+            tmp_path / "study",
+            None,
+            events.append,
+            Runner(curve_stand_in.prepare, curve_stand_in.train),
+        )
+    finally:
+        ray.shutdown()
+    assert len(result.trials) == result.num_new == 4
+    assert result.best.standing == 2
+    plain = next(row for row in result.baselines if row.name == "plain")
+    assert not any("violation" in name for name in plain.metrics)
+    assert all("violation/id_drop/plain" in row.metrics for row in result.trials)
+    finished = [event for event in events if type(event).__name__ == "TrialFinished"]
+    assert finished[-1].best == result.best.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "trial"), [("pareto", None), ("pareto", "plain"), ("constrained", None)])
+def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name, trial):
+    _, studies = searched
+
+    def nothing(told):
+        del told
+
+    found = reproduce(open_finished(studies[name], trial), tmp_path / "again", nothing, nothing, nothing)
+    assert found.differences == []

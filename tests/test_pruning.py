@@ -1,0 +1,422 @@
+"""Pruning: the rules against Optuna's own, looks that count, cuts that survive kills, recipes that cannot cut."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import short_training
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from stand_in import make_recipe
+
+from carft_ray.data.sets import check_sets
+from carft_ray.errors import NoSuccessfulTrialError
+from carft_ray.launch.searcher import no_successful_trial
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.rules import broken_rules
+from carft_ray.recipe.schedule import is_looked_at, percent, rungs
+from carft_ray.recipe.schema import PrunerPart, Recipe
+from carft_ray.results.foretold import foretold
+from carft_ray.results.overview import read_study, status
+from carft_ray.search.outcome import Failure, TrialRow, read_cut, write_failure
+from carft_ray.search.pruning import Looked, cut_reason, deciding_look, look_of
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+HALVING = {"name": "successive_halving"}
+EPOCHS = 6
+
+
+def optuna_pruner(part):
+    """The recipe's pruner as Optuna has it."""
+    first = round(100 * part.first)
+    pruners = optuna.pruners
+    if part.name == "successive_halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=part.factor)
+    if part.name == "hyperband":
+        return pruners.HyperbandPruner(min_resource=first, max_resource=100, reduction_factor=part.factor)
+    if part.name == "patience":
+        return pruners.PatientPruner(None, part.patience)
+    share = 50.0 if part.name == "median" else part.percentile
+    return pruners.PercentilePruner(share, n_startup_trials=part.startup_trials)
+
+
+@pytest.mark.filterwarnings("ignore:PatientPruner is experimental")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"name": "successive_halving"},
+        {"name": "successive_halving", "first": 0.1, "factor": 3},
+        {"name": "hyperband", "first": 0.1},
+        {"name": "hyperband", "first": 0.25, "factor": 2},
+        {"name": "median", "startup_trials": 3},
+        {"name": "percentile", "percentile": 25.0},
+        {"name": "percentile", "percentile": 70.0, "startup_trials": 1},
+        {"name": "patience", "patience": 1},
+        {"name": "patience", "patience": 2, "first": 0.1},
+    ],
+    ids=lambda keys: f"{keys['name']}-{len(keys)}-{list(keys.values())[-1]}",
+)
+def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
+    """40 trials of 20 epochs, three at a time, looks at random."""
+    part, rng = PrunerPart(**keys), np.random.default_rng(0)
+    study = optuna.create_study(direction="maximize", pruner=optuna_pruner(part), study_name="search")
+    looks, complete, live, verdicts = {}, set(), {}, []
+    for _ in range(3000):
+        if len(live) < 3 and len(looks) < 40:
+            trial = study.ask()
+            looks[trial.number], live[trial.number] = {}, (trial, 0, rng.normal())
+        if not live:
+            break
+        number = int(rng.choice(list(live)))
+        trial, epoch, quality = live[number]
+        step, value = percent(epoch + 1, 20), quality + epoch / 10 + rng.normal()
+        live[number] = (trial, epoch + 1, quality)
+        if step < round(100 * part.first):
+            continue
+        looks[number][step] = value
+        known = {n: Looked(n, found, n in complete) for n, found in looks.items()}
+        mine = known.pop(number)
+        reason = cut_reason(part, "search", mine, list(known.values()))
+        trial.report(value, step)
+        expected = step < 100 and trial.should_prune()
+        assert (reason is not None) == expected, (number, step, reason)
+        verdicts.append(reason)
+        if reason or step == 100:
+            study.tell(number, None if reason else value, TrialState.PRUNED if reason else TrialState.COMPLETE)
+            complete |= set() if reason else {number}
+            del live[number]
+    assert len(looks) == 40
+    assert sum(reason is not None for reason in verdicts) > 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (33, 66)),
+        ({"factor": 3}, (33,)),
+        ({"first": 0.1, "factor": 3}, (10, 30, 90)),
+        ({"first": 0.25}, (25, 50)),
+        ({"first": 0.9}, (90,)),
+        ({"first": 0.999}, ()),
+    ],
+)
+def test_rungs_end_before_the_training_does(keys, expected):
+    assert rungs(PrunerPart(**HALVING, **keys)) == expected
+    assert rungs(PrunerPart(name="median", **keys)) == ()
+
+
+@pytest.mark.parametrize("epochs", [3, 6, 10, 12, 17, 40])
+@pytest.mark.parametrize("keys", [{}, {"first": 0.1, "factor": 3}, {"first": 0.25}])
+def test_a_training_is_looked_at_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
+    part = PrunerPart(**HALVING, **keys)
+    looked = {epoch for epoch in range(1, epochs + 1) if is_looked_at(0, part, epoch, epochs)}
+    shares = [part.first * part.factor**k for k in range(9) if part.first * part.factor**k < 1]
+    assert looked == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
+    assert {epoch for epoch in range(1, epochs + 1) if is_looked_at(2, part, epoch, epochs)} == looked | set(
+        range(2, epochs + 1, 2)
+    )
+
+
+def test_a_look_counts_from_first_on_and_after_the_warm_up():
+    recipe = make_recipe(4, epochs=10, pruner=HALVING)
+
+    def at(epoch, values=None, **row):
+        line = {"epoch": epoch, "step": 10 * epoch, "num_steps": 100, "subset/objective": 0.5, **row}
+        return look_of(recipe, values or {}, line)
+
+    assert at(3) is None
+    assert at(4) == (40, 0.5)
+    assert at(4, {"epochs": 20}) is None
+    assert at(4, {"warmup_steps": 41}) is None
+    assert at(4, {"warmup_steps": 40}) == (40, 0.5)
+    assert look_of(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
+
+
+def test_trainings_of_different_length_compare_at_their_percent():
+    part = PrunerPart(name="median", startup_trials=1)
+    others = [Looked(n, {percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
+    assert cut_reason(part, "search", Looked(9, {40: 0.5}, complete=False), others).startswith("cut at 40 %: 50.0 %")
+    assert cut_reason(part, "search", Looked(9, {40: 0.7}, complete=False), others) is None
+    assert cut_reason(part, "search", Looked(9, {30: 0.5}, complete=False), others) is None  # none that early
+
+
+# in a study
+
+
+def row(epoch, value, epochs=EPOCHS):
+    return {"epoch": epoch, "step": epoch, "num_steps": epochs, "subset/objective": value}
+
+
+def begin(study):
+    spec = study.next()
+    spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
+    return spec
+
+
+def write_lines(study, spec, *lines):
+    folder = spec.folder(study.study_dir)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def finish(study, spec, value=0.5):
+    folder = spec.folder(study.study_dir)
+    content = {"format_version": 1, "objective": value, "alpha": 0.5, "metrics": {}}
+    (folder / "result.json").write_text(json.dumps(content))
+    return study.settle(spec)
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+@pytest.fixture
+def recipe():
+    return make_recipe(6, epochs=EPOCHS, baselines={}, pruner=HALVING)
+
+
+def frozen(study_dir, number):
+    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    return optuna.load_study(storage=storage, study_name="search").trials[number]
+
+
+def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        first, second = begin(study), begin(study)
+        assert study.report(first, row(2, 0.6)) is None
+        reason = study.report(second, row(2, 0.5))
+        assert reason == "cut at 33 %: 50.0 % was not among the best half of 2 trials"
+        assert read_cut(second.folder(study_dir)).reason == reason
+        assert study.report(second, row(4, 0.9)) is None  # it has not seen the file yet
+        (second.folder(study_dir) / "checkpoint").mkdir()
+        (second.folder(study_dir) / "fine_tuned.safetensors").touch()
+        told = study.settle(second)
+        assert (told.outcome, told.reason, told.objective, told.looks) == ("pruned", reason, None, {33: 0.5})
+        assert not (second.folder(study_dir) / "checkpoint").exists()
+        assert not (second.folder(study_dir) / "fine_tuned.safetensors").exists()
+        assert finish(study, first).outcome == "complete"
+        assert not study.done()
+    trial = frozen(study_dir, 1)
+    assert (trial.state, trial.constraints) == (TrialState.PRUNED, {"trained": -1.0})
+    assert trial.intermediate_values == {33: 0.5}
+    view = read_study(study_dir)
+    assert view.counts() == {"complete": 1, "pruned": 1, "diverged": 0, "error": 0, "running": 0, "waiting": 0}
+    assert view.num_finished == 2
+
+
+def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        first, second, third = begin(study), begin(study), begin(study)
+        study.report(first, row(2, 0.6))
+        assert study.report(second, row(2, 0.5))
+        assert finish(study, second).outcome == "complete"
+        assert study.report(third, row(2, 0.4))
+        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt), "")
+        assert study.settle(third).outcome == "pruned"
+
+
+def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training_are_noted(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        first, second = begin(study), begin(study)
+        write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
+        finish(study, first)
+        write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver looks
+        assert finish(study, second).outcome == "complete"
+        assert read_cut(second.folder(study_dir)) is None
+    assert [found.looks for found in trials(study_dir)] == [
+        {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
+        {33: 0.1, 50: 0.1, 67: 0.1, 83: 0.1, 100: 0.1},
+    ]
+
+
+def test_a_decided_cut_is_told_at_adoption_and_not_run_again(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        first, second, third = begin(study), begin(study), begin(study)
+        study.report(first, row(2, 0.6))
+        assert study.report(second, row(2, 0.5))
+        write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it looked
+    with open_study(study_dir, recipe, BASE) as study:
+        assert [(told.number, told.outcome) for told in study.adopt()] == [(1, "pruned"), (2, "pruned")]
+        again = study.next()
+        assert (again.number, again.attempt) == (0, 2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["successive_halving", "hyperband"])
+def test_adopted_trials_keep_their_rungs_and_brackets(study_dir, name):
+    """Both rungs of 8 trials, the study reopened before every look, as if it were never closed."""
+    values = np.random.default_rng(1).uniform(0.2, 0.8, (8, 2))
+
+    def told(folder, reopen):
+        recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner={"name": name})
+        found = []
+        with open_study(folder, recipe, BASE) as study:
+            study.adopt()
+            specs = [begin(study) for _ in range(8)]
+            if not reopen:
+                found = [
+                    study.report(spec, row(e, values[spec.number, r])) for r, e in enumerate((2, 4)) for spec in specs
+                ]
+        if reopen:
+            for rung, epoch in enumerate((2, 4)):
+                for spec in specs:
+                    with open_study(folder, recipe, BASE) as study:
+                        study._take_over("trial")
+                        if (spec.kind, spec.number) not in study._trials:
+                            found.append(None)
+                            continue
+                        found.append(study.report(spec, row(epoch, values[spec.number, rung])))
+                        assert study.report(spec, row(epoch, 0.0)) is None  # an attempt repeats the epoch
+        return found
+
+    undisturbed = told(study_dir / "a", reopen=False)
+    assert told(study_dir / "b", reopen=True) == undisturbed
+    assert 0 < sum(reason is not None for reason in undisturbed) < 8
+
+
+def test_looks_at_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE):
+        pass
+    (study_dir / "study.journal").unlink()
+    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        first, second, third = begin(study), begin(study), begin(study)
+        study.report(first, row(2, 0.6))
+        assert study.report(second, row(2, 0.5))
+        assert study.settle(second).outcome == "pruned"
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        _, third = begin(study), begin(study)
+        assert study.report(third, row(2, 0.55))
+        assert study.settle(third).looks == {33: 0.55}
+        for _ in range(3):  # the sampler can still draw
+            assert study.next() is not None
+    assert trials(study_dir)[0].looks == {33: 0.6}
+
+
+def test_a_search_in_which_all_were_cut_says_so():
+    rows = [TrialRow("trial", n, f"t{n}", {}, "pruned", reason="cut at 50 %") for n in range(3)]
+    error = no_successful_trial(None, rows)
+    assert isinstance(error, NoSuccessfulTrialError)
+    assert "the pruner has cut all 3" in str(error)
+
+
+@pytest.mark.slow
+def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
+    from carft_ray.evaluation.run import prepare, run_training
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=hyperband"]
+    recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
+    prepare(recipe, tmp_path, tmp_path / "prepared", share_targets=False)
+    run_training(recipe, tmp_path, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
+    assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
+    assert [look[0] for line in lines if (look := look_of(recipe, {}, line))] == [33, 67]
+
+
+# what foretells the end
+
+
+def complete(number, look, objective, **more):
+    return TrialRow(
+        "trial", number, f"t{number}", {}, "complete", objective=objective, looks={33: 0.0, 67: look}, **more
+    )
+
+
+def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_one_warned_of():
+    part = PrunerPart(**HALVING)
+    good = [complete(n, 0.1 * n, 0.2 + 0.01 * n) for n in range(10)]
+    found = foretold(part, good)
+    assert (found["trials"], found["warning"]) == (10, None)
+    assert found["rank_correlation"] == pytest.approx(1.0)
+    bad = [complete(n, 0.1 * n, 0.2 - 0.01 * n) for n in range(10)]
+    assert "hardly foretell" in foretold(part, bad)["warning"]
+    assert foretold(part, bad[:9])["warning"] is None
+    assert foretold(part, [])["rank_correlation"] is None
+    pruned = TrialRow("trial", 10, "t10", {}, "pruned", looks={33: 0.0})
+    assert foretold(part, [*good, pruned])["trials"] == 10
+    assert "1 trials cut" in foretold(part, [*good, pruned])["lines"][0]
+
+
+def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end():
+    looks = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
+    assert deciding_look(PrunerPart(**HALVING), looks) == 0.3
+    assert deciding_look(PrunerPart(name="median"), looks) == 0.4
+    assert deciding_look(PrunerPart(**HALVING), {33: 0.1}) is None
+
+
+def test_status_holds_the_pruner(study_dir, recipe):
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+    assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
+
+
+# recipes
+
+
+def told(epochs, evaluate=None, space=None, **pruner):
+    value = make_recipe(4, epochs=epochs, pruner=pruner, evaluate=evaluate or {}).model_dump(mode="json")
+    value["search"]["space"] |= space or {}
+    recipe = Recipe.model_validate(value)
+    return [".".join(str(piece) for piece in finding.path) for finding in broken_rules(recipe)], recipe
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [
+        ("search.pruner.name", {"epochs": 1, **HALVING}),
+        ("search.pruner.name", {"epochs": 10, **HALVING, "first": 0.95}),
+        ("search.pruner.name", {"epochs": 5, "name": "median", "evaluate": {"every_epochs": 5}}),
+        ("search.pruner.name", {"epochs": 6, "name": "patience"}),
+        ("evaluate.every_epochs", {"epochs": 10, "name": "median", "evaluate": {"every_epochs": 0}}),
+        ("evaluate.every_epochs", {"epochs": 30, "name": "patience", "evaluate": {"every_epochs": 0}}),
+        (None, {"epochs": 1, "name": "none"}),
+        (None, {"epochs": 10, **HALVING, "evaluate": {"every_epochs": 0}}),
+        (None, {"epochs": 10, "name": "patience"}),
+        (None, {"epochs": 1, **HALVING, "space": {"epochs": {"type": "int", "low": 1, "high": 4}}}),
+    ],
+)
+def test_a_pruner_that_could_cut_nothing_is_refused(place, arguments):
+    assert told(**arguments)[0] == ([] if place is None else [place])
+
+
+@pytest.mark.parametrize(("warmup", "refused"), [(None, False), (5, False), (9, True)])
+def test_a_warm_up_that_covers_all_looks_is_refused(warmup, refused):
+    recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, looks after 3 and 6 epochs
+    train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
+    problems = check_sets(recipe.model_copy(update={"train": train}), BASE)
+    assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "pruner", "key"),
+    [
+        (12, {"name": "none", "first": 0.5}, "first"),
+        (12, {"name": "median", "factor": 3}, "factor"),
+        (12, {**HALVING, "startup_trials": 9}, "startup_trials"),
+        (12, {"name": "median", "percentile": 30.0}, "percentile"),
+        (12, {**HALVING, "patience": 9}, "patience"),
+        (9, HALVING, None),
+        (12, HALVING, ""),
+    ],
+)
+def test_settings_of_another_pruner_and_few_epochs_are_told(epochs, pruner, key):
+    found = [text for text in warnings(told(epochs, **pruner)[1]) if text.startswith("search.pruner")]
+    if key:
+        assert found == [f"search.pruner.{key} has no effect: the pruner is {pruner['name']}"]
+    else:
+        assert len(found) == (key is None)
+        assert all("weakly informative" in text for text in found)

@@ -1,0 +1,907 @@
+"""Samplers: every cell of the table of what each can do, options, conditions, points, kills, pickles."""
+
+import json
+import math
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from stand_in import make_recipe
+from test_study import optuna_study, run_all
+
+from carft_ray import api, cli, console, progress
+from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
+from carft_ray.recipe import advice
+from carft_ray.recipe.grid import grid_index, grid_size, num_trials
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
+from carft_ray.recipe.schema import SamplerPart
+from carft_ray.recipe.space import apply
+from carft_ray.results.overview import row_dict
+from carft_ray.search import samplers, space
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
+from carft_ray.search.trust import check_trusted
+
+BASE = Path(__file__).parent
+HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
+OPTUNA = {  # settings with which this is so
+    "tpe": {"startup_trials": HISTORY},
+    "gp": {"startup_trials": HISTORY},
+    "cmaes": {"options": {"popsize": HISTORY - 1}},  # the first trial is random
+    "nsga2": {"options": {"population_size": HISTORY}},
+    "nsga3": {"options": {"population_size": HISTORY}},
+}
+NUMBERS = {
+    "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+    "kl_weight": {"low": 0.0, "high": 4.0, "step": 0.5},
+    "epochs": {"type": "int", "low": 1, "high": 32, "log": True},
+}
+FINITE = {
+    "kl_weight": {"low": 0.0, "high": 4.0, "step": 0.5},
+    "warmup_steps": {"type": "int", "low": 0, "high": 30, "step": 10},
+}
+CHOICE = {"decay": {"choices": ["all", "matrices"]}}
+ALPHA = {"alpha": {"low": 0.1, "high": 1.0, "step": 0.1}}
+CHILD = {"label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.05, "when": {"decay": "matrices"}}}
+
+
+def recipe_for(name, more=None, trials=HISTORY + 4, **search):
+    """A recipe with a sampler, a space that suits it, and more parameters."""
+    numbers = FINITE if name == "grid" else NUMBERS
+    sampler = {"name": name, **OPTUNA.get(name, {}), **search.pop("sampler", {})}
+    recipe = make_recipe(trials, sampler=sampler, space={**numbers, **(more or {})}, baselines={}, **search)
+    sketch = recipe.data.id_val.model_copy(update={"domain": "sketch"})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": {"sketch": sketch}})})
+
+
+def told(study, recipe, result, at_a_time=1, wanted=HISTORY + 4):
+    """Searches with a study of Optuna alone; ``result`` gives state and objective of the values of a trial."""
+    drawn = []
+    while len(drawn) < wanted and not space.used_up(study, recipe):
+        begun = []
+        for _ in range(min(at_a_time, wanted - len(drawn))):
+            trial = space.ask(study, recipe)
+            values = space.draw(study, trial, recipe)
+            trial.set_user_attr("name", f"t{trial.number:04d}")
+            begun.append((trial, values))
+            drawn.append(values)
+        for trial, values in begun:
+            outcome = result(values)
+            trial.set_constraint("trained", outcome.get("constraint", -1.0))
+            if "step" in outcome:
+                trial.report(outcome["step"], 1)
+            study.tell(trial, outcome.get("value"), outcome.get("state", TrialState.COMPLETE))
+    return drawn
+
+
+def new_study(objectives=1):
+    return optuna.create_study(directions=["maximize"] * objectives)
+
+
+def two_searches(recipe, first, second, objectives=1):
+    """Returns what follows the history in two searches that differ in their results alone."""
+    drawn = [told(new_study(objectives), recipe, result) for result in (first, second)]
+    assert drawn[0][:HISTORY] == drawn[1][:HISTORY]
+    return [each[HISTORY:] for each in drawn]
+
+
+def number(values):
+    """A number between 0 and 1 of values that every sampler has."""
+    return values["kl_weight"] / 4
+
+
+def pruned(values):
+    return {"state": TrialState.PRUNED, "step": number(values)}
+
+
+def pruned_otherwise(values):
+    return {"state": TrialState.PRUNED, "step": -number(values)}
+
+
+# ---- the table: each cell is a test
+
+
+def check_pruning(name, recipe):
+    first, second = two_searches(recipe, pruned, pruned_otherwise)
+    assert (first != second) == (name == "tpe")  # it alone learns from pruned trials
+
+
+def check_constraints(name, recipe):
+    first, second = two_searches(
+        recipe,
+        lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
+        lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
+    )
+    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+
+
+def check_conditional(name, recipe):
+    first, second = two_searches(
+        recipe,
+        lambda values: {"value": values.get("label_smoothing", 0.1) + 0.01 * number(values)},
+        lambda values: {"value": -values.get("label_smoothing", 0.1) + 0.01 * number(values)},
+    )
+    for values in first + second:
+        assert ("label_smoothing" in values) == (values["decay"] == "matrices")
+    pairs = [
+        (one["label_smoothing"], other["label_smoothing"])
+        for one, other in zip(first, second, strict=True)
+        if {"label_smoothing"} <= one.keys() & other.keys()
+    ]
+    assert pairs
+    assert any(one != other for one, other in pairs) == (name == "tpe")  # for others the child is drawn at random
+
+
+def check_categorical(name, recipe):
+    first, second = two_searches(
+        recipe,
+        lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
+        lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
+    )
+    assert {values["decay"] for values in first + second} == {"all", "matrices"}
+    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+
+
+def check_pareto(name, recipe):
+    first, second = two_searches(
+        recipe,
+        lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
+        lambda values: {"value": [number(values), number(values) ** 2]},
+        objectives=2,
+    )
+    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+
+
+def check_resume(name, recipe):
+    drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
+    again = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
+    assert drawn == again  # killed between any two writes: see the test below
+
+
+def check_many(name, recipe):
+    wanted = 12 if name == "gp" else 16
+    drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, at_a_time=4, wanted=wanted)
+    first = HISTORY if name in ("nsga2", "nsga3") else wanted  # a child may be its parent
+    assert len({json.dumps(values) for values in drawn[:first]}) == first
+    if name in ("qmc", "random"):
+        alone = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=wanted)
+        assert drawn == alone
+
+
+FEATURES = {  # feature -> keys of search, further parameters, what holds
+    "pruning": ({"pruner": {"name": "median"}}, {}, check_pruning),
+    "constraints": ({"constraints": {"ece": {"id_val": 0.1}}}, {}, check_constraints),
+    "conditional": ({}, {**CHOICE, **CHILD}, check_conditional),
+    "categorical": ({}, CHOICE, check_categorical),
+    "pareto": ({"objective": {"kind": "pareto"}, "alpha": {"mode": "sample"}}, ALPHA, check_pareto),
+    "resume": ({}, {}, check_resume),
+    "many at a time": ({}, {}, check_many),
+}
+SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in CELLS]  # gp fits a model
+TABLE = [
+    pytest.param(name, feature, marks=pytest.mark.slow if name == "gp" else ())
+    for name, cells in CELLS.items()
+    for feature in cells
+]
+
+
+def write(tmp_path, recipe):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    return path
+
+
+@pytest.mark.parametrize(("name", "feature"), TABLE, ids=lambda word: word)
+def test_a_cell_of_the_table_is_as_it_says(tmp_path, name, feature):
+    more, parameters, check = FEATURES[feature]
+    recipe = recipe_for(name, parameters, **more)
+    cell = CELLS[name][feature]
+    assert USES[feature](recipe)
+    if cell.verdict == "refused":
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(write(tmp_path, recipe))
+        assert caught.value.exit_code == 3
+        [problem] = caught.value.problems
+        assert problem.place.endswith(": search.sampler.name")
+        assert problem.rule.startswith(f"{name} does not take ")
+        assert "tpe" in problem.allowed
+        assert name not in problem.allowed
+        return
+    loaded = load_recipe(write(tmp_path, recipe))
+    lines = [line for line in advice.warnings(loaded) if line.startswith(f"search.sampler.name {name} with ")]
+    assert [line.split(": ")[1] for line in lines] == ([cell.why] if cell.verdict == "warns" else [])
+    check(name, loaded)
+
+
+def test_the_table_is_whole_and_the_documentation_shows_it():
+    names = set(SamplerPart.model_fields["name"].annotation.__args__)
+    assert set(CELLS) == set(OPTIONS) == names
+    assert all(list(cells) == list(USES) == list(FEATURES) for cells in CELLS.values())
+    text = (BASE.parent / "docs" / "samplers.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    shown = {row[0].strip("`"): row[1:] for row in rows if len(row) == len(names) + 1}
+    head = [name.strip("`") for name in shown.pop("")]
+    assert {feature: dict(zip(head, shown[feature], strict=True)) for feature in USES} == {
+        feature: {name: CELLS[name][feature].verdict for name in CELLS} for feature in USES
+    }
+    whys = {(row[0].strip("`"), row[1], row[2]): row[3] for row in rows if len(row) == 4 and row[1] in USES}
+    assert whys == {
+        (name, feature, cell.verdict): cell.why for name, cells in CELLS.items() for feature, cell in cells.items()
+    }
+    options = {(row[0].strip("`"), row[1].strip("`")): row[2:] for row in rows if len(row) == 5 and row[1][0] == "`"}
+    assert options == {
+        (name, key): [", ".join(option.choices) or option.range, option.default, option.meaning]
+        for name, known in OPTIONS.items()
+        for key, option in known.items()
+    }
+
+
+def test_the_examples_of_the_documentation_are_valid(tmp_path):
+    text = (BASE.parent / "docs" / "samplers.md").read_text()
+    examples = re.findall(r"(?m)(?:^    .*\n)+", text)
+    assert len(examples) == 2
+    base = "search.space={learning_rate: {low: 1e-5, high: 1e-3}, kl_weight: {low: 1, high: 20}}"
+    for example in examples:
+        path = tmp_path / "r.yaml"
+        path.write_text(DATA + textwrap.dedent(example))
+        recipe = load_recipe(path, [] if "space:" in example else [base])
+        assert [line for line in advice.warnings(recipe) if "ood_val" not in line] == []
+
+
+# ---- kills
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
+    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "cmaes": {"options": {"popsize": 4}}}
+    few |= {nsga: {"options": {"population_size": 3}} for nsga in ("nsga2", "nsga3")}
+    more = {} if name == "cmaes" else {**CHOICE, **CHILD}
+    points = [{"kl_weight": 2.0}]
+    wanted = 5 if name == "gp" else 9
+    recipe = recipe_for(name, more, wanted, points=points, sampler=few.get(name, {}))
+
+    def journal(file):
+        return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+
+    whole = tmp_path / "whole"
+    study = optuna.create_study(storage=journal(whole), study_name="search", direction="maximize")
+    drawn = told(study, recipe, lambda values: {"value": number(values)}, wanted=wanted)
+    assert len({json.dumps(values) for values in drawn}) == wanted
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut = 0
+    for end in range(2, len(lines)):
+        part = tmp_path / f"part-{end}"
+        part.write_bytes(b"".join(lines[:end]))
+        study = optuna.load_study(storage=journal(part), study_name="search")
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if running and len(running[0].params) == len(drawn[running[0].number]):
+            continue  # nothing is left to draw
+        trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
+        assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
+        cut += bool(running)
+    assert cut >= 2 * wanted
+
+
+# ---- forms of parameters
+
+FORMS = {
+    "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+    "weight_decay": {"low": 0.0, "high": 0.3},
+    "kl_weight": {"low": 0.1, "high": 0.9, "step": 0.2},
+    "epochs": {"type": "int", "low": 1, "high": 9},
+    "batch_size": {"type": "int", "low": 8, "high": 256, "log": True},
+    "warmup_steps": {"type": "int", "low": 5, "high": 45, "step": 20},
+    "crop_scale": {"low": 0.5, "high": 0.5},
+    "decay": {"choices": ["all", "matrices"]},
+    "clip_norm": {"choices": [None, 1.0]},
+    "head_bias": {"choices": [True, False]},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
+    forms = dict(FORMS)
+    if name == "grid":
+        forms = {key: form for key, form in forms.items() if key not in ("learning_rate", "weight_decay", "crop_scale")}
+    if name == "cmaes":
+        forms = {key: form for key, form in forms.items() if "choices" not in form}
+    sampler = {"name": name, **OPTUNA.get(name, {})}
+    recipe = make_recipe(24, space=forms, baselines={}, sampler=sampler)
+    wanted = HISTORY + (3 if name == "gp" else 16)
+    for values in told(new_study(), recipe, lambda values: {"value": values["kl_weight"]}, wanted=wanted):
+        assert list(values) == list(forms)
+        for key, form in forms.items():
+            value = values[key]
+            if "choices" in form:
+                assert value in form["choices"]
+                continue
+            assert type(value) is (int if form.get("type") == "int" else float)
+            assert form["low"] <= value <= form["high"]
+            steps = (value - form["low"]) / form.get("step", 1e-12)
+            assert abs(steps - round(steps)) < 1e-6 or "step" not in form
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "qmc", "random", "grid"])
+def test_conditions_on_conditional_parameters_hold(name):
+    parameters = {
+        "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1, "when": {"decay": "matrices"}},  # before its parents
+        "decay": {"choices": ["all", "matrices"], "when": {"head_bias": [True]}},
+        "head_bias": {"choices": [True, False]},
+    }
+    recipe = make_recipe(40, space=parameters, baselines={}, sampler={"name": name})
+    drawn = told(new_study(), recipe, lambda values: {"value": float(len(values))}, wanted=40)
+    assert {tuple(values) for values in drawn} == {
+        ("head_bias",),
+        ("decay", "head_bias"),
+        ("label_smoothing", "decay", "head_bias"),
+    }
+    for values in drawn:
+        assert ("decay" in values) == values["head_bias"]
+        assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [
+        (name, options, key)
+        for name, options in [
+            ("tpe", {"multivariate": False, "constant_liar": False, "n_ei_candidates": 3}),
+            ("tpe", {"group": True}),
+            ("gp", {"deterministic": True}),
+            ("cmaes", {"popsize": 5, "sigma0": 0.4, "with_margin": True}),
+            ("cmaes", {"lr_adapt": True}),
+            ("nsga2", {"population_size": 6, "mutation_prob": 0.5, "crossover_prob": 0, "swapping_prob": 0.1}),
+            ("nsga3", {"population_size": 8, "dividing_parameter": 12}),
+            ("qmc", {"type": "halton", "scramble": False}),
+        ]
+        for key in options
+    ],
+)
+def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, key):
+    parameters = {
+        "kl_weight": {"low": 0.0, "high": 1.0},
+        "epochs": {"type": "int", "low": 1, "high": 9},
+        **({} if name == "cmaes" else {**CHOICE, "label_smoothing": {"low": 0, "high": 0.3, "when": {"decay": "all"}}}),
+    }
+    options = {**options, "crossover_prob": 1.0} if key == "swapping_prob" else options
+    startup = {"startup_trials": 4} if name in ("tpe", "gp") else {}
+    with_and_without = (
+        make_recipe(16, space=parameters, baselines={}, sampler={"name": name, "options": each, **startup})
+        for each in (options, {**options, key: None})
+    )
+
+    def result(values):
+        return {"value": [math.sin(9 * values["kl_weight"]), -values["epochs"]][: 2 if name == "nsga3" else 1]}
+
+    wanted = 8 if name == "gp" else 32
+    drawn = [told(new_study(2 if name == "nsga3" else 1), each, result, 2, wanted) for each in with_and_without]
+    assert drawn[0] != drawn[1]
+
+
+def test_group_works_with_two_objectives():
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, sampler={"options": {"group": True}})
+    told(new_study(2), recipe, lambda values: {"value": [number(values), -number(values)]})
+
+
+@pytest.mark.parametrize("kind", ["sobol", "halton"])
+@pytest.mark.parametrize("scramble", [True, False])
+def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):
+    from scipy.stats import qmc
+
+    forms = {"weight_decay": {"low": 0.0, "high": 1.0}, "crop_scale": {"low": 0.5, "high": 1.0}, **CHOICE}
+    sampler = {"name": "qmc", "seed": 7, "options": {"type": kind, "scramble": scramble}}
+    recipe = make_recipe(16, space=forms, baselines={}, sampler=sampler)
+    drawn = told(new_study(), recipe, lambda values: {"value": 0.0}, wanted=16)
+    engine = {"sobol": qmc.Sobol, "halton": qmc.Halton}[kind](3, scramble=scramble, seed=7)
+    for values, (crop_scale, decay, weight_decay) in zip(drawn, engine.random(16), strict=True):
+        assert values["crop_scale"] == pytest.approx(0.5 + 0.5 * crop_scale)
+        assert values["weight_decay"] == pytest.approx(weight_decay)
+        assert values["decay"] == CHOICE["decay"]["choices"][int(2 * decay)]
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(4, 4), (16, 4), (100, 25), (1000, 50)])
+def test_the_population_is_a_quarter_of_the_trials(trials, expected):
+    assert population_size(make_recipe(trials, sampler={"name": "nsga2"})) == expected
+
+
+def test_the_population_of_a_search_has_parents_after_a_quarter():
+    recipe = make_recipe(16, space=NUMBERS, baselines={}, sampler={"name": "nsga2"})
+    study = new_study()
+    told(study, recipe, lambda values: {"value": number(values)}, wanted=16)
+    generations = [trial.system_attrs["NSGAIISampler:generation"] for trial in study.trials]
+    assert generations == [number // 4 for number in range(16)]
+
+
+# ---- what each sampler loads, and how many threads
+
+_LOADED = """
+import sys
+sys.path.insert(0, {tests!r})
+import optuna
+from stand_in import make_recipe
+from carft_ray.search import space
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, "startup_trials": 1}})
+study = optuna.create_study(direction="maximize")
+for value in (0.0, 1.0, 0.5):
+    trial = space.ask(study, recipe)
+    space.draw(study, trial, recipe)
+    study.tell(trial, value)
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", ["tpe", "cmaes"])
+def test_samplers_other_than_gp_load_no_torch(name):
+    code = _LOADED.format(tests=str(BASE), name=name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BASE.parent, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
+    import torch
+    from optuna._gp import acqf, gp
+
+    seen = []
+    for module, function in ((gp, "fit_kernel_params"), (acqf, "LogEI")):
+        plain = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda *a, plain=plain, **k: seen.append(torch.get_num_threads()) or plain(*a, **k)
+        )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        told(new_study(), recipe_for("gp", sampler={"startup_trials": 2}), lambda v: {"value": number(v)}, wanted=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+# ---- the grid
+
+
+def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
+    parameters = {**CHOICE, **CHILD, "warmup_steps": {"type": "int", "low": 0, "high": 20, "step": 10}}
+    recipe = make_recipe(100, space=parameters, baselines={}, sampler={"name": "grid"})
+    size = 3 * (1 + 7)
+    assert grid_size(recipe.search.space) == num_trials(recipe) == size
+    study_dir = tmp_path / "study"
+    for _ in range(3):  # opened again in the middle, and at the end
+        with open_study(study_dir, recipe, BASE) as study:
+            study.adopt()
+            begun = [study.next() for _ in range(9)]
+            for spec in filter(None, begun):
+                (spec.folder(study_dir)).mkdir(parents=True, exist_ok=True)
+                content = {"format_version": 1, "objective": 0.5, "metrics": {}}
+                (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
+                study.settle(spec)
+            assert study.done() == (len(trials(study_dir)) == size)
+    points = [grid_index(recipe.search.space, row.values) for row in trials(study_dir)]
+    assert len(points) == len(set(points)) == size
+    assert None not in points
+    [line] = [line for line in advice.warnings(recipe) if "grid" in line]
+    assert line == "search.trials is 100, but the grid has 24 points: the search ends after 24"
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 5])
+def test_several_trials_of_the_grid_at_a_time_are_different_points(at_a_time):
+    recipe = recipe_for("grid", {**CHOICE, **CHILD}, trials=10_000)
+    size = grid_size(recipe.search.space)
+    assert size == 9 * 4 * (1 + 7)
+    recipe = make_recipe(99, space={**CHOICE, **CHILD}, baselines={}, sampler={"name": "grid"})
+    drawn = told(new_study(), recipe, lambda values: {"value": 0.0}, at_a_time, wanted=99)
+    assert len({json.dumps(values) for values in drawn}) == grid_size(recipe.search.space) == 8
+    assert len(drawn) < 8 + at_a_time
+
+
+def test_grid_size_counts_chains_of_conditions_as_enumeration_does():
+    parameters = {
+        "decay": {"choices": ["all", "matrices"], "when": {"head_bias": True}},
+        "head_bias": {"choices": [True, False]},
+        "label_smoothing": {"low": 0, "high": 0.3, "step": 0.1, "when": {"decay": ["matrices"]}},
+        "epochs": {"low": 1, "high": 3, "when": {"head_bias": [True, False]}},
+        "warmup_steps": {"low": 1, "high": 2, "when": {"head_bias": False}},
+    }
+    space_ = make_recipe(4, space=parameters, baselines={}).search.space
+    assert grid_size(space_) == 3 * (2 + (1 + 4))
+
+
+def test_the_grid_passes_over_trials_without_values_and_those_of_another_space():
+    recipe = make_recipe(99, space={**CHOICE, "epochs": {"low": 1, "high": 3}}, baselines={}, sampler={"name": "grid"})
+    study = new_study()
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+    wider = optuna.distributions.IntDistribution(1, 9)
+    study.add_trial(optuna.trial.create_trial(value=0.0, params={"epochs": 2}, distributions={"epochs": wider}))
+    drawn = told(study, recipe, lambda values: {"value": 0.0}, wanted=99)
+    assert len({json.dumps(values) for values in drawn}) == len(drawn) == 6
+
+
+def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_sequence():
+    recipe = recipe_for("qmc", sampler={"seed": 3})
+    alone = told(new_study(), recipe, lambda values: {"value": 0.0}, wanted=6)
+    study = new_study()
+    first = told(study, recipe, lambda values: {"value": 0.0}, wanted=3)
+    study.add_trial(optuna.trial.create_trial(value=0.0, params={}, distributions={}))
+    assert first + told(study, recipe, lambda values: {"value": 0.0}, wanted=3) == alone
+
+
+# ---- points
+
+
+def test_points_are_tried_first_in_their_order_and_once(tmp_path):
+    points = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"train": {"learning_rate": 1e-4}}, {"kl_weight": 10}]
+    recipe = make_recipe(6, baselines={}, points=points)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with open_study(whole, recipe, BASE) as study:
+        study.adopt()
+        run_all(study)
+    for _ in range(7):
+        with open_study(parts, recipe, BASE) as study:
+            study.adopt()
+            spec = study.next()
+            if spec is not None:
+                spec.folder(parts).mkdir(parents=True, exist_ok=True)
+                content = {"format_version": 1, "objective": 0.5, "metrics": {}}
+                (spec.folder(parts) / "result.json").write_text(json.dumps(content))
+    drawn = [row.values for row in trials(parts)]
+    assert drawn == [row.values for row in trials(whole)]
+    assert len(drawn) == 6
+    assert drawn[0] == {"learning_rate": 5e-4, "kl_weight": 2.0}
+    assert drawn[1]["learning_rate"] == 1e-4
+    assert drawn[2]["kl_weight"] == 10.0
+    assert len({values["learning_rate"] for values in drawn}) == 6
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_point_begins_the_search_of_every_sampler(name):
+    points = [{"kl_weight": 2.5}, {key: 2.0 if key == "kl_weight" else 10 for key in FINITE}]
+    points = points if name == "grid" else [points[0]]
+    recipe = recipe_for(name, points=points)
+    drawn = told(new_study(), recipe, lambda values: {"value": number(values)})
+    assert drawn[0]["kl_weight"] == 2.5
+    assert drawn[1]["kl_weight"] == 2.0 or name != "grid"
+    assert len({json.dumps(values) for values in drawn[:HISTORY]}) == HISTORY
+
+
+def test_cmaes_does_not_take_a_point_for_a_draw_of_its_own():
+    points = [{"kl_weight": 2.5}, {"kl_weight": 0.5}]
+    recipe = recipe_for("cmaes", points=points, sampler={"options": {"popsize": 4, "with_margin": True}})
+    study = new_study()
+    told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
+    mine = ["cmawm:generation" in trial.system_attrs for trial in study.trials]
+    assert mine == [False, False, True, True, True]
+
+
+def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
+    parameters = (
+        "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
+    )
+    found = problems(tmp_path, f"{{space: {parameters}, points: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
+    assert len(found) == 2
+    assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
+
+
+def test_points_that_are_added_to_a_study_are_tried_next():
+    points = [{"kl_weight": 2.0}, {"kl_weight": 3.0}]
+    recipes = [
+        make_recipe(6, space=NUMBERS, baselines={}, points=each) for each in (points, [{"kl_weight": 1.0}, *points])
+    ]
+    study, drawn = new_study(), []
+    for recipe, wanted in zip(recipes, (3, 2), strict=True):
+        drawn += told(study, recipe, lambda values: {"value": 0.0}, wanted=wanted)
+    assert [values["kl_weight"] for values in drawn][:2] == [2.0, 3.0]
+    assert drawn[3]["kl_weight"] == 1.0
+    assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
+
+
+def test_conditions_points_and_options_come_back_from_a_written_recipe(tmp_path):
+    points = [{"train": {"decay": "matrices", "label_smoothing": 0.1}}, {"kl_weight": 1.0}]
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, points=points, sampler={"options": {"group": True}})
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
+# ---- messages
+
+CASES = [
+    ("{sampler: {name: tpe, options: {n_ei_candidats: 3}}}", "options.n_ei_candidats: tpe has no such option; did you mean 'n_ei_candidates'? (allowed: multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
+    ("{sampler: {name: gp, options: {popsize: 3}}}", "options.popsize: gp has no such option (allowed: deterministic)\n    It is an option of cmaes."),  # noqa: E501
+    ("{sampler: {name: random, options: {popsize: 3}}}", "options.popsize: random has no options\n    It is an option of cmaes."),  # noqa: E501
+    ("{sampler: {options: {n_ei_candidates: 0}}}", "options.n_ei_candidates: must be a whole number >= 1, but got 0"),
+    ("{sampler: {options: {n_ei_candidates: true}}}", "options.n_ei_candidates: must be a whole number >= 1, but got true"),  # noqa: E501
+    ("{sampler: {options: {multivariate: 1}}}", "options.multivariate: must be true or false, but got 1"),
+    ("{sampler: {name: cmaes, options: {sigma0: 0}}}", "options.sigma0: must be a number > 0 and <= 1, but got 0"),
+    ("{sampler: {name: qmc, options: {type: sobl}}}", "options.type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
+    ("{sampler: {options: {group: true, multivariate: false}}}", "options.group: group needs multivariate: true"),
+    ("{sampler: {name: cmaes, options: {lr_adapt: true, with_margin: true}}}", "options.lr_adapt: lr_adapt and with_margin exclude each other"),  # noqa: E501
+    ("{sampler: {name: grid}, space: {kl_weight: {low: 0, high: 1}}}", "search.space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another sampler than grid."),  # noqa: E501
+]  # fmt: skip
+WHEN = [
+    ("{kl_weight: {low: 0, high: 1, when: {deacy: all}}, decay: {choices: [all]}}", "search.space.kl_weight.when.deacy: must be a categorical parameter of search.space, but got \"deacy\"; did you mean 'decay'? (allowed: decay)"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: {epochs: 1}}, epochs: {low: 1, high: 2}, decay: {choices: [all]}}", "search.space.kl_weight.when.epochs: must be a categorical parameter, and epochs has no choices (allowed: decay)"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: {decay: [all, matrx]}}, decay: {choices: [all, matrices]}}", "search.space.kl_weight.when.decay: must be among the choices of decay, but got \"matrx\"; did you mean '\"matrices\"'? (allowed: \"all\", \"matrices\")"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: {head_bias: 1}}, head_bias: {choices: [true, false]}}", "search.space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1 (allowed: true, false)"),  # noqa: E501
+    ("{decay: {choices: [all], when: {head_bias: true}}, head_bias: {choices: [true], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> head_bias -> decay"),  # noqa: E501
+    ("{decay: {choices: [all], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> decay"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: 5}}", "search.space.kl_weight.when: must be a mapping of keys to values, but got 5"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: {decay: []}}, decay: {choices: [all]}}", "search.space.kl_weight.when.decay: must be a value of the other parameter, or a list of them, but got []"),  # noqa: E501
+]  # fmt: skip
+POINT_SPACE = "space: {kl_weight: {low: 0, high: 1, step: 0.1}, epochs: {low: 1, high: 9}, decay: {choices: [all, matrices]}, crop_scale: {low: 0.5, high: 1, when: {decay: matrices}}}"  # noqa: E501
+POINTS = [
+    ("[{kl_weigth: 0.5}]", "0.kl_weigth: must be a parameter of search.space, but got \"kl_weigth\"; did you mean 'kl_weight'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
+    ("[{weight_decay: 0.5}]", "0.weight_decay: must be a parameter of search.space (allowed: kl_weight, epochs, decay, crop_scale)\n    A value that all trials share belongs into train: weight_decay: 0.5."),  # noqa: E501
+    ("[{train: {kl_weight: 2}}]", "0.train.kl_weight: must be in the range 0.0 to 1.0, but got 2"),
+    ("[{kl_weight: 0.55}]", "0.kl_weight: must be a whole number of steps of 0.1 above 0.0, but got 0.55"),
+    ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a number, but got "0.5"'),
+    ("[{kl_weight: .nan}]", "0.kl_weight: must be in the range 0.0 to 1.0, but got .nan"),
+    ("[{epochs: 2.0}]", "0.epochs: must be a whole number, but got 2.0"),
+    ("[{epochs: true}]", "0.epochs: must be a whole number, but got true"),
+    ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean '\"matrices\"'? (allowed: \"all\", \"matrices\")"),  # noqa: E501
+    ("[{decay: all, crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the point must fulfil: decay: \"matrices\", but got {\"decay\": \"all\", \"crop_scale\": 0.9}\n    Add that to the point, or remove crop_scale."),  # noqa: E501
+    ("[{crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the point must fulfil: decay: \"matrices\", but got {\"crop_scale\": 0.9}\n    Add that to the point, or remove crop_scale."),  # noqa: E501
+    ("[{epochs: 2}, {train: {epochs: 2}}]", '1: must not repeat an earlier point, search.points.0, but got {"epochs": 2}'),  # noqa: E501
+    ("[{epochs: 2, train: {epochs: 3}}]", "0.train.epochs: must stand once, but epochs stands beside train, too"),
+    ("[{}]", "0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
+    ("[{train: 5}]", '0.train: must be a parameter of search.space, but got "train" (allowed: kl_weight, epochs, decay, crop_scale)'),  # noqa: E501
+    ("[5]", "0: must be a mapping of keys to values, but got 5"),
+]  # fmt: skip
+DATA = """\
+data:
+  train: {source: sandbox, domain: photo, split: train, num_per_class: 4}
+  id_val: {source: sandbox, domain: photo, split: val, num_per_class: 4}
+"""
+
+
+def problems(tmp_path, search):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{DATA}search: {search}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == 3
+    return [re.sub(r"^\S+r\.yaml:\d+: ", "", str(problem)) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(("search", "message"), CASES, ids=[each for each, _ in CASES])
+def test_a_wrong_sampler_is_one_message(tmp_path, search, message):
+    assert problems(tmp_path, search) == [message if message.startswith("search.") else f"search.sampler.{message}"]
+
+
+@pytest.mark.parametrize(("parameters", "message"), WHEN, ids=[each for each, _ in WHEN])
+def test_a_condition_that_cannot_be_is_one_message(tmp_path, parameters, message):
+    assert problems(tmp_path, f"{{space: {parameters}}}") == [message]
+
+
+def test_alpha_is_drawn_in_every_trial(tmp_path):
+    parameters = "{alpha: {low: 0.1, high: 1, when: {decay: all}}, decay: {choices: [all, matrices]}}"
+    [message] = problems(tmp_path, f"{{alpha: {{mode: sample}}, space: {parameters}}}")
+    assert message.startswith("search.space.alpha.when: alpha must be drawn in every trial\n")
+
+
+@pytest.mark.parametrize(("points", "message"), POINTS, ids=[each for each, _ in POINTS])
+def test_a_point_that_cannot_be_tried_is_one_message(tmp_path, points, message):
+    assert problems(tmp_path, f"{{{POINT_SPACE}, points: {points}}}") == [f"search.points.{message}"]
+
+
+def test_more_points_than_trials_and_all_mistakes_at_once(tmp_path):
+    points = "[{epochs: 1}, {epochs: 2}, {epochs: 99}]"
+    found = problems(tmp_path, f"{{trials: 2, {POINT_SPACE}, points: {points}, sampler: {{options: {{x: 1}}}}}}")
+    assert len(found) == 3
+    assert "search.points: must be at most as many as search.trials, 2, but got 3" in found
+
+
+@pytest.mark.parametrize(
+    ("search", "line"),
+    [
+        (
+            {"sampler": {"name": "nsga2", "options": {"population_size": 50}}},
+            "search.sampler.name nsga2 draws its first generation of 50 at random, and there are only 8 trials",
+        ),
+        (
+            {"sampler": {"name": "qmc", "seed": 3, "options": {"scramble": False}}},
+            "search.sampler.seed has no effect: the sequence is not scrambled",
+        ),
+        (
+            {"sampler": {"name": "nsga3", "startup_trials": 3}},
+            "search.sampler.startup_trials has no effect: the sampler is nsga3",
+        ),
+        (
+            {"sampler": {"name": "cmaes"}, "points": [{"kl_weight": 1.0}]},
+            "search.points are tried, but teach nothing: cmaes learns from its own draws alone",
+        ),
+    ],
+)
+def test_a_setting_that_does_little_is_named(search, line):
+    assert line in advice.warnings(make_recipe(8, baselines={}, **search))
+
+
+# ---- a study from elsewhere
+
+
+class Payload:
+    """What a pickle can do: it leaves a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def cmaes_study(tmp_path, monkeypatch):
+    """A study of cmaes in which somebody has left a pickle of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    study_dir, recipe = tmp_path / "study", make_recipe(6, baselines={}, sampler={"name": "cmaes"})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        for _ in range(3):
+            spec = study.next()
+            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+            content = {"format_version": 1, "objective": 0.1 * spec.number, "metrics": {}}
+            (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
+            study.settle(spec)
+    trace = tmp_path / "trace"
+    stored = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    search = optuna_study(study_dir)
+    added = optuna.trial.create_trial(
+        value=1.0,
+        params=search.trials[-1].params,
+        distributions=search.trials[-1].distributions,
+        system_attrs={"cma:optimizer:0": pickle.dumps(Payload(trace)).hex()},
+        user_attrs={"outcome": "complete", "name": "t0003-0000"},
+    )
+    optuna.load_study(study_name="search", storage=stored).add_trial(added)
+    return study_dir, recipe, trace
+
+
+def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
+    study_dir, recipe, trace = cmaes_study
+    token = (study_dir / "token").read_text().strip()
+    assert [path.name for path in (study_dir.parent / "cache/carft-ray/studies").iterdir()] == [token]
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        study.next()
+    assert trace.exists()
+
+
+def copied(study_dir):
+    return Path(shutil.copytree(study_dir, study_dir.with_name("copy"), dirs_exist_ok=True))
+
+
+@pytest.mark.parametrize("token", ["kept", "gone", "foreign", "a path"])
+def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_study, monkeypatch, token):
+    study_dir, recipe, trace = cmaes_study
+    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
+    (study_dir.parent / "other").mkdir()
+    if token == "gone":
+        (study_dir / "token").unlink()
+    elif token == "foreign":
+        (study_dir / "token").write_text("f" * 32)
+    elif token == "a path":
+        (study_dir / "token").write_text("../../other")
+    before = (study_dir / "study.journal").read_bytes()
+    with open_study(study_dir, recipe, BASE) as study:
+        with pytest.raises(UsageError) as caught:
+            study.adopt()
+        assert len(caught.value.problems) == 1
+        assert "add --trust" in str(caught.value)
+    with open_study(study_dir, recipe, BASE) as study, pytest.raises(UsageError, match="add --trust"):
+        study._spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
+    assert not trace.exists()
+    assert (study_dir / "study.journal").read_bytes() == before
+    assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing
+    assert not trace.exists()
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt(trusted=True)
+        study.next()
+    assert trace.exists()
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()  # it counts as the user's own now
+
+
+def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch):
+    study_dir, recipe, trace = cmaes_study
+    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
+    data = recipe.data.model_copy(update={"cache_dir": str(study_dir.parent / "cache/carft-ray")})
+    with open_study(study_dir, recipe.model_copy(update={"data": data}), BASE) as study, pytest.raises(UsageError):
+        study.adopt()
+    assert not trace.exists()
+
+
+def test_a_study_without_a_pickle_may_go_on_with_cmaes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    study = new_study()
+    told(study, recipe_for("tpe"), lambda values: {"value": 0.0}, wanted=2)
+    check_trusted(tmp_path, recipe_for("cmaes"), study, trusted=False)
+    assert (tmp_path / "cache/carft-ray/studies" / (tmp_path / "token").read_text().strip()).exists()
+
+
+def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with open_study(tmp_path / "study", make_recipe(2, baselines={}), BASE) as study:
+        study.adopt()
+    assert not (tmp_path / "study" / "token").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch, capsys):
+    import carft_ray.launch.search
+
+    study_dir, recipe, trace = cmaes_study
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
+    commands = (["resume", study_dir], ["search", study_dir / "resolved.yaml", "--study", study_dir])
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("was not made by you on this machine") == 1
+    assert not trace.exists()
+    given = []
+
+    def run_search(*arguments, trusted, **others):
+        given.append(trusted)
+        raise InterruptedRunError("enough")
+
+    monkeypatch.setattr(carft_ray.launch.search, "run_search", run_search)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command), "--trust"])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert given == [True, True]
+
+
+# ---- trials without a value
+
+
+def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
+    recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
+    with open_study(tmp_path / "study", recipe, BASE) as study:
+        study.adopt()
+        run_all(study)
+    rows = trials(tmp_path / "study")
+    missing = ["label_smoothing" not in row.values for row in rows]
+    assert {*missing} == {True, False}
+    blank = []
+    for table in (
+        console.trial_table([row_dict(row, rows[0]) for row in rows]),
+        progress._fitting_table([progress._line(row, " ") for row in rows], 300),
+    ):
+        [column] = [column for column in table.columns if column.header == "label_smoothing"]
+        blank.append([cell == "" for cell in column.cells])
+    columns = api._table(rows)
+    blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
+    assert blank == [missing] * 3
+    for row, is_missing in zip(rows, missing, strict=True):
+        train = apply(recipe, row.values).train
+        assert train.label_smoothing == (recipe.train.label_smoothing if is_missing else row.values["label_smoothing"])
+
+
+# ---- contracts with Optuna
+
+
+def test_optuna_s_samplers_keep_what_ours_rest_on():
+    assert samplers.GP_DRAW.removesuffix(":0") == "gp:relative_params"
+    assert optuna.samplers._gp.sampler._RELATIVE_PARAMS_KEY == "gp:relative_params"
+    assert hasattr(optuna.samplers.QMCSampler, "_find_sample_id")
+    recipe = make_recipe(4, space={**NUMBERS, **CHOICE}, baselines={})
+    trial = new_study().ask()
+    for name, parameter in recipe.search.space.items():
+        space.suggest(trial, name, parameter)
+        assert trial.distributions[name] == samplers.distribution(parameter)
+    assert isinstance(trial.distributions["decay"], CategoricalDistribution)

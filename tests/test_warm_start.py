@@ -1,0 +1,252 @@
+"""Warm starts: what the sampler is told of other studies, what is left out and refused, and kills on the way."""
+
+import re
+import shutil
+
+import crash_host
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from stand_in import SANDBOX_SET
+from test_generations import begin, recipe_of
+from test_study import BASE, optuna_study, run_all, write_result
+
+from carft_ray.errors import RecipeError
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.overview import read_study
+from carft_ray.search.rows import best_row, trials
+from carft_ray.search.study import open_study
+
+NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A study of 12 trials, every third diverged, and one that is begun."""
+    folder = tmp_path_factory.mktemp("sources") / "first"
+    begin(folder, recipe_of(13), 12, looks=True)
+    with open_study(folder, recipe_of(13), BASE) as study:
+        study.adopt()
+        study.next()
+    return folder
+
+
+@pytest.fixture
+def first(original, tmp_path):
+    shutil.copytree(original, tmp_path / "first")
+    return tmp_path / "first"
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def warm(recipe, *sources):
+    named = tuple(str(source) for source in sources)
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"warm_start": named})})
+
+
+def taken_in(study_dir):
+    return [trial for trial in optuna_study(study_dir).trials if "warm_from" in trial.user_attrs]
+
+
+def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
+    with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
+        study.adopt()
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} were taken in; left out: 1 not finished"]
+        assert study.rows() == []
+        assert best_row(study.rows()) is None
+        specs = run_all(study, lambda spec: -1.0)
+        (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe, BASE))
+    assert [spec.number for spec in specs] == [12, 13, 14]  # three trials of its own were wanted
+    assert [row.name for row in trials(study_dir)] == [spec.name for spec in specs]
+    assert read_study(study_dir).num_finished == 3
+    assert best_row(trials(study_dir)).objective == -1.0
+    for theirs, ours in zip(optuna_study(first).trials, taken_in(study_dir), strict=False):
+        assert (ours.state, ours.values, ours.params) == (theirs.state, theirs.values, theirs.params)
+        assert ours.constraints == theirs.constraints
+        assert ours.intermediate_values == theirs.intermediate_values
+        assert ours.user_attrs["warm_from"]["path"] == str(first)
+        assert ours.user_attrs["warm_from"]["trial"] == theirs.user_attrs["name"]
+    states = {trial.state for trial in taken_in(study_dir)}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
+    recipe = warm(recipe_of(1), first)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+    with open_study(first, recipe_of(14), BASE) as study:  # has more by now
+        study.adopt()
+        run_all(study)
+    shutil.copytree(first, tmp_path / "copy")
+    shutil.rmtree(first)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        assert study.notes == []
+    with open_study(study_dir, warm(recipe_of(1), first, tmp_path / "copy"), BASE) as study:
+        study.adopt()
+        assert study.notes == [
+            f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before",
+        ]
+    assert len(taken_in(study_dir)) == 12
+
+
+def test_it_may_be_added_to_a_study_later(study_dir, first):
+    begin(study_dir, recipe_of(3), 3)
+    before = trials(study_dir)
+    with open_study(study_dir, warm(recipe_of(4), first), BASE) as study:
+        study.adopt()
+        assert study.rows() == before
+        assert [spec.number for spec in run_all(study)] == [15]
+
+
+def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
+    recipe = recipe_of(1, train={"batch_size": 64}, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
+    with open_study(study_dir, warm(recipe, first), BASE) as study:
+        study.adopt()
+        [note] = study.notes
+        counts = re.fullmatch(
+            r"warm start: 0 of 13 .*; left out: (\d+) with learning_rate outside the space, "
+            r"(\d+) with batch_size outside the space, 1 not finished",
+            note,
+        )
+        assert sum(map(int, counts.groups())) == 12
+    assert taken_in(study_dir) == []
+    other = study_dir.with_name("other")
+    recipe = recipe_of(1, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
+    with open_study(other, warm(recipe, first), BASE) as study:
+        study.adopt()
+    rates = [trial.params["learning_rate"] for trial in taken_in(other)]
+    assert 0 < len(rates) < 12
+    assert all(1e-4 <= rate <= 1e-3 for rate in rates)
+    assert {trial.params["weight_decay"] for trial in taken_in(other)} == {0.1}  # the source's own value
+    found = optuna.search_space.intersection_search_space(optuna_study(other).get_trials(deepcopy=False))
+    assert set(found) == {"learning_rate", "kl_weight", "weight_decay"}
+
+
+def refused(recipe, study_dir):
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+    assert caught.value.exit_code == 3
+    assert not study_dir.exists()  # the mended recipe may use the name
+    return str(caught.value)
+
+
+def other_objective(**changes):
+    recipe = recipe_of(1).model_dump()
+    recipe["search"]["objective"] |= changes.pop("objective", {})
+    recipe["data"] |= changes
+    return Recipe.model_validate(recipe)
+
+
+def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_dir, first):
+    sketch = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "val"}}
+    told = refused(warm(other_objective(objective={"kind": "harmonic"}, ood_val=sketch), first), study_dir)
+    key = f"search.warm_start: {first}: must be a study with "
+    assert f'{key}search.objective.kind of this one, "harmonic"' in told
+    assert f'{key}the sets of data.ood_val of this one, ["sketch"]: other objectives do not compare, but got []' in told
+    assert "the classes" in refused(warm(other_objective(classes=["star", "arrow"]), first), study_dir)
+    constraints = {"id_drop": {"zero_shot": 0.01}}
+    assert "search.constraints" in refused(warm(recipe_of(1, search={"constraints": constraints}), first), study_dir)
+
+
+def test_a_source_with_another_weight_is_refused(tmp_path, study_dir):
+    sketch = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "val"}}
+    source = tmp_path / "source"
+    with open_study(source, other_objective(ood_val=sketch), BASE):
+        pass
+    told = refused(warm(other_objective(objective={"id_weight": 0.3}, ood_val=sketch), source), study_dir)
+    assert "search.objective.id_weight of this one, 0.3: other objectives do not compare, but got 0.5" in told
+
+
+def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir, first, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = refused(warm(recipe_of(1), tmp_path / "frist", tmp_path / "empty"), study_dir)
+    assert f"must be the folder of a study, but got no such folder; did you mean '{first}'?" in told
+    assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without study.journal" in told
+
+
+def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
+    begin(study_dir, recipe_of(2), 2)
+    shutil.copytree(study_dir, tmp_path / "copy")
+    for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
+        with (
+            pytest.raises(RecipeError, match=f"must be another study, but got {told}"),
+            open_study(study_dir, warm(recipe_of(2), source), BASE) as study,
+        ):
+            study.adopt()
+
+
+def test_the_sampler_begins_with_what_is_known(study_dir, first):
+    """As many finished trials as random ones are asked for: the first proposal is one of tpe, and near the best."""
+
+    def proposals(folder, sources):
+        search = {"sampler": {"name": "tpe", "startup_trials": 8}}
+        with open_study(folder, warm(recipe_of(8, search=search), *sources), BASE) as study:
+            study.adopt()
+            drawn = []
+            while (spec := study.next()) is not None:
+                drawn.append(spec.values["learning_rate"])
+                write_result(folder, spec, 0.0)
+                study.settle(spec)
+        return np.abs(np.log10(drawn) + 3)  # decades from the best of the stand-in
+
+    begin(first, recipe_of(60), 47)
+    warmed, cold = proposals(study_dir, [first]), proposals(study_dir.with_name("cold"), [])
+    assert warmed[0] < 0.5
+    assert warmed[:4].mean() < cold[:4].mean()
+
+
+def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
+    """Every append is the last one of a search, which then begins again."""
+    recipe = warm(recipe_of(1), first)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+    whole = [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)]
+    journal = study_dir / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    begun = next(number for number, line in enumerate(lines) if b"warm_from" in line)
+    for number in range(begun, len(lines)):
+        journal.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
+        with open_study(study_dir, recipe, BASE) as study:
+            study.adopt()
+            assert any("12 of 13 trials" in note for note in study.notes)
+        assert [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)] == whole
+        assert len(optuna_study(study_dir).trials) == 12
+
+
+def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
+    with open_study(study_dir, warm(recipe_of(2), first), BASE) as study:
+        study.adopt()
+        run_all(study)
+    names = [row.name for row in trials(study_dir)]
+    narrow = warm(recipe_of(3, learning_rate=NARROW), first)
+    with open_study(study_dir, narrow, BASE, ("narrow",)) as study:
+        study.adopt()
+        assert [row.name for row in study.rows()] == names
+        assert [spec.number for spec in run_all(study)] == [14]
+        assert len(study.notes) == 1  # of the space: the source is not taken in again
+    found = optuna_study(study_dir, "search-2").trials
+    inside = [t for t in found if "warm_from" in t.user_attrs and t.state != TrialState.FAIL]
+    assert 0 < len(inside) < 12
+
+
+def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_recipe(
+    study_dir, first, monkeypatch, capsys
+):
+    begin(study_dir, recipe_of(2), 2)
+    asked = []
+    monkeypatch.chdir(first.parent)
+    monkeypatch.setattr("carft_ray.cli.search._search", lambda *given: asked.append(given))
+    shutil.copytree(first, first.parent / "second")
+    resolved = study_dir / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("batch_size: 512", "batch_size: 8"))
+    words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
+    assert crash_host.call(words) == 0, capsys.readouterr().err
+    assert asked[0][0].search.warm_start == (str(first.resolve()), str(first.parent.resolve() / "second"))
+    recipe = recipe_of(2, search={"warm_start": ["../first"]})
+    assert f"- {(study_dir.parent.parent / 'first').resolve()}" in dump_recipe(recipe, study_dir.parent)
