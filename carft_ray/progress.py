@@ -2,6 +2,8 @@
 
 import contextlib
 import heapq
+import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +16,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from carft_ray import console
+from carft_ray import console, files
 from carft_ray.recipe.constraints import violation_words
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started, Stopping
+    from carft_ray.results.overview import Overview
     from carft_ray.search.outcome import Kind, TrialRow, TrialSpec
 
 Row = dict[str, float]
 NUM_BEST = 5  # rows of the best trials in the live table
+NUM_LATEST = 3  # and of those that ended last, where there is room
+BAR_WIDTH = 40
+SEEN_FOR_A_RANGE = 3  # trainings that must have ended before the rest of the time has a range
+IN_RANGE = 1.28  # standard deviations on either side hold 80 %
 NOUNS = {"trial": "trials", "confirm": "trainings with fresh seeds"}
 REFRESH_PER_S = 2
 
@@ -121,8 +128,8 @@ class _Running:
 
 
 class SearchView:
-    """A search as a table: what runs, the best trials, the baselines, and a line that counts. Rich renders it again and
-    again from a thread of its own, while events come in.
+    """A search as a table: the best trials, those that ended last, what runs, a bar, and a line that counts. It keeps
+    to the height of the terminal. Rich renders it again and again from a thread of its own, while events come in.
 
     Args:
         num_epochs: Epochs of a training whose values do not say otherwise.
@@ -149,6 +156,44 @@ class SearchView:
         self._rows = {(row.kind, row.name): row for row in earlier if row.outcome != "running"}
         self._best = ""  # name of the best trial, as the search has told it
         self._seconds: list[float] = []  # of the trainings that ended in this search
+
+    @classmethod
+    def of(cls, overview: "Overview", clock: Callable[[], float] = time.time) -> "SearchView":
+        """Returns a study as another process sees it on disk.
+
+        Args:
+            overview: The study.
+            clock: Seconds since 1970.
+        """
+        from carft_ray.launch.events import Started
+        from carft_ray.recipe.grid import num_trials
+        from carft_ray.results.overview import alive_since, folder_of, search_began
+        from carft_ray.search.outcome import METRICS, TrialSpec
+        from carft_ray.search.rows import ZERO_SHOT
+
+        view = cls(overview.recipe.train.epochs, overview.rows, clock)
+        view._began = search_began(overview.study_dir) or clock()
+        for row in overview.rows:
+            if overview.state(row) == "running":
+                spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+                lines = files.read_json_lines(folder_of(overview.study_dir, row) / METRICS)
+                began = alive_since(overview.study_dir, row) or clock()
+                view._running[row.kind, row.name] = _Running(spec, began, lines[-1] if lines else {})
+            elif row.name != ZERO_SHOT and row.outcome == "complete" and (row.spent_s or row.elapsed_s):
+                view._seconds.append(row.spent_s or row.elapsed_s or 0.0)
+        view._phase = "" if overview.holder else "no search runs"
+        view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
+        view._best = "" if overview.best is None else overview.best.name
+        num_running = max(1, len(view._running))
+        view._started = Started(num_trials(overview.recipe), overview.num_finished, num_running, "")
+        return view
+
+    def line(self) -> str:
+        """Returns counts, the best trial and times, for where there is no terminal."""
+        with self._lock:
+            best = self._ranked(1)
+            found = [f"best {console.percent(best[0].objective or 0.0)} % ({best[0].name})"] if best else []
+            return " · ".join([*self._pieces(), *found])
 
     def tell(self, event: "Event") -> str | None:
         """Takes an event in.
@@ -184,6 +229,7 @@ class SearchView:
         ran = self._running.pop(key, None)
         if ran is not None:
             self._seconds.append(self._clock() - ran.began)
+        self._rows.pop(key, None)  # the latest stands last
         self._rows[key] = row
         return None if row.outcome in ("complete", "pruned") else f"{row.name}: {row.outcome}, {row.reason}"
 
@@ -194,28 +240,28 @@ class SearchView:
         yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
 
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
-        from carft_ray.search.rows import rank
-
-        room = max(3, height - 6)  # lines but for header, last lines, and one above
+        room = max(3, height - 8)  # lines but for header, bar, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
-        best = heapq.nsmallest(
-            min(NUM_BEST, max(1, room // 3)),
-            (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
-            key=lambda row: (row.name != self._best, *rank(row)) if ranks else (-row.number,),
-        )  # the best was told: of a front one row does not tell
+        best = self._ranked(min(NUM_BEST, max(1, room // 3)))
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
+        left = min(NUM_LATEST, room - len(beside) - len(best) - len(shown))
+        ended = [row for row in self._rows.values() if row.kind == self._kind]
+        latest = [row for row in ended[::-1] if row not in best][: max(0, left)]
         if beside or best or shown:
             star = "★" if can_star else "*"
             rows = [_line(row, " ") for row in beside]
             rows += [_line(row, star if ranks and row is best[0] else " ") for row in best]
+            rows += [_line(row, "…" if can_star else " ") for row in latest]
             rows += [self._running_line(each) for each in shown]
             yield _fitting_table(rows, width)
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more that run", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
             yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
+        if self._started is not None and height >= 12:
+            yield self._bar(min(width - 8, BAR_WIDTH), can_star)
         yield Text(
             self._last_line(), style="bold", no_wrap=height < 12, overflow="fold" if height >= 12 else "ellipsis"
         )
@@ -229,7 +275,28 @@ class SearchView:
         elapsed = console.duration(self._clock() - running.began)
         return _Line(f"  {spec.name}", spec.values, [epoch, *numbers, elapsed], "cyan")
 
+    def _ranked(self, number: int) -> list["TrialRow"]:
+        """Returns the first trials from the best down; trainings of a confirm from the latest back."""
+        from carft_ray.search.rows import rank
+
+        ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
+        return heapq.nsmallest(
+            number,
+            (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
+            key=lambda row: (row.name != self._best, *rank(row)) if ranks else (-row.number,),
+        )  # the best was told: of a front one row does not tell
+
+    def _bar(self, width: int, can_draw: bool) -> Text:
+        ended = sum(row.kind == self._kind for row in self._rows.values())
+        share = min(1.0, ended / max(1, self._started.num_trials if self._started else 1))
+        full = int(share * width)
+        dash, rest = ("━", "─") if can_draw else ("#", "-")
+        return Text.assemble((dash * full, "green"), (rest * (width - full), "dim"), f" {100 * share:.0f} %")
+
     def _last_line(self) -> str:
+        return " · ".join(self._pieces())
+
+    def _pieces(self) -> list[str]:
         trials = [row for row in self._rows.values() if row.kind == self._kind]
         pruned = sum(row.outcome == "pruned" for row in trials)
         failed = sum(row.objective is None for row in trials) - pruned
@@ -241,11 +308,25 @@ class SearchView:
                 count += f", {pruned} of them pruned"
             if failed:
                 count += f", {failed} of them failed"
-            pieces = [count, f"{self._started.concurrency} at a time ({self._started.reason})", elapsed]
+            room = f"{self._started.concurrency} at a time ({self._started.reason})"
+            pieces = [count, room if self._started.reason else f"{len(self._running)} run", elapsed]
             left = self._seconds_left(self._started.num_trials - len(trials))
             if left is not None and not self._phase:
-                pieces.append(f"about {console.duration(left)} left")
-        return " · ".join([self._phase, *pieces] if self._phase else pieces)
+                spread = self._spread(self._started.num_trials - len(trials))
+                between = f"{console.duration(max(0.0, left - spread))} to {console.duration(left + spread)}"
+                pieces.append(f"about {console.duration(left)} left" + (f" ({between})" if spread >= 1 else ""))
+        return [self._phase, *pieces] if self._phase else pieces
+
+    def _spread(self, num_left: int) -> float:
+        """Returns half the width of the range of the rest that holds 80 %, 0 before enough has been seen.
+
+        The sum of k further trainings, with the mean of n as its forecast, has the standard error sd sqrt(k + k^2 / n).
+        """
+        seen = len(self._seconds)
+        if self._started is None or seen < SEEN_FOR_A_RANGE or num_left <= 0:
+            return 0.0
+        of_sum = statistics.stdev(self._seconds) * math.sqrt(num_left + num_left**2 / seen)
+        return IN_RANGE * of_sum / self._started.concurrency
 
     def _seconds_left(self, num_left: int) -> float | None:
         """Estimates the rest from the trainings that ended in this search; None before the first has."""
@@ -281,8 +362,9 @@ def _line(row: "TrialRow", mark: str) -> _Line:
     objective = "" if row.objective is None else console.percent(row.objective)
     seconds = row.elapsed_s or 0.0
     elapsed = console.duration(seconds) if seconds >= 0.5 else ""  # zero-shot takes none
-    style = "bold green" if mark.strip() else "dim" if row.kind == "baseline" else ""
-    return _Line(f"{mark} {row.name}", row.values, ["", *numbers, objective, elapsed], style)
+    style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
+    ended = "" if row.outcome in ("complete", "running") else row.outcome
+    return _Line(f"{mark} {row.name}", row.values, [ended, *numbers, objective, elapsed], style)
 
 
 def _fitting_table(lines: Sequence[_Line], width: int) -> Table:

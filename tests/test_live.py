@@ -77,12 +77,13 @@ def test_a_search_from_its_first_to_its_last_event():
     running(view, [1], epoch=2)
     clock.now = 60
     view.tell(TrialFinished(row(0, 0.4), is_best=True))
-    header, baseline, best, live, note, last = shown(view)
+    header, baseline, best, live, note, bar, last = shown(view)
     assert header.replace(",", "").replace(" %", "").split() == [*values(0), "epoch", "ID", "OOD", "objective", "time"]
     assert baseline.split() == ["base0", "0.0001", "0.5", "40.0", "20.0", "30.0", "1:01"]
     assert best.split() == ["★", "t0000-abcd", "0.0001", "0.5", "50.0", "30.0", "40.0", "1:01"]
     assert live.split() == ["t0001-abcd", "0.0002", "0.5", "2/4", "61.0", "50.0", "55.0", "0:30"]
     assert note.strip() == "of running trials: on a subset, at the best of a few alphas"
+    assert bar == "━" * 5 + "─" * 35 + " 12 %"
     # the running one needs 30 s more, six others 60 s each, two at a time
     assert last == "1 of 8 trials finished · 2 at a time (2 CPUs) · 1:00 elapsed · about 3:15 left"
     view.tell(TrialFinished(row(1, 0.6), is_best=True))

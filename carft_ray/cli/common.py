@@ -48,8 +48,16 @@ WallTimeOption = Annotated[
         "--wall-time", metavar="TIME", help="End after this time, such as 45m or 8h, with the best so far; resumable."
     ),
 ]
-GpuHoursOption = Annotated[
-    float | None, typer.Option("--gpu-hours", help="End once all attempts of the study have used so many GPU hours.")
+NotifyCommandOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify-command",
+        metavar="CMD",
+        help="Run this on a new best, a failed trial and at the end; it gets JSON on its standard input.",
+    ),
+]
+NotifyUrlOption = Annotated[
+    str | None, typer.Option("--notify-url", metavar="URL", help="Post the same JSON to this address (a webhook).")
 ]
 AlphaOption = Annotated[
     float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
@@ -86,10 +94,9 @@ def main() -> None:
         logger.removeHandler(handler)
 
 
-def budget_overrides(wall_time: str | None, gpu_hours: float | None) -> list[str]:
-    """Returns the options of a budget as settings of the recipe."""
-    given = {"budget.wall_time": wall_time, "budget.gpu_hours": gpu_hours}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+def budget_overrides(wall_time: str | None) -> list[str]:
+    """Returns the option of the budget as a setting of the recipe."""
+    return [] if wall_time is None else [f"budget.wall_time={wall_time}"]
 
 
 def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:

@@ -12,6 +12,8 @@ from carft_ray.cli.common import (
     DebugOption,
     ExecutorOption,
     JsonOption,
+    NotifyCommandOption,
+    NotifyUrlOption,
     StudyArgument,
     WorkersOption,
     app,
@@ -46,6 +48,8 @@ def confirm(
     executor: ExecutorOption = None,
     num_workers: WorkersOption = None,
     address: AddressOption = None,
+    notify_command: NotifyCommandOption = None,
+    notify_url: NotifyUrlOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -66,7 +70,10 @@ def confirm(
     others = [overview.read_study(path) for path in against or ()]
     recipe = load(overview.resolved_recipe(view.study_dir), None, executor, num_workers)
     command = _command(study, top, seeds, winner, against or (), executor, num_workers, address)
-    stages = _fix_and_train(view, recipe, others, top, seeds, winner, command, address, not json_)
+    from carft_ray.launch.notify import notifying
+
+    with notifying(notify_command, notify_url, recipe.name, view.study_dir, console.warn) as beside:
+        stages = _fix_and_train(view, recipe, others, top, seeds, winner, command, address, not json_, beside)
     from carft_ray.results.confirmed import summarise
 
     summary = summarise(view.study_dir, recipe, *stages)
@@ -94,8 +101,12 @@ def _fix_and_train(
     command: str,
     address: str | None,
     show: bool,
+    beside: Any,
 ) -> Any:
-    """Fixes the winner, trains, and with ``--winner confirmed`` chooses and trains once more; returns both stages."""
+    """Fixes the winner, trains, and with ``--winner confirmed`` chooses and trains once more; returns both stages.
+
+    ``beside`` lets the notices share the events.
+    """
     from carft_ray import console
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.confirm import run_confirm
@@ -121,7 +132,7 @@ def _fix_and_train(
                 lambda study: confirming.fix(study_dir, recipe, first, second, stage),
                 command,
                 address,
-                on_event,
+                beside(on_event),
             )
 
     train(first)

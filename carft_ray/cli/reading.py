@@ -8,17 +8,30 @@ from typing import Annotated
 import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.cli.watching import budget_lines, watch_search
 from carft_ray.errors import Problem, UsageError, nearest
 
 PANEL = "Reading a study"  # of the help
 
 
 @app.command(epilog="Example:  carft-ray status studies/quickstart", rich_help_panel=PANEL)
-def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption = False) -> None:
-    """How far a study is: counts, the best trial, what runs. Nothing is locked or written."""
+def status(
+    study: StudyArgument,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again until the search ends or Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """How far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
     from carft_ray import console
     from carft_ray.results import overview
 
+    if watch and json_:
+        raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
+    if watch and not watch_search(study, every):
+        return
     view = overview.read_study(study)
     answer = overview.status(view)
     if json_:
@@ -41,6 +54,8 @@ def status(study: StudyArgument, json_: JsonOption = False, debug: DebugOption =
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+    for line in budget_lines(answer["budget"]):
+        console.out.print(f"\n{line}", markup=False)
     if answer["pruner"]:
         console.out.print("\n" + "\n".join(answer["pruner"]["lines"]), markup=False)
         if answer["pruner"]["warning"]:

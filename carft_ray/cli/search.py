@@ -10,9 +10,10 @@ from carft_ray.cli.common import (
     AddressOption,
     DebugOption,
     ExecutorOption,
-    GpuHoursOption,
     JsonOption,
     NarrowOption,
+    NotifyCommandOption,
+    NotifyUrlOption,
     RecipeArgument,
     SetOption,
     StudyArgument,
@@ -59,16 +60,18 @@ def search(
     widen: WidenOption = False,
     warm_start: WarmStartOption = None,
     wall_time: WallTimeOption = None,
-    gpu_hours: GpuHoursOption = None,
+    notify_command: NotifyCommandOption = None,
+    notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search for the best hyperparameters; run again, it goes on where it was."""
-    overrides = [*(set_ or ()), *budget_overrides(wall_time, gpu_hours)]
+    overrides = [*(set_ or ()), *budget_overrides(wall_time)]
     value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
-    _search(value, recipe.absolute().parent, study, address, again, trust, json_, _may(narrow, widen))
+    notify = (notify_command, notify_url)
+    _search(value, recipe.absolute().parent, study, address, again, trust, json_, _may(narrow, widen), notify)
 
 
 @app.command(epilog="Example:  carft-ray resume studies/quickstart --trials +4", rich_help_panel=PANEL)
@@ -85,7 +88,8 @@ def resume(
     widen: WidenOption = False,
     warm_start: WarmStartOption = None,
     wall_time: WallTimeOption = None,
-    gpu_hours: GpuHoursOption = None,
+    notify_command: NotifyCommandOption = None,
+    notify_url: NotifyUrlOption = None,
     again: AgainOption = None,
     trust: TrustOption = False,
     json_: JsonOption = False,
@@ -99,11 +103,12 @@ def resume(
 
     study_dir = overview.require_study(study)
     recipe = overview.resolved_recipe(study_dir)
-    overrides = [*overview.behind(study_dir), *(set_ or ()), *budget_overrides(wall_time, gpu_hours)]
+    overrides = [*overview.behind(study_dir), *(set_ or ()), *budget_overrides(wall_time)]
     if trials is not None:
         overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
     value = _warm(load(recipe, overrides, executor, num_workers), warm_start)
-    _search(value, study_dir, study, address, again, trust, json_, _may(narrow, widen))
+    notify = (notify_command, notify_url)
+    _search(value, study_dir, study, address, again, trust, json_, _may(narrow, widen), notify)
 
 
 def _may(narrow: bool, widen: bool) -> list[Any]:
@@ -125,6 +130,7 @@ def _search(
     trust: bool,
     json_: bool,
     may: list[Any],
+    notify: tuple[str | None, str | None],
 ) -> None:
     """What `search` and `resume` do once they have a recipe."""
     from carft_ray import console
@@ -140,12 +146,16 @@ def _search(
 
     if trust and not unpickles(value):
         console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
+    from carft_ray.launch.notify import notifying
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
     from carft_ray.results.summary import study_summary, write_best, write_figure
 
-    with search_shown(not json_, study, value.train.epochs) as on_event:
-        result = run_search(value, base_dir, study, address, on_event, trusted=trust, may=may)
+    with (
+        notifying(*notify, value.name, study, console.warn) as beside,
+        search_shown(not json_, study, value.train.epochs) as on_event,
+    ):
+        result = run_search(value, base_dir, study, address, beside(on_event), trusted=trust, may=may)
     write_best(value, base_dir, result)
     figure_path = write_figure(value, result)
     summary = study_summary(value, result)
@@ -164,7 +174,8 @@ def _search(
     folder = shlex.quote(str(study))
     if result.out_of_budget:
         console.say("\n" + summary["budget"]["line"])
-        more = f" --gpu-hours {2 * value.budget.gpu_hours:g}" if "gpu_hours" in result.out_of_budget else ""
+        hours = value.budget.gpu_hours
+        more = f" --set budget.gpu_hours={2 * hours:g}" if "gpu_hours" in result.out_of_budget else ""
         console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
         return
     console.next_step(

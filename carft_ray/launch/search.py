@@ -166,7 +166,7 @@ def _nothing_within_budget(study: Study, ended: str, address: str | None) -> Bud
     begun = sum(row.outcome == "running" for row in study.rows())
     rule = f"{ended}, and no trial is complete; {begun} have begun and left their checkpoints"
     hours = study.recipe.budget.gpu_hours
-    more = f"--gpu-hours {2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
+    more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
     return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))
 
 

@@ -32,7 +32,7 @@ from carft_ray.launch.executors import end_process
 from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.recipe.schema import BudgetPart
-from carft_ray.search.folder import STOP
+from carft_ray.search.folder import BUDGET_STOP, STOP
 from carft_ray.search.outcome import FOLDERS, LOG, METRICS, RESULT, Alive, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
@@ -115,7 +115,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.out_of_budget = used_up(self._budget, elapsed_s, gpu_s, gpus, self.longest_end_s)
         if self.out_of_budget:
             try:
-                files.write_text(self.study.study_dir / STOP, f"budget: {self.out_of_budget}\n")
+                files.write_text(self.study.study_dir / STOP, f"{BUDGET_STOP}{self.out_of_budget}\n")
             except StorageError as error:
                 self._fail(error)
         return bool(self.out_of_budget)

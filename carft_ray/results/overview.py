@@ -1,7 +1,9 @@
 """A study as its readers see it (`status`, `ls`, `logs`): nothing is locked, nothing is written, no torch is loaded."""
 
+import contextlib
 import functools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,10 +17,10 @@ from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pareto import constraint_lines, front_data, front_lines
-from carft_ray.search.folder import JOURNAL, MANIFEST, RESOLVED, STOP
+from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
-from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_failure
+from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
@@ -267,6 +269,7 @@ def status(overview: Overview) -> dict[str, Any]:
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
+        "budget": _budget(overview),
         "times": {
             "created": _created(overview.study_dir),
             "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
@@ -280,6 +283,25 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     from carft_ray.results.foretold import foretold  # SciPy takes a second
 
     return foretold(overview.recipe.search.pruner, overview.trials)
+
+
+def _budget(overview: Overview) -> dict[str, Any]:
+    """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
+    limits, folder = overview.recipe.budget, overview.study_dir
+    ended = ""
+    if overview.holder is None:
+        with contextlib.suppress(OSError):
+            text = (folder / STOP).read_text().strip()
+            ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
+    began = search_began(folder) if overview.holder is not None else None
+    used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
+    return {
+        "wall_time_s": limits.wall_time,
+        "wall_time_used_s": used_s,
+        "gpu_hours": limits.gpu_hours,
+        "gpu_hours_used": round(sum(row.gpu_s for row in overview.rows) / 3600, 4),
+        "ended": ended,
+    }
 
 
 def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:
@@ -347,6 +369,20 @@ def find_row(rows: Sequence[TrialRow], written: str) -> TrialRow:
     names = tuple(by_name)
     near = nearest(written, names) or nearest(written, [f"t{row.number:04d}" for row in rows if row.kind == "trial"])
     raise UsageError(Problem("TRIAL", "must be the number or name of a trial or baseline", repr(written), names, near))
+
+
+def search_began(study_dir: Path) -> float | None:
+    """Returns when the last search or confirm began, in seconds since 1970: each writes ``resolved.yaml`` first."""
+    try:
+        return (study_dir / RESOLVED).stat().st_mtime
+    except OSError:
+        return None
+
+
+def alive_since(study_dir: Path, row: TrialRow) -> float | None:
+    """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
+    alive = read_alive(folder_of(study_dir, row), row.attempt)
+    return None if alive is None else alive.began
 
 
 def _trains(study_dir: Path, row: TrialRow) -> bool:

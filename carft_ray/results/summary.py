@@ -7,6 +7,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
+from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
@@ -49,7 +50,7 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
     if not result.out_of_budget:
         return ""
     begun = [row.name for row in result.trials if row.outcome == "running"]
-    wanted, finished = recipe.search.trials, len(result.trials) - len(begun)
+    wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
     waiting = f", {len(begun)} have begun and left their checkpoints ({', '.join(begun)})" if begun else ""
     return f"The search has ended early: {result.out_of_budget}. {finished} of {wanted} trials are finished{waiting}."
 

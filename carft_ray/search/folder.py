@@ -30,6 +30,7 @@ RESOLVED = "resolved.yaml"
 PREPARED = "prepared"
 DYING_LOOKS = 50
 STOP = "stop"  # asks running trainings to write a checkpoint and end
+BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks; there the lease must do
 
 

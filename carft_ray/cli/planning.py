@@ -1,0 +1,1 @@
+"""What a search will take, before it begins."""

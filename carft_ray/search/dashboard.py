@@ -1,0 +1,69 @@
+"""optuna-dashboard on the journal of a study, which it can read and never write.
+
+It has buttons that rename, delete and tell. Two doors are shut: requests other than GET and HEAD are refused before it
+sees them, and its storage has a journal that takes no line. Reading a journal needs no lock, so the search that writes
+it is not held up, and what it adds is seen.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from carft_ray.errors import Problem, UsageError
+from carft_ray.search.folder import JOURNAL
+
+REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
+
+
+class _ReadOnlyJournal(JournalFileBackend):  # type: ignore[misc]  # optuna is untyped here
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise PermissionError("the journal is open for reading only")
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing of single requests."""
+
+
+def serve(study_dir: Path, port: int, ready: Callable[[int], None]) -> None:
+    """Serves the dashboard of a study to this machine until ``KeyboardInterrupt``.
+
+    Args:
+        study_dir: The study directory, absolute.
+        port: Where to listen on 127.0.0.1; 0: a free port.
+        ready: Told the port once it listens.
+
+    Raises:
+        UsageError: optuna-dashboard is not installed.
+        OSError: The port is taken.
+    """
+    with make_server("127.0.0.1", port, _application(study_dir), _Server, _Silent) as server:
+        ready(server.server_port)
+        server.serve_forever()
+
+
+def _application(study_dir: Path) -> Callable[..., Iterable[bytes]]:
+    try:
+        from optuna_dashboard import wsgi
+    except ImportError:
+        step = "Install it: pip install 'carft-ray[dashboard]'"
+        raise UsageError(Problem("dashboard", "needs the package optuna-dashboard", next_step=step)) from None
+    shown = wsgi(JournalStorage(_ReadOnlyJournal(str(study_dir / JOURNAL))))
+
+    def application(asked: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if asked["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+            return [REFUSED]
+        answer: Iterable[bytes] = shown(asked, start_response)
+        return answer
+
+    return application

@@ -1,0 +1,206 @@
+"""The budget: when a search asks its trainings to stop, what it counts, and how it ends."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import stand_in
+from ray.tune.search import Searcher
+from stand_in import make_recipe
+from test_searcher import BASE, Tune
+
+from carft_ray.cli import main
+from carft_ray.errors import BudgetError
+from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
+from carft_ray.launch.events import Stopping
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.launch.searcher import StudySearcher
+from carft_ray.recipe.schema import BudgetPart
+from carft_ray.results import overview
+from carft_ray.search.outcome import ALIVE
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
+
+HERE = Path(__file__).parent
+HOUR = BudgetPart(wall_time=3600)
+
+
+def budgeted(recipe, **budget):
+    return recipe.model_copy(update={"budget": BudgetPart(**budget)})
+
+
+def test_without_limits_nothing_is_used_up():
+    assert used_up(BudgetPart(), 1e9, 1e9) == ""
+
+
+def test_the_wall_time_is_used_up_a_margin_before_its_end():
+    assert used_up(HOUR, 3600 - LEAST_MARGIN_S - 0.1, 0) == ""
+    assert used_up(HOUR, 3600 - LEAST_MARGIN_S, 0) == "the wall time is used up (budget.wall_time, 3600 s)"
+    assert used_up(HOUR, 3600 - LEAST_MARGIN_S - 60, 0, longest_end_s=59.9) == ""
+    assert used_up(HOUR, 3600 - LEAST_MARGIN_S - 60, 0, longest_end_s=60)
+
+
+def test_the_margin_is_never_more_than_a_share_of_the_limit():
+    assert margin_s(8, 100) == LARGEST_MARGIN * 8
+    assert used_up(BudgetPart(gpu_hours=1), 0, 3600 * (1 - LARGEST_MARGIN) - 1, gpus=8, longest_end_s=1e6) == ""
+
+
+def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
+    limit = BudgetPart(gpu_hours=1)
+    assert used_up(limit, 0, 3599.9) == ""
+    assert used_up(limit, 0, 3600).startswith("1 GPU hours are used (budget.gpu_hours, 1)")
+    assert used_up(limit, 0, 3600 - 8 * 10, gpus=8, longest_end_s=9.9) == ""
+    assert used_up(limit, 0, 3600 - 8 * 10, gpus=8, longest_end_s=10)
+
+
+@pytest.fixture
+def tune(tmp_path):
+    """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
+    with open_study(tmp_path / "study", make_recipe(6), BASE) as study:
+        study.adopt()
+
+        def begin(began=None, **budget):
+            events = []
+            driven = Tune(StudySearcher(study, 2, events.append, 2.0, BudgetPart(**budget), began))
+            driven.events = events
+            return driven
+
+        yield begin
+
+
+def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tune):
+    tune = tune(wall_time=3600)
+    first, second = tune.start(), tune.start()
+    tune.finish(first)
+    tune.searcher._began_search -= 3600
+    assert tune.start() is None
+    study_dir = tune.searcher.study.study_dir
+    assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
+    [told] = [event for event in tune.events if isinstance(event, Stopping)]
+    assert (told.num_running, told.reason) == (1, "the wall time is used up (budget.wall_time, 3600 s)")
+    tune.end(second)  # it has written its checkpoint
+    assert tune.start() == Searcher.FINISHED
+    assert tune.searcher.stopped
+    assert tune.searcher.out_of_budget
+    assert tune.searcher.failure is None
+
+
+def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
+    tune = tune(wall_time=3600)
+    tune.start()
+    (tune.searcher.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
+    tune.searcher._began_search -= 3600
+    assert tune.searcher.stopped
+    assert tune.searcher.out_of_budget == ""
+
+
+def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
+    tune = tune(wall_time=3600)
+    first = tune.start()
+    folder = tune.folder(first)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
+    os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
+    tune.finish(first)
+    assert tune.searcher.longest_end_s == pytest.approx(100, abs=2)
+    tune.searcher._began_search -= 3600 - LEAST_MARGIN_S - 98
+    assert tune.searcher.stopped
+
+
+def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_next_search(tune):
+    first_search = tune(gpu_hours=1)
+    trial, other = first_search.start(), first_search.start()
+    for trial_id in (trial.trial_id, other.trial_id):
+        first_search.searcher._began[trial_id] -= 600
+    first_search.finish(trial)
+    first_search.die(other)  # it gets another attempt, but its time is gone
+    study = first_search.searcher.study
+    assert study.gpu_seconds() == pytest.approx(2 * 2 * 600, abs=5)
+    read = overview.read_study(study.study_dir)
+    assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
+    assert overview.status(read)["budget"]["gpu_hours_used"] == pytest.approx(2 * 2 / 6, abs=0.01)
+
+    second = tune(gpu_hours=1)
+    again = second.start()
+    assert again is not None
+    second.searcher._began[again.trial_id] -= 601  # 20 minutes on 2 GPUs are left
+    assert second.start() is None
+    assert second.searcher.out_of_budget.startswith("1 GPU hours are used")
+
+
+def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
+    study_dir, recipe = tmp_path / "study", make_recipe(2)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        spec = study.next()
+    folder = spec.folder(study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": now - 1000, "gpus": 4.0}
+    (folder / ALIVE).write_text(json.dumps(alive))
+    os.utime(folder / ALIVE, (now - 100, now - 100))
+    for _ in range(2):  # once only
+        with open_study(study_dir, recipe, BASE) as study:
+            study.adopt()
+            assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
+
+
+def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, monkeypatch, capsys):
+    study_dir = tmp_path / "study"
+    recipe = budgeted(make_recipe(2), gpu_hours=3)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        study.spend(study.next(), 1800, 2.0)
+    (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
+    monkeypatch.setattr("sys.argv", ["carft-ray", "status", str(study_dir)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    assert "Budget: 1 of 3 GPU hours used." in shown.out
+    assert "The last search ended early: 1 GPU hours are used (budget.gpu_hours, 1)." in shown.out
+
+
+@pytest.mark.slow
+def test_a_search_ends_within_its_wall_time_with_its_best_and_is_finished_by_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.4}))
+    study_dir, runner = tmp_path / "study", Runner(stand_in.prepare, stand_in.train)
+    recipe = make_recipe(40, epochs=3, concurrency=2)
+    began = time.monotonic()
+    result = run_search(budgeted(recipe, wall_time=16), tmp_path, study_dir, None, runner=runner)
+    assert time.monotonic() - began < 16
+    assert result.out_of_budget == "the wall time is used up (budget.wall_time, 16 s)"
+    assert result.best.outcome == "complete"
+    finished = [row for row in result.trials if row.outcome == "complete"]
+    assert 1 <= len(finished) < 40
+    assert all(row.spent_s > 0 for row in finished)
+    view = overview.status(overview.read_study(study_dir))
+    assert view["budget"]["ended"] == result.out_of_budget
+
+    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.01}))
+    fewer = recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials)})})
+    again = run_search(fewer, tmp_path, study_dir, None, runner=runner)
+    assert again.out_of_budget == ""
+    assert {row.outcome for row in trials(study_dir)} == {"complete"}
+    assert not (study_dir / "stop").exists()
+
+
+def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path):
+    study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
+    with open_study(study_dir, recipe, BASE) as study:
+        study.adopt()
+        spec = study.next()
+        study.spend(spec, 3600, 1.0)
+        folder = spec.folder(study_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with pytest.raises(BudgetError, match="1 GPU hours are used") as nothing:
+        run_search(recipe, BASE, study_dir, None)
+    assert nothing.value.exit_code == 7
+    assert "no trial is complete" in str(nothing.value)
+    assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)
+    assert time.monotonic() - began < 3

@@ -1,0 +1,187 @@
+"""Notices of a search: a real command and a real server get them; whatever goes wrong with them is a warning."""
+
+import contextlib
+import http.server
+import json
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+from carft_ray.errors import ClusterError, InterruptedRunError, UsageError
+from carft_ray.launch import notify
+from carft_ray.launch.events import Stopping, TrialFinished
+from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, notifying
+from carft_ray.search.outcome import TrialRow
+
+
+def ended(number, objective=0.5, outcome="complete", reason="", is_best=False):
+    objective = objective if outcome == "complete" else None
+    row = TrialRow("trial", number, f"t{number:04d}-abcd", {}, outcome, 1, reason, objective, 0.4, {}, datetime.now())
+    return TrialFinished(row, is_best)
+
+
+def drained(notices):
+    found = []
+    while not notices.waiting.empty():
+        found.append(notices.waiting.get())
+    return found
+
+
+@pytest.fixture
+def server():
+    """A server on this machine, with the bodies that it was sent and the code that it answers."""
+    got, answer = [], {"code": 200}
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((self.headers["Content-Type"], json.loads(body)))
+            self.send_response(answer["code"])
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hook) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        running.got, running.answer = got, answer
+        running.url = f"http://127.0.0.1:{running.server_port}/hook"
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def writer(folder, rest=""):
+    """A command that appends what it gets to a file."""
+    script = folder / "hook it.py"  # a name that must be quoted
+    script.write_text(
+        "import json, os, sys, pathlib\n"
+        f"with open({str(folder / 'got.jsonl')!r}, 'a') as out:\n"
+        "    out.write(json.dumps([os.environ['CARFT_RAY_EVENT'], json.load(sys.stdin)]) + '\\n')\n" + rest
+    )
+    return f"'{sys.executable}' '{script}'"
+
+
+def test_a_command_and_a_webhook_get_the_notices_in_order(tmp_path, server):
+    shown, warned = [], []
+    with notifying(writer(tmp_path), server.url, "pets", Path("studies/pets"), warned.append) as beside:
+        on_event = beside(shown.append)
+        on_event(ended(0, 0.613, is_best=True))
+        on_event(ended(1, outcome="diverged", reason="loss not finite"))
+        on_event(ended(2))
+    assert warned == []
+    assert len(shown) == 3
+    lines = [json.loads(line) for line in (tmp_path / "got.jsonl").read_text().splitlines()]
+    assert [event for event, _ in lines] == ["best", "failed_trial", "finished"]
+    assert server.got == [("application/json", content) for _, content in lines]
+    best, failed, end = [content for _, content in lines]
+    assert best == {
+        "event": "best",
+        "text": "pets: new best t0000-abcd, objective 61.3 %",
+        "study": "pets",
+        "study_dir": str(Path("studies/pets").absolute()),
+        "trial": "t0000-abcd",
+        "objective": 0.613,
+        "alpha": 0.4,
+    }
+    assert failed["text"] == "pets: t0001-abcd: diverged, loss not finite"
+    assert end["text"] == "pets: finished; 3 trainings ended in this run; new best t0000-abcd, objective 61.3 %"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (InterruptedRunError("stopped; 3 of 8"), "stopped", "pets: stopped; 0 trainings ended in this run"),
+        (KeyboardInterrupt(), "stopped", "pets: stopped; 0 trainings ended in this run"),
+        (ClusterError("no Ray"), "failed", "pets: failed: no Ray; 0 trainings ended in this run"),
+        (ZeroDivisionError("by 0"), "failed", "pets: failed: ZeroDivisionError: by 0; 0 trainings ended in this run"),
+    ],
+)
+def test_the_end_says_how_it_came_and_the_error_goes_on(server, error, kind, text):
+    with (
+        contextlib.suppress(type(error)),
+        notifying(None, server.url, "pets", Path("pets"), pytest.fail),
+    ):
+        raise error
+    [(_, content)] = server.got
+    assert (content["event"], content["text"]) == (kind, text)
+
+
+def test_an_end_by_the_budget_is_told_as_such():
+    notices = _Notices("pets", Path("pets"))
+    notices.tell(Stopping(2, "the wall time is used up"))
+    notices.end(None)
+    [content] = drained(notices)
+    assert content["event"] == "finished"
+    assert content["text"].startswith("pets: ended early, the wall time is used up; 0 trainings")
+
+
+def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
+    now = [100.0]
+    notices = _Notices("pets", Path("pets"), clock=lambda: now[0])
+    for number in range(5):
+        notices.tell(ended(number, outcome="error", reason="boom"))
+        notices.tell(ended(10 + number, 0.1 * number, is_best=True))
+    now[0] += AT_MOST_EVERY_S
+    notices.tell(ended(5, outcome="error", reason="boom"))
+    told = [content["text"] for content in drained(notices)]
+    assert told == [
+        "pets: t0000-abcd: error, boom",
+        "pets: new best t0010-abcd, objective 0.0 %",
+        "pets: t0005-abcd: error, boom (4 more since the last notice)",
+    ]
+
+
+def test_the_search_does_not_wait_for_a_slow_command_which_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
+    warned = []
+    with notifying(writer(tmp_path, "import time; time.sleep(30)\n"), None, "s", Path("s"), warned.append) as beside:
+        before = time.monotonic()
+        beside(lambda event: None)(ended(0, is_best=True))
+        assert time.monotonic() - before < 0.2
+    assert time.monotonic() - before < 10
+    assert warned == ["--notify-command: took longer than 1 s and was ended"]
+
+
+def test_a_command_that_fails_and_a_server_that_refuses_are_warnings(tmp_path, server):
+    server.answer["code"] = 500
+    warned = []
+    command = writer(tmp_path, "sys.exit('no such channel')\n")
+    with notifying(command, server.url + "?token=secret", "s", Path("s"), warned.append) as beside:
+        beside(lambda event: None)(ended(0, is_best=True))
+    assert warned == [
+        "--notify-command: ended with exit code 1: no such channel",
+        "--notify-url: the server answered 500 Internal Server Error",
+    ]
+    warned.clear()
+    with notifying("no-such-program-here", "http://127.0.0.1:9/", "s", Path("s"), warned.append):
+        pass
+    assert len(warned) == 2
+    assert "No such file" in warned[0]
+    assert "refused" in warned[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "url", "words"),
+    [
+        ("echo 'open", None, "--notify-command: must be a command (No closing quotation), but got"),
+        ("  ", None, "--notify-command: must be a command, but got '  '"),
+        (None, "ftp://x", "--notify-url: must begin with http:// or https://, but got 'ftp://x'"),
+        (None, "file:///etc/passwd", "--notify-url: must begin with http:// or https://"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_search_begins(command, url, words):
+    with pytest.raises(UsageError) as refused, notifying(command, url, "s", Path("s"), pytest.fail):
+        pytest.fail("it began")
+    assert str(refused.value).startswith(words)
+
+
+def test_what_takes_the_events_can_be_written_to_tunes_file(server):
+    with notifying(None, server.url, "s", Path("s"), pytest.fail) as beside:
+        cloudpickle.dumps(beside(lambda event: None))

@@ -1,0 +1,218 @@
+"""Watching a study from another process: the table from disk, `status --watch`, and the dashboard."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from stand_in import make_recipe
+from test_live import shown
+
+from carft_ray.progress import SearchView
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.results.overview import read_study
+from carft_ray.search.folder import JOURNAL, RESOLVED
+from carft_ray.search.outcome import ALIVE, Failure, append_log, write_failure
+from carft_ray.search.rows import trials
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+ROOT = BASE.parent
+
+
+def fill(study, num_finished):
+    """Finishes trials of an open study, every seventh badly, and leaves two that run."""
+    study_dir = study.study_dir
+    (study_dir / RESOLVED).write_text(dump_recipe(study.recipe, BASE))
+    study.adopt()
+    study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+    for number in range(num_finished):
+        spec = study.next()
+        folder = spec.folder(study_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        study.spend(spec, 50.0 + number % 10, 0.0)
+        if number % 7 == 3:
+            write_failure(folder, Failure("diverged", "loss not finite", 1), "")
+        else:
+            metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
+            content = {"format_version": 1, "objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
+            (folder / "result.json").write_text(json.dumps(content))
+        assert study.settle(spec) is not None
+    for _ in range(2):
+        spec = study.next()
+        folder = spec.folder(study_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        append_log(folder, "attempt 1: starts on here")
+        (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
+        alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 30, "gpus": 0.0}
+        (folder / ALIVE).write_text(json.dumps(alive))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A study of 200 trials that runs: 195 ended, two train."""
+    study_dir = tmp_path_factory.mktemp("large") / "study"
+    with open_study(study_dir, make_recipe(200, baselines={}), BASE) as study:
+        fill(study, 195)
+        yield study_dir
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
+def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
+    lines = shown(SearchView.of(read_study(large)), width, height)
+    text = "\n".join(lines)
+    assert len(lines) < height
+    assert max(map(len, lines)) <= width
+    rows = trials(large)
+    best = max(rows, key=lambda row: row.objective or 0)
+    assert f"★ {best.name}" in text
+    assert text.count("…") == 3  # those that ended last, a failed one among them
+    assert "diverged" in text
+    assert all(row.name in text for row in rows[-2:])  # they run
+    assert "1/2" in text
+    assert "0:30" in text
+    assert "98 %" in text  # the bar
+    tail = " ".join(lines[-2:])
+    assert "195 of 200 trials finished, 28 of them failed · 2 run" in tail
+    assert "elapsed" in tail
+    assert "left (" in tail
+    assert " to " in tail
+
+
+def test_the_range_of_the_rest_holds_80_percent_of_what_the_times_seen_say():
+    view = SearchView(4)
+    view._seconds = [50.0, 60.0, 70.0]
+    from carft_ray.launch.events import Started
+
+    view._started = Started(8, 3, 2, "")
+    # sd 10, five left, three seen, two at a time: 1.28 * 10 * sqrt(5 + 25 / 3) / 2
+    assert view._spread(5) == pytest.approx(1.28 * 10 * (5 + 25 / 3) ** 0.5 / 2)
+    view._seconds.pop()
+    assert view._spread(5) == 0.0  # two are too few
+
+
+def cli(*words, **more):
+    command = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
+
+
+@pytest.mark.slow
+def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(tmp_path):
+    study_dir = tmp_path / "study"
+    with open_study(study_dir, make_recipe(9, baselines={}), BASE) as study:
+        fill(study, 5)
+        watcher = cli("status", study_dir, "--watch", "--every", "0.5")
+        impatient = cli("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
+        line = watcher.stdout.readline()
+        assert line.startswith("5 of 9 trials finished, 1 of them failed · 2 run · ")
+        assert line.rstrip().endswith(f"best 30.4 % ({trials(study_dir)[4].name})")
+        impatient.stdout.readline()
+        impatient.send_signal(2)
+        out, err = impatient.communicate(timeout=20)
+        assert (impatient.returncode, "Traceback" in err) == (0, False)
+        assert "The search goes on." in err
+    out, err = watcher.communicate(timeout=20)
+    assert watcher.returncode == 0, err
+    assert "5 of 9 trials are finished." in out
+    assert "No search runs on it." in err
+    assert "carft-ray resume" in err
+
+
+def ask(port, path, method="GET", content=None):
+    data = None if content is None else json.dumps(content).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    asked.method = method
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        return json.load(answer)
+
+
+def shown_trials(port, number):
+    return ask(port, f"/api/studies/{number}?after=0")["trials"]
+
+
+@pytest.mark.slow
+def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_path):
+    study_dir = tmp_path / "study"
+    with open_study(study_dir, make_recipe(9, baselines={}), BASE) as study:
+        fill(study, 3)
+        dashboard = cli("dashboard", study_dir, "--port", "0")
+        try:
+            url = dashboard.stdout.readline().strip()
+            assert url.startswith("http://127.0.0.1:"), dashboard.stderr.read()
+            port = int(url.rstrip("/").rpartition(":")[2])
+            found = {each["study_name"]: each["study_id"] for each in ask(port, "/api/studies")["study_summaries"]}
+            number = found["search"]
+            assert len(ask(port, f"/api/studies/{number}?after=0")["trials"]) == 5
+            spec = study.next()  # the search goes on
+            folder = spec.folder(study_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            content = {"format_version": 1, "objective": 0.9, "alpha": 0.5, "metrics": {}}
+            (folder / "result.json").write_text(json.dumps(content))
+            study.settle(spec)
+            end = time.monotonic() + 30
+            while sum(trial["state"] == "Complete" for trial in shown_trials(port, number)) < 4:
+                assert time.monotonic() < end  # the dashboard looks every few seconds
+                time.sleep(0.5)
+
+            before = (study_dir / JOURNAL).read_bytes(), sorted(path.name for path in study_dir.iterdir())
+            for method, path, content in (
+                ("DELETE", f"/api/studies/{number}", None),
+                ("POST", "/api/studies", {"study_name": "new", "directions": ["maximize"]}),
+                ("PUT", f"/api/studies/{number}/note", {"body": "hello", "version": 1}),
+                ("POST", f"/api/trials/{shown_trials(port, number)[3]['trial_id']}/tell", {"state": "FAIL"}),
+            ):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    ask(port, path, method, content)
+                with refused.value:
+                    assert refused.value.code == 403
+            assert ((study_dir / JOURNAL).read_bytes(), sorted(path.name for path in study_dir.iterdir())) == before
+
+            with socket.socket() as taken:  # the port is taken by the first
+                assert taken.connect_ex(("127.0.0.1", port)) == 0
+            second = cli("dashboard", study_dir, "--port", port)
+            _, err = second.communicate(timeout=30)
+            assert second.returncode == 2
+            assert f"error: --port: must be free on this machine, but got {port}" in err
+        finally:
+            dashboard.send_signal(2)
+            _, err = dashboard.communicate(timeout=20)
+    assert dashboard.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
+    from optuna.storages import JournalStorage
+
+    from carft_ray.search.dashboard import _ReadOnlyJournal
+
+    with open_study(tmp_path / "study", make_recipe(2), BASE) as study:
+        study.adopt()
+        before = (tmp_path / "study" / JOURNAL).read_bytes()
+        storage = JournalStorage(_ReadOnlyJournal(str(tmp_path / "study" / JOURNAL)))
+        number = storage.get_all_studies()[0]._study_id
+        for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
+            with pytest.raises(PermissionError):
+                write()
+        assert (tmp_path / "study" / JOURNAL).read_bytes() == before
+
+
+def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
+    with open_study(tmp_path / "study", make_recipe(2), BASE) as study:
+        study.adopt()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "carft_ray.cli", "dashboard", str(tmp_path / "study")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines == [
+        "error: dashboard: needs the package optuna-dashboard",
+        "    Install it: pip install 'carft-ray[dashboard]'",
+    ]
