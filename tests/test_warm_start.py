@@ -16,8 +16,10 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import read_study
+from carft_ray.search.ledger import record
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
+from carft_ray.search.warm_start import inherited_reads
 
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 
@@ -102,6 +104,18 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
         study.adopt()
         assert study.rows() == before
         assert [spec.number for spec in run_all(study)] == [15]
+
+
+def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
+    record(first, recipe_of(13), "test", ("id_test",), {}, "")
+    with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
+        study.adopt()
+        assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")
+    assert inherited_reads(study_dir) == 1
+    third = tmp_path / "third"
+    with open_study(third, warm(recipe_of(4), study_dir), BASE) as study:
+        study.adopt()
+    assert inherited_reads(third) == 1
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):

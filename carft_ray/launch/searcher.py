@@ -91,7 +91,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.longest_end_s = 0.0
         self.hung: dict[TrialKey, str] = {}  # why an attempt was ended from outside, by name and attempt
         best = best_row(study.rows())
-        self._best = best.objective if best else None
+        self._best = best
 
     @property
     def stopped(self) -> bool:
@@ -209,11 +209,17 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         else:
             if row.outcome != "pruned":  # neither well nor badly
                 self._ended.append(row)
-            best = best_row(self.study.rows()) if row.kind == "trial" else None  # a fresh seed finds nothing better
-            self._best = best.objective if best else self._best
-            name = best.name if best else ""
+            if row.kind == "trial":  # a fresh seed finds nothing better
+                self._best = self._best_with(row)
+            name = self._best.name if self._best and row.kind == "trial" else ""
             self.on_event(TrialFinished(row, row.name == name, name))
             self._give_up_if_hopeless()
+
+    def _best_with(self, row: TrialRow) -> TrialRow | None:
+        """Returns the best trial now that one more has ended; a new point of a front may change which one is."""
+        if self.study.recipe.search.objective.kind == "pareto":
+            return best_row(self.study.rows())
+        return best_row([row] if self._best is None else [self._best, row])
 
     def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
         """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""

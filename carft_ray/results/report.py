@@ -46,6 +46,7 @@ from carft_ray.search.front import FrontRule
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.search.warm_start import inherited_reads
 
 TEST = "test"
 _SHOWN_WINS = 5
@@ -85,7 +86,7 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "trainings": sum(row.outcome not in ("running",) for row in (*view.trials, *view.baselines))
         - _zero_shots(view),
         "alphas": stored.num_alphas,
-        "test_reads": len(reads_of(read_ledger(view.study_dir))),
+        "test_reads": len(reads_of(read_ledger(view.study_dir))) + inherited_reads(view.study_dir),
     }
     of = "" if found_front is None else f" by {mean_words(view.recipe)}"
     against, above = _headline(spec, best, baselines, stored, of), robustness(view, best, reference)

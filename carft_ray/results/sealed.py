@@ -55,6 +55,7 @@ from carft_ray.search.ledger import (
     told,
 )
 from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.search.warm_start import inherited_reads, times
 
 TEST_DIR, SUMMARY, ANALYSIS_SUMMARY = "test", "summary.json", "analysis.json"
 
@@ -98,6 +99,11 @@ def read_sealed(
         purpose = ANALYSIS if all_trials else TEST
         if entry is not None:
             _require_unfinished(study_dir, entry, len(reads), purpose)
+        elif reason is None and (number := inherited_reads(study_dir)):
+            rule = f"the test sets of studies that it has learned from (search.warm_start) were read {times(number)}"
+            command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
+            step = f"Every further read is counted and told: {command} --again REASON"
+            raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
         sources = _open_sources(recipe)
         read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
         for run in read.runs.keys() - {ZERO_SHOT}:

@@ -23,6 +23,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL
 from carft_ray.search.generations import placed_trial
 from carft_ray.search.identity import GENERATION, RECIPES, read_manifest
+from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.provenance import PROVENANCE
 from carft_ray.search.rows import WARM_FROM, generation_name, is_training, readable, row_of, storage_of, told
 
@@ -57,12 +58,37 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
             notes.append(f"warm start: {source} is a copy of {marks[number]['path']}, which was taken in before")
             continue
         taken, left_out = _take(study, source, number, recipe)
-        marks[number] = {"path": str(source), "taken": taken, "left_out": left_out}
+        reads = len(reads_of(read_ledger(source))) + inherited_reads(source)
+        marks[number] = {"path": str(source), "taken": taken, "left_out": left_out, "test_reads": reads}
         study.set_user_attr(MARKS, marks)
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         note = f"warm start: {taken} of {taken + sum(left_out.values())} trials of {source} were taken in"
         notes.append(f"{note}; left out: {why}" if why else note)
+        if reads:
+            notes.append(
+                f"warm start: the test sets of {source} were read {times(reads)}, which counts for this study too"
+            )
     return notes
+
+
+def inherited_reads(study_dir: Path) -> int:
+    """Returns how often test sets were read in the studies that a study has learned from, and in theirs.
+
+    Raises:
+        StorageError: There is no study, or its journal is damaged.
+    """
+    name = generation_name(read_manifest(study_dir).get(GENERATION, 1))
+    with readable(study_dir):
+        storage = storage_of(study_dir)
+        if name not in optuna.get_all_study_names(storage):
+            return 0
+        marks = optuna.load_study(study_name=name, storage=storage).user_attrs.get(MARKS, {})
+    return sum(mark.get("test_reads", 0) for mark in marks.values())
+
+
+def times(number: int) -> str:
+    """Returns "once" or "n times"."""
+    return "once" if number == 1 else f"{number} times"
 
 
 def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:
