@@ -65,9 +65,7 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         note = f"warm start: {taken} of {taken + sum(left_out.values())} trials of {source} were taken in"
         notes.append(f"{note}; left out: {why}" if why else note)
         if reads:
-            notes.append(
-                f"warm start: the test sets of {source} were read {times(reads)}, which counts for this study too"
-            )
+            notes.append(f"warm start: the test sets of {source} were read {times(reads)}; this counts here too")
     return notes
 
 
