@@ -226,7 +226,7 @@ def _temporary(beside: Path | None) -> Iterator[Path]:
 
 
 def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs the probes; returns their times, means over all of them where nothing else is said."""
+    """Runs the probes; returns their times, means over those of the last wave."""
     recipe, room, study_dir = plan.recipe, plan.capacity, plan.study_dir
     num_waves = 1 if plan.nested else 2  # a process is used again inline: the second wave shows what that saves
     values = middle(recipe.search.space)
@@ -254,16 +254,16 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         _check(study.rows("confirm"))
     results = [(read_result(study_dir / "confirm" / name) or {})["probe"] for name in names]
     wave = room.concurrency
-    inside = [statistics.fmean(one["inside_s"] for one in results[i : i + wave]) for i in range(0, len(names), wave)]
-    at = [statistics.fmean(ends[i : i + wave]) for i in range(0, len(names), wave)]
-    first_s = max(0.0, at[0] - began - inside[0])
-    next_s = first_s if num_waves == 1 else max(0.0, at[1] - at[0] - inside[1])
+    at = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
+    results = results[-wave:]  # what a process does once is no part of the trainings that follow
+    totals = [one["inside_s"] for one in results]
+    first_s = max(0.0, at[0] - statistics.fmean(totals))
+    next_s = first_s if num_waves == 1 else max(0.0, at[1] - at[0] - statistics.fmean(totals))
     parts = {
         name: {key: statistics.fmean(one["trainings"][name][key] for one in results) for key in each}
         for name, each in results[0]["trainings"].items()
     }
     others = [key for key in results[0] if key not in ("inside_s", "trainings")]
-    totals = [one["inside_s"] for one in results]
     return {
         "first_s": first_s,
         "next_s": next_s,
