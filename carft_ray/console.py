@@ -275,6 +275,17 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
+    """Returns the table of a forecast: what, how much is expected, and the range of it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("expected", justify="right", no_wrap=True)
+    table.add_column("range")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def training_progress() -> Progress:
     """Returns the progress bar of a training; its fields are ``detail``."""
     return Progress(

@@ -72,6 +72,7 @@ def prepare(
     folder: Path,
     on_progress: Callable[[str], None] | None = None,
     share_targets: bool = True,
+    opened: Materials | None = None,
 ) -> dict[str, Any]:
     """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions, target store.
 
@@ -81,6 +82,7 @@ def prepare(
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
         on_progress: Told what is being done.
         share_targets: Several trainings follow, so the frozen model's context distributions are worth storing.
+        opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
     Returns:
         Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``num_images`` per
@@ -89,7 +91,7 @@ def prepare(
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
-    materials = load_materials(recipe, base_dir)
+    materials = opened or load_materials(recipe, base_dir)
     done = folder / "prepared.json"
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
@@ -113,7 +115,7 @@ def prepare(
             "num_images": materials.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(materials.templates),
-            "provenance": shared_origin(recipe, base_dir, materials, device),
+            "provenance": shared_origin(recipe, base_dir, materials, device) if opened is None else {},
         }
         files.write_json(done, content)
     if share_targets:
@@ -135,7 +137,13 @@ def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def run_training(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int = 1
+    recipe: Recipe,
+    base_dir: Path,
+    out_dir: Path,
+    prepared_dir: Path,
+    context: RunContext,
+    attempt: int = 1,
+    opened: Materials | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
 
@@ -149,6 +157,7 @@ def run_training(
         prepared_dir: What ``prepare`` made.
         context: Rank, reports and stop flag.
         attempt: Number of this attempt.
+        opened: Model and sets to use instead of the recipe's whole ones.
 
     Raises:
         StoppedRun: Stopped on request, after a checkpoint.
@@ -163,7 +172,7 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
-    materials = load_materials(recipe, base_dir)
+    materials = opened or load_materials(recipe, base_dir)
     heads = load_tensors(prepared_dir / "heads.safetensors")
     fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device)
     targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets")

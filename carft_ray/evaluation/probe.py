@@ -1,0 +1,258 @@
+"""Real trainings on a small share of the sets, with their parts timed: what `plan` makes its forecast from.
+
+They are made by ``run_training`` itself, as trials are, in processes of the search's executor and as many at a time:
+trainings that share cores or a disk are slower, each. What ``plan`` wants stands in ``probe.json`` of the folder.
+"""
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carft_ray import files
+from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.evaluation import materials as opened_materials
+from carft_ray.evaluation.alpha import alpha_profile
+from carft_ray.evaluation.evaluate import predict_all, subset
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.origin import shared_origin
+from carft_ray.evaluation.predictions import read_predictions, write_predictions
+from carft_ray.evaluation.run import RESULT, RESULT_VERSION, WEIGHTS, device_of, prepare, run_training
+from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import LOG_EVERY, build_classifier
+from carft_ray.learning.mixing import mix_weights
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.space import apply
+
+PROBE = "probe.json"
+EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end can be seen
+MEETING_S = 60.0  # a probe waits so long for the others that shall run beside it
+
+
+class FirstImages:
+    """The first images of a source."""
+
+    def __init__(self, source: Source, number: int) -> None:
+        self._source = source
+        self.name = source.name
+        self.class_names = source.class_names
+        self.labels: IntArray = source.labels[:number]
+        self.sample_ids: IdArray = source.sample_ids[:number]
+        self.fingerprint = f"{source.fingerprint}, the first {number}"
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.labels)
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
+        return self._source.pixels(index)
+
+
+def share_of(materials: Materials, recipe: Recipe, largest_batch: int) -> Materials:
+    """Returns a share: ten steps of the largest batch, and as many images of each set as a look or a batch takes."""
+    train = FirstImages(materials.train, min(len(materials.train), LOG_EVERY * largest_batch))
+    number = max(recipe.evaluate.subset, recipe.evaluate.batch_size)
+    validation = tuple(subset(image_set, number) for image_set in materials.validation)
+    return dataclasses.replace(materials, train=train, validation=validation, key=f"share of {materials.key}")
+
+
+def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+    """Prepares for a share of the sets, and returns how long each part took and how large everything is.
+
+    Returns:
+        ``inside_s`` in all, ``open_s`` for model and sets once they are in the cache, ``origin_s`` for their hashes,
+        ``heads_s``, ``zero_shot_s`` of ``num_evaluated`` images, ``store_s`` a visit of ``num_stored`` images;
+        ``num_train``, ``num_validation``, ``num_contexts``, ``cache_bytes``.
+    """
+    began = time.perf_counter()
+    load_materials(recipe, base_dir)  # may decode sets into the cache, which stay there
+    opened_materials._materials.clear()
+    again = time.perf_counter()
+    materials = load_materials(recipe, base_dir)
+    open_s = time.perf_counter() - again
+    shared_origin(recipe, base_dir, materials, device_of(recipe))
+    origin_s = time.perf_counter() - again - open_s
+    share = share_of(materials, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
+    marks: list[tuple[str, float]] = []
+    space = {name: parameter for name, parameter in recipe.search.space.items() if name != "epochs"}
+    short = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"epochs": EPOCHS}),
+            "search": recipe.search.model_copy(update={"space": space}),
+        }
+    )
+    prepare(short, base_dir, folder, lambda text: marks.append((text, time.perf_counter())), True, share)
+    marks.append(("end", time.perf_counter()))
+    spent = [(text, after - at) for (text, at), (_, after) in itertools.pairwise(marks)]
+
+    def total(words: str) -> float:
+        return sum(seconds for text, seconds in spent if text.startswith(words))
+
+    images = materials.validation[0].images_NHWC
+    decoded = (
+        len(materials.train) * np.prod(share.train.pixels(0).shape) if recipe.data.train.source == "sandbox" else 0
+    )
+    num_validation = sum(map(len, materials.validation))
+    return {
+        "inside_s": time.perf_counter() - began,
+        "open_s": open_s,
+        "origin_s": origin_s,
+        "heads_s": total("embedding"),
+        "zero_shot_s": total("evaluating zero-shot"),
+        "num_evaluated": sum(map(len, share.validation)),
+        "store_s": total("storing") / EPOCHS,
+        "num_stored": len(share.train),
+        "num_train": len(materials.train),
+        "num_validation": num_validation,
+        "num_contexts": len(materials.templates),
+        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + decoded),
+    }
+
+
+def probe_training(
+    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
+) -> dict[str, Any]:
+    """Runs the trainings that ``probe.json`` names on a share of the sets; ``probe`` of the result holds the times.
+
+    Args:
+        recipe: The study's recipe.
+        base_dir: Folder from which relative paths count.
+        out_dir: Folder of this probe, ``probe-<wave>-<number>``.
+        prepared_dir: What ``probe_prepare`` made.
+        context: Rank, reports and stop flag.
+        attempt: Number of this attempt.
+
+    Raises:
+        StoppedRun, DivergedError, CarftError: As ``run_training``.
+    """
+    asked = files.read_json(prepared_dir.parent / PROBE)
+    share = share_of(load_materials(recipe, base_dir), recipe, asked["largest_batch"])
+    if context.rank == 0:
+        _meet(out_dir, asked["peers"])
+    began = time.perf_counter()
+    measured = {
+        name: _timed(apply(recipe, values), base_dir, out_dir / name, prepared_dir, context, share)
+        for name, values in asked["trainings"].items()
+    }
+    others = _evaluation(recipe, out_dir / next(iter(measured)), prepared_dir, context, share)
+    result = {
+        "format_version": RESULT_VERSION,
+        "objective": 0.0,
+        "metrics": {},
+        "probe": {"inside_s": time.perf_counter() - began, "trainings": measured, **others},
+    }
+    if context.rank == 0:
+        for name in measured:
+            shutil.rmtree(out_dir / name)
+        files.write_json(out_dir / RESULT, result)
+    return result
+
+
+def _meet(out_dir: Path, peers: int) -> None:
+    """Waits until the probes of this wave have all come as far: they are to be as slow as trials beside each other."""
+    wave, end = out_dir.name.rpartition("-")[0], time.monotonic() + MEETING_S
+    files.write_text(out_dir.parent / f"{out_dir.name}.met", "")
+    while len(list(out_dir.parent.glob(f"{wave}-*.met"))) < peers and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _timed(
+    recipe: Recipe, base_dir: Path, folder: Path, prepared_dir: Path, context: RunContext, share: Materials
+) -> dict[str, float]:
+    """Runs one training of two epochs; returns the seconds of its parts.
+
+    Returns:
+        ``image_s`` a training image (of all workers together), ``look_s`` a look during the training, ``save_s`` a
+        checkpoint, ``rest_s`` everything else with ``num_alphas`` evaluations of the share at its end.
+    """
+    every = 1 if recipe.evaluate.every_epochs or recipe.search.pruner.name != "none" else 0
+    short = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"epochs": EPOCHS}),
+            "evaluate": recipe.evaluate.model_copy(update={"every_epochs": every}),
+        }
+    )
+    windows: list[tuple[int, float]] = []  # images, seconds
+    looks: list[float] = []
+    saves: list[float] = []
+    at = {"images": 0, "progress": 0.0, "report": 0.0}
+
+    def progress(row: dict[str, float]) -> None:
+        in_epoch = int(row["step"] - (row["epoch"] - 1) * row["num_steps"] / EPOCHS)
+        images = min(in_epoch * recipe.train.batch_size, len(share.train))
+        windows.append((images - int(at["images"]), (images - at["images"]) / row["images_per_s"]))
+        at["images"] = images % len(share.train)
+        at["progress"] = time.perf_counter()
+
+    def report(row: dict[str, float]) -> None:
+        at["report"] = time.perf_counter()
+        looks.append(at["report"] - at["progress"])
+
+    def should_stop() -> bool:
+        if at["report"] and not saves:
+            saves.append(time.perf_counter() - at["report"])
+        return context.should_stop()
+
+    began = time.perf_counter()
+    timed = dataclasses.replace(context, progress=progress, report=report, should_stop=should_stop)
+    result = run_training(short, base_dir, folder, prepared_dir, timed, 1, share)
+    total_s = time.perf_counter() - began
+    if context.rank != 0:
+        return {}
+    steady = windows[1:] if len(windows) > 2 else windows  # the first one also warms up
+    look_s = sum(looks) / len(looks) if every else 0.0
+    save_s = saves[0] if saves else 0.0
+    trained_s = sum(seconds for _, seconds in windows)
+    return {
+        "image_s": sum(seconds for _, seconds in steady) / sum(images for images, _ in steady),
+        "look_s": look_s,
+        "save_s": save_s,
+        "rest_s": max(0.0, total_s - trained_s - sum(looks) - EPOCHS * save_s),
+        "num_alphas": len(result["curve"]) - 1.0,
+    }
+
+
+def _evaluation(
+    recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: Materials
+) -> dict[str, float]:
+    """Times an evaluation of the share and what is done with its predictions; returns sizes of files, too.
+
+    Returns:
+        ``mix_s`` to mix weights, ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
+        ``num_evaluated`` images, ``weights_bytes`` and ``predictions_bytes`` of the share.
+    """
+    heads = load_tensors(prepared_dir / "heads.safetensors")
+    classifier = build_classifier(share.clip, heads["class_head"], recipe.train, device_of(recipe))
+    state = classifier.state()
+    began = time.perf_counter()
+    classifier.load_state_dict(mix_weights(state, state, 0.5))
+    mixed = time.perf_counter()
+    predict_all(classifier, share.validation, 0.5, recipe.evaluate.batch_size, context)
+    evaluated = time.perf_counter()
+    if context.rank != 0:
+        return {}
+    path = folder / "predictions" / "validation.parquet"
+    table = read_predictions(path)
+    if recipe.train.alpha is None:
+        alpha_profile(table, objective_spec(recipe), recipe.search.alpha.lowest)
+    write_predictions(folder / "again.parquet", table)
+    return {
+        "mix_s": mixed - began,
+        "evaluate_s": evaluated - mixed,
+        "table_s": time.perf_counter() - evaluated,
+        "num_evaluated": _count(share.validation),
+        "weights_bytes": (folder / WEIGHTS).stat().st_size,
+        "predictions_bytes": path.stat().st_size,
+    }
+
+
+def _count(sets: Sequence[Any]) -> int:
+    return sum(len(image_set) for image_set in sets)
