@@ -1,4 +1,4 @@
-"""Images in a tree ``root/domain/class/*.png|jpg|jpeg|bmp|webp``, the layout of DomainBed.
+"""Images in a tree ``root/domain/class/*.png|jpg|...``, the layout of DomainBed; endings: ``IMAGE_ENDINGS``.
 
 Hidden files, hidden folders, other files and deeper folders are ignored. Images are ordered by their relative names,
 so neither the order of the domains in a recipe nor the file system's order matters.
@@ -7,7 +7,6 @@ so neither the order of the domains in a recipe nor the file system's order matt
 import hashlib
 import os
 import stat
-import struct
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from carft_ray.data.images import IMAGE_ENDINGS, read_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, nearest
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
-# what Pillow raises for damaged files
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +54,7 @@ class FolderSource:
             except OSError as error:
                 raise DataError(_unreadable(f"{self.name}: {self.root / file}", error)) from error
             digest.update(_encoded(f"{_normal(file)}\0{state.st_size}\0{state.st_mtime_ns}\0{label}\n"))
-        return f"folder-1/{digest.hexdigest()}"
+        return f"folder-2/{digest.hexdigest()}"
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -205,48 +199,6 @@ def class_problems(listing: FolderListing, classes: Sequence[str], place: str) -
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(repr(name) for name in names[:5]) + more
-
-
-def read_image(path: Path) -> PixelArray:
-    """Reads an image file as RGB.
-
-    Transparency is dropped, not laid over a colour: that is what ``convert("RGB")`` of the usual loaders does, so the
-    pixels agree with theirs. Beyond them, 16-bit grey is scaled to 8 bits (not cut off), and the rotation that a camera
-    notes in the EXIF data is applied. Of an animation the first picture counts.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Pixels, uint8 [H, W, 3].
-
-    Raises:
-        DataError: The file is missing, damaged or no image.
-    """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return np.asarray(_to_rgb(_upright(file)))
-    except _DECODE_ERRORS as error:
-        cause = str(error) or type(error).__name__
-        step = "Replace the file or take it out of the folder."
-        raise DataError(Problem(str(path), "must be a readable image", cause, next_step=step)) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, struct.error, OSError):
-        return image  # damaged EXIF data says nothing about the rotation
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("P", "PA") and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def _unreadable(place: str, error: OSError) -> Problem:

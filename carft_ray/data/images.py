@@ -1,0 +1,109 @@
+"""From the bytes of an image to RGB, the same for every source.
+
+The pixels are those of Pillow's ``convert("RGB")``, which open_clip's transform and the usual loaders call, but for
+
+- pixels that are **fully transparent**: their colour is nobody's intention and is taken as white. What stands under
+  them depends on the file format: saved by Pillow as PNG and as lossless WebP, one smooth picture differs there by 134
+  grey levels on average and nowhere else; as lossy WebP by 60 there and by 4 elsewhere (synthetic, 64 x 64 pixels,
+  Pillow 13). Partly transparent pixels keep their colour, as ``convert`` leaves it;
+- grey of **16 bits**, which ``convert`` cuts off at 255: it is scaled;
+- the **rotation** that a camera notes in the EXIF data, which is applied.
+
+CMYK is read by Adobe's convention (inverted in JPEG) and mixed as ``(255 - C)(255 - K) / 255``, as Pillow does without
+a colour profile. Of an animation the first picture counts.
+"""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from carft_ray.data.source import PixelArray
+from carft_ray.errors import DataError, Problem
+
+# torchvision's ImageFolder takes the same
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+WHITE = (255, 255, 255)
+
+# what Pillow raises for damaged files
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, LookupError, OverflowError)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_STEP = "Replace the file, or take it out of the set."
+
+
+def read_image(path: Path) -> PixelArray:
+    """Reads an image file as RGB, uint8 [H, W, 3]; see ``decode_image``.
+
+    Raises:
+        DataError: The file is missing, damaged or no image.
+    """
+    return decode_image(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(unreadable(str(path), error)) from error
+
+
+def decode_image(content: bytes, place: str) -> PixelArray:
+    """Decodes an image file as RGB by the rules at the top of this file.
+
+    Args:
+        content: Bytes of the file.
+        place: Its name, for the message.
+
+    Returns:
+        Pixels, uint8 [H, W, 3].
+
+    Raises:
+        DataError: The image is damaged, cut off, no image, or has too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            file.load()
+            return np.asarray(_to_rgb(_upright(file)))
+    except _BOMBS as error:
+        rule = f"must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        raise DataError(Problem(place, rule, "more", next_step="Save it smaller, or take it out.")) from error
+    except _DECODE_ERRORS as error:
+        cause = "no image that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DataError(
+            Problem(place, "must be a readable image", cause or type(error).__name__, next_step=_STEP)
+        ) from error
+
+
+def unreadable(place: str, error: OSError | ValueError) -> Problem:
+    """Returns the problem of a file that the system does not give."""
+    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return Problem(place, "must be readable", cause, next_step="Restore the file, or take it out of the set.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, struct.error, OSError):
+        return image  # damaged EXIF data says nothing about the rotation
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("grey values in floating point, whose range is not known")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    with_alpha = image.convert("RGBA")
+    clear = with_alpha.getchannel("A").point(lambda alpha: 255 if alpha == 0 else 0)
+    colours = with_alpha.convert("RGB")
+    colours.paste(WHITE, mask=clear)
+    return colours
