@@ -315,7 +315,7 @@ def driver_cost(
             (folder / ALIVE).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
             lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
             (folder / METRICS).write_text("".join(lines))
-            watcher.on_trial_start(0, [], SimpleNamespace(config=config))
+            watcher.on_trial_start(0, [], SimpleNamespace(trial_id=f"id{index}", config=config))
             folders.append(folder)
         for second in range(1, num_seconds + 1):
             for folder in folders:
