@@ -457,8 +457,8 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     monkeypatch.setattr(search_commands, "_search", lambda *given: asked.append(given))
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == 0
-    [(recipe, base_dir, study, address, *_, json_, may)] = asked
-    assert may == []
+    [(recipe, base_dir, study, address, *_, json_, may, notify)] = asked
+    assert (may, notify) == ([], (None, None))
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
     assert (base_dir, study, address, json_) == (here / "first", Path("first"), "auto", True)

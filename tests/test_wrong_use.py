@@ -36,7 +36,7 @@ def original(tmp_path_factory):
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()
             place = spec.folder(study.study_dir)
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             content = {"format_version": 1, "objective": 0.5, "alpha": 0.5, "metrics": {}, "elapsed_s": 1.0}
             (place / "result.json").write_text(json.dumps(content))
             study.settle(spec)
