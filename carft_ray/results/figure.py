@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -241,17 +241,13 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
     values = [[100 * objective(kind, id_weight, float(x) / 100, {"ood": float(y) / 100}) for x in xs] for y in ys]
     axes.contour(xs, ys, values, levels=8, colors=_FAINT, linewidths=0.8, zorder=0)
     name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
-    axes.annotate(
-        f"lines of equal objective, {name}",
-        (1, 0),
-        xytext=(0, -29),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        color=_GREY,
-        fontsize=9,
-    )
+    _caption(axes, f"lines of equal objective, {name}")
+
+
+def _caption(axes: "Axes", text: str) -> None:
+    """Says under the right end of the figure what its lines are."""
+    place: dict[str, Any] = {"xytext": (0, -29), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(text, (1, 0), ha="right", va="center", color=_GREY, fontsize=9, **place)
 
 
 def _draw_front(axes: "Axes", front: Sequence[tuple[float, float]]) -> None:
@@ -259,17 +255,7 @@ def _draw_front(axes: "Axes", front: Sequence[tuple[float, float]]) -> None:
     xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
     axes.step(xs, ys, where="pre", color=_INK, linewidth=1.2, zorder=2)
     axes.scatter(xs, ys, s=22, color=_INK, zorder=5)
-    axes.annotate(
-        "line: the front over all trials and alphas",
-        (1, 0),
-        xytext=(0, -29),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        color=_GREY,
-        fontsize=9,
-    )
+    _caption(axes, "line: the front over all trials and alphas")
 
 
 def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
