@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -100,7 +101,13 @@ def test_the_range_of_the_rest_holds_80_percent_of_what_the_times_seen_say():
 def cli(*words, **more):
     command = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell starts what runs in its background deaf to Ctrl-C, and children inherit that
+    return subprocess.Popen(command, **pipes, env=environment, preexec_fn=hear_ctrl_c, **more)
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
