@@ -1,7 +1,9 @@
 """Shared fixtures: a tiny real CLIP with random weights and small real image sets."""
 
 import os
+import signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in its background is deaf to Ctrl-C
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
 
