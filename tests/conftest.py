@@ -1,12 +1,15 @@
 """Shared fixtures: a tiny real CLIP with random weights and small real image sets."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
 
 import numpy as np
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in its background is deaf to Ctrl-C
 
 CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
