@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def cli(*words, **more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
+def ended(process):
+    """Sends Ctrl-C and returns what the process wrote to standard error; it ends whatever it makes of it."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+
+
 @pytest.mark.slow
 def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(tmp_path):
     study_dir = tmp_path / "study"
@@ -114,8 +124,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
         assert line.startswith("5 of 9 trials finished, 1 of them failed · 2 run · ")
         assert line.rstrip().endswith(f"best 30.4 % ({trials(study_dir)[4].name})")
         impatient.stdout.readline()
-        impatient.send_signal(2)
-        out, err = impatient.communicate(timeout=20)
+        err = ended(impatient)
         assert (impatient.returncode, "Traceback" in err) == (0, False)
         assert "The search goes on." in err
     out, err = watcher.communicate(timeout=20)
@@ -181,8 +190,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
             assert second.returncode == 2
             assert f"error: --port: must be free on this machine, but got {port}" in err
         finally:
-            dashboard.send_signal(2)
-            _, err = dashboard.communicate(timeout=20)
+            err = ended(dashboard)
     assert dashboard.returncode == 0, err
     assert "Traceback" not in err
 
