@@ -49,7 +49,8 @@ def read_bytes(path: Path) -> bytes:
         DataError: The file cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except (OSError, ValueError) as error:
         raise DataError(unreadable(str(path), error)) from error
 
