@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class TrialRow:
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
-    @property
+    @cached_property
     def violation(self) -> float:
         """By how much all constraints are missed together; 0 when they are met."""
         return total_violation(self.metrics)
