@@ -2,6 +2,7 @@
 
 import contextlib
 import heapq
+import itertools
 import math
 import statistics
 import threading
@@ -247,8 +248,9 @@ class SearchView:
         running = list(self._running.values())
         shown = running[: max(1, room - len(beside) - len(best))]
         left = min(NUM_LATEST, room - len(beside) - len(best) - len(shown))
-        ended = [row for row in self._rows.values() if row.kind == self._kind]
-        latest = [row for row in ended[::-1] if row not in best][: max(0, left)]
+        names = {row.name for row in best}
+        ended = (row for row in reversed(self._rows.values()) if row.kind == self._kind and row.name not in names)
+        latest = list(itertools.islice(ended, max(0, left)))
         if beside or best or shown:
             star = "★" if can_star else "*"
             rows = [_line(row, " ") for row in beside]
