@@ -22,9 +22,10 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_pre
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.bootstrap import NUM_RESAMPLES, FloatArray, resampled_accuracies
 from carft_ray.results.overview import folder_of
+from carft_ray.results.sealed_summary import of_read
 from carft_ray.results.selection import RULES, rule_values
 from carft_ray.results.stored import PREDICTIONS, read_stored
-from carft_ray.search.ledger import WENT_ON, Entry
+from carft_ray.search.ledger import Entry
 from carft_ray.search.outcome import WEIGHTS
 from carft_ray.search.rows import best_row, trials
 
@@ -165,23 +166,18 @@ def analyse(
         }
         for k, (name, alpha) in enumerate(points)
     ]
-    num_went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
+    read = of_read(entry, before, number)
     return {
         "format_version": FORMAT_VERSION,
         "purpose": entry.purpose,
-        "read": number,
-        "reason": entry.reason,
-        "time": entry.time,
-        "user": entry.user,
-        "ledger_line": entry.number,
-        "searches_after_a_read": num_went_on,
+        **read,
         "num_trials": len(judged.trials),
         "num_complete": judged.num_complete,
         "sets": num_images,
         "objective": {"kind": test.kind, "id_weight": test.id_weight},
         "rules": [vars(line) for line in rules],
         "candidates": found,
-        "lines": _lines(judged, len(points), num_images, entry, number, num_went_on),
+        "lines": _lines(judged, len(points), num_images, entry, number, read["searches_after_a_read"]),
     }
 
 

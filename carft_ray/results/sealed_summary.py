@@ -61,15 +61,10 @@ def summarise(
         label="test sets",
     )
     num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
-    num_went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
+    read = of_read(entry, before, number)
     return {
         "format_version": FORMAT_VERSION,
-        "read": number,
-        "reason": entry.reason,
-        "time": entry.time,
-        "user": entry.user,
-        "ledger_line": entry.number,
-        "searches_after_a_read": num_went_on,
+        **read,
         "confirmed": compared.confirmed,
         "seeds": list(compared.seeds),
         "sets": num_images,
@@ -91,7 +86,22 @@ def summarise(
         "baseline": comparison.headline_baseline,
         "headline": comparison.headline,
         "row_lines": row_lines(comparison),
-        "lines": [*_lines(compared, num_images, entry, number, num_went_on), *comparison_lines(comparison)],
+        "lines": [
+            *_lines(compared, num_images, entry, number, read["searches_after_a_read"]),
+            *comparison_lines(comparison),
+        ],
+    }
+
+
+def of_read(entry: Entry, before: Sequence[Entry], number: int) -> dict[str, Any]:
+    """Returns what a summary says of the read itself; the arguments are those of ``summarise``."""
+    return {
+        "read": number,
+        "reason": entry.reason,
+        "time": entry.time,
+        "user": entry.user,
+        "ledger_line": entry.number,
+        "searches_after_a_read": sum(one.purpose == WENT_ON and one.number < entry.number for one in before),
     }
 
 
