@@ -1,7 +1,7 @@
 """Public benchmarks by name: where their images lie, how they are labelled, and how many there should be.
 
 Class lists, masks, words and counts come from ``facts.py``. A set that is another than its name says is refused: a class
-too many or missing, a list that names other images. Only its size may differ, which ``count_warnings`` tells.
+too many or missing, a list that names other images. Only its size may differ, which `doctor` tells.
 """
 
 import os
@@ -131,33 +131,16 @@ def are_disjoint(one: BenchmarkSet, other: BenchmarkSet) -> bool:
     return not set(_PARTS.get(one.split, (one.split,))) & set(_PARTS.get(other.split, (other.split,)))
 
 
-def count_warning(spec: BenchmarkSet, listing: Listing, place: str) -> str | None:
-    """Returns a sentence where a set has another number of images than is known of it, before parts and shots.
-
-    Args:
-        spec: The set.
-        listing: What was found.
-        place: Where the set is named.
-    """
-    facts = load_facts(spec.name)
-    known = expected_count(spec, facts)
-    if known is None or known == len(listing) or spec.classes == "some":
+def num_expected(spec: BenchmarkSet) -> int | None:
+    """Returns the number of images that a whole set must have; None where it is not known for sure."""
+    facts, counts = load_facts(spec.name), load_facts(spec.name).counts
+    if not facts.is_sure("counts") or spec.classes == "some" or spec.part is not None or spec.shots is not None:
         return None
-    who = "has" if facts.is_sure("counts") else "is said (by one source) to have"
-    split = "" if spec.split is None else f", split {spec.split},"
-    return f"{place} holds {len(listing):,} images, but {facts.title}{split} {who} {known:,}"
-
-
-def expected_count(spec: BenchmarkSet, facts: Facts) -> int | None:
-    """Returns the number of images that a set should have without parts and shots; None where it is not known."""
-    counts = facts.counts
     if BENCHMARKS[spec.name].has_domains:
-        known = [counts[domain] for domain in chosen_domains(spec, facts) if domain in counts]
+        known = [counts[domain] for domain in chosen_domains(spec, facts)]
         held_out = [int(count * HOLDOUT) for count in known]
         return {None: sum(known), "out": sum(held_out), "in": sum(known) - sum(held_out)}[spec.split]
-    if spec.split is not None:
-        return counts.get(spec.split)
-    return next(iter(counts.values())) if len(counts) == 1 else None
+    return counts.get(spec.split) if spec.split is not None else next(iter(counts.values()))
 
 
 def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: str) -> Iterator[Problem]:

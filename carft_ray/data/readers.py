@@ -26,6 +26,7 @@ class Reader:
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
         disjoint: Whether two sets of one place share no image all the same, where a slot cannot say so.
+        num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
     listing: Callable[[Any, Path, str], Listing]
@@ -33,6 +34,7 @@ class Reader:
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
     disjoint: Callable[[Any, Any], bool] = lambda one, other: False
+    num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {
@@ -42,6 +44,7 @@ READERS: dict[type[StoredSet], Reader] = {
         benchmarks.benchmark_problems,
         benchmarks.benchmark_places,
         disjoint=benchmarks.are_disjoint,
+        num_expected=benchmarks.num_expected,
     ),
 }
 
