@@ -11,7 +11,7 @@ from pathlib import Path
 
 from carft_ray.data import cifar, imagenet_sets, torchvision_sets, wilds
 from carft_ray.data.domainbed import HOLDOUT, chosen_domains, domainbed
-from carft_ray.data.facts import Facts, label_groups, load_facts
+from carft_ray.data.facts import Facts, label_groups, load_facts, prompt_words
 from carft_ray.data.images import unreadable
 from carft_ray.data.layouts import KIND, STEP, List
 from carft_ray.data.listing import Listing
@@ -143,6 +143,27 @@ def num_expected(spec: BenchmarkSet) -> int | None:
     return counts.get(spec.split) if spec.split is not None else next(iter(counts.values()))
 
 
+def benchmark_words(name: str) -> dict[str, str]:
+    """Returns what stands for each class of a benchmark in a prompt, by the names that the class list has.
+
+    ImageNet-R's are wnids, ObjectNet's folders. Empty for a name that is no benchmark's.
+    """
+    if name not in BENCHMARKS:
+        return {}
+    facts = load_facts(name)
+    names = facts.classes if (groups := _single_groups(facts)) is None else groups
+    return dict(zip(names, prompt_words(facts), strict=True))
+
+
+def _single_groups(facts: Facts) -> tuple[str, ...] | None:
+    """Returns the class of ``within`` for each class; None where a set has none, or more than one for a class."""
+    groups = label_groups(facts)
+    if groups is None or facts.within is None or any(len(group) > 1 for group in groups):
+        return None
+    whole = load_facts(facts.within).classes
+    return tuple(whole[index] for (index,) in groups)
+
+
 def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: str) -> Iterator[Problem]:
     """Compares the classes that were found with those that the benchmark has."""
     there = set(listing.classes)
@@ -163,18 +184,18 @@ def _in_class_list(listing: Listing, spec: BenchmarkSet, facts: Facts) -> Listin
     """Gives a listing the classes of the class list that stand for the set's own, and its label order."""
     there = set(listing.classes)
     kept = [i for i, name in enumerate(facts.classes) if name in there or spec.classes == "all"]
-    groups = label_groups(facts)
-    if groups is None or facts.within is None:
+    if facts.within is None or (groups := label_groups(facts)) is None:
         found = tuple(facts.classes[i] for i in kept)
         return replace(listing, found=found, is_sparse=LAYOUTS[spec.name].is_sparse)
     whole = load_facts(facts.within).classes
-    targets = {facts.classes[i]: tuple(whole[index] for index in groups[i]) for i in kept}
-    if any(len(names) > 1 for names in targets.values()):
+    single = _single_groups(facts)
+    if single is None:
+        targets = {facts.classes[i]: tuple(whole[index] for index in groups[i]) for i in kept}
         return replace(listing, found=tuple(targets), within=targets)
-    classes = [targets[name][0] if name in targets else name for name in listing.classes]
-    found = tuple(names[0] for names in targets.values())
+    name_of = dict(zip(facts.classes, single, strict=True))
+    found = tuple(single[i] for i in kept)
     within = {name: (name,) for name in found} if len(found) < len(whole) else None
-    return replace(listing, classes=classes, found=found, within=within)
+    return replace(listing, classes=[name_of.get(name, name) for name in listing.classes], found=found, within=within)
 
 
 def _root(spec: BenchmarkSet, base_dir: Path) -> Path:

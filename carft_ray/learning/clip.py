@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from carft_ray.data.facts import load_facts
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.learning.catalog import LOCAL_DIR, RANDOM, SANDBOX, check_model
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import ModelPart, PromptsPart
 
@@ -108,10 +110,13 @@ def load_folder(folder: Path) -> Clip:
 def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the sentences with ``{}`` that a recipe's prompts name.
 
-    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them.
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
     """
     if not isinstance(prompts.templates, str):
         return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return load_facts(prompts.templates).templates or ()
     named = {
         "sandbox": sandbox_templates,
         "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),

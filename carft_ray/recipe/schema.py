@@ -29,7 +29,7 @@ def _templates(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
-        raise ValueError("must be the name of a set of templates or a list of texts with {}")
+        raise ValueError("must be the name of a set of templates, file:PATH, or a list of texts with {}")
     return tuple(value)
 
 
@@ -180,7 +180,9 @@ class DataPart(Part):
 class PromptsPart(Part):
     """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
 
-    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = "sandbox"  # a TemplateSet, a benchmark, or a list
+    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = (
+        "sandbox"  # a TemplateSet, a benchmark, or a list
+    )
     # words for the classes: those of a benchmark, or a list; None: those of the benchmark that is trained on, else the
     # class folders, '_' as a space
     class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = None
