@@ -161,6 +161,19 @@ def test_imagenet_c_has_fifteen_corruptions_and_four_more():
     assert set(domains[15:]) == {"speckle_noise", "gaussian_blur", "spatter", "saturate"}
 
 
+def test_the_table_of_the_documents_says_what_the_files_say():
+    text = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| `" in line]
+    assert sorted(row[0].strip("`") for row in rows) == list(fact_names())
+    for name, classes, images, splits, _, unsure in rows:
+        facts = load_facts(name.strip("`"))
+        total = sum(n for split, n in facts.counts.items() if split != "trainval" or "train" not in facts.counts)
+        assert (classes, images) == (str(len(facts.classes)), f"{total:,}" if total else ""), name
+        assert unsure == ", ".join(p.item for p in facts.provenance if not p.sure), name
+        if len(facts.counts) > 1:
+            assert splits.startswith(", ".join(facts.counts)), name
+
+
 def test_facts_cannot_be_changed():
     facts = load_facts("pacs")
     with pytest.raises(dataclasses.FrozenInstanceError):
