@@ -100,10 +100,13 @@ BAD = [
         "search: {space: {kl_weight: 5}}",
         "r.yaml:9: search.space.kl_weight: must be a mapping of keys to values, but got 5",
     ),
-    ("prompts: {class_names: a}", 'r.yaml:9: prompts.class_names: must be a list, but got "a"'),
+    (
+        "prompts: {class_names: 5}",
+        "r.yaml:9: prompts.class_names: must be the name of a benchmark or a list of texts, but got 5",
+    ),
     (
         "prompts: {templates: 5}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, but got 5",
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, but got 5",
     ),
     # ranges
     ("train: {learning_rate: 0}", "r.yaml:9: train.learning_rate: must be greater than 0, but got 0"),
@@ -127,12 +130,12 @@ BAD = [
     ),
     (
         "prompts: {templates: openia}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, "
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, "
         "but got \"openia\"; did you mean 'openai'? (allowed: sandbox, simple, openai)",
     ),
     (
         "prompts: {templates: 'a {}'}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, "
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, "
         'but got "a {}" (allowed: sandbox, simple, openai)\n    Write one template as a list: ["a {}"].',
     ),
     # prompts and classes
@@ -167,9 +170,12 @@ BAD = [
     # sets
     (
         "    b: {source: web}",
-        'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: sandbox, folder)',
+        'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: sandbox, folder, benchmark, corrupted)',
     ),
-    ("    b: {path: x}", "r.yaml:9: data.ood_test.b.source: is required (allowed: sandbox, folder)"),
+    (
+        "    b: {path: x}",
+        "r.yaml:9: data.ood_test.b.source: is required (allowed: sandbox, folder, benchmark, corrupted)",
+    ),
     ("    b: {source: folder, domains: [c]}", "r.yaml:9: data.ood_test.b.path: is required"),
     (
         "    b: {source: folder, path: x, domains: []}",

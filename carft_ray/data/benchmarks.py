@@ -1,7 +1,7 @@
 """Public benchmarks by name: where their images lie, how they are labelled, and how many there should be.
 
-Class lists, masks, words and counts come from ``facts.py``. A set that is another than its name says is refused: a class
-too many or missing, a list that names other images. Only its size may differ, which `doctor` tells.
+Class lists, masks, words and counts come from ``facts.py``. A set that is another than its name says is refused: a
+class too many or missing, a list that names other images. Only its size may differ, which `doctor` tells.
 """
 
 import os

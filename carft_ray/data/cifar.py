@@ -72,7 +72,7 @@ def _listing(
 
     def read(index: int) -> bytes:
         batch, row = rows[index]
-        return batch.pixels[row].tobytes()
+        return bytes(batch.pixels[row])
 
     return Listing(
         kind=KIND,
@@ -172,6 +172,7 @@ def _run(file: BinaryIO, path: Path) -> Any:
         del stack[-count:]
         return values
 
+    value: Any
     for opcode, value, position in pickletools.genops(file):
         match opcode.name:
             case "STOP":
@@ -193,7 +194,8 @@ def _run(file: BinaryIO, path: Path) -> Any:
             case "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE":
                 text = value.encode("utf-8" if opcode.name == "BINUNICODE" else "latin-1")
                 large = opcode.name == "BINSTRING" and len(text) >= _MAPPED_FROM
-                stack.append(_Raw(position + 5, len(text)) if large else text)  # opcode, and 4 bytes of length
+                start = int(position or 0) + 5  # after the opcode and 4 bytes of length
+                stack.append(_Raw(start, len(text)) if large else text)
             case "BINPUT" | "LONG_BINPUT":
                 memo[value] = stack[-1]
             case "BINGET" | "LONG_BINGET":

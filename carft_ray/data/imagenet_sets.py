@@ -1,12 +1,11 @@
 """ImageNet and its test sets: trees of class folders named by wnid; ObjectNet's folders by their own names."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from carft_ray.data.facts import Facts
 from carft_ray.data.images import decode_image
-from carft_ray.data.layouts import by_number, images_in, listed, listing_of, read_lines, read_matlab, tree_rows
+from carft_ray.data.layouts import images_in, listing_of, read_lines, read_matlab, tree_rows
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
@@ -39,11 +38,6 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
         raise DataError(Problem(str(devkit / TRUTH), f"a label must be an id of {META}", absent))
     rows = [(f"val/{image}", names[int(number)]) for image, number in zip(images, numbers, strict=True)]
     return listing_of(root, rows, facts)
-
-
-def imagenet_v2(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
-    """Lists ``0/*`` to ``999/*``: a folder's name is the label."""
-    return listing_of(root, tree_rows(root), facts)
 
 
 def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:

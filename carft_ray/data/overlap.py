@@ -47,7 +47,6 @@ from carft_ray.errors import DataError, HoldOutError, Problem
 from carft_ray.files import write_bytes, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
-from carft_ray.recipe.text import dotted
 
 FORMAT_VERSION = 1  # rises when other hashes or thumbnails are made, or another tolerance decides
 SIDE = 8  # pixels of a thumbnail

@@ -16,7 +16,6 @@ from carft_ray.data.layouts import (
     tree_rows,
 )
 from carft_ray.data.listing import Listing
-from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema import BenchmarkSet
 
 PARTITION = 1  # of DTD's ten and SUN397's ten: the one that is commonly used

@@ -1,7 +1,7 @@
 """WILDS' FMoW, iWildCam and Camelyon17 from their folders: a table of metadata and a rule for the image's path.
 
-Splits and rules are those of p-lambda/wilds, ``wilds/datasets/*_dataset.py``, with the official split scheme: ``train``,
-``id_val`` and ``id_test`` are of the training domains, ``val`` and ``test`` of others.
+Splits and rules are those of p-lambda/wilds, ``wilds/datasets/*_dataset.py``, with the official split scheme:
+``train``, ``id_val`` and ``id_test`` are of the training domains, ``val`` and ``test`` of others.
 """
 
 from pathlib import Path

@@ -86,7 +86,8 @@ def _read(path: Path) -> str:
 def _with_template_file(raw: Any, base_dir: Path) -> tuple[Any, list[Finding]]:
     """Puts the lines of a file that ``prompts.templates`` names in its place, so that the recipe is complete."""
     prompts = raw.get("prompts") if isinstance(raw, dict) else None
-    written = prompts.get("templates") if isinstance(prompts, dict) else None
+    prompts = prompts if isinstance(prompts, dict) else {}
+    written = prompts.get("templates")
     if not isinstance(written, str) or not written.startswith(TEMPLATE_FILE):
         return raw, []
     path = resolve_path(written.removeprefix(TEMPLATE_FILE), base_dir)
