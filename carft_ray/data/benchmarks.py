@@ -16,7 +16,7 @@ from carft_ray.data.images import unreadable
 from carft_ray.data.layouts import KIND, STEP, List
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import BenchmarkSet
 
@@ -166,7 +166,7 @@ def _single_groups(facts: Facts) -> tuple[str, ...] | None:
 
 def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: str) -> Iterator[Problem]:
     """Compares the classes that were found with those that the benchmark has."""
-    there = set(listing.classes)
+    there = set(listing.found)
     if unknown := sorted(there.difference(facts.classes)):
         near = nearest(unknown[0], facts.classes)
         rule = f"must hold the {len(facts.classes)} classes of {facts.title} and no other"
@@ -182,11 +182,11 @@ def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: s
 
 def _in_class_list(listing: Listing, spec: BenchmarkSet, facts: Facts) -> Listing:
     """Gives a listing the classes of the class list that stand for the set's own, and its label order."""
-    there = set(listing.classes)
+    there = set(listing.found)
     kept = [i for i, name in enumerate(facts.classes) if name in there or spec.classes == "all"]
     if facts.within is None or (groups := label_groups(facts)) is None:
         found = tuple(facts.classes[i] for i in kept)
-        return replace(listing, found=found, is_sparse=LAYOUTS[spec.name].is_sparse)
+        return replace(listing, found=found, is_sparse=LAYOUTS[spec.name].is_sparse or spec.split in IN_OUT)
     whole = load_facts(facts.within).classes
     single = _single_groups(facts)
     if single is None:

@@ -79,7 +79,7 @@ def _listing(
         home=str(root.resolve()),
         names=names,
         classes=classes,
-        found=tuple(facts.classes),
+        found=tuple(sorted(set(classes))),
         read=read,
         stamp=stamp,
         place=lambda index: f"{rows[index][0].path}, image {rows[index][1]}",

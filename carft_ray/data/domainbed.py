@@ -1,6 +1,7 @@
 """DomainBed's sets: ``root/domain/class/*``, and DomainBed's own split of every domain into 80 % and 20 %."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ HOLDOUT = 0.2  # DomainBed's holdout_fraction
 def domainbed(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists the domains of a set, or the ``in`` or ``out`` part of each."""
     rows: list[Row] = []
+    classes: set[str] = set()
     for domain in chosen_domains(spec, facts):
         found = tree_rows(root, domain)
+        classes |= {name for _, name in found}
         if spec.split is not None:
             held_out = holdout(len(found), spec.trial_seed, facts.domains.index(domain) if facts.domains else 0)
             found = [row for i, row in enumerate(found) if (i in held_out) == (spec.split == "out")]
         rows += found
-    return listing_of(root, rows, facts)
+    return replace(listing_of(root, rows), found=tuple(sorted(classes)))  # a fifth may lack some
 
 
 def chosen_domains(spec: BenchmarkSet, facts: Facts) -> tuple[str, ...]:

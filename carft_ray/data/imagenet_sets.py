@@ -18,7 +18,7 @@ BORDER = 2  # pixels of ObjectNet's red frame
 
 def class_tree(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``root/class/*``."""
-    return listing_of(root, tree_rows(root), facts)
+    return listing_of(root, tree_rows(root))
 
 
 def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -26,7 +26,7 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     rows = tree_rows(root, str(spec.split))
     devkit = root / DEVKIT
     if rows or spec.split != "val" or not (devkit / TRUTH).is_file():
-        return listing_of(root, rows, facts)
+        return listing_of(root, rows)
     images = images_in(root / "val")
     numbers = read_lines(devkit / TRUTH)
     if len(images) != len(numbers):
@@ -37,13 +37,13 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     if absent := next((number for number in numbers if int(number) not in names), None):
         raise DataError(Problem(str(devkit / TRUTH), f"a label must be an id of {META}", absent))
     rows = [(f"val/{image}", names[int(number)]) for image, number in zip(images, numbers, strict=True)]
-    return listing_of(root, rows, facts)
+    return listing_of(root, rows)
 
 
 def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists the folders that ObjectNet shares with ImageNet; the others are left out. The red frame is cut off."""
     known = set(facts.classes)
-    listing = listing_of(root, [row for row in tree_rows(root) if row[1] in known], facts)
+    listing = listing_of(root, [row for row in tree_rows(root) if row[1] in known])
 
     def decode(content: bytes, index: int) -> PixelArray:
         place = listing.place(index)

@@ -1,7 +1,8 @@
 """What the layouts of benchmarks have in common: trees of class folders, and lists of images in files.
 
 A layout is a function from (root of the set, the set, what is known of it, its place in the recipe) to a ``Listing``.
-It raises ``DataError`` for what is broken.
+It raises ``DataError`` for what is broken. Its ``found`` are the classes that are there; ``benchmarks.py`` compares
+them with those that should be.
 """
 
 import json
@@ -46,13 +47,13 @@ def images_in(folder: Path) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
 
 
-def listing_of(root: Path, rows: Iterable[Row], facts: Facts) -> Listing:
+def listing_of(root: Path, rows: Iterable[Row]) -> Listing:
     """Returns the listing of images that were found as files."""
     names, classes = zip(*sorted(rows), strict=True) if (rows := list(rows)) else ((), ())
-    return file_listing(KIND, root, names, classes, facts.classes)
+    return file_listing(KIND, root, names, classes, sorted(set(classes)))
 
 
-def listed(root: Path, rows: Iterable[Row], facts: Facts, place: str) -> Listing:
+def listed(root: Path, rows: Iterable[Row], place: str) -> Listing:
     """Returns the listing of images that a list names.
 
     Raises:
@@ -69,7 +70,7 @@ def listed(root: Path, rows: Iterable[Row], facts: Facts, place: str) -> Listing
         problems.append(Problem(place, "a list must name an image once", f"{len(rows) - len(names)} named again"))
     if problems:
         raise DataError(problems)
-    return listing_of(root, rows, facts)
+    return listing_of(root, rows)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -32,14 +32,14 @@ def flowers102(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
         file = f"jpg/image_{number:05d}.jpg"
         label = labels[number - 1] if 0 < number <= len(labels) else "none"
         rows.append((file, by_number(label, 1, facts, labels_path, file)))
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def fgvc_aircraft(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/0034309.jpg`` by ``images_variant_<split>.txt``."""
     path = root / f"images_variant_{spec.split}.txt"
     lines = [fields(line, 2, path) for line in read_lines(path)]
-    return listed(root, [(f"images/{image}.jpg", variant) for image, variant in lines], facts, place)
+    return listed(root, [(f"images/{image}.jpg", variant) for image, variant in lines], place)
 
 
 def stanford_cars(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -51,21 +51,21 @@ def stanford_cars(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> L
         (f"cars_{spec.split}/{file}", by_number(label, 1, facts, path, file))
         for file, label in zip(files, labels, strict=True)
     ]
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def food101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/<class>/<number>.jpg`` by ``meta/<split>.json``."""
     lists = read_json_list(root / "meta" / f"{spec.split}.json")
     rows = [(f"images/{image}.jpg", name) for name, images in lists.items() for image in images]
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def dtd(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/<class>/*`` by ``labels/<split>1.txt``."""
     path = root / "labels" / f"{spec.split}{PARTITION}.txt"
     rows = [(f"images/{line}", fields(line, 2, path, "/")[0]) for line in read_lines(path)]
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def sun397(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -73,10 +73,10 @@ def sun397(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     if spec.split is not None:
         path = root / f"{'Training' if spec.split == 'train' else 'Testing'}_{PARTITION:02d}.txt"
         names = [line.lstrip("/") for line in read_lines(path)]
-        return listed(root, [(name, _sun_class(name)) for name in names], facts, place)
+        return listed(root, [(name, _sun_class(name)) for name in names], place)
     folders = sorted({folder.parent for folder in root.glob("?/**/sun_*.jpg")})
     names = [f"{folder.relative_to(root).as_posix()}/{file}" for folder in folders for file in images_in(folder)]
-    return listing_of(root, [(name, _sun_class(name)) for name in names], facts)
+    return listing_of(root, [(name, _sun_class(name)) for name in names])
 
 
 def _sun_class(name: str) -> str:
@@ -89,9 +89,9 @@ def oxford_pets(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Lis
     path = root / "annotations" / f"{spec.split}.txt"
     lines = [fields(line, 2, path) for line in read_lines(path)]
     rows = [(f"images/{image}.jpg", by_number(rest.split()[0], 1, facts, path, image)) for image, rest in lines]
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def caltech101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``<class>/image_0001.jpg``; the background is no class."""
-    return listing_of(root, [row for row in tree_rows(root) if row[1] != BACKGROUND], facts)
+    return listing_of(root, [row for row in tree_rows(root) if row[1] != BACKGROUND])

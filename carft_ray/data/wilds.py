@@ -30,7 +30,7 @@ def fmow(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
         own = {"train": "train", "val": "id_val", "test": "id_test"}.get(split) if shifted is None else None
         if (own or (shifted if split == shifted else None)) == spec.split:
             rows.append((f"images/rgb_img_{index}.png", category))
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def iwildcam(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -38,7 +38,7 @@ def iwildcam(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     path = root / TABLE
     table = zip(*_columns(path, "split", "filename", "y"), strict=True)
     rows = [(f"train/{file}", by_number(y, 0, facts, path, file)) for split, file, y in table if split == spec.split]
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def camelyon17(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -52,7 +52,7 @@ def camelyon17(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
             folder = f"patient_{patient}_node_{node}"
             file = f"patches/{folder}/patch_{folder}_x_{x}_y_{y}.png"
             rows.append((file, by_number(tumor, 0, facts, path, file)))
-    return listed(root, rows, facts, place)
+    return listed(root, rows, place)
 
 
 def _columns(path: Path, *names: str) -> list[list[str]]:
