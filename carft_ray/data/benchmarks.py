@@ -4,6 +4,7 @@ Class lists, masks, words and counts come from ``facts.py``. A set that is anoth
 class too many or missing, a list that names other images. Only its size may differ, which `doctor` tells.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -80,6 +81,15 @@ LAYOUTS: dict[str, Layout] = {
 _PARTS = {"trainval": ("train", "val")}  # splits that are made of others
 
 
+@functools.cache
+def known_facts(name: str) -> Facts:
+    """Returns the facts of a benchmark, with class names that differ: iWildCam has one name for two labels."""
+    facts = load_facts(name)
+    first = {own: label for label, own in reversed(list(enumerate(facts.classes)))}
+    differ = (own if first[own] == label else f"{own} ({label})" for label, own in enumerate(facts.classes))
+    return replace(facts, classes=tuple(differ))
+
+
 def list_benchmark(spec: BenchmarkSet, base_dir: Path, place: str) -> Listing:
     """Lists the images of a benchmark. A name is the file's path from the benchmark's root, or file and row of CIFAR.
 
@@ -91,7 +101,7 @@ def list_benchmark(spec: BenchmarkSet, base_dir: Path, place: str) -> Listing:
     problems = benchmark_problems(spec, base_dir, place)
     if problems:
         return Listing(KIND, str(resolve_path(spec.path, base_dir)), problems=tuple(problems))
-    root, facts = _root(spec, base_dir), load_facts(spec.name)
+    root, facts = _root(spec, base_dir), known_facts(spec.name)
     try:
         listing = LAYOUTS[spec.name].list(root, spec, facts, place)
     except DataError as error:
@@ -104,7 +114,7 @@ def list_benchmark(spec: BenchmarkSet, base_dir: Path, place: str) -> Listing:
 
 def benchmark_problems(spec: BenchmarkSet, base_dir: Path, place: str) -> list[Problem]:
     """Returns a problem for a path without the benchmark's folders and lists; nothing is listed."""
-    facts, path = load_facts(spec.name), resolve_path(spec.path, base_dir)
+    facts, path = known_facts(spec.name), resolve_path(spec.path, base_dir)
     if facts.domains and BENCHMARKS[spec.name].has_domains:
         wrong = [domain for domain in spec.domains or () if domain not in facts.domains]
         if wrong:
@@ -150,7 +160,7 @@ def benchmark_words(name: str) -> dict[str, str]:
     """
     if name not in BENCHMARKS:
         return {}
-    facts = load_facts(name)
+    facts = known_facts(name)
     names = facts.classes if (groups := _single_groups(facts)) is None else groups
     return dict(zip(names, prompt_words(facts), strict=True))
 
@@ -208,7 +218,7 @@ def _root(spec: BenchmarkSet, base_dir: Path) -> Path:
 
 def _images(spec: BenchmarkSet) -> tuple[str, ...]:
     if BENCHMARKS[spec.name].has_domains:
-        return chosen_domains(spec, load_facts(spec.name))
+        return chosen_domains(spec, known_facts(spec.name))
     return tuple(pattern.format(split=spec.split) for pattern in LAYOUTS[spec.name].images)
 
 

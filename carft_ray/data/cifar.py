@@ -54,8 +54,9 @@ def _listing(
     root: Path, files: list[str], key: bytes, label_bytes: int, facts: Facts, meta: tuple[str, bytes, str]
 ) -> Listing:
     _check_names(root, meta, facts)
+    python = any((root / name).is_file() for name in files)
     batches = [
-        _python(root / name, name, key) if (root / name).is_file() else _binary(root / f"{name}.bin", name, label_bytes)
+        _python(root / name, name, key) if python else _binary(root / f"{name}.bin", name, label_bytes)
         for name in files
     ]
     rows = [(batch, index) for batch in batches for index in range(len(batch.labels))]

@@ -32,10 +32,11 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     if len(images) != len(numbers):
         rule = f"must have one line per image of val, {len(images)}"
         raise DataError(Problem(str(devkit / TRUTH), rule, str(len(numbers))))
-    ids, wnids = (read_matlab(devkit / META, "synsets", key) for key in ("ILSVRC2012_ID", "WNID"))
-    names = {int(number): str(wnid) for number, wnid in zip(ids, wnids, strict=True)}
+    keys = ("ILSVRC2012_ID", "WNID", "num_children")  # what has children is an inner node of WordNet
+    nodes = zip(*(read_matlab(devkit / META, "synsets", key) for key in keys), strict=True)
+    names = {int(number): str(wnid) for number, wnid, children in nodes if not children}
     if absent := next((number for number in numbers if int(number) not in names), None):
-        raise DataError(Problem(str(devkit / TRUTH), f"a label must be an id of {META}", absent))
+        raise DataError(Problem(str(devkit / TRUTH), f"a label must be the number of a class in {META}", absent))
     rows = [(f"val/{image}", names[int(number)]) for image, number in zip(images, numbers, strict=True)]
     return listing_of(root, rows)
 

@@ -118,7 +118,7 @@ def read_matlab(path: Path, *keys: str) -> Any:
 def unreadable_list(path: Path, error: Exception) -> DataError:
     """Returns the error for a list of images that cannot be read."""
     cause = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
-    return DataError(Problem(str(path), "must be the list that the benchmark comes with", cause, next_step=STEP))
+    return DataError(Problem(str(path), "must be the file that the benchmark comes with", cause, next_step=STEP))
 
 
 def by_number(label: Any, first: int, facts: Facts, path: Path, image: str) -> str:
