@@ -117,12 +117,11 @@ def squared(pixels: PixelArray, size: int) -> PixelArray:
         pixels: uint8 [H, W, 3].
         size: Side of the square.
     """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
+    sides = pixels.shape[1], pixels.shape[0]
+    short = min(sides)
     if short <= size:
         return pixels
-    scale = round(size * MARGIN) / short
-    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-    resized = Image.fromarray(pixels).resize(shape, Image.Resampling.BILINEAR)
-    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    width, height = (int(round(size * MARGIN) * side / short) for side in sides)  # rounded as torchvision does
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
