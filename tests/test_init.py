@@ -11,6 +11,7 @@ from carft_ray.data.draft import choose_roles, draft
 from carft_ray.data.sets import check_roles, check_sets
 from carft_ray.data.survey import survey
 from carft_ray.errors import DataError, UsageError
+from carft_ray.recipe import text
 from carft_ray.recipe.advice import check_searchable, warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import preset_text, presets
@@ -90,9 +91,11 @@ def test_one_other_domain_is_cut_in_two_and_a_domain_of_some_classes_is_marked(t
 def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path):
     write_tree(tmp_path / "my: tree", ["été #1", "no"], ["n01440764", "12", "true"])
     found = survey(tmp_path / "my: tree")
-    text = draft("x", str(tmp_path / "my: tree"), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2)
-    assert "THESE FOLDER NAMES ARE NO WORDS" in text
-    (tmp_path / "r.yaml").write_text(text)
+    written = draft(
+        "x", str(tmp_path / "my: tree"), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2
+    )
+    assert "THESE FOLDER NAMES ARE NO WORDS" in written
+    (tmp_path / "r.yaml").write_text(written)
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.train.domains == ("no",)
     assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
@@ -122,10 +125,29 @@ def test_presets_are_the_recipes_of_the_folder(tmp_path):
     assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
 
 
+@pytest.mark.parametrize(("name", "hold_out"), [("pacs", "photo"), ("office-home", "Real World"), ("vlcs", "SUN09")])
+def test_a_preset_that_leaves_one_domain_out_may_leave_out_another(name, hold_out):
+    before, after = (text.parse(preset_text(name, domain), name).value["data"] for domain in (None, hold_out))
+    domains = [one["domains"] for one in after["ood_test"].values()]
+    assert domains == [[hold_out]]
+    assert list(after["ood_test"]) == [hold_out.lower().replace(" ", "_")]
+    (old,) = (one["domains"][0] for one in before["ood_test"].values())
+    assert set(after["train"]["domains"]) == {old} | set(before["train"]["domains"]) - {hold_out}
+    assert after["id_val"]["domains"] == after["ood_val"]["corrupted"]["of"]["domains"] == after["train"]["domains"]
+    assert preset_text(name, old) == preset_text(name)
+
+
 WRONG = [
     ([], 2, "one of --from FOLDER, --preset NAME and --list must be given, but got none of them"),
     (["--list", "--preset", "folders"], 2, "must be given, but got several"),
     (["--preset", "quikstart"], 2, "--preset: must be a preset, but got 'quikstart'; did you mean 'quickstart'?"),
+    (
+        ["--preset", "pacs", "--hold-out", "foto"],
+        2,
+        "--hold-out: must be a domain of pacs, but got 'foto'; did you mean",
+    ),
+    (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out, but got 'x'"),
+    (["--preset", "pacs", "--train", "x"], 2, "--train: belongs to --from"),
     (["--from", "nowhere"], 4, "nowhere: must be a folder that can be read"),
     (["--from", "tree", "--train", "foto"], 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
     (["--from", "tree", "--to", "tree"], 2, "--to: must be a new file, but got tree"),

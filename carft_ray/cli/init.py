@@ -11,11 +11,12 @@ from carft_ray.cli.common import DebugOption, JsonOption, app
 from carft_ray.errors import Problem, UsageError, nearest
 
 PANEL = "One training"  # of the help
+MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
 
 
 @app.command(
-    epilog="Example:  carft-ray init --from my_images --to my_recipe.yaml --model ViT-B-16 --pretrained openai",
+    epilog="Example:  carft-ray init --from my_images --to my_recipe.yaml --train photo",
     rich_help_panel=PANEL,
 )
 def init(
@@ -25,7 +26,7 @@ def init(
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     model: Annotated[
         str, typer.Option("--model", help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images only).")
-    ] = "ViT-B-16",
+    ] = MODEL,
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", help="Its weights: a tag or a file; openai for the default model.")
     ] = None,
@@ -36,6 +37,9 @@ def init(
     ood_test: Annotated[
         DomainsOption, typer.Option("--ood-test", help="Domain that tests; may be repeated. The rest.")
     ] = None,
+    hold_out: Annotated[
+        str | None, typer.Option("--hold-out", help="Domain of the test, for a preset that leaves one domain out.")
+    ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -43,10 +47,7 @@ def init(
     from carft_ray import console
     from carft_ray.recipe.presets import preset_text, presets
 
-    if sum((from_ is not None, preset is not None, list_)) != 1:
-        value = "none of them" if not (from_ or preset or list_) else "several"
-        rule = "one of --from FOLDER, --preset NAME and --list must be given"
-        raise UsageError(Problem("init", rule, value))
+    _check_options(from_, preset, list_, hold_out, {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test})
     if list_:
         if json_:
             console.print_json(presets())
@@ -61,7 +62,7 @@ def init(
         if preset not in presets():
             near = nearest(preset, presets())
             raise UsageError(Problem("--preset", "must be a preset", repr(preset), tuple(presets()), near))
-        text = preset_text(preset)
+        text = preset_text(preset, hold_out)
     else:
         from carft_ray.data.draft import choose_roles, draft
         from carft_ray.data.survey import survey
@@ -69,7 +70,7 @@ def init(
         root = from_ or Path()
         found = survey(root)
         roles = choose_roles(found, train, ood_val, ood_test)
-        weights = "openai" if pretrained is None and model == "ViT-B-16" else pretrained
+        weights = PRETRAINED if pretrained is None and model == MODEL else pretrained
         name = "".join(c if c.isalnum() or c in "_-" else "_" for c in root.resolve().name).strip("_-") or "study"
         text = draft(name, _written(root, to), found, roles, model, weights, os.cpu_count() or 1)
     if to is None:
@@ -93,6 +94,22 @@ def init(
         f"carft-ray plan {shlex.quote(str(to))}",
         f"carft-ray search {shlex.quote(str(to))} --study studies/{to.stem}",
     )
+
+
+def _check_options(
+    from_: Path | None, preset: str | None, list_: bool, hold_out: str | None, roles: dict[str, object]
+) -> None:
+    """Raises a ``UsageError`` for options that do not go together."""
+    if sum((from_ is not None, preset is not None, list_)) != 1:
+        value = "none of them" if not (from_ or preset or list_) else "several"
+        raise UsageError(Problem("init", "one of --from FOLDER, --preset NAME and --list must be given", value))
+    problems = []
+    if hold_out is not None and preset is None:
+        problems.append(Problem("--hold-out", "belongs to --preset"))
+    if from_ is None:
+        problems += [Problem(option, "belongs to --from") for option, given in roles.items() if given]
+    if problems:
+        raise UsageError(problems)
 
 
 def _written(root: Path, to: Path | None) -> str:
