@@ -286,6 +286,16 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table of texts; the first column is not wrapped."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns the table of what the doctor found in the sets: a line per set.
 

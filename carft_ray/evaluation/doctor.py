@@ -320,9 +320,9 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
 
     for name, one in zero_shot.items():
         if one["accuracy"] < one["chance"] + 2 * error_of(one):
-            rule = f"zero-shot must be above chance ({100 * one['chance']:.1f} %)"
+            rule = f"zero-shot must be two standard errors above chance ({100 * one['chance']:.1f} %)"
             step = "Look at the order of the classes, the class words, and the activation of the model."
-            value = f"{100 * one['accuracy']:.1f} % of {one['num_images']} images"
+            value = f"{100 * one['accuracy']:.1f} +- {100 * error_of(one):.1f} % of {one['num_images']} images"
             findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
