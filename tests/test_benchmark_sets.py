@@ -28,6 +28,7 @@ from layouts import (
 from PIL import Image
 from pydantic import TypeAdapter
 from sources import open_set
+from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
 from carft_ray.data.benchmarks import LAYOUTS, benchmark_words, known_facts, num_expected
@@ -36,8 +37,11 @@ from carft_ray.data.corruptions import CORRUPTIONS
 from carft_ray.data.facts import load_facts
 from carft_ray.data.sets import check_roles, check_sets, class_names
 from carft_ray.errors import DataError
+from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.schema import Corruption, Recipe, SetSpec
+from carft_ray.recipe.loading import resolve_path
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import Corruption, Recipe, SetSpec, plain
 
 IMAGENET = load_facts("imagenet").classes
 SPLITS = [(name, split) for name, known in BENCHMARKS.items() for split in known.splits or (None,)]
@@ -322,6 +326,25 @@ def test_one_domain_is_left_out_by_domains_and_split(made):
     recipe = leave_out(made("pacs"), "sketch")
     assert check_roles(recipe, Path("/")) == []
     assert check_sets(recipe, Path("/")) == [] == list(check_roles(recipe, Path("/")))
+
+
+RECIPES = [path for path in FOLDER.glob("*.yaml") if "source: benchmark" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.name)
+def test_the_recipes_of_benchmarks_fit_their_layouts(path, made, tmp_path):
+    """Sets, prompts and words only: the other keys have tests of their own."""
+    written = text.parse(path.read_text(), path.name).value
+    recipe = Recipe.model_validate({"data": written["data"], "prompts": written["prompts"], "train": {"batch_size": 2}})
+    base_dir = tmp_path / "search_spaces"
+    for spec in map(plain, named_sets(recipe).values()):
+        place = resolve_path(spec.path, base_dir)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(made(spec.name))
+    assert check_roles(recipe, base_dir) == []
+    assert check_sets(recipe, base_dir) == []
+    assert len(class_names(recipe, base_dir)) == len(load_facts(recipe.data.train.name).classes)
 
 
 # ---- roles

@@ -40,3 +40,10 @@ def test_no_class_or_no_template_is_refused(tiny_clip):
     for words, templates in (((), TEMPLATES), (CLASS_WORDS, ())):
         with pytest.raises(ValueError, match="at least one template and one class"):
             build_heads(tiny_clip.model, tiny_clip.tokenizer, words, templates)
+
+
+def test_templates_are_those_of_the_benchmark_that_is_named():
+    mine = ("a {}", "the {}")
+    assert templates(PromptsPart(templates=mine), ()) == mine
+    assert templates(PromptsPart(templates="dtd"), ()) == load_facts("dtd").templates
+    assert templates(PromptsPart(templates="imagenet"), ()) == templates(PromptsPart(templates="openai"), ())
