@@ -7,7 +7,10 @@ import torch
 from conftest import CLASS_WORDS, TEMPLATES
 from tiny import make_tiny_clip
 
+from carft_ray.data.facts import load_facts
 from carft_ray.learning import build_heads
+from carft_ray.learning.clip import templates
+from carft_ray.recipe.schema import PromptsPart
 
 
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
