@@ -40,9 +40,9 @@ def test_equal_class_words_are_allowed(tiny_clip):
 
 
 def test_no_class_or_no_template_is_refused(tiny_clip):
-    for words, templates in (((), TEMPLATES), (CLASS_WORDS, ())):
+    for words, prompts in (((), TEMPLATES), (CLASS_WORDS, ())):
         with pytest.raises(ValueError, match="at least one template and one class"):
-            build_heads(tiny_clip.model, tiny_clip.tokenizer, words, templates)
+            build_heads(tiny_clip.model, tiny_clip.tokenizer, words, prompts)
 
 
 def test_templates_are_those_of_the_benchmark_that_is_named():
