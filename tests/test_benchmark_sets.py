@@ -169,6 +169,9 @@ def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
     assert "a label must be the number of a class in meta.mat, but got 1001" in refused(tmp_path, "imagenet", "val")
     truth.write_text("\n".join(lines[:-1]))
     assert "must have one line per image of val, 1000, but got 999" in refused(tmp_path, "imagenet", "val")
+    truth.unlink()
+    rule = f"train: must have a folder per class in val, or {DEVKIT}/{truth.name} beside it"
+    assert f"{rule}, but got 1000 images without labels" in refused(tmp_path, "imagenet", "val")
 
 
 TORCHVISION = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from carft_ray.data.facts import Facts
 from carft_ray.data.images import decode_image
-from carft_ray.data.layouts import images_in, listing_of, read_lines, read_matlab, tree_rows
+from carft_ray.data.layouts import STEP, images_in, listing_of, read_lines, read_matlab, tree_rows
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
@@ -24,10 +24,13 @@ def class_tree(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
 def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``train/wnid/*`` or ``val/wnid/*``; a flat ``val/*`` by the devkit's ground truth beside it."""
     rows = tree_rows(root, str(spec.split))
-    devkit = root / DEVKIT
-    if rows or spec.split != "val" or not (devkit / TRUTH).is_file():
+    images = images_in(root / "val") if spec.split == "val" and not rows else []
+    if not images:
         return listing_of(root, rows)
-    images = images_in(root / "val")
+    devkit = root / DEVKIT
+    if not (devkit / TRUTH).is_file():
+        rule = f"must have a folder per class in val, or {DEVKIT}/{TRUTH} beside it"
+        raise DataError(Problem(place, rule, f"{len(images)} images without labels", next_step=STEP))
     numbers = read_lines(devkit / TRUTH)
     if len(images) != len(numbers):
         rule = f"must have one line per image of val, {len(images)}"
