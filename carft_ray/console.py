@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -283,6 +284,27 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     table.add_column("range")
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def fact_table(facts: Mapping[str, str]) -> Table:
+    """Returns a table of names and what there is to say of each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, escape(text))
+    return table
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of the layers of an image tower: number, modules, parameters."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", justify="right")
+    table.add_column("modules of the image tower", overflow="fold")
+    table.add_column("parameters", justify="right")
+    for layer in layers:
+        table.add_row(str(layer["layer"]), escape(layer["name"]), f"{layer['num_parameters']:,}")
     return table
 
 

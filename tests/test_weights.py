@@ -1,11 +1,13 @@
 """Weights files: every form that loads, what is refused with which message, and the trap of QuickGELU."""
 
+import hashlib
 import json
 import logging
 
 import open_clip
 import pytest
 import torch
+from families import make_tokenizer
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from tiny import CONFIG
@@ -14,19 +16,21 @@ from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning import weights
 from carft_ray.learning.building import build_model
 from carft_ray.learning.catalog import model_warnings
-from carft_ray.learning.clip import load_clip
+from carft_ray.learning.clip import load_clip, load_folder, write_tokenizer
 from carft_ray.recipe.schema import ModelPart
 
 # models that the tests add to open_clip's list
-NAME, QUICK, OTHER = "carft-test-ViT", "carft-test-ViT-quickgelu", "carft-test-ViT-4"
+NAME, QUICK, OTHER, WORDS = (f"carft-test-ViT{end}" for end in ("", "-quickgelu", "-4", "-words"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Three small models in open_clip's list; returns a state of the first."""
+    """Small models in open_clip's list; returns a state of the first."""
     folder = tmp_path_factory.mktemp("configs")
     other = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "patch_size": 4}}
-    for name, config in ((NAME, CONFIG), (QUICK, {**CONFIG, "quick_gelu": True}), (OTHER, other)):
+    text = {"vocab_size": 18, "hf_tokenizer_name": "nobody/words", "pool_type": "last", "context_length": 8}
+    words = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
+    for name, config in ((NAME, CONFIG), (QUICK, {**CONFIG, "quick_gelu": True}), (OTHER, other), (WORDS, words)):
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
@@ -37,7 +41,7 @@ def models(tmp_path_factory):
                 value.add_(0.3 * torch.randn_like(value))
     yield state
     open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
-    for name in (NAME, QUICK, OTHER):
+    for name in (NAME, QUICK, OTHER, WORDS):
         open_clip.factory._MODEL_CONFIGS.pop(name)
 
 
@@ -47,7 +51,7 @@ def listed(monkeypatch):
     from carft_ray.learning import catalog
 
     known = catalog.model_names()
-    monkeypatch.setattr(catalog, "model_names", lambda: (*known, NAME, QUICK, OTHER))
+    monkeypatch.setattr(catalog, "model_names", lambda: (*known, NAME, QUICK, OTHER, WORDS))
     real = catalog.computes_quick_gelu
     monkeypatch.setattr(
         catalog, "computes_quick_gelu", lambda name: name.endswith("gelu") if name.startswith(NAME) else real(name)
@@ -195,6 +199,60 @@ def test_a_configuration_beside_the_file_tells_its_activation_and_preprocessing(
     )
     clip = load(tmp_path / "open_clip_model.safetensors", QUICK)
     assert (clip.mean, clip.std, clip.input_key) == ((0.5,) * 3, (0.25,) * 3, "16-bilinear-squash")
+
+
+def test_a_file_that_open_clip_released_is_known_by_its_hash(models, tmp_path, monkeypatch):
+    torch.save(models, tmp_path / "renamed.pt")
+    start = hashlib.sha256((tmp_path / "renamed.pt").read_bytes()).hexdigest()[:8]
+    known = {"url": f"http://127.0.0.1:9/vit-{start}.pt", "quick_gelu": True, "mean": (0.1, 0.2, 0.3)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, {"tiny": known})
+    text = message(tmp_path / "renamed.pt", NAME, RecipeError)
+    assert "must compute the activation that renamed.pt ('tiny' by its hash) was trained with (QuickGELU)" in text
+    assert load(tmp_path / "renamed.pt", QUICK).mean == (0.1, 0.2, 0.3)
+
+
+def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
+    state = build_model(WORDS).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    assert message(tmp_path / "weights.safetensors", WORDS).startswith(
+        f"model.name: the tokenizer of {WORDS} must be in the hub's cache or fetched (nobody/words), but got not in "
+        "the cache, and no connection to the hub\n    Without a network: "
+    )
+    make_tokenizer(tmp_path)
+    clip = load(tmp_path / "weights.safetensors", WORDS)
+    assert clip.tokenizer(["a photo of the cat"]).tolist() == [[4, 5, 6, 7, 13, 2, 1, 1]]
+    write_tokenizer(clip, tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
+    make_tokenizer(
+        tmp_path, ("more", "words", "than", "the", "model", "has", *map(str, range(20)), "a", "photo", "cat")
+    )
+    text = message(tmp_path / "weights.safetensors", WORDS)
+    assert text == "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    text = message(tmp_path / "weights.safetensors", WORDS)
+    assert text.startswith(
+        f"model.name: the tokenizer files of {WORDS} (nobody/words) must be readable by transformers"
+    )
+
+
+def test_weights_of_openai_need_quick_gelu_in_the_configuration_of_their_folder(models, tmp_path):
+    sizes = {name: torch.tensor(1) for name in weights.OPENAI_SIZES}
+    torch.save({**models, **sizes}, tmp_path / "open_clip_pytorch_model.bin")
+    for quick in (False, True):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": quick}}))
+        if quick:
+            assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
+        else:
+            with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
+                load_folder(tmp_path)
+
+
+def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
+    save_file(models, tmp_path / "model.safetensors")
+    for wrong in ({"embed_dims": 3}, {"embed_dim": "many"}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **wrong}}))
+        with pytest.raises(DataError, match="model_cfg must be one that open_clip can build, but got TypeError"):
+            load_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

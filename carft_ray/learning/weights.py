@@ -13,6 +13,7 @@ import torch
 from open_clip.convert import convert_state_dict
 from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from carft_ray.errors import DataError, Problem
@@ -81,30 +82,38 @@ def read_weights(path: Path, place: str) -> State:
     return {str(name).removeprefix("_orig_mod."): value for name, value in state.items()}
 
 
-def read_folder_weights(folder: Path, place: str) -> State:
-    """Reads the weights of a model folder: one file, or the shards that an index of Hugging Face names.
+def read_header(path: Path, place: str) -> State:
+    """Reads names and shapes of a weights file, and the values of s and logit_bias; the rest takes no memory.
 
-    The file is the one that open_clip chooses; names of files are never taken from outside the folder.
+    Files that are not safetensors have no header and are read whole.
     """
-    index = sorted(folder.glob("*.index.json"))
-    if index and not (folder / "model.safetensors").is_file():
-        shards = sorted(set(json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        state: State = {}
-        for shard in shards:
-            state |= read_weights(folder / Path(shard).name, place)
-        return state
-    return read_weights(folder_weights(folder), place)
+    if path.suffix != ".safetensors":
+        return read_weights(path, place)
+    try:
+        with safe_open(path, framework="pt") as file:
+            small = [name for name in file.keys() if name.split(".")[-1] in ("logit_scale", "logit_bias")]  # noqa: SIM118
+            state = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+            return state | {name: file.get_tensor(name) for name in small}
+    except Exception as error:  # its own kinds, and OSError
+        raise DataError(_unreadable(path, place, error)) from error
 
 
-def folder_weights(folder: Path) -> Path:
-    """Returns the weights file that open_clip would choose in a folder."""
+def folder_files(folder: Path) -> list[Path]:
+    """Returns the weights of a model folder: the file that open_clip would choose, or the shards of an index.
+
+    Shards are looked for in the folder alone, whatever the index of Hugging Face says.
+    """
     order = [
         *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
         *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
         *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
     ]
+    index = sorted(folder.glob("*.index.json"))
+    if index and not any((folder / name).is_file() for name in order):
+        shards = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({folder / Path(shard).name for shard in shards})
     others = sorted(path.name for ending in (".safetensors", ".bin", ".pth") for path in folder.glob(f"*{ending}"))
-    return folder / next(name for name in (*order, *others) if (folder / name).is_file())
+    return [folder / next(name for name in (*order, *others) if (folder / name).is_file())]
 
 
 def is_from_openai(state: Mapping[str, Any]) -> bool:
@@ -130,7 +139,7 @@ def fill(model: nn.Module, state: State, weights: str, place: str) -> None:
     state = for_model(model, state)
     expected = shapes_of(model.state_dict())
     misfit = compare(expected, shapes_of(state))
-    if stretched := _only_positions(model, misfit):
+    if stretched := only_positions(model, misfit):
         fitting = fitting_models(shapes_of(state))
         step = f" They fit {', '.join(fitting)} as they are." if fitting else ""
         shown = ", ".join(f"{name} {found[0]} to {need[0]}" for name, (found, need) in stretched.items())
@@ -216,7 +225,7 @@ def fitting_models(shapes: Mapping[str, Shape]) -> list[str]:
     ]
 
 
-def _only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, Shape]]:
+def only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, Shape]]:
     """Returns the position embeddings, when they alone differ and in their number of rows alone."""
     if misfit.missing or misfit.extra:
         return {}
