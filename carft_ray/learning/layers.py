@@ -81,5 +81,5 @@ def _timm_depths(visual: nn.Module, names: list[str]) -> dict[str, tuple[float, 
     seen = {n: n.removeprefix(_TRUNK) if n.startswith(_TRUNK) else _AFTER_TRUNK + n for n in names}
     tower = SimpleNamespace(named_parameters=lambda: [(name, None) for name in seen.values()])
     matcher = visual.trunk.group_matcher(coarse=False)  # type: ignore[union-attr,operator]  # untyped
-    layers = group_parameters(tower, matcher, reverse=True)  # type: ignore[arg-type]  # asks for nothing else
+    layers = group_parameters(tower, matcher, reverse=True)
     return {name: (float(layers[seen[name]]),) for name in names}
