@@ -63,7 +63,8 @@ def model(
         return
     console.out.print(console.fact_table(_facts(found)))
     console.out.print()
-    console.out.print(console.layer_table(found["layers"]))
+    rows = [(str(layer["layer"]), layer["name"], f"{layer['num_parameters']:,}") for layer in found["layers"]]
+    console.out.print(console.plain_table(("layer", "modules of the image tower", "parameters"), rows))
     console.next_step(*_next(name, part.name, found, is_recipe))
 
 
