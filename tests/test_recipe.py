@@ -63,7 +63,8 @@ RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, sear
 TRAIN_KEYS = ", ".join(TrainPart.model_fields)
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
-    "label_smoothing, crop_scale, head_bias, head_lr_factor, context_scale"
+    "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "
+    "ema_decay, recalibrate_batches, context_scale"
 )
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
