@@ -60,7 +60,7 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 # ---- one mistake, one message
 
 RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, storage, budget"
-TRAIN_KEYS = ", ".join(TrainPart.model_fields)
+TRAIN_KEYS = ", ".join([*TrainPart.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
     "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "

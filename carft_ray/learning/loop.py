@@ -334,6 +334,9 @@ def _resume(
     position = checkpoint.position
     if position["seed"] != train.seed:
         raise StorageError(Problem(str(checkpoint_dir), f"must belong to seed {train.seed}", str(position["seed"])))
+    if bool(checkpoint.average) != bool(average):
+        rule, value = "must hold an average of the weights with ema_decay, and only then", checkpoint.average
+        raise StorageError(Problem(str(checkpoint_dir), rule, "one" if value else "none"))
     classifier.load_state_dict(checkpoint.weights)
     for name, tensor in average.items():
         tensor.copy_(checkpoint.average[name])
