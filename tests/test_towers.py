@@ -1,6 +1,7 @@
 """How the image tower trains: layer-wise learning rates, frozen layers, LoRA, averages, checkpointing, BatchNorm."""
 
 import contextlib
+import functools
 import itertools
 import math
 import socket
@@ -20,9 +21,10 @@ from timm.optim import param_groups_layer_decay
 from tiny import CONFIG, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
-from carft_ray.errors import RecipeError, StorageError
+from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.predictions import concat, read_predictions, select
+from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.single import train_once
 from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -348,6 +350,21 @@ def test_gradient_checkpointing_of_a_timm_tower_gives_the_gradients_of_none():
     assert largest_difference(*gradients) == 0.0
 
 
+def test_a_micro_batch_that_fits_is_remembered_apart_for_gradient_checkpointing(tmp_path):
+    short = OutOfMemoryError("short", 8)
+    kept = make_recipe(2)
+    checkpointed = kept.model_copy(update={"train": kept.train.model_copy(update={"grad_checkpointing": True})})
+    assert memory_failure(short, kept, {}, tmp_path, 1).outcome == "memory"
+    assert fitted(kept, tmp_path, 1).train.micro_batch == 4
+    assert fitted(checkpointed, tmp_path, 1) == checkpointed
+
+
+@pytest.mark.parametrize("values", [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}])
+def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_over_memory(tmp_path, values):
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), values, tmp_path, 1).outcome == "error"
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), {}, tmp_path, 1).outcome == "fatal"
+
+
 # ---- statistics of BatchNorm
 
 
@@ -420,8 +437,6 @@ def test_every_alpha_has_the_statistics_of_its_mixed_weights(resnet_clip):
 
 
 def test_want_of_memory_for_a_batch_of_statistics_is_told(resnet_clip, monkeypatch):
-    from carft_ray.errors import OutOfMemoryError
-
     classifier = classifier_of(resnet_clip, (torch.eye(5, 16),), settings())
     before = classifier.state()
 
@@ -529,14 +544,19 @@ def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_clip, heads, source):
+def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_clip, heads, source, monkeypatch):
+    # all but the last stage of the compiler: C++ for the tiny tower takes a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
     rows, states = [], []
     for on in (False, True):
-        train = settings(compile=on, epochs=2, batch_size=40, warmup_steps=0)
+        train = settings(compile=on, epochs=2, batch_size=40, warmup_steps=0, lora_rank=4)
         states.append(fine_tune(tiny_clip, *heads, source, train, RunContext(report=rows.append)))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     assert abs(rows[2]["kl"]) < 1e-6
     assert rows[3]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-2)
     assert largest_difference(*states) < 2e-3  # Adam's first steps have the sign of a gradient that may be rounding
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

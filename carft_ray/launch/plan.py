@@ -3,9 +3,10 @@
 The probe prepares for a share of the sets and runs real trainings of two epochs on it, in the executor of the search
 and as many at a time (``evaluation.probe``). A training of E epochs on N images is then forecast as
 
-    rest + E (N image + save) + looks look + A (mix + V / v evaluate) + V / v table
+    rest + E (N image + save) + looks look + A (mix + R / r recalibrate + V / v evaluate) + V / v table
 
-with V validation images (v in the share) and A alphas; ``image`` belongs to the kind of training (plain, targets from
+with V validation images (v in the share), R training images from which BatchNorm's statistics come (r; mostly none) and
+A alphas; ``image`` belongs to the kind of training (plain, targets from
 the store, frozen model beside it) and to its batch size, between the smallest and the largest of which a step's time is
 a straight line. What the space varies enters by its expectation: ``NUM_SEARCHES`` searches with values drawn as random
 search draws them are laid onto the slots, first come first served; the forecast is their mean, the range goes from
