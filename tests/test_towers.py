@@ -35,7 +35,7 @@ from carft_ray.learning.lora import merged_state, trained_weights
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
 from carft_ray.learning.recalibration import clean_views, recalibrate
-from carft_ray.learning.tower import check_tower, layer_factors, shape_tower, tower_problems
+from carft_ray.learning.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import num_recalibrated
 from carft_ray.results.export import export_model
@@ -650,6 +650,14 @@ def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_wo
         "search.baselines.deep.freeze_layers: must be at most 4, the number of layers of the image tower, but got 9",
     ]
     check_tower(visual, make_recipe(2, space={"freeze_layers": {"low": 0, "high": 4}}))
+
+
+@pytest.mark.parametrize("values", [{}, {"freeze_layers": 2}, {"lora_rank": 3}, {"lora_rank": 3, "freeze_layers": 2}])
+def test_the_numbers_that_train_are_counted_without_shaping_a_tower(tiny_clip, heads, values):
+    train = settings(**values)
+    tower = classifier_of(tiny_clip, heads, train).visual
+    counted = sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad)
+    assert num_trained(tiny_clip.model.visual, train) == counted
 
 
 def test_set_learning_rate_keeps_the_factors_of_layers(tiny_clip, heads):

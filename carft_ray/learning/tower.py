@@ -102,20 +102,36 @@ def _adapted(visual: nn.Module, frozen: int) -> dict[str, Tensor]:
     return matrices(visual, [name for index in blocks for name in layers[index]])
 
 
+def num_trained(visual: nn.Module, train: TrainPart) -> int:
+    """Returns how many numbers of a tower train: all, those of layers that are not frozen, or those of LoRA."""
+    if train.lora_rank is not None:
+        return sum(train.lora_rank * sum(matrix.shape) for matrix in _adapted(visual, train.freeze_layers).values())
+    sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
+    frozen = itertools.chain(*layer_groups(visual)[: train.freeze_layers]) if train.freeze_layers else ()
+    return sum(sizes.values()) - sum(sizes[name] for name in frozen)
+
+
 def check_tower(visual: nn.Module, recipe: Recipe) -> None:
-    """Refuses a recipe of which a training would ask what the tower cannot do: as it stands, at the ends of the
-    search space, or in a baseline.
+    """Refuses a recipe of which a training would ask what the tower cannot do.
 
     Raises:
-        RecipeError: Names each value once, by its key in the recipe.
+        RecipeError: As ``recipe_problems``.
+    """
+    if problems := recipe_problems(visual, recipe):
+        raise RecipeError(problems)
+
+
+def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
+    """Returns what a tower cannot do of what a recipe may ask: as it stands, at the ends of its space, in a baseline.
+
+    Each value is named once, by its key in the recipe.
     """
     problems: dict[Problem, None] = {}
     for values, place in _trainings(recipe):
         for problem in tower_problems(visual, recipe.train.model_copy(update=values)):
             name = problem.place.removeprefix("train.")
             problems[dataclasses.replace(problem, place=f"{place}.{name}" if name in values else problem.place)] = None
-    if problems:
-        raise RecipeError(list(problems))
+    return list(problems)
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
