@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from carft_ray.learning.lora import merged_state
 from carft_ray.learning.losses import at_least_float32
 
 HeadForm = Literal["folded", "unit"]
@@ -99,8 +100,8 @@ class ImageClassifier(nn.Module):
         return head_CD / self.logit_scale if self.form == "folded" else head_CD.clone()
 
     def state(self) -> dict[str, Tensor]:
-        """Returns a copy of everything that training changes and mixing mixes, on the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+        """Returns a copy of everything that training changes and mixing mixes, on the CPU: plain merged weights."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in merged_state(self).items()}
 
 
 def _needs_channels_first(visual: nn.Module) -> bool:
