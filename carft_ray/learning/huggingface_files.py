@@ -4,6 +4,7 @@
 
 ``transformers.CLIPModel`` holds one architecture: a ViT with a class token and a causal text transformer that reads
 its sentence from the last token. ``misfits`` says what of a model is otherwise; such a model has no place there.
+Its tokenizer gives the tokens of open_clip's, save that open_clip also undoes HTML entities and mends broken Unicode.
 """
 
 import json
