@@ -263,7 +263,7 @@ def test_an_export_that_does_not_give_the_logits_of_the_model_never_takes_its_na
     monkeypatch.setattr(exporting, "write_huggingface", wrong(exporting.write_huggingface, change))
     with pytest.raises(StorageError) as caught:
         export_model(trained["folded"], tmp_path / "export", None, ("huggingface",))
-    assert str(caught.value).startswith(f"{tmp_path / 'export'}: transformers {message}")
+    assert str(caught.value).startswith(f"{tmp_path / 'export'}: {message}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,6 +280,16 @@ def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(tr
         "    Install it: pip install 'carft-ray[onnx]'",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, capsys):
+    folder = Path(trained["folded"].recipe.data.train.path).parent / "folded"
+    assert crash_host.call(["export", folder, "--to", tmp_path / "export", "--alpha", "0", "--format", "onnx"]) == 0
+    said = capsys.readouterr().err
+    first, second = said.replace(str(tmp_path), "").splitlines()[:2]
+    assert first == "Exported to /export at alpha 0. Opened again, each in a process of its own:"
+    assert re.fullmatch(r"  onnx: the logits of 15 images differ by at most \d\.\de-\d\d\.", second)
+    assert {path.name for path in (tmp_path / "export").iterdir()} == ALWAYS | FILES["onnx"]
 
 
 def test_a_killed_export_leaves_nothing_under_its_name(trained, tmp_path):

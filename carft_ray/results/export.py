@@ -31,7 +31,7 @@ from carft_ray.files import fsync_file, new_folder, require_new, write_json, wri
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip
-from carft_ray.learning.huggingface_files import misfits, write_huggingface
+from carft_ray.learning.hugging_face_files import misfits, write_huggingface
 from carft_ray.learning.onnx_files import write_onnx
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.model_card import HEAD_NAME, model_card
@@ -202,6 +202,7 @@ def _difference(folder: Path, name: str, question: dict[str, Any], expected: dic
         library = FORMATS[name][0][-1]
         if done.returncode != 0:
             value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            value = value.replace(str(folder), "the export")  # it has its name for the time being only
             raise StorageError(Problem(str(folder), f"{library} must open the export", value))
         found = load_tensors(answer)
     # one tensor, since a not-a-number must not lose against a number

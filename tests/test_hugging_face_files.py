@@ -12,7 +12,7 @@ from tiny import CONFIG
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from carft_ray.learning.clip import wrap_model
-from carft_ray.learning.huggingface_files import misfits, to_huggingface, write_huggingface
+from carft_ray.learning.hugging_face_files import misfits, to_huggingface, write_huggingface
 
 SENTENCES = [
     "a photo of a circle",
