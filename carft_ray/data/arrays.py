@@ -99,7 +99,7 @@ def _open(entry: Path, source: Source) -> ImageSet | None:
     if not (np.array_equal(labels, source.labels) and np.array_equal(sample_ids, source.sample_ids)):
         _log.warning("The decoded set %s holds other images than its name says and will be built again", path)
         return None
-    return ImageSet(source.name, images_NHWC, labels, sample_ids)
+    return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
 
 def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
