@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,10 @@ import short_training
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from carft_ray.data import sandbox
 from carft_ray.errors import StorageError, UsageError
@@ -225,6 +230,29 @@ def test_the_model_card_names_the_licence_and_what_made_the_weights(exports):
     assert f"The weights come from `{training.recipe.model.name}`: its licence holds for them" in card
     assert re.findall("^## Use with (.*)", card, re.M) == list(LIBRARIES.values())
     assert "Images: RGB, the shorter side resized to 16 pixels, " in card
+
+
+def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path):
+    """Without its files open_clip would ask a hub for them; here there is none of that name."""
+    training = trained["folded"]
+    folder = tmp_path / "model"
+    shutil.copytree(training.recipe.model.name.removeprefix("local-dir:"), folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/nothing"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    words = ["<pad>", "</s>", "<unk>", "a", "photo", "sketch", "of", "dark", *short_training.CLASSES]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    clip = load_folder(folder)
+    assert clip.tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
+    other = dataclasses.replace(training, materials=dataclasses.replace(training.materials, clip=clip))
+    export = export_model(other, tmp_path / "export")
+    assert export.largest_difference < 1e-4
+    assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
+    with pytest.raises(UsageError, match="a model with a tokenizer of another kind"):
+        export_model(other, tmp_path / "refused", None, ("huggingface",))
 
 
 def wrong(write, change):
