@@ -109,12 +109,10 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("export", "out", "--to", "exported", "--json")
     assert code == 0, err
     exported = json.loads(out)
-    assert exported.keys() == {"folder", "alpha", "largest_difference", "num_checked"}
+    assert exported.keys() == {"folder", "alpha", "largest_difference", "num_checked", "formats"}
     assert exported["alpha"] == result["alpha"]
+    assert exported["formats"] == {"open_clip": exported["largest_difference"]}
     assert exported["largest_difference"] < 1e-3
-    code, out, err = run("export", "out", "--to", "exported0", "--alpha", "0")
-    assert code == 0
-    assert "Exported to exported0 at alpha 0. Opened again" in err
 
 
 def test_validate_says_what_comes_next_and_speaks_json(run):
@@ -309,6 +307,12 @@ MISTAKES = [
         ["export", "done", "--to", "full"],
         2,
         "{here}/full: must be a new folder, but got one that holds notes.txt\n    Give another folder with --to.",
+    ),
+    (
+        ["export", "done", "--to", "new", "--format", "onnx,huggingfaces"],
+        2,
+        "--format: must be a format, but got 'huggingfaces'; did you mean 'huggingface'? "
+        "(allowed: open_clip, huggingface, onnx)",
     ),
 ]
 
