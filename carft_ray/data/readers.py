@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data import folder
+from carft_ray.data import benchmarks, folder
 from carft_ray.data.listing import Listing
 from carft_ray.errors import Problem
-from carft_ray.recipe.schema import FolderSet, StoredSet
+from carft_ray.recipe.schema import BenchmarkSet, FolderSet, StoredSet
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Reader:
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
+        disjoint: Whether two sets of one place share no image all the same, where a slot cannot say so.
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
@@ -32,11 +33,19 @@ class Reader:
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
+    disjoint: Callable[[Any, Any], bool] = lambda one, other: False
     num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {
     FolderSet: Reader(folder.list_folder_set, folder.folder_set_problems, folder.folder_set_places),
+    BenchmarkSet: Reader(
+        benchmarks.list_benchmark,
+        benchmarks.benchmark_problems,
+        benchmarks.benchmark_places,
+        disjoint=benchmarks.are_disjoint,
+        num_expected=benchmarks.num_expected,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from carft_ray.data.sets import cache_dir, class_names, open_train, open_validat
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
-from carft_ray.recipe.schema import Recipe, SandboxSet
+from carft_ray.recipe.schema import Recipe, SandboxSet, plain
 
 __all__ = ["ID_SET", "Materials", "load_materials"]
 
@@ -58,7 +58,7 @@ def load_materials(recipe: Recipe, base_dir: Path) -> Materials:
         clip = load_clip(recipe.model, base_dir)
         folder = cache_dir(recipe, base_dir)
         train = open_train(recipe, base_dir)
-        if isinstance(recipe.data.train, SandboxSet):  # drawing an image takes longer than training on it
+        if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder)
         id_val, ood_val = open_validation(recipe, base_dir)
         validation = tuple(

@@ -12,11 +12,13 @@ from open_clip.tokenizer import HFTokenizer
 from PIL import Image
 from torch import Tensor, nn
 
+from carft_ray.data.facts import load_facts
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.building import fetching, quiet
 from carft_ray.learning.catalog import LOCAL_DIR, OPEN_CLIP_CONFIG, tokenizer_files
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.learning.weights import fill
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.schema import ModelPart, PromptsPart
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -80,10 +82,13 @@ def load_folder(folder: Path) -> Clip:
 def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the sentences with ``{}`` that a recipe's prompts name.
 
-    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them.
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
     """
     if not isinstance(prompts.templates, str):
         return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return load_facts(prompts.templates).templates or ()
     named = {
         "sandbox": sandbox_templates,
         "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),

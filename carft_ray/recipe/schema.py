@@ -29,7 +29,15 @@ def _templates(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
-        raise ValueError("must be the name of a set of templates or a list of texts with {}")
+        raise ValueError("must be the name of a set of templates, file:PATH, or a list of texts with {}")
+    return tuple(value)
+
+
+def _words(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        raise ValueError("must be the name of a benchmark or a list of texts")
     return tuple(value)
 
 
@@ -64,6 +72,12 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 TemplateSet = Literal["sandbox", "simple", "openai"]
+# ImageNet-C's fifteen, then its four extra ones
+Corruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
 
 
 class Part(BaseModel):
@@ -120,7 +134,32 @@ class FolderSet(StoredSet):
     domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None
 
 
-SetSpec = Annotated[SandboxSet | FolderSet, Field(discriminator="source")]
+class BenchmarkSet(StoredSet):
+    """A public benchmark as its archives unpack, with its own class list, splits and masks."""
+
+    source: Literal["benchmark"]
+    name: str  # a key of recipe/benchmarks.py
+    split: str | None = None  # of the benchmark; None: all images
+    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None  # of DomainBed's sets; None: all
+    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # DomainBed's; of its splits in and out
+
+
+# every kind of set but those that are made of another
+PlainSet = SandboxSet | FolderSet | BenchmarkSet
+
+
+class CorruptedSet(Part):
+    """Another set under ImageNet-C's corruptions, each image under one of them."""
+
+    source: Literal["corrupted"]
+    of: Annotated[PlainSet, Field(discriminator="source")]
+    corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1)] | None = None  # None: ImageNet-C's fifteen
+    severity: Annotated[int, Field(ge=1, le=5, strict=True)]
+    seed: Seed = 0  # of the draw of a corruption and of its noise, with the sample id
+    size: Count = 224  # larger images are first resized and cropped to a square of this side, as ImageNet-C was
+
+
+SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
 SetSpecs = Annotated[dict[SetName, SetSpec], BeforeValidator(_nothing_is_empty)]
 
 
@@ -141,8 +180,12 @@ class DataPart(Part):
 class PromptsPart(Part):
     """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
 
-    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = "sandbox"  # a TemplateSet, or a list
-    class_names: tuple[str, ...] | None = None  # words for the classes; None: the class folders, '_' as a space
+    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = (
+        "sandbox"  # a TemplateSet, a benchmark, or a list
+    )
+    # words for the classes: those of a benchmark, or a list; None: those of the benchmark that is trained on, else the
+    # class folders, '_' as a space
+    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = None
 
 
 class TrainPart(Part):
@@ -397,3 +440,8 @@ class Recipe(Part):
     resources: ResourcesPart = ResourcesPart()
     storage: str | None = None  # address that the study is mirrored to
     budget: BudgetPart = BudgetPart()
+
+
+def plain(spec: SetSpec) -> PlainSet:
+    """Returns the set of images that a set is made of: itself, or that which is shown corrupted."""
+    return spec.of if isinstance(spec, CorruptedSet) else spec

@@ -24,7 +24,7 @@ from carft_ray.errors import Problem, RecipeError, StorageError
 from carft_ray.recipe.loading import absolute_paths, is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
-from carft_ray.recipe.schema import Parameter, Recipe, StoredSet
+from carft_ray.recipe.schema import CorruptedSet, Parameter, Recipe, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
 from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, RESOLVED, check_free_or_claimed
@@ -59,6 +59,13 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "<set>.shots_seed": ("identity", "which images"),
     "<set>.classes": ("identity", "between which classes images are told apart"),
     "<set>.on_bad_image": ("identity", "which images"),
+    "<set>.name": ("identity", "which images"),
+    "<set>.trial_seed": ("identity", "which images"),
+    "<set>.of": ("identity", "which images"),
+    "<set>.corruptions": ("identity", "what the images look like"),
+    "<set>.severity": ("identity", "what the images look like"),
+    "<set>.seed": ("identity", "what the images look like"),
+    "<set>.size": ("identity", "what the images look like"),
     "prompts.templates": ("identity", "both heads are made of them"),
     "prompts.class_names": ("identity", "both heads are made of them"),
     "train.learning_rate": ("identity", _METHOD),
@@ -192,10 +199,9 @@ def table_key(path: KeyPath) -> str:
     Raises:
         KeyError: No key of a recipe is meant.
     """
-    if path[:2] in _SETS and len(path) > 2:
-        return f"<set>.{path[2]}"
-    if path[:2] in _NAMED_SETS and len(path) > 3:
-        return f"<set>.{path[3]}"
+    below = path[2:] if path[:2] in _SETS else path[3:] if path[:2] in _NAMED_SETS else ()
+    if below:  # the set that a corrupted one is made of has the keys of a set
+        return f"<set>.{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
     if path[:2] == ("search", "space") and len(path) > 3:
         return f"search.space.<parameter>.{path[3]}"
     for end in range(len(path), 0, -1):
@@ -331,18 +337,20 @@ def _is_free(found: Difference) -> bool:
 
 def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
     """Yields the paths of test sets that have not moved as ``data.train`` has: their contents are never looked at."""
-    train = [recipe.data.train for recipe in (old, new)]
+    train = [plain(recipe.data.train) for recipe in (old, new)]
     sets: dict[KeyPath, Any] = {("data", "id_test"): (old.data.id_test, new.data.id_test)}
     names = old.data.ood_test.keys() & new.data.ood_test.keys()
     sets |= {("data", "ood_test", name): (old.data.ood_test[name], new.data.ood_test[name]) for name in sorted(names)}
-    for path, (before, now) in sets.items():
+    for path, pair in sets.items():
+        before, now = (plain(spec) for spec in pair)
         if isinstance(before, StoredSet) and isinstance(now, StoredSet) and before.path != now.path:
             together = [
                 os.path.relpath(one.path, root.path) if isinstance(root, StoredSet) else one.path
                 for one, root in zip((before, now), train, strict=True)
             ]
             if together[0] != together[1]:
-                yield Difference((*path, "path"), before.path, now.path)
+                inner = ("of",) if isinstance(pair[0], CorruptedSet) else ()
+                yield Difference((*path, *inner, "path"), before.path, now.path)
 
 
 def _how(name: str, old: Recipe, new: Recipe) -> frozenset[Direction]:
