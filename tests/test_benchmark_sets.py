@@ -31,7 +31,7 @@ from sources import open_set
 from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
-from carft_ray.data.benchmarks import LAYOUTS, benchmark_words, known_facts, num_expected
+from carft_ray.data.benchmarks import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.cifar import read_python
 from carft_ray.data.corruptions import CORRUPTIONS
 from carft_ray.data.facts import load_facts
@@ -119,6 +119,12 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     if name not in ("imagenet-r", "imagenet-a"):
         assert source.class_names == (IMAGENET if imagenet else facts.classes)
     assert source.pixels(0).dtype == np.uint8
+    spec = TypeAdapter(SetSpec).validate_python(
+        {"source": "benchmark", "name": name, "path": str(made(name)), "split": split}
+    )
+    places = benchmark_places(spec, Path("/"))
+    assert all(source.place(index).startswith(tuple(places)) for index in range(len(source)))
+    assert all(Path(place).is_dir() for place in places)
     assert len(np.unique(source.sample_ids)) == len(source)
     assert source.fingerprint.startswith("benchmark-1/")
 
