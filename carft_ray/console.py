@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -283,6 +284,16 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     table.add_column("range")
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def fact_table(facts: Mapping[str, str]) -> Table:
+    """Returns a table of names and what there is to say of each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, escape(text))
     return table
 
 

@@ -44,11 +44,11 @@ def largest_difference(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def plain_fine_tuning(clip, class_head, source, train, form="folded"):
+def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
     """Plain fine-tuning as anybody would write it: no KL, no workers, no micro-batches, no checkpoints."""
-    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(True).train()
+    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(tower_trains).train()
     head = torch.nn.Parameter(clip.logit_scale * class_head)
-    parameters = [*visual.parameters(), head]
+    parameters = [*(visual.parameters() if tower_trains else ()), head]
     optimizer = torch.optim.AdamW(parameters, weight_decay=train.weight_decay, fused=True)
     mean = torch.tensor(clip.mean, dtype=head.dtype).view(1, 3, 1, 1)
     std = torch.tensor(clip.std, dtype=head.dtype).view(1, 3, 1, 1)

@@ -60,10 +60,11 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 # ---- one mistake, one message
 
 RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, storage, budget"
-TRAIN_KEYS = ", ".join(TrainPart.model_fields)
+TRAIN_KEYS = ", ".join([*TrainPart.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
-    "label_smoothing, crop_scale, head_bias, head_lr_factor, context_scale"
+    "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "
+    "ema_decay, recalibrate_batches, context_scale"
 )
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
@@ -112,6 +113,15 @@ BAD = [
     ("train: {kl_weight: -1}", "r.yaml:9: train.kl_weight: must be at least 0, but got -1"),
     ("train: {alpha: 1.5}", "r.yaml:9: train.alpha: must be at most 1, but got 1.5"),
     ("train: {label_smoothing: 1}", "r.yaml:9: train.label_smoothing: must be less than 1, but got 1"),
+    ("train: {layer_decay: 0}", "r.yaml:9: train.layer_decay: must be greater than 0, but got 0"),
+    ("train: {layer_decay: 1.5}", "r.yaml:9: train.layer_decay: must be at most 1, but got 1.5"),
+    ("train: {freeze_layers: -1}", "r.yaml:9: train.freeze_layers: must be at least 0, but got -1"),
+    ("train: {freeze_layers: 1.5}", "r.yaml:9: train.freeze_layers: must be a whole number, but got 1.5"),
+    ("train: {lora_rank: 0}", "r.yaml:9: train.lora_rank: must be at least 1, but got 0"),
+    ("train: {lora_alpha: 0}", "r.yaml:9: train.lora_alpha: must be greater than 0, but got 0"),
+    ("train: {ema_decay: 1}", "r.yaml:9: train.ema_decay: must be less than 1, but got 1"),
+    ("train: {recalibrate_batches: -1}", "r.yaml:9: train.recalibrate_batches: must be at least 0, but got -1"),
+    ("train: {compile: 1}", "r.yaml:9: train.compile: must be true or false, but got 1"),
     ("train: {crop_scale: 0.0}", "r.yaml:9: train.crop_scale: must be greater than 0, but got 0.0"),
     ("train: {batch_size: 0}", "r.yaml:9: train.batch_size: must be at least 1, but got 0"),
     # words
@@ -700,6 +710,15 @@ WARNINGS = [
     (
         "train: {head_bias: true, head_lr_factor: 0}",
         "train.head_bias has no effect: head_lr_factor is 0, so it stays 0",
+    ),
+    ("train: {lora_alpha: 8}", "train.lora_alpha has no effect: lora_rank is null"),
+    (
+        "search: {space: {lora_alpha: {low: 1, high: 8}}}",
+        "search.space.lora_alpha has no effect: lora_rank is null",
+    ),
+    (
+        "train: {ema_decay: 0}",
+        "train.ema_decay has no effect: an average with decay 0 is the last step; null says the same",
     ),
     ("train: {precision: fp64}", "train.precision fp64 is for checks of the numbers: several times slower, no better"),
     (

@@ -24,6 +24,7 @@ app = typer.Typer(
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
+BYTES = ("kB", "MB", "GB", "TB")
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
 SetOption = Annotated[
@@ -103,7 +104,7 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
     """Loads and checks a recipe as far as that needs no torch; warnings go to standard error."""
     from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.catalog import check_model
+    from carft_ray.learning.catalog import check_model, model_warnings
     from carft_ray.recipe.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
@@ -117,7 +118,7 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
         raise HoldOutError(problems)
     if problems := check_sets(recipe, base_dir):
         raise DataError(problems)
-    for text in warnings(recipe):
+    for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
         console.warn(text)
     return recipe
 
@@ -133,3 +134,13 @@ def quoted(
     if num_workers is not None:
         words += ["--num-workers", str(num_workers)]
     return shlex.join(words)
+
+
+def size(number: float) -> str:
+    """Returns a number of bytes in the unit that fits it."""
+    number /= 1000
+    for unit in BYTES[:-1]:
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {BYTES[-1]}"

@@ -28,6 +28,7 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import LOG_EVERY, build_classifier
 from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 
@@ -220,7 +221,7 @@ def _timed(
         "look_s": look_s,
         "save_s": save_s,
         "rest_s": max(0.0, total_s - trained_s - sum(looks) - EPOCHS * save_s),
-        "num_alphas": len(result["curve"]) - 1.0,
+        "num_alphas": len(result["curve"]) - float(not recipe.train.recalibrate_batches),
     }
 
 
@@ -230,15 +231,20 @@ def _evaluation(
     """Times an evaluation of the share and what is done with its predictions; returns sizes of files, too.
 
     Returns:
-        ``mix_s`` to mix weights, ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
+        ``mix_s`` to mix weights, ``recalibrate_s`` for statistics from the training images of the share (0 without
+        ``recalibrate_batches``), ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
         ``num_evaluated`` images, ``weights_bytes`` and ``predictions_bytes`` of the share.
     """
     heads = load_tensors(prepared_dir / "heads.safetensors")
     classifier = build_classifier(share.clip, heads["class_head"], recipe.train, device_of(recipe))
-    state = classifier.state()
+    state, num_batches = classifier.state(), recipe.train.recalibrate_batches
+    views_NHWC = clean_views(share.clip, share.train, num_batches) if num_batches else None
     began = time.perf_counter()
     classifier.load_state_dict(mix_weights(state, state, 0.5))
     mixed = time.perf_counter()
+    if views_NHWC is not None:
+        recalibrate(classifier, views_NHWC)
+    recalibrated = time.perf_counter()
     predict_all(classifier, share.validation, 0.5, recipe.evaluate.batch_size, context)
     evaluated = time.perf_counter()
     if context.rank != 0:
@@ -250,7 +256,8 @@ def _evaluation(
     write_predictions(folder / "again.parquet", table)
     return {
         "mix_s": mixed - began,
-        "evaluate_s": evaluated - mixed,
+        "recalibrate_s": recalibrated - mixed,
+        "evaluate_s": evaluated - recalibrated,
         "table_s": time.perf_counter() - evaluated,
         "num_evaluated": _count(share.validation),
         "weights_bytes": (folder / WEIGHTS).stat().st_size,

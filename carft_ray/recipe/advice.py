@@ -73,6 +73,13 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.decay", "has no effect: weight_decay is 0"
     if train.head_bias and train.head_lr_factor == 0 and "head_lr_factor" not in space:
         yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
+    if train.lora_rank is None and "lora_rank" not in space:
+        if train.lora_alpha is not None:
+            yield "train.lora_alpha", "has no effect: lora_rank is null"
+        if "lora_alpha" in space:
+            yield "search.space.lora_alpha", "has no effect: lora_rank is null"
+    if train.ema_decay == 0 and "ema_decay" not in space:
+        yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null says the same"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):

@@ -34,6 +34,8 @@ NOT_SEARCHABLE = {
     "class_head_form": "Both forms give the same model at the same settings: only the stored numbers differ.",
     "precision": "It changes speed and rounding, not the method. Choose one for all trials.",
     "micro_batch": "It changes speed and memory, not the gradient. Choose one for all trials.",
+    "grad_checkpointing": "It changes speed and memory, not the gradient. Choose one for all trials.",
+    "compile": "It changes speed and rounding, not the method. Choose one for all trials.",
 }
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")

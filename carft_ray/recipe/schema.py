@@ -165,9 +165,17 @@ class TrainPart(Part):
     class_head_form: Literal["folded", "unit"] = "folded"
     head_bias: Flag = False
     head_lr_factor: NonNegative = 1.0  # 0 freezes the class head
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0  # learning rate of a layer over the next one's
+    freeze_layers: Whole = 0  # lowest layers of the image tower that do not train
+    lora_rank: Count | None = None  # the tower's matrices train by corrections of this rank; None: all of the tower
+    lora_alpha: Positive | None = None  # the corrections count lora_alpha / lora_rank times; None: once
+    ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = None  # of the average of the steps' weights
+    recalibrate_batches: Whole = 0  # clean batches for the BatchNorm statistics of mixed weights; 0: those of the start
     context_scale: Positive | None = None  # scale in the context softmax; None: the model's own logit scale
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"  # of the tower's compute; weights stay fp32 (fp64)
-    seed: Seed = 0  # data order and views
+    grad_checkpointing: Flag = False  # activations of blocks are computed again, not kept
+    compile: Flag = False  # the training computes with a compiled image tower
+    seed: Seed = 0  # data order, views, and the start of LoRA
 
 
 # categorical parameter -> its values for which this one is drawn; elsewhere the field keeps its value in `train`
