@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -73,6 +74,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Returns a size in three digits, ``1.23 GB`` for 1.23 * 10^9 bytes."""
+    size, units = num_bytes / 1000, ["kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
@@ -286,6 +296,36 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
+def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of the entries of the image cache.
+
+    Args:
+        rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
+            ``last_used`` (seconds since 1970), ``in_use``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("set", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("source")
+    for name in ("images", "pixels", "size", "built", "last used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        days = [datetime.fromtimestamp(row[key]).strftime("%Y-%m-%d %H:%M") for key in ("created", "last_used")]
+        table.add_row(
+            row["name"] or "?",
+            row["kind"],
+            row["source"],
+            f"{row['num_images']:,}" if row["num_images"] else "",
+            row["image_size"],
+            size_text(row["num_bytes"]),
+            days[0] if row["created"] else "",
+            days[1],
+            "in use" if row["in_use"] else "",
+        )
+    return table
+
+
 def training_progress() -> Progress:
     """Returns the progress bar of a training; its fields are ``detail``."""
     return Progress(
@@ -306,3 +346,18 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task(what, total=None)
     with bar if err.is_terminal else contextlib.nullcontext():
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def counting_sets() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a callback (set, done, in all) that is shown as a bar for each set on a terminal."""
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=True)
+    tasks: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total)
+        bars.update(tasks[name], completed=done)
+
+    with bars if err.is_terminal else contextlib.nullcontext():
+        yield show

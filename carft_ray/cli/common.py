@@ -22,6 +22,8 @@ app = typer.Typer(
     "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
+data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
+app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from carft_ray.data.arrays import lock
+from carft_ray.data.cache import lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
 from carft_ray.data.folder import FolderSource, list_folders
 from carft_ray.data.sets import TEST_ROLES, check_roles, open_source
