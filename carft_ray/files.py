@@ -55,7 +55,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.EROFS: "Choose a folder that you may write to.",
     }
     step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
-    return StorageError(Problem(str(path), "must be writable", error.strerror or str(error), next_step=step))
+    cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
+    return StorageError(Problem(str(path), "must be writable", cause, next_step=step))
 
 
 def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda name: False) -> None:

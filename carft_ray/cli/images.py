@@ -106,7 +106,7 @@ def data_clean(
 ) -> None:
     """Remove sets from the cache, but none in use. What is needed again is built again."""
     from carft_ray import console
-    from carft_ray.data.cache import hash_files, list_entries, remove, remove_dead, surplus
+    from carft_ray.data.cache import GB, hash_files, list_entries, remove, remove_dead, surplus
     from carft_ray.files import writing
 
     given = [name for name, value in (("--all", all_), ("--older-than", older_than), ("--to-gb", to_gb)) if value]
@@ -118,7 +118,7 @@ def data_clean(
     before = None if older_than is None else time.time() - _seconds(older_than)
     entries = list_entries(folder)
     if to_gb is not None:
-        going = surplus(entries, to_gb)
+        going = surplus(entries, to_gb * GB)
     else:
         going = [each for each in entries if (all_ or each.last_used < (before or 0)) and not each.in_use]
     hashes = hash_files(folder) if all_ else {}

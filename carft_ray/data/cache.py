@@ -86,8 +86,8 @@ def entry(
         read: Gets the ``RecordBatchFileReader`` of the file, whose buffers are views of it. Raises ``ValueError`` for
             a file that is not what it should be.
         build: Writes and flushes the file, and returns what ``entry.json`` says.
-        limit_gb: Largest size of the cache in 10^9 bytes. After a build the entries that were not used for longest go
-            until it fits, but none in use; None: no limit.
+        limit_gb: Largest size of the cache in 10^9 bytes. With a new entry, those that were not used for longest go
+            until all fit, but none in use; None: no limit.
 
     Returns:
         What ``read`` returns.
@@ -108,8 +108,8 @@ def entry(
             found = _open(temporary, read)  # before others see it: nobody can remove what is open
             if found is None:
                 raise StorageError(Problem(str(folder), "an entry of the cache must be readable once it is written"))
-    if limit_gb is not None:
-        _fit(cache_dir, limit_gb)
+            if limit_gb is not None:
+                _make_room(cache_dir, limit_gb, (temporary / FILE).stat().st_size)
     return found
 
 
@@ -163,14 +163,14 @@ def hash_files(cache_dir: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for pattern in _HASHES for path in sorted(cache_dir.glob(pattern))}
 
 
-def surplus(entries: Sequence[Entry], limit_gb: float) -> list[Entry]:
-    """Returns the entries that must go so that the others are at most ``limit_gb`` large: those not used for longest.
+def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
+    """Returns the entries that must go so that the others have at most ``max_bytes``: those not used for longest.
 
     Entries in use stay, so that may not be enough.
     """
     size, gone = sum(each.num_bytes for each in entries), []
     for each in sorted(entries, key=lambda each: each.last_used):
-        if size > limit_gb * GB and not each.in_use:
+        if size > max_bytes and not each.in_use:
             gone.append(each)
             size -= each.num_bytes
     return gone
@@ -207,11 +207,13 @@ def remove_dead(cache_dir: Path) -> int:
     return count
 
 
-def _fit(cache_dir: Path, limit_gb: float) -> None:
+def _make_room(cache_dir: Path, limit_gb: float, num_bytes: int) -> None:
+    """Removes entries so that one more of ``num_bytes`` fits; a warning where those in use and that are too large."""
     remove_dead(cache_dir)
-    for each in surplus(list_entries(cache_dir), limit_gb):
+    for each in surplus(list_entries(cache_dir), limit_gb * GB - num_bytes):
         remove(cache_dir, each.key)
-    if (size := sum(each.num_bytes for each in list_entries(cache_dir))) > limit_gb * GB:
+    size = num_bytes + sum(each.num_bytes for each in list_entries(cache_dir))
+    if size > limit_gb * GB:
         text = "The cache %s holds %.3g GB, more than data.cache_gb: %g, and all of it is in use"
         _log.warning(text, cache_dir, size / GB, limit_gb)
 
@@ -272,5 +274,5 @@ def _remove_remains(folder: Path) -> None:
     for path in folder.parent.glob(f".{folder.name}.*.tmp"):
         with writing(path):
             shutil.rmtree(path)
-    with contextlib.suppress(FileNotFoundError):
+    if folder.exists():
         discard_folder(folder)
