@@ -21,6 +21,8 @@ LARGE = (400, 224)  # images, side in pixels: 60 MB, against 3 MB that any proce
 
 def import_everything():
     global image_set, PackedSource, errors, decode_image
+    import pandas  # noqa: F401  (pyarrow would load it in every fork)
+
     from carft_ray import errors
     from carft_ray.data.arrays import image_set
     from carft_ray.data.images import decode_image
@@ -64,8 +66,11 @@ class Pictures:
         pixels = np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
         return simplejpeg.encode_jpeg(pixels)
 
+    def decode(self, content, index):
+        return decode_image(content, self.place(index))
+
     def pixels(self, index):
-        return decode_image(self.content(index), self.place(index))
+        return self.decode(self.content(index), index)
 
 
 class Plain(Pictures):

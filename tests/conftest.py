@@ -27,9 +27,17 @@ class ArraySource:
         self.images = rng.integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
         self.images[:, :4, :4, 0] = (self.labels * 50)[:, None, None]  # something to learn
         self.fingerprint = f"array-{num_images}-{size}-{seed}"
+        self.groups = None
+        self.home = ""
 
     def __len__(self):
         return len(self.images)
+
+    def place(self, index):
+        return f"{self.name}, image {index}"
+
+    def content(self, index):
+        return self.images[index].tobytes()
 
     def pixels(self, index):
         return self.images[index]

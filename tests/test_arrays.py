@@ -34,6 +34,7 @@ class Pictures:
     class_names: tuple[str, ...] = ("bird", "fish")
     log_path: Path | None = None
     delay_s: float = 0.0
+    groups: None = None
 
     @property
     def labels(self):

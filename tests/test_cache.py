@@ -49,7 +49,7 @@ def keys(cache_dir):
 def test_an_entry_says_what_it_holds(tmp_path):
     image_set(replace(Pictures(), name="sketch"), halve, "halved", tmp_path)
     (entry,) = cache.list_entries(tmp_path)
-    assert (entry.kind, entry.name, entry.source, entry.num_images) == ("decoded", "sketch", "pictures-1", 12)
+    assert (entry.kind, entry.name, entry.source, entry.num_images) == ("decoded", "sketch", "pictures", 12)
     assert (entry.image_size, entry.transform) == ("4 x 4", "halved")
     assert entry.num_bytes == (tmp_path / entry.key / "set.arrow").stat().st_size
     assert 0 <= entry.last_used - entry.created < 60
@@ -57,7 +57,7 @@ def test_an_entry_says_what_it_holds(tmp_path):
 
 def test_a_cache_that_is_not_there_is_empty(tmp_path):
     assert cache.list_entries(tmp_path / "none") == []
-    assert cache.hash_files(tmp_path / "none") == {}
+    assert cache.notes(tmp_path / "none") == {}
     assert cache.remove_dead(tmp_path / "none") == 0
 
 
@@ -291,8 +291,8 @@ def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(
     assert answer["cache"] == str(tmp_path / "own" / "carft-ray")
     code, out, err = run("data", "ls")
     assert code == 0
-    assert re.search(r"id_val +decoded +folder\S* +15 +16 x 16 +\S+ kB", out)
-    assert re.search(r"train +packed +folder\S* +20 ", out)
+    assert re.search(r"id_val +decoded +folder +15 +16 x 16 +\S+ kB", out)
+    assert re.search(r"train +packed +folder +20 ", out)
     assert f"{tmp_path / 'own' / 'carft-ray'}: 3 sets, " in err
     listed = json.loads(run("data", "ls", "--json")[1])
     assert sorted(entry["name"] for entry in listed["entries"]) == ["id_val", "sketch", "train"]
@@ -365,7 +365,7 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer.startswith("y"))
     code, out, err = run("data", "clean", "--cache", filled, "--all")
     assert code == 0
-    assert out == "Remove 3 sets and 1 files of hashes?\n"
+    assert out == "Remove 3 sets and 1 files of notes?\n"
     assert len(cache.list_entries(filled)) == kept
     assert ("Nothing was removed." in err) is (kept == 3)
 

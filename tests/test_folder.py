@@ -8,9 +8,12 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image
+from sources import folder_source
 
-from carft_ray.data.folder import folder_source, sample_id
+from carft_ray.data.folder import list_folder_set
+from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
+from carft_ray.recipe.schema import FolderSet
 
 
 def picture(width=8, height=6, seed=0):
@@ -47,7 +50,7 @@ def problems_of(root, domains, classes):
 
 def test_source_orders_images_by_relative_name_and_labels_by_sorted_folder(tree):
     source = folder_source(tree, ["photo", "art"], None, "train")
-    assert source.files == (
+    assert tuple(source.listing.names) == (
         "art/bird/10.png",
         "art/bird/2.png",
         "art/fish/10.png",
@@ -72,7 +75,7 @@ def test_source_takes_the_label_order_of_the_class_list(tree):
 
 def test_source_does_not_depend_on_the_order_of_the_domains(tree):
     one, other = (folder_source(tree, domains, None, "train") for domains in (["photo", "art"], ["art", "photo"]))
-    assert one.files == other.files
+    assert one.listing.names == other.listing.names
     assert one.fingerprint == other.fingerprint
     np.testing.assert_array_equal(one.sample_ids, other.sample_ids)
 
@@ -86,7 +89,7 @@ def test_sample_id_is_pinned_and_depends_on_the_relative_name_alone(tree, tmp_pa
     after = folder_source(moved, ["photo"], None, "id_val")
     np.testing.assert_array_equal(before.sample_ids, after.sample_ids)
     assert before.sample_ids.dtype == np.uint64
-    assert after.sample_ids.tolist() == [sample_id(file) for file in after.files]
+    assert after.sample_ids.tolist() == [sample_id(file) for file in after.listing.names]
 
 
 def test_names_with_accents_mean_the_same_however_they_are_spelled(tmp_path):
@@ -150,7 +153,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
 
 def test_a_file_that_vanished_is_named(tree):
     source = folder_source(tree, ["photo"], None, "train")
-    (tree / source.files[1]).unlink()
+    (tree / source.listing.names[1]).unlink()
     with pytest.raises(DataError, match=r"photo/bird/2\.png"):
         source.pixels(1)
     with pytest.raises(DataError, match=r"photo/bird/2\.png"):
@@ -167,7 +170,8 @@ def test_a_missing_root_is_told_with_the_layout(tmp_path):
 
 
 def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
-    text = problems_of(tree, ["photos", "../tree", "art", "art", ""], None)
+    spec = FolderSet.model_construct(source="folder", path=str(tree), domains=("photos", "../tree", "art", "art", ""))
+    text = "\n".join(str(problem) for problem in list_folder_set(spec, tree, "data.id_val").problems)
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
     assert "not a path, but got '../tree'" in text
     assert "a domain must be listed once, but got 'art'" in text
@@ -178,9 +182,9 @@ def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
     save(tree / "photo" / "brid" / "1.png")
     (tree / "photo" / "tree").mkdir()
     text = problems_of(tree, ["photo"], ["fish", "birds", "tree"])
-    assert "every class folder must be in the class list, but got 'bird', 'brid'; did you mean 'birds'?" in text
-    assert "every class must have a folder in every set, but got none for 'birds'; did you mean 'bird'?" in text
-    assert "every class folder must hold an image" in text
+    assert "every class of a set must be in the class list, but got 'bird', 'brid'; did you mean 'birds'?" in text
+    assert "every class must be there in every set, but got none for 'birds'; did you mean 'bird'?" in text
+    assert "every class must have an image" in text
     assert "none in 'tree'" in text
 
 

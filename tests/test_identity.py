@@ -8,7 +8,7 @@ from pathlib import Path
 import crash_host
 import pytest
 from stand_in import make_recipe
-from test_search_spaces import FOLDER, _fields, _rows
+from test_search_spaces import FOLDER, _fields, _rows, base_of, source_of
 from test_study import run_all
 
 from carft_ray.errors import RecipeError
@@ -69,7 +69,7 @@ def place_of(key):
 
 
 def changed(key, base):
-    """Returns the recipe ``base`` with another value of a key."""
+    """Returns the recipe at ``base`` with another value of a key."""
     written = VALUES.get(key, _rows()[key][4].strip("`"))
     if key == "model.pretrained" or written.startswith(("[model=", "[data.", "[search.")):
         overrides = [word.strip(" '") for word in re.split(r", (?='?search\.space)", written[1:-1])]
@@ -80,16 +80,17 @@ def changed(key, base):
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """Gives per base recipe its path and a study of it."""
+    """Gives per source of ``data.train`` a recipe and a study of it."""
     folder = tmp_path_factory.mktemp("studies")
     found = {}
-    for name in ("quickstart", "folders"):
-        path = folder / f"{name}.yaml"
-        before = BEFORE if name == "quickstart" else []
-        path.write_text(dump_recipe(load_recipe(FOLDER / f"{name}.yaml", before)))
-        with open_study(folder / name, load_recipe(path), folder):
-            pass
-        found[name] = (path, folder / name)
+    for key in KEYS:
+        (name, first), source = base_of(key), source_of(key)
+        if source not in found:
+            path = folder / f"{source}.yaml"
+            path.write_text(dump_recipe(load_recipe(FOLDER / f"{name}.yaml", BEFORE if source == "sandbox" else first)))
+            with open_study(folder / source, load_recipe(path), folder):
+                pass
+            found[source] = (path, folder / source)
     return found
 
 
@@ -101,7 +102,7 @@ def test_every_key_of_a_recipe_has_a_class_and_a_reason():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
-    path, study = studies["folders" if key in ("<set>.path", "<set>.domains") else "quickstart"]
+    path, study = studies[source_of(key)]
     recipe, kind = changed(key, path), CLASSES[key][0]
     assert recipe != load_recipe(path)
     study_dir = tmp_path / "study"

@@ -8,10 +8,11 @@ import subprocess
 import pytest
 import short_study
 import short_training
+from sources import folder_source
 
 from carft_ray import environment
 from carft_ray.data import content
-from carft_ray.data.folder import folder_source
+from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError
 from carft_ray.evaluation.materials import load_materials
 from carft_ray.evaluation.origin import set_contents
@@ -85,8 +86,8 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
 
 def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
     folder, recipe = here
-    read, content_of = set(), content._content
-    monkeypatch.setattr(content, "_content", lambda source, index: read.add(source.name) or content_of(source, index))
+    read, content_of = set(), StoredSource.content
+    monkeypatch.setattr(StoredSource, "content", lambda self, index: read.add(self.name) or content_of(self, index))
     found = set_contents(recipe, folder)
     assert found == manifest(folder / "run")["provenance"]["data"]
     assert read == set(found) == {"train", "id_val", "sketch"}

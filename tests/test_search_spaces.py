@@ -14,7 +14,7 @@ from carft_ray.recipe.advice import check_searchable, warnings
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.messages import keys_of
 from carft_ray.recipe.rules import SEARCHABLE
-from carft_ray.recipe.schema import FolderSet, Part, Recipe, TrainPart, core_type
+from carft_ray.recipe.schema import Part, Recipe, SandboxSet, TrainPart, core_type
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -125,20 +125,39 @@ def test_the_readme_marks_the_fields_that_may_be_searched():
     assert set(SEARCHABLE) < set(TrainPart.model_fields)
 
 
+# source -> a training set of it, for sources that no recipe of the folder has
+SETS: dict[str, str] = {}
+
+
+def source_of(key):
+    """Returns the source of the first kind of set that has a key ``<set>.KEY``, else that of the quickstart."""
+    members = get_args(core_type(Recipe.model_fields["data"].annotation.model_fields["train"].annotation))
+    having = [m for m in members if issubclass(m, Part) and key.removeprefix("<set>.") in m.model_fields]
+    sources = [get_args(core_type(m.model_fields["source"].annotation))[0] for m in having]
+    return sources[0] if key.startswith("<set>.") else "sandbox"
+
+
+def base_of(key):
+    """Returns a recipe that may hold a key, by its name, and what has to be set in it first."""
+    source = source_of(key)
+    name = {"folder": "folders", **dict.fromkeys(SETS, "folders")}.get(source, "quickstart")
+    return name, [f"data.train={SETS[source]}"] if source in SETS else []
+
+
 @pytest.mark.parametrize("key", sorted(_rows()))
 def test_every_example_of_the_readme_is_valid(key):
     example = _rows()[key][4].strip("`")
     assert example, "an example is missing"
-    base = "folders.yaml" if key in ("<set>.path", "<set>.domains") else "quickstart.yaml"
+    base, first = base_of(key)
     place = key.replace("<set>", "data.train").replace("<parameter>", "weight_decay")
-    before = ["search.space.weight_decay={low: 1e-5, high: 1}"] if "<parameter>" in key else []
+    before = ["search.space.weight_decay={low: 1e-5, high: 1}"] if "<parameter>" in key else first
     if key.endswith(".choices"):
         before = ["search.space.weight_decay={}"]
     if key.endswith(".when"):
         before += ["search.space.head_bias={choices: [true, false]}"]
     if key == "resources.executor":
         before = ["resources.num_workers=2"]
-    recipe = load_recipe(FOLDER / base, [*before, f"{place}={example}"])
-    assert isinstance(recipe.data.train, FolderSet) == (base == "folders.yaml")
+    recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={example}"])
+    assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
     path = FOLDER / "x.yaml"
     assert text.parse(dump_recipe(recipe), str(path)).problems == []

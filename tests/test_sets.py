@@ -170,9 +170,9 @@ def test_check_compares_the_class_folders_of_every_set(base):
     (base / "images" / "id_val" / "bird").rename(base / "images" / "id_val" / "birds")
     unknown, missing = texts(check_sets(folder_recipe(), base))
     assert unknown.startswith(
-        "data.id_val: every class folder must be in the class list, but got 'birds'; did you mean 'bird'"
+        "data.id_val: every class of a set must be in the class list, but got 'birds'; did you mean 'bird'"
     )
-    assert missing.startswith("data.id_val: every class must have a folder in every set, but got none for 'bird'")
+    assert missing.startswith("data.id_val: every class must be there in every set, but got none for 'bird'")
 
 
 def test_check_without_training_folders_does_not_compare_classes(base):

@@ -23,21 +23,20 @@ CacheOption = Annotated[
 def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOption = False) -> None:
     """List the sets in the cache: images, size, when they were built and last used. Nothing is written."""
     from carft_ray import console
-    from carft_ray.data.cache import hash_files, list_entries
+    from carft_ray.data.cache import list_entries, notes
 
     folder = _folder(cache)
-    entries, hashes = list_entries(folder), hash_files(folder)
+    entries, others = list_entries(folder), notes(folder)
     total = sum(entry.num_bytes for entry in entries)
-    hash_bytes = sum(hashes.values())
     if json_:
         rows = [dataclasses.asdict(entry) for entry in entries]
-        also = {"num_files": len(hashes), "num_bytes": hash_bytes}
-        console.print_json({"cache": str(folder), "entries": rows, "num_bytes": total, "hashes": also})
+        also = {"num_files": len(others), "num_bytes": sum(others.values())}
+        console.print_json({"cache": str(folder), "entries": rows, "num_bytes": total, "notes": also})
         return
     if entries:
         console.out.print(console.cache_table([vars(entry) for entry in entries]))
-    of_hashes = f", and {console.size_text(hash_bytes)} of hashes of images" if hashes else ""
-    console.say(f"{folder}: {_sets(len(entries))}, {console.size_text(total)}{of_hashes}.")
+    more = f", and {console.size_text(sum(others.values()))} of notes about images" if others else ""
+    console.say(f"{folder}: {_sets(len(entries))}, {console.size_text(total)}{more}.")
     if entries:
         console.next_step(f"carft-ray data clean --older-than 30d{_option(cache)}")
     else:
@@ -88,7 +87,7 @@ def data_add(
 
 @data_app.command("clean", epilog="Example:  carft-ray data clean --older-than 30d")
 def data_clean(
-    all_: Annotated[bool, typer.Option("--all", help="Remove all sets, and the hashes of images.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Remove all sets, and the notes about images.")] = False,
     older_than: Annotated[
         str | None,
         typer.Option("--older-than", metavar="TIME", help="Remove sets not used for so long, such as 12h or 30d."),
@@ -106,7 +105,7 @@ def data_clean(
 ) -> None:
     """Remove sets from the cache, but none in use. What is needed again is built again."""
     from carft_ray import console
-    from carft_ray.data.cache import GB, hash_files, list_entries, remove, remove_dead, surplus
+    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
 
     given = [name for name, value in (("--all", all_), ("--older-than", older_than), ("--to-gb", to_gb)) if value]
@@ -121,11 +120,11 @@ def data_clean(
         going = surplus(entries, to_gb * GB)
     else:
         going = [each for each in entries if (all_ or each.last_used < (before or 0)) and not each.in_use]
-    hashes = hash_files(folder) if all_ else {}
-    if (going or hashes) and not yes:
-        _ask(going, hashes, json_)
+    others = notes(folder) if all_ else {}
+    if (going or others) and not yes:
+        _ask(going, others, json_)
     removed = [each for each in going if remove(folder, each.key)]
-    for path in hashes:
+    for path in others:
         with writing(path):
             path.unlink(missing_ok=True)
     num_dead = remove_dead(folder)
@@ -163,7 +162,7 @@ def _seconds(text: str) -> float:
         raise UsageError(Problem("--older-than", "must be a time such as 12h or 30d", repr(text))) from error
 
 
-def _ask(going: Sequence[Any], hashes: Mapping[Path, int], json_: bool) -> None:
+def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
     """Shows what would go and asks; ends the command where the answer is no."""
     from carft_ray import console
 
@@ -171,7 +170,7 @@ def _ask(going: Sequence[Any], hashes: Mapping[Path, int], json_: bool) -> None:
         rule = "must be given where nobody can be asked"
         raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
     console.err.print(console.cache_table([vars(each) for each in going]))
-    more = f" and {len(hashes)} files of hashes" if hashes else ""
+    more = f" and {len(others)} files of notes" if others else ""
     if not typer.confirm(f"Remove {_sets(len(going))}{more}?", err=True):
         console.say("Nothing was removed.")
         raise typer.Exit

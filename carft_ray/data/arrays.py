@@ -61,7 +61,7 @@ def image_set(
         labels = _column(batch, "label").view(np.int64)
         sample_ids = _column(batch, "sample_id").view(np.uint64)
         check_same(source, labels, sample_ids)
-        return ImageSet(source.name, images_NHWC, labels, sample_ids)
+        return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
     def build(path: Path) -> dict[str, Any]:
         height, width = _build(source, transform, path, on_image)
@@ -79,7 +79,7 @@ def key_of(parts: list[Any]) -> str:
 
 def about(source: Source, kind: str) -> dict[str, Any]:
     """Returns what ``entry.json`` says of every kind of entry."""
-    origin = source.fingerprint.partition("/")[0]
+    origin = source.fingerprint.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
     return {"kind": kind, "name": source.name, "source": origin, "num_images": len(source)}
 
 

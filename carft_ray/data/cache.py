@@ -31,7 +31,7 @@ GB = 10**9  # bytes
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
-_HASHES = ("signatures-*.npy", "overlap-*.json")  # of ``data.overlap``
+_NOTES = ("signatures-*.npy", "overlap-*.json", "bad-*.json")  # of ``data.overlap`` and ``data.bad_images``
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -158,9 +158,9 @@ def list_entries(cache_dir: Path) -> list[Entry]:
     return sorted(found, key=lambda each: each.last_used, reverse=True)
 
 
-def hash_files(cache_dir: Path) -> dict[Path, int]:
-    """Returns the files in which the comparison of the roles keeps hashes of images, with their sizes in bytes."""
-    return {path: path.stat().st_size for pattern in _HASHES for path in sorted(cache_dir.glob(pattern))}
+def notes(cache_dir: Path) -> dict[Path, int]:
+    """Returns the files that hold what is known of images (hashes, which are damaged), with their sizes in bytes."""
+    return {path: path.stat().st_size for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))}
 
 
 def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:

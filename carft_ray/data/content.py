@@ -6,11 +6,8 @@
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from carft_ray.data.folder import FolderSource
 from carft_ray.data.source import PixelArray, Source
-from carft_ray.errors import DataError, Problem
 
 DIGEST_BYTES = 16
 THREADS = 4  # reading files waits for the disk
@@ -28,7 +25,7 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
     """
 
     def digest(index: int) -> bytes:
-        return _hash(_content(source, index))
+        return _hash(source.content(index))
 
     digests: list[bytes] = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -61,15 +58,3 @@ def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
 
 def _hash(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
-
-
-def _content(source: Source, index: int) -> bytes:
-    if not isinstance(source, FolderSource):
-        return source.pixels(index).tobytes()
-    path: Path = source.root / source.files[index]
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        step = "Restore the file, or remove it from the set."
-        cause = error.strerror or str(error)
-        raise DataError(Problem(str(path), "must be readable", cause, next_step=step)) from error

@@ -29,6 +29,9 @@ class DecodedSource:
         self.labels: IntArray = self._images.labels
         self.sample_ids: IdArray = self._images.sample_ids
         self.fingerprint = source.fingerprint
+        self.groups = source.groups
+        self.home = source.home
+        self.place = source.place
 
     def __len__(self) -> int:
         """Returns N."""
@@ -38,3 +41,7 @@ class DecodedSource:
         """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
         image: PixelArray = self._images.images_NHWC[index]
         return image
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of image ``index``."""
+        return self.pixels(index).tobytes()

@@ -27,7 +27,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,14 +39,14 @@ from PIL import Image
 
 from carft_ray.data.cache import lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
-from carft_ray.data.folder import FolderSource, list_folders
+from carft_ray.data.listing import StoredSource, unlabelled_source
+from carft_ray.data.readers import list_set
 from carft_ray.data.sets import TEST_ROLES, check_roles, open_source
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, HoldOutError, Problem
 from carft_ray.files import write_bytes, write_json
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import FolderSet, Recipe, SetSpec
+from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet
 from carft_ray.recipe.text import dotted
 
 FORMAT_VERSION = 1  # rises when other hashes or thumbnails are made, or another tolerance decides
@@ -83,11 +82,7 @@ class _Set:
     role: str
     source: Source
     key: str
-
-    def name_of(self, index: int) -> str:
-        if isinstance(self.source, FolderSource):
-            return str(self.source.root / self.source.files[index])
-        return f"{self.source.fingerprint}, image {index}"
+    may_be_damaged: bool  # pictures that cannot be decoded are known by their bytes alone
 
 
 def check_overlap(
@@ -112,7 +107,7 @@ def check_overlap(
     if problems := check_roles(recipe, base_dir):
         raise HoldOutError(problems)
     specs = named_sets(recipe)
-    if not any(isinstance(spec, FolderSet) for spec in specs.values()):
+    if not any(isinstance(spec, StoredSet) for spec in specs.values()):
         return
     sets = [found for path, spec in specs.items() if (found := _open(spec, dotted(path), str(path[1]), base_dir))]
     clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.key}' for each in sets))}.json"
@@ -123,7 +118,7 @@ def check_overlap(
             left.unlink(missing_ok=True)  # of a process that was killed
         known = [(each, made) for each in sets if (made := _signatures(each, cache_dir, say)) is not None]
         for (first, mine), (second, theirs) in itertools.combinations(known, 2):
-            with_files = isinstance(first.source, FolderSource) or isinstance(second.source, FolderSource)
+            with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
             if first.role != second.role and with_files:
                 problems += _compare(first, mine, second, theirs)
         if problems:
@@ -177,8 +172,7 @@ def signatures(
 
 def identity(source: Source) -> str:
     """Returns the fingerprint of a set and where its files are: archives give many files one date and one size."""
-    place = os.path.realpath(source.root) if isinstance(source, FolderSource) else ""
-    return f"{source.fingerprint} {place}"
+    return f"{source.fingerprint} {source.home}"
 
 
 def thumbnail(pixels: PixelArray) -> PixelArray:
@@ -298,7 +292,10 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
     num_content = int((by_content >= 0).sum())
     counts = {"the same file content": num_content, "the same picture re-encoded or resized": len(shared) - num_content}
     how = ", ".join(f"{count} with {words}" for words, count in counts.items() if count)
-    pairs = [(first.name_of(int(match[index])), second.name_of(int(index))) for index in shared[:NUM_EXAMPLES].tolist()]
+    pairs = [
+        (first.source.place(int(match[index])), second.source.place(int(index)))
+        for index in shared[:NUM_EXAMPLES].tolist()
+    ]
     examples = "; ".join(f"{one} and {other}" for one, other in pairs)
     rule = f"a set has one role and must not share images with {first.place}"
     value = f"{len(shared)} of {len(theirs.digests)} images in both ({how}): {examples}"
@@ -308,18 +305,12 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
 
 def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
-    if not isinstance(spec, FolderSet):
-        source = open_source(spec, place, None, base_dir)
-        return _Set(place, role, source, identity(source))
-    root = resolve_path(spec.path, base_dir)
-    listing = list_folders(root, spec.domains, place)
-    files = tuple(sorted(name for names in listing.images.values() for name in names))
-    nothing = np.zeros(len(files), np.int64)
-    source = FolderSource(place, root, files, (), nothing, nothing.astype(np.uint64))
+    if not isinstance(spec, StoredSet):
+        drawn = open_source(spec, place, None, base_dir)
+        return _Set(place, role, drawn, identity(drawn), False)
     try:
-        if listing.problems:
-            raise DataError(listing.problems)
-        return _Set(place, role, source, identity(source))
+        source = unlabelled_source(list_set(spec, base_dir, place), spec, place)
+        return _Set(place, role, source, identity(source), role in TEST_ROLES or spec.on_bad_image == "skip")
     except DataError as error:
         _pass_over(place, role, error)
         return None
@@ -336,7 +327,7 @@ def _signatures(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Sign
             say(f"comparing the images of the roles: {each.place}, {done} of {total}")
 
     try:
-        return signatures(each.source, cache_dir, on_progress, undecodable=each.role in TEST_ROLES)
+        return signatures(each.source, cache_dir, on_progress, undecodable=each.may_be_damaged)
     except DataError as error:
         _pass_over(each.place, each.role, error)
         return None

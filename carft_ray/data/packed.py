@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from carft_ray.data import cache
 from carft_ray.data.arrays import OnImage, about, check_same, key_of
-from carft_ray.data.images import decode_image
-from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 1
@@ -53,7 +53,7 @@ class PackedSource:
     """A source whose images are decoded from one file of the cache.
 
     Args:
-        source: The images, stored ones.
+        source: The images.
         cache_dir: Folder of the cache.
         on_image: Called with (images done, images in all) while the entry is built.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
@@ -64,7 +64,7 @@ class PackedSource:
     """
 
     def __init__(
-        self, source: Source, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
+        self, source: StoredSource, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
     ) -> None:
         def read(reader: Any) -> pa.Table:
             table = reader.read_all()
@@ -76,14 +76,17 @@ class PackedSource:
             return about(source, "packed")
 
         key = key_of(["packed", FORMAT_VERSION, source.fingerprint])
+        self._source = source
         self._images = cache.entry(cache_dir, key, read, build, limit_gb)["image"]
         self.name = source.name
         self.class_names = source.class_names
         self.labels: IntArray = source.labels
         self.sample_ids: IdArray = source.sample_ids
         self.fingerprint = source.fingerprint
-        self.content = source.content  # for hashes: of the files themselves, as they are now
+        self.groups = source.groups
+        self.home = source.home
         self.place = source.place
+        self.content = source.content  # for hashes: of the files themselves, as they are now
 
     def __len__(self) -> int:
         """Returns N."""
@@ -95,7 +98,7 @@ class PackedSource:
         Raises:
             DataError: The image is damaged.
         """
-        return decode_image(self._images[index].as_py(), self.place(index))
+        return self._source.decode(self._images[index].as_py(), index)
 
 
 def pays(home: str, cache_dir: Path, mounts: str | None = None) -> bool:
@@ -126,7 +129,7 @@ def _is_remote(path: str, mounts: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-def _build(source: Source, path: Path, on_image: OnImage | None) -> None:
+def _build(source: StoredSource, path: Path, on_image: OnImage | None) -> None:
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
     with open(path, "wb") as file:

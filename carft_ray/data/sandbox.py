@@ -134,9 +134,26 @@ class SandboxSource:
         """A text that names the pictures completely."""
         return f"sandbox-{FORMAT}/{self.domain}/{self.split}/{self.num_per_class}"
 
+    @property
+    def groups(self) -> None:
+        """None: the pictures are told apart between all classes."""
+
+    @property
+    def home(self) -> str:
+        """'': the pictures are drawn."""
+        return ""
+
     def __len__(self) -> int:
         """Returns the number of images."""
         return len(self.labels)
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages."""
+        return f"{self.fingerprint}, image {index}"
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of image ``index``."""
+        return self.pixels(index).tobytes()
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index``, uint8 [32, 32, 3]."""

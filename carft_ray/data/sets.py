@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from carft_ray.data.folder import FolderListing, class_problems, domain_problems, folder_source, list_folders
+from carft_ray.data.bad_images import without_bad_images
+from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
+from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema import CategoricalParameter, FolderSet, Recipe, SandboxSet, SetSpec
+from carft_ray.recipe.schema import CategoricalParameter, Recipe, SandboxSet, SetSpec, StoredSet
 from carft_ray.recipe.text import dotted
 
 TEST_ROLES = ("id_test", "ood_test")
@@ -33,15 +35,15 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
         recipe_dir: Folder that relative paths count from.
     """
     problems: list[Problem] = []
-    listings: dict[str, FolderListing] = {}
+    listings: dict[str, Listing] = {}
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), path[1]
         if isinstance(spec, SandboxSet):
             problems += _sandbox_problems(spec, place)
         elif role in TEST_ROLES:
-            problems += domain_problems(_root(spec, recipe_dir), spec.domains, place)
+            problems += first_problems(spec, recipe_dir, place)
         else:
-            listings[place] = list_folders(_root(spec, recipe_dir), spec.domains, place)
+            listings[place] = list_set(spec, recipe_dir, place)
             problems += listings[place].problems
     if recipe.data.classes is None and (train := listings.get("data.train")) is not None and train.problems:
         return problems  # without the classes of train there is nothing to compare with
@@ -51,36 +53,41 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
         if isinstance(spec, SandboxSet):
             problems += _sandbox_class_problems(classes, place)
         elif role not in TEST_ROLES and not listings[place].problems:
-            problems += class_problems(listings[place], classes, place)
+            problems += class_problems(listings[place], spec, classes, place)
     return problems + _count_problems(recipe, classes, listings.get("data.train"))
 
 
 def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
 
-    Two sets share images when they hold the same domain folder (links resolved), one inside the other's, or the same
-    domain and split of the sandbox. Two sets of one role may. No image is read: ``data.overlap`` does that.
+    Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
+    parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may. No image is read:
+    ``data.overlap`` does that.
 
     Args:
         recipe: The recipe.
         recipe_dir: Folder that relative paths count from.
     """
     problems = []
-    seen: dict[tuple[str, ...], tuple[str, str]] = {}  # identity -> (role, place)
+    seen: list[tuple[SetSpec, str, str, str]] = []  # set, role, place in the recipe, what it holds
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), str(path[1])
-        for identity, text in _identities(spec, recipe_dir):
-            other_role, other_place = seen.setdefault(identity, (role, place))
-            others = [other_place] if other_role != role else []
-            if identity[0] == "folder":
-                others += [there for known, (its, there) in seen.items() if its != role and _nested(known, identity)]
-            for other in dict.fromkeys(others):
-                rule = f"a set has one role and must not share images with {other}"
-                problems.append(Problem(place, rule, text, next_step="Give each role images of its own."))
+        for held in _held(spec, recipe_dir):
+            others = [
+                there
+                for other, its, there, holds in seen
+                if its != role and _same_images(held, holds) and not _disjoint(spec, other)
+            ]
+            for other_place in dict.fromkeys(others):
+                rule = f"a set has one role and must not share images with {other_place}"
+                problems.append(Problem(place, rule, held, next_step="Give each role images of its own."))
+            seen.append((spec, role, place, held))
     return problems
 
 
-def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, recipe_dir: Path) -> Source:
+def open_source(
+    spec: SetSpec, name: str, classes: tuple[str, ...] | None, recipe_dir: Path, cache_dir: Path | None = None
+) -> Source:
     """Opens one set.
 
     Args:
@@ -88,12 +95,16 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, recip
         name: Role or name of the set, for messages.
         classes: Class folders in label order; None: those of the set.
         recipe_dir: Folder that relative paths count from.
+        cache_dir: Folder of the decoded sets, which keeps what images cannot be decoded; None: the user's.
 
     Raises:
-        DataError: Folders are missing, or the classes do not match.
+        DataError: Something is missing, or the classes do not match.
     """
-    if isinstance(spec, FolderSet):
-        return folder_source(_root(spec, recipe_dir), spec.domains, classes, name)
+    if isinstance(spec, StoredSet):
+        source = stored_source(list_set(spec, recipe_dir, name), spec, classes, name)
+        if spec.on_bad_image == "fail":
+            return source
+        return without_bad_images(source, cache_dir or user_cache_dir())
     from carft_ray.data import sandbox
 
     if classes is not None and (problems := _sandbox_class_problems(classes, name)):
@@ -107,7 +118,7 @@ def open_train(recipe: Recipe, recipe_dir: Path) -> Source:
     Raises:
         DataError: As ``open_source``.
     """
-    return open_source(recipe.data.train, "train", recipe.data.classes, recipe_dir)
+    return open_source(recipe.data.train, "train", recipe.data.classes, recipe_dir, cache_dir(recipe, recipe_dir))
 
 
 def open_validation(recipe: Recipe, recipe_dir: Path) -> tuple[Source, dict[str, Source]]:
@@ -119,21 +130,21 @@ def open_validation(recipe: Recipe, recipe_dir: Path) -> tuple[Source, dict[str,
     Raises:
         DataError: As ``open_source``.
     """
-    classes = class_folders(recipe, recipe_dir)
-    id_val = open_source(recipe.data.id_val, "id_val", classes, recipe_dir)
-    return id_val, {name: open_source(spec, name, classes, recipe_dir) for name, spec in recipe.data.ood_val.items()}
+    classes, cache = class_folders(recipe, recipe_dir), cache_dir(recipe, recipe_dir)
+    id_val = open_source(recipe.data.id_val, "id_val", classes, recipe_dir, cache)
+    ood_val = recipe.data.ood_val.items()
+    return id_val, {name: open_source(spec, name, classes, recipe_dir, cache) for name, spec in ood_val}
 
 
 def class_folders(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
-    """Returns the class list in label order: ``data.classes``, else the sorted class folders of the training set.
+    """Returns the class list in label order: ``data.classes``, else the classes of the training set in its order.
 
     Raises:
-        DataError: The folders of the training set are missing.
+        DataError: The training set is missing.
     """
     listing = None
-    if recipe.data.classes is None and isinstance(recipe.data.train, FolderSet):
-        spec = recipe.data.train
-        listing = list_folders(_root(spec, recipe_dir), spec.domains, "data.train")
+    if recipe.data.classes is None and isinstance(recipe.data.train, StoredSet):
+        listing = list_set(recipe.data.train, recipe_dir, "data.train")
         if listing.problems:
             raise DataError(listing.problems)
     return _class_list(recipe, listing)
@@ -168,34 +179,44 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
 
 
-def _root(spec: FolderSet, recipe_dir: Path) -> Path:
-    return resolve_path(spec.path, recipe_dir)
-
-
-def _class_list(recipe: Recipe, train: FolderListing | None) -> tuple[str, ...]:
+def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     if recipe.data.classes is not None:
         return recipe.data.classes
     if train is not None:
-        return tuple(sorted(train.images))
+        return train.found
     from carft_ray.data import sandbox
 
     return sandbox.CLASSES
 
 
-def _identities(spec: SetSpec, recipe_dir: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What makes a set's images the same as another's, each with words for a message."""
+def _held(spec: SetSpec, recipe_dir: Path) -> list[str]:
+    """Returns what holds a set's images, as words for a message: folders and files, or a domain of the sandbox."""
     if isinstance(spec, SandboxSet):
-        yield ("sandbox", spec.domain, spec.split), f"sandbox domain {spec.domain}, split {spec.split}"
-        return
-    for domain in spec.domains:
-        folder = os.path.realpath(_root(spec, recipe_dir) / domain)
-        yield ("folder", folder), folder
+        return [f"sandbox domain {spec.domain}, split {spec.split}"]
+    return reader_of(spec).places(spec, recipe_dir)
 
 
-def _nested(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Tells whether one folder lies inside the other."""
-    paths = [Path(one[-1]), Path(other[-1])]
-    return one[0] == other[0] == "folder" and any(a in b.parents for a, b in (paths, paths[::-1]))
+def _same_images(one: str, other: str) -> bool:
+    """Tells whether two places are the same, or one lies inside the other."""
+    paths = Path(one), Path(other)
+    return one == other or paths[0] in paths[1].parents or paths[1] in paths[0].parents
+
+
+def _disjoint(one: SetSpec, other: SetSpec) -> bool:
+    """Tells whether two sets of one place share no image all the same."""
+    if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
+        return False
+    if type(one) is type(other) and reader_of(one).slot(one) != reader_of(other).slot(other):
+        return True
+    if one.part is None or other.part is None or not _same_names(one, other):
+        return False
+    return one.part[1] <= other.part[0] or other.part[1] <= one.part[0]
+
+
+def _same_names(one: StoredSet, other: StoredSet) -> bool:
+    """Tells whether one image has one name in both sets: a part is of the hash of the name."""
+    names = [(type(spec), spec.path, getattr(spec, "domains", None) is None) for spec in (one, other)]
+    return names[0] == names[1]
 
 
 def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:
@@ -228,13 +249,16 @@ def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
     return [Problem("prompts.class_names", rule, str(len(names)))]
 
 
-def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: FolderListing | None) -> list[Problem]:
+def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
         problems.append(Problem("data.train", "there must be at least two classes", str(len(classes))))
     spec = recipe.data.train
-    size = spec.num_per_class * len(classes) if isinstance(spec, SandboxSet) else len(train or ())
-    if (isinstance(spec, FolderSet) and train is not None and train.problems) or not size:
+    if isinstance(spec, SandboxSet):
+        size = spec.num_per_class * len(classes)
+    else:
+        size = 0 if train is None or train.problems else len(selected_rows(train, spec))
+    if not size:
         return problems
     for place, batch_size in _batch_sizes(recipe):
         if batch_size > size:

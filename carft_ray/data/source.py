@@ -37,8 +37,28 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """A text that changes when any image, label or id of the set may have changed; not a secret, not a path."""
 
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...] | None:
+        """Classes between which the images are told apart, where these are not all classes; see ``ImageSet``."""
+
+    @property
+    def home(self) -> str:
+        """Where the images are, a resolved path: archives give many files one date and one size. '' for none."""
+
     def __len__(self) -> int:
         """Returns N."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages, such as the path of its file."""
+        ...
+
+    def content(self, index: int) -> bytes:
+        """Returns what image ``index`` is, byte for byte: its file, or its pixels where it was never encoded.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
         ...
 
     def pixels(self, index: int) -> PixelArray:
@@ -59,12 +79,16 @@ class ImageSet:
         images_NHWC: Pixels, uint8 [N, H, W, 3].
         labels: Label of every image, int64 [N].
         sample_ids: Stable ids, uint64 [N].
+        groups: None: the images are told apart between all classes. Else between the G groups, each of which scores the
+            largest logit of its classes (a mask of classes is G groups of one class); a group is named by its first
+            class, in ``labels`` and in predictions.
     """
 
     name: str
     images_NHWC: PixelArray
     labels: IntArray
     sample_ids: IdArray
+    groups: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         """Returns N."""

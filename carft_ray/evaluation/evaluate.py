@@ -1,5 +1,6 @@
 """Running a classifier over decoded sets, shared out over the workers of a training, exactly."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -48,7 +49,12 @@ def predict(
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     mine = predictions_table(
-        image_set.name, alpha, image_set.sample_ids[positions], image_set.labels[positions], logits_NC
+        image_set.name,
+        alpha,
+        image_set.sample_ids[positions],
+        image_set.labels[positions],
+        logits_NC,
+        image_set.groups,
     )
     shards = [(positions, mine)]
     if context.world_size > 1:
@@ -105,6 +111,9 @@ def subset(image_set: ImageSet, num_images: int) -> ImageSet:
     if len(image_set) <= num_images:
         return image_set
     chosen = np.sort(np.argsort(image_set.sample_ids, kind="stable")[:num_images])
-    return ImageSet(
-        image_set.name, image_set.images_NHWC[chosen], image_set.labels[chosen], image_set.sample_ids[chosen]
+    return dataclasses.replace(
+        image_set,
+        images_NHWC=image_set.images_NHWC[chosen],
+        labels=image_set.labels[chosen],
+        sample_ids=image_set.sample_ids[chosen],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from carft_ray.data.arrays import image_set
 from carft_ray.data.decoded import DecodedSource
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
@@ -70,7 +71,9 @@ def load_materials(
         train = open_train(recipe, base_dir)
         if isinstance(recipe.data.train, SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
-        elif recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, folder)):
+        elif isinstance(train, StoredSource) and (
+            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, folder))
+        ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
         id_val, ood_val = open_validation(recipe, base_dir)
         validation = tuple(

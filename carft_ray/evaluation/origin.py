@@ -11,7 +11,7 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.content import image_digests, pixel_digest, set_digest
-from carft_ray.data.folder import FolderSource
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import class_folders, open_train, open_validation
 from carft_ray.data.source import Source
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
@@ -51,6 +51,8 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
 def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
     """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
 
+    ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
+
     The digest of a set of files is that of the files, read now. Pictures of the sandbox are drawn by the package, which
     takes long, so they are taken as ``materials`` holds them; without materials these sets are left out.
 
@@ -62,7 +64,7 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
-        if isinstance(source, FolderSource):
+        if isinstance(source, StoredSource):
             digest = set_digest(source)
         elif name in decoded:
             digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
@@ -71,6 +73,8 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
         else:
             continue
         contents[name] = {"digest": digest, "num_images": len(source)}
+        if isinstance(source, StoredSource) and source.skipped:
+            contents[name]["num_skipped"] = len(source.skipped)
     return contents
 
 

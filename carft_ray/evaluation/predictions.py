@@ -46,7 +46,12 @@ SCHEMA = pa.schema(
 
 
 def predictions_table(
-    set_name: str, alpha: float, sample_ids: IdArray, labels: IntArray, logits_NC: npt.NDArray[np.float32]
+    set_name: str,
+    alpha: float,
+    sample_ids: IdArray,
+    labels: IntArray,
+    logits_NC: npt.NDArray[np.float32],
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> pa.Table:
     """Returns the results of one model on N images of one set, in the order given.
 
@@ -59,10 +64,13 @@ def predictions_table(
         sample_ids: Stable ids, uint64 [N].
         labels: True classes, [N], each in 0 .. C - 1.
         logits_NC: Class logits, [N, C]; kept as float32. N may be 0 (an empty part of a sharded evaluation).
+        groups: Classes between which the images are told apart, where these are not all: a group scores the largest
+            logit of its classes and is named by its first class (``ImageSet.groups``). All other logits are ignored,
+            in the log-sum-exps too.
 
     Raises:
         DivergedError: A logit is not finite.
-        ValueError: The shapes do not belong together, or a label is no class.
+        ValueError: The shapes do not belong together, or a label is no class (with groups: no first class).
     """
     logits_NC = np.asarray(logits_NC, np.float32)
     if logits_NC.ndim != 2 or logits_NC.shape[1] < 1 or not len(logits_NC) == len(sample_ids) == len(labels):
@@ -80,7 +88,17 @@ def predictions_table(
         step = "The training has diverged; try a lower learning_rate."
         raise DivergedError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
 
-    num_kept = min(NUM_TOP_CLASSES, num_classes)
+    named_G = np.arange(num_classes)  # class by which a column is named
+    columns_N = labels
+    if groups is not None:
+        named_G = np.array([group[0] for group in groups], np.int64)
+        column_of = np.full(num_classes, -1)
+        column_of[named_G] = np.arange(len(groups))
+        columns_N = column_of[labels]
+        if (columns_N < 0).any():
+            raise ValueError("labels must be the first class of a group")
+        logits_NC = np.stack([logits_NC[:, list(group)].max(axis=1) for group in groups], axis=1)
+    num_kept = min(NUM_TOP_CLASSES, len(named_G))
     top_NK = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_kept]
     top_logits_NK = np.take_along_axis(logits_NC, top_NK, axis=1)
     largest_N1 = logits_NC.max(axis=1, keepdims=True).astype(np.float64)
@@ -93,11 +111,11 @@ def predictions_table(
         pa.array(np.full(num_samples, alpha, np.float64)),
         pa.array(np.asarray(sample_ids, np.uint64)),
         pa.array(labels.astype(np.int32)),
-        pa.array(top_NK[:, 0].astype(np.int32)),
-        pa.array(logits_NC[np.arange(num_samples), labels]),
+        pa.array(named_G[top_NK[:, 0]].astype(np.int32)),
+        pa.array(logits_NC[np.arange(num_samples), columns_N]),
         pa.array(log_sum_exp_N),
         pa.array(log_sum_exp_2_N),
-        pa.ListArray.from_arrays(offsets, pa.array(top_NK.astype(np.int32).ravel())),
+        pa.ListArray.from_arrays(offsets, pa.array(named_G[top_NK].astype(np.int32).ravel())),
         pa.ListArray.from_arrays(offsets, pa.array(top_logits_NK.ravel())),
     ]
     schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION), "num_classes": str(num_classes)})

@@ -46,6 +46,10 @@ class FirstImages:
         self.labels: IntArray = source.labels[:number]
         self.sample_ids: IdArray = source.sample_ids[:number]
         self.fingerprint = f"{source.fingerprint}, the first {number}"
+        self.groups = source.groups
+        self.home = source.home
+        self.place = source.place
+        self.content = source.content
 
     def __len__(self) -> int:
         """Returns N."""

@@ -9,7 +9,7 @@ from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
-from carft_ray.recipe.schema import PrunerPart, Recipe, SandboxSet, SetSpec
+from carft_ray.recipe.schema import PrunerPart, Recipe, SandboxSet, SetSpec, StoredSet
 from carft_ray.recipe.text import KeyPath, dotted
 
 # kinds of shift, for the warning about OOD sets of one kind on both sides: science of the sandbox's domains, and words
@@ -129,7 +129,7 @@ def _relative(path: KeyPath, spec: SetSpec, sets: dict[KeyPath, SetSpec]) -> tup
 
 def _families(path: KeyPath, spec: SetSpec) -> set[str]:
     """Returns the kinds of shift of an OOD set: of its sandbox domain, or as its name and its folders say."""
-    names = [spec.domain] if isinstance(spec, SandboxSet) else [str(path[-1]), *spec.domains]
+    names = [spec.domain] if isinstance(spec, SandboxSet) else [str(path[-1]), *shown_domains(spec)]
     found = {family for family, domains in SANDBOX_FAMILIES.items() for name in names if name in domains}
     if isinstance(spec, SandboxSet):
         return found
@@ -146,4 +146,9 @@ def _words(name: str) -> set[str]:
 def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
     if isinstance(spec, SandboxSet):
         return {("sandbox", spec.domain)}
-    return {(posixpath.normpath(spec.path), domain) for domain in spec.domains}
+    return {(posixpath.normpath(spec.path), domain) for domain in shown_domains(spec)}
+
+
+def shown_domains(spec: StoredSet) -> tuple[str, ...]:
+    """Returns the domains that a set names; none where its kind has no domains."""
+    return getattr(spec, "domains", None) or ()

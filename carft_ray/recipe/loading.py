@@ -17,7 +17,7 @@ from carft_ray.recipe import text
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import FolderSet, Recipe
+from carft_ray.recipe.schema import Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
@@ -147,7 +147,7 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         return str(resolve_path(written, base_dir))
 
     def absolute_set(spec: Any) -> Any:
-        return spec.model_copy(update={"path": absolute(spec.path)}) if isinstance(spec, FolderSet) else spec
+        return spec.model_copy(update={"path": absolute(spec.path)}) if isinstance(spec, StoredSet) else spec
 
     data, model = recipe.data, recipe.model
     sets: dict[str, Any] = {role: absolute_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}

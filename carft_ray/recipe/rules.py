@@ -93,7 +93,7 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
                     reads=(("data", "ood_val", name),),
                 )
     for path, spec in named_sets(recipe).items():
-        if isinstance(spec, FolderSet):
+        if isinstance(spec, FolderSet) and spec.domains is not None:
             yield from _distinct((*path, "domains"), spec.domains)
 
 

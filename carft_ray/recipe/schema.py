@@ -62,6 +62,7 @@ Whole = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 TemplateSet = Literal["sandbox", "simple", "openai"]
 
 
@@ -92,12 +93,31 @@ class SandboxSet(Part):
     num_per_class: Count
 
 
-class FolderSet(Part):
-    """Images in a tree ``path/domain/class/*.png|jpg``."""
+def _interval(value: Any) -> Any:
+    ends = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(ends) != 2 or not all(type(end) in (int, float) and 0 <= end <= 1 for end in ends) or ends[0] >= ends[1]:
+        raise ValueError("must be two fractions [from, to] with 0 <= from < to <= 1")
+    return tuple(float(end) for end in ends)
+
+
+class StoredSet(Part):
+    """What every set of stored images has: where it lies, and which of its images belong to it."""
+
+    path: str  # a relative path counts from the recipe's folder
+    # images whose fraction, a hash of the sample id, lies in [from, to): disjoint parts share no image
+    part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = None
+    shots: Count | None = None  # images per class, by a hash of seed and sample id; fewer are among more
+    shots_seed: Seed = 0
+    classes: Literal["all", "some"] = "all"  # 'some': images of part of the class list, told apart among those only
+    on_bad_image: Literal["fail", "skip"] = "fail"  # an image that cannot be decoded
+
+
+class FolderSet(StoredSet):
+    """Images in a tree ``path/domain/class/*.png|jpg``, or ``path/class/*`` without domains."""
 
     source: Literal["folder"]
-    path: str  # root of the tree; a relative path counts from the recipe's folder
-    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)]  # folders of the tree that belong to the set
+    # folders of the tree that belong to the set; None: the classes stand at the root
+    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None
 
 
 SetSpec = Annotated[SandboxSet | FolderSet, Field(discriminator="source")]
@@ -112,8 +132,8 @@ class DataPart(Part):
     ood_val: SetSpecs = {}
     id_test: SetSpec | None = None
     ood_test: SetSpecs = {}
-    classes: Annotated[tuple[FolderName, ...], Field(min_length=2)] | None = (
-        None  # class folders in label order; None: sorted folders of train
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = (
+        None  # class folders in label order; None: those of train, in its order
     )
     cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
     cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit

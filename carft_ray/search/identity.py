@@ -24,7 +24,7 @@ from carft_ray.errors import Problem, RecipeError, StorageError
 from carft_ray.recipe.loading import absolute_paths, is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
-from carft_ray.recipe.schema import FolderSet, Parameter, Recipe
+from carft_ray.recipe.schema import Parameter, Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
 from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, RESOLVED, check_free_or_claimed
@@ -56,6 +56,11 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "<set>.num_per_class": ("identity", "which images"),
     "<set>.path": ("running", "images may move, their contents are compared; those of tests only with data.train"),
     "<set>.domains": ("identity", "which images"),
+    "<set>.part": ("identity", "which images"),
+    "<set>.shots": ("identity", "which images"),
+    "<set>.shots_seed": ("identity", "which images"),
+    "<set>.classes": ("identity", "between which classes images are told apart"),
+    "<set>.on_bad_image": ("identity", "which images"),
     "prompts.templates": ("identity", "both heads are made of them"),
     "prompts.class_names": ("identity", "both heads are made of them"),
     "train.learning_rate": ("identity", _METHOD),
@@ -325,9 +330,9 @@ def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
     names = old.data.ood_test.keys() & new.data.ood_test.keys()
     sets |= {("data", "ood_test", name): (old.data.ood_test[name], new.data.ood_test[name]) for name in sorted(names)}
     for path, (before, now) in sets.items():
-        if isinstance(before, FolderSet) and isinstance(now, FolderSet) and before.path != now.path:
+        if isinstance(before, StoredSet) and isinstance(now, StoredSet) and before.path != now.path:
             together = [
-                os.path.relpath(one.path, root.path) if isinstance(root, FolderSet) else one.path
+                os.path.relpath(one.path, root.path) if isinstance(root, StoredSet) else one.path
                 for one, root in zip((before, now), train, strict=True)
             ]
             if together[0] != together[1]:

@@ -31,7 +31,10 @@ def known_at_once(recipe: Recipe) -> dict[str, Any]:
         "code": environment.code(),
         "versions": environment.versions(),
         "hardware": {**environment.hardware(), "threads": recipe.resources.threads_per_worker},
-        "test_sets": {name.removeprefix("data."): spec.model_dump(mode="json") for name, spec in specs.items()},
+        "test_sets": {
+            name.removeprefix("data."): spec.model_dump(mode="json", exclude_defaults=True)
+            for name, spec in specs.items()
+        },
     }
 
 

@@ -1,0 +1,63 @@
+"""Images that cannot be decoded, for sets with ``on_bad_image: skip``: found once, kept in the cache, counted."""
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL
+
+from carft_ray.data.cache import lock
+from carft_ray.data.content import THREADS
+from carft_ray.data.listing import StoredSource
+from carft_ray.errors import DataError, Problem
+from carft_ray.files import read_json, write_json
+
+FORMAT_VERSION = 1  # rises when other images count as bad
+
+_log = logging.getLogger(__name__)
+
+
+def without_bad_images(source: StoredSource, cache_dir: Path) -> StoredSource:
+    """Returns a set without the images that cannot be decoded, each of which the log names.
+
+    Every image is decoded once; which ones are bad stays in the cache until the set changes.
+
+    Args:
+        source: The set.
+        cache_dir: Folder of the decoded sets; made when missing.
+
+    Raises:
+        DataError: No image is left.
+        StorageError: The cache cannot be written.
+    """
+    key = hashlib.blake2b(f"{FORMAT_VERSION} {PIL.__version__} {source.fingerprint}".encode(), digest_size=16)
+    path = cache_dir / f"bad-{key.hexdigest()}.json"
+    with lock(cache_dir / f"{path.name}.lock"):
+        if not path.exists():
+            write_json(path, _bad_images(source))
+        bad: dict[str, str] = read_json(path)
+    if not bad:
+        return source
+    left = source.without([int(index) for index in bad])
+    for cause in bad.values():
+        _log.warning("%s: left out: %s", source.name, cause)
+    if not len(left):
+        rule = "there must be at least one image that can be decoded"
+        raise DataError(Problem(source.name, rule, f"none of {len(bad)}, such as {next(iter(bad.values()))}"))
+    return left
+
+
+def _bad_images(source: StoredSource) -> dict[str, str]:
+    """Returns the cause for every index of an image that cannot be decoded."""
+
+    def cause(index: int) -> str | None:
+        try:
+            source.pixels(index)
+        except DataError as error:
+            return str(error.problems[0])
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = enumerate(pool.map(cause, range(len(source))))
+        return {str(index): text for index, text in found if text is not None}

@@ -1,0 +1,296 @@
+"""Stored images: what a set's reader finds, which of it belongs to the set, and the source that is made of it.
+
+A reader (``data/readers.py``) lists a set without opening an image: a stable name and a class per image, and functions
+that read one. All else is the same for every kind of set and stands here: ids, labels, parts, shots, masks.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from carft_ray.data.images import decode_image
+from carft_ray.data.source import IdArray, IntArray, PixelArray
+from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.schema import StoredSet
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """What a reader finds, without opening an image. Image i of N is the i-th of ``names``.
+
+    Attributes:
+        kind: Reader and its version; begins the fingerprint.
+        home: Where the images are, a resolved path.
+        names: Stable name of every image, [N], in the order of the set. Sample ids are their hashes, so a name must
+            depend on neither machine nor place: a relative path with '/', or a key.
+        classes: Class of every image, [N].
+        found: All classes of the set in its own label order, also those without images.
+        read: Index -> the bytes of the image's file. Raises ``DataError``.
+        stamp: Index -> a text that changes when the image may have changed, cheaply: size and date of its file.
+            Raises ``DataError`` when it has vanished.
+        place: Index -> the image's name for messages.
+        decode: Bytes of ``read`` and index -> RGB pixels, uint8 [H, W, 3]. None: they are an image file.
+        within: Class of the set -> the classes of the class list that stand for it, where the set has a class list of
+            its own: its images are told apart between its classes only, and a class scores the largest of its logits.
+        problems: What is missing. With problems the rest may be empty.
+    """
+
+    kind: str
+    home: str
+    names: Sequence[str] = ()
+    classes: Sequence[str] = ()
+    found: tuple[str, ...] = ()
+    read: Callable[[int], bytes] = lambda index: b""
+    stamp: Callable[[int], str] = lambda index: ""
+    place: Callable[[int], str] = str
+    decode: Callable[[bytes, int], PixelArray] | None = None
+    within: Mapping[str, tuple[str, ...]] | None = None
+    problems: tuple[Problem, ...] = ()
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.names)
+
+    @cached_property
+    def ids(self) -> IdArray:
+        """``sample_id`` of every image, uint64 [N]."""
+        return np.array([sample_id(name) for name in self.names], dtype=np.uint64)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSource:
+    """The ``Source`` of some images of a listing.
+
+    Attributes:
+        name: Role or name of the set, for messages.
+        listing: What the reader found.
+        rows: Positions in the listing, int64 [N].
+        class_names: The class list.
+        labels: Label of every image, int64 [N].
+        groups: See ``ImageSet``.
+        skipped: Names of images that were left out because they cannot be decoded.
+    """
+
+    name: str
+    listing: Listing
+    rows: IntArray
+    class_names: tuple[str, ...]
+    labels: IntArray
+    groups: tuple[tuple[int, ...], ...] | None = None
+    skipped: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def sample_ids(self) -> IdArray:
+        """Stable ids, uint64 [N]."""
+        return self.listing.ids[self.rows]
+
+    @property
+    def home(self) -> str:
+        """Where the images are, a resolved path."""
+        return self.listing.home
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, stamps, labels and groups.
+
+        Raises:
+            DataError: A file has vanished.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
+            stamp = self.listing.stamp(row)
+            digest.update(_encoded(f"{normal(self.listing.names[row])}\0{stamp}\0{label}\n"))
+        if self.groups is not None:
+            digest.update(repr(self.groups).encode())
+        return f"{self.listing.kind}/{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.rows)
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages."""
+        return self.listing.place(int(self.rows[index]))
+
+    def content(self, index: int) -> bytes:
+        """Returns the bytes of image ``index``.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        return self.listing.read(int(self.rows[index]))
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3].
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        return self.decode(self.content(index), index)
+
+    def decode(self, content: bytes, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes.
+
+        Raises:
+            DataError: They are no image.
+        """
+        row = int(self.rows[index])
+        if self.listing.decode is None:
+            return decode_image(content, self.listing.place(row))
+        return self.listing.decode(content, row)
+
+    def without(self, unwanted: Sequence[int]) -> "StoredSource":
+        """Returns the source without the images at these indices, which it names as skipped."""
+        kept = np.setdiff1d(np.arange(len(self)), np.asarray(unwanted, np.int64))
+        names = tuple(self.place(index) for index in unwanted)
+        return replace(self, rows=self.rows[kept], labels=self.labels[kept], skipped=(*self.skipped, *names))
+
+
+def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
+    """Returns the images of a listing that belong to a set.
+
+    Args:
+        listing: What the set's reader found.
+        spec: The set: parts, shots and whether it has all classes.
+        classes: The class list; None: the listing's own.
+        name: Role or name of the set, for messages.
+
+    Raises:
+        DataError: Images or classes are missing; all problems at once.
+    """
+    wanted = listing.found if classes is None else tuple(classes)
+    problems = list(listing.problems) or class_problems(listing, spec, wanted, name)
+    if problems:
+        raise DataError(problems)
+    if len(np.unique(listing.ids)) < len(listing):
+        rule = "names of images must differ, also after Unicode normalisation"
+        raise DataError(Problem(f"{name}: {listing.home}", rule))
+    rows = selected_rows(listing, spec)
+    if not len(rows):
+        raise DataError(Problem(name, "there must be at least one image", f"none of {len(listing)} in the part"))
+    label_of = {normal(class_name): label for label, class_name in enumerate(wanted)}
+    members = _members(listing, spec)
+    groups_of = {own: tuple(sorted(label_of[normal(target)] for target in targets)) for own, targets in members.items()}
+    labels = np.array([groups_of[normal(listing.classes[row])][0] for row in rows.tolist()], dtype=np.int64)
+    groups = None
+    if listing.within is not None or spec.classes == "some":
+        groups = tuple(sorted(set(groups_of.values())))
+    return StoredSource(name, listing, rows, wanted, labels, groups)
+
+
+def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
+    """Returns the images of a set whose classes nobody has looked at; all labels are 0.
+
+    Raises:
+        DataError: Something is missing.
+    """
+    if listing.problems:
+        raise DataError(listing.problems)
+    rows = selected_rows(listing, spec)
+    return StoredSource(name, listing, rows, (), np.zeros(len(rows), np.int64))
+
+
+def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
+    """Returns which images of a listing belong to a set: its ``part``, and of that the ``shots`` of each class.
+
+    The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
+    a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
+    """
+    rows = np.arange(len(listing), dtype=np.int64)
+    if spec.part is not None:
+        fractions = listing.ids / 2.0**64
+        rows = rows[(spec.part[0] <= fractions) & (fractions < spec.part[1] if spec.part[1] < 1 else True)]
+    if spec.shots is None:
+        return rows
+    taken: Counter[str] = Counter()
+    chosen = []
+    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}"))
+    for row in order:
+        taken[listing.classes[row]] += 1
+        if taken[listing.classes[row]] <= spec.shots:
+            chosen.append(row)
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], place: str) -> list[Problem]:
+    """Compares the classes of a set with the class list.
+
+    Every class must have images, unless the set has some classes only, and no other class may stand there.
+
+    Args:
+        listing: What was found.
+        spec: The set.
+        classes: The class list.
+        place: Where the set is named, for the problems.
+    """
+    if not len(listing) and not classes:
+        return [Problem(place, "there must be at least one image", "none", next_step=LAYOUT_STEP)]
+    wanted = {normal(class_name): class_name for class_name in classes}
+    members = _members(listing, spec)
+    known = {normal(target): target for targets in members.values() for target in targets}
+    with_images = {normal(own) for own in set(listing.classes)}
+    unknown = sorted(target for key, target in known.items() if key not in wanted)
+    partly = listing.within is not None or spec.classes == "some"
+    missing = [] if partly else [class_name for key, class_name in wanted.items() if key not in known]
+    empty = sorted(own for own in members if own not in with_images and own not in unknown)
+    problems = []
+    if unknown:
+        match = nearest(unknown[0], missing or classes)
+        rule = "every class of a set must be in the class list"
+        problems.append(Problem(place, rule, _some(unknown), tuple(classes), match, CLASS_STEP))
+    if missing:
+        rule = "every class must be there in every set"
+        step = "Where the set has part of the classes, write classes: some."
+        near = nearest(missing[0], unknown)
+        problems.append(Problem(place, rule, f"none for {_some(missing)}", nearest=near, next_step=step))
+    if empty:
+        problems.append(Problem(place, "every class must have an image", f"none in {_some(empty)}"))
+    if spec.shots is not None and not problems:
+        counts = Counter(listing.classes[row] for row in selected_rows(listing, spec).tolist())
+        few = sorted(own for own in set(listing.classes) if counts[own] < spec.shots)
+        if few:
+            rule = f"every class must have {spec.shots} images, as shots says"
+            problems.append(Problem(f"{place}.shots", rule, f"{counts[few[0]]} in {_some(few)}"))
+    return problems
+
+
+def _members(listing: Listing, spec: StoredSet) -> dict[str, tuple[str, ...]]:
+    """Returns for each class of the set the classes of the class list that stand for it.
+
+    A set of some classes has those that hold an image; otherwise also the empty ones, so that they are told.
+    """
+    if listing.within is not None:
+        return {normal(own): tuple(targets) for own, targets in listing.within.items()}
+    names = sorted(set(listing.classes)) if spec.classes == "some" else listing.found
+    return {normal(own): (normal(own),) for own in names}
+
+
+def sample_id(name: str) -> int:
+    """Returns the stable id of an image: the first 8 bytes (little-endian) of BLAKE2b of its name.
+
+    The name is normalised (NFC) first, since file systems differ in how they spell accents.
+    """
+    return int.from_bytes(hashlib.blake2b(_encoded(normal(name))).digest()[:8], "little")
+
+
+def normal(name: str) -> str:
+    """Returns a name in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+LAYOUT_STEP = "The layout that each kind of source expects stands in docs/data.md."
+CLASS_STEP = "Rename it, or name all classes in data.classes."

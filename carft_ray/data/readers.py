@@ -1,0 +1,59 @@
+"""Which reader reads which kind of set: the one table from a set of the recipe to its files.
+
+A new kind of set is a class in ``recipe/schema.py``, a file with its reader's functions, and a row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carft_ray.data import folder
+from carft_ray.data.listing import Listing
+from carft_ray.errors import Problem
+from carft_ray.recipe.schema import FolderSet, StoredSet
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one kind of set is read. Every function gets the set and the folder that relative paths count from.
+
+    Attributes:
+        listing: Lists the images; the third argument is where the set is named, for messages.
+        problems: What is missing at the first look, without listing: all that is asked of a test set by anybody but
+            the command that opens the seal. The third argument as above.
+        places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
+            other's, share images unless their ``slot`` says otherwise.
+        slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
+    """
+
+    listing: Callable[[Any, Path, str], Listing]
+    problems: Callable[[Any, Path, str], list[Problem]]
+    places: Callable[[Any, Path], list[str]]
+    slot: Callable[[Any], str] = lambda spec: ""
+
+
+READERS: dict[type[StoredSet], Reader] = {
+    FolderSet: Reader(folder.list_folder_set, folder.folder_set_problems, folder.folder_set_places),
+}
+
+
+def reader_of(spec: StoredSet) -> Reader:
+    """Returns the reader of a set."""
+    return READERS[type(spec)]
+
+
+def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
+    """Lists the images of a set without opening one.
+
+    Args:
+        spec: The set.
+        base_dir: Folder that relative paths count from.
+        place: Where the set is named, for the problems.
+    """
+    return reader_of(spec).listing(spec, base_dir, place)
+
+
+def first_problems(spec: StoredSet, base_dir: Path, place: str) -> list[Problem]:
+    """Returns what is missing at the first look; nothing is listed."""
+    return reader_of(spec).problems(spec, base_dir, place)

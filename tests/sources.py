@@ -1,0 +1,19 @@
+"""Sets of stored images, opened as a recipe would."""
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from carft_ray.data.listing import stored_source
+from carft_ray.data.readers import list_set
+from carft_ray.recipe.schema import SetSpec
+
+
+def open_set(class_list=None, name="train", base_dir=Path("/"), **spec):
+    """Opens the set that these keys of a recipe describe, with a class list or its own."""
+    parsed = TypeAdapter(SetSpec).validate_python(spec)
+    return stored_source(list_set(parsed, base_dir, name), parsed, class_list, name)
+
+
+def folder_source(root, domains, classes, name, **selection):
+    return open_set(classes, name, source="folder", path=str(root), domains=domains, **selection)

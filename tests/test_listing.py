@@ -1,0 +1,158 @@
+"""Which images of a tree belong to a set: parts, shots, masks of classes, and images that cannot be decoded."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import open_set
+
+from carft_ray.data.bad_images import without_bad_images
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sets import check_roles, check_sets, open_source, open_train, open_validation
+from carft_ray.errors import DataError
+from carft_ray.evaluation.origin import set_contents
+from carft_ray.evaluation.predictions import predictions_table
+from carft_ray.recipe.schema import Recipe
+
+CLASSES = ("bird", "cat", "dog")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of forty images, without domains."""
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(40):
+            pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index:02d}.png")
+    return tmp_path
+
+
+def chosen(tree, names=None, **selection):
+    return open_set(names, base_dir=tree, source="folder", path="images", **selection)
+
+
+def recipe_of(tree, **sets):
+    whole = {"source": "folder", "path": "images"}
+    data = {"train": {**whole, "part": [0.3, 1]}, "id_val": {**whole, "part": [0, 0.3]}, **sets}
+    return Recipe.model_validate({"data": data, "train": {"batch_size": 4}})
+
+
+def test_a_tree_without_domains_has_its_classes_at_the_root(tree):
+    source = chosen(tree)
+    assert source.class_names == CLASSES
+    assert source.listing.names[0] == "bird/00.png"
+    assert np.bincount(source.labels).tolist() == [40, 40, 40]
+
+
+def test_disjoint_parts_share_no_image_and_together_are_the_set(tree):
+    parts = [chosen(tree, part=part) for part in ([0, 0.25], [0.25, 0.6], [0.6, 1])]
+    ids = [set(part.sample_ids.tolist()) for part in parts]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 120
+    assert [len(part) for part in parts] == [33, 48, 39]  # 30, 42 and 48 are expected
+
+
+def test_fewer_shots_are_among_more_and_another_seed_draws_others(tree):
+    one, five, other = (chosen(tree, shots=k, shots_seed=seed) for k, seed in ((1, 0), (5, 0), (5, 1)))
+    assert np.bincount(one.labels).tolist() == [1, 1, 1]
+    assert np.bincount(five.labels).tolist() == [5, 5, 5]
+    assert set(one.sample_ids.tolist()) < set(five.sample_ids.tolist())
+    assert set(five.sample_ids.tolist()) != set(other.sample_ids.tolist())
+
+
+def test_shots_are_taken_from_the_part(tree):
+    part = set(chosen(tree, part=[0, 0.5]).sample_ids.tolist())
+    assert set(chosen(tree, part=[0, 0.5], shots=3).sample_ids.tolist()) < part
+
+
+def test_more_shots_than_images_are_refused(tree):
+    with pytest.raises(DataError, match=r"every class must have 41 images, as shots says, but got 40 in 'bird'"):
+        chosen(tree, shots=41)
+
+
+def test_a_set_of_some_classes_is_told_apart_between_those(tree):
+    names = ("ant", "bird", "cat", "cow", "dog")
+    source = chosen(tree, names, classes="some")
+    assert source.groups == ((1,), (2,), (4,))
+    assert sorted(set(source.labels.tolist())) == [1, 2, 4]
+    with pytest.raises(DataError, match="write classes: some"):
+        chosen(tree, names)
+    with pytest.raises(DataError, match="every class of a set must be in the class list, but got 'dog'"):
+        chosen(tree, names[:4], classes="some")
+
+
+def test_masked_predictions_are_those_of_the_logits_of_the_groups_alone():
+    rng = np.random.default_rng(0)
+    logits, ids = rng.normal(0, 5, (50, 6)).astype(np.float32), np.arange(50, dtype=np.uint64)
+    groups = ((1, 4), (2,), (5,))
+    named = np.array([1, 2, 5])
+    labels = named[rng.integers(0, 3, 50)]
+    table = predictions_table("r", 1.0, ids, labels, logits, groups)
+    merged = np.stack([logits[:, [1, 4]].max(1), logits[:, 2], logits[:, 5]], axis=1)
+    assert table["prediction"].to_pylist() == named[merged.argmax(1)].tolist()
+    odds = np.exp(merged.astype(np.float64))
+    np.testing.assert_allclose(table["log_sum_exp"].to_numpy(), np.log(odds.sum(1)), rtol=1e-12)
+    own = merged[np.arange(50), np.searchsorted(named, labels)]
+    np.testing.assert_array_equal(table["logit_true"].to_numpy(), own)
+    assert [len(row) for row in table["top_classes"].to_pylist()] == [3] * 50
+    with pytest.raises(ValueError, match="first class of a group"):
+        predictions_table("r", 1.0, ids, np.full(50, 4), logits, groups)
+    everything = tuple((label,) for label in range(6))
+    plain, masked = (predictions_table("r", 1.0, ids, labels, logits, groups) for groups in (None, everything))
+    assert plain.equals(masked)
+
+
+def test_one_tree_may_be_cut_into_roles_by_parts(tree):
+    recipe = recipe_of(tree)
+    assert check_roles(recipe, tree) == check_sets(recipe, tree) == []
+    check_overlap(recipe, tree, tree / "cache")
+    assert len(open_train(recipe, tree)) + len(open_validation(recipe, tree)[0]) == 120
+
+
+@pytest.mark.parametrize("other", [{"part": [0.2, 0.4]}, {}, {"shots": 2}, {"part": [0, 0.1], "path": "images/bird"}])
+def test_parts_that_share_images_are_refused(tree, other):
+    recipe = recipe_of(tree, id_val={"source": "folder", "path": "images", **other})
+    (problem,) = check_roles(recipe, tree)
+    assert "must not share images with data.train" in str(problem)
+
+
+def test_a_part_without_images_is_told(tree):
+    with pytest.raises(DataError, match="there must be at least one image, but got none of 120 in the part"):
+        chosen(tree, part=[0, 1e-9])
+
+
+def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
+    (tree / "images" / "cat" / "07.png").write_bytes(b"no image")
+    (tree / "images" / "dog" / "11.png").write_bytes((tree / "images" / "dog" / "12.png").read_bytes()[:60])
+    source = chosen(tree, on_bad_image="skip")
+    left = without_bad_images(source, tree / "cache")
+    assert len(left) == 118
+    assert [name.rsplit("images/")[1] for name in left.skipped] == ["cat/07.png", "dog/11.png"]
+    assert caplog.text.count("left out") == 2
+    (kept,) = (tree / "cache").glob("bad-*.json")
+    assert sorted(json.loads(kept.read_text())) == ["47", "91"]
+    kept.write_text("{}")  # found once: the file is believed
+    assert len(without_bad_images(source, tree / "cache")) == 120
+    assert left.fingerprint != source.fingerprint
+
+
+def test_skipped_images_are_counted_in_the_manifest_and_fail_is_the_default(tree, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
+    (tree / "images" / "cat" / "07.png").write_bytes(b"no image")
+    whole = {"source": "folder", "path": "images", "on_bad_image": "skip"}
+    recipe = recipe_of(tree, train={**whole, "part": [0.3, 1]}, id_val={**whole, "part": [0, 0.3]})
+    found = set_contents(recipe, tree)
+    assert [found[name].get("num_skipped", 0) for name in ("train", "id_val")] in ([1, 0], [0, 1])
+    strict = open_source(recipe_of(tree).data.train.model_copy(update={"part": None}), "train", None, tree)
+    with pytest.raises(DataError, match=r"07\.png: must be a readable image"):
+        strict.pixels(47)
+
+
+def test_a_set_of_bad_images_alone_is_refused(tmp_path):
+    for name in CLASSES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 3"):
+        without_bad_images(chosen(tmp_path, on_bad_image="skip"), tmp_path / "cache")
