@@ -98,7 +98,12 @@ class PackedSource:
         Raises:
             DataError: The image is damaged.
         """
-        return self._source.decode(self._images[index].as_py(), index)
+        return self._source.decode(self.packed_bytes(index), index)
+
+    def packed_bytes(self, index: int) -> bytes:
+        """Returns the bytes of image ``index`` as they were packed."""
+        content: bytes = self._images[index].as_py()
+        return content
 
 
 def pays(home: str, cache_dir: Path, mounts: str | None = None) -> bool:
