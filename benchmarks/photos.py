@@ -27,7 +27,8 @@ def photo(seed: int, width: int, height: int) -> npt.NDArray[np.uint8]:
             layer = Image.fromarray(pattern[..., colour]).resize((width, height), Image.Resampling.BICUBIC)
             total[..., colour] += FALL**octave * np.asarray(layer)
     low, high = np.quantile(total, (0.01, 0.99))
-    return np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def jpeg(seed: int, width: int, height: int) -> bytes:

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,12 +56,13 @@ def data_add(
     from carft_ray.recipe.schema import SandboxSet
 
     value, base_dir = load(recipe, set_), recipe.absolute().parent
-    built: set[str] = set()
-    with console.counting_sets() as show:
+    built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
+    with console.counting_several() as begin:
 
         def on_image(name: str, done: int, total: int) -> None:
-            built.add(name)
-            show(name, done, total)
+            if name not in built:
+                built[name] = begin(name)
+            built[name](done, total)
 
         materials = load_materials(value, base_dir, on_image)
     folder = cache_dir(value, base_dir)

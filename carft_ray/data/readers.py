@@ -25,12 +25,14 @@ class Reader:
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
+        num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
     listing: Callable[[Any, Path, str], Listing]
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
+    num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {

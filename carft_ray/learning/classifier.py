@@ -63,8 +63,7 @@ class ImageClassifier(nn.Module):
 
     def features(self, pixels_BHWC: Tensor) -> Tensor:
         """Returns the un-normalised image embeddings [B, D] of uint8 pixels [B, H, W, 3], float32 or wider."""
-        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.mean.dtype)
-        images_BCHW = (images_BCHW / 255 - self.mean) / self.std
+        images_BCHW = normalised(pixels_BHWC, self.mean, self.std)
         # convolutions were measured a quarter faster in this layout, on the CPU too
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         with autocast(images_BCHW.device, self.autocast_dtype):
@@ -99,6 +98,22 @@ class ImageClassifier(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Returns a copy of everything that training changes and mixing mixes, on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
+
+
+def normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Returns ``(pixels / 255 - mean) / std`` of uint8 pixels, [B, 3, H, W] in the memory layout of the pixels.
+
+    On the CPU in half the time of the formula: a whole row is one vector there, three colours are none.
+
+    Args:
+        pixels_BHWC: uint8 [B, H, W, 3].
+        mean: [1, 3, 1, 1] or [3]; its precision is that of the result.
+        std: As ``mean``.
+    """
+    num_images, height, width, _ = pixels_BHWC.shape
+    rows = pixels_BHWC.reshape(num_images, height, 3 * width).to(mean.dtype).div_(255)
+    rows.sub_(mean.flatten().repeat(width)).div_(std.flatten().repeat(width))
+    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
