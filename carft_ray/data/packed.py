@@ -88,6 +88,11 @@ class PackedSource:
         self.place = source.place
         self.content = source.content  # for hashes: of the files themselves, as they are now
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all images as they were packed."""
+        return int(self._images.nbytes)
+
     def __len__(self) -> int:
         """Returns N."""
         return len(self._images)
