@@ -104,7 +104,7 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
     images = materials.validation[0].images_NHWC
     kept = 0  # of the training set
     if recipe.data.train.source == "sandbox":
-        kept = len(materials.train) * np.prod(share.train.pixels(0).shape)
+        kept = len(materials.train) * int(np.prod(share.train.pixels(0).shape))
     elif isinstance(materials.train, PackedSource):
         kept = materials.train.num_bytes
     num_validation = sum(map(len, materials.validation))
