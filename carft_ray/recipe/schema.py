@@ -48,7 +48,7 @@ def _choices(value: Any) -> tuple[Any, ...]:
     return tuple(_plain_value(one) for one in values)
 
 
-def _duration(value: Any) -> Any:
+def seconds_of(value: Any) -> Any:
     """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
     if not isinstance(value, str):
         return value
@@ -174,7 +174,13 @@ class DataPart(Part):
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = (
         None  # class folders in label order; None: those of train, in its order
     )
-    cache_dir: str | None = None  # decoded sets; None: the user's cache folder
+    cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
+    cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit
+    pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: of network disks
+
+
+# keys of ``data`` that say where and how images are kept: other values of them do not make another study
+CACHE_KEYS = ("cache_dir", "cache_gb", "pack")
 
 
 class PromptsPart(Part):
@@ -414,7 +420,7 @@ class ResourcesPart(Part):
 class BudgetPart(Part):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Annotated[Positive, BeforeValidator(_duration)] | None = None  # seconds, or a text such as 8h
+    wall_time: Annotated[Positive, BeforeValidator(seconds_of)] | None = None  # seconds, or a text such as 8h
     gpu_hours: Positive | None = None  # of all attempts of the study
 
 

@@ -48,6 +48,8 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "data.ood_test": ("identity", "fixed before anything is selected"),
     "data.classes": ("identity", "the meaning of the labels"),
     "data.cache_dir": ("running", "where decoded images lie"),
+    "data.cache_gb": ("running", "how much of them is kept"),
+    "data.pack": ("running", "how images are read; the pixels are the same"),
     "<set>.source": ("identity", "which images"),
     "<set>.domain": ("identity", "which images"),
     "<set>.split": ("identity", "which images"),
