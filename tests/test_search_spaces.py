@@ -126,7 +126,11 @@ def test_the_readme_marks_the_fields_that_may_be_searched():
 
 
 # source -> a training set of it, for sources that no recipe of the folder has
-SETS: dict[str, str] = {}
+SETS: dict[str, str] = {
+    "table": "{source: table, path: images.csv}",
+    "webdataset": "{source: webdataset, path: shards}",
+    "huggingface": "{source: huggingface, path: saved}",
+}
 
 
 def source_of(key):

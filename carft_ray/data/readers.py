@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data import folder
+from carft_ray.data import folder, huggingface, tables, webdataset
 from carft_ray.data.listing import Listing
 from carft_ray.errors import Problem
-from carft_ray.recipe.schema import FolderSet, StoredSet
+from carft_ray.recipe.schema import FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,45 @@ class Reader:
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
+        apart: Tells of two sets of one place whether they share no image all the same, whatever their slots.
+        naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
     """
 
     listing: Callable[[Any, Path, str], Listing]
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
+    apart: Callable[[Any, Any], bool] = lambda one, other: False
+    naming: Callable[[Any], object] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {
-    FolderSet: Reader(folder.list_folder_set, folder.folder_set_problems, folder.folder_set_places),
+    FolderSet: Reader(
+        folder.list_folder_set,
+        folder.folder_set_problems,
+        folder.folder_set_places,
+        naming=lambda spec: spec.domains is None,
+    ),
+    TableSet: Reader(
+        tables.list_table_set,
+        tables.table_set_problems,
+        tables.table_set_places,
+        apart=tables.rows_apart,
+        naming=tables.naming,
+    ),
+    WebDatasetSet: Reader(
+        webdataset.list_webdataset,
+        webdataset.webdataset_problems,
+        webdataset.webdataset_places,
+        naming=lambda spec: spec.image,
+    ),
+    HuggingFaceSet: Reader(
+        huggingface.list_huggingface_set,
+        huggingface.huggingface_set_problems,
+        huggingface.huggingface_set_places,
+        apart=tables.rows_apart,
+        naming=tables.naming,
+    ),
 }
 
 
