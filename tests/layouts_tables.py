@@ -51,7 +51,7 @@ def mixed_modes(classes=CLASSES):
         "grey16.png": encoded(grey),
         "palette.png": encoded(pixels, mode="P"),
         "rgba.png": encoded(clear),
-        "rgba.webp": encoded(clear, "WEBP", lossless=True),
+        "webp.webp": encoded(clear, "WEBP", lossless=True),
     }
     found = [Picture(f"{label}/{name}", label, contents[name]) for label in classes for name in contents]
     return sorted(found)

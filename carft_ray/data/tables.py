@@ -225,6 +225,9 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
     schemas = [_read(read_schema, file) for file in files]
     schema, features = schemas[0], _features(schemas[0])
     there = tuple(schema.names)
+    if len(set(there)) < len(there):
+        twice = next(name for name in there if there.count(name) > 1)
+        raise DataError(Problem(f"{place}: {files[0]}", "no two columns may have one name", repr(twice)))
     given = {"image": spec.image, "label": spec.label}
     if spec.image is None:
         given["image"] = _only("image", there, [name for name in there if _is_image(schema.field(name), features)])
@@ -240,9 +243,6 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
             problems.append(Problem(f"{place}.{key}", rule, repr(name), there, nearest(name, there)))
         elif name is not None and (rule := _type_rule(key, _type(schema, name))):
             problems.append(Problem(f"{place}.{key}: column {name}", rule, str(_type(schema, name))))
-    if len(set(there)) < len(there):
-        twice = next(name for name in there if there.count(name) > 1)
-        problems.append(Problem(f"{place}: {files[0]}", "no two columns may have one name", repr(twice)))
     image, label = given["image"], given["label"]
     if spec.root is not None and image is not None and _kind(_type(schema, image)) == "bytes":
         problems.append(Problem(f"{place}.root", f"must be left out: the column {image} holds bytes, not paths"))

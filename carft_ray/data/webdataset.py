@@ -1,5 +1,5 @@
 """WebDataset: samples in tar archives ("shards"), a sample being files of one name with several endings, one behind the
-other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the last slash.
+other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the last slash; hidden files are passed over.
 
 Nothing is unpacked. Where the files stand in a shard is found once and kept (``data/index.py``); then an image is one
 read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same samples
@@ -32,6 +32,7 @@ KIND = "webdataset-1"
 CLASS_NAMES = "classnames.txt"  # beside the shards or in the folder above, as clip_benchmark writes it
 NUM_SHARDS = "nshards.txt"
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _ENDINGS = (".tar", *_COMPRESSED)
 _STEP = "Shards are expected: path: shards/{000..012}.tar, or the folder that holds them."
 _COMPRESSED_STEP = "Unpack it (gunzip), or write it anew without compression: images gain nothing by it."
@@ -250,7 +251,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     try:
         with tarfile.open(shard, "r:", errorlevel=1) as archive:
             for member in archive:
-                found = re.fullmatch(r"((?:.*/|)[^./][^.]*)[.]([^/]+)", _plain(member.name))
+                found = re.fullmatch(r"((?:.*/|)[^./]+)[.]([^/]+)", _plain(member.name))
                 if not member.isreg() or member.issparse() or found is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
                 key, ending = found.group(1), found.group(2).lower()
@@ -263,8 +264,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                 files[ending] = member
             _check_end(shard, archive.offset)
     except (tarfile.TarError, EOFError) as error:
-        packed = shard.open("rb").read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
-        if packed:
+        if _content(shard, 0, 6).startswith(_MAGIC):
             rule = "a shard must not be compressed: of a compressed one no image can be read alone"
             raise DataError(Problem(str(shard), rule, next_step=_COMPRESSED_STEP)) from error
         raise DataError(_cut_off(str(shard))) from error
