@@ -286,6 +286,55 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table of texts; the first column is not wrapped."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns the table of what the doctor found in the sets: a line per set.
+
+    Args:
+        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.as_data`` returns.
+        zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
+    """
+    rows = []
+    for place, one in sets.items():
+        expected, measured = one.get("num_expected"), zero_shot.get(place.rpartition(".")[2])
+        side = one.get("short_side")
+        rows.append(
+            {
+                "images": f"{one['num_images']:,}"
+                + (f" of {expected:,}" if expected not in (None, one["num_images"]) else ""),
+                "classes": str(one["num_classes"]),
+                "per class": _spread(one["images_per_class"]),
+                "short side, px": "" if side is None else _spread(side),
+                "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
+                "unreadable": str(one.get("num_unreadable", "")),
+                "repeated": str(one.get("num_twice", "")),
+                "zero-shot, %": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
+            }
+        )
+    columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("set", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for place, row in zip(sets, rows, strict=True):
+        table.add_row(place.removeprefix("data."), *(row[name] for name in columns))
+    return table
+
+
+def _spread(of: Mapping[str, Any]) -> str:
+    """Returns a range in few words: one number where all are the same."""
+    return f"{of['min']}" if of["min"] == of["max"] else f"{of['min']} to {of['max']}"
+
+
 def training_progress() -> Progress:
     """Returns the progress bar of a training; its fields are ``detail``."""
     return Progress(
@@ -306,3 +355,16 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task(what, total=None)
     with bar if err.is_terminal else contextlib.nullcontext():
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def counting_several() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Gives a function from the name of a task to a callback (done, in all); the tasks are bars on a terminal."""
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=True)
+
+    def begin(what: str) -> Callable[[int, int], None]:
+        task = bars.add_task(what, total=None, visible=err.is_terminal)
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
+    with bars if err.is_terminal else contextlib.nullcontext():
+        yield begin

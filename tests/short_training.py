@@ -32,7 +32,7 @@ search:
 
 def make(folder: Path) -> Path:
     """Writes model, images and recipe; returns the path of the recipe."""
-    _write_model(folder / "model")
+    write_model(folder / "model")
     for domain, num_per_class, offset in (
         ("photo", NUM_TRAIN, 0),
         ("photo_val", NUM_ID_VAL, 100),
@@ -54,7 +54,7 @@ def write_image(path: Path, label: int, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     """Writes a CLIP with a tokenizer of letters: the usual one takes half of the time of a whole short training."""
     import open_clip
     import torch

@@ -146,7 +146,9 @@ def test_sandbox_images_refuses_a_folder_that_is_there(run):
 
 # mistakes: words of the command, exit code, the whole message ({here}: the working directory)
 
-LAYOUT = "\n    Images are expected as PATH/domain/class/*.png; PATH is data.<set>.path of the recipe."
+LAYOUT = (
+    "\n    Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."
+)
 SPACE = "search.space.learning_rate"
 OPENAI = ["--set", "prompts.templates=openai"]
 MISTAKES = [
@@ -369,9 +371,10 @@ def test_a_class_list_that_does_not_match_is_told_for_every_set(run):
     assert err.startswith("error: 6 problems\n")
     for place in ("data.train", "data.id_val", "data.ood_val.sketch"):
         assert (
-            f"  - {place}: every class folder must be in the class list, but got 'square'; did you mean 'sqare'?" in err
+            f"  - {place}: every class of a set must be in the class list, but got 'square'; did you mean 'sqare'?"
+            in err
         )
-        assert f"  - {place}: every class must have a folder in every set, but got none for 'sqare'" in err
+        assert f"  - {place}: every class must be there in every set, but got none for 'sqare'" in err
 
 
 @pytest.mark.parametrize("domain", ["photo", "photo_val", "sketch"])

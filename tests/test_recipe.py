@@ -711,8 +711,8 @@ WARNINGS = [
         "search.sampler.startup_trials has no effect: the sampler is random",
     ),
     (
-        "model: {name: ViT-B-16, pretrained: openai}",
-        "prompts.templates sandbox describes the sandbox's own pictures; for ViT-B-16 try openai",
+        "model: {name: ViT-B-16-quickgelu, pretrained: openai}",
+        "prompts.templates sandbox describes the sandbox's own pictures; for ViT-B-16-quickgelu try openai",
     ),
     (
         "    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}",

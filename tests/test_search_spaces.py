@@ -59,12 +59,15 @@ def test_commented_lines_of_the_folders_recipe_are_valid_when_used(tmp_path):
     path = tmp_path / "folders.yaml"
     path.write_text(used)
     real = [
-        "model={name: ViT-B-16, pretrained: openai}",
+        "model={name: ViT-B-16-quickgelu, pretrained: openai}",
         "prompts.templates=openai",
         "search.space.learning_rate={low: 3e-7, high: 3e-5, log: true}",
         "search.space.kl_weight={low: 0.01, high: 100, log: true}",
     ]
-    for line in ("model: {name: ViT-B-16, pretrained: openai}", *(line.split("space.")[1] for line in real[2:])):
+    for line in (
+        "model: {name: ViT-B-16-quickgelu, pretrained: openai}",
+        *(line.split("space.")[1] for line in real[2:]),
+    ):
         assert line.replace("=", ": ") in written
     recipe = load_recipe(path, real)
     assert warnings(recipe) == []

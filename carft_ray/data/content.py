@@ -25,7 +25,7 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
     """
 
     def digest(index: int) -> bytes:
-        return _hash(source.content(index))
+        return image_digest(source.content(index))
 
     digests: list[bytes] = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -38,7 +38,7 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
 
 def pixel_digest(pixels: PixelArray) -> bytes:
     """Returns the hash of an image that is no file: of its pixels, uint8 [H, W, 3]."""
-    return _hash(pixels.tobytes())
+    return image_digest(pixels.tobytes())
 
 
 def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
@@ -56,5 +56,6 @@ def set_digest(source: Source, digests: list[bytes] | None = None) -> str:
     return whole.hexdigest()
 
 
-def _hash(content: bytes) -> bytes:
+def image_digest(content: bytes) -> bytes:
+    """Returns the hash of the content of an image."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

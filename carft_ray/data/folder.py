@@ -34,9 +34,9 @@ def list_folder_set(spec: FolderSet, base_dir: Path, place: str) -> Listing:
     found: set[str] = set()
     for domain in [] if problems else (["."] if spec.domains is None else sorted(spec.domains)):
         try:
-            for class_folder in _folders(root / domain):
+            for class_folder in folders(root / domain):
                 with os.scandir(root / domain / class_folder) as entries:
-                    files = [e.name for e in entries if _is_image(e.name) and e.is_file()]
+                    files = [e.name for e in entries if is_image(e.name) and e.is_file()]
                 prefix = class_folder if spec.domains is None else f"{domain}/{class_folder}"
                 found.add(normal(class_folder))
                 rows += [(f"{prefix}/{file}", normal(class_folder)) for file in files]
@@ -106,7 +106,7 @@ def folder_set_problems(spec: FolderSet, base_dir: Path, place: str) -> list[Pro
         elif domain in domains[:position]:
             problems.append(Problem(place, "a domain must be listed once", repr(domain)))
         elif not may_be_folder(root / domain):
-            there = _folders(root) if os.access(root, os.R_OK | os.X_OK) else []
+            there = folders(root) if os.access(root, os.R_OK | os.X_OK) else []
             rule = f"a domain must be a folder of {root}"
             problems.append(Problem(place, rule, repr(domain), tuple(there), nearest(domain, there)))
     return problems
@@ -132,11 +132,12 @@ def _unreadable(place: str, error: OSError) -> Problem:
     return Problem(place, "must be readable", error.strerror or str(error))
 
 
-def _folders(folder: Path) -> list[str]:
-    """Sorted names of the visible folders inside a folder."""
+def folders(folder: Path) -> list[str]:
+    """Returns the sorted names of the visible folders inside a folder."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Tells whether a file is one of the images of a tree, by its name."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)

@@ -27,6 +27,7 @@ class Reader:
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
         apart: Tells of two sets of one place whether they share no image all the same, whatever their slots.
         naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
+        num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
     listing: Callable[[Any, Path, str], Listing]
@@ -35,6 +36,7 @@ class Reader:
     slot: Callable[[Any], str] = lambda spec: ""
     apart: Callable[[Any, Any], bool] = lambda one, other: False
     naming: Callable[[Any], object] = lambda spec: None
+    num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {

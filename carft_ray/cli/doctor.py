@@ -1,0 +1,82 @@
+"""What can be wrong with a recipe, its images and its model, before a GPU is taken."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, quoted
+from carft_ray.errors import DataError
+
+PANEL = "One training"  # of the help
+
+
+@app.command(epilog="Example:  carft-ray doctor search_spaces/folders.yaml", rich_help_panel=PANEL)
+def doctor(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Images of each validation set that zero-shot is measured on.")
+    ] = 1000,
+    quick: Annotated[bool, typer.Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look at data, prompts, model and machine before anything is trained. Test sets are counted and hashed only.
+
+    Every image is read once. Ends with exit code 4 when a search would fail or mean nothing.
+    """
+    from carft_ray import console
+    from carft_ray.evaluation.doctor import as_plain_data, examine
+    from carft_ray.recipe.loading import load_recipe
+
+    value, base_dir = load_recipe(recipe, set_ or ()), recipe.absolute().parent
+    if json_:
+        found = examine(value, base_dir, images, quick)
+        console.print_json(as_plain_data(found))
+    else:
+        with console.counting_several() as progress:
+            found = examine(value, base_dir, images, quick, console.say, progress)
+        console.out.print(console.checkup_table(found.sets, found.zero_shot))
+        for line in _model_lines(found.model, found.machine):
+            console.say(line)
+        _tell(found, console)
+    if found.errors:
+        if json_:
+            raise typer.Exit(DataError.exit_code)
+        raise DataError(found.errors)
+    if not json_:
+        console.next_step(
+            f"carft-ray plan {quoted(recipe, set_)}",
+            f"carft-ray search {quoted(recipe, set_)} --study {Path('studies') / value.name}",
+        )
+
+
+def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    lines = []
+    if model:
+        contexts = f"{model['num_contexts']} contexts"
+        if "effective_contexts" in model:
+            contexts += f", in effect {model['effective_contexts']:.1f}"
+        lines.append(
+            f"model {model['name']}: {model['image_size']} pixels, s = {model['logit_scale']:.1f}, "
+            f"{model['num_classes']} classes, {contexts}; {model['tower_weights'] / 1e6:.1f} million weights train, "
+            f"{model['training_memory_gb']:.2g} GB with gradients and AdamW, images come on top"
+        )
+    lines.append(
+        f"machine: {machine['device']}, {machine['gpus']} GPUs, {machine['cores']} cores, "
+        f"{machine['memory_gb']:.0f} GB memory, {machine['cache_free_gb']:.0f} GB free for {machine['cache_dir']}"
+    )
+    return lines
+
+
+def _tell(found: Any, console: Any) -> None:
+    """Prints notes and warnings, and a verdict where there is no error; errors end the command."""
+    for finding in found.findings:
+        if finding.level == "note":
+            console.say(f"note: {finding.problem}")
+        elif finding.level == "warning":
+            console.warn(str(finding.problem))
+    if not found.errors:
+        counts = [sum(one.level == level for one in found.findings) for level in ("warning", "note")]
+        console.say(f"No error, {counts[0]} warnings, {counts[1]} notes.")

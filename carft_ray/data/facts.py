@@ -1,0 +1,172 @@
+"""What is known of the public benchmarks: class names and their order, masks, domains, sizes, prompts.
+
+Each set is one JSON file in ``facts/``. Each item in it names the public sources that were compared, and carries its
+hash. An item that fewer than two sources give is not sure: what differs from it is worth a warning, no error.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from carft_ray.errors import DataError, Problem, nearest
+
+FOLDER = Path(__file__).with_suffix("")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an item was read.
+
+    Attributes:
+        repo: ``owner/name`` of the repository or data set, or the number of a paper.
+        path: File in it, ``issues/NUMBER``, or a table.
+        version: Commit, or package with its release; empty where neither exists.
+        note: What the source says, where that is not the whole item.
+    """
+
+    repo: str
+    path: str
+    version: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where one item of a set comes from.
+
+    Attributes:
+        item: Name of the attribute of ``Facts``.
+        sources: Those that were compared.
+        sha256: ``item_hash`` of the item as it stands in the file.
+        sure: Whether two sources of different owners agree.
+        note: What to know of it, and why it is not sure.
+    """
+
+    item: str
+    sources: tuple[Source, ...]
+    sha256: str
+    sure: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of one benchmark.
+
+    Attributes:
+        name: Name in recipes.
+        title: Name for people.
+        classes: Folders, or labels of the table, in the order of this set's labels.
+        words: What stands for a class in a prompt, in the same order. None: see ``prompt_words``.
+        within: Set over whose classes logits are made before they are cut to this set's classes.
+        groups: For each class its indices in ``within``. None: by equal name. See ``label_groups``.
+        domains: Domains in DomainBed's order, or the corruptions of ImageNet-C.
+        counts: Number of images for each split or domain; empty where nothing is known.
+        templates: Prompt templates with ``{}``.
+        table: For the sets of WILDS: folder, file, columns, path of an image, label column and rule of each split.
+        licence_note: What the terms ask of a user of this program.
+        provenance: One for each item that is given.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    words: tuple[str, ...] | None
+    within: str | None
+    groups: tuple[tuple[int, ...], ...] | None
+    domains: tuple[str, ...] | None
+    counts: Mapping[str, int]
+    templates: tuple[str, ...] | None
+    table: Mapping[str, Any] | None
+    licence_note: str
+    provenance: tuple[Provenance, ...]
+
+    def is_sure(self, item: str) -> bool:
+        """Tells whether two independent sources agree on an item; False for one that is not given."""
+        return any(p.sure for p in self.provenance if p.item == item)
+
+
+@functools.cache
+def fact_names() -> tuple[str, ...]:
+    """Returns the names of all sets of which facts are known, sorted."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+@functools.cache
+def load_facts(name: str) -> Facts:
+    """Returns the facts of a set.
+
+    Raises:
+        DataError: There are none under this name.
+    """
+    if name not in fact_names():
+        rule = "must be a benchmark whose facts are known"
+        raise DataError(Problem("", rule, repr(name), fact_names(), nearest(name, fact_names())))
+    read = read_file(name)
+    return Facts(
+        name=read["name"],
+        title=read["title"],
+        classes=tuple(read["classes"]),
+        words=_tuple(read["words"]),
+        within=read["within"],
+        groups=None if read["groups"] is None else tuple(map(tuple, read["groups"])),
+        domains=_tuple(read["domains"]),
+        counts=MappingProxyType(read["counts"]),
+        templates=_tuple(read["templates"]),
+        table=None if read["table"] is None else MappingProxyType(read["table"]),
+        licence_note=read["licence_note"],
+        provenance=tuple(map(_provenance, read["provenance"])),
+    )
+
+
+def read_file(name: str) -> dict[str, Any]:
+    """Returns the file of a set as it stands."""
+    read: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return read
+
+
+def item_hash(value: Any) -> str:
+    """Returns the SHA-256 of an item: of its JSON without spaces, in UTF-8."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def label_groups(facts: Facts) -> tuple[tuple[int, ...], ...] | None:
+    """Returns for each class its indices in the classes of ``within``; None for a set with classes of its own.
+
+    A class scores the largest of the logits of its group. A group has one index, but for ObjectNet.
+    """
+    if facts.within is None or facts.groups is not None:
+        return facts.groups
+    index = {name: i for i, name in enumerate(load_facts(facts.within).classes)}
+    return tuple((index[name],) for name in facts.classes)
+
+
+def prompt_words(facts: Facts) -> tuple[str, ...]:
+    """Returns what stands for each class in a prompt.
+
+    The words of the set; else those of ``within``, through the groups; else the class names, spaces for underscores.
+    """
+    if facts.words is not None:
+        return facts.words
+    groups = label_groups(facts)
+    if facts.within is None or groups is None:
+        return tuple(name.replace("_", " ") for name in facts.classes)
+    words = prompt_words(load_facts(facts.within))
+    return tuple(words[group[0]] for group in groups)
+
+
+def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _provenance(read: dict[str, Any]) -> Provenance:
+    sources = tuple(
+        Source(s["repo"], s["path"], s.get("commit", s.get("release", "")), s.get("note", "")) for s in read["sources"]
+    )
+    return Provenance(read["item"], sources, read["sha256"], read["sure"], read.get("note", ""))

@@ -1,0 +1,353 @@
+"""Everything that can be wrong with a recipe, its data and its model, looked at before a GPU is taken.
+
+Sets are read image by image (test sets are counted and hashed only), the model is loaded, prompts are tokenized, and
+the zero-shot model is measured on ``id_val`` and on each OOD validation set, side by side: that tells whether a set is
+a shift at all, and whether class words and preprocessing are right.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from carft_ray import environment
+from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.readers import reader_of
+from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
+from carft_ray.errors import CarftError, Problem
+from carft_ray.evaluation.evaluate import predict, subset
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.predictions import accuracy, select
+from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.learning.catalog import check_model
+from carft_ray.learning.clip import Clip
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.heads import build_heads
+from carft_ray.learning.loop import build_classifier
+from carft_ray.learning.losses import context_distribution, context_entropy
+from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import Recipe, StoredSet
+from carft_ray.recipe.text import dotted
+
+Level = Literal["error", "warning", "note"]
+
+FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
+SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
+BYTES_PER_WEIGHT = 16  # weight, gradient and two moments of AdamW in float32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know.
+
+    Attributes:
+        level: ``error``: a search would fail or mean nothing; ``warning``: look at it; ``note``: good to know.
+        problem: Place, what, and what to do.
+    """
+
+    level: Level
+    problem: Problem
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor found.
+
+    Attributes:
+        findings: In the order in which they were found.
+        sets: Key path -> what was found in the set; of a set that cannot be opened there is nothing.
+        zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
+        model: Size and text side of the model; empty when it cannot be loaded.
+        machine: ``device``, free disk and memory, versions.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    zero_shot: dict[str, dict[str, float]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, level: Level, problem: Problem | Sequence[Problem]) -> None:
+        """Adds findings of one level."""
+        self.findings += [Finding(level, one) for one in ([problem] if isinstance(problem, Problem) else problem)]
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems of level error."""
+        return [finding.problem for finding in self.findings if finding.level == "error"]
+
+
+Say = Callable[[str], None]
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+def examine(
+    recipe: Recipe,
+    base_dir: Path,
+    num_images: int = 1000,
+    quick: bool = False,
+    say: Say = lambda text: None,
+    progress: Progress = lambda what: lambda done, total: None,
+) -> Diagnosis:
+    """Looks at everything, and goes on as far as it can after a problem. Test sets are counted and hashed only.
+
+    Args:
+        recipe: A valid recipe.
+        base_dir: Folder from which its relative paths count.
+        num_images: Images of each validation set on which the zero-shot model is measured, by a hash of the sample id.
+        quick: Read no image: lists, model and prompts only.
+        say: Told what is being done.
+        progress: Given what is read, returns a callback for (images done, images in all).
+    """
+    found = Diagnosis()
+    for text in warnings(recipe):
+        found.add("warning", Problem("", text))
+    found.add("error", check_model(recipe.model, base_dir))
+    found.add("error", check_roles(recipe, base_dir))
+    problems = check_sets(recipe, base_dir)
+    found.add("error", problems)
+    say("looking at the machine")
+    _look_at_machine(recipe, base_dir, found)
+    wrong = {problem.place for problem in problems}
+    for path, spec in named_sets(recipe).items():
+        place = dotted(path)
+        if not any(one == place or one.startswith(f"{place}.") for one in wrong):
+            say(f"reading {place}" if not quick else f"listing {place}")
+            _look_at_set(recipe, base_dir, place, spec, quick, found, progress(place))
+    if not quick and not found.errors:
+        say("comparing the images of the roles")
+        try:
+            check_overlap(recipe, base_dir, cache_dir(recipe, base_dir))
+        except CarftError as error:
+            found.add("error", error.problems)
+    if found.errors:
+        say("the model is not looked at: mend the errors first")
+        return found
+    say("opening the model")
+    try:
+        _look_at_model(recipe, base_dir, num_images, quick, found, say)
+    except CarftError as error:
+        found.add("error", error.problems)
+    return found
+
+
+def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
+    cache = cache_dir(recipe, base_dir)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    found.machine = {
+        "device": str(device_of(recipe)),
+        "gpus": torch.cuda.device_count(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "cache_dir": str(cache),
+        "cache_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
+        "versions": environment.versions(),
+    }
+    if not os.access(there, os.W_OK):
+        found.add("error", Problem("data.cache_dir", "must be a folder that may be written", str(cache)))
+
+
+def _look_at_set(
+    recipe: Recipe,
+    base_dir: Path,
+    place: str,
+    spec: Any,
+    quick: bool,
+    found: Diagnosis,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    role = place.split(".")[1]
+    stored = isinstance(spec, StoredSet)
+    try:
+        kept = spec.model_copy(update={"on_bad_image": "fail"}) if stored else spec  # counted here, not skipped
+        source = open_source(kept, place, class_folders(recipe, base_dir), base_dir)
+        expected = reader_of(spec).num_expected(spec) if stored else None
+        found.sets[place] = {**class_counts(source), "num_expected": expected}
+        _judge_balance(place, role, found.sets[place]["images_per_class"], found)
+        if stored and not quick:
+            checkup = check_up(source, role not in TEST_ROLES, on_progress)
+            found.sets[place] |= as_data(checkup)
+            _judge_images(place, spec.on_bad_image, checkup, found)
+    except CarftError as error:
+        found.add("error", error.problems)
+        return
+    if expected is not None and expected != len(source):
+        step = "Images are missing or not of the set: fetch it again, or say in your report what you used."
+        found.add("warning", Problem(place, f"must have {expected:,} images", f"{len(source):,}", next_step=step))
+
+
+def _judge_balance(place: str, role: str, counts: Mapping[str, Any], found: Diagnosis) -> None:
+    if role == "train" and counts["max"] >= IMBALANCE * counts["min"]:
+        fewest = f"{counts['min']} to {counts['max']} images, fewest of {counts['smallest_class']!r}"
+        rule = f"classes are far from equally often: {fewest}"
+        found.add("warning", Problem(place, rule, next_step="Accuracy is of images: the small classes count little."))
+
+
+def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagnosis) -> None:
+    if checkup.num_unreadable:
+        skipped = on_bad_image == "skip"
+        rule = "every image must be readable"
+        step = "They will be skipped." if skipped else "Mend or remove them, or write on_bad_image: skip."
+        first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable)
+        value = f"{checkup.num_unreadable} of {checkup.num_images} that are not, such as {first}"
+        found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
+    if checkup.contradictions:
+        value = f"the same image under two labels: {checkup.contradictions[0]}"
+        found.add("warning", Problem(place, "an image must have one label", value))
+    if checkup.num_twice:
+        value = f"{checkup.num_twice} of {checkup.num_images} images that repeat an earlier one"
+        found.add("note", Problem(place, "an image counts as often as it is there", value))
+    if len(checkup.modes) > 1:
+        words = ", ".join(f"{count} {mode}" for mode, count in checkup.modes.items())
+        found.add("note", Problem(place, f"images of several modes are made RGB (docs/data.md): {words}"))
+
+
+def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+    from carft_ray.data.sandbox import TEMPLATES
+    from carft_ray.learning.clip import load_clip, templates
+
+    torch.set_num_threads(num_threads(recipe))
+    materials = None if quick else load_materials(recipe, base_dir)
+    clip = load_clip(recipe.model, base_dir) if materials is None else materials.clip
+    words = class_names(recipe, base_dir)
+    prompts = templates(recipe.prompts, TEMPLATES)
+    _judge_words(recipe, clip, words, prompts, found)
+    say(f"embedding {len(words) * len(prompts)} sentences for the heads")
+    class_head_CD, context_head_TD = build_heads(clip.model, clip.tokenizer, words, prompts)
+    visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
+    weights = sum(parameter.numel() for parameter in visual.parameters())
+    found.model = {
+        "name": recipe.model.name,
+        "weights_hash": clip.weights_hash,
+        "image_size": clip.image_size,
+        "logit_scale": clip.logit_scale,
+        "num_classes": len(words),
+        "num_contexts": len(prompts),
+        "tower_weights": weights,
+        "training_memory_gb": round(weights * BYTES_PER_WEIGHT / 1e9, 2),
+    }
+    memory = found.machine["memory_gb"]
+    if found.machine["device"] == "cpu" and found.model["training_memory_gb"] > memory:
+        value = f"{found.model['training_memory_gb']} GB for the weights alone, of {memory} GB"
+        found.add("error", Problem("model.name", "a training must fit into memory", value))
+    sizes = {place: one["short_side"] for place, one in found.sets.items() if one.get("short_side")}
+    small = [place for place, size in sizes.items() if size["median"] < clip.image_size / 2]
+    if small:
+        sides = ", ".join(f"{place} {sizes[place]['median']:g}" for place in small)
+        rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {sides}"
+        found.add("note", Problem("model", rule))
+    if materials is not None:
+        say(f"measuring the zero-shot model on {num_images} images of each validation set")
+        _measure(recipe, materials, class_head_CD, context_head_TD, num_images, found)
+    _judge_contexts(context_head_TD, prompts, found)
+
+
+def _judge_words(recipe: Recipe, clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
+    for word, labels in same_words(words).items():
+        rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot tell apart: labels {labels}"
+        found.add("note", Problem("prompts.class_names", rule))
+    # what is cut off makes no difference: a sentence that is whole differs from itself with a word more
+    longest = [max(words, key=len), *sorted(words, key=len)[-3:-1]]
+    cut = [
+        sentence
+        for template in prompts
+        for sentence in (template.replace("{}", word) for word in longest)
+        if torch.equal(*clip.tokenizer([sentence, f"{sentence} x"]).unbind(0))
+    ]
+    if cut:
+        length = clip.tokenizer(["x"]).shape[1]
+        rule = f"sentences must be shorter than the {length} tokens that the model reads"
+        found.add("warning", Problem("prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}"))
+
+
+def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found: Diagnosis) -> None:
+    cosines_TT = context_head_TD @ context_head_TD.T
+    pairs = torch.triu(cosines_TT, diagonal=1).gt(SAME_CONTEXT).nonzero().tolist()
+    if pairs:
+        first, second = (prompts[index] for index in pairs[0])
+        rule = f"{len(pairs)} pairs of contexts are the same to the model, such as {first!r} and {second!r}"
+        found.add("note", Problem("prompts.templates", rule))
+    contexts = found.model.get("effective_contexts")
+    if contexts is not None and contexts < FEW_CONTEXTS:
+        rule = f"must spread over contexts (exp of the entropy at least {FEW_CONTEXTS}), or the KL term does nothing"
+        step = "Use more, and more different, templates, or a lower train.context_scale."
+        found.add("warning", Problem("prompts.templates", rule, f"{contexts:.2f}", next_step=step))
+
+
+def _measure(
+    recipe: Recipe,
+    materials: Materials,
+    class_head_CD: torch.Tensor,
+    context_head_TD: torch.Tensor,
+    num_images: int,
+    found: Diagnosis,
+) -> None:
+    device = device_of(recipe)
+    classifier = build_classifier(materials.clip, class_head_CD, recipe.train, device).eval()
+    for image_set in materials.validation:
+        few = subset(image_set, num_images)
+        table = predict(classifier, few, 0.0, recipe.evaluate.batch_size, RunContext())
+        chance = 1 / (len(few.groups) if few.groups is not None else len(materials.class_names))
+        value = accuracy(select(table, few.name, 0.0))
+        found.zero_shot[few.name] = {"accuracy": value, "num_images": len(few), "chance": chance}
+    first = subset(materials.validation[0], min(num_images, recipe.evaluate.batch_size))
+    with torch.inference_mode():
+        features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
+        scale = recipe.train.context_scale or materials.clip.logit_scale
+        log_p_BT = context_distribution(features_BD, context_head_TD.to(features_BD), scale)
+        found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
+    found.findings += zero_shot_findings(found.zero_shot)
+
+
+def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Finding]:
+    """Judges zero-shot accuracies: at chance something is wrong, and a shift should be harder than ``id_val``.
+
+    Args:
+        zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
+    """
+    id_val, findings = zero_shot["id_val"], []
+
+    def error_of(one: Mapping[str, float]) -> float:
+        return math.sqrt(one["accuracy"] * (1 - one["accuracy"]) / one["num_images"])
+
+    for name, one in zero_shot.items():
+        if one["accuracy"] < one["chance"] + 2 * error_of(one):
+            rule = f"zero-shot must be two standard errors above chance ({100 * one['chance']:.1f} %)"
+            step = "Look at the order of the classes, the class words, and the activation of the model."
+            value = f"{100 * one['accuracy']:.1f} +- {100 * error_of(one):.1f} % of {one['num_images']} images"
+            findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
+        elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
+            numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
+            rule = f"no harder than id_val for the zero-shot model: {numbers}"
+            step = "A shift is one relative to the training images; look whether this set is the shift you mean."
+            findings.append(Finding("note", Problem(name, rule, next_step=step)))
+    return findings
+
+
+def as_plain_data(found: Diagnosis) -> dict[str, Any]:
+    """Returns a diagnosis for JSON: ``healthy``, ``findings``, ``sets``, ``zero_shot``, ``model``, ``machine``."""
+    findings = [
+        {
+            "level": one.level,
+            "place": one.problem.place,
+            "text": str(one.problem),
+            "next_step": one.problem.next_step,
+        }
+        for one in found.findings
+    ]
+    return {
+        "healthy": not found.errors,
+        "findings": findings,
+        "sets": found.sets,
+        "zero_shot": found.zero_shot,
+        "model": found.model,
+        "machine": found.machine,
+    }

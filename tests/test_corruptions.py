@@ -1,0 +1,529 @@
+"""Corruptions: the published formulas, the published code as oracle, the same bytes always, every size."""
+
+import colorsys
+import hashlib
+import io
+import math
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from carft_ray.data import corruptions as module
+from carft_ray.data.corruption_tables import PARAMETERS, SIDES
+from carft_ray.data.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, corrupt, generator, table_side
+
+# the order of the paper; the last four are those for validation
+PUBLISHED = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    *("speckle_noise", "gaussian_blur", "spatter", "saturate"),
+)
+WITHOUT_DRAWS = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+WITHOUT_DRAWS += ("gaussian_blur", "saturate")
+
+# PSNR in dB of ``picture()`` under the package imagecorruptions 1.1.2, whose code is the published one but for motion
+# blur (ImageMagick written anew) and elastic_transform (other constants): means over 24 draws, glass_blur over 3
+PUBLISHED_PSNR = {
+    "gaussian_noise": (22.0, 18.6, 15.3, 12.7, 10.4),
+    "shot_noise": (21.2, 17.6, 14.7, 11.5, 9.8),
+    "impulse_noise": (20.6, 17.6, 15.8, 13.0, 11.0),
+    "defocus_blur": (26.8, 25.9, 24.4, 23.4, 22.5),
+    "glass_blur": (25.6, 25.8, 22.7, 23.2, 22.6),
+    "motion_blur": (25.5, 23.3, 21.7, 20.4, 19.8),
+    "zoom_blur": (22.8, 21.7, 21.4, 20.8, 20.3),
+    "snow": (14.7, 10.4, 10.5, 8.8, 7.4),
+    "fog": (15.8, 15.0, 14.2, 14.0, 13.8),
+    "brightness": (22.3, 16.3, 13.3, 11.5, 10.7),
+    "contrast": (18.4, 17.0, 15.9, 14.8, 14.4),
+    "pixelate": (29.5, 30.3, 26.9, 26.2, 27.8),
+    "jpeg_compression": (28.6, 28.1, 27.7, 26.7, 25.6),
+    "speckle_noise": (22.6, 20.2, 15.7, 13.9, 12.0),
+    "gaussian_blur": (29.1, 26.4, 25.0, 24.0, 22.4),
+    "spatter": (32.3, 24.2, 22.1, 18.9, 16.8),
+    "saturate": (15.0, 12.9, 16.2, 13.2, 12.9),
+}
+# where the published constants give no order of PSNR: severity is what the authors judged, not a distance
+UNORDERED = {"glass_blur", "snow", "pixelate", "saturate"}
+DRAWN_FAR_APART = {"fog": 0.8, "spatter": 1.2}  # dB; the others agree within 0.3
+
+
+def picture(height=224, width=224):
+    """A synthetic scene of whole-number arithmetic: a sky that fades, a chequered ground, two discs, fine grain."""
+    down, right = np.indices((height, width)) * 224 // min(height, width)
+    grain = (down * 7 + right * 13 + down * right) % 23
+    scene = np.stack([90 + down // 2, 120 + right // 4, 210 - down // 2], axis=-1)
+    tiles = (down // 16 + right // 16) % 2 == 0
+    scene[down > 130] = [70, 95, 50]
+    scene[(down > 130) & tiles] = [150, 130, 90]
+    scene[(down - 90) ** 2 + (right - 70) ** 2 < 45**2] = [220, 60, 40]
+    scene[(down - 120) ** 2 + (right - 165) ** 2 < 30**2] = [30, 40, 110]
+    return (scene + grain[..., None] - 11).clip(0, 255).astype(np.uint8)
+
+
+def grey(level, side=128):
+    return np.full((side, side, 3), float(level))
+
+
+def dot(side=65):
+    x = np.zeros((side, side, 3))
+    x[side // 2, side // 2] = 1
+    return x
+
+
+def rows(name):
+    """Every published setting of a corruption, over tables and severities."""
+    for row in PARAMETERS[name].values():
+        for setting in row:
+            yield setting if isinstance(setting, tuple) else (setting,)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def psnr(x, y):
+    return 10 * math.log10(255**2 / np.mean((x.astype(float) - y) ** 2))
+
+
+# What there is
+
+
+def test_the_fifteen_and_the_four_of_the_paper_are_there():
+    assert set(CORRUPTIONS) == set(PUBLISHED)
+    assert PUBLISHED[15:] == EXTRA
+    assert SEVERITIES == (1, 2, 3, 4, 5)
+
+
+def test_every_table_has_five_severities_for_every_published_side():
+    assert set(PARAMETERS) == set(CORRUPTIONS)
+    for name, tables in PARAMETERS.items():
+        assert set(tables) == set(SIDES), name
+        assert all(len(row) == 5 for row in tables.values()), name
+
+
+@pytest.mark.parametrize(
+    ("size", "side"),
+    [
+        ((32, 32), 32),
+        ((45, 500), 32),
+        ((46, 46), 64),
+        ((119, 200), 64),
+        ((200, 120), 224),
+        ((224, 224), 224),
+        ((900, 900), 224),
+    ],
+)
+def test_the_table_nearest_to_the_shorter_side_is_taken(size, side):
+    assert table_side(*size) == side
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "message"),
+    [
+        ("gausian_noise", 1, "must be one of gaussian_noise, shot_noise"),
+        ("fog", 6, r"one of \(1, 2, 3, 4, 5\), but got 6"),
+    ],
+)
+def test_unknown_names_and_severities_are_refused(name, severity, message):
+    with pytest.raises(ValueError, match=message):
+        corrupt(picture(32, 32), name, severity, 0, 0)
+
+
+# The same bytes always
+
+GOLDEN = {
+    "gaussian_noise": "8f174155996e83b5",
+    "shot_noise": "7a9c38c15405a5e8",
+    "impulse_noise": "7b7905907f835dfa",
+    "defocus_blur": "1e699a535d4db82c",
+    "glass_blur": "ca043b7d13f51d2f",
+    "motion_blur": "2fda46549ad41d40",
+    "zoom_blur": "418b31ae18823f8d",
+    "snow": "c5a63911bb501a4b",
+    "frost": "f3692f4a2db01b57",
+    "fog": "d3bb6a099986ec3d",
+    "brightness": "de22a22e350486ec",
+    "contrast": "f43ebe39f98b68fc",
+    "elastic_transform": "debeca16bc17c263",
+    "pixelate": "3418cf976cdeb557",
+    "jpeg_compression": "c21ca63086060b28",
+    "speckle_noise": "cb58e8360a231edc",
+    "gaussian_blur": "4837b0db7a5d9224",
+    "spatter": "f1d410142c1686cf",
+    "saturate": "01609ad079ff38e8",
+}
+
+
+def digest(name):
+    small, large = picture(40, 48), picture(130, 120)
+    images = [corrupt(small, name, severity, 7, 2**63 + 5) for severity in SEVERITIES]
+    images += [corrupt(picture(64, 64), name, 4, 7, 11), corrupt(large, name, 3, 2**64 - 1, 11)]
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_golden_bytes(name):
+    """A change here changes every stored set: raise CORRUPTION_VERSION with it."""
+    assert digest(name) == GOLDEN[name]
+
+
+def test_bytes_depend_on_neither_order_nor_global_state():
+    x = picture(48, 48)
+    x.flags.writeable = False
+    before = np.random.get_state()[1].copy()
+    forth = [corrupt(x, name, 2, 3, 4) for name in CORRUPTIONS]
+    back = [corrupt(x, name, 2, 3, 4) for name in reversed(CORRUPTIONS)][::-1]
+    np.testing.assert_array_equal(forth, back)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_another_process_gives_the_same_bytes_and_needs_no_heavy_library():
+    code = (
+        "import sys, zlib, numpy; from carft_ray.data.corruptions import corrupt;"
+        "x = numpy.full((40, 40, 3), 90, dtype=numpy.uint8);"
+        "print([n for n in ('torch', 'ray', 'cv2', 'skimage') if n in sys.modules]);"
+        "print(zlib.crc32(corrupt(x, 'snow', 3, 1, 2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = zlib.crc32(corrupt(np.full((40, 40, 3), 90, dtype=np.uint8), "snow", 3, 1, 2))
+    assert done.stdout.strip() == f"[]\n{here}"
+
+
+def test_seed_sample_and_name_each_draw_anew_and_severities_share_their_draws():
+    draws = [
+        generator(name, seed, sample).standard_normal(8).tolist()
+        for name, seed, sample in (
+            ("snow", 0, 0),
+            ("snow", 1, 0),
+            ("snow", 0, 1),
+            ("fog", 0, 0),
+            ("snow", 2**63, 2**63),
+        )
+    ]
+    assert len({tuple(draw) for draw in draws}) == 5
+    x = np.full((64, 64, 3), 128, dtype=np.uint8)
+    weak, strong = (corrupt(x, "gaussian_noise", severity, 0, 0).astype(float) - 128 for severity in (1, 2))
+    np.testing.assert_allclose(strong, 2 * weak, atol=1.01)  # 0.08 is twice 0.04; two roundings
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_another_sample_is_corrupted_otherwise_where_there_are_draws(name):
+    x = picture(64, 64)
+    same = np.array_equal(corrupt(x, name, 3, 0, 1), corrupt(x, name, 3, 0, 2))
+    assert same == (name in WITHOUT_DRAWS)
+
+
+# As published
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """PSNR of the picture by name: [severity], mean over the samples where there are draws."""
+    x = picture()
+
+    def mean(name, severity):
+        samples = range(1 if name in WITHOUT_DRAWS else 8 if name in DRAWN_FAR_APART else 2)
+        return np.mean([psnr(corrupt(x, name, severity, 0, sample), x) for sample in samples])
+
+    return {name: [mean(name, severity) for severity in SEVERITIES] for name in PUBLISHED_PSNR}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PSNR)
+def test_each_is_as_strong_as_the_published_code(name, measured):
+    np.testing.assert_allclose(measured[name], PUBLISHED_PSNR[name], atol=DRAWN_FAR_APART.get(name, 0.3))
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED_PSNR) - UNORDERED))
+def test_a_higher_severity_is_further_from_the_picture(name, measured):
+    assert np.all(np.diff(measured[name]) < 0), measured[name]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 64), (96, 80), (119, 120), (160, 224), (224, 224)])
+def test_every_size_is_corrupted_and_changed(size):
+    x = picture(*size)
+    for name in CORRUPTIONS:
+        y = corrupt(x, name, 5, 0, 0)
+        assert (y.shape, y.dtype) == (x.shape, np.uint8), name
+        assert 3 < psnr(y, x) < 40, name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 90)])
+def test_slivers_and_flat_images_are_no_trouble(size):
+    for level in (0, 128, 255):
+        x = np.full((*size, 3), level, dtype=np.uint8)
+        for name in CORRUPTIONS:
+            assert corrupt(x, name, 5, 0, 0).shape == x.shape
+
+
+# Noise
+
+
+def test_gaussian_noise_has_the_published_deviation():
+    for (deviation,) in rows("gaussian_noise"):
+        noise = CORRUPTIONS["gaussian_noise"](grey(0.5), rng(), deviation) - 0.5
+        assert noise.std() == pytest.approx(deviation, rel=0.02)
+        assert noise.mean() == pytest.approx(0, abs=4 * deviation / math.sqrt(noise.size))
+
+
+def test_gaussian_noise_of_the_whole_path_on_mid_grey():
+    x = np.full((224, 224, 3), 128, dtype=np.uint8)
+    noise = corrupt(x, "gaussian_noise", 1, 0, 0).astype(float) - 128
+    # rounding to whole levels adds a variance of 1/12
+    assert noise.std() == pytest.approx(math.hypot(0.08 * 255, math.sqrt(1 / 12)), rel=0.01)
+
+
+def test_shot_noise_has_the_mean_and_variance_of_a_poisson_count():
+    for (photons,) in rows("shot_noise"):
+        for level in (0.1, 0.5):
+            counted = CORRUPTIONS["shot_noise"](grey(level), rng(), photons)
+            assert counted.mean() == pytest.approx(level, rel=0.03)
+            assert counted.var() == pytest.approx(level / photons, rel=0.04)
+            np.testing.assert_allclose(counted * photons, np.rint(counted * photons), atol=1e-9)
+
+
+def test_impulse_noise_replaces_its_share_half_by_white_half_by_black_each_colour_for_itself():
+    for (share,) in rows("impulse_noise"):
+        y = CORRUPTIONS["impulse_noise"](grey(0.5), rng(), share)
+        assert set(np.unique(y)) == {0, 0.5, 1}
+        deviation = math.sqrt(share / y.size)
+        assert np.mean(y == 1) == pytest.approx(share / 2, abs=4 * deviation)
+        assert np.mean(y == 0) == pytest.approx(share / 2, abs=4 * deviation)
+        hit = y != 0.5
+        assert np.mean(hit[..., 0] & hit[..., 1]) == pytest.approx(share**2, abs=0.01)
+
+
+def test_speckle_noise_grows_with_the_value():
+    for (deviation,) in rows("speckle_noise"):
+        for level in (0, 0.2, 0.8):
+            noise = CORRUPTIONS["speckle_noise"](grey(level), rng(), deviation) - level
+            assert noise.std() == pytest.approx(level * deviation, rel=0.02)
+
+
+# Blur
+
+
+@pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"])
+def test_blur_keeps_flat_colours(name):
+    for setting in rows(name):
+        np.testing.assert_allclose(
+            CORRUPTIONS[name](grey(0.4, 40), rng(), *setting), 0.4, atol=1e-12 if "glass" not in name else 0
+        )
+
+
+@pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "motion_blur"])
+def test_the_kernel_of_a_blur_sums_to_one(name):
+    for setting in rows(name):
+        np.testing.assert_allclose(CORRUPTIONS[name](dot(97), rng(), *setting).sum(axis=(0, 1)), 1)
+
+
+def test_gaussian_blur_has_the_published_sigma():
+    for (sigma,) in rows("gaussian_blur"):
+        kernel = CORRUPTIONS["gaussian_blur"](dot(), rng(), sigma)[..., 0]
+        places = np.arange(65) - 32
+        if sigma >= 1:  # else the grid is too coarse
+            assert (kernel.sum(axis=0) @ places**2) == pytest.approx(sigma**2, rel=0.01)
+
+
+@pytest.mark.parametrize("radius", [0.5, 1, 1.5, 2.5, 3, 8, 10])
+def test_defocus_blur_is_the_mean_over_a_disc(radius):
+    x = rng().random((40, 50, 3))
+    down, right = np.indices((25, 25)) - 12
+    disc = (down**2 + right**2 <= radius**2).astype(float)
+    expected = ndimage.convolve(x, (disc / disc.sum())[..., None], mode="mirror")
+    np.testing.assert_allclose(CORRUPTIONS["defocus_blur"](x, rng(), radius, 1e-3), expected, atol=1e-12)
+
+
+def test_motion_blur_is_half_a_gaussian_along_a_line():
+    x = dot()
+    kernel = module._smear(x[..., 0], 10, 3, 0.0)[32]
+    weights = np.exp(-0.5 * (np.arange(21) / 3) ** 2)
+    np.testing.assert_allclose(kernel[12:33][::-1], weights / weights.sum())
+    assert kernel[33:].sum() == 0
+    angles = []
+    for sample in range(40):
+        kernel = CORRUPTIONS["motion_blur"](x, rng(sample), 20, 15)[..., 0]
+        down, right = np.average(np.indices(kernel.shape) - 32, axis=(1, 2), weights=kernel)
+        angles.append(math.degrees(math.atan2(-down, -right)))
+    assert -46 < min(angles) < -30
+    assert 30 < max(angles) < 46
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01, 1.25, 2.25, 4.5])
+@pytest.mark.parametrize("side", [32, 65])
+def test_enlargement_is_the_centre_of_scipys(factor, side):
+    x = rng().random((side, side))
+    kept = math.ceil(side / factor)
+    first = (side - kept) // 2
+    large = ndimage.zoom(x[first : first + kept, first : first + kept], factor, order=1)
+    cut = (len(large) - side) // 2
+    np.testing.assert_allclose(module._zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
+
+
+def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
+    x = np.zeros((20, 20, 3))
+    x[..., 0] = np.arange(400).reshape(20, 20) / 400 * 200 / 255
+    x = np.rint(x * 255) / 255
+    y = CORRUPTIONS["glass_blur"](x, rng(), 1e-6, 2, 1)
+    expected = np.rint(x * 255)
+    draws = rng().integers(-2, 2, (16 * 16, 2)).tolist()
+    for down in range(18, 2, -1):
+        for right in range(18, 2, -1):
+            move_down, move_right = draws.pop(0)
+            # as the published code assigns it: through views, so that one colour is lost
+            one, other = expected[down, right], expected[down + move_down, right + move_right]
+            one[:], other[:] = other, one
+    np.testing.assert_allclose(y * 255, expected, atol=1e-9)
+
+
+# Weather
+
+
+def test_fog_adds_a_cloud_and_keeps_the_maximum():
+    x = picture(64, 64) / 255
+    for density, decay in rows("fog"):
+        cloud = module._plasma(64, 64, rng(), decay)
+        assert (cloud.min(), cloud.max()) == (0, 1)
+        expected = (x + density * cloud[..., None]) * x.max() / (x.max() + density)
+        np.testing.assert_allclose(CORRUPTIONS["fog"](x, rng(), density, decay), expected)
+
+
+def test_a_cloud_that_decays_faster_is_smoother():
+    roughness = [
+        np.mean([np.abs(np.diff(module._plasma(128, 100, rng(seed), decay), 2)).mean() for seed in range(5)])
+        for decay in (1.4, 2, 3)
+    ]
+    assert roughness[0] > 2 * roughness[1] > 4 * roughness[2]
+
+
+def test_snow_whitens_and_falls_steeply():
+    x = grey(0.2, 96)
+    for mean, deviation, zoom, threshold, radius, sigma, mix in rows("snow"):
+        without = CORRUPTIONS["snow"](x, rng(), mean, deviation, zoom, math.inf, radius, sigma, mix)
+        np.testing.assert_allclose(without, mix * 0.2 + (1 - mix) * (0.2 * 1.5 + 0.5))
+        flakes = CORRUPTIONS["snow"](x, rng(), mean, deviation, zoom, threshold, radius, sigma, mix) - without
+        assert flakes.min() >= -1e-12
+        np.testing.assert_allclose(flakes, flakes[::-1, ::-1], atol=1e-12)
+
+
+def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
+    panes = {
+        CORRUPTIONS["frost"](grey(0, 40), rng(seed), 0.5, 1).mean(axis=(0, 1)).round(1).tobytes() for seed in range(30)
+    }
+    assert len(panes) == 4  # two of the five photographs are alike
+    frosted = CORRUPTIONS["frost"](grey(0), rng(1), 1, 1)
+    means, deviations = module._FROST_PANES[int(rng(1).integers(5))]
+    np.testing.assert_allclose(frosted.mean(axis=(0, 1)) * 255, means, atol=3)
+    np.testing.assert_allclose(frosted.std(axis=(0, 1)) * 255, deviations, atol=4)
+    for share, ice in rows("frost"):
+        np.testing.assert_allclose(CORRUPTIONS["frost"](grey(0.3), rng(1), share, ice), share * 0.3 + ice * frosted)
+
+
+def test_spatter_is_mud_that_covers_or_water_that_shines():
+    x = grey(0.2)
+    for mean, deviation, sigma, threshold, strength, mud in rows("spatter"):
+        y = CORRUPTIONS["spatter"](x, rng(), mean, deviation, sigma, threshold, strength, mud)
+        if mud:
+            cover = (y - x) / (module._MUD - 0.2)
+            assert set(np.unique(cover.round(6) == 0)) == {False, True}
+            assert cover[cover > 1e-6].min() >= 0.8 - 1e-9
+        else:
+            shine = (y - x) / module._WATER
+            assert shine.min() >= -1e-12
+            assert shine.max() == pytest.approx(strength)
+        np.testing.assert_allclose(
+            np.ptp((y - x) / ((module._MUD - 0.2) if mud else module._WATER), axis=-1), 0, atol=1e-9
+        )
+
+
+def test_cannys_edge_of_a_step_is_one_pixel_thin_and_weak_edges_count_where_they_touch_strong_ones():
+    step = np.zeros((20, 20))
+    step[:, 10:] = 100
+    edges = module._canny(step, 50, 150)
+    assert np.all(edges.sum(axis=1) == 1)
+    faint = np.zeros((20, 20))
+    faint[:, 10:] = 20  # 80 by Sobel: between the thresholds
+    assert not module._canny(faint, 50, 150).any()
+    faint[:3, 10:] = 100
+    assert module._canny(faint, 50, 150)[10:].any()
+
+
+# Digital
+
+
+def hsv_by_colorsys(x, change):
+    flat = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*colour))) for colour in x.reshape(-1, 3).tolist()]
+    return np.array(flat).reshape(x.shape)
+
+
+def colours():
+    """All corners, greys and random colours, [N, 1, 3]."""
+    corners = np.indices((3, 3, 3)).reshape(3, -1).T / 2
+    return np.concatenate([corners, rng().random((300, 3))])[:, None]
+
+
+def test_brightness_shifts_the_value_of_hsv():
+    for (shift,) in rows("brightness"):
+        expected = hsv_by_colorsys(colours(), lambda h, s, v, shift=shift: (h, s, min(v + shift, 1)))
+        np.testing.assert_allclose(CORRUPTIONS["brightness"](colours(), rng(), shift), expected, atol=1e-12)
+
+
+def test_saturate_scales_the_saturation_of_hsv():
+    for factor, offset in rows("saturate"):
+        expected = hsv_by_colorsys(
+            colours(), lambda h, s, v, factor=factor, offset=offset: (h, min(s * factor + offset, 1), v)
+        )
+        np.testing.assert_allclose(CORRUPTIONS["saturate"](colours(), rng(), factor, offset), expected, atol=1e-12)
+
+
+def test_contrast_keeps_the_means_and_scales_the_deviations():
+    x = picture(64, 64) / 255
+    for (share,) in rows("contrast"):
+        y = CORRUPTIONS["contrast"](x, rng(), share)
+        np.testing.assert_allclose(y.mean(axis=(0, 1)), x.mean(axis=(0, 1)))
+        np.testing.assert_allclose(y.std(axis=(0, 1)), share * x.std(axis=(0, 1)))
+
+
+@pytest.mark.parametrize(("severity", "quality"), [(1, 25), (2, 18), (3, 15), (4, 10), (5, 7)])
+def test_jpeg_is_a_round_trip_of_the_published_quality(severity, quality):
+    file = io.BytesIO()
+    Image.fromarray(picture()).save(file, "JPEG", quality=quality)
+    np.testing.assert_array_equal(corrupt(picture(), "jpeg_compression", severity, 0, 0), np.asarray(Image.open(file)))
+
+
+@pytest.mark.parametrize(("severity", "block"), [(2, 2), (5, 4)])
+def test_pixelate_gives_the_means_of_blocks(severity, block):
+    y = corrupt(picture(), "pixelate", severity, 0, 0)
+    blocks = picture().reshape(224 // block, block, 224 // block, block, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(y, blocks.repeat(block, axis=0).repeat(block, axis=1), atol=1)
+
+
+def test_elastic_moves_three_points_and_bends_smoothly():
+    height, width, jitter = 60, 80, 0.1
+    down, right = np.indices((height, width))
+    ramp = np.stack([down / 100, right / 100, np.ones((height, width))], axis=-1)
+    y = CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, jitter)
+    before = np.array([[50, 60], [50, 20], [10, 20]])
+    after = before + rng().uniform(-6, 6, (3, 2))
+    # a ramp shows at each place from where it came
+    seen = [ndimage.map_coordinates(y[..., axis], after.T, order=1) * 100 for axis in (0, 1)]
+    np.testing.assert_allclose(np.transpose(seen), before, atol=1e-6)
+    np.testing.assert_allclose(CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, 0), ramp, atol=1e-9)
+
+
+def test_elastic_roughly_keeps_the_histogram():
+    x = picture()
+    counts = [np.histogram(corrupt(x, "elastic_transform", severity, 0, 0), 8, (0, 256))[0] for severity in (3, 4, 5)]
+    kept = np.histogram(x, 8, (0, 256))[0]
+    assert np.abs(counts - kept).sum(axis=1).max() < 0.2 * x.size
+
+
+@pytest.mark.parametrize("sigma", [0, 0.3, 1.6, 19.5, 60])
+def test_smoothing_by_cosines_equals_the_filter(sigma):
+    fields = rng().random((2, 37, 50))
+    expected = [ndimage.gaussian_filter(field, sigma, mode="reflect", truncate=3) for field in fields]
+    np.testing.assert_allclose(module._smooth(fields, sigma), expected, atol=1e-12)

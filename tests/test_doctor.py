@@ -1,0 +1,228 @@
+"""The doctor: what it finds in sets, prompts and models, one message each, and what it never does."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from crash_host import call
+from PIL import Image
+from short_training import write_model
+
+from carft_ray.evaluation.doctor import as_plain_data, examine, zero_shot_findings
+from carft_ray.recipe.loading import load_recipe
+
+CLASSES = ("circle", "square", "star")
+DOMAINS = ("train", "val", "fog", "secret")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tree of four domains, three classes, twelve images each, and a tiny CLIP."""
+    root = tmp_path_factory.mktemp("doctor")
+    write_model(root / "clip")
+    rng = np.random.default_rng(0)
+    for domain in DOMAINS:
+        for name in CLASSES:
+            (root / "images" / domain / name).mkdir(parents=True)
+            for index in range(12):
+                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / domain / name / f"{index:02d}.png")
+    return root
+
+
+RECIPE = """
+name: sick
+model: {name: "local-dir:clip"}
+data:
+  train: {source: folder, path: images, domains: [train]}
+  id_val: {source: folder, path: images, domains: [val]}
+  ood_val:
+    fog: {source: folder, path: images, domains: [fog]}
+  ood_test:
+    secret: {source: folder, path: images, domains: [secret]}
+  cache_dir: cache
+prompts: {templates: ["a photo of a {}", "a sketch of a {}"]}
+train: {batch_size: 8}
+resources: {threads: 1}
+"""
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "here")
+    (tmp_path / "here" / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def diagnose(here, *overrides, **options):
+    return examine(load_recipe(here / "r.yaml", overrides), here, **options)
+
+
+def texts(found, level):
+    return [str(one.problem) for one in found.findings if one.level == level]
+
+
+def test_a_healthy_recipe_has_no_error_and_every_number(here):
+    found = diagnose(here)
+    assert texts(found, "error") == []
+    train = found.sets["data.train"]
+    assert (train["num_images"], train["num_classes"], train["modes"]) == (36, 3, {"RGB": 36})
+    assert train["images_per_class"] == {"min": 12, "median": 12, "max": 12, "smallest_class": "circle"}
+    assert train["short_side"] == {"min": 20, "median": 20, "max": 20}
+    assert set(found.zero_shot) == {"id_val", "fog"}
+    assert all(one["num_images"] == 36 for one in found.zero_shot.values())
+    assert 1 <= found.model["effective_contexts"] <= 2
+    assert json.loads(json.dumps(as_plain_data(found), allow_nan=False))["healthy"]
+
+
+def test_a_test_set_is_counted_and_hashed_and_never_decoded_or_measured(here, monkeypatch):
+    from carft_ray.data.listing import StoredSource
+
+    decoded, pixels = set(), StoredSource.pixels
+    monkeypatch.setattr(StoredSource, "pixels", lambda self, index: decoded.add(self.name) or pixels(self, index))
+    monkeypatch.setattr("carft_ray.evaluation.doctor.check_overlap", lambda *args: None)  # which makes thumbnails
+    found = diagnose(here)
+    assert decoded == {"data.train", "data.id_val", "data.ood_val.fog", "id_val", "fog"}
+    secret = found.sets["data.ood_test.secret"]
+    assert secret["digest"]
+    assert (secret["num_images"], secret["short_side"], secret["modes"]) == (36, None, {})
+
+
+def spoil_image(here):
+    (here / "images" / "val" / "star" / "03.png").write_bytes(b"no image")
+
+
+def truncate_image(here):
+    path = here / "images" / "train" / "star" / "03.png"
+    path.write_bytes(path.read_bytes()[:80])
+
+
+def contradict(here):
+    path = here / "images" / "train"
+    (path / "star" / "03.png").write_bytes((path / "circle" / "05.png").read_bytes())
+
+
+def repeat(here):
+    path = here / "images" / "train" / "star"
+    (path / "03.png").write_bytes((path / "05.png").read_bytes())
+
+
+def mix_modes(here):
+    for index, mode in enumerate(("L", "RGBA", "P")):
+        Image.open(here / "images" / "train" / "star" / f"0{index}.png").convert(mode).save(
+            here / "images" / "train" / "star" / f"0{index}.png"
+        )
+
+
+def unbalance(here):
+    for index in range(11):
+        (here / "images" / "train" / "square" / f"{index:02d}.png").unlink()
+
+
+def lose_class(here):
+    (here / "images" / "fog" / "star").rename(here / "images" / "fog" / "stra")
+
+
+def lose_class_of_test(here):
+    (here / "images" / "secret" / "star").rename(here / "images" / "secret" / "stra")
+
+
+def leak(here):
+    (here / "images" / "secret" / "star" / "x.png").write_bytes(
+        (here / "images" / "train" / "star" / "07.png").read_bytes()
+    )
+
+
+SICK = [
+    (spoil_image, (), "error", "data.id_val: every image must be readable, but got 1 of 36 that are not, such as"),
+    (truncate_image, (), "error", "data.train: every image must be readable, but got 1 of 36"),
+    (spoil_image, ("data.id_val.on_bad_image=skip",), "warning", "They will be skipped."),
+    (contradict, (), "warning", "data.train: an image must have one label, but got the same image under two labels"),
+    (repeat, (), "note", "an image counts as often as it is there, but got 1 of 36 images that repeat"),
+    (mix_modes, (), "note", "images of several modes are made RGB (docs/data.md): 33 RGB, 1 L, 1 RGBA, 1 P"),
+    (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
+    (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
+    (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
+    (leak, (), "error", "data.ood_test.secret: a set has one role and must not share images with data.train"),
+    (None, ("data.id_val.domains=[vla]",), "error", "data.id_val: a domain must be a folder of"),
+    (None, ("data.ood_val.fog.domains=[val]",), "error", "must not share images with data.id_val"),
+    (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
+    (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot tell"),
+    (
+        None,
+        ('prompts.templates=["a {}", "' + "very " * 40 + '{}"]',),
+        "warning",
+        "prompts: sentences must be shorter than the 32 tokens that the model reads, but got",
+    ),
+    (
+        None,
+        ('prompts.templates=["a {}"]',),
+        "warning",
+        "prompts.templates: must spread over contexts (exp of the entropy at least 1.5), or the KL term does nothing",
+    ),
+    (None, ('prompts.templates=["a photo of {}", "A photo of {}"]',), "note", "pairs of contexts are the same to the"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "overrides", "level", "message"), SICK, ids=[str((row[0] and row[0].__name__) or row[1]) for row in SICK]
+)
+def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, message):
+    if spoil is not None:
+        spoil(here)
+    found = diagnose(here, *overrides)
+    assert sum(message in text for text in texts(found, level)) == 1, [str(one.problem) for one in found.findings]
+    assert bool(found.errors) == (level == "error")
+
+
+def test_several_errors_are_told_at_once_with_exit_code_4_and_no_traceback(here, capsys):
+    spoil_image(here)
+    contradict(here)
+    lose_class(here)
+    assert call(["doctor", "r.yaml"]) == 4
+    told = capsys.readouterr()
+    assert "every image must be readable" in told.err
+    assert "'stra'" in told.err
+    assert "one label" in told.err
+    assert "Traceback" not in told.err
+    assert "train" in told.out
+
+
+def test_json_is_one_document_in_sickness_and_in_health(here, capsys):
+    assert call(["doctor", "r.yaml", "--json"]) == 0
+    healthy = json.loads(capsys.readouterr().out)
+    assert healthy["healthy"]
+    spoil_image(here)
+    assert call(["doctor", "r.yaml", "--json"]) == 4
+    sick = json.loads(capsys.readouterr().out)
+    assert not sick["healthy"]
+    assert [one["level"] for one in sick["findings"]].count("error") == 1
+    assert sick["findings"][-1]["place"] == "data.id_val"
+
+
+def test_quick_opens_no_image(here, monkeypatch, capsys):
+    monkeypatch.setattr("carft_ray.data.listing.StoredSource.content", None)
+    assert call(["doctor", "r.yaml", "--quick"]) == 0
+    told = capsys.readouterr()
+    assert "Next:" in told.err
+    assert "36" in told.out
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "told"),
+    [
+        ((0.8, 0.6), []),
+        ((0.8, 0.85), ["fog: no harder than id_val for the zero-shot model: 85.0 % against 80.0 % on id_val"]),
+        (
+            (0.8, 0.12),
+            ["fog: zero-shot must be two standard errors above chance (10.0 %), but got 12.0 +- 1.6 % of 400 images"],
+        ),
+        ((0.1, 0.3), ["id_val: zero-shot must be two standard errors above chance", "fog: no harder than id_val"]),
+    ],
+)
+def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
+    numbers = [{"accuracy": value, "num_images": 400, "chance": 0.1} for value in accuracy]
+    found = zero_shot_findings(dict(zip(("id_val", "fog"), numbers, strict=True)))
+    assert [str(one.problem)[: len(text)] for one, text in zip(found, told, strict=True)] == told

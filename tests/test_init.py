@@ -1,0 +1,186 @@
+"""Recipes to begin with: what is seen in a tree of images, what is proposed for it, and the recipes that ship."""
+
+import json
+
+import numpy as np
+import pytest
+from crash_host import call
+from PIL import Image
+
+from carft_ray.data.draft import choose_roles, draft
+from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.survey import survey
+from carft_ray.errors import DataError, UsageError
+from carft_ray.recipe import text
+from carft_ray.recipe.advice import check_searchable, warnings
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.presets import preset_text, presets
+
+CLASSES = ("ant", "bee", "grey wolf")
+
+
+def write_tree(root, folders, classes=CLASSES, images=10, mode="RGB", size=6):
+    rng = np.random.default_rng(0)
+    for folder in folders:
+        for name in classes:
+            (root / folder / name).mkdir(parents=True, exist_ok=True)
+            for index in range(images):
+                pixels = rng.integers(0, 256, (size, size, len(mode)), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / name / f"{index}.png")
+
+
+# folders of classes -> (domain, split) of each
+LAYOUTS = [
+    (["."], [("", "")]),
+    (["art", "photo"], [("art", ""), ("photo", "")]),
+    (["train", "val"], [("", "train"), ("", "val")]),
+    (["Training", "validation", "TEST"], [("", "test"), ("", "train"), ("", "val")]),
+    (["art/train", "art/test", "photo/train", "photo/val"], None),
+    (["train/art", "train/photo", "val/photo"], None),
+]
+
+
+@pytest.mark.parametrize(("folders", "expected"), LAYOUTS, ids=[", ".join(folders) for folders, _ in LAYOUTS])
+def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders, expected):
+    write_tree(tmp_path / "tree", folders)
+    found = survey(tmp_path / "tree")
+    assert sorted(one.folder for one in found) == sorted(folders)
+    assert sum(one.num_images for one in found) == 30 * len(folders)
+    if expected is not None:
+        assert sorted((one.domain, one.split) for one in found) == expected
+    if any("art" in folder for folder in folders):
+        roles = choose_roles(found, "photo", None, None)
+        assert roles.ood_val == ("art",)
+    else:
+        roles = choose_roles(found, None, None, None)
+        assert roles.train == ""
+        assert roles.ood_val == ()
+    (tmp_path / "r.yaml").write_text(draft("tree", "tree", found, roles, "sandbox", None, 2))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert check_searchable(recipe) == []
+    assert check_roles(recipe, tmp_path) == []
+    assert check_sets(recipe, tmp_path) == []
+    assert recipe.data.ood_val
+
+
+def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
+    write_tree(tmp_path, ["a", "b", "c", "d"])
+    write_tree(tmp_path, ["d"], images=12)
+    found = survey(tmp_path)
+    assert vars(choose_roles(found, None, None, None)) == {"train": "d", "ood_val": ("a", "b"), "ood_test": ("c",)}
+    assert vars(choose_roles(found, "b", ["d"], None)) == {"train": "b", "ood_val": ("d",), "ood_test": ("a", "c")}
+    assert vars(choose_roles(found, None, None, ["d"])) == {"train": "a", "ood_val": ("b", "c"), "ood_test": ("d",)}
+    with pytest.raises(UsageError) as caught:
+        choose_roles(found, "e", ["a", "a"], ["bb"])
+    assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["--train", "--ood-val", "--ood-test"]
+
+
+def test_one_other_domain_is_cut_in_two_and_a_domain_of_some_classes_is_marked(tmp_path):
+    write_tree(tmp_path, ["photo"])
+    write_tree(tmp_path, ["art"], CLASSES[:2])
+    found = survey(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        draft("x", str(tmp_path), found, choose_roles(found, None, None, None), "sandbox", None, 2)
+    )
+    data = load_recipe(tmp_path / "r.yaml").data
+    assert (data.ood_val["art"].part, data.ood_test["art_test"].part) == ((0, 0.5), (0.5, 1))
+    assert data.ood_val["art"].classes == data.ood_test["art_test"].classes == "some"
+    assert data.train.part == (0.2, 1)
+
+
+def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path):
+    write_tree(tmp_path / "my: tree", ["été #1", "no"], ["n01440764", "12", "true"])
+    found = survey(tmp_path / "my: tree")
+    written = draft(
+        "x", str(tmp_path / "my: tree"), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2
+    )
+    assert "THESE FOLDER NAMES ARE NO WORDS" in written
+    (tmp_path / "r.yaml").write_text(written)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.train.domains == ("no",)
+    assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
+    assert check_sets(recipe, tmp_path) == []
+    assert len(warnings(recipe)) == 1  # that the test shows the same shift, as the comment in the recipe says too
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([], "must hold folders of images, but got none"),
+        (["a", "b/train"], "all class folders must stand at one depth, but got class folders in a, b/train"),
+        (["train", "training"], "each domain must have one folder for each split, but got train and training"),
+    ],
+)
+def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
+    write_tree(tmp_path, folders)
+    with pytest.raises(DataError) as caught:
+        survey(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_presets_are_the_recipes_of_the_folder(tmp_path):
+    assert {"quickstart", "folders"} <= presets().keys()
+    assert all(presets().values())
+    (tmp_path / "r.yaml").write_text(preset_text("quickstart"))
+    assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
+
+
+@pytest.mark.parametrize(("name", "hold_out"), [("pacs", "photo"), ("office-home", "Real World"), ("vlcs", "SUN09")])
+def test_a_preset_that_leaves_one_domain_out_may_leave_out_another(name, hold_out):
+    before, after = (text.parse(preset_text(name, domain), name).value["data"] for domain in (None, hold_out))
+    domains = [one["domains"] for one in after["ood_test"].values()]
+    assert domains == [[hold_out]]
+    assert list(after["ood_test"]) == [hold_out.lower().replace(" ", "_")]
+    (old,) = (one["domains"][0] for one in before["ood_test"].values())
+    assert set(after["train"]["domains"]) == {old} | set(before["train"]["domains"]) - {hold_out}
+    assert after["id_val"]["domains"] == after["ood_val"]["corrupted"]["of"]["domains"] == after["train"]["domains"]
+    assert preset_text(name, old) == preset_text(name)
+
+
+WRONG = [
+    ([], 2, "one of --from FOLDER, --preset NAME and --list must be given, but got none of them"),
+    (["--list", "--preset", "folders"], 2, "must be given, but got several"),
+    (["--preset", "quikstart"], 2, "--preset: must be a preset, but got 'quikstart'; did you mean 'quickstart'?"),
+    (
+        ["--preset", "pacs", "--hold-out", "foto"],
+        2,
+        "--hold-out: must be a domain of pacs, but got 'foto'; did you mean",
+    ),
+    (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out, but got 'x'"),
+    (["--preset", "pacs", "--train", "x"], 2, "--train: belongs to --from"),
+    (["--from", "nowhere"], 4, "nowhere: must be a folder that can be read"),
+    (["--from", "tree", "--train", "foto"], 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
+    (["--from", "tree", "--to", "tree"], 2, "--to: must be a new file, but got tree"),
+    (
+        ["--from", "tree", "--to", "r.yaml", "--train", "art", "--ood-val", "art"],
+        2,
+        "a domain has one role, and --train",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), WRONG, ids=[" ".join(row[0]) for row in WRONG])
+def test_a_wrong_use_gives_one_message_and_leaves_nothing(tmp_path, monkeypatch, capsys, words, code, message):
+    write_tree(tmp_path / "tree", ["art", "photo"], images=1)
+    monkeypatch.chdir(tmp_path)
+    assert call(["init", *words]) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+@pytest.mark.slow
+def test_a_new_users_tree_goes_from_init_over_doctor_to_a_training(tmp_path, monkeypatch, capsys):
+    write_tree(tmp_path / "tree", ["photo", "clipart", "sketch"], [f"class {i}" for i in "abcdefghi"], 12, "RGBA", 64)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    roles = ["--train", "photo", "--ood-val", "clipart", "--ood-test", "sketch"]
+    assert call(["init", "--from", "tree", "--to", "r.yaml", "--model", "sandbox", *roles, "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [one["num_images"] for one in written["found"]] == [108, 108, 108]
+    assert call(["doctor", "r.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sets"]["data.train"]["modes"] == {"RGBA": found["sets"]["data.train"]["num_images"]}
+    assert call(["train", "r.yaml", "--out", "run", "--set", "train.epochs=1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"]["clipart"] == 108
