@@ -69,6 +69,7 @@ SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
     "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
 )
+SOURCES = "sandbox, folder, table, webdataset, huggingface"
 
 BAD = [
     # unknown keys
@@ -167,9 +168,9 @@ BAD = [
     # sets
     (
         "    b: {source: web}",
-        'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: sandbox, folder)',
+        f'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: {SOURCES})',
     ),
-    ("    b: {path: x}", "r.yaml:9: data.ood_test.b.source: is required (allowed: sandbox, folder)"),
+    ("    b: {path: x}", f"r.yaml:9: data.ood_test.b.source: is required (allowed: {SOURCES})"),
     ("    b: {source: folder, domains: [c]}", "r.yaml:9: data.ood_test.b.path: is required"),
     (
         "    b: {source: folder, path: x, domains: []}",
@@ -646,7 +647,7 @@ BAD_OPTIONS = [
         "data.train.domian=x",
         "--set data.train.domian=x: unknown key 'domian'; did you mean 'data.train.domain'? "
         "(allowed: source, domain, split, num_per_class, "
-        "path, part, shots, shots_seed, classes, on_bad_image, domains)",
+        "path, part, shots, shots_seed, classes, on_bad_image, domains, image, label, id, root, where, class_names)",
     ),
     (
         "search.space.kl_weight={low: 2, high: 1}",

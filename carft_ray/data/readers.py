@@ -25,7 +25,7 @@ class Reader:
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
-        apart: Tells of two sets of one place whether they share no image all the same, whatever their slots.
+        disjoint: Whether two sets of one place share no image all the same, where a slot cannot say so.
         naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
@@ -34,7 +34,7 @@ class Reader:
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
-    apart: Callable[[Any, Any], bool] = lambda one, other: False
+    disjoint: Callable[[Any, Any], bool] = lambda one, other: False
     naming: Callable[[Any], object] = lambda spec: None
     num_expected: Callable[[Any], int | None] = lambda spec: None
 
@@ -50,7 +50,7 @@ READERS: dict[type[StoredSet], Reader] = {
         tables.list_table_set,
         tables.table_set_problems,
         tables.table_set_places,
-        apart=tables.rows_apart,
+        disjoint=tables.rows_disjoint,
         naming=tables.naming,
     ),
     WebDatasetSet: Reader(
@@ -63,7 +63,7 @@ READERS: dict[type[StoredSet], Reader] = {
         huggingface.list_huggingface_set,
         huggingface.huggingface_set_problems,
         huggingface.huggingface_set_places,
-        apart=tables.rows_apart,
+        disjoint=tables.rows_disjoint,
         naming=tables.naming,
     ),
 }

@@ -80,7 +80,7 @@ def table_set_places(spec: TableSet, base_dir: Path) -> list[str]:
     return [os.path.realpath(file) for file in files or [resolve_path(spec.path, base_dir)]]
 
 
-def rows_apart(one: ColumnSet, other: ColumnSet) -> bool:
+def rows_disjoint(one: ColumnSet, other: ColumnSet) -> bool:
     """Tells whether ``where`` gives two sets of one table different rows: no value of one column in common."""
     both = one.where.keys() & other.where.keys()
     return any(not set(map(_text, one.where[name])) & set(map(_text, other.where[name])) for name in both)
