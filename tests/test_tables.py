@@ -174,6 +174,16 @@ def test_the_fingerprint_changes_with_the_images_and_not_with_their_place(base, 
         _ = source.fingerprint
 
 
+def test_two_tables_of_one_size_date_and_names_have_other_fingerprints(base):
+    contents = [bytes([number]) * 100 for number in range(len(IMAGES))]
+    for name, shift in (("a", 0), ("b", 1)):
+        images = [image._replace(content=contents[row - shift]) for row, image in enumerate(IMAGES)]
+        path = write_table(base / f"{name}.arrow", table_of(images))
+        os.utime(path, ns=(0, 0))
+    assert (base / "a.arrow").stat().st_size == (base / "b.arrow").stat().st_size
+    assert opened(base, "a.arrow", id="name").fingerprint != opened(base, "b.arrow", id="name").fingerprint
+
+
 # rows and paths
 
 

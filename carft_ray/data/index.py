@@ -16,6 +16,7 @@ from carft_ray.data.arrays import lock
 from carft_ray.files import write_bytes
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file
+_END = 1 << 16  # bytes
 
 
 def user_cache_dir() -> Path:
@@ -31,6 +32,21 @@ def file_stamp(path: Path) -> str:
     """
     state = path.stat()
     return f"{state.st_size}\0{state.st_mtime_ns}"
+
+
+def container_stamp(path: Path) -> str:
+    """Returns a text that changes when a file of many images may have changed, and differs between two such files.
+
+    Size, date, and a hash of its first and last bytes: fewer files than images are there to differ in size.
+
+    Raises:
+        OSError: It has vanished or cannot be read.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(_END), digest_size=16)
+        file.seek(max(0, path.stat().st_size - _END))
+        digest.update(file.read(_END))
+    return f"{file_stamp(path)}\0{digest.hexdigest()}"
 
 
 def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from carft_ray.data.folder import file_listing
 from carft_ray.data.images import unreadable
-from carft_ray.data.index import file_stamp, kept_index
+from carft_ray.data.index import container_stamp, kept_index
 from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
 from carft_ray.data.listing import Listing, normal
 from carft_ray.data.shards import find_files, folder_of
@@ -191,7 +191,7 @@ class _Images:
     def stamp(self, number: int) -> str:
         if number not in self._stamps:
             try:
-                self._stamps[number] = file_stamp(self._files[number])
+                self._stamps[number] = container_stamp(self._files[number])
             except OSError as error:
                 raise DataError(unreadable(str(self._files[number]), error)) from error
         return self._stamps[number]

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
-from carft_ray.data.index import file_stamp, kept_index
+from carft_ray.data.index import container_stamp, kept_index
 from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
 from carft_ray.data.listing import Listing, normal
 from carft_ray.data.shards import find_files, folder_of
@@ -135,7 +135,7 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, base_dir: Path,
         number, _ = at(position)
         if number not in stamps:
             try:
-                stamps[number] = file_stamp(shards[number])
+                stamps[number] = container_stamp(shards[number])
             except OSError as error:
                 raise DataError(unreadable(str(shards[number]), error)) from error
         return stamps[number]
