@@ -146,7 +146,7 @@ def data_clean(
 
 def _folder(cache: Path | None) -> Path:
     """Returns the folder of the cache; one that is given must be there."""
-    from carft_ray.data.sets import user_cache_dir
+    from carft_ray.data.index import user_cache_dir
 
     if cache is not None and not cache.is_dir():
         value = "a file" if cache.exists() else "no such folder"

@@ -7,7 +7,7 @@ otherwise. The keys are described for users in ``search_spaces/README.md``; a te
 import re
 from decimal import Decimal
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -117,6 +117,8 @@ def _interval(value: Any) -> Any:
 class StoredSet(Part):
     """What every set of stored images has: where it lies, and which of its images belong to it."""
 
+    path_keys: ClassVar[tuple[str, ...]] = ("path",)  # whose texts are paths
+
     path: str  # a relative path counts from the recipe's folder
     # images whose fraction, a hash of the sample id, lies in [from, to): disjoint parts share no image
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = None
@@ -134,6 +136,73 @@ class FolderSet(StoredSet):
     domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None
 
 
+def _class_names(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("must be a list of texts, or the path of a text file with one name per line")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+    return names
+
+
+# names of the classes by the numbers of the labels, or the path of a text file with one per line
+ClassNames = Annotated[tuple[str, ...] | str, BeforeValidator(_class_names)]
+
+
+def _row_values(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values or not all(isinstance(one, bool | int | str) for one in values):
+        raise ValueError("must be a text, a whole number, true or false, or a list of them")
+    return values
+
+
+# column -> values of the rows that belong to the set
+Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(_nothing_is_empty)]
+
+
+class ColumnSet(StoredSet):
+    """A row per image: which columns hold what, and which rows belong to the set."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "root", "class_names")
+    image: str | None = None  # column of paths or bytes; None: the one that can be meant
+    label: str | None = None  # column of texts, or of whole numbers with class_names; None as above
+    id: str | None = None  # column of stable names; None: the paths, else hashes of the bytes
+    root: str | None = None  # folder that paths of images count from; None: the one that the files lie in
+    where: Where = {}
+    class_names: ClassNames | None = None  # None: as the file names them, else the texts
+
+
+class TableSet(ColumnSet):
+    """CSV, Parquet or Arrow files with equal columns."""
+
+    source: Literal["table"]
+
+
+class HuggingFaceSet(ColumnSet):
+    """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
+
+    source: Literal["huggingface"]
+    split: str | None = None  # None: the only one
+
+
+def _sample_label(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"json:.+|[^:/\s]+", value) is None:
+        raise ValueError("must be the ending of a file such as cls, or json:KEY")
+    return value
+
+
+class WebDatasetSet(StoredSet):
+    """Tar archives of samples: files of one name with several endings."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "class_names")
+    source: Literal["webdataset"]
+    image: str | None = None  # ending of the images; None: the one image ending of each sample
+    label: Annotated[str | None, BeforeValidator(_sample_label)] = None  # ending of its file, or json:KEY; None: cls
+    class_names: ClassNames | None = None  # None: those of classnames.txt beside the shards, else the texts
+
+
 class BenchmarkSet(StoredSet):
     """A public benchmark as its archives unpack, with its own class list, splits and masks."""
 
@@ -145,7 +214,7 @@ class BenchmarkSet(StoredSet):
 
 
 # every kind of set but those that are made of another
-PlainSet = SandboxSet | FolderSet | BenchmarkSet
+PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | BenchmarkSet
 
 
 class CorruptedSet(Part):
