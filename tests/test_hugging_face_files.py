@@ -105,6 +105,15 @@ def test_what_is_written_is_read_back_as_the_same_model(tmp_path, settings):
         assert getattr(again, name) == getattr(clip, name), name
 
 
+def test_our_own_reader_gives_back_every_bit_and_the_preprocessing(tmp_path):
+    clip = make(quick_gelu=True, preprocess={"resize_mode": "squash", "interpolation": "bilinear"}, embed_dim=24)
+    write_huggingface(tmp_path, clip, clip.model.state_dict())
+    again = load_folder(tmp_path)
+    assert again.weights_hash == clip.weights_hash
+    assert again.config["model_cfg"]["quick_gelu"]
+    assert (again.mean, again.std, again.input_key) == (clip.mean, clip.std, clip.input_key)
+
+
 def test_the_activation_is_not_lost():
     """The two differ by more than rounding, so the test above tells them apart."""
     gelu, quick = make(), make(quick_gelu=True)
