@@ -153,6 +153,12 @@ def square_size(preprocess: dict[str, Any]) -> int:
     return int(sides[0])
 
 
+def write_tokenizer(clip: Clip, folder: Path) -> None:
+    """Writes the files of a model's tokenizer, without which open_clip does not open a folder; CLIP's own has none."""
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(str(folder))
+
+
 def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     """Returns the tokenizer of a model: CLIP's own, or one of Hugging Face from the weights' folder or the hub."""
     text, folder = opened.config["text_cfg"], opened.folder
