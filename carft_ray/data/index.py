@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.arrays import lock
+from carft_ray.data.cache import lock
 from carft_ray.files import write_bytes
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data import folder, huggingface, tables, webdataset
+from carft_ray.data import benchmarks, folder, huggingface, tables, webdataset
 from carft_ray.data.listing import Listing
 from carft_ray.errors import Problem
-from carft_ray.recipe.schema import FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
+from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Reader:
 
 
 READERS: dict[type[StoredSet], Reader] = {
+    BenchmarkSet: Reader(
+        benchmarks.list_benchmark,
+        benchmarks.benchmark_problems,
+        benchmarks.benchmark_places,
+        disjoint=benchmarks.are_disjoint,
+        naming=lambda spec: (spec.name, spec.domains is None),
+        num_expected=benchmarks.num_expected,
+    ),
     FolderSet: Reader(
         folder.list_folder_set,
         folder.folder_set_problems,
