@@ -114,8 +114,7 @@ def main() -> None:
             for _ in range(given.repeats)
         ]
     size = given.images * given.bytes / 1e6
-    print(f"{given.images} images of {given.bytes} bytes, {size:.0f} MB; median of {given.repeats}
-")
+    print(f"{given.images} images of {given.bytes} bytes, {size:.0f} MB; median of {given.repeats}\n")
     print("| kind | open, s | images/s in order | at random | memory, MB |\n|---|---|---|---|---|")
     for kind in KINDS:
         of = {key: median(one[kind][key] for one in rounds) for key in rounds[0][kind]}
