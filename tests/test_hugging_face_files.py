@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CONFIG
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
-from carft_ray.learning.clip import wrap_model
+from carft_ray.learning.clip import load_folder, wrap_model
 from carft_ray.learning.hugging_face_files import misfits, to_huggingface, write_huggingface
 
 SENTENCES = [
@@ -87,6 +87,31 @@ def test_transformers_gives_the_same_pixels_tokens_and_logits(tmp_path, settings
     torch.testing.assert_close(found.image_embeds, features, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.logits_per_image, expected, atol=1e-4, rtol=0)
     assert type(AutoProcessor.from_pretrained(tmp_path)).__name__ == "CLIPProcessor"
+
+
+@pytest.mark.parametrize("settings", SAME.values(), ids=SAME)
+def test_what_is_written_is_read_back_as_the_same_model(tmp_path, settings):
+    clip = make(**settings)
+    write_huggingface(tmp_path, clip, clip.model.state_dict())
+    again = load_folder(tmp_path)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        for name in ("get_logits", "encode_image"):
+            inputs = (images, clip.tokenizer(SENTENCES)) if name == "get_logits" else (images,)
+            expected, found = getattr(clip.model, name)(*inputs), getattr(again.model, name)(*inputs)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert again.tokenizer(SENTENCES).tolist() == clip.tokenizer(SENTENCES).tolist()
+    for name in ("image_size", "input_key", "mean", "std", "logit_scale"):
+        assert getattr(again, name) == getattr(clip, name), name
+
+
+def test_our_own_reader_gives_back_every_bit_and_the_preprocessing(tmp_path):
+    clip = make(quick_gelu=True, preprocess={"resize_mode": "squash", "interpolation": "bilinear"}, embed_dim=24)
+    write_huggingface(tmp_path, clip, clip.model.state_dict())
+    again = load_folder(tmp_path)
+    assert again.weights_hash == clip.weights_hash
+    assert again.config["model_cfg"]["quick_gelu"]
+    assert (again.mean, again.std, again.input_key) == (clip.mean, clip.std, clip.input_key)
 
 
 def test_the_activation_is_not_lost():

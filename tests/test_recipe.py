@@ -73,6 +73,7 @@ SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
     "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
 )
+SOURCES = "sandbox, folder, table, webdataset, huggingface, benchmark, corrupted"
 
 TEMPLATE_WORDS = ", ".join(TEMPLATE_SETS[:20]) + ", ..."
 CORRUPTED = "    b: {source: corrupted, of: {source: folder, path: x}, severity: "
@@ -234,7 +235,7 @@ BAD = [
     (
         "    b: {source: corrupted, of: {source: corrupted}, severity: 1}",
         'r.yaml:9: data.ood_test.b.of.source: must be one of the allowed values, but got "corrupted" '
-        "(allowed: sandbox, folder, benchmark)",
+        "(allowed: sandbox, folder, table, webdataset, huggingface, benchmark)",
     ),
     (
         "    b: {source: corrupted, of: {source: benchmark, path: x, name: pasc}, severity: 1}",
@@ -243,13 +244,9 @@ BAD = [
     ),
     (
         "    b: {source: web}",
-        'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" '
-        "(allowed: sandbox, folder, benchmark, corrupted)",
+        f'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: {SOURCES})',
     ),
-    (
-        "    b: {path: x}",
-        "r.yaml:9: data.ood_test.b.source: is required (allowed: sandbox, folder, benchmark, corrupted)",
-    ),
+    ("    b: {path: x}", f"r.yaml:9: data.ood_test.b.source: is required (allowed: {SOURCES})"),
     ("    b: {source: folder, domains: [c]}", "r.yaml:9: data.ood_test.b.path: is required"),
     (
         "    b: {source: folder, path: x, domains: []}",
@@ -743,7 +740,7 @@ BAD_OPTIONS = [
         "data.train.domian=x",
         "--set data.train.domian=x: unknown key 'domian'; did you mean 'data.train.domain'? "
         "(allowed: source, domain, split, num_per_class, "
-        "path, part, shots, shots_seed, classes, on_bad_image, domains, "
+        "path, part, shots, shots_seed, classes, on_bad_image, domains, image, label, id, root, where, class_names, "
         "name, trial_seed, of, corruptions, severity, seed, size)",
     ),
     (

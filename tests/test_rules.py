@@ -35,6 +35,7 @@ DOORWAYS = {
     "rich": ("cli",),
     "matplotlib": ("results",),
     "ruamel": ("recipe",),
+    "simplejpeg": ("data",),
     "pydantic": ("recipe",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

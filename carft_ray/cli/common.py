@@ -22,9 +22,10 @@ app = typer.Typer(
     "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
+data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
+app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
-BYTES = ("kB", "MB", "GB", "TB")
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
 SetOption = Annotated[
@@ -134,13 +135,3 @@ def quoted(
     if num_workers is not None:
         words += ["--num-workers", str(num_workers)]
     return shlex.join(words)
-
-
-def size(number: float) -> str:
-    """Returns a number of bytes in the unit that fits it."""
-    number /= 1000
-    for unit in BYTES[:-1]:
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {BYTES[-1]}"

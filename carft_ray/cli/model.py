@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, SetOption, app, size
+from carft_ray.cli.common import DebugOption, JsonOption, SetOption, app
 from carft_ray.errors import Problem, RecipeError, UsageError
 
 PANEL = "One training"  # of the help
@@ -69,6 +69,8 @@ def model(
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    from carft_ray.console import size_text
+
     image, widths = found["input"], found["widths"]
     shown = {key: ", ".join(f"{value:.4g}" for value in image[key]) for key in ("mean", "std")}
     resize = {
@@ -97,8 +99,8 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "widths": ", ".join(f"{part} {width}" for part, width in widths.items() if width),
         "blocks": str(found["num_blocks"]),
         "norms": norms + ("; the statistics of BatchNorm stay fixed while training" if found["has_batch_norm"] else ""),
-        "memory": f"weights {size(memory['weights'])}; training the image tower {size(memory['training'])} (weights, "
-        "gradients, AdamW and the frozen tower in float32), besides activations",
+        "memory": f"weights {size_text(memory['weights'])}; training the image tower {size_text(memory['training'])} "
+        "(weights, gradients, AdamW and the frozen tower in float32), besides activations",
     }
     if found["has_logit_bias"]:
         value = "" if found["logit_bias"] is None else f"{found['logit_bias']:.4g}; "

@@ -18,7 +18,6 @@ from carft_ray.cli.common import (
     app,
     load,
     quoted,
-    size,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError
 
@@ -88,7 +87,7 @@ def _heading(name: str, found: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    from carft_ray.console import duration
+    from carft_ray.console import duration, size_text
 
     def hours(three: Sequence[float]) -> tuple[str, str]:
         return f"{three[0]:.3g}", f"{three[1]:.3g} to {three[2]:.3g}"
@@ -103,9 +102,11 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if found["price"] is not None:
         lines.append(("price", f"{found['price'][0]:.2f}", f"{found['price'][1]:.2f} to {found['price'][2]:.2f}"))
     kept = {what: size for what, size in found["disk_bytes"].items() if what != "while it runs"}
-    lines.append(("disk", size(sum(kept.values())), ", ".join(f"{what} {size(n)}" for what, n in kept.items())))
+    lines.append(
+        ("disk", size_text(sum(kept.values())), ", ".join(f"{what} {size_text(n)}" for what, n in kept.items()))
+    )
     if "while it runs" in found["disk_bytes"]:
-        lines.append(("disk while it runs", f"+ {size(found['disk_bytes']['while it runs'])}", "checkpoints"))
+        lines.append(("disk while it runs", f"+ {size_text(found['disk_bytes']['while it runs'])}", "checkpoints"))
     return lines
 
 

@@ -133,7 +133,15 @@ class StoredSource:
         Raises:
             DataError: The image cannot be read.
         """
-        row, content = int(self.rows[index]), self.content(index)
+        return self.decode(self.content(index), index)
+
+    def decode(self, content: bytes, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes.
+
+        Raises:
+            DataError: They are no image.
+        """
+        row = int(self.rows[index])
         if self.listing.decode is None:
             return decode_image(content, self.listing.place(row))
         return self.listing.decode(content, row)

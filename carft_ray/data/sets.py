@@ -4,12 +4,12 @@ A test role is read by nobody here: ``open_train`` and ``open_validation`` do no
 only whether its folders exist. ``open_source`` is for the one command that opens the seal.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.benchmarks import benchmark_words
+from carft_ray.data.index import user_cache_dir
 from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
 from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.source import Source
@@ -219,11 +219,6 @@ def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
     return user_cache_dir()
 
 
-def user_cache_dir() -> Path:
-    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
-
-
 def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     if recipe.data.classes is not None:
         return recipe.data.classes
@@ -262,10 +257,7 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:
     """Tells whether one image has one name in both sets: a part is of the hash of the name."""
-    names = [
-        (type(spec), spec.path, getattr(spec, "name", None), getattr(spec, "domains", None) is None)
-        for spec in (one, other)
-    ]
+    names = [(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)]
     return names[0] == names[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.packed import PackedSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.evaluation import materials as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
@@ -102,9 +103,11 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
         return sum(seconds for text, seconds in spent if text.startswith(words))
 
     images = materials.validation[0].images_NHWC
-    decoded = (
-        len(materials.train) * np.prod(share.train.pixels(0).shape) if recipe.data.train.source == "sandbox" else 0
-    )
+    kept = 0  # of the training set
+    if recipe.data.train.source == "sandbox":
+        kept = len(materials.train) * int(np.prod(share.train.pixels(0).shape))
+    elif isinstance(materials.train, PackedSource):
+        kept = materials.train.num_bytes
     num_validation = sum(map(len, materials.validation))
     return {
         "inside_s": time.perf_counter() - began,
@@ -118,7 +121,7 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
         "num_train": len(materials.train),
         "num_validation": num_validation,
         "num_contexts": len(materials.templates),
-        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + decoded),
+        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + kept),
     }
 
 

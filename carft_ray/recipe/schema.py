@@ -7,7 +7,7 @@ otherwise. The keys are described for users in ``search_spaces/README.md``; a te
 import re
 from decimal import Decimal
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -48,7 +48,7 @@ def _choices(value: Any) -> tuple[Any, ...]:
     return tuple(_plain_value(one) for one in values)
 
 
-def _duration(value: Any) -> Any:
+def seconds_of(value: Any) -> Any:
     """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
     if not isinstance(value, str):
         return value
@@ -117,6 +117,8 @@ def _interval(value: Any) -> Any:
 class StoredSet(Part):
     """What every set of stored images has: where it lies, and which of its images belong to it."""
 
+    path_keys: ClassVar[tuple[str, ...]] = ("path",)  # whose texts are paths
+
     path: str  # a relative path counts from the recipe's folder
     # images whose fraction, a hash of the sample id, lies in [from, to): disjoint parts share no image
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = None
@@ -134,6 +136,73 @@ class FolderSet(StoredSet):
     domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None
 
 
+def _class_names(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("must be a list of texts, or the path of a text file with one name per line")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+    return names
+
+
+# names of the classes by the numbers of the labels, or the path of a text file with one per line
+ClassNames = Annotated[tuple[str, ...] | str, BeforeValidator(_class_names)]
+
+
+def _row_values(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values or not all(isinstance(one, bool | int | str) for one in values):
+        raise ValueError("must be a text, a whole number, true or false, or a list of them")
+    return values
+
+
+# column -> values of the rows that belong to the set
+Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(_nothing_is_empty)]
+
+
+class ColumnSet(StoredSet):
+    """A row per image: which columns hold what, and which rows belong to the set."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "root", "class_names")
+    image: str | None = None  # column of paths or bytes; None: the one that can be meant
+    label: str | None = None  # column of texts, or of whole numbers with class_names; None as above
+    id: str | None = None  # column of stable names; None: the paths, else hashes of the bytes
+    root: str | None = None  # folder that paths of images count from; None: the one that the files lie in
+    where: Where = {}
+    class_names: ClassNames | None = None  # None: as the file names them, else the texts
+
+
+class TableSet(ColumnSet):
+    """CSV, Parquet or Arrow files with equal columns."""
+
+    source: Literal["table"]
+
+
+class HuggingFaceSet(ColumnSet):
+    """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
+
+    source: Literal["huggingface"]
+    split: str | None = None  # None: the only one
+
+
+def _sample_label(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"json:.+|[^:/\s]+", value) is None:
+        raise ValueError("must be the ending of a file such as cls, or json:KEY")
+    return value
+
+
+class WebDatasetSet(StoredSet):
+    """Tar archives of samples: files of one name with several endings."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "class_names")
+    source: Literal["webdataset"]
+    image: str | None = None  # ending of the images; None: the one image ending of each sample
+    label: Annotated[str | None, BeforeValidator(_sample_label)] = None  # ending of its file, or json:KEY; None: cls
+    class_names: ClassNames | None = None  # None: those of classnames.txt beside the shards, else the texts
+
+
 class BenchmarkSet(StoredSet):
     """A public benchmark as its archives unpack, with its own class list, splits and masks."""
 
@@ -145,7 +214,7 @@ class BenchmarkSet(StoredSet):
 
 
 # every kind of set but those that are made of another
-PlainSet = SandboxSet | FolderSet | BenchmarkSet
+PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | BenchmarkSet
 
 
 class CorruptedSet(Part):
@@ -174,7 +243,13 @@ class DataPart(Part):
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = (
         None  # class folders in label order; None: those of train, in its order
     )
-    cache_dir: str | None = None  # decoded sets; None: the user's cache folder
+    cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
+    cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit
+    pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: of network disks
+
+
+# keys of ``data`` that say where and how images are kept: other values of them do not make another study
+CACHE_KEYS = ("cache_dir", "cache_gb", "pack")
 
 
 class PromptsPart(Part):
@@ -414,7 +489,7 @@ class ResourcesPart(Part):
 class BudgetPart(Part):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Annotated[Positive, BeforeValidator(_duration)] | None = None  # seconds, or a text such as 8h
+    wall_time: Annotated[Positive, BeforeValidator(seconds_of)] | None = None  # seconds, or a text such as 8h
     gpu_hours: Positive | None = None  # of all attempts of the study
 
 

@@ -30,7 +30,7 @@ from carft_ray.errors import Problem, StorageError, UsageError, nearest
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip
+from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
 from carft_ray.learning.hugging_face_files import misfits, write_huggingface
 from carft_ray.learning.onnx_files import write_onnx
 from carft_ray.recipe.loading import dump_recipe
@@ -157,8 +157,7 @@ def _write(
     if "open_clip" in formats:
         write_json(folder / CONFIG_NAME, clip.config)
         save_tensors(folder / WEIGHTS_NAME, state)
-        if hasattr(clip.tokenizer, "save_pretrained"):  # open_clip looks for its files in the folder
-            clip.tokenizer.save_pretrained(folder)
+        write_tokenizer(clip, folder)
     if "huggingface" in formats:
         write_huggingface(folder, clip, state)
     if "onnx" in formats:

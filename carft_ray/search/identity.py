@@ -48,11 +48,19 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "data.ood_test": ("identity", "fixed before anything is selected"),
     "data.classes": ("identity", "the meaning of the labels"),
     "data.cache_dir": ("running", "where decoded images lie"),
+    "data.cache_gb": ("running", "how much of them is kept"),
+    "data.pack": ("running", "how images are read; the pixels are the same"),
     "<set>.source": ("identity", "which images"),
     "<set>.domain": ("identity", "which images"),
     "<set>.split": ("identity", "which images"),
     "<set>.num_per_class": ("identity", "which images"),
     "<set>.path": ("running", "images may move, their contents are compared; those of tests only with data.train"),
+    "<set>.root": ("running", "as the path"),
+    "<set>.image": ("identity", "which images"),
+    "<set>.label": ("identity", "the labels"),
+    "<set>.id": ("identity", "the names of the images, from which parts, shots and views are drawn"),
+    "<set>.where": ("identity", "which images"),
+    "<set>.class_names": ("identity", "the meaning of the labels; a file may move, the names are compared"),
     "<set>.domains": ("identity", "which images"),
     "<set>.part": ("identity", "which images"),
     "<set>.shots": ("identity", "which images"),
@@ -144,6 +152,7 @@ _SETS = (("data", "train"), ("data", "id_val"), ("data", "id_test"))
 _NAMED_SETS = (("data", "ood_val"), ("data", "ood_test"))
 GENERATION = "generation"  # keys of the manifest
 RECIPES = "recipes"
+_MOVED = ("<set>.path", "<set>.root")
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
@@ -248,7 +257,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
         last = problems.pop()
         raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
-    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) == "<set>.path"]
+    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
     return Claim(False, wanted, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 
@@ -330,6 +339,8 @@ def _is_free(found: Difference) -> bool:
         return len(found.path) == 3 and found.old is MISSING
     if found.path == ("model", "pretrained"):
         return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
+    if found.path[-1] == "class_names" and found.path[0] == "data":
+        return all(isinstance(value, str) for value in (found.old, found.new))
     if found.path == ("model", "name"):
         return all(str(value).startswith("local-dir:") for value in (found.old, found.new))
     return False
@@ -343,14 +354,19 @@ def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
     sets |= {("data", "ood_test", name): (old.data.ood_test[name], new.data.ood_test[name]) for name in sorted(names)}
     for path, pair in sets.items():
         before, now = (plain(spec) for spec in pair)
-        if isinstance(before, StoredSet) and isinstance(now, StoredSet) and before.path != now.path:
+        if not (isinstance(before, StoredSet) and isinstance(now, StoredSet)):
+            continue
+        inner = ("of",) if isinstance(pair[0], CorruptedSet) else ()
+        for key in before.path_keys:
+            places = [getattr(spec, key, None) for spec in (before, now)]
+            if places[0] == places[1] or any(isinstance(place, tuple) for place in places):
+                continue
             together = [
-                os.path.relpath(one.path, root.path) if isinstance(root, StoredSet) else one.path
-                for one, root in zip((before, now), train, strict=True)
+                os.path.relpath(place, root.path) if place and isinstance(root, StoredSet) else place
+                for place, root in zip(places, train, strict=True)
             ]
             if together[0] != together[1]:
-                inner = ("of",) if isinstance(pair[0], CorruptedSet) else ()
-                yield Difference((*path, *inner, "path"), before.path, now.path)
+                yield Difference((*path, *inner, key), *places)
 
 
 def _how(name: str, old: Recipe, new: Recipe) -> frozenset[Direction]:
