@@ -43,8 +43,8 @@ def accuracy(export, images):
         count += len(paths)
     return right / count
 
-exports, images = [Path(word) for word in sys.argv[1:-1]], Path(sys.argv[-1])
-print(json.dumps({export.name: accuracy(export, images) for export in exports}))
+exports = json.loads(sys.argv[1])
+print(json.dumps({name: accuracy(Path(export), Path(images)) for name, (export, images) in exports.items()}))
 print([name for name in sys.modules if name.split(".")[0] in ("carft_ray", "ray", "optuna")])
 """
 FORMS = {
@@ -55,6 +55,8 @@ FORMS = {
     "bf16": ["train.precision=bf16"],
     "fp64": ["train.precision=fp64"],
 }
+
+NUM_PER_CLASS = 40  # images of the sandbox's id_val; the quickstart has more
 
 pytestmark = pytest.mark.slow  # six trainings, and stock open_clip in a process of its own
 
@@ -89,9 +91,36 @@ def exports(trained, tmp_path_factory):
     }
 
 
-def stock_accuracies(exports, images):
-    """Returns the accuracy of each export on a folder of PNG images, by its name, found out in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, *map(str, exports), str(images)]
+@pytest.fixture(scope="module")
+def sandbox_export(tmp_path_factory):
+    """A training of the sandbox's model: its export, the PNG images of its id_val, its result and that of zero-shot."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    few = sandbox.QUICKSTART_SETS["id_val"]["photo"].model_copy(update={"num_per_class": NUM_PER_CLASS})
+    overrides = [
+        "train.epochs=1",
+        "data.train.num_per_class=16",
+        f"data.id_val.num_per_class={NUM_PER_CLASS}",
+        "data.ood_val={}",
+        "search.alpha.grid=[0, 0.5, 1]",
+        f"data.cache_dir={folder}/cache",
+    ]
+    recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
+    out = folder / "out"
+    result, zero_shot = train_once(recipe, folder, out, False, "", str, lambda row: None, lambda row: None)
+    export = export_model(open_trained(out), folder / "export")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sandbox, "QUICKSTART_SETS", {"id_val": {"photo": few}})
+        sandbox.export_images(folder / "png")
+    return export, folder / "png" / "photo_id_val", result, zero_shot
+
+
+@pytest.fixture(scope="module")
+def stock(exports, sandbox_export):
+    """Accuracy of each export on its id_val as a folder of PNG images, found out in a process of its own."""
+    images = Path(exports["folded"][1].recipe.data.id_val.path) / "photo_val"
+    wanted = {name: (str(export.folder), str(images)) for name, (export, _, _) in exports.items()}
+    wanted["sandbox"] = str(sandbox_export[0].folder), str(sandbox_export[1])
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, json.dumps(wanted)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=images, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -104,15 +133,12 @@ def metrics_of(training, alpha):
     return training.result["metrics"] if alpha is None else evaluate_trained(training, alpha)
 
 
-def test_stock_open_clip_reproduces_the_reported_accuracy_from_the_images(exports):
+def test_stock_open_clip_reproduces_the_reported_accuracy_from_the_images(exports, stock):
     """Only open_clip, torch, PIL and safetensors are imported; the code is that of each model card."""
-    folders = [str(export.folder) for export, _, _ in exports.values()]
-    images = Path(exports["folded"][1].recipe.data.id_val.path) / "photo_val"
-    found = stock_accuracies(folders, images)
     reported = {name: metrics_of(training, alpha)["accuracy/id_val"] for name, (_, training, alpha) in exports.items()}
     computed_alike = {name: value for name, value in reported.items() if name != "bf16"}
-    assert {name: found[name] for name in computed_alike} == computed_alike
-    assert abs(found["bf16"] - reported["bf16"]) <= 1 / 15  # trained and measured in half precision, exported in single
+    assert {name: stock[name] for name in computed_alike} == computed_alike
+    assert abs(stock["bf16"] - reported["bf16"]) <= 1 / 15  # trained and measured in half precision, exported in single
     assert len({round(value, 6) for value in reported.values()}) > 1
 
 
@@ -176,17 +202,8 @@ def test_the_exported_recipe_trains(exports):
     assert recipe.model.name == f"local-dir:{Path(recipe.data.train.path).parent / 'model'}"
 
 
-def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(tmp_path, monkeypatch):
-    only = {"id_val": sandbox.QUICKSTART_SETS["id_val"]}
-    monkeypatch.setattr(sandbox, "QUICKSTART_SETS", only)
-    overrides = ["train.epochs=1", "data.train.num_per_class=16", "data.ood_val={}", f"data.cache_dir={tmp_path}/cache"]
-    recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
-    out = tmp_path / "out"
-    result, zero_shot = train_once(recipe, tmp_path, out, False, "", str, lambda row: None, lambda row: None)
-    export = export_model(open_trained(out), tmp_path / "export")
-    sandbox.export_images(tmp_path / "png")
-    images = tmp_path / "png" / "photo_id_val"
-    assert len(list(images.rglob("*.png"))) == result["num_images"]["id_val"] == 2000
-    accuracy = result["metrics"]["accuracy/id_val"]
-    assert stock_accuracies([export.folder], images) == {"export": accuracy}
-    assert accuracy != zero_shot["id_accuracy"]
+def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(sandbox_export, stock):
+    _, images, result, zero_shot = sandbox_export
+    assert len(list(images.rglob("*.png"))) == result["num_images"]["id_val"] == 16 * NUM_PER_CLASS
+    assert stock["sandbox"] == result["metrics"]["accuracy/id_val"]
+    assert stock["sandbox"] != zero_shot["id_accuracy"]
