@@ -5,9 +5,11 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -73,6 +75,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size_text(num_bytes: float) -> str:
+    """Returns a size in three digits, ``1.23 GB`` for 1.23 * 10^9 bytes."""
+    size, units = num_bytes / 1000, ["kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
@@ -283,6 +294,46 @@ def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
     table.add_column("range")
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def fact_table(facts: Mapping[str, str]) -> Table:
+    """Returns a table of names and what there is to say of each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, escape(text))
+    return table
+
+
+def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of the entries of the image cache.
+
+    Args:
+        rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
+            ``last_used`` (seconds since 1970), ``in_use``.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("set", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("source")
+    for name in ("images", "pixels", "size", "built", "last used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        days = [datetime.fromtimestamp(row[key]).strftime("%Y-%m-%d %H:%M") for key in ("created", "last_used")]
+        table.add_row(
+            row["name"] or "?",
+            row["kind"],
+            row["source"],
+            f"{row['num_images']:,}" if row["num_images"] else "",
+            row["image_size"],
+            size_text(row["num_bytes"]),
+            days[0] if row["created"] else "",
+            days[1],
+            "in use" if row["in_use"] else "",
+        )
     return table
 
 

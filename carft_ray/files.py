@@ -55,7 +55,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.EROFS: "Choose a folder that you may write to.",
     }
     step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
-    return StorageError(Problem(str(path), "must be writable", error.strerror or str(error), next_step=step))
+    cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
+    return StorageError(Problem(str(path), "must be writable", cause, next_step=step))
 
 
 def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda name: False) -> None:
@@ -246,6 +247,25 @@ def remove_folder(path: Path) -> None:
     """Removes a folder of this process's training as far as it can; what stays harms nobody."""
     _check_fence()
     shutil.rmtree(path, ignore_errors=True)
+
+
+def discard_folder(path: Path) -> None:
+    """Removes a folder so that nobody sees half of it: it loses its name first.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        StorageError: It cannot be removed.
+    """
+    gone = _temporary(path).with_suffix(".old.tmp")
+    _check_fence()
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def remove_remains(folder: Path) -> None:

@@ -30,9 +30,9 @@ search:
 """
 
 
-def make(folder: Path) -> Path:
-    """Writes model, images and recipe; returns the path of the recipe."""
-    write_model(folder / "model")
+def make(folder: Path, vision_cfg: dict | None = None) -> Path:
+    """Writes model (with another image tower, if one is given), images and recipe; returns the path of the recipe."""
+    write_model(folder / "model", vision_cfg)
     for domain, num_per_class, offset in (
         ("photo", NUM_TRAIN, 0),
         ("photo_val", NUM_ID_VAL, 100),
@@ -54,7 +54,7 @@ def write_image(path: Path, label: int, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, vision_cfg: dict | None = None) -> None:
     """Writes a CLIP with a tokenizer of letters: the usual one takes half of the time of a whole short training."""
     import open_clip
     import torch
@@ -64,13 +64,14 @@ def write_model(folder: Path) -> None:
     folder.mkdir(parents=True)
     merges = folder / "no_merges.txt.gz"
     merges.write_bytes(gzip.compress(b"no merges"))
+    config = {**CONFIG, "vision_cfg": vision_cfg or CONFIG["vision_cfg"]}
     text_cfg = {**CONFIG["text_cfg"], "context_length": 32, "vocab_size": 514}
-    model_cfg = {**CONFIG, "text_cfg": {**text_cfg, "tokenizer_kwargs": {"bpe_path": str(merges)}}}
+    model_cfg = {**config, "text_cfg": {**text_cfg, "tokenizer_kwargs": {"bpe_path": str(merges)}}}
     torch.manual_seed(0)
-    model = open_clip.CLIP(**{**CONFIG, "text_cfg": text_cfg})
+    model = open_clip.CLIP(**{**config, "text_cfg": text_cfg})
     with torch.no_grad():
         model.logit_scale.fill_(math.log(20.0))
-    preprocess = {**vars(open_clip.transform.PreprocessCfg()), "size": 16}
+    preprocess = vars(open_clip.transform.PreprocessCfg())
     kept = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": kept}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

@@ -9,10 +9,10 @@ from carft_ray.data.readers import list_set
 from carft_ray.recipe.schema import SetSpec
 
 
-def open_set(class_list=None, name="train", base_dir=Path("/"), **spec):
+def open_set(class_list=None, role="train", /, base_dir=Path("/"), **spec):
     """Opens the set that these keys of a recipe describe, with a class list or its own."""
     parsed = TypeAdapter(SetSpec).validate_python(spec)
-    return stored_source(list_set(parsed, base_dir, name), parsed, class_list, name)
+    return stored_source(list_set(parsed, base_dir, role), parsed, class_list, role)
 
 
 def folder_source(root, domains, classes, name, **selection):

@@ -135,7 +135,7 @@ def test_a_truncated_entry_is_built_again_with_a_warning(tmp_path, caplog, lengt
     path.write_bytes(whole[:length])
     with caplog.at_level(logging.WARNING):
         found = image_set(source, None, "none", tmp_path)
-    assert f"{path} is damaged and will be built again" in caplog.text
+    assert f"{path} of the cache is damaged and will be built again" in caplog.text
     np.testing.assert_array_equal(found.images_NHWC[4], source.pixels(4))
     assert path.read_bytes() == whole
 
@@ -180,6 +180,7 @@ def build(source, cache_dir, queue):
     queue.put(int(image_set(source, None, "none", cache_dir).images_NHWC.sum()))
 
 
+@pytest.mark.slow
 def test_two_processes_build_an_entry_once(tmp_path):
     source = Pictures(num_images=40, log_path=tmp_path / "log", delay_s=0.005)
     context = multiprocessing.get_context("spawn")

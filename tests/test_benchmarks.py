@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import effect, engine, overhead, startup
+from benchmarks import decoders, effect, engine, loader, overhead, photos, startup
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -23,9 +23,13 @@ from benchmarks.acceptance import (
     verdicts,
 )
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
+from carft_ray.data.arrays import image_set
+from carft_ray.data.listing import stored_source
+from carft_ray.data.packed import PackedSource
+from carft_ray.data.readers import list_set
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import FloatParameter
+from carft_ray.recipe.schema import FloatParameter, FolderSet
 from carft_ray.search.outcome import trial_name
 from carft_ray.search.rows import trials
 
@@ -247,7 +251,7 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
     assert "benchmarks.effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [effect.main, overhead.main, startup.main])
+@pytest.mark.parametrize("main", [decoders.main, effect.main, loader.main, overhead.main, startup.main])
 def test_help_says_what_it_is(main, capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -332,3 +336,39 @@ def test_engine_refuses_a_study_without_trials(capsys):
         engine.main(["--sizes", "0"])
     assert left.value.code == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def test_decoders_are_compared_with_pillow(capsys):
+    assert decoders.main(["--pictures", "1", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("simplejpeg ", "torchvision", "carft-ray"):
+        shown = [line for line in lines if line.strip().startswith(name)]
+        assert len(shown) == len(decoders.SIZES)
+        assert all(line.endswith("x Pillow  same") for line in shown)
+    assert any(line.endswith("another size") for line in lines)
+
+
+def test_a_pass_of_each_side_gives_every_image(tmp_path):
+    photos.write_tree(tmp_path / "images" / "photo", 16, 40, 30)
+    spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
+    source = stored_source(list_set(spec, tmp_path, "train"), spec, photos.CLASSES, "train")
+    images = image_set(source, None, "as-is", tmp_path / "cache")
+    root = tmp_path / "images" / "photo"
+    passes = [loader.folder_pass(root, 5, 0, training, to_floats) for training in (0, 1) for to_floats in (0, 1)]
+    passes += [loader.evaluation_pass(images, 5, to_floats) for to_floats in (False, True)]
+    passes += [loader.training_pass(source, 5, workers) for workers in (0, 1)]
+    assert [one_pass() for one_pass in passes] == [16] * 8
+
+
+def test_bytes_are_read_from_files_and_packed(tmp_path):
+    photos.write_tree(tmp_path / "images" / "photo", 8, 20, 20)
+    spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
+    source = stored_source(list_set(spec, tmp_path, "train"), spec, photos.CLASSES, "train")
+    packed = PackedSource(source, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/set.arrow")
+    times = loader.read_times(source, packed, path, 1)
+    assert list(times) == ["files, disk", "files, memory", "packed, disk", "packed, memory"]
+    assert all(value > 0 for value in times.values())

@@ -1,19 +1,38 @@
 """Names of models and weights, read without torch, against what open_clip itself says."""
 
+import json
+
 import open_clip
 import pytest
 
-from carft_ray.learning.catalog import SANDBOX, check_model, model_names, pretrained_tags
+from carft_ray.learning.catalog import (
+    SANDBOX,
+    activation_problems,
+    check_model,
+    computes_quick_gelu,
+    model_names,
+    pretrained_tags,
+)
 from carft_ray.recipe.schema import ModelPart
 
 
 def test_names_and_tags_are_those_of_open_clip():
     assert model_names() == (SANDBOX, *sorted(open_clip.list_models()))
     for name in open_clip.list_models():
+        assert computes_quick_gelu(name) is bool(open_clip.get_model_config(name).get("quick_gelu", False))
         assert list(pretrained_tags(name)) == open_clip.list_pretrained_tags_by_model(name)
 
 
-@pytest.mark.parametrize("pretrained", ["openai", "random", "weights.pt", "~/weights.pt", "plain"])
+def test_each_tag_is_refused_under_the_name_of_the_other_activation(tmp_path):
+    for name in open_clip.list_models():
+        for tag in open_clip.list_pretrained_tags_by_model(name):
+            quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+            found = check_model(ModelPart(name=name, pretrained=tag), tmp_path)
+            assert found == activation_problems(name, quick, f"'{tag}'")
+            assert bool(found) is (quick != computes_quick_gelu(name))
+
+
+@pytest.mark.parametrize("pretrained", ["laion2b_s34b_b79k", "random", "weights.pt", "~/weights.pt", "plain"])
 def test_a_tag_random_and_a_file_are_weights(tmp_path, monkeypatch, pretrained):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("weights.pt", "plain"):
@@ -21,11 +40,39 @@ def test_a_tag_random_and_a_file_are_weights(tmp_path, monkeypatch, pretrained):
     assert check_model(ModelPart(name="ViT-B/32", pretrained=pretrained), tmp_path) == []
 
 
-def test_a_local_folder_without_weights_is_told_before_anything_is_loaded(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    [problem] = check_model(ModelPart(name=f"local-dir:{tmp_path}"), tmp_path)
-    assert str(problem).startswith(
+def problem_of(tmp_path, name, pretrained=None):
+    [problem] = check_model(ModelPart(name=name, pretrained=pretrained), tmp_path)
+    return str(problem)
+
+
+def test_a_local_folder_is_checked_before_anything_is_loaded(tmp_path):
+    name = f"local-dir:{tmp_path}"
+    needs = "model.name: local-dir: needs a folder with open_clip_config.json, or one with a CLIPModel of Hugging Face"
+    assert problem_of(tmp_path, name) == f"{needs}, but got {tmp_path}"
+    config = tmp_path / "open_clip_config.json"
+    config.write_text("{}")
+    assert problem_of(tmp_path, name).startswith(
         f"model.name: local-dir: needs a folder with weights, but got none in {tmp_path} that end in .safetensors"
     )
     (tmp_path / "model.safetensors").touch()
-    assert check_model(ModelPart(name=f"local-dir:{tmp_path}"), tmp_path) == []
+    rule = "model.name: open_clip_config.json must be JSON with model_cfg, as open_clip writes it"
+    assert problem_of(tmp_path, name) == f"{rule}, but got {config}"
+    config.write_text(json.dumps({"model_cfg": {"text_cfg": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}}}))
+    assert problem_of(tmp_path, name) == (
+        "model.name: local-dir: needs the files of its tokenizer (timm/ViT-B-16-SigLIP) in the folder, but got none in "
+        f"{tmp_path}\n    Copy tokenizer.json and tokenizer_config.json of timm/ViT-B-16-SigLIP into it."
+    )
+    (tmp_path / "tokenizer.json").touch()
+    assert check_model(ModelPart(name=name), tmp_path) == []
+    rule = "must be left out for a model.name that begins with local-dir:, which has its weights"
+    assert problem_of(tmp_path, name, "openai") == f"model.pretrained: {rule}, but got 'openai'"
+
+
+def test_a_page_of_the_hub_and_a_folder_as_weights_are_checked(tmp_path):
+    assert check_model(ModelPart(name="hf-hub:timm/ViT-B-16-SigLIP"), tmp_path) == []
+    rule = "model.name: hf-hub: needs the owner and the name of a page, but got 'hf-hub:nothing'"
+    assert problem_of(tmp_path, "hf-hub:nothing") == rule
+    assert problem_of(tmp_path, "ViT-B-32", str(tmp_path)) == (
+        f"model.pretrained: must be a weights file, but got the folder {tmp_path}\n    Write model.name: "
+        f"local-dir:{tmp_path}, and leave model.pretrained out."
+    )

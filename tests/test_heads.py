@@ -7,7 +7,10 @@ import torch
 from conftest import CLASS_WORDS, TEMPLATES
 from tiny import make_tiny_clip
 
+from carft_ray.data.facts import load_facts
 from carft_ray.learning import build_heads
+from carft_ray.learning.clip import templates
+from carft_ray.recipe.schema import PromptsPart
 
 
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
@@ -37,6 +40,13 @@ def test_equal_class_words_are_allowed(tiny_clip):
 
 
 def test_no_class_or_no_template_is_refused(tiny_clip):
-    for words, templates in (((), TEMPLATES), (CLASS_WORDS, ())):
+    for words, prompts in (((), TEMPLATES), (CLASS_WORDS, ())):
         with pytest.raises(ValueError, match="at least one template and one class"):
-            build_heads(tiny_clip.model, tiny_clip.tokenizer, words, templates)
+            build_heads(tiny_clip.model, tiny_clip.tokenizer, words, prompts)
+
+
+def test_templates_are_those_of_the_benchmark_that_is_named():
+    mine = ("a {}", "the {}")
+    assert templates(PromptsPart(templates=mine), ()) == mine
+    assert templates(PromptsPart(templates="dtd"), ()) == load_facts("dtd").templates
+    assert templates(PromptsPart(templates="imagenet"), ()) == templates(PromptsPart(templates="openai"), ())

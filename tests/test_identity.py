@@ -238,6 +238,26 @@ def test_test_images_move_only_together_with_the_training_images(tmp_path):
         pass
 
 
+def test_the_files_of_a_test_table_move_only_together_with_the_training_images(tmp_path):
+    spec = {"source": "table", "path": "images/test.csv", "class_names": "images/names.txt"}
+    with open_study(tmp_path / "study", folder_recipe(id_test=spec), tmp_path):
+        pass
+    for key, place in (("class_names", "other/names.txt"), ("root", "images"), ("path", "test.csv")):
+        with (
+            pytest.raises(RecipeError, match=rf"^data\.id_test\.{key}: must be "),
+            open_study(tmp_path / "study", folder_recipe(id_test={**spec, key: place}), tmp_path),
+        ):
+            pass
+    (tmp_path / "moved").mkdir()
+    with open_study(tmp_path / "study", folder_recipe(id_test=spec), tmp_path / "moved"):
+        pass
+    with (
+        pytest.raises(RecipeError, match=r"data\.id_test\.class_names: must be "),
+        open_study(tmp_path / "study", folder_recipe(id_test={**spec, "class_names": ["a", "b"]}), tmp_path / "moved"),
+    ):
+        pass
+
+
 # ---- the command line
 
 

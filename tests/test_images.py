@@ -6,9 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
-from carft_ray.data.images import decode_image, read_image
+from carft_ray.data.images import _plain_jpeg, decode_image, read_image
 from carft_ray.errors import DataError
 
 RED = (200, 30, 40)
@@ -197,3 +198,66 @@ def test_damaged_images_are_read_or_refused_and_nothing_else(ending):
         except DataError:
             refused += 1
     assert refused > 25
+
+
+# ---- JPEGs that do not go to Pillow
+
+
+def by_pillow(content):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content)) as file:
+            return np.asarray(file.convert("RGB"))
+
+
+def smooth(width, height):
+    """A picture with what photos have: areas that are smooth and some that are not."""
+    small = Image.fromarray(picture(max(2, width // 5), max(2, height // 5)))
+    return Image.fromarray(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 8 * 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": kind} for kind in (0, 1, 2)]
+    + [{"progressive": True}, {"optimize": True}, {"keep_rgb": True}, {"restart_marker_blocks": 3}, {"mode": "L"}],
+    ids=str,
+)
+def test_every_kind_of_jpeg_has_the_pixels_of_pillow_to_the_bit(options):
+    options = dict(options)
+    mode = options.pop("mode", "RGB")
+    for width, height in ((1, 1), (7, 5), (16, 16), (33, 47), (150, 97)):
+        for quality in (20, 75, 100):
+            content = encoded(smooth(width, height).convert(mode), "jpeg", quality=quality, **options)
+            found = _plain_jpeg(content)
+            assert found is not None
+            np.testing.assert_array_equal(found, by_pillow(content))
+
+
+@pytest.mark.parametrize("subsampling", ["440", "411", "Gray"])
+def test_kinds_of_jpeg_that_pillow_does_not_write_have_its_pixels_too(subsampling):
+    content = simplejpeg.encode_jpeg(np.array(smooth(45, 31)), 80, colorsubsampling=subsampling)
+    np.testing.assert_array_equal(_plain_jpeg(content), by_pillow(content))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_is_taken_of_damaged_jpegs_pillow_takes_too_with_the_same_pixels(progressive):
+    whole = encoded(smooth(24, 20), "jpeg", progressive=progressive)
+    draw = random.Random(1)
+    taken = 0
+    for trial in range(400):
+        damaged = bytearray(whole[: draw.randrange(len(whole))] if trial % 8 == 0 else whole)
+        if len(damaged) > 3:
+            damaged[draw.randrange(3, len(damaged))] = draw.randrange(256)
+        found = _plain_jpeg(bytes(damaged))
+        if found is not None:
+            taken += 1
+            np.testing.assert_array_equal(found, by_pillow(bytes(damaged)))
+    assert 50 < taken < 350
+
+
+@pytest.mark.parametrize("mark", [b"Exif\0\0", b'<x tiff:Orientation="6"/>'])
+def test_a_jpeg_that_may_be_turned_goes_to_pillow(mark):
+    content = encoded(smooth(16, 16), "jpeg")
+    segment = b"\xff\xe1" + (len(mark) + 2).to_bytes(2, "big") + mark
+    assert _plain_jpeg(content[:2] + segment + content[2:]) is None
+    assert _plain_jpeg(content) is not None

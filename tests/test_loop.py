@@ -11,7 +11,7 @@ from tiny import make_tiny_clip
 
 from carft_ray.data.views import batches, view_batch
 from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
-from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.classifier import ImageClassifier, normalised
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
@@ -44,11 +44,11 @@ def largest_difference(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def plain_fine_tuning(clip, class_head, source, train, form="folded"):
+def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
     """Plain fine-tuning as anybody would write it: no KL, no workers, no micro-batches, no checkpoints."""
-    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(True).train()
+    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(tower_trains).train()
     head = torch.nn.Parameter(clip.logit_scale * class_head)
-    parameters = [*visual.parameters(), head]
+    parameters = [*(visual.parameters() if tower_trains else ()), head]
     optimizer = torch.optim.AdamW(parameters, weight_decay=train.weight_decay, fused=True)
     mean = torch.tensor(clip.mean, dtype=head.dtype).view(1, 3, 1, 1)
     std = torch.tensor(clip.std, dtype=head.dtype).view(1, 3, 1, 1)
@@ -214,6 +214,16 @@ def test_zero_shot_logits_are_those_of_clip_in_both_forms(tiny_clip, heads, sour
         for form in ("folded", "unit"):
             logits = build_classifier(tiny_clip, heads[0], settings(class_head_form=form), CPU)(pixels)[1]
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_are_normalised_by_the_formula_to_the_bit(dtype):
+    mean, std = (torch.tensor(values, dtype=dtype) for values in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
+    pixels_BHWC = torch.randint(0, 256, (3, 5, 7, 3), dtype=torch.uint8)
+    for pixels in (pixels_BHWC, pixels_BHWC[:0], pixels_BHWC.transpose(1, 2)):
+        expected = (pixels.permute(0, 3, 1, 2).to(dtype) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        assert torch.equal(normalised(pixels, mean, std), expected)
+        assert normalised(pixels, mean, std).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_clipped_norm_is_that_of_the_folded_gradient(clip64, heads64, source):

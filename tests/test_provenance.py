@@ -19,7 +19,7 @@ from carft_ray.evaluation.origin import set_contents
 from carft_ray.launch.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.search.identity import claim
-from carft_ray.search.provenance import differences, record_provenance
+from carft_ray.search.provenance import differences, identity_problems, record_provenance
 
 
 def manifest(folder):
@@ -136,6 +136,16 @@ def test_a_study_does_not_go_on_with_other_images(here):
         image.write_bytes(kept)
         os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert study_dir.exists()
+
+
+def test_a_study_does_not_go_on_with_other_names_of_the_classes():
+    """Labels that are numbers have their names from elsewhere: the contents of the sets do not tell."""
+    before = {"data": {}, "model": 1, "classes": ["cat", "dog"]}
+    assert identity_problems(before, dict(before)) == []
+    (problem,) = identity_problems(before, {**before, "classes": ["dog", "cat"]})
+    assert str(problem).startswith(
+        "data.classes: the classes must be those of the manifest: cat, dog, but got dog, cat"
+    )
 
 
 def test_images_may_move_and_are_no_others(here):

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe import advice, text
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import (
     absolute_paths,
     dump_recipe,
@@ -24,7 +26,8 @@ from carft_ray.recipe.loading import (
     resolve_path,
 )
 from carft_ray.recipe.messages import findings
-from carft_ray.recipe.schema import Recipe, TrainPart, field_kind
+from carft_ray.recipe.rules import TEMPLATE_SETS
+from carft_ray.recipe.schema import Corruption, Recipe, TrainPart, field_kind
 from carft_ray.recipe.space import apply, objective_weights
 
 BASE = """\
@@ -60,15 +63,20 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 # ---- one mistake, one message
 
 RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, storage, budget"
-TRAIN_KEYS = ", ".join(TrainPart.model_fields)
+TRAIN_KEYS = ", ".join([*TrainPart.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
-    "label_smoothing, crop_scale, head_bias, head_lr_factor, context_scale"
+    "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "
+    "ema_decay, recalibrate_batches, context_scale"
 )
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
     "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
 )
+SOURCES = "sandbox, folder, table, webdataset, huggingface, benchmark, corrupted"
+
+TEMPLATE_WORDS = ", ".join(TEMPLATE_SETS[:20]) + ", ..."
+CORRUPTED = "    b: {source: corrupted, of: {source: folder, path: x}, severity: "
 
 BAD = [
     # unknown keys
@@ -100,10 +108,14 @@ BAD = [
         "search: {space: {kl_weight: 5}}",
         "r.yaml:9: search.space.kl_weight: must be a mapping of keys to values, but got 5",
     ),
-    ("prompts: {class_names: a}", 'r.yaml:9: prompts.class_names: must be a list, but got "a"'),
+    (
+        "prompts: {class_names: 5}",
+        "r.yaml:9: prompts.class_names: must be the name of a benchmark or a list of texts, but got 5",
+    ),
     (
         "prompts: {templates: 5}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, but got 5",
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, "
+        "but got 5",
     ),
     # ranges
     ("train: {learning_rate: 0}", "r.yaml:9: train.learning_rate: must be greater than 0, but got 0"),
@@ -112,6 +124,15 @@ BAD = [
     ("train: {kl_weight: -1}", "r.yaml:9: train.kl_weight: must be at least 0, but got -1"),
     ("train: {alpha: 1.5}", "r.yaml:9: train.alpha: must be at most 1, but got 1.5"),
     ("train: {label_smoothing: 1}", "r.yaml:9: train.label_smoothing: must be less than 1, but got 1"),
+    ("train: {layer_decay: 0}", "r.yaml:9: train.layer_decay: must be greater than 0, but got 0"),
+    ("train: {layer_decay: 1.5}", "r.yaml:9: train.layer_decay: must be at most 1, but got 1.5"),
+    ("train: {freeze_layers: -1}", "r.yaml:9: train.freeze_layers: must be at least 0, but got -1"),
+    ("train: {freeze_layers: 1.5}", "r.yaml:9: train.freeze_layers: must be a whole number, but got 1.5"),
+    ("train: {lora_rank: 0}", "r.yaml:9: train.lora_rank: must be at least 1, but got 0"),
+    ("train: {lora_alpha: 0}", "r.yaml:9: train.lora_alpha: must be greater than 0, but got 0"),
+    ("train: {ema_decay: 1}", "r.yaml:9: train.ema_decay: must be less than 1, but got 1"),
+    ("train: {recalibrate_batches: -1}", "r.yaml:9: train.recalibrate_batches: must be at least 0, but got -1"),
+    ("train: {compile: 1}", "r.yaml:9: train.compile: must be true or false, but got 1"),
     ("train: {crop_scale: 0.0}", "r.yaml:9: train.crop_scale: must be greater than 0, but got 0.0"),
     ("train: {batch_size: 0}", "r.yaml:9: train.batch_size: must be at least 1, but got 0"),
     # words
@@ -127,13 +148,14 @@ BAD = [
     ),
     (
         "prompts: {templates: openia}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, "
-        "but got \"openia\"; did you mean 'openai'? (allowed: sandbox, simple, openai)",
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, "
+        "but got \"openia\"; did you mean 'openai'? "
+        f"(allowed: {TEMPLATE_WORDS})",
     ),
     (
         "prompts: {templates: 'a {}'}",
-        "r.yaml:9: prompts.templates: must be the name of a set of templates or a list of texts with {}, "
-        'but got "a {}" (allowed: sandbox, simple, openai)\n    Write one template as a list: ["a {}"].',
+        "r.yaml:9: prompts.templates: must be the name of a set of templates, file:PATH, or a list of texts with {}, "
+        f'but got "a {{}}" (allowed: {TEMPLATE_WORDS})\n    Write one template as a list: ["a {{}}"].',
     ),
     # prompts and classes
     ("prompts: {templates: []}", "r.yaml:9: prompts.templates: must not be empty, but got []"),
@@ -157,6 +179,11 @@ BAD = [
         "prompts: {class_names: [a, '']}",
         'r.yaml:9: prompts.class_names: must not hold an empty text, but got ["a", ""]',
     ),
+    (
+        "prompts: {class_names: imagnet}",
+        "r.yaml:9: prompts.class_names: must be the name of a benchmark or a list of texts, "
+        f"but got \"imagnet\"; did you mean 'imagenet'? (allowed: {', '.join([*BENCHMARKS][:20])}, ...)",
+    ),
     ("  classes: [a, b, a]", "r.yaml:9: data.classes: must not hold a name twice, but got a"),
     ("  classes: [a]", 'r.yaml:9: data.classes: must hold at least 2 values, but got ["a"]'),
     ("  classes: [a, ..]", 'r.yaml:9: data.classes: must be names of folders, not paths, but got ["a", ".."]'),
@@ -166,10 +193,60 @@ BAD = [
     ),
     # sets
     (
-        "    b: {source: web}",
-        'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: sandbox, folder)',
+        "    b: {source: benchmark, path: x, name: imagenet-q}",
+        "r.yaml:9: data.ood_test.b.name: must be the name of a benchmark: "
+        f"{', '.join(BENCHMARKS)}, but got \"imagenet-q\"; did you mean 'imagenet-r'?",
     ),
-    ("    b: {path: x}", "r.yaml:9: data.ood_test.b.source: is required (allowed: sandbox, folder)"),
+    (
+        "    b: {source: benchmark, path: x, name: imagenet}",
+        "r.yaml:9: data.ood_test.b.split: is required for imagenet (allowed: train, val)",
+    ),
+    (
+        "    b: {source: benchmark, path: x, name: dtd, split: tset}",
+        "r.yaml:9: data.ood_test.b.split: must be a split of dtd, but got \"tset\"; did you mean 'test'? "
+        "(allowed: train, val, test)",
+    ),
+    (
+        "    b: {source: benchmark, path: x, name: imagenet-r, split: test}",
+        'r.yaml:9: data.ood_test.b.split: must be left out: imagenet-r has no splits, but got "test"',
+    ),
+    (
+        "    b: {source: benchmark, path: x, name: imagenet-r, domains: [art]}",
+        'r.yaml:9: data.ood_test.b.domains: must be left out: imagenet-r has no domains, but got ["art"]',
+    ),
+    (
+        "    b: {source: benchmark, path: x, name: pacs, domains: [photo, photo]}",
+        "r.yaml:9: data.ood_test.b.domains: must not hold a name twice, but got photo",
+    ),
+    (
+        "    b: {source: benchmark, path: x, name: pacs, trial_seed: -1}",
+        "r.yaml:9: data.ood_test.b.trial_seed: must be at least 0, but got -1",
+    ),
+    (f"{CORRUPTED}6}}", "r.yaml:9: data.ood_test.b.severity: must be at most 5, but got 6"),
+    (
+        f"{CORRUPTED}1, corruptions: [fogg]}}",
+        'r.yaml:9: data.ood_test.b.corruptions.0: must be one of the allowed values, but got "fogg"; '
+        f"did you mean 'fog'? (allowed: {', '.join(get_args(Corruption))})",
+    ),
+    (
+        f"{CORRUPTED}1, corruptions: [fog, fog]}}",
+        "r.yaml:9: data.ood_test.b.corruptions: must not hold a name twice, but got fog",
+    ),
+    (
+        "    b: {source: corrupted, of: {source: corrupted}, severity: 1}",
+        'r.yaml:9: data.ood_test.b.of.source: must be one of the allowed values, but got "corrupted" '
+        "(allowed: sandbox, folder, table, webdataset, huggingface, benchmark)",
+    ),
+    (
+        "    b: {source: corrupted, of: {source: benchmark, path: x, name: pasc}, severity: 1}",
+        "r.yaml:9: data.ood_test.b.of.name: must be the name of a benchmark: "
+        f"{', '.join(BENCHMARKS)}, but got \"pasc\"; did you mean 'pacs'?",
+    ),
+    (
+        "    b: {source: web}",
+        f'r.yaml:9: data.ood_test.b.source: must be one of the allowed values, but got "web" (allowed: {SOURCES})',
+    ),
+    ("    b: {path: x}", f"r.yaml:9: data.ood_test.b.source: is required (allowed: {SOURCES})"),
     ("    b: {source: folder, domains: [c]}", "r.yaml:9: data.ood_test.b.path: is required"),
     (
         "    b: {source: folder, path: x, domains: []}",
@@ -580,6 +657,23 @@ def test_a_recipe_is_frozen(tmp_path):
         _load(tmp_path).train.epochs = 3
 
 
+def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
+    (tmp_path / "mine.txt").write_text("a photo of a {}.\n\n  a drawing of a {}.\n")
+    recipe = _load(tmp_path, "prompts: {templates: 'file:mine.txt'}")
+    assert recipe.prompts.templates == ("a photo of a {}.", "a drawing of a {}.")
+    assert _load(tmp_path, "", f"prompts.templates=file:{tmp_path / 'mine.txt'}") == recipe
+    assert Recipe.model_validate(text.parse(dump_recipe(recipe), "").value) == recipe
+    (tmp_path / "mine.txt").write_text("a photo of a {}.\na drawing\n")
+    message = 'r.yaml:9: prompts.templates.1: must hold {} once, for the class, and no other brace, but got "a drawing"'
+    assert _messages(tmp_path, "prompts: {templates: 'file:mine.txt'}") == [message]
+    rule = "r.yaml:9: prompts.templates: must be a file with one template per line, but got"
+    assert _messages(tmp_path, "prompts: {templates: 'file:none.txt'}") == [
+        f"{rule} none.txt: No such file or directory"
+    ]
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe")
+    assert _messages(tmp_path, "prompts: {templates: 'file:mine.txt'}") == [f"{rule} mine.txt: no text in UTF-8"]
+
+
 def test_class_names_may_repeat_as_imagenet_s_do(tmp_path):
     recipe = _load(tmp_path, "  classes: [n1, n2]\nprompts: {class_names: [missile, missile]}")
     assert recipe.prompts.class_names == ("missile", "missile")
@@ -646,7 +740,8 @@ BAD_OPTIONS = [
         "data.train.domian=x",
         "--set data.train.domian=x: unknown key 'domian'; did you mean 'data.train.domain'? "
         "(allowed: source, domain, split, num_per_class, "
-        "path, part, shots, shots_seed, classes, on_bad_image, domains)",
+        "path, part, shots, shots_seed, classes, on_bad_image, domains, image, label, id, root, where, class_names, "
+        "name, trial_seed, of, corruptions, severity, seed, size)",
     ),
     (
         "search.space.kl_weight={low: 2, high: 1}",
@@ -700,6 +795,15 @@ WARNINGS = [
     (
         "train: {head_bias: true, head_lr_factor: 0}",
         "train.head_bias has no effect: head_lr_factor is 0, so it stays 0",
+    ),
+    ("train: {lora_alpha: 8}", "train.lora_alpha has no effect: lora_rank is null"),
+    (
+        "search: {space: {lora_alpha: {low: 1, high: 8}}}",
+        "search.space.lora_alpha has no effect: lora_rank is null",
+    ),
+    (
+        "train: {ema_decay: 0}",
+        "train.ema_decay has no effect: an average with decay 0 is the last step; null says the same",
     ),
     ("train: {precision: fp64}", "train.precision fp64 is for checks of the numbers: several times slower, no better"),
     (
@@ -901,6 +1005,7 @@ def _random_recipe(rng):
     }
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_written_loads_back_equal(tmp_path):
     rng = random.Random(1)
     path = tmp_path / "written.yaml"

@@ -129,7 +129,13 @@ def test_the_readme_marks_the_fields_that_may_be_searched():
 
 
 # source -> a training set of it, for sources that no recipe of the folder has
-SETS: dict[str, str] = {}
+SETS: dict[str, str] = {
+    "benchmark": "{source: benchmark, name: pacs, path: images, split: in}",
+    "corrupted": "{source: corrupted, of: {source: folder, path: images}, severity: 3}",
+    "table": "{source: table, path: images.csv}",
+    "webdataset": "{source: webdataset, path: shards}",
+    "huggingface": "{source: huggingface, path: saved}",
+}
 
 
 def source_of(key):

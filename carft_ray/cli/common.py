@@ -22,6 +22,8 @@ app = typer.Typer(
     "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
+data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
+app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
@@ -103,7 +105,7 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
     """Loads and checks a recipe as far as that needs no torch; warnings go to standard error."""
     from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.catalog import check_model
+    from carft_ray.learning.catalog import check_model, model_warnings
     from carft_ray.recipe.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
@@ -117,7 +119,7 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
         raise HoldOutError(problems)
     if problems := check_sets(recipe, base_dir):
         raise DataError(problems)
-    for text in warnings(recipe):
+    for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
         console.warn(text)
     return recipe
 

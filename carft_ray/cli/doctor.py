@@ -60,7 +60,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
             contexts += f", in effect {model['effective_contexts']:.1f}"
         lines.append(
             f"model {model['name']}: {model['image_size']} pixels, s = {model['logit_scale']:.1f}, "
-            f"{model['num_classes']} classes, {contexts}; {model['tower_weights'] / 1e6:.1f} million weights train, "
+            f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "
             f"{model['training_memory_gb']:.2g} GB with gradients and AdamW, images come on top"
         )
     lines.append(

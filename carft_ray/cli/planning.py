@@ -22,7 +22,6 @@ from carft_ray.cli.common import (
 from carft_ray.errors import Problem, RecipeError, UsageError
 
 PANEL = "A search"  # of the help
-BYTES = ("kB", "MB", "GB", "TB")
 
 
 @app.command(epilog="Example:  carft-ray plan search_spaces/quickstart.yaml", rich_help_panel=PANEL)
@@ -88,7 +87,7 @@ def _heading(name: str, found: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    from carft_ray.console import duration
+    from carft_ray.console import duration, size_text
 
     def hours(three: Sequence[float]) -> tuple[str, str]:
         return f"{three[0]:.3g}", f"{three[1]:.3g} to {three[2]:.3g}"
@@ -103,19 +102,12 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if found["price"] is not None:
         lines.append(("price", f"{found['price'][0]:.2f}", f"{found['price'][1]:.2f} to {found['price'][2]:.2f}"))
     kept = {what: size for what, size in found["disk_bytes"].items() if what != "while it runs"}
-    lines.append(("disk", _size(sum(kept.values())), ", ".join(f"{what} {_size(n)}" for what, n in kept.items())))
+    lines.append(
+        ("disk", size_text(sum(kept.values())), ", ".join(f"{what} {size_text(n)}" for what, n in kept.items()))
+    )
     if "while it runs" in found["disk_bytes"]:
-        lines.append(("disk while it runs", f"+ {_size(found['disk_bytes']['while it runs'])}", "checkpoints"))
+        lines.append(("disk while it runs", f"+ {size_text(found['disk_bytes']['while it runs'])}", "checkpoints"))
     return lines
-
-
-def _size(number: float) -> str:
-    number /= 1000
-    for unit in BYTES[:-1]:
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {BYTES[-1]}"
 
 
 def _source(found: dict[str, Any]) -> str:

@@ -140,28 +140,35 @@ def evaluate(
     )
 
 
-@app.command(epilog="Example:  carft-ray export studies/quickstart --to exports/quickstart", rich_help_panel=PANEL)
+@app.command(
+    epilog="Example:  carft-ray export studies/quickstart --to exports/quickstart --format open_clip,onnx",
+    rich_help_panel=PANEL,
+)
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a training or a study.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", help="Folder of the export; must be new or empty.")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; several with commas."
+        ),
+    ] = None,
     alpha: AlphaOption = None,
     trial: TrialOption = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write the mixed model as a folder that stock open_clip opens, and verify it."""
+    """Write the mixed model for open_clip, transformers or onnxruntime, and open it with that to verify it."""
     from carft_ray import console
-    from carft_ray.results.export import export_model
+    from carft_ray.results.export import export_model, parse_formats
     from carft_ray.results.trained import open_trained
 
-    exported = export_model(open_trained(folder, trial), to, alpha)
+    formats = parse_formats(format_ or ())
+    exported = export_model(open_trained(folder, trial), to, alpha, formats)
     if json_:
         console.print_json({**vars(exported), "folder": str(exported.folder)})
         return
-    console.say(
-        f"Exported to {to} at alpha {exported.alpha:g}. Opened again: the logits of {exported.num_checked} images "
-        f"differ by at most {exported.largest_difference:.1e}."
-    )
-    console.next_step(
-        f"cat {shlex.quote(str(to / 'README.md'))}", f'open_clip.create_model_and_transforms("local-dir:{to}")'
-    )
+    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")
+    for name, difference in exported.formats.items():
+        console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
+    console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")

@@ -1,38 +1,31 @@
-"""Decoded sets in memory-mapped Arrow files: one copy per machine, shared by all processes through the page cache.
+"""Decoded sets: images of one size in the cache, shared by all processes through the page cache.
 
-An entry of the cache is a folder ``<key>/`` with one file ``set.arrow`` (Arrow IPC): a single record batch with the
-columns image (fixed-size binary, H*W*3 bytes), label (int64) and sample_id (uint64), so that each column is one
-contiguous buffer. The key is a hash of what the pixels depend on; an entry is never changed, only built or replaced
-when it is damaged. Entries may be deleted at any time.
+The file is a single record batch with the columns image (fixed-size binary, H*W*3 bytes), label (int64) and sample_id
+(uint64), so that each column is one contiguous buffer. The key is a hash of what the pixels depend on.
 
 Shape letters: N images, H height, W width.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL
 import pyarrow as pa
 from PIL import Image
 
+from carft_ray.data import cache
+from carft_ray.data.images import DECODERS
 from carft_ray.data.source import ImageSet, PixelArray, Source
-from carft_ray.errors import DataError, Problem, StorageError
-from carft_ray.files import fsync_file, new_folder, writing
+from carft_ray.errors import DataError, Problem
+from carft_ray.files import fsync_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Transform = Callable[[Image.Image], Image.Image]
 OnImage = Callable[[int, int], None]
-
-_log = logging.getLogger(__name__)
 
 
 def image_set(
@@ -41,11 +34,9 @@ def image_set(
     transform_key: str,
     cache_dir: Path,
     on_image: OnImage | None = None,
+    limit_gb: float | None = None,
 ) -> ImageSet:
-    """Returns a set with every image decoded and transformed, from the cache or built now.
-
-    Several processes may ask at once: one builds, the others wait for it. A build that dies leaves nothing under the
-    entry's name. An entry that cannot be opened is built again, with a warning in the log.
+    """Returns a set with every image decoded and transformed, from the cache or built now; see ``cache.entry``.
 
     Args:
         source: The images.
@@ -53,6 +44,7 @@ def image_set(
         transform_key: Names the transform completely; another transform must have another key.
         cache_dir: Folder of all entries; made when missing.
         on_image: Called with (images done, images in all) while the entry is built.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
 
     Returns:
         The set; its arrays are read-only views of the file.
@@ -61,45 +53,40 @@ def image_set(
         DataError: An image cannot be read, sizes differ, or there is no image.
         StorageError: The entry cannot be written.
     """
-    entry = cache_dir / _key(source, transform_key)
-    if (found := _open(entry, source)) is not None:
-        return found
-    with lock(cache_dir / f"{entry.name}.lock"):
-        if (found := _open(entry, source)) is not None:
-            return found
-        _remove_remains(entry)
-        with new_folder(entry) as folder:
-            _build(source, transform, folder, on_image)
-    if (found := _open(entry, source)) is not None:
-        return found
-    raise StorageError(Problem(str(entry), "a decoded set must be readable once it is written"))
 
-
-def _key(source: Source, transform_key: str) -> str:
-    parts = [FORMAT_VERSION, source.fingerprint, transform_key, PIL.__version__]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def _open(entry: Path, source: Source) -> ImageSet | None:
-    """Opens an entry; None when it is missing or, after a warning, when it is damaged."""
-    path = entry / "set.arrow"
-    with writing(path):
-        if not path.exists():
-            return None
-    try:
-        with pa.memory_map(str(path)) as file:
-            batch = pa.ipc.open_file(file).get_batch(0)
+    def read(reader: Any) -> ImageSet:
+        batch = reader.get_batch(0)
         height, width = (int(batch.schema.metadata[name]) for name in (b"height", b"width"))
         images_NHWC = _column(batch, "image").reshape(len(source), height, width, 3)
         labels = _column(batch, "label").view(np.int64)
         sample_ids = _column(batch, "sample_id").view(np.uint64)
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("The decoded set %s is damaged and will be built again: %s", path, error)
-        return None
+        check_same(source, labels, sample_ids)
+        return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
+
+    def build(path: Path) -> dict[str, Any]:
+        height, width = _build(source, transform, path, on_image)
+        size = f"{width} x {height}"
+        return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
+
+    parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
+    return cache.entry(cache_dir, key_of(parts), read, build, limit_gb)
+
+
+def key_of(parts: list[Any]) -> str:
+    """Returns the key of an entry that depends on these values."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def about(source: Source, kind: str) -> dict[str, Any]:
+    """Returns what ``entry.json`` says of every kind of entry."""
+    origin = source.fingerprint.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
+    return {"kind": kind, "name": source.name, "source": origin, "num_images": len(source)}
+
+
+def check_same(source: Source, labels: Any, sample_ids: Any) -> None:
+    """Raises ``ValueError`` when an entry has not the labels and ids of the source, int64 and uint64 [N]."""
     if not (np.array_equal(labels, source.labels) and np.array_equal(sample_ids, source.sample_ids)):
-        _log.warning("The decoded set %s holds other images than its name says and will be built again", path)
-        return None
-    return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
+        raise ValueError("it holds other images than its name says")
 
 
 def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
@@ -107,33 +94,14 @@ def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
     return np.frombuffer(batch.column(name).buffers()[1], dtype=np.uint8)
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with writing(path):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _build(source: Source, transform: Transform | None, path: Path, on_image: OnImage | None) -> tuple[int, int]:
+    """Writes the file; returns height and width.
 
-
-def _remove_remains(entry: Path) -> None:
-    """Removes a damaged entry and what builds that died have left. Only the holder of the lock may."""
-    for folder in (entry, *entry.parent.glob(f".{entry.name}.*.tmp")):
-        if folder.exists():
-            with writing(folder):
-                shutil.rmtree(folder)
-
-
-def _build(source: Source, transform: Transform | None, folder: Path, on_image: OnImage | None) -> None:
-    """Writes ``set.arrow``. Pixels go to a plain file first, so that memory never holds more than one image."""
+    Pixels go to a plain file first, so that memory never holds more than one image.
+    """
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
-    pixels_path, path = folder / "pixels", folder / "set.arrow"
+    pixels_path = path.with_name("pixels")
     shape: tuple[int, ...] | None = None
     with open(pixels_path, "wb") as file:
         for index in range(len(source)):
@@ -164,6 +132,7 @@ def _build(source: Source, transform: Transform | None, folder: Path, on_image: 
             writer.write_batch(batch)
     fsync_file(path)
     pixels_path.unlink()
+    return height, width
 
 
 def _other_size(source: Source, index: int, shape: tuple[int, ...], first: tuple[int, ...]) -> Problem:

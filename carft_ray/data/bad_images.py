@@ -7,7 +7,7 @@ from pathlib import Path
 
 import PIL
 
-from carft_ray.data.arrays import lock
+from carft_ray.data.cache import lock
 from carft_ray.data.content import THREADS
 from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError, Problem

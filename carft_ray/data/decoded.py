@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from carft_ray.data.arrays import image_set
+from carft_ray.data.arrays import OnImage, image_set
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 
 
@@ -11,15 +11,19 @@ class DecodedSource:
 
     Args:
         source: The images.
-        cache_dir: Folder of the decoded sets.
+        cache_dir: Folder of the cache.
+        on_image: Called with (images done, images in all) while the entry is built.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
 
     Raises:
         DataError: An image cannot be read, or sizes differ.
         StorageError: The set cannot be written.
     """
 
-    def __init__(self, source: Source, cache_dir: Path) -> None:
-        self._images = image_set(source, None, "as-is", cache_dir)
+    def __init__(
+        self, source: Source, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
+    ) -> None:
+        self._images = image_set(source, None, "as-is", cache_dir, on_image, limit_gb)
         self.name = source.name
         self.class_names = source.class_names
         self.labels: IntArray = self._images.labels

@@ -11,6 +11,10 @@ The pixels are those of Pillow's ``convert("RGB")``, which open_clip's transform
 
 CMYK is read by Adobe's convention (inverted in JPEG) and mixed as ``(255 - C)(255 - K) / 255``, as Pillow does without
 a colour profile. Of an animation the first picture counts.
+
+Most JPEGs are decoded by simplejpeg, which is libjpeg-turbo without a detour. Pillow has the same underneath, so the
+pixels are the same to the bit (``benchmarks/decoders.py`` says how much faster). What needs a rule of the list above,
+and what it finds anything wrong with, goes to Pillow.
 """
 
 import io
@@ -18,6 +22,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import PIL
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from carft_ray.data.source import PixelArray
@@ -26,10 +32,12 @@ from carft_ray.errors import DataError, Problem
 # torchvision's ImageFolder takes the same
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 WHITE = (255, 255, 255)
+DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
 
 # what Pillow raises for damaged files
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, LookupError, OverflowError)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
 _STEP = "Replace the file, or take it out of the set."
 
 
@@ -68,6 +76,8 @@ def decode_image(content: bytes, place: str) -> PixelArray:
     Raises:
         DataError: The image is damaged, cut off, no image, or has too many pixels.
     """
+    if (pixels := _plain_jpeg(content)) is not None:
+        return pixels
     try:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
@@ -86,6 +96,20 @@ def unreadable(place: str, error: OSError | ValueError) -> Problem:
     """Returns the problem of a file that the system does not give."""
     cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return Problem(place, "must be readable", cause, next_step="Restore the file, or take it out of the set.")
+
+
+def _plain_jpeg(content: bytes) -> PixelArray | None:
+    """Decodes a sound JPEG, grey or in colour, without a note of a rotation; None: a case for Pillow."""
+    if not content.startswith(b"\xff\xd8\xff") or any(mark in content for mark in _TURNS):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        pixels: PixelArray = simplejpeg.decode_jpeg(content)
+    except ValueError:
+        return None
+    return pixels
 
 
 def _upright(image: Image.Image) -> Image.Image:

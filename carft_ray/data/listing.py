@@ -37,6 +37,7 @@ class Listing:
         decode: Bytes of ``read`` and index -> RGB pixels, uint8 [H, W, 3]. None: they are an image file.
         within: Class of the set -> the classes of the class list that stand for it, where the set has a class list of
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
+        is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
         problems: What is missing. With problems the rest may be empty.
     """
 
@@ -50,6 +51,7 @@ class Listing:
     place: Callable[[int], str] = str
     decode: Callable[[bytes, int], PixelArray] | None = None
     within: Mapping[str, tuple[str, ...]] | None = None
+    is_sparse: bool = False
     problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
@@ -131,7 +133,15 @@ class StoredSource:
         Raises:
             DataError: The image cannot be read.
         """
-        row, content = int(self.rows[index]), self.content(index)
+        return self.decode(self.content(index), index)
+
+    def decode(self, content: bytes, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes.
+
+        Raises:
+            DataError: They are no image.
+        """
+        row = int(self.rows[index])
         if self.listing.decode is None:
             return decode_image(content, self.listing.place(row))
         return self.listing.decode(content, row)
@@ -229,7 +239,7 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
     unknown = sorted(target for key, target in known.items() if key not in wanted)
     partly = listing.within is not None or spec.classes == "some"
     missing = [] if partly else [class_name for key, class_name in wanted.items() if key not in known]
-    empty = sorted(own for own in members if own not in with_images and own not in unknown)
+    empty = [] if listing.is_sparse else sorted(own for own in members if own not in {*with_images, *unknown})
     problems = []
     if unknown:
         match = nearest(unknown[0], missing or classes)

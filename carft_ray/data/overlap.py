@@ -37,17 +37,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from carft_ray.data.arrays import lock
+from carft_ray.data.cache import lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
-from carft_ray.data.sets import TEST_ROLES, check_roles, open_source
+from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, HoldOutError, Problem
 from carft_ray.files import write_bytes, write_json
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet
-from carft_ray.recipe.text import dotted
+from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
 
 FORMAT_VERSION = 1  # rises when other hashes or thumbnails are made, or another tolerance decides
 SIDE = 8  # pixels of a thumbnail
@@ -80,6 +79,7 @@ class Signatures:
 class _Set:
     place: str  # key path, for messages
     role: str
+    spec: SetSpec
     source: Source
     key: str
     may_be_damaged: bool  # pictures that cannot be decoded are known by their bytes alone
@@ -89,6 +89,8 @@ def check_overlap(
     recipe: Recipe, base_dir: Path, cache_dir: Path, say: Callable[[str], None] = lambda text: None
 ) -> None:
     """Refuses a recipe in which two roles share images. Two sets of one role may, and sandbox sets are told by name.
+
+    Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
 
     Every file of the folder sets is read once; the hashes stay in the cache, so the next call only looks at dates.
     A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock.
@@ -107,10 +109,11 @@ def check_overlap(
     if problems := check_roles(recipe, base_dir):
         raise HoldOutError(problems)
     specs = named_sets(recipe)
-    if not any(isinstance(spec, StoredSet) for spec in specs.values()):
+    if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
         return
-    sets = [found for path, spec in specs.items() if (found := _open(spec, dotted(path), str(path[1]), base_dir))]
-    clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.key}' for each in sets))}.json"
+    places = {path: plain_place(path, spec) for path, spec in specs.items()}
+    sets = [found for path, spec in specs.items() if (found := _open(spec, places[path], str(path[1]), base_dir))]
+    clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.spec.source} {each.key}' for each in sets))}.json"
     if clean.exists():
         return
     with lock(cache_dir / "overlap.lock"):
@@ -119,7 +122,7 @@ def check_overlap(
         known = [(each, made) for each in sets if (made := _signatures(each, cache_dir, say)) is not None]
         for (first, mine), (second, theirs) in itertools.combinations(known, 2):
             with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
-            if first.role != second.role and with_files:
+            if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
                 problems += _compare(first, mine, second, theirs)
         if problems:
             raise HoldOutError(problems)
@@ -305,12 +308,13 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
 
 def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
-    if not isinstance(spec, StoredSet):
-        drawn = open_source(spec, place, None, base_dir)
-        return _Set(place, role, drawn, identity(drawn), False)
+    images = plain(spec)
+    if not isinstance(images, StoredSet):
+        drawn = open_source(images, place, None, base_dir)
+        return _Set(place, role, spec, drawn, identity(drawn), False)
     try:
-        source = unlabelled_source(list_set(spec, base_dir, place), spec, place)
-        return _Set(place, role, source, identity(source), role in TEST_ROLES or spec.on_bad_image == "skip")
+        source = unlabelled_source(list_set(images, base_dir, place), images, place)
+        return _Set(place, role, spec, source, identity(source), role in TEST_ROLES or images.on_bad_image == "skip")
     except DataError as error:
         _pass_over(place, role, error)
         return None

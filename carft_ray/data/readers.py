@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data import folder
+from carft_ray.data import benchmarks, folder, huggingface, tables, webdataset
 from carft_ray.data.listing import Listing
 from carft_ray.errors import Problem
-from carft_ray.recipe.schema import FolderSet, StoredSet
+from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Reader:
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless their ``slot`` says otherwise.
         slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
+        disjoint: Whether two sets of one place share no image all the same, where a slot cannot say so.
+        naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
@@ -32,11 +34,46 @@ class Reader:
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
     slot: Callable[[Any], str] = lambda spec: ""
+    disjoint: Callable[[Any, Any], bool] = lambda one, other: False
+    naming: Callable[[Any], object] = lambda spec: None
     num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
 READERS: dict[type[StoredSet], Reader] = {
-    FolderSet: Reader(folder.list_folder_set, folder.folder_set_problems, folder.folder_set_places),
+    BenchmarkSet: Reader(
+        benchmarks.list_benchmark,
+        benchmarks.benchmark_problems,
+        benchmarks.benchmark_places,
+        disjoint=benchmarks.are_disjoint,
+        naming=lambda spec: (spec.name, spec.domains is None),
+        num_expected=benchmarks.num_expected,
+    ),
+    FolderSet: Reader(
+        folder.list_folder_set,
+        folder.folder_set_problems,
+        folder.folder_set_places,
+        naming=lambda spec: spec.domains is None,
+    ),
+    TableSet: Reader(
+        tables.list_table_set,
+        tables.table_set_problems,
+        tables.table_set_places,
+        disjoint=tables.rows_disjoint,
+        naming=tables.naming,
+    ),
+    WebDatasetSet: Reader(
+        webdataset.list_webdataset,
+        webdataset.webdataset_problems,
+        webdataset.webdataset_places,
+        naming=lambda spec: spec.image,
+    ),
+    HuggingFaceSet: Reader(
+        huggingface.list_huggingface_set,
+        huggingface.huggingface_set_problems,
+        huggingface.huggingface_set_places,
+        disjoint=tables.rows_disjoint,
+        naming=tables.naming,
+    ),
 }
 
 

@@ -4,11 +4,12 @@ A test role is read by nobody here: ``open_train`` and ``open_validation`` do no
 only whether its folders exist. ``open_source`` is for the one command that opens the seal.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray.data.bad_images import without_bad_images
+from carft_ray.data.benchmarks import benchmark_words
+from carft_ray.data.index import user_cache_dir
 from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
 from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.source import Source
@@ -16,8 +17,18 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema import CategoricalParameter, Recipe, SandboxSet, SetSpec, StoredSet
-from carft_ray.recipe.text import dotted
+from carft_ray.recipe.schema import (
+    BenchmarkSet,
+    CategoricalParameter,
+    CorruptedSet,
+    PlainSet,
+    Recipe,
+    SandboxSet,
+    SetSpec,
+    StoredSet,
+    plain,
+)
+from carft_ray.recipe.text import KeyPath, dotted
 
 TEST_ROLES = ("id_test", "ood_test")
 
@@ -36,33 +47,33 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     """
     problems: list[Problem] = []
     listings: dict[str, Listing] = {}
-    for path, spec in named_sets(recipe).items():
-        place, role = dotted(path), path[1]
+    sets = {path: (plain_place(path, spec), plain(spec)) for path, spec in named_sets(recipe).items()}
+    for path, (place, spec) in sets.items():
         if isinstance(spec, SandboxSet):
             problems += _sandbox_problems(spec, place)
-        elif role in TEST_ROLES:
+        elif path[1] in TEST_ROLES:
             problems += first_problems(spec, recipe_dir, place)
         else:
             listings[place] = list_set(spec, recipe_dir, place)
             problems += listings[place].problems
-    if recipe.data.classes is None and (train := listings.get("data.train")) is not None and train.problems:
+    train = listings.get(sets["data", "train"][0])
+    if recipe.data.classes is None and train is not None and train.problems:
         return problems  # without the classes of train there is nothing to compare with
-    classes = _class_list(recipe, listings.get("data.train"))
-    for path, spec in named_sets(recipe).items():
-        place, role = dotted(path), path[1]
+    classes = _class_list(recipe, train)
+    for path, (place, spec) in sets.items():
         if isinstance(spec, SandboxSet):
             problems += _sandbox_class_problems(classes, place)
-        elif role not in TEST_ROLES and not listings[place].problems:
+        elif path[1] not in TEST_ROLES and not listings[place].problems:
             problems += class_problems(listings[place], spec, classes, place)
-    return problems + _count_problems(recipe, classes, listings.get("data.train"))
+    return problems + _count_problems(recipe, classes, train)
 
 
 def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
-    parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may. No image is read:
-    ``data.overlap`` does that.
+    parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may, and so may those of
+    ``may_share``. No image is read: ``data.overlap`` does that.
 
     Args:
         recipe: The recipe.
@@ -72,17 +83,35 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     seen: list[tuple[SetSpec, str, str, str]] = []  # set, role, place in the recipe, what it holds
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), str(path[1])
-        for held in _held(spec, recipe_dir):
+        for held in _held(plain(spec), recipe_dir):
             others = [
                 there
                 for other, its, there, holds in seen
-                if its != role and _same_images(held, holds) and not _disjoint(spec, other)
+                if not may_share((role, spec), (its, other))
+                and _same_images(held, holds)
+                and not _disjoint(plain(spec), plain(other))
             ]
             for other_place in dict.fromkeys(others):
                 rule = f"a set has one role and must not share images with {other_place}"
                 problems.append(Problem(place, rule, held, next_step="Give each role images of its own."))
             seen.append((spec, role, place, held))
     return problems
+
+
+def plain_place(path: KeyPath, spec: SetSpec) -> str:
+    """Returns where the images of a set are named: its own key path, or that of the set that it shows corrupted."""
+    return dotted((*path, "of")) if isinstance(spec, CorruptedSet) else dotted(path)
+
+
+def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
+    """Tells whether two sets, each with its role, may hold the same images.
+
+    Sets of one role may. So may an ID and an OOD set for validation, or for test, when one of them is corrupted: the
+    images are the same and the shift is another.
+    """
+    roles = {one[0], other[0]}
+    corrupted = isinstance(one[1], CorruptedSet) or isinstance(other[1], CorruptedSet)
+    return len(roles) == 1 or (corrupted and roles in ({"id_val", "ood_val"}, {"id_test", "ood_test"}))
 
 
 def open_source(
@@ -100,6 +129,10 @@ def open_source(
     Raises:
         DataError: Something is missing, or the classes do not match.
     """
+    if isinstance(spec, CorruptedSet):
+        from carft_ray.data.corrupted import corrupted_source
+
+        return corrupted_source(open_source(spec.of, name, classes, recipe_dir, cache_dir), spec)
     if isinstance(spec, StoredSet):
         source = stored_source(list_set(spec, recipe_dir, name), spec, classes, name)
         if spec.on_bad_image == "fail":
@@ -142,16 +175,18 @@ def class_folders(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
     Raises:
         DataError: The training set is missing.
     """
-    listing = None
-    if recipe.data.classes is None and isinstance(recipe.data.train, StoredSet):
-        listing = list_set(recipe.data.train, recipe_dir, "data.train")
+    listing, train = None, plain(recipe.data.train)
+    if recipe.data.classes is None and isinstance(train, StoredSet):
+        listing = list_set(train, recipe_dir, plain_place(("data", "train"), recipe.data.train))
         if listing.problems:
             raise DataError(listing.problems)
     return _class_list(recipe, listing)
 
 
 def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
-    """Returns the words for the classes in label order: ``prompts.class_names``, else the folders with '_' as a space.
+    """Returns the words for the classes in label order, as ``prompts.class_names`` says.
+
+    Without it they are those of the benchmark that is trained on, else the folders with '_' as a space.
 
     Raises:
         DataError: The words do not go with the class list, or the folders of the training set are missing.
@@ -159,7 +194,17 @@ def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
     folders = class_folders(recipe, recipe_dir)
     if problems := _word_problems(recipe, folders):
         raise DataError(problems)
-    return recipe.prompts.class_names or tuple(folder.replace("_", " ") for folder in folders)
+    words = recipe.prompts.class_names
+    if isinstance(words, tuple):
+        return words
+    known = benchmark_words(words or train_benchmark(recipe) or "")
+    return tuple(known.get(folder, folder.replace("_", " ")) for folder in folders)
+
+
+def train_benchmark(recipe: Recipe) -> str | None:
+    """Returns the name of the benchmark that is trained on; None for other images."""
+    train = plain(recipe.data.train)
+    return train.name if isinstance(train, BenchmarkSet) else None
 
 
 def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
@@ -174,11 +219,6 @@ def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
     return user_cache_dir()
 
 
-def user_cache_dir() -> Path:
-    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
-
-
 def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     if recipe.data.classes is not None:
         return recipe.data.classes
@@ -189,7 +229,7 @@ def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     return sandbox.CLASSES
 
 
-def _held(spec: SetSpec, recipe_dir: Path) -> list[str]:
+def _held(spec: PlainSet, recipe_dir: Path) -> list[str]:
     """Returns what holds a set's images, as words for a message: folders and files, or a domain of the sandbox."""
     if isinstance(spec, SandboxSet):
         return [f"sandbox domain {spec.domain}, split {spec.split}"]
@@ -202,11 +242,13 @@ def _same_images(one: str, other: str) -> bool:
     return one == other or paths[0] in paths[1].parents or paths[1] in paths[0].parents
 
 
-def _disjoint(one: SetSpec, other: SetSpec) -> bool:
+def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     """Tells whether two sets of one place share no image all the same."""
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
         return False
     if type(one) is type(other) and reader_of(one).slot(one) != reader_of(other).slot(other):
+        return True
+    if type(one) is type(other) and reader_of(one).disjoint(one, other):
         return True
     if one.part is None or other.part is None or not _same_names(one, other):
         return False
@@ -215,7 +257,7 @@ def _disjoint(one: SetSpec, other: SetSpec) -> bool:
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:
     """Tells whether one image has one name in both sets: a part is of the hash of the name."""
-    names = [(type(spec), spec.path, getattr(spec, "domains", None) is None) for spec in (one, other)]
+    names = [(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)]
     return names[0] == names[1]
 
 
@@ -243,6 +285,14 @@ def _sandbox_class_problems(classes: tuple[str, ...], place: str) -> list[Proble
 
 def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
     names = recipe.prompts.class_names
+    if isinstance(names, str):
+        known = benchmark_words(names)
+        unknown = [name for name in classes if name not in known]
+        if not unknown:
+            return []
+        rule = f"must be the benchmark that has the classes, but {names} has none {unknown[0]!r}"
+        step = "Leave it out to have the class folders as words, or write a list of texts."
+        return [Problem("prompts.class_names", rule, nearest=nearest(unknown[0], known), next_step=step)]
     if names is None or len(names) == len(classes):
         return []
     rule = f"there must be one text per class, in label order ({len(classes)}: {', '.join(classes[:5])} ...)"
@@ -253,7 +303,7 @@ def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | N
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
         problems.append(Problem("data.train", "there must be at least two classes", str(len(classes))))
-    spec = recipe.data.train
+    spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
         size = spec.num_per_class * len(classes)
     else:

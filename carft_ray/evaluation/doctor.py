@@ -25,12 +25,13 @@ from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads
-from carft_ray.learning.catalog import check_model
+from carft_ray.learning.catalog import check_model, model_warnings
 from carft_ray.learning.clip import Clip
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
+from carft_ray.learning.tower import num_trained, recipe_problems
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, StoredSet
@@ -40,7 +41,8 @@ Level = Literal["error", "warning", "note"]
 
 FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
 SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
-BYTES_PER_WEIGHT = 16  # weight, gradient and two moments of AdamW in float32
+BYTES_PER_WEIGHT = 4  # float32
+BYTES_PER_TRAINED = 12  # besides: gradient and two moments of AdamW
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def examine(
         progress: Given what is read, returns a callback for (images done, images in all).
     """
     found = Diagnosis()
-    for text in warnings(recipe):
+    for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
         found.add("warning", Problem("", text))
     found.add("error", check_model(recipe.model, base_dir))
     found.add("error", check_roles(recipe, base_dir))
@@ -224,6 +226,11 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
     class_head_CD, context_head_TD = build_heads(clip.model, clip.tokenizer, words, prompts)
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())
+    impossible = recipe_problems(visual, recipe)
+    for problem in impossible:
+        found.add("error", problem)
+    trained = weights if impossible else num_trained(visual, recipe.train)
+    copies = BYTES_PER_TRAINED + (BYTES_PER_WEIGHT if recipe.train.ema_decay is not None else 0)
     found.model = {
         "name": recipe.model.name,
         "weights_hash": clip.weights_hash,
@@ -232,8 +239,12 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
         "num_classes": len(words),
         "num_contexts": len(prompts),
         "tower_weights": weights,
-        "training_memory_gb": round(weights * BYTES_PER_WEIGHT / 1e9, 2),
+        "trained_weights": trained,
+        "training_memory_gb": round((weights * BYTES_PER_WEIGHT + trained * copies) / 1e9, 2),
     }
+    if clip.logit_bias is not None:
+        rule = f"logit_bias {clip.logit_bias:g} is left out: a constant shift of all logits changes no softmax"
+        found.add("note", Problem("model.name", rule))
     memory = found.machine["memory_gb"]
     if found.machine["device"] == "cpu" and found.model["training_memory_gb"] > memory:
         value = f"{found.model['training_memory_gb']} GB for the weights alone, of {memory} GB"

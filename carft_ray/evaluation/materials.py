@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from carft_ray.data.arrays import image_set
 from carft_ray.data.decoded import DecodedSource
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
-from carft_ray.recipe.schema import Recipe, SandboxSet
+from carft_ray.recipe.schema import Recipe, SandboxSet, plain
 
 __all__ = ["ID_SET", "Materials", "load_materials"]
 
@@ -46,8 +50,15 @@ class Materials:
 _materials: dict[str, Materials] = {}  # of the last recipe: a process that runs many trials loads once
 
 
-def load_materials(recipe: Recipe, base_dir: Path) -> Materials:
+def load_materials(
+    recipe: Recipe, base_dir: Path, on_image: Callable[[str, int, int], None] = lambda name, done, total: None
+) -> Materials:
     """Opens model, training set and validation sets; test roles are never touched.
+
+    Args:
+        recipe: The recipe.
+        base_dir: Folder that relative paths count from.
+        on_image: Called with (set, images done, images in all) while a set is built into the cache.
 
     Raises:
         RecipeError, DataError: The model or a set cannot be opened.
@@ -56,13 +67,19 @@ def load_materials(recipe: Recipe, base_dir: Path) -> Materials:
     asked = json.dumps({**parts, "base_dir": str(base_dir.resolve())}, sort_keys=True)
     if asked not in _materials:
         clip = load_clip(recipe.model, base_dir)
-        folder = cache_dir(recipe, base_dir)
+        folder, limit_gb = cache_dir(recipe, base_dir), recipe.data.cache_gb
         train = open_train(recipe, base_dir)
-        if isinstance(recipe.data.train, SandboxSet):  # drawing an image takes longer than training on it
-            train = DecodedSource(train, folder)
+        if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
+            train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
+        elif isinstance(train, StoredSource) and (
+            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, folder))
+        ):
+            train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
         id_val, ood_val = open_validation(recipe, base_dir)
         validation = tuple(
-            dataclasses.replace(image_set(source, clip.to_input, clip.input_key, folder), name=name)
+            dataclasses.replace(
+                image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb), name=name
+            )
             for name, source in {ID_SET: id_val, **ood_val}.items()
         )
         names, prompts = class_names(recipe, base_dir), templates(recipe.prompts, SANDBOX_TEMPLATES)

@@ -11,6 +11,7 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.content import image_digests, pixel_digest, set_digest
+from carft_ray.data.corrupted import CorruptedSource
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import class_folders, open_train, open_validation
 from carft_ray.data.source import Source
@@ -64,7 +65,8 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
-        if isinstance(source, StoredSource):
+        images = source.images if isinstance(source, CorruptedSource) else source
+        if isinstance(images, StoredSource):
             digest = set_digest(source)
         elif name in decoded:
             digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
@@ -73,8 +75,8 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
         else:
             continue
         contents[name] = {"digest": digest, "num_images": len(source)}
-        if isinstance(source, StoredSource) and source.skipped:
-            contents[name]["num_skipped"] = len(source.skipped)
+        if isinstance(images, StoredSource) and images.skipped:
+            contents[name]["num_skipped"] = len(images.skipped)
     return contents
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.packed import PackedSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.evaluation import materials as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
@@ -28,6 +29,7 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import LOG_EVERY, build_classifier
 from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 
@@ -101,9 +103,11 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
         return sum(seconds for text, seconds in spent if text.startswith(words))
 
     images = materials.validation[0].images_NHWC
-    decoded = (
-        len(materials.train) * np.prod(share.train.pixels(0).shape) if recipe.data.train.source == "sandbox" else 0
-    )
+    kept = 0  # of the training set
+    if recipe.data.train.source == "sandbox":
+        kept = len(materials.train) * int(np.prod(share.train.pixels(0).shape))
+    elif isinstance(materials.train, PackedSource):
+        kept = materials.train.num_bytes
     num_validation = sum(map(len, materials.validation))
     return {
         "inside_s": time.perf_counter() - began,
@@ -117,7 +121,7 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
         "num_train": len(materials.train),
         "num_validation": num_validation,
         "num_contexts": len(materials.templates),
-        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + decoded),
+        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + kept),
     }
 
 
@@ -220,7 +224,7 @@ def _timed(
         "look_s": look_s,
         "save_s": save_s,
         "rest_s": max(0.0, total_s - trained_s - sum(looks) - EPOCHS * save_s),
-        "num_alphas": len(result["curve"]) - 1.0,
+        "num_alphas": len(result["curve"]) - float(not recipe.train.recalibrate_batches),
     }
 
 
@@ -230,15 +234,20 @@ def _evaluation(
     """Times an evaluation of the share and what is done with its predictions; returns sizes of files, too.
 
     Returns:
-        ``mix_s`` to mix weights, ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
+        ``mix_s`` to mix weights, ``recalibrate_s`` for statistics from the training images of the share (0 without
+        ``recalibrate_batches``), ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
         ``num_evaluated`` images, ``weights_bytes`` and ``predictions_bytes`` of the share.
     """
     heads = load_tensors(prepared_dir / "heads.safetensors")
     classifier = build_classifier(share.clip, heads["class_head"], recipe.train, device_of(recipe))
-    state = classifier.state()
+    state, num_batches = classifier.state(), recipe.train.recalibrate_batches
+    views_NHWC = clean_views(share.clip, share.train, num_batches) if num_batches else None
     began = time.perf_counter()
     classifier.load_state_dict(mix_weights(state, state, 0.5))
     mixed = time.perf_counter()
+    if views_NHWC is not None:
+        recalibrate(classifier, views_NHWC)
+    recalibrated = time.perf_counter()
     predict_all(classifier, share.validation, 0.5, recipe.evaluate.batch_size, context)
     evaluated = time.perf_counter()
     if context.rank != 0:
@@ -250,7 +259,8 @@ def _evaluation(
     write_predictions(folder / "again.parquet", table)
     return {
         "mix_s": mixed - began,
-        "evaluate_s": evaluated - mixed,
+        "recalibrate_s": recalibrated - mixed,
+        "evaluate_s": evaluated - recalibrated,
         "table_s": time.perf_counter() - evaluated,
         "num_evaluated": _count(share.validation),
         "weights_bytes": (folder / WEIGHTS).stat().st_size,

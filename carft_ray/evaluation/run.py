@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from carft_ray import files
+from carft_ray.data.source import PixelArray
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
@@ -33,11 +34,12 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
-from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
+from carft_ray.learning.recalibration import clean_views
+from carft_ray.learning.tower import check_tower
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 
@@ -87,11 +89,16 @@ def prepare(
     Returns:
         Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``num_images`` per
         set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the manifest (``evaluation.origin``).
+
+    Raises:
+        RecipeError: The image tower cannot do what the recipe asks of it.
+        CarftError: As its message says.
     """
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
     materials = opened or load_materials(recipe, base_dir)
+    check_tower(materials.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / "prepared.json"
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
@@ -174,7 +181,9 @@ def run_training(
     device, spec = device_of(recipe), objective_spec(recipe)
     materials = opened or load_materials(recipe, base_dir)
     heads = load_tensors(prepared_dir / "heads.safetensors")
-    fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device)
+    num_batches = recipe.train.recalibrate_batches
+    views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None
+    fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
     targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets")
     stored = targets.num_stored(recipe.train.epochs)
 
@@ -183,10 +192,12 @@ def run_training(
 
     def at(alpha: float) -> pa.Table:
         sets, batch_size = materials.validation, recipe.evaluate.batch_size
-        return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context)
+        return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context, views_NHWC)
 
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
-    table, choice, curve = _choose(recipe, spec, bounds, read_predictions(prepared_dir / "zero_shot.parquet"), at)
+    # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
+    start = read_predictions(prepared_dir / "zero_shot.parquet") if views_NHWC is None else at(0.0)
+    table, choice, curve = _choose(recipe, spec, bounds, start, at)
     if context.rank == 0:
         write_predictions(out_dir / "predictions" / "validation.parquet", table)
     result = {
@@ -219,6 +230,7 @@ def _train(
     context: RunContext,
     attempt: int,
     device: torch.device,
+    views_NHWC: PixelArray | None,
 ) -> dict[str, Tensor]:
     """Returns the fine-tuned state: of an earlier attempt that got so far, else by training."""
     weights = out_dir / WEIGHTS
@@ -228,14 +240,14 @@ def _train(
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
 
-    def on_epoch(classifier: ImageClassifier, epoch: int) -> Metrics:
+    def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not is_looked_at(every, pruner, epoch, recipe.train.epochs):
             return {}
         mixed = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
-        zero_shot, now = mixed.state(), classifier.state()
+        zero_shot, now, batch_size = mixed.state(), state(), recipe.evaluate.batch_size
         looks: list[Metrics] = []
         for alpha in alphas:
-            table = predict_mixed(mixed, zero_shot, now, alpha, small, recipe.evaluate.batch_size, context)
+            table = predict_mixed(mixed, zero_shot, now, alpha, small, batch_size, context, views_NHWC)
             looks.append({"alpha": alpha, **metrics_at(table, spec, alpha)})
         best = max(looks, key=lambda look: look["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
@@ -323,7 +335,7 @@ def _choose(
     recipe: Recipe,
     spec: ObjectiveSpec,
     bounds: Sequence[Limit],
-    zero_shot: pa.Table,
+    start: pa.Table,
     at: Callable[[float], pa.Table],
 ) -> tuple[pa.Table, AlphaChoice, list[dict[str, float]]]:
     """Evaluates the alphas that are wanted; returns their predictions, the chosen alpha, and the curve.
@@ -334,7 +346,7 @@ def _choose(
     """
     fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
     wanted = set(recipe.search.alpha.grid) if fixed is None or recipe.search.objective.kind == "pareto" else {1.0}
-    tables = {0.0: zero_shot, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
+    tables = {0.0: start, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
     if fixed is None:
         profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
         choice = profile.choice

@@ -4,6 +4,8 @@ Want of memory is no verdict on a training's values. The attempt that met it not
 training goes on from its checkpoint with what is noted. The global batch, and so the result, stays the same.
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
+
+With gradient checkpointing another one fits: its key ends in ``, checkpointed``.
 """
 
 import json
@@ -19,7 +21,7 @@ from carft_ray.search.outcome import Failure
 
 FITS = "fits.json"
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
-MEMORY_FIELDS = ("batch_size", "precision")
+MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")
 
 
 def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
@@ -71,8 +73,9 @@ def memory_failure(
 
 
 def _key(recipe: Recipe) -> str:
-    model = recipe.model
-    return ", ".join([" ".join(filter(None, (model.name, model.pretrained))), recipe.train.precision, _device(recipe)])
+    model, train = recipe.model, recipe.train
+    parts = [" ".join(filter(None, (model.name, model.pretrained))), train.precision, _device(recipe)]
+    return ", ".join([*parts, *(["checkpointed"] if train.grad_checkpointing else [])])
 
 
 def _device(recipe: Recipe) -> str:

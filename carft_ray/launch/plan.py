@@ -3,9 +3,10 @@
 The probe prepares for a share of the sets and runs real trainings of two epochs on it, in the executor of the search
 and as many at a time (``evaluation.probe``). A training of E epochs on N images is then forecast as
 
-    rest + E (N image + save) + looks look + A (mix + V / v evaluate) + V / v table
+    rest + E (N image + save) + looks look + A (mix + R / r recalibrate + V / v evaluate) + V / v table
 
-with V validation images (v in the share) and A alphas; ``image`` belongs to the kind of training (plain, targets from
+with V validation images (v in the share), R training images from which BatchNorm's statistics come (r; mostly none) and
+A alphas; ``image`` belongs to the kind of training (plain, targets from
 the store, frozen model beside it) and to its batch size, between the smallest and the largest of which a step's time is
 a straight line. What the space varies enters by its expectation: ``NUM_SEARCHES`` searches with values drawn as random
 search draws them are laid onto the slots, first come first served; the forecast is their mean, the range goes from
@@ -38,7 +39,7 @@ from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.draws import drawn, middle
 from carft_ray.recipe.grid import num_trials
-from carft_ray.recipe.schedule import is_looked_at, possible_values
+from carft_ray.recipe.schedule import is_looked_at, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.folder import PREPARED, STOP
@@ -319,8 +320,8 @@ def _training_s(recipe: Recipe, found: Mapping[str, Any]) -> Callable[[Mapping[s
     """Returns the forecast of a training by its values, without what the executor adds."""
     prepared, parts = found["prepared"], found["parts"]
     times = prepared["num_validation"] / found["num_evaluated"]
-    alpha_s = found["mix_s"] + times * found["evaluate_s"]
-    share_s = found["mix_s"] + found["evaluate_s"]
+    alpha_s = found["mix_s"] + _more_images(recipe, prepared) * found["recalibrate_s"] + times * found["evaluate_s"]
+    share_s = found["mix_s"] + found["recalibrate_s"] + found["evaluate_s"]
     sizes: dict[str, list[int]] = {}  # by kind
     for name in parts:
         kind, _, batch = name.rpartition("-")
@@ -343,6 +344,15 @@ def _training_s(recipe: Recipe, found: Mapping[str, Any]) -> Callable[[Mapping[s
         return float(rest_s + trained_s + part["num_alphas"] * alpha_s + times * found["table_s"])
 
     return training_s
+
+
+def _more_images(recipe: Recipe, prepared: Mapping[str, Any]) -> float:
+    """Returns how many times the images of the probe a training takes for its statistics of BatchNorm."""
+    num_batches = recipe.train.recalibrate_batches
+    if not num_batches:
+        return 1.0
+    whole, share = (num_recalibrated(num_batches, int(prepared[name])) for name in ("num_train", "num_stored"))
+    return whole / share
 
 
 def between(batch: int, low: int, high: int, low_image_s: float, high_image_s: float) -> float:
@@ -377,7 +387,9 @@ def _disk(recipe: Recipe, room: Capacity, found: Mapping[str, Any]) -> dict[str,
     kept = min(recipe.search.keep_checkpoints, trials) + num_baselines
     times = prepared["num_validation"] / found["num_evaluated"]
     targets = num_visits(recipe) * prepared["num_train"] * prepared["num_contexts"] * 2
-    running = room.concurrency * (NUM_CHECKPOINTS * CHECKPOINT_WEIGHTS + 1) * found["weights_bytes"]
+    averages = recipe.train.ema_decay is not None or "ema_decay" in recipe.search.space
+    in_checkpoint = CHECKPOINT_WEIGHTS + averages  # more than a training with frozen layers or LoRA needs
+    running = room.concurrency * (NUM_CHECKPOINTS * in_checkpoint + 1) * found["weights_bytes"]
     return {
         "weights": int(kept * found["weights_bytes"]),
         "predictions": int((trials + num_baselines) * times * found["predictions_bytes"]),

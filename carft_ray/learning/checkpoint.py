@@ -1,6 +1,7 @@
 """Checkpoints of a training: safetensors and JSON, no pickle.
 
     checkpoint/attempt-1/step-00000024/{weights.safetensors, optimizer.safetensors, state.json}
+                                        and average.safetensors with `ema_decay`
 
 A checkpoint folder appears under its name only whole. The newest valid one wins; an attempt writes only into its own
 folder, so an older one that still runs cannot overwrite a newer one's work.
@@ -11,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from carft_ray.files import fsync_file, new_folder, remove_folder, write_text, w
 
 FORMAT_VERSION = 1
 KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
-WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.safetensors", "average.safetensors"
 _NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
 
 
@@ -35,16 +36,18 @@ class Checkpoint:
 
     Attributes:
         step: Updates done.
-        weights: State of the classifier.
+        weights: ``state_dict`` of the classifier; with LoRA matrices and corrections apart.
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
         position: Seed and the running sums of the epoch's metrics. Order, views and torch's generator are functions
             of (seed, step), so step and seed are also the sampler's position and the random state.
+        average: Average of the weights over the steps; empty where none is taken.
     """
 
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     position: dict[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -75,6 +78,8 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
         files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
+        if checkpoint.average:
+            files[AVERAGE] = checkpoint.average
         for name, tensors in files.items():
             save_tensors(temporary / name, tensors)
         content: dict[str, Any] = {
@@ -114,15 +119,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise StorageError(Problem(str(folder), f"must have format_version {FORMAT_VERSION}", str(version)))
         if _sha256_of_state(content) != hashes["state"]:
             raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
-        for name in (WEIGHTS, OPTIMIZER):
+        with_average = AVERAGE in hashes or (folder / AVERAGE).exists()
+        names = (WEIGHTS, OPTIMIZER, *([AVERAGE] if with_average else []))
+        for name in names:
             if _sha256(folder / name) != hashes[name]:
                 raise StorageError(_damaged(folder, f"a file {name} that does not match its hash"))
-        weights, optimizer = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        weights, optimizer, *averages = (load_file(folder / name) for name in names)
     except OSError as error:
         raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
-    return Checkpoint(content["step"], weights, optimizer, content["position"])
+    return Checkpoint(content["step"], weights, optimizer, content["position"], *averages)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -1,28 +1,28 @@
-"""The one doorway to open_clip: models, tokenizers and the preprocessing that belongs to them."""
+"""CLIP models with their tokenizers and the preprocessing that belongs to them."""
 
-import contextlib
 import hashlib
-import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer
 from PIL import Image
 from torch import Tensor, nn
 
-from carft_ray.errors import DataError, Problem, RecipeError, nearest
-from carft_ray.learning.catalog import LOCAL_DIR, RANDOM, SANDBOX, check_model
-from carft_ray.recipe.loading import resolve_path
+from carft_ray.data.facts import load_facts
+from carft_ray.errors import DataError, Problem
+from carft_ray.learning.building import fetching, quiet
+from carft_ray.learning.catalog import LOCAL_DIR, OPEN_CLIP_CONFIG, tokenizer_files
+from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config
+from carft_ray.learning.weights import fill
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.schema import ModelPart, PromptsPart
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
-CONFIG_NAME = "open_clip_config.json"
+CONFIG_NAME = OPEN_CLIP_CONFIG
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class Clip:
         to_input: Resize and crop of the model's evaluation preprocessing, PIL image -> PIL image.
         input_key: Names ``to_input`` in cache keys.
         logit_scale: s = exp of the learned log-temperature, frozen.
+        logit_bias: Shift of all logits that a sigmoid loss has learned (SigLIP), else None. It is left out of the
+            class and the context logits: a constant shift changes no softmax.
         config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
         weights_hash: Hash of all weights, 16 hex digits.
     """
@@ -50,6 +52,7 @@ class Clip:
     to_input: Callable[[Image.Image], Image.Image]
     input_key: str
     logit_scale: float
+    logit_bias: float | None
     config: dict[str, Any]
     weights_hash: str
 
@@ -62,81 +65,36 @@ def load_clip(part: ModelPart, base_dir: Path) -> Clip:
         base_dir: Folder from which relative paths count.
 
     Raises:
-        RecipeError: open_clip does not know the name or the tag.
-        DataError: The weights cannot be fetched or read.
+        RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
+        DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
     """
-    problems = check_model(part, base_dir)
-    if problems:
-        raise RecipeError(problems)
-    if part.name == SANDBOX:
-        folder = resources.files("carft_ray.learning") / "sandbox_weights"
-        with resources.as_file(folder) as path:
-            return _load(f"{LOCAL_DIR}{path}", None)
-    if part.name.startswith(LOCAL_DIR):
-        return _load(f"{LOCAL_DIR}{base_dir / part.name.removeprefix(LOCAL_DIR)}", None)
-    name = part.name.replace("/", "-")
-    if part.pretrained is None or part.pretrained == RANDOM:
-        return _load(name, None)
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if part.pretrained in tags:
-        _check_activation(name, part.pretrained)
-        return _load(name, part.pretrained)
-    path = resolve_path(part.pretrained, base_dir)
-    if not path.is_file():
-        near = nearest(part.pretrained, tags)
-        rule = f"must be a tag of {part.name}, a weights file, or '{RANDOM}'"
-        raise RecipeError(Problem("model.pretrained", rule, repr(part.pretrained), tuple(tags), near))
-    return _load(name, str(path))
-
-
-def _check_activation(name: str, tag: str) -> None:
-    """Refuses weights that were trained with QuickGELU under a name that computes GELU, and the reverse."""
-    trained = bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False))
-    computed = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-    if trained != computed:
-        fitting = name.removesuffix("-quickgelu") if computed else f"{name}-quickgelu"
-        used, given = ("QuickGELU", "GELU") if trained else ("GELU", "QuickGELU")
-        rule = f"must compute the activation that '{tag}' was trained with ({used}), or every number is wrong"
-        raise RecipeError(Problem("model.name", rule, f"{name} ({given})", next_step=f"Write model.name: {fitting}"))
+    opened = open_model(part, base_dir)
+    if opened.state is not None:
+        fill(opened.model, opened.state, opened.weights, opened.place)
+    return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
 
 
 def load_folder(folder: Path) -> Clip:
-    """Loads an open_clip folder (``open_clip_config.json`` and weights)."""
+    """Loads an open_clip folder (``open_clip_config.json`` and weights), or a CLIPModel folder of Hugging Face."""
     return load_clip(ModelPart(name=f"{LOCAL_DIR}{folder.resolve()}"), Path("/"))
 
 
 def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the sentences with ``{}`` that a recipe's prompts name.
 
-    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them.
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
     """
     if not isinstance(prompts.templates, str):
         return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return load_facts(prompts.templates).templates or ()
     named = {
         "sandbox": sandbox_templates,
         "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
         "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
     }
     return named[prompts.templates]
-
-
-def _load(name: str, pretrained: str | None) -> Clip:
-    schema_folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
-    try:
-        with _quiet():
-            model = open_clip.create_model(
-                name, pretrained, device="cpu", precision="fp32", require_pretrained=schema_folder is not None
-            )
-            tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip raises RuntimeError, OSError, ValueError and the hub client's own errors
-        step = "Without a network: give a weights file as model.pretrained, or model.name: local-dir:FOLDER."
-        value = f"{type(error).__name__}: {error}"
-        place = "model.name" if schema_folder else "model.pretrained"
-        raise DataError(Problem(place, f"the weights of {name} must load", value, next_step=step)) from error
-    config = None
-    if schema_folder:
-        config = json.loads((schema_folder / CONFIG_NAME).read_text())["model_cfg"]
-    return wrap_model(model, tokenizer, config or open_clip.get_model_config(name))
 
 
 def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:
@@ -146,19 +104,14 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         model: Built by open_clip; it is put into eval mode, without gradients.
         tokenizer: Its tokenizer.
         model_config: open_clip's ``model_cfg``, for exports.
+
+    Raises:
+        DataError: Its input is no square, or the tokenizer gives tokens that it does not have.
     """
     model.eval().requires_grad_(False)
-    preprocess: dict[str, Any] = dict(model.visual.preprocess_cfg)  # type: ignore[union-attr,arg-type]  # untyped
-    size = preprocess["size"]
-    image_size = size if isinstance(size, int) else size[0]
-    stock = open_clip.image_transform(
-        image_size,
-        is_train=False,
-        mean=preprocess["mean"],
-        std=preprocess["std"],
-        interpolation=preprocess["interpolation"],
-        resize_mode=preprocess["resize_mode"],
-    )
+    preprocess = preprocess_config(model)
+    image_size = square_size(preprocess)
+    stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
     kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
     steps = [step for step in stock.transforms if type(step).__name__ in kept]
 
@@ -167,6 +120,11 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
             image = step(image)
         return image
 
+    vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
+    if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
+        rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
+        raise DataError(Problem("model.name", rule, f"token {largest}"))
+    bias = getattr(model, "logit_bias", None)
     return Clip(
         model=model,
         tokenizer=tokenizer,
@@ -176,12 +134,54 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         to_input=to_input,
         input_key=f"{image_size}-{preprocess['interpolation']}-{preprocess['resize_mode']}",
         logit_scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]  # untyped
-        config={
-            "model_cfg": model_config,
-            "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")},
-        },
+        logit_bias=None if bias is None else float(bias),
+        config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
         weights_hash=state_hash(model.state_dict()),
     )
+
+
+def square_size(preprocess: dict[str, Any]) -> int:
+    """Returns the side of a model's input in pixels.
+
+    Raises:
+        DataError: Its input is no square.
+    """
+    size = preprocess["size"]
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if sides[0] != sides[1]:
+        raise DataError(Problem("model.name", "the model must take square images", f"{sides[0]} x {sides[1]} pixels"))
+    return int(sides[0])
+
+
+def write_tokenizer(clip: Clip, folder: Path) -> None:
+    """Writes the files of a model's tokenizer, without which open_clip does not open a folder; CLIP's own has none."""
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(str(folder))
+
+
+def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
+    """Returns the tokenizer of a model: CLIP's own, or one of Hugging Face from the weights' folder or the hub."""
+    text, folder = opened.config["text_cfg"], opened.folder
+    context_length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
+    wanted = text.get("hf_tokenizer_name")
+    if not wanted:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length, **options)
+        return tokenizer
+    is_local = folder is not None and bool(tokenizer_files(folder))
+    mode = text.get("tokenizer_mode")
+    try:
+        with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
+            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, tokenizer_mode=mode, **options)
+    except ImportError as error:
+        rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
+        step = "Install it: pip install 'carft-ray[hf]'"
+        raise DataError(Problem("model.name", rule, str(error).splitlines()[0], next_step=step)) from error
+    except Exception as error:  # transformers and tokenizers raise many kinds, Exception itself among them
+        if isinstance(error, DataError):
+            raise
+        rule = f"the tokenizer files of {name} ({wanted}) must be readable by transformers"
+        raise DataError(Problem("model.name", rule, f"{folder}: {str(error).splitlines()[0]}")) from error
+    return tokenizer
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
@@ -192,23 +192,3 @@ def state_hash(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip logs through the root logger and warns of what we check ourselves; keeps both off the terminal."""
-    root = logging.getLogger()
-    level = root.level
-    handlers = list(root.handlers)
-    root.setLevel(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the error tells what failed
-    if not handlers:
-        root.addHandler(logging.NullHandler())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
-        for handler in [h for h in root.handlers if h not in handlers]:
-            root.removeHandler(handler)

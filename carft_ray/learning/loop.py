@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import batches, view_batch
-from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
+from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
+from carft_ray.learning.averaging import start_average, update_average
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_optimizer_tensors,
@@ -41,9 +42,11 @@ from carft_ray.learning.checkpoint import (
 from carft_ray.learning.classifier import ImageClassifier, autocast_dtype
 from carft_ray.learning.clip import Clip
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.lora import trained_weights
 from carft_ray.learning.losses import context_distribution, context_entropy, kl_per_image, kl_to_stored_per_image
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
+from carft_ray.learning.tower import shape_tower
 from carft_ray.recipe.schema import TrainPart
 
 logger = logging.getLogger(__name__)
@@ -113,6 +116,20 @@ def _same_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextlib.contextmanager
+def _told_of_compiler() -> Iterator[None]:
+    """Turns the failure of torch's compiler, which works at the first step, into one message."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
+        rule = "must be false here: torch cannot compile the image tower"
+        problem = Problem("train.compile", rule, str(error).strip().partition("\n")[0], next_step=step)
+        raise RecipeError(problem) from error
+
+
 @_same_attention()
 def fine_tune(
     clip: Clip,
@@ -126,10 +143,13 @@ def fine_tune(
     checkpoint_dir: Path | None = None,
     attempt: int = 1,
     stored_targets: StoredTargets | None = None,
-    on_epoch: Callable[[ImageClassifier, int], dict[str, float]] | None = None,
+    on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], dict[str, float]] | None = None,
     num_threads: int = 1,
 ) -> dict[str, Tensor]:
     """Fine-tunes the image tower and the class head, and returns the fine-tuned state on the CPU.
+
+    The state is that of plain weights: LoRA's corrections are merged into it, and with ``ema_decay`` it is the average
+    over the steps.
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
     every epoch and when it is stopped; the result is bit for bit that of an uninterrupted training.
@@ -145,7 +165,8 @@ def fine_tune(
         checkpoint_dir: Folder of the checkpoints; None: none are written.
         attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
         stored_targets: Context distributions of the frozen model; computed here where they are not stored.
-        on_epoch: Called on every rank at the end of an epoch (from 1); what it returns joins the epoch's report.
+        on_epoch: Called on every rank at the end of an epoch (from 1), with a function that returns the state as it
+            would be returned now; what it returns joins the epoch's report.
         num_threads: Threads that make views of source images.
 
     Raises:
@@ -153,27 +174,38 @@ def fine_tune(
         DivergedError: The loss became infinite or not a number.
         StorageError: A checkpoint cannot be written.
         DataError: An image cannot be read.
+        RecipeError: The image tower cannot do what ``train`` asks, or cannot be compiled.
     """
     context = context or RunContext()
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
+    shape_tower(classifier, train)
     optimizer = build_optimizer(classifier, train)
     frozen = None
     if train.kl_weight > 0:
         frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False)
     loss = _Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
     step, means = 0, _Means()
+    average = start_average(trained_weights(classifier)) if train.ema_decay is not None else {}
     if checkpoint_dir is not None:
-        step, means = _resume(checkpoint_dir, classifier, optimizer, train)
+        step, means = _resume(checkpoint_dir, classifier, optimizer, average, train)
+    if train.compile:
+        for compiled in (classifier, frozen):
+            if compiled is not None:
+                compiled.visual.compile()
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False)
 
+    def state() -> dict[str, Tensor]:
+        return {**classifier.state(), **_copies(average)}
+
     def save() -> None:
         if checkpoint_dir is not None and context.rank == 0:
             position = {"seed": train.seed, "num_images": means.num_images, "totals": means.totals}
-            state = Checkpoint(step, classifier.state(), optimizer_tensors(optimizer), position)
-            save_checkpoint(checkpoint_dir, attempt, state)
+            weights, averaged = _copies(classifier.state_dict()), _copies(average)
+            checkpoint = Checkpoint(step, weights, optimizer_tensors(optimizer), position, averaged)
+            save_checkpoint(checkpoint_dir, attempt, checkpoint)
 
     steps_per_epoch = math.ceil(len(source) / train.batch_size)
     num_steps = train.epochs * steps_per_epoch
@@ -186,11 +218,14 @@ def fine_tune(
         set_learning_rate(optimizer, learning_rate)
         pixels_BHWC = torch.from_numpy(pixels).to(device)
         labels_B = torch.from_numpy(source.labels[indices]).to(device)
-        sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, context.world_size / batch_size)
+        with _told_of_compiler():
+            sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, context.world_size / batch_size)
         grad_norm = clip_gradients(classifier, train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if train.ema_decay is not None:
+            update_average(average, trained_weights(classifier), train.ema_decay, step)
         window[:3] += sums
         window[3] += grad_norm * batch_size / context.world_size
         window_images += batch_size
@@ -208,8 +243,7 @@ def fine_tune(
         if context.rank == 0:
             context.progress({**row, **values, "images_per_s": speed})
         if ends_epoch:
-            metrics = on_epoch(classifier, epoch) if on_epoch is not None else {}
-            classifier.train()
+            metrics = on_epoch(state, epoch) if on_epoch is not None else {}
             if context.rank == 0:
                 context.report({**row, **means.values(), "images_per_s": speed, **metrics})
             means = _Means()
@@ -219,7 +253,7 @@ def fine_tune(
             raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
         window.zero_()
         window_images, clock = 0, time.perf_counter()
-    return classifier.state()
+    return state()
 
 
 @dataclass(frozen=True)
@@ -280,10 +314,18 @@ class _Loss:
         return kl_per_image(log_p_BT, log_p0_BT)
 
 
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
 def _resume(
-    checkpoint_dir: Path, classifier: ImageClassifier, optimizer: torch.optim.Optimizer, train: TrainPart
+    checkpoint_dir: Path,
+    classifier: ImageClassifier,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    train: TrainPart,
 ) -> tuple[int, _Means]:
-    """Puts the newest valid checkpoint into the model and the optimizer; returns its step and the epoch's means."""
+    """Puts the newest valid checkpoint into model, optimizer and average; returns its step and the epoch's means."""
     checkpoint, damaged = newest_checkpoint(checkpoint_dir)
     for problem in damaged:
         logger.warning("passed over a damaged checkpoint: %s", problem)
@@ -292,7 +334,12 @@ def _resume(
     position = checkpoint.position
     if position["seed"] != train.seed:
         raise StorageError(Problem(str(checkpoint_dir), f"must belong to seed {train.seed}", str(position["seed"])))
+    if bool(checkpoint.average) != bool(average):
+        rule, value = "must hold an average of the weights with ema_decay, and only then", checkpoint.average
+        raise StorageError(Problem(str(checkpoint_dir), rule, "one" if value else "none"))
     classifier.load_state_dict(checkpoint.weights)
+    for name, tensor in average.items():
+        tensor.copy_(checkpoint.average[name])
     load_optimizer_tensors(optimizer, checkpoint.optimizer)
     return checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
 

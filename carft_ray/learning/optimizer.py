@@ -7,10 +7,13 @@ The two forms of the class head are the same method: with W' = s * W (s the logi
 so `unit` gets these values, and its head gradient enters the norm divided by s.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.tower import layer_factors
 from carft_ray.recipe.schema import TrainPart
 
 EPS = 1e-8
@@ -20,21 +23,22 @@ BETAS = (0.9, 0.999)
 def build_optimizer(classifier: ImageClassifier, train: TrainPart) -> torch.optim.AdamW:
     """Returns AdamW over the image tower and the class head.
 
-    Each group holds ``lr_factor``: its learning rate is the scheduled one times this factor. ``decay: all`` decays
-    every tensor, norms and biases included (the wise-ft family); ``decay: matrices`` spares those of fewer than two
-    dimensions (the habit of open_clip).
+    Each group holds ``lr_factor``: its learning rate is the scheduled one times this factor, which differs by layer
+    with ``layer_decay``. ``decay: all`` decays every tensor, norms and biases included (the wise-ft family);
+    ``decay: matrices`` spares those of fewer than two dimensions (the habit of open_clip).
     """
     scale = classifier.logit_scale if classifier.form == "unit" else 1.0
-    tower = list(classifier.visual.parameters())
-    if train.decay == "all":
-        decayed, spared = tower, []
-    else:
-        decayed = [p for p in tower if p.ndim >= 2]
-        spared = [p for p in tower if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay, "eps": EPS, "lr_factor": 1.0},
-        {"params": spared, "weight_decay": 0.0, "eps": EPS, "lr_factor": 1.0},
-    ]
+    factors = layer_factors(classifier.visual, train.layer_decay)
+    tower = [(factors[name], p) for name, p in classifier.visual.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys(factor for factor, _ in tower):
+        layer = [p for its, p in tower if its == factor]
+        decayed = layer if train.decay == "all" else [p for p in layer if p.ndim >= 2]
+        spared = [] if train.decay == "all" else [p for p in layer if p.ndim < 2]
+        groups += [
+            {"params": decayed, "weight_decay": train.weight_decay, "eps": EPS, "lr_factor": factor},
+            {"params": spared, "weight_decay": 0.0, "eps": EPS, "lr_factor": factor},
+        ]
     if train.head_lr_factor == 0:
         classifier.class_head.requires_grad_(False)
         if classifier.class_bias is not None:

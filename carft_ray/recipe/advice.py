@@ -3,13 +3,25 @@
 import posixpath
 import re
 from collections.abc import Iterator
+from typing import get_args
 
 from carft_ray.errors import Problem
+from carft_ray.recipe.benchmarks import IN_OUT
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
-from carft_ray.recipe.schema import PrunerPart, Recipe, SandboxSet, SetSpec, StoredSet
+from carft_ray.recipe.schema import (
+    BenchmarkSet,
+    CorruptedSet,
+    Corruption,
+    PrunerPart,
+    Recipe,
+    SandboxSet,
+    SetSpec,
+    StoredSet,
+    plain,
+)
 from carft_ray.recipe.text import KeyPath, dotted
 
 # kinds of shift, for the warning about OOD sets of one kind on both sides: science of the sandbox's domains, and words
@@ -61,6 +73,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     no_kl = train.kl_weight == 0 and "kl_weight" not in space
     if recipe.storage is not None:
         yield "storage", "has no effect in this version"
+    if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
+        yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if train.context_scale is not None and no_kl:
@@ -73,6 +87,13 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.decay", "has no effect: weight_decay is 0"
     if train.head_bias and train.head_lr_factor == 0 and "head_lr_factor" not in space:
         yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
+    if train.lora_rank is None and "lora_rank" not in space:
+        if train.lora_alpha is not None:
+            yield "train.lora_alpha", "has no effect: lora_rank is null"
+        if "lora_alpha" in space:
+            yield "search.space.lora_alpha", "has no effect: lora_rank is null"
+    if train.ema_decay == 0 and "ema_decay" not in space:
+        yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null says the same"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):
@@ -86,6 +107,9 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
+    for path, spec in named_sets(recipe).items():
+        if isinstance(images := plain(spec), BenchmarkSet) and images.trial_seed and images.split not in IN_OUT:
+            yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
     yield from sampler_advice(recipe)
     for key, names in PRUNER_KEYS.items():
         given = getattr(search.pruner, key) != PrunerPart.model_fields[key].default
@@ -127,7 +151,10 @@ def _relative(path: KeyPath, spec: SetSpec, sets: dict[KeyPath, SetSpec]) -> tup
 
 def _families(path: KeyPath, spec: SetSpec) -> set[str]:
     """Returns the kinds of shift of an OOD set: of its sandbox domain, or as its name and its folders say."""
+    if isinstance(spec, CorruptedSet):
+        return set()
     names = [spec.domain] if isinstance(spec, SandboxSet) else [str(path[-1]), *shown_domains(spec)]
+    names += [spec.name] if isinstance(spec, BenchmarkSet) else []
     found = {family for family, domains in SANDBOX_FAMILIES.items() for name in names if name in domains}
     if isinstance(spec, SandboxSet):
         return found
@@ -142,6 +169,8 @@ def _words(name: str) -> set[str]:
 
 
 def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
+    if isinstance(spec, CorruptedSet):
+        return {("corrupted", name) for name in spec.corruptions or get_args(Corruption)}
     if isinstance(spec, SandboxSet):
         return {("sandbox", spec.domain)}
     return {(posixpath.normpath(spec.path), domain) for domain in shown_domains(spec)}

@@ -14,14 +14,15 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
-from carft_ray.recipe.messages import findings
+from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import Recipe, StoredSet
+from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
 # stands in for a set with a mistake, while the rules look for further mistakes elsewhere
+TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
 _STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
 
 
@@ -43,6 +44,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(document.problems)
     places = Places(str(path), document.lines)
     raw, problems = apply_overrides(document.value, places, overrides)
+    raw, unread = _with_template_file(raw, recipe_dir(path))
+    problems += [finding.at(places.place(finding.path)) for finding in unread]
     recipe: Recipe | None = None
     found = []
     try:
@@ -78,6 +81,24 @@ def _read(path: Path) -> str:
         raise RecipeError(Problem(place, "must be text in UTF-8", f"byte {error.start} that is none")) from None
     except OSError as error:
         raise RecipeError(Problem(place, "must be readable", error.strerror or str(error))) from None
+
+
+def _with_template_file(raw: Any, base_dir: Path) -> tuple[Any, list[Finding]]:
+    """Puts the lines of a file that ``prompts.templates`` names in its place, so that the recipe is complete."""
+    prompts = raw.get("prompts") if isinstance(raw, dict) else None
+    prompts = prompts if isinstance(prompts, dict) else {}
+    written = prompts.get("templates")
+    if not isinstance(written, str) or not written.startswith(TEMPLATE_FILE):
+        return raw, []
+    path = resolve_path(written.removeprefix(TEMPLATE_FILE), base_dir)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or "no text in UTF-8"
+        rule = "must be a file with one template per line"
+        rest = {key: value for key, value in prompts.items() if key != "templates"}
+        return {**raw, "prompts": rest}, [Finding(("prompts", "templates"), rule, f"{path}: {cause}")]
+    return {**raw, "prompts": {**prompts, "templates": lines}}, []
 
 
 def _without_mistakes(raw: Any, error: ValidationError) -> tuple[Recipe | None, list[KeyPath]]:
@@ -147,7 +168,12 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         return str(resolve_path(written, base_dir))
 
     def absolute_set(spec: Any) -> Any:
-        return spec.model_copy(update={"path": absolute(spec.path)}) if isinstance(spec, StoredSet) else spec
+        if isinstance(spec, CorruptedSet):
+            return spec.model_copy(update={"of": absolute_set(spec.of)})
+        if not isinstance(spec, StoredSet):
+            return spec
+        written = {key: getattr(spec, key) for key in spec.path_keys}
+        return spec.model_copy(update={key: absolute(path) for key, path in written.items() if isinstance(path, str)})
 
     data, model = recipe.data, recipe.model
     sets: dict[str, Any] = {role: absolute_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}

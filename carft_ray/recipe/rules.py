@@ -6,13 +6,16 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from carft_ray.errors import nearest
+from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.conditions import condition_findings
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import (
+    BenchmarkSet,
     CategoricalParameter,
+    CorruptedSet,
     FolderSet,
     IntParameter,
     Parameter,
@@ -22,6 +25,7 @@ from carft_ray.recipe.schema import (
     TrainPart,
     core_type,
     field_kind,
+    plain,
 )
 from carft_ray.recipe.text import KeyPath
 
@@ -34,10 +38,12 @@ NOT_SEARCHABLE = {
     "class_head_form": "Both forms give the same model at the same settings: only the stored numbers differ.",
     "precision": "It changes speed and rounding, not the method. Choose one for all trials.",
     "micro_batch": "It changes speed and memory, not the gradient. Choose one for all trials.",
+    "grad_checkpointing": "It changes speed and memory, not the gradient. Choose one for all trials.",
+    "compile": "It changes speed and rounding, not the method. Choose one for all trials.",
 }
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
-TEMPLATE_SETS: tuple[str, ...] = get_args(TemplateSet)
+TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -93,8 +99,37 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
                     reads=(("data", "ood_val", name),),
                 )
     for path, spec in named_sets(recipe).items():
-        if isinstance(spec, FolderSet) and spec.domains is not None:
-            yield from _distinct((*path, "domains"), spec.domains)
+        images, inner = plain(spec), path
+        if isinstance(spec, CorruptedSet):
+            inner = (*path, "of")
+            yield from _distinct((*path, "corruptions"), spec.corruptions or ())
+        if isinstance(images, FolderSet | BenchmarkSet) and images.domains is not None:
+            yield from _distinct((*inner, "domains"), images.domains)
+        if isinstance(images, BenchmarkSet):
+            yield from _benchmark(inner, images)
+
+
+def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
+    known = BENCHMARKS.get(spec.name)
+    if known is None:
+        rule = f"must be the name of a benchmark: {', '.join(BENCHMARKS)}"
+        yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
+        return
+    reads: tuple[KeyPath, ...] = ((*path, "name"),)
+    key: KeyPath = (*path, "split")
+    if spec.split is None and known.needs_split:
+        yield Finding(key, f"is required for {spec.name}", allowed=known.splits, reads=reads)
+    elif spec.split is not None and not known.splits:
+        yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split), reads=reads)
+    elif spec.split is not None and spec.split not in known.splits:
+        rule, near = f"must be a split of {spec.name}", nearest(spec.split, known.splits)
+        yield Finding(key, rule, shown(spec.split), known.splits, near, reads=reads)
+    if spec.domains is not None and not known.has_domains:
+        rule = f"must be left out: {spec.name} has no domains"
+        yield Finding((*path, "domains"), rule, shown(list(spec.domains)), reads=reads)
+    if known.only_tests and path[1] not in ("id_test", "ood_test"):
+        rule = f"{spec.name} must have a test role: {known.only_tests}"
+        yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
 
 
 def _distinct(path: KeyPath, names: tuple[str, ...]) -> Iterator[Finding]:
@@ -109,6 +144,11 @@ def _classes(recipe: Recipe) -> Iterator[Finding]:
     classes, words = recipe.data.classes, recipe.prompts.class_names
     if classes is not None:
         yield from _distinct(("data", "classes"), classes)
+    if isinstance(words, str):
+        if words not in BENCHMARKS:
+            rule, near = "must be the name of a benchmark or a list of texts", nearest(words, BENCHMARKS)
+            yield Finding(("prompts", "class_names"), rule, shown(words), tuple(BENCHMARKS), near)
+        return
     if words is not None and not all(word.strip() for word in words):
         yield Finding(("prompts", "class_names"), "must not hold an empty text", shown(list(words)))
     if classes is not None and words is not None and len(classes) != len(words):
@@ -127,7 +167,7 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
             step = f"Write one template as a list: [{shown(templates)}]." if "{" in templates else ""
             yield Finding(
                 path,
-                "must be the name of a set of templates or a list of texts with {}",
+                "must be the name of a set of templates, file:PATH, or a list of texts with {}",
                 shown(templates),
                 TEMPLATE_SETS,
                 nearest(templates, TEMPLATE_SETS),

@@ -7,7 +7,7 @@ otherwise. The keys are described for users in ``search_spaces/README.md``; a te
 import re
 from decimal import Decimal
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -29,7 +29,15 @@ def _templates(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
-        raise ValueError("must be the name of a set of templates or a list of texts with {}")
+        raise ValueError("must be the name of a set of templates, file:PATH, or a list of texts with {}")
+    return tuple(value)
+
+
+def _words(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        raise ValueError("must be the name of a benchmark or a list of texts")
     return tuple(value)
 
 
@@ -40,7 +48,7 @@ def _choices(value: Any) -> tuple[Any, ...]:
     return tuple(_plain_value(one) for one in values)
 
 
-def _duration(value: Any) -> Any:
+def seconds_of(value: Any) -> Any:
     """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
     if not isinstance(value, str):
         return value
@@ -64,6 +72,12 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 TemplateSet = Literal["sandbox", "simple", "openai"]
+# ImageNet-C's fifteen, then its four extra ones
+Corruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
 
 
 class Part(BaseModel):
@@ -103,6 +117,8 @@ def _interval(value: Any) -> Any:
 class StoredSet(Part):
     """What every set of stored images has: where it lies, and which of its images belong to it."""
 
+    path_keys: ClassVar[tuple[str, ...]] = ("path",)  # whose texts are paths
+
     path: str  # a relative path counts from the recipe's folder
     # images whose fraction, a hash of the sample id, lies in [from, to): disjoint parts share no image
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = None
@@ -120,7 +136,99 @@ class FolderSet(StoredSet):
     domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None
 
 
-SetSpec = Annotated[SandboxSet | FolderSet, Field(discriminator="source")]
+def _class_names(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("must be a list of texts, or the path of a text file with one name per line")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+    return names
+
+
+# names of the classes by the numbers of the labels, or the path of a text file with one per line
+ClassNames = Annotated[tuple[str, ...] | str, BeforeValidator(_class_names)]
+
+
+def _row_values(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values or not all(isinstance(one, bool | int | str) for one in values):
+        raise ValueError("must be a text, a whole number, true or false, or a list of them")
+    return values
+
+
+# column -> values of the rows that belong to the set
+Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(_nothing_is_empty)]
+
+
+class ColumnSet(StoredSet):
+    """A row per image: which columns hold what, and which rows belong to the set."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "root", "class_names")
+    image: str | None = None  # column of paths or bytes; None: the one that can be meant
+    label: str | None = None  # column of texts, or of whole numbers with class_names; None as above
+    id: str | None = None  # column of stable names; None: the paths, else hashes of the bytes
+    root: str | None = None  # folder that paths of images count from; None: the one that the files lie in
+    where: Where = {}
+    class_names: ClassNames | None = None  # None: as the file names them, else the texts
+
+
+class TableSet(ColumnSet):
+    """CSV, Parquet or Arrow files with equal columns."""
+
+    source: Literal["table"]
+
+
+class HuggingFaceSet(ColumnSet):
+    """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
+
+    source: Literal["huggingface"]
+    split: str | None = None  # None: the only one
+
+
+def _sample_label(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"json:.+|[^:/\s]+", value) is None:
+        raise ValueError("must be the ending of a file such as cls, or json:KEY")
+    return value
+
+
+class WebDatasetSet(StoredSet):
+    """Tar archives of samples: files of one name with several endings."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "class_names")
+    source: Literal["webdataset"]
+    image: str | None = None  # ending of the images; None: the one image ending of each sample
+    label: Annotated[str | None, BeforeValidator(_sample_label)] = None  # ending of its file, or json:KEY; None: cls
+    class_names: ClassNames | None = None  # None: those of classnames.txt beside the shards, else the texts
+
+
+class BenchmarkSet(StoredSet):
+    """A public benchmark as its archives unpack, with its own class list, splits and masks."""
+
+    source: Literal["benchmark"]
+    name: str  # a key of recipe/benchmarks.py
+    split: str | None = None  # of the benchmark; None: all images
+    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = None  # of DomainBed's sets; None: all
+    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # DomainBed's; of its splits in and out
+
+
+# every kind of set but those that are made of another
+PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | BenchmarkSet
+
+
+class CorruptedSet(Part):
+    """Another set under ImageNet-C's corruptions, each image under one of them."""
+
+    source: Literal["corrupted"]
+    of: Annotated[PlainSet, Field(discriminator="source")]
+    corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1)] | None = None  # None: ImageNet-C's fifteen
+    severity: Annotated[int, Field(ge=1, le=5, strict=True)]
+    seed: Seed = 0  # of the draw of a corruption and of its noise, with the sample id
+    size: Count = 224  # larger images are first resized and cropped to a square of this side, as ImageNet-C was
+
+
+SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
 SetSpecs = Annotated[dict[SetName, SetSpec], BeforeValidator(_nothing_is_empty)]
 
 
@@ -135,14 +243,24 @@ class DataPart(Part):
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = (
         None  # class folders in label order; None: those of train, in its order
     )
-    cache_dir: str | None = None  # decoded sets; None: the user's cache folder
+    cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
+    cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit
+    pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: of network disks
+
+
+# keys of ``data`` that say where and how images are kept: other values of them do not make another study
+CACHE_KEYS = ("cache_dir", "cache_gb", "pack")
 
 
 class PromptsPart(Part):
     """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
 
-    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = "sandbox"  # a TemplateSet, or a list
-    class_names: tuple[str, ...] | None = None  # words for the classes; None: the class folders, '_' as a space
+    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = (
+        "sandbox"  # a TemplateSet, a benchmark, or a list
+    )
+    # words for the classes: those of a benchmark, or a list; None: those of the benchmark that is trained on, else the
+    # class folders, '_' as a space
+    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = None
 
 
 class TrainPart(Part):
@@ -165,9 +283,17 @@ class TrainPart(Part):
     class_head_form: Literal["folded", "unit"] = "folded"
     head_bias: Flag = False
     head_lr_factor: NonNegative = 1.0  # 0 freezes the class head
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0  # learning rate of a layer over the next one's
+    freeze_layers: Whole = 0  # lowest layers of the image tower that do not train
+    lora_rank: Count | None = None  # the tower's matrices train by corrections of this rank; None: all of the tower
+    lora_alpha: Positive | None = None  # the corrections count lora_alpha / lora_rank times; None: once
+    ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = None  # of the average of the steps' weights
+    recalibrate_batches: Whole = 0  # clean batches for the BatchNorm statistics of mixed weights; 0: those of the start
     context_scale: Positive | None = None  # scale in the context softmax; None: the model's own logit scale
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"  # of the tower's compute; weights stay fp32 (fp64)
-    seed: Seed = 0  # data order and views
+    grad_checkpointing: Flag = False  # activations of blocks are computed again, not kept
+    compile: Flag = False  # the training computes with a compiled image tower
+    seed: Seed = 0  # data order, views, and the start of LoRA
 
 
 # categorical parameter -> its values for which this one is drawn; elsewhere the field keeps its value in `train`
@@ -363,7 +489,7 @@ class ResourcesPart(Part):
 class BudgetPart(Part):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Annotated[Positive, BeforeValidator(_duration)] | None = None  # seconds, or a text such as 8h
+    wall_time: Annotated[Positive, BeforeValidator(seconds_of)] | None = None  # seconds, or a text such as 8h
     gpu_hours: Positive | None = None  # of all attempts of the study
 
 
@@ -389,3 +515,8 @@ class Recipe(Part):
     resources: ResourcesPart = ResourcesPart()
     storage: str | None = None  # address that the study is mirrored to
     budget: BudgetPart = BudgetPart()
+
+
+def plain(spec: SetSpec) -> PlainSet:
+    """Returns the set of images that a set is made of: itself, or that which is shown corrupted."""
+    return spec.of if isinstance(spec, CorruptedSet) else spec

@@ -13,6 +13,7 @@ import pyarrow as pa
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, sample_ids, select
+from carft_ray.recipe.schema import CACHE_KEYS
 from carft_ray.results.finished import Finished, open_finished, split_target
 from carft_ray.results.intervals import Interval, crossed, objective_difference, paired_differences
 from carft_ray.search.provenance import differences
@@ -40,7 +41,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     first, second = (open_finished(*split_target(written)) for written in (a, b))
     recipes = [each.recipe.model_dump(mode="json") for each in (first, second)]
     for recipe in recipes:
-        recipe["data"].pop("cache_dir")
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in CACHE_KEYS}
     pairs, reasons = _pairs(first, second)
     found = _intervals(first, second, pairs, reasons)
     values = [_values(each) for each in (first, second)]

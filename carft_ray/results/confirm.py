@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import CACHE_KEYS, Recipe
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
@@ -297,7 +297,7 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
     """Returns what two studies must have in common, or their numbers are not of one comparison."""
     return {
         "model": recipe.model,
-        "data": recipe.data.model_copy(update={"cache_dir": None}),
+        "data": recipe.data.model_dump(exclude={*CACHE_KEYS}),
         "prompts": recipe.prompts,
         "search.objective": recipe.search.objective,
     }

@@ -1,29 +1,53 @@
-"""Exporting a mixed model: an open_clip folder that stock open_clip opens, the class head, and a model card.
+"""Exporting a mixed model in the formats that others open: open_clip, Hugging Face, ONNX.
 
-    OUT/{open_clip_config.json, open_clip_model.safetensors, class_head.safetensors, recipe.yaml, README.md}
+    OUT/{class_head.safetensors, recipe.yaml, README.md}                   always
+        {open_clip_config.json, open_clip_model.safetensors}               open_clip: stock open_clip opens it
+        {config.json, model.safetensors, preprocessor_config.json, ...}    huggingface: transformers.CLIPModel opens it
+        {model.onnx}                                                       onnx: image tower and class head in one
 
 ``logits = image_features @ class_head.T`` with normalised features (plus ``class_bias`` where there is one): the scale
-is inside the head.
+is inside the head. Before the folder takes its name, each format is opened by its own library in a process of its own
+(``learning/reopen.py``), and must give the logits of the model.
 """
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from carft_ray import __version__
-from carft_ray.errors import Problem, StorageError
-from carft_ray.files import new_folder, require_new, write_json, write_text
+from carft_ray.errors import Problem, StorageError, UsageError, nearest
+from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, load_folder
+from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
+from carft_ray.learning.hugging_face_files import misfits, write_huggingface
+from carft_ray.learning.onnx_files import write_onnx
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.trained import Trained, evaluate_trained
+from carft_ray.results.model_card import HEAD_NAME, model_card
+from carft_ray.results.trained import Trained
 
-HEAD_NAME = "class_head.safetensors"
 TOLERANCE = 1e-3  # largest difference of two logits of size 10 to 100 that rounding explains
-NUM_CHECKED = 64  # images
+NUM_CHECKED = 32  # images
+NUM_SENTENCES = 16
+BATCH = 8  # images of one pass on the CPU
+# format -> libraries that open it, and the extra of this package that installs them
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+    "open_clip": (("open_clip",), ""),
+    "huggingface": (("transformers",), "hf"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
+DEFAULT_FORMATS = ("open_clip",)
 
 
 @dataclass(frozen=True)
@@ -33,116 +57,160 @@ class Exported:
     Attributes:
         folder: The export.
         alpha: Mixing coefficient of its weights.
-        largest_difference: Of a logit of the reopened export from the model's own, over ``num_checked`` images.
+        largest_difference: Of a logit of the reopened export from the model's own, over ``num_checked`` images and all
+            formats.
         num_checked: Images compared.
+        formats: Largest difference of each format.
     """
 
     folder: Path
     alpha: float
     largest_difference: float
     num_checked: int
+    formats: dict[str, float]
 
 
-def export_model(trained: Trained, out_dir: Path, alpha: float | None = None) -> Exported:
+def parse_formats(words: Sequence[str]) -> tuple[str, ...]:
+    """Returns the formats that ``--format`` asks for, each once, in the order of ``FORMATS``.
+
+    Args:
+        words: Names, or several with commas between; none is the default.
+
+    Raises:
+        UsageError: A name is no format.
+    """
+    asked = [name.strip() for word in words for name in word.split(",")]
+    problems = [
+        Problem("--format", "must be a format", repr(name), tuple(FORMATS), nearest(name, FORMATS))
+        for name in dict.fromkeys(asked)
+        if name not in FORMATS
+    ]
+    if problems:
+        raise UsageError(problems)
+    return tuple(name for name in FORMATS if name in asked) or DEFAULT_FORMATS
+
+
+def export_model(
+    trained: Trained, out_dir: Path, alpha: float | None = None, formats: Sequence[str] = DEFAULT_FORMATS
+) -> Exported:
     """Writes the mixed model, opens it again from its files, and compares logits before it takes its name.
 
     Args:
         trained: The training.
         out_dir: Folder to make; it must not exist, or be empty.
         alpha: Mixing coefficient; None: the chosen one.
+        formats: Names of ``FORMATS``; all lie in the one folder.
 
     Raises:
-        UsageError: ``out_dir`` holds something.
+        UsageError: ``out_dir`` holds something, or a format cannot hold this model or needs a library that is missing.
         StorageError: It cannot be written, or the reopened model gives other logits.
     """
     out_dir = out_dir.resolve()
     require_new(out_dir, "--to")
+    _require_possible(trained.materials.clip, formats)
     alpha = trained.result["alpha"] if alpha is None else alpha
-    classifier = trained.classifier(alpha).to("cpu")
-    classifier.autocast_dtype = None  # stock open_clip computes in float32
-    clip = trained.materials.clip
-    state = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    for name, tensor in classifier.visual.state_dict().items():
-        state[f"visual.{name}"] = tensor.to(state[f"visual.{name}"].dtype)
+    classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
+    classifier.autocast_dtype = None  # all these libraries compute in float32
+    question, expected = _question(trained, classifier)
     head = {"class_head": (classifier.logit_scale * classifier.unit_class_head()).float()}
     if classifier.form == "folded":
         head["class_head"] = classifier.class_head.detach().float()
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
-    names = {"class_names": json.dumps(trained.materials.class_names), "form": "folded", "alpha": repr(alpha)}
+    about = {"class_names": json.dumps(trained.materials.class_names), "form": "folded", "alpha": repr(alpha)}
     with new_folder(out_dir) as folder:
-        write_json(folder / CONFIG_NAME, clip.config)
-        save_tensors(folder / WEIGHTS_NAME, state)
-        save_tensors(folder / HEAD_NAME, head, names)
+        save_tensors(folder / HEAD_NAME, head, about)
         fixed = trained.recipe.model_copy(update={"train": trained.recipe.train.model_copy(update={"alpha": alpha})})
         write_text(folder / "recipe.yaml", dump_recipe(fixed))
-        write_text(folder / "README.md", _model_card(trained, alpha, "class_bias" in head))
-        difference, num_checked = _compare(trained, classifier, folder)
-    return Exported(out_dir, alpha, difference, num_checked)
+        write_text(folder / "README.md", model_card(trained, alpha, formats, "class_bias" in head))
+        _write(folder, trained.materials.clip, classifier, formats, about)
+        for path in folder.iterdir():
+            fsync_file(path)
+        differences = {name: _difference(folder, name, question, expected) for name in formats}
+    return Exported(out_dir, alpha, max(differences.values()), len(expected["class_logits"]), differences)
 
 
-def _compare(trained: Trained, classifier: ImageClassifier, folder: Path) -> tuple[float, int]:
-    """Returns the largest difference of logits between the export and the model, and over how many images."""
-    reopened, head = load_folder(folder), load_tensors(folder / HEAD_NAME)
-    images = trained.materials.validation[0].images_NHWC[:NUM_CHECKED]
-    pixels = torch.from_numpy(images.copy())
-    tower = ImageClassifier(
-        reopened.model.visual,  # type: ignore[arg-type]  # open_clip is untyped
-        head["class_head"],
-        1.0,
-        reopened.mean,
-        reopened.std,
-    ).eval()
+def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
+    """Raises for every format that this installation or this model cannot have."""
+    problems = []
+    for name in formats:
+        libraries, extra = FORMATS[name]
+        missing = [library for library in libraries if importlib.util.find_spec(library) is None]
+        if missing:
+            rule = f"{name} needs {' and '.join(missing)}, to write the export and to open it again"
+            step = f"Install it: pip install 'carft-ray[{extra}]'"
+            problems.append(Problem("--format", rule, "an installation without", next_step=step))
+    if "huggingface" in formats and (found := misfits(clip)):
+        rule = "huggingface writes what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
+        others = tuple(name for name in FORMATS if name != "huggingface")
+        problems.append(Problem("--format", rule, f"a model with {', '.join(found)}", others))
+    if problems:
+        raise UsageError(problems)
+
+
+def _write(
+    folder: Path, clip: Clip, classifier: ImageClassifier, formats: Sequence[str], about: dict[str, str]
+) -> None:
+    state = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+    for name, tensor in classifier.visual.state_dict().items():
+        state[f"visual.{name}"] = tensor.to(state[f"visual.{name}"].dtype)
+    if "open_clip" in formats:
+        write_json(folder / CONFIG_NAME, clip.config)
+        save_tensors(folder / WEIGHTS_NAME, state)
+        write_tokenizer(clip, folder)
+    if "huggingface" in formats:
+        write_huggingface(folder, clip, state)
+    if "onnx" in formats:
+        write_onnx(folder, classifier, clip.image_size, about)
+
+
+def _question(trained: Trained, classifier: ImageClassifier) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns pixels and sentences to ask an export for, and the logits that it must give."""
+    materials, clip = trained.materials, trained.materials.clip
+    pixels_NHWC = torch.from_numpy(materials.validation[0].images_NHWC[:NUM_CHECKED].copy())
+    sentences = [template.replace("{}", name) for template in materials.templates for name in materials.class_names]
+    sentences = sentences[:: -(-len(sentences) // NUM_SENTENCES)]
+    model: Any = clip.model
     with torch.inference_mode():
-        logits = tower(pixels)[1] + head.get("class_bias", 0)
-        difference = float((logits - classifier(pixels)[1]).abs().max())
+        features_ND = torch.cat([classifier.features(part_BHWC) for part_BHWC in torch.split(pixels_NHWC, BATCH)])
+        texts_MD = functional.normalize(model.encode_text(clip.tokenizer(sentences)), dim=-1)
+        expected = {
+            "class_logits": classifier.logits(features_ND),
+            "text_logits": clip.logit_scale * functional.normalize(features_ND, dim=-1) @ texts_MD.T,
+        }
+    return {"pixels": pixels_NHWC, "sentences": sentences}, expected
+
+
+def _difference(folder: Path, name: str, question: dict[str, Any], expected: dict[str, Tensor]) -> float:
+    """Opens the export in a new process and returns how far the farthest logit is from what it must be.
+
+    Raises:
+        StorageError: It does not open, or that is too far.
+    """
+    with tempfile.TemporaryDirectory() as place, resources.as_file(_script()) as script:
+        asked, answer = Path(place) / "question.safetensors", Path(place) / "answer.safetensors"
+        save_tensors(asked, {"pixels": question["pixels"]}, {"sentences": json.dumps(question["sentences"])})
+        command = [sys.executable, "-P", "-W", "ignore", str(script), name, str(folder), str(asked), str(answer)]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
+        library = FORMATS[name][0][-1]
+        if done.returncode != 0:
+            value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            value = value.replace(str(folder), "the export")  # it has its name for the time being only
+            raise StorageError(Problem(str(folder), f"{library} must open the export", value))
+        found = load_tensors(answer)
+    # one tensor, since a not-a-number must not lose against a number
+    difference = float(torch.cat([(logits - expected[key]).abs().flatten() for key, logits in found.items()]).max())
     if not difference <= TOLERANCE:
-        rule = f"the export must give the logits of the model within {TOLERANCE}"
+        rule = f"{library} must give the logits of the model within {TOLERANCE}"
         raise StorageError(Problem(str(folder), rule, f"a difference of {difference:.3g}"))
-    return difference, len(pixels)
+    return difference
 
 
-def _model_card(trained: Trained, alpha: float, has_bias: bool) -> str:
-    recipe, result = trained.recipe, trained.result
-    metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
-    metrics = metrics or evaluate_trained(trained, alpha)
-    chosen = ", which was chosen on these very sets" if alpha == result["alpha"] else ""
-    synthetic = recipe.model.name == "sandbox" or recipe.data.train.source == "sandbox"
-    lines = [
-        f"# {recipe.name}: {recipe.model.name} fine-tuned with CAR-FT",
-        "",
-        f"Made by carft-ray {__version__} from `{trained.name}`. Weights are mixed at alpha = {alpha:g} (0 is the",
-        "zero-shot model, 1 the fine-tuned one). The recipe is in `recipe.yaml`.",
-        "",
-        "## Accuracy on the validation sets" + (" (synthetic images)" if synthetic else ""),
-        "",
-        f"Measured at alpha = {alpha:g}{chosen}; test sets were not read.",
-        *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
-        "",
-        "| set | accuracy, % | images |",
-        "|---|---|---|",
-    ]
-    for name, count in result["num_images"].items():
-        if name != "train":
-            lines.append(f"| {name} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |")
-    bias = ' + head["class_bias"]' if has_bias else ""
-    values = ", ".join(f"{key} {value}" for key, value in result["train"].items() if value is not None)
-    lines += [
-        "",
-        f"Training: {values}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import open_clip",
-        "from safetensors.torch import load_file",
-        "",
-        'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")',
-        'head = load_file("FOLDER/class_head.safetensors")',
-        f'logits = model.eval().encode_image(images, normalize=True) @ head["class_head"].T{bias}',
-        "```",
-        "",
-        f"Classes, in the order of the logits: {', '.join(trained.materials.class_names)}.",
-        "",
-    ]
-    return "\n".join(lines)
+def _script() -> Any:
+    return resources.files("carft_ray.learning") / "reopen.py"

@@ -246,7 +246,8 @@ def _evaluate(
 
 def _decoded(source: Source, materials: Materials, recipe: Recipe) -> ImageSet:
     clip = materials.clip
-    images = image_set(source, clip.to_input, clip.input_key, cache_dir(recipe, Path("/")))
+    folder, limit_gb = cache_dir(recipe, Path("/")), recipe.data.cache_gb
+    images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
     return dataclasses.replace(images, name=source.name)
 
 

@@ -22,6 +22,7 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.pareto import placed
@@ -51,10 +52,16 @@ class Trained:
     fine_tuned: dict[str, Tensor]
 
     def classifier(self, alpha: float) -> ImageClassifier:
-        """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe."""
+        """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe.
+
+        With ``recalibrate_batches`` it has the statistics that its training found for it.
+        """
         recipe, device = self.recipe, device_of(self.recipe)
+        torch.set_num_threads(num_threads(recipe))
         classifier = build_classifier(self.materials.clip, self.class_head_CD, recipe.train, device)
         classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
+        if num_batches := recipe.train.recalibrate_batches:
+            recalibrate(classifier, clean_views(self.materials.clip, self.materials.train, num_batches))
         return classifier.eval()
 
 
@@ -192,5 +199,4 @@ def _predict(trained: Trained, alpha: float, zero_shot_head: bool) -> pa.Table:
         classifier.class_head.data.copy_(start.class_head.data)
         if classifier.class_bias is not None:
             classifier.class_bias.data.zero_()
-    torch.set_num_threads(num_threads(recipe))
     return predict_all(classifier, sets, alpha, recipe.evaluate.batch_size, RunContext())

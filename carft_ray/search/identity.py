@@ -24,7 +24,7 @@ from carft_ray.errors import Problem, RecipeError, StorageError
 from carft_ray.recipe.loading import absolute_paths, is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
-from carft_ray.recipe.schema import Parameter, Recipe, StoredSet
+from carft_ray.recipe.schema import CorruptedSet, Parameter, Recipe, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
 from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, RESOLVED, check_free_or_claimed
@@ -48,17 +48,32 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "data.ood_test": ("identity", "fixed before anything is selected"),
     "data.classes": ("identity", "the meaning of the labels"),
     "data.cache_dir": ("running", "where decoded images lie"),
+    "data.cache_gb": ("running", "how much of them is kept"),
+    "data.pack": ("running", "how images are read; the pixels are the same"),
     "<set>.source": ("identity", "which images"),
     "<set>.domain": ("identity", "which images"),
     "<set>.split": ("identity", "which images"),
     "<set>.num_per_class": ("identity", "which images"),
     "<set>.path": ("running", "images may move, their contents are compared; those of tests only with data.train"),
+    "<set>.root": ("running", "as the path"),
+    "<set>.image": ("identity", "which images"),
+    "<set>.label": ("identity", "the labels"),
+    "<set>.id": ("identity", "the names of the images, from which parts, shots and views are drawn"),
+    "<set>.where": ("identity", "which images"),
+    "<set>.class_names": ("identity", "the meaning of the labels; a file may move, the names are compared"),
     "<set>.domains": ("identity", "which images"),
     "<set>.part": ("identity", "which images"),
     "<set>.shots": ("identity", "which images"),
     "<set>.shots_seed": ("identity", "which images"),
     "<set>.classes": ("identity", "between which classes images are told apart"),
     "<set>.on_bad_image": ("identity", "which images"),
+    "<set>.name": ("identity", "which images"),
+    "<set>.trial_seed": ("identity", "which images"),
+    "<set>.of": ("identity", "which images"),
+    "<set>.corruptions": ("identity", "what the images look like"),
+    "<set>.severity": ("identity", "what the images look like"),
+    "<set>.seed": ("identity", "what the images look like"),
+    "<set>.size": ("identity", "what the images look like"),
     "prompts.templates": ("identity", "both heads are made of them"),
     "prompts.class_names": ("identity", "both heads are made of them"),
     "train.learning_rate": ("identity", _METHOD),
@@ -76,8 +91,16 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "train.class_head_form": ("identity", "changes the form of the stored weights"),
     "train.head_bias": ("identity", _METHOD),
     "train.head_lr_factor": ("identity", _METHOD),
+    "train.layer_decay": ("identity", _METHOD),
+    "train.freeze_layers": ("identity", _METHOD),
+    "train.lora_rank": ("identity", _METHOD),
+    "train.lora_alpha": ("identity", _METHOD),
+    "train.ema_decay": ("identity", _METHOD),
+    "train.recalibrate_batches": ("identity", _METHOD),
     "train.context_scale": ("identity", _METHOD),
     "train.precision": ("identity", "changes the rounding of every number"),
+    "train.grad_checkpointing": ("running", "changes memory and speed, not the gradient"),
+    "train.compile": ("identity", "changes the rounding of every number"),
     "train.seed": ("identity", "choosing a luckier seed is selection on noise"),
     "evaluate.every_epochs": ("identity", "when a training is looked at decides when a pruner may cut it"),
     "evaluate.subset": ("identity", "the looks at trainings are compared with each other"),
@@ -129,6 +152,7 @@ _SETS = (("data", "train"), ("data", "id_val"), ("data", "id_test"))
 _NAMED_SETS = (("data", "ood_val"), ("data", "ood_test"))
 GENERATION = "generation"  # keys of the manifest
 RECIPES = "recipes"
+_MOVED = ("<set>.path", "<set>.root")
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
@@ -184,10 +208,9 @@ def table_key(path: KeyPath) -> str:
     Raises:
         KeyError: No key of a recipe is meant.
     """
-    if path[:2] in _SETS and len(path) > 2:
-        return f"<set>.{path[2]}"
-    if path[:2] in _NAMED_SETS and len(path) > 3:
-        return f"<set>.{path[3]}"
+    below = path[2:] if path[:2] in _SETS else path[3:] if path[:2] in _NAMED_SETS else ()
+    if below:  # the set that a corrupted one is made of has the keys of a set
+        return f"<set>.{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
     if path[:2] == ("search", "space") and len(path) > 3:
         return f"search.space.<parameter>.{path[3]}"
     for end in range(len(path), 0, -1):
@@ -234,7 +257,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
         last = problems.pop()
         raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
-    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) == "<set>.path"]
+    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
     return Claim(False, wanted, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 
@@ -316,6 +339,8 @@ def _is_free(found: Difference) -> bool:
         return len(found.path) == 3 and found.old is MISSING
     if found.path == ("model", "pretrained"):
         return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
+    if found.path[-1] == "class_names" and found.path[0] == "data":
+        return all(isinstance(value, str) for value in (found.old, found.new))
     if found.path == ("model", "name"):
         return all(str(value).startswith("local-dir:") for value in (found.old, found.new))
     return False
@@ -323,18 +348,25 @@ def _is_free(found: Difference) -> bool:
 
 def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
     """Yields the paths of test sets that have not moved as ``data.train`` has: their contents are never looked at."""
-    train = [recipe.data.train for recipe in (old, new)]
+    train = [plain(recipe.data.train) for recipe in (old, new)]
     sets: dict[KeyPath, Any] = {("data", "id_test"): (old.data.id_test, new.data.id_test)}
     names = old.data.ood_test.keys() & new.data.ood_test.keys()
     sets |= {("data", "ood_test", name): (old.data.ood_test[name], new.data.ood_test[name]) for name in sorted(names)}
-    for path, (before, now) in sets.items():
-        if isinstance(before, StoredSet) and isinstance(now, StoredSet) and before.path != now.path:
+    for path, pair in sets.items():
+        before, now = (plain(spec) for spec in pair)
+        if not (isinstance(before, StoredSet) and isinstance(now, StoredSet)):
+            continue
+        inner = ("of",) if isinstance(pair[0], CorruptedSet) else ()
+        for key in before.path_keys:
+            places = [getattr(spec, key, None) for spec in (before, now)]
+            if places[0] == places[1] or any(isinstance(place, tuple) for place in places):
+                continue
             together = [
-                os.path.relpath(one.path, root.path) if isinstance(root, StoredSet) else one.path
-                for one, root in zip((before, now), train, strict=True)
+                os.path.relpath(place, root.path) if place and isinstance(root, StoredSet) else place
+                for place, root in zip(places, train, strict=True)
             ]
             if together[0] != together[1]:
-                yield Difference((*path, "path"), before.path, now.path)
+                yield Difference((*path, *inner, key), *places)
 
 
 def _how(name: str, old: Recipe, new: Recipe) -> frozenset[Direction]:

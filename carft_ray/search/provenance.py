@@ -90,6 +90,12 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
             value += f", {found['num_images']} images instead of {kept['num_images']}"
         step = "Restore the images, or begin anew in another folder: numbers of two data sets do not mix."
         problems.append(Problem(place, rule, value, next_step=step))
+    kept, found = before.get("classes"), now.get("classes")
+    if kept is not None and found is not None and kept != found:
+        rule = f"the classes must be those of the manifest: {', '.join(kept[:5])}{' ...' if len(kept) > 5 else ''}"
+        value = f"{', '.join(found[:5])}{' ...' if len(found) > 5 else ''} now"
+        step = "Restore their names and order, or begin anew in another folder."
+        problems.append(Problem("data.classes", rule, value, next_step=step))
     if "model" in now and now["model"] != before["model"]:
         kept, found = before["model"]["weights_hash"], now["model"]["weights_hash"]
         rule = f"the weights must be those of the manifest, hash {kept}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 
 from carft_ray import files
-from carft_ray.data.sets import user_cache_dir
+from carft_ray.data.index import user_cache_dir
 from carft_ray.errors import Problem, UsageError
 from carft_ray.recipe.schema import Recipe
 

@@ -1,0 +1,48 @@
+"""Pictures for the benchmarks of images: synthetic, with the spectrum of photos, as JPEG files.
+
+A photo's detail falls off with frequency about as 1/f, which is what decides how much work its JPEG is. These are sums
+of random patterns, each twice as fine and ``FALL`` times as strong as the one before.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+FALL = 0.75
+QUALITY = 90
+CLASSES = ("bird", "boat", "bridge", "car", "castle", "cat", "dog", "field")
+
+
+def photo(seed: int, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Returns a picture, uint8 [height, width, 3]."""
+    draw = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    for octave in range(int(np.log2(max(width, height))) + 1):
+        pattern = draw.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
+        pattern[..., 1:] = pattern[..., :1] + pattern[..., 1:] / 2  # colours go together
+        for colour in range(3):
+            layer = Image.fromarray(pattern[..., colour]).resize((width, height), Image.Resampling.BICUBIC)
+            total[..., colour] += FALL**octave * np.asarray(layer)
+    low, high = np.quantile(total, (0.01, 0.99))
+    pixels: npt.NDArray[np.uint8] = np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    return pixels
+
+
+def jpeg(seed: int, width: int, height: int) -> bytes:
+    """Returns a picture as JPEG, with half of the colour's resolution, as cameras write it."""
+    stream = io.BytesIO()
+    Image.fromarray(photo(seed, width, height)).save(stream, "JPEG", quality=QUALITY, subsampling=2)
+    return stream.getvalue()
+
+
+def write_tree(root: Path, num_images: int, width: int, height: int) -> int:
+    """Writes ``root/class/number.jpg``; returns the bytes of all files."""
+    size = 0
+    for index in range(num_images):
+        path = root / CLASSES[index % len(CLASSES)] / f"{index:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size += path.write_bytes(jpeg(index, width, height))
+    return size

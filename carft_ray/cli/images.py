@@ -1,0 +1,191 @@
+"""The cache of images: what is in it, filling it ahead, clearing it."""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, data_app, load, quoted
+from carft_ray.errors import Problem, UsageError
+
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of the cache (data.cache_dir of recipes); without it the user's own."),
+]
+
+
+@data_app.command("ls", epilog="Example:  carft-ray data ls")
+def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the sets in the cache: images, size, when they were built and last used. Nothing is written."""
+    from carft_ray import console
+    from carft_ray.data.cache import list_entries, notes
+
+    folder = _folder(cache)
+    entries, others = list_entries(folder), notes(folder)
+    total = sum(entry.num_bytes for entry in entries)
+    if json_:
+        rows = [dataclasses.asdict(entry) for entry in entries]
+        also = {"num_files": len(others), "num_bytes": sum(others.values())}
+        console.print_json({"cache": str(folder), "entries": rows, "num_bytes": total, "notes": also})
+        return
+    if entries:
+        console.out.print(console.cache_table([vars(entry) for entry in entries]))
+    more = f", and {console.size_text(sum(others.values()))} of notes about images" if others else ""
+    console.say(f"{folder}: {_sets(len(entries))}, {console.size_text(total)}{more}.")
+    if entries:
+        console.next_step(f"carft-ray data clean --older-than 30d{_option(cache)}")
+    else:
+        console.next_step("carft-ray data add search_spaces/quickstart.yaml")
+
+
+@data_app.command("add", epilog="Example:  carft-ray data add search_spaces/quickstart.yaml")
+def data_add(
+    recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
+    from carft_ray import console
+    from carft_ray.data.cache import list_entries
+    from carft_ray.data.packed import PackedSource
+    from carft_ray.data.sets import cache_dir
+    from carft_ray.evaluation.materials import load_materials
+    from carft_ray.recipe.schema import SandboxSet
+
+    value, base_dir = load(recipe, set_), recipe.absolute().parent
+    built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
+    with console.counting_several() as begin:
+
+        def on_image(name: str, done: int, total: int) -> None:
+            if name not in built:
+                built[name] = begin(name)
+            built[name](done, total)
+
+        materials = load_materials(value, base_dir, on_image)
+    folder = cache_dir(value, base_dir)
+    kinds = dict.fromkeys(materials.num_images, "decoded")
+    if not isinstance(value.data.train, SandboxSet):
+        kinds["train"] = "packed" if isinstance(materials.train, PackedSource) else "files"
+    sets = [
+        {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
+        for name, number in materials.num_images.items()
+    ]
+    total = sum(entry.num_bytes for entry in list_entries(folder))
+    if json_:
+        console.print_json({"cache": str(folder), "sets": sets, "num_bytes": total})
+        return
+    for each in sets:
+        console.say(f"{each['name']}: {each['num_images']:,} images, {_state(each)}")
+    console.say(f"{folder} holds {console.size_text(total)} now.")
+    console.next_step(
+        f"carft-ray search {quoted(recipe, set_)} --study studies/{value.name}",
+        f"carft-ray data ls{'' if value.data.cache_dir is None else f' --cache {shlex.quote(str(folder))}'}",
+    )
+
+
+@data_app.command("clean", epilog="Example:  carft-ray data clean --older-than 30d")
+def data_clean(
+    all_: Annotated[bool, typer.Option("--all", help="Remove all sets, and the notes about images.")] = False,
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="TIME", help="Remove sets not used for so long, such as 12h or 30d."),
+    ] = None,
+    to_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--to-gb", min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    cache: CacheOption = None,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Remove sets from the cache, but none in use. What is needed again is built again."""
+    from carft_ray import console
+    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
+    from carft_ray.files import writing
+
+    given = [name for name, value in (("--all", all_), ("--older-than", older_than), ("--to-gb", to_gb)) if value]
+    given += ["--to-gb"] if to_gb == 0 else []
+    if len(given) != 1:
+        rule = "one of --all, --older-than and --to-gb must say what goes"
+        raise UsageError(Problem("data clean", rule, " and ".join(given) or "none of them"))
+    folder = _folder(cache)
+    before = None if older_than is None else time.time() - _seconds(older_than)
+    entries = list_entries(folder)
+    if to_gb is not None:
+        going = surplus(entries, to_gb * GB)
+    else:
+        going = [each for each in entries if (all_ or each.last_used < (before or 0)) and not each.in_use]
+    others = notes(folder) if all_ else {}
+    if (going or others) and not yes:
+        _ask(going, others, json_)
+    removed = [each for each in going if remove(folder, each.key)]
+    for path in others:
+        with writing(path):
+            path.unlink(missing_ok=True)
+    num_dead = remove_dead(folder)
+    freed = sum(each.num_bytes for each in removed)
+    kept = list_entries(folder)
+    in_use = sum(each.in_use for each in kept)
+    if json_:
+        answer = {"cache": str(folder), "removed": [each.key for each in removed], "num_bytes_freed": freed}
+        left = {"num_kept": len(kept), "num_bytes_kept": sum(each.num_bytes for each in kept), "num_in_use": in_use}
+        console.print_json({**answer, "num_dead_builds": num_dead, **left})
+        return
+    dead = " What killed builds had left is gone too." if num_dead else ""
+    console.say(f"Removed {_sets(len(removed))}, {console.size_text(freed)}, from {folder}.{dead}")
+    if in_use:
+        console.say(f"{_sets(in_use)} in use: not removed." if all_ else f"{_sets(in_use)} in use.")
+    console.next_step(f"carft-ray data ls{_option(cache)}")
+
+
+def _folder(cache: Path | None) -> Path:
+    """Returns the folder of the cache; one that is given must be there."""
+    from carft_ray.data.index import user_cache_dir
+
+    if cache is not None and not cache.is_dir():
+        value = "a file" if cache.exists() else "no such folder"
+        raise UsageError(Problem("--cache", f"{cache} must be the folder of a cache", value))
+    return user_cache_dir() if cache is None else cache.absolute()
+
+
+def _seconds(text: str) -> float:
+    from carft_ray.recipe.schema import seconds_of
+
+    try:
+        return float(seconds_of(text))
+    except ValueError as error:
+        raise UsageError(Problem("--older-than", "must be a time such as 12h or 30d", repr(text))) from error
+
+
+def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
+    """Shows what would go and asks; ends the command where the answer is no."""
+    from carft_ray import console
+
+    if json_ or not sys.stdin.isatty():
+        rule = "must be given where nobody can be asked"
+        raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
+    console.err.print(console.cache_table([vars(each) for each in going]))
+    more = f" and {len(others)} files of notes" if others else ""
+    if not typer.confirm(f"Remove {_sets(len(going))}{more}?", err=True):
+        console.say("Nothing was removed.")
+        raise typer.Exit
+
+
+def _sets(number: int) -> str:
+    return "1 set" if number == 1 else f"{number} sets"
+
+
+def _option(cache: Path | None) -> str:
+    return "" if cache is None else f" --cache {shlex.quote(str(cache))}"
+
+
+def _state(each: dict[str, Any]) -> str:
+    if each["kind"] == "files":
+        return "read from their files (data.pack)"
+    return f"{each['kind']}, {'built' if each['built'] else 'was there'}"

@@ -1,0 +1,86 @@
+"""Indexes of large files: what one reading of a file has found, kept in the user's cache folder until the file changes.
+
+An entry is one Arrow file ``index/<key>.arrow``; its key is a hash of what was looked for and of the file's place, size
+and date. Entries appear whole, and may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from carft_ray.data.cache import lock
+from carft_ray.files import write_bytes
+
+FORMAT_VERSION = 1  # rises when another thing is found in the same file
+_END = 1 << 16  # bytes
+
+
+def user_cache_dir() -> Path:
+    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
+
+
+def file_stamp(path: Path) -> str:
+    """Returns a text that changes when a file may have changed: its size and date.
+
+    Raises:
+        OSError: It has vanished.
+    """
+    state = path.stat()
+    return f"{state.st_size}\0{state.st_mtime_ns}"
+
+
+def container_stamp(path: Path) -> str:
+    """Returns a text that changes when a file of many images may have changed, and differs between two such files.
+
+    Size, date, and a hash of its first and last bytes: fewer files than images are there to differ in size.
+
+    Raises:
+        OSError: It has vanished or cannot be read.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(file.read(_END), digest_size=16)
+        file.seek(max(0, path.stat().st_size - _END))
+        digest.update(file.read(_END))
+    return f"{file_stamp(path)}\0{digest.hexdigest()}"
+
+
+def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """Returns the index of a file, from the cache or made now by one of the processes that ask.
+
+    Args:
+        path: The file.
+        what: Names completely what is looked for.
+        make: Reads the file.
+
+    Raises:
+        OSError: The file has vanished.
+        StorageError: The cache cannot be written.
+    """
+    parts = [FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)]
+    key = hashlib.blake2b(json.dumps(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    entry = user_cache_dir() / "index" / f"{key}.arrow"
+    if (found := _open(entry)) is not None:
+        return found
+    with lock(entry.parent / f"{key[:2]}.lock"):
+        if (found := _open(entry)) is not None:
+            return found
+        made = make()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, made.schema) as writer:
+            writer.write_table(made)
+        write_bytes(entry, sink.getvalue())
+        return made
+
+
+def _open(entry: Path) -> pa.Table | None:
+    """Opens an entry; None when it is missing or damaged."""
+    try:
+        with pa.memory_map(str(entry)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (OSError, pa.ArrowException):
+        return None

@@ -1,0 +1,109 @@
+"""Building open_clip models without their weights, and reaching the hub that has them."""
+
+import contextlib
+import logging
+import ssl
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+
+import open_clip
+import torch
+from huggingface_hub import constants
+from torch import nn
+
+from carft_ray.errors import DataError, Problem
+
+_REACH_S = 5.0  # the hub's own client tries for most of a minute before it gives up
+
+
+def build_model(name: str, device: str = "cpu") -> nn.Module:
+    """Returns an open_clip model with untrained weights, float32.
+
+    Args:
+        name: A model name of open_clip, or 'local-dir:FOLDER'.
+        device: 'cpu', or 'meta' for a model that takes no memory and has shapes alone.
+    """
+    with quiet(), torch.device(device):
+        model: nn.Module = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, precision="fp32", device=device
+        )
+    return model
+
+
+@contextlib.contextmanager
+def hub(may_fetch: bool = True) -> Iterator[bool]:
+    """Lets the hub's client use its cache alone where the hub cannot be reached: it answers at once then.
+
+    Args:
+        may_fetch: False to use the cache alone in any case.
+
+    Yields:
+        Whether the hub can be reached.
+    """
+    before = constants.HF_HUB_OFFLINE
+    is_reached = may_fetch and not before and _is_reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not is_reached
+    try:
+        with quiet():
+            yield is_reached
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) -> Iterator[None]:
+    """Says in one message what could not be fetched, and the ways without a network; nothing when page is None."""
+    if page is None:
+        yield
+        return
+    is_reached = True
+    try:
+        with hub(may_fetch) as is_reached:
+            yield
+    except ImportError:
+        raise
+    except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
+        step = (
+            "Without a network: model.pretrained: a weights file (.safetensors, or .pt of open_clip), or model.name: "
+            "local-dir:FOLDER with a folder of open_clip or of Hugging Face, with its tokenizer files; or copy the "
+            "hub's cache (HF_HOME) from a machine that has them."
+        )
+        rule = f"{what} must be in the hub's cache or fetched ({page.strip('/')})"
+        reason = "not in the cache, and no connection to the hub"
+        if is_reached:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(Problem(place, rule, reason, next_step=step)) from error
+
+
+def _is_reachable(address: str) -> bool:
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_REACH_S):  # by the proxy of the environment, if any
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return isinstance(reason, ssl.SSLError)  # it has answered; its client may have other certificates
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip logs through the root logger and warns of what we check ourselves; keeps both off the terminal."""
+    root = logging.getLogger()
+    level = root.level
+    handlers = list(root.handlers)
+    root.setLevel(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the error tells what failed
+    if not handlers:
+        root.addHandler(logging.NullHandler())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+        for handler in [h for h in root.handlers if h not in handlers]:
+            root.removeHandler(handler)

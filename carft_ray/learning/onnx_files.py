@@ -1,0 +1,74 @@
+"""Writing an image classifier as ONNX: pixels in, logits out, normalisation and class head inside.
+
+pixels          uint8 [batch, S, S, 3]   RGB, resized and cropped as the model card says; any batch
+logits          float32 [batch, classes]
+image_features  float32 [batch, D]       rows of length 1, before the class head
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from carft_ray.learning.classifier import ImageClassifier
+
+ONNX_NAME = "model.onnx"
+MAX_SINGLE_FILE = 1_500_000_000  # bytes; a protobuf holds 2 GiB, larger weights lie beside it in model.onnx.data
+
+
+class _Deployed(nn.Module):
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        features_BD = self.classifier.features(pixels_BHWC)
+        return self.classifier.logits(features_BD), functional.normalize(features_BD, dim=-1)
+
+
+def write_onnx(folder: Path, classifier: ImageClassifier, image_size: int, metadata: Mapping[str, str]) -> None:
+    """Writes ``model.onnx``; the caller flushes the files and makes the folder appear whole.
+
+    Args:
+        folder: An existing folder.
+        classifier: On the CPU, float32, in eval mode.
+        image_size: S, side of its input in pixels.
+        metadata: Texts to keep in the file.
+    """
+    pixels_BHWC = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)  # a batch of 1 would become fixed
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Deployed(classifier).eval(),
+            (pixels_BHWC,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["pixels"],
+            output_names=["logits", "image_features"],
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("torch.onnx.export gave nothing back")
+        program.model.metadata_props.update(metadata)
+        num_bytes = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+        program.save(str(folder / ONNX_NAME), external_data=num_bytes > MAX_SINGLE_FILE)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what lies within torch itself, and logs which constants it did not fold."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,329 @@
+"""Public benchmarks in their true layouts, with tiny images: every file that a reader of the real ones needs."""
+
+import functools
+import io
+import json
+import struct
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+from carft_ray.data.facts import load_facts
+
+DEVKIT = "ILSVRC2012_devkit_t12/data"
+OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no class for
+FMOW_DAYS = {
+    "train": ("train", "2010-05-01T00:00:00Z"),
+    "id_val": ("val", "2012-12-31T23:59:59Z"),
+    "val": ("val", "2013-01-01T00:00:00Z"),
+    "id_test": ("test", "2011-05-01T00:00:00Z"),
+    "test": ("test", "2016-01-01T00:00:00Z"),
+}
+CAMELYON = {"train": ("0", "0"), "id_val": ("3", "1"), "val": ("1", "0"), "test": ("2", "1")}  # hospital, split
+BACKGROUND = "BACKGROUND_Google"
+
+
+def make_layout(name, root, per_class=1, splits=None):
+    """Writes a benchmark under a folder as its archives unpack there.
+
+    Args:
+        name: The benchmark.
+        root: Folder; made.
+        per_class: Images per class, and per domain or split.
+        splits: Only these splits, where there are splits.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    facts = load_facts(name)
+    _MAKERS[name](root, facts.classes, per_class, facts, splits)
+    return root
+
+
+@functools.cache
+def picture(number, kind="JPEG", side=8):
+    """Returns a small picture as a file; other number, other picture."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _save(path, number, kind=None, side=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(number % 97, kind or ("PNG" if path.suffix == ".png" else "JPEG"), side))
+
+
+def _tree(root, classes, per_class, pattern, side=8):
+    number = 0
+    for name in classes:
+        for index in range(per_class):
+            _save(root / name / pattern.format(name=name, index=index), number, side=side)
+            number += 1
+
+
+def _imagenet(root, classes, per_class, facts, splits):
+    if "train" in (splits or ("train", "val")):
+        _tree(root / "train", classes, per_class, "{name}_{index}.JPEG")
+    if "val" in (splits or ("train", "val")):
+        _tree(root / "val", classes, per_class, "ILSVRC2012_val_{name}{index}.JPEG")
+
+
+def make_flat_val(root, labels):
+    """Writes ImageNet's flat ``val`` and the devkit beside it; label i of the class list for image i.
+
+    The devkit numbers the classes in another order, and has inner nodes of WordNet too.
+    """
+    classes = load_facts("imagenet").classes
+    ids = {name: number for number, name in enumerate(reversed(classes), start=1)}
+    for index in range(len(labels)):
+        _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG", index)
+    (root / DEVKIT).mkdir(parents=True)
+    lines = [str(ids[classes[label]]) for label in labels]
+    (root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(lines) + "\n")
+    rows = [(number, name, "words", "gloss", 0) for name, number in ids.items()] + [(1001, "n00001740", "all", "", 3)]
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    savemat(root / DEVKIT / "meta.mat", {"synsets": np.array(rows, dtype=kinds)})
+
+
+def _imagenet_v2(root, classes, per_class, facts, splits):
+    _tree(root / "imagenetv2-matched-frequency-format-val", classes, per_class, "{index:040x}.jpeg")
+
+
+def _by_folder(folder, pattern):
+    def make(root, classes, per_class, facts, splits):
+        _tree(root / folder, classes, per_class, pattern)
+
+    return make
+
+
+def _objectnet(root, classes, per_class, facts, splits):
+    _tree(root / "objectnet-1.0" / "images", (*classes, *OBJECTNET_ONLY), per_class, "{index:013x}.png", side=10)
+
+
+def _domains(folder):
+    def make(root, classes, per_class, facts, splits):
+        for domain in facts.domains:
+            _tree(root / folder / domain, classes, per_class, "pic_{index:03d}.jpg")
+
+    return make
+
+
+def _fmow(root, classes, per_class, facts, splits):
+    rows = [(c, "seq", "2016-05-01T00:00:00Z") for c in classes[:1]]  # sequestered: not among the images
+    for split, (own, day) in FMOW_DAYS.items():
+        if splits is None or split in splits:
+            rows += [(name, own, day) for name in classes for _ in range(per_class)]
+    rows.append((classes[0], "train", "2014-01-01T00:00:00Z"))  # of no split
+    lines = ["split,img_path,category,timestamp,country_code"]
+    for index, (name, split, day) in enumerate(rows):
+        lines.append(f"{split},x/{name}_{index}.tif,{name},{day},FRA")
+        if split != "seq":
+            _save(root / "fmow_v1.1" / "images" / f"rgb_img_{index}.png", index)
+    (root / "fmow_v1.1" / "rgb_metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def _iwildcam(root, classes, per_class, facts, splits):
+    lines = ["split,location_remapped,sequence_remapped,y,datetime,filename"]
+    for split in ("train", "val", "test", "id_val", "id_test"):
+        kept = classes if split == "train" else classes[::7]  # the other splits lack many species
+        for label, name in enumerate(classes):
+            for index in range(per_class if name in kept else 0):
+                file = f"{split}{label}-{index}.jpg"
+                lines.append(f"{split},1,2,{label},2013-05-01 00:00:00.000,{file}")
+                _save(root / "iwildcam_v2.0" / "train" / file, label)
+    (root / "iwildcam_v2.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def _camelyon17(root, classes, per_class, facts, splits):
+    lines = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
+    for hospital, number in CAMELYON.values():
+        for tumor in (0, 1):
+            for index in range(per_class):
+                patient, x = f"00{hospital}", 100 * tumor + index
+                lines.append(f"{len(lines) - 1},{patient},1,{x},64,{tumor},{hospital},{hospital},{number}")
+                folder = f"patient_{patient}_node_1"
+                place = root / "camelyon17_v1.0" / "patches" / folder / f"patch_{folder}_x_{x}_y_64.png"
+                _save(place, len(lines))
+    (root / "camelyon17_v1.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def pickled(value):
+    """Returns a value as Python 2 pickled it (protocol 2): texts are bytes, arrays by numpy.core.multiarray."""
+    return b"\x80\x02" + _opcodes(value) + b"."
+
+
+def _opcodes(value):
+    if isinstance(value, dict):
+        items = b"".join(_opcodes(key) + b"q\x05" + _opcodes(one) for key, one in value.items())
+        return b"}q\x01(" + items + b"u"
+    if isinstance(value, list):
+        return b"]r\x06\x00\x00\x00(" + b"".join(map(_opcodes, value)) + b"e"
+    if isinstance(value, str):
+        text = value.encode()
+        return b"U" + bytes([len(text)]) + text
+    if isinstance(value, np.ndarray):
+        made = b"cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87R"
+        kind = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        shape = b"".join(b"J" + struct.pack("<i", side) for side in value.shape) + b"\x86"
+        raw = value.tobytes()
+        return made + b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
+    return b"M" + struct.pack("<H", value) if value > 255 else b"K" + bytes([value])
+
+
+def cifar_batches(name, per_class):
+    """Returns for each file of CIFAR the pixels, uint8 [N, 3072], and the labels, a list."""
+    count = len(load_facts(name).classes)
+    files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if name == "cifar10" else ["train", "test"]
+    rng = np.random.default_rng(0)
+    labels = [label for label in range(count) for _ in range(per_class)]
+    return {
+        file: (rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), rng.permutation(labels).tolist())
+        for file in files
+    }
+
+
+def _cifar(root, classes, per_class, facts, splits):
+    ten = facts.name == "cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir()
+    for file, (pixels, labels) in cifar_batches(facts.name, per_class).items():
+        key = {"labels": labels} if ten else {"fine_labels": labels, "coarse_labels": [0] * len(labels)}
+        (folder / file).write_bytes(pickled({"batch_label": file, **key, "data": pixels}))
+    meta = {"label_names" if ten else "fine_label_names": list(classes)}
+    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickled(meta))
+
+
+def make_binary_cifar(name, root, per_class=1):
+    """Writes the binary form: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
+    ten = name == "cifar10"
+    folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
+    folder.mkdir(parents=True)
+    for file, (pixels, labels) in cifar_batches(name, per_class).items():
+        heads = [[label] if ten else [0, label] for label in labels]
+        (folder / f"{file}.bin").write_bytes(np.hstack([np.array(heads, np.uint8), pixels]).tobytes())
+    names = "\n".join(load_facts(name).classes) + "\n"
+    (folder / ("batches.meta.txt" if ten else "fine_label_names.txt")).write_text(names + "\n" * ten)
+
+
+def _flowers102(root, classes, per_class, facts, splits):
+    folder = root / "flowers-102"
+    labels, parts = [], {"trnid": [], "valid": [], "tstid": []}
+    for key in parts:
+        for label in range(len(classes)):
+            for _ in range(per_class):
+                labels.append(label + 1)
+                parts[key].append(len(labels))
+                _save(folder / "jpg" / f"image_{len(labels):05d}.jpg", len(labels))
+    savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
+    savemat(folder / "setid.mat", {key: np.array([numbers], np.uint16) for key, numbers in parts.items()})
+
+
+def _fgvc_aircraft(root, classes, per_class, facts, splits):
+    data = root / "fgvc-aircraft-2013b" / "data"
+    lists = {}
+    for split in ("train", "val", "test"):
+        for name in classes:
+            for _ in range(per_class):
+                number = f"{sum(map(len, lists.values())) + 34309:07d}"
+                lists.setdefault(split, []).append(f"{number} {name}")
+                _save(data / "images" / f"{number}.jpg", int(number))
+    lists["trainval"] = lists["train"] + lists["val"]
+    for split, lines in lists.items():
+        (data / f"images_variant_{split}.txt").write_text("\n".join(lines) + "\n")
+    (data / "variants.txt").write_text("\n".join(classes) + "\n")
+
+
+def _stanford_cars(root, classes, per_class, facts, splits):
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    files = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+    kinds = [(key, "O") for key in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
+    for split, file in files.items():
+        rows = []
+        for label in range(len(classes)):
+            for _ in range(per_class):
+                rows.append((1, 2, 3, 4, label + 1, f"{len(rows) + 1:05d}.jpg"))
+                _save(folder / f"cars_{split}" / rows[-1][-1], len(rows))
+        savemat(folder / file, {"annotations": np.array(rows, dtype=kinds).reshape(1, -1)})
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(classes)], dtype=object)})
+
+
+def _food101(root, classes, per_class, facts, splits):
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for start, split in ((0, "train"), (1000, "test")):
+        lists = {name: [f"{name}/{start + index}" for index in range(per_class)] for name in classes}
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(lists))
+        for number, image in enumerate(image for images in lists.values() for image in images):
+            _save(folder / "images" / f"{image}.jpg", number)
+
+
+def _dtd(root, classes, per_class, facts, splits):
+    folder = root / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for start, split in ((1, "train"), (100, "val"), (200, "test")):
+        lines = [f"{name}/{name}_{start + index:04d}.jpg" for name in classes for index in range(per_class)]
+        (folder / "labels" / f"{split}1.txt").write_text("\n".join(lines) + "\n")
+        for number, line in enumerate(lines):
+            _save(folder / "images" / line, number)
+
+
+def _sun397(root, classes, per_class, facts, splits):
+    folder = root / "SUN397"
+    lines = {"Training": [], "Testing": []}
+    for number, name in enumerate(classes):
+        for part, found in lines.items():
+            for index in range(per_class):
+                found.append(f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg")
+                _save(folder / found[-1][1:], number)
+    (folder / "ClassName.txt").write_text("".join(f"/{name[0]}/{name}\n" for name in classes))
+    for part, found in lines.items():
+        (folder / f"{part}_01.txt").write_text("\n".join(found) + "\n")
+
+
+def _oxford_pets(root, classes, per_class, facts, splits):
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    for start, split in ((1, "trainval"), (100, "test")):
+        lines = []
+        for label, name in enumerate(classes, start=1):
+            for index in range(per_class):
+                image = f"{name.replace(' ', '_')}_{start + index}"
+                lines.append(f"{image} {label} 1 1")
+                _save(folder / "images" / f"{image}.jpg", len(lines))
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def _caltech101(root, classes, per_class, facts, splits):
+    folder = root / "caltech101" / "101_ObjectCategories"
+    for name in (*classes, BACKGROUND):
+        for index in range(per_class):
+            _save(folder / name / f"image_{index + 1:04d}.jpg", index)
+
+
+_MAKERS = {
+    "imagenet": _imagenet,
+    "imagenet-v2": _imagenet_v2,
+    "imagenet-r": _by_folder("imagenet-r", "art_{index}.jpg"),
+    "imagenet-a": _by_folder("imagenet-a", "0.00{index}_x.jpg"),
+    "imagenet-sketch": _by_folder("sketch", "sketch_{index}.JPEG"),
+    "objectnet": _objectnet,
+    "pacs": _domains("PACS"),
+    "vlcs": _domains("VLCS"),
+    "office-home": _domains("office_home"),
+    "terra-incognita": _domains("terra_incognita"),
+    "domain-net": _domains("domain_net"),
+    "fmow": _fmow,
+    "iwildcam": _iwildcam,
+    "camelyon17": _camelyon17,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "flowers102": _flowers102,
+    "fgvc-aircraft": _fgvc_aircraft,
+    "stanford-cars": _stanford_cars,
+    "food101": _food101,
+    "dtd": _dtd,
+    "sun397": _sun397,
+    "oxford-pets": _oxford_pets,
+    "caltech101": _caltech101,
+}

@@ -1,0 +1,632 @@
+"""Public benchmarks by name: each read from its true layout, and each way of being another set told with its reason."""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torchvision.datasets as oracle
+from layouts import (
+    BACKGROUND,
+    DEVKIT,
+    OBJECTNET_ONLY,
+    cifar_batches,
+    make_binary_cifar,
+    make_flat_val,
+    make_layout,
+    pickled,
+    picture,
+)
+from PIL import Image
+from pydantic import TypeAdapter
+from sources import open_set
+from test_search_spaces import FOLDER
+
+from carft_ray.cli import main
+from carft_ray.data.benchmarks import LAYOUTS, benchmark_words, known_facts, num_expected
+from carft_ray.data.cifar import read_python
+from carft_ray.data.corruptions import CORRUPTIONS
+from carft_ray.data.facts import load_facts
+from carft_ray.data.sets import check_roles, check_sets, class_names
+from carft_ray.errors import DataError
+from carft_ray.recipe import text
+from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.loading import resolve_path
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import Corruption, Recipe, SetSpec, plain
+
+IMAGENET = load_facts("imagenet").classes
+SPLITS = [(name, split) for name, known in BENCHMARKS.items() for split in known.splits or (None,)]
+WHOLE = [(name, None) for name, known in BENCHMARKS.items() if known.splits and not known.needs_split]
+COPIES = {("sun397", None): 2, ("cifar10", "train"): 5, ("fgvc-aircraft", "trainval"): 2}  # images per class
+ONE_OF_FIVE = 0.2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Gives the folder with a benchmark, made once."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    return functools.cache(lambda name: make_layout(name, folder / name))
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """Gives a copy of a benchmark that a test may break."""
+
+    def copy(name):
+        return shutil.copytree(made(name), tmp_path / name, copy_function=copy_lists)
+
+    def copy_lists(source, target):
+        """Copies lists and links images: who changes an image must unlink it first."""
+        (os.link if Path(source).suffix.lower() in (".jpg", ".jpeg", ".png") else shutil.copy)(source, target)
+
+    return copy
+
+
+def opened(root, name, split=None, class_list=None, **keys):
+    class_list = IMAGENET if name == "objectnet" else class_list
+    return open_set(class_list, source="benchmark", name=name, path=str(root), split=split, **keys)
+
+
+def labelled(source):
+    """Returns the class of every image by its name."""
+    names = [source.listing.names[row] for row in source.rows.tolist()]
+    return dict(zip(names, (source.class_names[label] for label in source.labels.tolist()), strict=True))
+
+
+# ---- the tables go together
+
+
+def test_every_benchmark_has_a_layout_and_facts_and_the_recipe_knows_what_they_have():
+    assert set(LAYOUTS) == set(BENCHMARKS)
+    for name, known in BENCHMARKS.items():
+        facts = load_facts(name)
+        assert known.has_templates == (facts.templates is not None), name
+        if known.has_domains:
+            assert facts.domains, name
+        elif known.needs_split:
+            assert set(known.splits) == set(facts.counts), name
+    assert get_args(Corruption) == tuple(CORRUPTIONS)
+
+
+# ---- every layout is read
+
+
+@pytest.mark.parametrize(("name", "split"), SPLITS + WHOLE)
+def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
+    source, facts = opened(made(name), name, split), known_facts(name)
+    sizes = Counter(source.labels.tolist())
+    if BENCHMARKS[name].has_domains:
+        count = len(facts.classes)
+        held_out = int(ONE_OF_FIVE * count)
+        per_domain = {None: count, "out": held_out, "in": count - held_out}[split]
+        assert len(source) == per_domain * len(facts.domains)
+    elif name == "iwildcam" and split != "train":
+        assert sorted(sizes) == list(range(0, 182, 7))
+    else:
+        assert len(sizes) == len(facts.classes)
+        assert set(sizes.values()) == {COPIES.get((name, split), 1)}
+    imagenet = facts.within == "imagenet" or name == "imagenet"
+    if name not in ("imagenet-r", "imagenet-a"):
+        assert source.class_names == (IMAGENET if imagenet else facts.classes)
+    assert source.pixels(0).dtype == np.uint8
+    assert len(np.unique(source.sample_ids)) == len(source)
+    assert source.fingerprint.startswith("benchmark-1/")
+
+
+@pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
+def test_a_set_of_two_hundred_classes_is_told_apart_between_these_of_the_thousand(name, made):
+    source, wnids = opened(made(name), name, class_list=IMAGENET), load_facts(name).classes
+    assert source.groups == tuple((IMAGENET.index(wnid),) for wnid in wnids)
+    assert labelled(source) == {file: file.split("/")[0] for file in labelled(source)}
+    assert set(labelled(source).values()) == set(wnids)
+
+
+def test_a_class_of_objectnet_scores_the_largest_of_its_imagenet_classes(made):
+    source, facts = opened(made("objectnet"), "objectnet"), load_facts("objectnet")
+    assert len(source.groups) == 113
+    assert sum(map(len, source.groups)) == 125
+    bicycle = [label for name, label in zip(source.listing.names, source.labels, strict=True) if "bicycle/" in name]
+    assert bicycle == [444]
+    assert (444, 671) in source.groups  # bicycle-built-for-two, mountain bike
+    assert sorted(source.groups) == sorted(facts.groups)
+    assert not any(name.startswith(OBJECTNET_ONLY) for name in source.listing.names)
+
+
+def test_the_red_frame_of_objectnet_is_cut_off(made):
+    source = opened(made("objectnet"), "objectnet")
+    whole = np.asarray(Image.open(source.place(5)).convert("RGB"))
+    np.testing.assert_array_equal(source.pixels(5), whole[2:-2, 2:-2])
+    assert source.content(5) == Path(source.place(5)).read_bytes()
+
+
+def test_the_folders_of_imagenet_v2_are_labels_and_those_of_sketch_are_wnids(made):
+    for name in ("imagenet-v2", "imagenet-sketch"):
+        source = opened(made(name), name, class_list=IMAGENET)
+        assert source.groups is None
+        folders = [file.split("/")[0] for file in source.listing.names]
+        labels = [int(folder) if name == "imagenet-v2" else IMAGENET.index(folder) for folder in folders]
+        assert source.labels.tolist() == labels
+
+
+def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
+    labels = np.random.default_rng(0).permutation(1000).tolist()
+    make_flat_val(tmp_path, labels)
+    source = opened(tmp_path, "imagenet", "val")
+    assert source.labels.tolist() == labels
+    assert source.listing.names[7] == "val/ILSVRC2012_val_00000008.JPEG"
+    truth = tmp_path / DEVKIT / "ILSVRC2012_validation_ground_truth.txt"
+    lines = truth.read_text().split()
+    truth.write_text("\n".join(["1001" if i == 3 else line for i, line in enumerate(lines)]))
+    assert "a label must be the number of a class in meta.mat, but got 1001" in refused(tmp_path, "imagenet", "val")
+    truth.write_text("\n".join(lines[:-1]))
+    assert "must have one line per image of val, 1000, but got 999" in refused(tmp_path, "imagenet", "val")
+    truth.unlink()
+    rule = f"train: must have a folder per class in val, or {DEVKIT}/{truth.name} beside it"
+    assert f"{rule}, but got 1000 images without labels" in refused(tmp_path, "imagenet", "val")
+
+
+TORCHVISION = {
+    "flowers102": (oracle.Flowers102, ("train", "val", "test"), "flowers-102"),
+    "fgvc-aircraft": (oracle.FGVCAircraft, ("train", "val", "trainval", "test"), "fgvc-aircraft-2013b/data"),
+    "stanford-cars": (oracle.StanfordCars, ("train", "test"), "stanford_cars"),
+    "food101": (oracle.Food101, ("train", "test"), "food-101"),
+    "dtd": (oracle.DTD, ("train", "val", "test"), "dtd/dtd"),
+    "sun397": (oracle.SUN397, (None,), "SUN397"),
+    "oxford-pets": (oracle.OxfordIIITPet, ("trainval", "test"), "oxford-iiit-pet"),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_files_and_labels_are_those_of_torchvision(name, made, monkeypatch):
+    kind, splits, folder = TORCHVISION[name]
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda path, md5: True)
+    for split in splits:
+        theirs = kind(made(name), **({} if split is None else {"split": split}))
+        files = [Path(pair[0]) for pair in theirs._samples] if name == "stanford-cars" else None
+        files = files or list(map(Path, getattr(theirs, "_image_files", None) or theirs._images))
+        labels = [pair[1] for pair in theirs._samples] if name == "stanford-cars" else theirs._labels
+        expected = {
+            path.relative_to(made(name) / folder).as_posix(): int(i) for path, i in zip(files, labels, strict=True)
+        }
+        source = opened(made(name), name, split)
+        names = [source.listing.names[row] for row in source.rows.tolist()]
+        assert dict(zip(names, source.labels.tolist(), strict=True)) == expected
+
+
+def test_caltech_101_is_read_as_by_torchvision_without_its_background(made):
+    theirs = oracle.Caltech101(made("caltech101"))
+    source = opened(made("caltech101"), "caltech101")
+    assert list(source.class_names) == theirs.categories
+    assert source.labels.tolist() == theirs.y
+    assert not any(BACKGROUND in name for name in source.listing.names)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar_is_the_same_from_both_of_its_forms_and_in_torchvision(name, split, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    kind = oracle.CIFAR10 if name == "cifar10" else oracle.CIFAR100
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's of the place where arrays lay when CIFAR was made
+        theirs = kind(made(name), train=split == "train")
+    python = opened(made(name), name, split)
+    binary = opened(make_binary(name, tmp_path), name, split)
+    for source in (python, binary):
+        assert list(source.class_names) == theirs.classes
+        assert source.labels.tolist() == theirs.targets
+        pixels = np.stack([source.pixels(index) for index in range(len(source))])
+        np.testing.assert_array_equal(pixels, theirs.data)
+    np.testing.assert_array_equal(python.sample_ids, binary.sample_ids)
+    assert python.content(3) == binary.content(3)
+    assert len(np.unique(python.sample_ids)) == len(theirs)
+
+
+def make_binary(name, root):
+    make_binary_cifar(name, root)
+    return root
+
+
+def test_an_array_of_a_large_file_stays_in_the_file(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
+    (tmp_path / "batch").write_bytes(pickled({"labels": [1, 300], "data": rows, "data2": rows[:2]}))
+    found = read_python(tmp_path / "batch")
+    assert isinstance(found[b"data"], np.memmap)
+    assert not isinstance(found[b"data2"], np.memmap)
+    np.testing.assert_array_equal(found[b"data"], rows)
+    np.testing.assert_array_equal(found[b"data2"], rows[:2])
+    assert found[b"labels"] == [1, 300]
+
+
+def test_the_batches_of_the_tests_are_what_python_would_read():
+    pixels, labels = cifar_batches("cifar10", 1)["test_batch"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = pickle.loads(pickled({"data": pixels, "labels": labels}), encoding="latin1")
+    assert value["labels"] == labels
+    np.testing.assert_array_equal(value["data"], pixels)
+
+
+def test_fmow_has_its_splits_by_year(made):
+    root = made("fmow") / "fmow_v1.1"
+    rows = [line.split(",") for line in (root / "rgb_metadata.csv").read_text().splitlines()[1:]]
+    for split, (own_split, first, last) in {
+        "train": ("train", 0, 2012),
+        "id_val": ("val", 0, 2012),
+        "id_test": ("test", 0, 2012),
+        "val": ("val", 2013, 2015),
+        "test": ("test", 2016, 9999),
+    }.items():
+        of_split = {
+            f"images/rgb_img_{index}.png": row[2]
+            for index, row in enumerate(rows)
+            if row[0] == own_split and first <= int(row[3][:4]) <= last
+        }
+        assert labelled(opened(made("fmow"), "fmow", split)) == of_split
+
+
+def test_camelyon_has_its_splits_by_hospital(made):
+    source = opened(made("camelyon17"), "camelyon17", "val")
+    assert labelled(source) == {
+        f"patches/patient_001_node_1/patch_patient_001_node_1_x_{x}_y_64.png": label
+        for x, label in ((0, "0"), (100, "1"))
+    }
+
+
+# ---- DomainBed's own split, restated
+
+
+def their_split(root, domain, environment, trial_seed):
+    """DomainBed's train.py: ImageFolder's samples, held out by a shuffle whose seed hashes (trial_seed, i)."""
+    samples = oracle.ImageFolder(root / domain).samples
+    keys = list(range(len(samples)))
+    seed = int(hashlib.md5(str((trial_seed, environment)).encode("utf-8")).hexdigest(), 16) % (2**31)
+    np.random.RandomState(seed).shuffle(keys)
+    n = int(len(samples) * 0.2)
+    names = [Path(path).relative_to(root).as_posix() for path, _ in samples]
+    return {"out": {names[key] for key in keys[:n]}, "in": {names[key] for key in keys[n:]}}
+
+
+@pytest.mark.parametrize("trial_seed", [0, 1, 2])
+def test_in_and_out_are_domainbeds_images(trial_seed, tmp_path):
+    make_layout("pacs", tmp_path, per_class=4)
+    domains = load_facts("pacs").domains
+    for environment, domain in enumerate(domains):
+        theirs = their_split(tmp_path / "PACS", domain, environment, trial_seed)
+        for split, names in theirs.items():
+            ours = opened(tmp_path, "pacs", split, domains=[domain], trial_seed=trial_seed)
+            assert set(labelled(ours)) == names
+    assert [len(names) for names in theirs.values()] == [5, 23]
+
+
+def test_the_environments_are_the_sorted_folders(made):
+    for name in ("pacs", "vlcs", "office-home", "terra-incognita", "domain-net"):
+        (folder,) = made(name).iterdir()
+        assert sorted(path.name for path in folder.iterdir()) == list(load_facts(name).domains)
+
+
+def leave_out(root, target, **more):
+    """The recipe of leave-one-domain-out."""
+    sources = [domain for domain in load_facts("pacs").domains if domain != target]
+    pacs = {"source": "benchmark", "name": "pacs", "path": str(root)}
+    data = {
+        "train": {**pacs, "domains": sources, "split": "in"},
+        "id_val": {**pacs, "domains": sources, "split": "out"},
+        "ood_test": {target: {**pacs, "domains": [target], "split": "in"}},
+    }
+    return Recipe.model_validate({"data": {**data, **more}, "train": {"batch_size": 4}})
+
+
+def test_one_domain_is_left_out_by_domains_and_split(made):
+    recipe = leave_out(made("pacs"), "sketch")
+    assert check_roles(recipe, Path("/")) == []
+    assert check_sets(recipe, Path("/")) == [] == list(check_roles(recipe, Path("/")))
+
+
+RECIPES = [path for path in FOLDER.glob("*.yaml") if "source: benchmark" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.name)
+def test_the_recipes_of_benchmarks_fit_their_layouts(path, made, tmp_path):
+    """Sets, prompts and words only: the other keys have tests of their own."""
+    written = text.parse(path.read_text(), path.name).value
+    recipe = Recipe.model_validate({"data": written["data"], "prompts": written["prompts"], "train": {"batch_size": 2}})
+    base_dir = tmp_path / "search_spaces"
+    for spec in map(plain, named_sets(recipe).values()):
+        place = resolve_path(spec.path, base_dir)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(made(spec.name))
+    assert check_roles(recipe, base_dir) == []
+    assert check_sets(recipe, base_dir) == []
+    assert len(class_names(recipe, base_dir)) == len(load_facts(recipe.data.train.name).classes)
+
+
+# ---- roles
+
+
+def test_splits_of_one_benchmark_are_images_of_their_own(made):
+    def problems(first, second, name="food101", **more):
+        root = str(made(name))
+        sets = [{"source": "benchmark", "name": name, "path": root, **one} for one in (first, second)]
+        recipe = Recipe.model_validate({"data": {"train": sets[0], "id_val": sets[1]}, "train": {"batch_size": 4}})
+        return check_roles(recipe, Path("/"))
+
+    assert problems({"split": "train"}, {"split": "test"}) == []
+    assert problems({"split": "train"}, {"split": "train"})
+    parts = ({"split": "train", "part": part} for part in ([0.1, 1], [0, 0.1]))
+    assert problems(*parts) == []
+    assert problems({"split": "trainval"}, {"split": "test"}, "fgvc-aircraft") == []
+    assert problems({"split": "trainval"}, {"split": "val"}, "fgvc-aircraft")
+    assert problems({}, {"split": "test"}, "sun397")
+    assert problems({"split": "train"}, {"split": "val"}, "imagenet") == []
+    assert problems({"split": "in"}, {"split": "out"}, "pacs") == []
+    assert problems({"split": "in"}, {"split": "out", "trial_seed": 1}, "pacs")
+    assert problems({"split": "in"}, {}, "pacs")
+    assert problems({"domains": ["photo"]}, {"domains": ["sketch"]}, "pacs") == []
+
+
+def test_the_same_images_as_a_folder_are_the_same_images(made):
+    folder = {"source": "folder", "path": f"{made('pacs')}/PACS", "domains": ["photo"]}
+    (problem,) = check_roles(leave_out(made("pacs"), "sketch", id_val=folder), Path("/"))
+    assert "must not share images with data.train" in str(problem)
+    as_folder = open_set(source="folder", path=f"{made('pacs')}/PACS", domains=["photo"])
+    named = opened(made("pacs"), "pacs", domains=["photo"])
+    np.testing.assert_array_equal(np.sort(as_folder.sample_ids), np.sort(named.sample_ids))
+
+
+def test_test_sets_are_not_listed(made, tmp_path):
+    shutil.copytree(made("pacs"), tmp_path / "pacs")
+    shutil.rmtree(tmp_path / "pacs" / "PACS" / "sketch" / "dog")
+    assert check_sets(leave_out(tmp_path / "pacs", "sketch"), Path("/")) == []
+
+
+# ---- sizes and words
+
+
+@pytest.mark.parametrize(
+    ("keys", "number"),
+    [
+        ({"name": "imagenet", "split": "val"}, 50_000),
+        ({"name": "imagenet-r"}, 30_000),
+        ({"name": "pacs", "domains": ["photo", "sketch"], "split": "out"}, 334 + 785),
+        ({"name": "pacs", "domains": ["photo", "sketch"], "split": "in"}, 1336 + 3144),
+        ({"name": "pacs"}, 9991),
+        ({"name": "pacs", "part": [0, 0.5]}, None),
+        ({"name": "pacs", "shots": 4}, None),
+        ({"name": "imagenet", "split": "train", "classes": "some"}, None),
+        ({"name": "terra-incognita"}, None),  # two versions are around
+        ({"name": "objectnet"}, None),
+    ],
+)
+def test_the_number_of_images_is_known_where_sources_agree(keys, number):
+    assert num_expected(TypeAdapter(SetSpec).validate_python({"source": "benchmark", "path": "x", **keys})) == number
+
+
+def test_words_come_from_the_benchmark_by_class_and_not_by_position(made):
+    def words(root, name, split, classes=None, **prompts):
+        spec = {"source": "benchmark", "name": name, "path": str(root), "split": split}
+        data = {"train": {**spec, "part": [0, 0.5]}, "id_val": {**spec, "part": [0.5, 1]}, "classes": classes}
+        return class_names(Recipe.model_validate({"data": data, "prompts": prompts}), Path("/"))
+
+    imagenet = words(made("imagenet"), "imagenet", "val")
+    assert (imagenet[0], len(imagenet), len(set(imagenet))) == ("tench", 1000, 998)
+    assert words(made("pacs"), "pacs", None)[-1] == "person"
+    assert words(made("office-home"), "office-home", None)[0] == "Alarm Clock"
+    assert words(made("fgvc-aircraft"), "fgvc-aircraft", "train") == load_facts("fgvc-aircraft").words
+    chosen = ["n01443537", "n01440764"]
+    assert words(made("imagenet"), "imagenet", "val", chosen, class_names="imagenet") == ("goldfish", "tench")
+    assert benchmark_words("imagenet-r")["n01443537"] == "goldfish"
+    twins = {name: word for name, word in benchmark_words("iwildcam").items() if "mazama temama" in name}
+    assert twins == dict.fromkeys(("mazama temama", "mazama temama (181)"), "central american red brocket")
+    assert benchmark_words("imagenet-v2")["n01440764"] == "tench"
+    with pytest.raises(DataError, match=r"must be the benchmark that has the classes, but pacs has none 'n01443537'"):
+        words(made("imagenet"), "imagenet", "val", chosen, class_names="pacs")
+
+
+def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
+    kept = IMAGENET[100:110]
+    for wnid in kept:
+        (tmp_path / "train" / wnid).mkdir(parents=True)
+        (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(picture(0))
+    assert opened(tmp_path, "imagenet", "train", classes="some").class_names == kept
+    assert "must have an image, but got none of 'n01440764' and 989 more" in refused(tmp_path, "imagenet", "train")
+
+
+def test_a_set_may_lie_in_a_folder_of_its_own_or_be_the_path_itself(made, tmp_path):
+    for path in (made("dtd"), made("dtd") / "dtd", made("dtd") / "dtd" / "dtd"):
+        assert len(opened(path, "dtd", "val")) == 47
+    for path in (made("imagenet-r"), made("imagenet-r") / "imagenet-r"):
+        assert len(opened(path, "imagenet-r")) == 200
+
+
+def test_images_of_every_mode_become_rgb(own):
+    root = own("imagenet-r") / "imagenet-r"
+    rng = np.random.default_rng(0)
+    shapes = {"L": (8, 8), "RGBA": (8, 8, 4), "CMYK": (8, 8, 4), "1": (8, 8), "P": (8, 8), "I;16": (8, 8)}
+    wnids = load_facts("imagenet-r").classes
+    for wnid, (mode, shape) in zip(wnids, shapes.items(), strict=False):
+        pixels = rng.integers(0, 255, shape, dtype=np.uint16 if mode == "I;16" else np.uint8)
+        base = Image.fromarray(pixels, "L" if mode in "1P" else None) if mode in "1P" else Image.fromarray(pixels)
+        image = base.convert(mode) if mode in ("1", "P", "CMYK", "RGBA") else base
+        (root / wnid / "art_0.jpg").unlink()
+        image.save(root / wnid / f"art_0.{'tif' if mode == 'CMYK' else 'png'}")
+    source = opened(root, "imagenet-r", class_list=IMAGENET)
+    for index in range(len(shapes)):
+        assert source.pixels(index).shape == (8, 8, 3)
+
+
+# ---- sets that are not what their name says
+
+
+def refused(root, name, split=None, **keys):
+    with pytest.raises(DataError) as caught:
+        opened(root, name, split, class_list=IMAGENET if name.startswith("imagenet-") else None, **keys)
+    assert caught.value.exit_code == 4
+    assert len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def rename(path, name):
+    path.rename(path.with_name(name))
+
+
+BROKEN = {
+    "missing class": ("imagenet-r", None, lambda root: shutil.rmtree(root / "imagenet-r" / "n01443537"),
+        "train: every one of the 200 classes of ImageNet-R must have an image, but got none of 'n01443537'"),
+    "empty class": ("pacs", "in", lambda root: [path.unlink() for path in root.glob("PACS/*/dog/*")],
+        "train: every one of the 7 classes of PACS must have an image, but got none of 'dog'"),
+    "wrong mask": ("imagenet-r", None, lambda root: (root / "imagenet-r" / "n01440764").mkdir()
+        or (root / "imagenet-r" / "n01440764" / "1.jpg").write_bytes(picture(0)),
+        "train: must hold the 200 classes of ImageNet-R and no other, but got 'n01440764'"),
+    "mask of another set": ("imagenet-a", None,
+        lambda root: rename(root / "imagenet-a" / "n01498041", "n01443537"), "2 problems"),
+    "number of no class": ("imagenet-v2", None,
+        lambda root: shutil.copytree(*(root / "imagenetv2-matched-frequency-format-val" / n for n in ("7", "1000"))),
+        "train: must hold the 1000 classes of ImageNet-V2 (matched frequency) and no other, but got '1000'"),
+    "misspelt class": ("office-home", None,
+        lambda root: shutil.copytree(*(root / "office_home" / "Art" / n for n in ("Alarm_Clock", "Alarm_Clok"))),
+        "and no other, but got 'Alarm_Clok'; did you mean 'Alarm_Clock'?"),
+    "no folder of it": ("food101", "train", lambda root: rename(root / "food-101", "food"),
+        "train.path: must be the folder of Food-101: images, meta/train.json must be in it, but got none in"),
+    "no list": ("dtd", "val", lambda root: (root / "dtd" / "dtd" / "labels" / "val1.txt").unlink(),
+        "must be the folder of Describable Textures: labels/val1.txt must be in it, but got none in"),
+    "wrong count": ("food101", "test", lambda root: (root / "food-101/images/waffles/1000.jpg").unlink(),
+        "train: every image of the list must be there, but got 1 of 101 that are missing in"),
+    "class of no food": ("food101", "train",
+        lambda root: edit(root / "food-101/meta/train.json", '"waffles"', '"wafles"'), "2 problems"),
+    "image twice": ("food101", "train",
+        lambda root: edit(root / "food-101/meta/train.json", '"waffles/0"', '"sushi/0"'),
+        "train: a list must name an image once, but got 1 named again"),
+    "damaged list": ("food101", "train", lambda root: edit(root / "food-101/meta/train.json", "{", "["),
+        "train.json: must be the file that the benchmark comes with, but got JSONDecodeError"),
+    "pet of no breed": ("oxford-pets", "test",
+        lambda root: edit(root / "oxford-iiit-pet/annotations/test.txt", " 37 ", " 38 "),
+        "test.txt: a label must be a number from 1 to 37, but got 38 for Yorkshire_Terrier_100"),
+    "pet without label": ("oxford-pets", "test",
+        lambda root: edit(root / "oxford-iiit-pet/annotations/test.txt", "Abyssinian_100 1 1 1", "Abyssinian_100"),
+        "test.txt: a line must have 2 fields, but got 'Abyssinian_100'"),
+    "unknown aircraft": ("fgvc-aircraft", "test",
+        lambda root: edit(root / "fgvc-aircraft-2013b/data/images_variant_test.txt", "F/A-18", "F/A-19"), "2 problems"),
+    "species out of range": ("iwildcam", "val",
+        lambda root: edit(root / "iwildcam_v2.0/metadata.csv", "val,1,2,175", "val,1,2,182"),
+        "metadata.csv: a label must be a number from 0 to 181, but got 182 for"),
+    "missing column": ("camelyon17", "val",
+        lambda root: edit(root / "camelyon17_v1.0/metadata.csv", "center", "centre"),
+        "must have the columns patient, node, x_coord, y_coord, tumor, center, split, but got no center; "
+        "did you mean 'centre'?"),
+    "missing patch": ("camelyon17", "test",
+        lambda root: shutil.rmtree(root / "camelyon17_v1.0/patches/patient_002_node_1"),
+        "every image of the list must be there, but got 2 of 2 that are missing in"),
+    "unknown satellite class": ("fmow", "val", lambda root: edit(root / "fmow_v1.1/rgb_metadata.csv",
+        "zoo,2013", "zooo,2013"), "train: must hold the 62 classes of"),
+    "no label names": ("flowers102", "train",
+        lambda root: (root / "flowers-102/imagelabels.mat").write_bytes(b"x" * 200),
+        "imagelabels.mat: must be the file that the benchmark comes with, but got"),
+    "scene out of list": ("sun397", "test", lambda root: edit(root / "SUN397/Testing_01.txt", "/a/abbey/", "/a/abey/"),
+        "every image of the list must be there, but got 1 of 397 that are missing in"),
+    "other class names": ("cifar10", "train",
+        lambda root: (root / "cifar-10-batches-py/batches.meta").write_bytes(pickled({"label_names": ["cat"] * 10})),
+        "batches.meta: must name the classes of CIFAR-10, in their order, but got 'cat' for 'airplane'"),
+    "label out of range": ("cifar10", "test", lambda root: (root / "cifar-10-batches-py/test_batch").write_bytes(
+        pickled({"labels": [10], "data": np.zeros((1, 3072), np.uint8)})),
+        "test_batch: a label must be a number from 0 to 9, but got 10 for image 0"),
+    "fewer pixels than labels": ("cifar10", "test", lambda root: (root / "cifar-10-batches-py/test_batch").write_bytes(
+        pickled({"labels": [1, 2], "data": np.zeros((1, 3072), np.uint8)})),
+        "test_batch: must hold an array data of [N, 3072] bytes and a list labels of N labels"),
+    "cut off": ("cifar100", "test", lambda root: (root / "cifar-100-python/test").write_bytes(
+        (root / "cifar-100-python/test").read_bytes()[:5000]),
+        "test: must be the file that the benchmark comes with, but got"),
+    "missing batch": ("cifar10", "train", lambda root: (root / "cifar-10-batches-py/data_batch_3").unlink(),
+        "data_batch_3: must be the file that the benchmark comes with, but got No such file or directory"),
+    "code in a batch": ("cifar10", "test", lambda root: (root / "cifar-10-batches-py/test_batch").write_bytes(
+        b"\x80\x02cos\nsystem\nq\x00X\x02\x00\x00\x00ls\x85R."),
+        "test_batch: must hold lists, numbers, texts and arrays of bytes, as CIFAR's files do, "
+        "but got the name os system"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_benchmark_is_told_with_its_reason(case, own):
+    name, split, break_it, message = BROKEN[case]
+    root = own(name)
+    break_it(root)
+    if message == "2 problems":
+        with pytest.raises(DataError) as caught:
+            opened(root, name, split, IMAGENET if name.startswith("imagenet-") else None)
+        both = str(caught.value)
+        assert len(caught.value.problems) == 2
+        assert "and no other, but got" in both
+        assert "must have an image, but got none of" in both
+    else:
+        assert message in refused(root, name, split)
+
+
+def test_a_domain_that_there_is_not_is_told_with_the_nearest(made):
+    message = refused(made("pacs"), "pacs", domains=["foto"])
+    assert message == (
+        "train.domains: must be a domain of PACS, but got 'foto'; did you mean 'photo'? "
+        "(allowed: art_painting, cartoon, photo, sketch)"
+    )
+
+
+def test_a_class_list_that_is_not_imagenets_is_told(made):
+    with pytest.raises(DataError, match=r"every class of a set must be in the class list, but got 'n01498041'"):
+        opened(made("imagenet-r"), "imagenet-r", class_list=[wnid for wnid in IMAGENET if wnid != "n01498041"])
+    with pytest.raises(DataError, match=r"every class must be there in every set, but got none for 'n09999999'"):
+        opened(made("imagenet-sketch"), "imagenet-sketch", class_list=[*IMAGENET, "n09999999"])
+
+
+def test_the_order_of_the_class_list_gives_the_labels(made):
+    backwards = opened(made("imagenet-r"), "imagenet-r", class_list=IMAGENET[::-1])
+    assert labelled(backwards) == labelled(opened(made("imagenet-r"), "imagenet-r", class_list=IMAGENET))
+
+
+def test_a_binary_batch_of_half_an_image_is_told(tmp_path):
+    make_binary_cifar("cifar100", tmp_path)
+    path = tmp_path / "cifar-100-binary" / "test.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "test.bin: must hold whole images of 3074 bytes, but got 307399 bytes" in refused(
+        tmp_path, "cifar100", "test"
+    )
+
+
+def test_an_image_that_is_cut_off_is_named(own):
+    root = own("food101")
+    path = root / "food-101" / "images" / "apple_pie" / "0.jpg"
+    path.unlink()
+    path.write_bytes(picture(0)[:200])
+    source = opened(root, "food101", "train")
+    with pytest.raises(DataError, match=r"apple_pie/0\.jpg: must be a readable image") as caught:
+        source.pixels(0)
+    assert caught.value.exit_code == 4
+
+
+def test_validate_ends_with_4_and_the_reason(own, tmp_path, monkeypatch, capsys):
+    root = own("oxford-pets")
+    pets = {"source": "benchmark", "name": "oxford-pets", "path": str(root)}
+    data = {"train": {**pets, "split": "trainval"}, "id_val": {**pets, "split": "test"}}
+    (tmp_path / "pets.yaml").write_text(json.dumps({"data": data, "train": {"batch_size": 8}}))
+    monkeypatch.setattr("sys.argv", ["carft-ray", "validate", str(tmp_path / "pets.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    edit(root / "oxford-iiit-pet/annotations/test.txt", " 37 ", " 38 ")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 4
+    assert "a label must be a number from 1 to 37" in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,406 @@
+"""The cache of images: what is held, what goes, what it says of itself; packed sets; the verbs `data ls|add|clean`."""
+
+import json
+import logging
+import os
+import re
+import shlex
+from dataclasses import replace
+
+import cache_builds
+import crash_host
+import numpy as np
+import pytest
+import short_training
+from cache_builds import Pictures, halve
+from test_cli import parsed
+
+from carft_ray.data import cache, packed
+from carft_ray.data.arrays import image_set
+from carft_ray.data.content import set_digest
+from carft_ray.data.packed import PackedSource, pays
+from carft_ray.errors import DataError
+
+cache_builds.import_everything()
+
+
+def decoded(cache_dir, number, limit_gb=None, num_images=12):
+    """Builds or opens a set of its own for each number; the entry is of about 3 kB."""
+    return image_set(
+        Pictures(None, num_images, fingerprint=f"pictures-1/{number}"), None, "as-is", cache_dir, None, limit_gb
+    )
+
+
+def aged(cache_dir, days):
+    """Makes the last use of the entry that was used last so old; returns its key."""
+    first = cache.list_entries(cache_dir)[0]
+    path = cache_dir / first.key / "entry.json"
+    os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
+    return first.key
+
+
+def keys(cache_dir):
+    return {entry.key for entry in cache.list_entries(cache_dir)}
+
+
+# ---- what is in it
+
+
+def test_an_entry_says_what_it_holds(tmp_path):
+    image_set(replace(Pictures(), name="sketch"), halve, "halved", tmp_path)
+    (entry,) = cache.list_entries(tmp_path)
+    assert (entry.kind, entry.name, entry.source, entry.num_images) == ("decoded", "sketch", "pictures", 12)
+    assert (entry.image_size, entry.transform) == ("4 x 4", "halved")
+    assert entry.num_bytes == (tmp_path / entry.key / "set.arrow").stat().st_size
+    assert 0 <= entry.last_used - entry.created < 60
+
+
+def test_a_cache_that_is_not_there_is_empty(tmp_path):
+    assert cache.list_entries(tmp_path / "none") == []
+    assert cache.notes(tmp_path / "none") == {}
+    assert cache.remove_dead(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_an_entry_that_says_nothing_is_unknown_and_can_be_removed(tmp_path, content):
+    decoded(tmp_path, 0)
+    (entry,) = cache.list_entries(tmp_path)
+    about = tmp_path / entry.key / "entry.json"
+    about.unlink() if content is None else about.write_text(content)
+    (entry,) = cache.list_entries(tmp_path)
+    assert (entry.kind, entry.num_images, entry.in_use) == ("unknown", 0, False)
+    assert entry.num_bytes > 0
+    assert cache.remove(tmp_path, entry.key)
+    assert keys(tmp_path) == set()
+
+
+def test_opening_an_entry_makes_it_the_last_used(tmp_path):
+    decoded(tmp_path, 0)
+    first = aged(tmp_path, 3)
+    decoded(tmp_path, 1)
+    assert cache.list_entries(tmp_path)[1].key == first
+    decoded(tmp_path, 0)
+    assert cache.list_entries(tmp_path)[0].key == first
+
+
+# ---- what goes
+
+
+def test_a_set_in_use_is_never_removed_and_one_that_is_let_go_can_be(tmp_path):
+    images = decoded(tmp_path, 0)
+    row = images.images_NHWC[3:5]
+    (entry,) = cache.list_entries(tmp_path)
+    assert entry.in_use
+    assert cache.surplus([entry], 0) == []
+    assert not cache.remove(tmp_path, entry.key)
+    del images
+    assert cache.list_entries(tmp_path)[0].in_use  # by a part of it
+    del row
+    assert not cache.list_entries(tmp_path)[0].in_use
+    assert cache.remove(tmp_path, entry.key)
+    assert keys(tmp_path) == set()
+
+
+def test_beyond_the_limit_the_sets_not_used_for_longest_go_but_none_in_use(tmp_path):
+    held = decoded(tmp_path, 0)
+    oldest = aged(tmp_path, 30)
+    size = cache.list_entries(tmp_path)[0].num_bytes
+    for number, days in ((1, 10), (2, 20), (3, 5)):
+        decoded(tmp_path, number)
+        key = aged(tmp_path, days)
+        if number == 3:
+            recent = key
+    before = keys(tmp_path)
+    new = decoded(tmp_path, 4, 3.5 * size / cache.GB)
+    (built,) = keys(tmp_path) - before
+    assert keys(tmp_path) == {oldest, recent, built}
+    assert len(held) == len(new) == 12
+
+
+def test_a_limit_counts_when_something_is_built_and_not_when_it_is_opened(tmp_path):
+    for number in range(3):
+        decoded(tmp_path, number)
+    decoded(tmp_path, 0, 1e-9)
+    assert len(keys(tmp_path)) == 3
+
+
+def test_a_set_larger_than_the_limit_is_kept_alone_with_a_warning(tmp_path, caplog):
+    decoded(tmp_path, 0)
+    with caplog.at_level(logging.WARNING):
+        assert len(decoded(tmp_path, 1, 1e-9)) == 12
+    assert re.search(
+        r"The cache .* holds 3\.\d+e-06 GB, more than data\.cache_gb: 1e-09, and all of it is in use", caplog.text
+    )
+    assert len(keys(tmp_path)) == 1
+
+
+def test_an_entry_that_is_removed_while_another_waits_for_it_is_built_again(tmp_path, monkeypatch):
+    decoded(tmp_path, 0)
+    (key,) = keys(tmp_path)
+    plain = cache.fcntl.flock
+
+    def flock(handle, how):  # the entry goes between opening the file and holding it
+        monkeypatch.setattr(cache.fcntl, "flock", plain)
+        assert cache.remove(tmp_path, key)
+        plain(handle, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    assert len(decoded(tmp_path, 0)) == 12
+    assert keys(tmp_path) == {key}
+
+
+def test_what_killed_builds_have_left_goes_but_not_a_build_that_runs(tmp_path):
+    decoded(tmp_path, 0)
+    (key,) = keys(tmp_path)
+    names = [f".{key}.17-host.tmp", f".{key}.18-host.old.tmp", f".{'0' * 32}.9-host.tmp"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pixels").write_text("")
+    (tmp_path / "studies").mkdir()
+    with cache.lock(tmp_path / f"{key}.lock"):
+        assert cache.remove_dead(tmp_path) == 1
+    assert cache.remove_dead(tmp_path) == 2
+    assert (tmp_path / "studies").is_dir()
+    assert keys(tmp_path) == {key}
+
+
+# ---- packed sets
+
+
+def test_a_packed_set_gives_the_pixels_of_its_source_in_any_number_of_batches(tmp_path, monkeypatch):
+    source = Pictures()
+    monkeypatch.setattr(packed, "BATCH_BYTES", 2 * len(source.content(0)))
+    seen = []
+    found = PackedSource(source, tmp_path, lambda done, total: seen.append((done, total)))
+    assert found._images.num_chunks > 3
+    assert seen == [(number, 12) for number in range(1, 13)]
+    assert len(found) == 12
+    for index in (0, 3, 11):
+        np.testing.assert_array_equal(found.pixels(index), source.pixels(index))
+    np.testing.assert_array_equal(found.labels, source.labels)
+    np.testing.assert_array_equal(found.sample_ids, source.sample_ids)
+    assert (found.name, found.class_names, found.fingerprint) == (source.name, source.class_names, source.fingerprint)
+    (entry,) = cache.list_entries(tmp_path)
+    assert (entry.kind, entry.image_size, entry.in_use) == ("packed", "", True)
+
+
+def test_a_packed_set_is_built_once_and_again_for_another_fingerprint(tmp_path):
+    source = Pictures(tmp_path / "log")
+    for fingerprint in ("pictures-1/0", "pictures-1/0", "pictures-1/1"):
+        PackedSource(replace(source, fingerprint=fingerprint), tmp_path / "cache")
+    assert len((tmp_path / "log").read_text().splitlines()) == 2 * 12
+
+
+def test_hashes_of_a_packed_set_are_those_of_the_files_as_they_are_now(tmp_path):
+    class Changing(Pictures):
+        def content(self, index):
+            return super().content(index) + b"changed" * changed
+
+    changed = False
+    source = Changing()
+    found = PackedSource(source, tmp_path)
+    assert set_digest(found) == set_digest(source)
+    before, changed = set_digest(source), True
+    assert set_digest(found) == set_digest(source) != before
+    np.testing.assert_array_equal(found.pixels(1), Pictures().pixels(1))
+
+
+def test_a_damaged_image_of_a_packed_set_is_named_as_its_source_names_it(tmp_path):
+    class Damaged(Pictures):
+        def content(self, index):
+            return b"no image" if index == 2 else super().content(index)
+
+    found = PackedSource(Damaged(), tmp_path)
+    with pytest.raises(DataError, match="picture 2: must be a readable image, but got no image that is known"):
+        found.pixels(2)
+
+
+def test_a_packed_set_without_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="train: there must be at least one image"):
+        PackedSource(Pictures(num_images=0), tmp_path)
+    assert keys(tmp_path) == set()
+
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw,relatime 0 0
+server:/home /home nfs4 rw 0 0
+/dev/sdb1 /home/me/scratch xfs rw 0 0
+tank /images\\040of\\040all lustre rw 0 0
+sshfs /far fuse.sshfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("home", "cache_dir", "expected"),
+    [
+        ("/home/me/images", "/tmp/cache", True),
+        ("/images of all/train", "/home/me/scratch/cache", True),
+        ("/far/away", "/cache", True),
+        ("/home/me/images", "/home/me/.cache", False),  # nothing is gained
+        ("/home/me/scratch/images", "/tmp/cache", False),
+        ("/homely", "/tmp/cache", False),
+        ("/srv/images", "/tmp/cache", False),
+        ("", "/tmp/cache", False),
+    ],
+)
+def test_packing_pays_for_files_on_network_disks_with_a_cache_on_others(home, cache_dir, expected):
+    assert pays(home, cache_dir, MOUNTS) is expected
+
+
+def test_packing_does_not_pay_here_where_all_is_on_one_disk(tmp_path):
+    assert not pays(str(tmp_path), tmp_path / "cache")
+
+
+# ---- the verbs
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command line beside a short recipe; every command that it suggests must parse."""
+    short_training.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+
+    def call(*words):
+        code = crash_host.call(words)
+        captured = capsys.readouterr()
+        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
+            parsed(shlex.split(words, comments=True))
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(run, tmp_path):
+    tests = ["--set", "data.id_test={source: folder, path: images, domains: [secret]}"]
+    (tmp_path / "images" / "secret" / "star").mkdir(parents=True)  # no class list of ours: reading it would be an error
+    code, out, err = run("data", "add", "recipe.yaml", "--set", "data.pack=always", *tests)
+    assert (code, out) == (0, "")
+    assert (
+        "train: 20 images, packed, built\nid_val: 15 images, decoded, built\nsketch: 10 images, decoded, built" in err
+    )
+    assert "carft-ray search recipe.yaml --set data.pack=always" in err
+    code, out, err = run("data", "add", "recipe.yaml", "--json")
+    answer = json.loads(out)
+    assert [(each["name"], each["kind"], each["built"]) for each in answer["sets"]] == [
+        ("train", "files", False),
+        ("id_val", "decoded", False),
+        ("sketch", "decoded", False),
+    ]
+    assert answer["cache"] == str(tmp_path / "own" / "carft-ray")
+    code, out, err = run("data", "ls")
+    assert code == 0
+    assert re.search(r"id_val +decoded +folder +15 +16 x 16 +\S+ kB", out)
+    assert re.search(r"train +packed +folder +20 ", out)
+    assert f"{tmp_path / 'own' / 'carft-ray'}: 3 sets, " in err
+    listed = json.loads(run("data", "ls", "--json")[1])
+    assert sorted(entry["name"] for entry in listed["entries"]) == ["id_val", "sketch", "train"]
+    assert listed["num_bytes"] == answer["num_bytes"] == sum(entry["num_bytes"] for entry in listed["entries"])
+
+
+def test_ls_of_an_empty_cache_says_how_to_fill_it(run):
+    code, out, err = run("data", "ls")
+    assert (code, out) == (0, "")
+    assert "0 sets, 0 kB." in err
+    assert "carft-ray data add" in err
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """Three sets, last used 40, 20 and 0 days ago, with hashes, what a killed build left, and other files."""
+    folder = tmp_path / "full"
+    for number, days in ((0, 40), (1, 20), (2, 0)):
+        decoded(folder, number)
+        aged(folder, days)
+    (folder / f".{'0' * 32}.9-host.tmp").mkdir()
+    (folder / "signatures-0.npy").write_bytes(b"hashes")
+    (folder / "studies").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--older-than", "30d"], 2),
+        (["--older-than", "480h"], 1),
+        (["--older-than", "90d"], 3),
+        (["--to-gb", "0.000008"], 2),
+        (["--to-gb", "0"], 0),
+        (["--to-gb", "1"], 3),
+        (["--all"], 0),
+    ],
+)
+def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
+    code, out, _ = run("data", "clean", "--cache", filled, *words, "--yes", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert len(answer["removed"]) == 3 - kept
+    assert (answer["num_kept"], answer["num_dead_builds"], answer["num_in_use"]) == (kept, 1, 0)
+    assert len(cache.list_entries(filled)) == kept
+    assert [name for name in os.listdir(filled) if name.startswith(".")] == []
+    assert (filled / "studies").is_dir()
+    assert (filled / "notes.txt").exists()
+    assert (filled / "signatures-0.npy").exists() is (words != ["--all"])
+
+
+def test_clean_leaves_what_is_in_use_and_says_so(run, filled):
+    held = decoded(filled, 0)
+    code, _, err = run("data", "clean", "--cache", filled, "--all", "--yes")
+    assert code == 0
+    assert "Removed 2 sets, " in err
+    assert "1 set in use: not removed." in err
+    assert f"carft-ray data ls --cache {filled}" in err
+    assert len(held) == 12
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("y\n", 0), ("n\n", 3), ("\n", 3)])
+def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
+    class Terminal:
+        isatty = staticmethod(lambda: True)
+        readline = staticmethod(lambda *size: answer)
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer.startswith("y"))
+    code, out, err = run("data", "clean", "--cache", filled, "--all")
+    assert code == 0
+    assert out == "Remove 3 sets and 1 files of notes?\n"
+    assert len(cache.list_entries(filled)) == kept
+    assert ("Nothing was removed." in err) is (kept == 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["clean"], "one of --all, --older-than and --to-gb must say what goes, but got none of them"),
+        (["clean", "--all", "--to-gb", "0"], "must say what goes, but got --all and --to-gb"),
+        (["clean", "--older-than", "1 month"], "--older-than: must be a time such as 12h or 30d, but got '1 month'"),
+        (["clean", "--all", "--cache", "full"], "--yes: must be given where nobody can be asked, but got no terminal"),
+        (["clean", "--all", "--json", "--cache", "full"], "where nobody can be asked, but got a command with --json"),
+        (
+            ["clean", "--all", "--cache", "elsewhere"],
+            "--cache: elsewhere must be the folder of a cache, but got no such",
+        ),
+        (["ls", "--cache", "recipe.yaml"], "--cache: recipe.yaml must be the folder of a cache, but got a file"),
+        (["clean", "--to-gb", "-1"], "greater than or equal to 0"),
+    ],
+)
+def test_a_mistake_gives_one_message_exit_code_2_and_removes_nothing(run, filled, words, message):
+    code, out, err = run("data", *words)
+    assert (code, out) == (2, "")
+    assert message in re.sub(r"\s+", " ", err.replace("│", " "))
+    assert len(cache.list_entries(filled)) == 3
+
+
+def test_add_of_a_recipe_with_a_bad_image_is_a_data_error_and_the_mended_command_goes_on(run, tmp_path):
+    bad = tmp_path / "images" / "sketch" / "star" / "0.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:50])
+    code, _, err = run("data", "add", "recipe.yaml")
+    assert code == 4
+    assert str(bad) in err
+    bad.write_bytes(whole)
+    code, _, err = run("data", "add", "recipe.yaml")
+    assert code == 0
+    assert "id_val: 15 images, decoded, was there\nsketch: 10 images, decoded, built" in err

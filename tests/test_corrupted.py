@@ -1,0 +1,230 @@
+"""Sets under corruptions: the same pictures everywhere, roles that may share images, and nothing else changed."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import crash_host
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter
+from torchvision.transforms.v2 import functional
+
+from carft_ray.data.corrupted import FIFTEEN, squared
+from carft_ray.data.corruptions import CORRUPTION_VERSION, corrupt
+from carft_ray.data.overlap import check_overlap
+from carft_ray.data.sandbox import CLASSES
+from carft_ray.data.sets import check_roles, check_sets, open_source, open_validation
+from carft_ray.errors import DataError, HoldOutError
+from carft_ray.evaluation.origin import set_contents
+from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema import Recipe, SetSpec
+from carft_ray.search.identity import class_of
+
+SANDBOX = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 4}
+NAMES = ("bird", "cat", "dog")
+
+
+def corrupted(of, **keys):
+    return {"source": "corrupted", "of": of, "severity": 3, **keys}
+
+
+def opened(spec, base_dir=Path("/"), classes=None):
+    return open_source(TypeAdapter(SetSpec).validate_python(spec), "x", classes, base_dir)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Four folders, each with three classes of six images."""
+    rng = np.random.default_rng(0)
+    for folder in ("train", "val", "test", "other"):
+        for name in NAMES:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for index in range(6):
+                low = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                Image.fromarray(low).resize((40, 32), 0).save(tmp_path / folder / name / f"{index}.png")
+    return tmp_path
+
+
+def recipe_of(**sets):
+    data = {"train": folder("train"), "id_val": folder("val"), **sets}
+    return Recipe.model_validate({"data": data, "train": {"batch_size": 4}})
+
+
+def folder(name, **keys):
+    return {"source": "folder", "path": name, **keys}
+
+
+# ---- the pictures
+
+
+def test_a_picture_is_the_corruption_of_the_picture_without_and_nothing_else_changes():
+    plain, shown = opened(SANDBOX), opened(corrupted(SANDBOX, seed=5))
+    assert len(shown) == len(plain) == 4 * len(CLASSES)
+    np.testing.assert_array_equal(shown.sample_ids, plain.sample_ids)
+    np.testing.assert_array_equal(shown.labels, plain.labels)
+    assert shown.class_names == plain.class_names
+    for index in (7, 3, 60):
+        name, sample = shown.corruption(index), int(plain.sample_ids[index])
+        np.testing.assert_array_equal(shown.pixels(index), corrupt(plain.pixels(index), name, 3, 5, sample))
+        assert shown.place(index).endswith(f" under {name}")
+
+
+def test_every_corruption_is_drawn_about_equally_often_and_by_the_seed():
+    many = {**SANDBOX, "num_per_class": 125}
+    first, second = (opened(corrupted(many, seed=seed)) for seed in (0, 1))
+    drawn = [first.corruption(index) for index in range(len(first))]
+    counts = Counter(drawn)
+    assert set(counts) == set(FIFTEEN)
+    assert len(FIFTEEN) == 15
+    mean = 2000 / 15
+    assert sum((count - mean) ** 2 / mean for count in counts.values()) < 36.1  # chi-square, 14 df, p = .001
+    same = np.mean([second.corruption(index) == name for index, name in enumerate(drawn)])
+    assert 0.04 < same < 0.1
+    only = opened(corrupted(many, corruptions=["fog"]))
+    assert {only.corruption(index) for index in range(50)} == {"fog"}
+
+
+def test_the_fingerprint_and_the_contents_hold_all_that_is_seen_and_not_the_order_of_the_names():
+    spec = corrupted(SANDBOX, corruptions=["fog", "snow"])
+    first = opened(spec)
+    assert first.fingerprint.startswith(f"corrupted-{CORRUPTION_VERSION}/fog,snow/3/0/224/sandbox-")
+    assert opened({**spec, "corruptions": ["snow", "fog"]}).fingerprint == first.fingerprint
+    others = (
+        {"severity": 2},
+        {"seed": 1},
+        {"size": 64},
+        {"corruptions": ["fog"]},
+        {"of": {**SANDBOX, "split": "test"}},
+    )
+    found = [opened({**spec, **change}) for change in others]
+    assert len({first.fingerprint, *(other.fingerprint for other in found)}) == 6
+    assert len({first.content(0), opened(SANDBOX).content(0), *(other.content(0) for other in found)}) == 7
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 300), (257, 800), (225, 240)])
+def test_large_images_are_resized_and_cropped_as_imagenet_c_was(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    theirs = functional.center_crop(functional.resize(Image.fromarray(pixels), [256]), [224])
+    np.testing.assert_array_equal(squared(pixels, 224), np.asarray(theirs))
+
+
+def test_small_images_stay_as_they_are():
+    pixels = np.zeros((224, 900, 3), np.uint8)
+    assert squared(pixels, 224) is pixels
+
+
+def test_a_set_of_some_classes_stays_one(tree):
+    some = folder("val", classes="some")
+    shown = opened(corrupted(some), tree, ("ant", *NAMES))
+    assert shown.groups == ((1,), (2,), (3,))
+
+
+# ---- roles
+
+
+@pytest.mark.parametrize(
+    ("sets", "shared"),
+    [
+        ({"ood_val": {"noise": corrupted(folder("val"))}}, None),
+        ({"ood_val": {"noise": corrupted(folder("val")), "fog": corrupted(folder("val"), corruptions=["fog"])}}, None),
+        ({"ood_val": {"noise": corrupted(folder("other"))}}, None),
+        ({"id_val": corrupted(folder("val")), "ood_val": {"plain": folder("val")}}, None),
+        ({"id_test": folder("test"), "ood_test": {"noise": corrupted(folder("test"))}}, None),
+        ({"ood_val": {"noise": corrupted(folder("train"))}}, "data.train"),
+        ({"id_val": corrupted(folder("train"))}, "data.train"),
+        ({"ood_val": {"noise": corrupted(folder("test"))}, "id_test": folder("test")}, "data.ood_val.noise"),
+        ({"ood_test": {"noise": corrupted(folder("val"))}}, "data.id_val"),
+        ({"ood_test": {"noise": corrupted(folder("train"))}}, "data.train"),
+        ({"ood_val": {"plain": folder("val")}}, "data.id_val"),
+    ],
+)
+def test_only_validation_with_validation_and_test_with_test_may_share_images(sets, shared, tree):
+    recipe = recipe_of(**sets)
+    problems = check_roles(recipe, tree)
+    if shared is None:
+        assert problems == check_sets(recipe, tree) == []
+        check_overlap(recipe, tree, tree / "cache")
+    else:
+        assert [f"must not share images with {shared}" in str(problem) for problem in problems] == [True]
+
+
+def test_copies_are_found_below_a_corruption(tree):
+    shutil.copy(tree / "train" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
+    sets = {"id_val": folder("other"), "ood_val": {"noise": corrupted(folder("val"))}}
+    with pytest.raises(HoldOutError, match=r"data\.ood_val\.noise\.of: .* must not share images with data\.train"):
+        check_overlap(recipe_of(**sets), tree, tree / "cache")
+    shutil.copy(tree / "other" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
+    check_overlap(recipe_of(**sets), tree, tree / "cache")
+
+
+def test_a_copy_between_plain_validation_sets_is_still_found_after_a_corrupted_one_was_allowed(tree):
+    shown, plain = ({"ood_val": {"x": spec}} for spec in (corrupted(folder("copy")), folder("copy")))
+    shutil.copytree(tree / "val", tree / "copy")
+    check_overlap(recipe_of(**shown), tree, tree / "cache")
+    with pytest.raises(HoldOutError, match=r"data\.ood_val\.x: .* must not share images with data\.id_val"):
+        check_overlap(recipe_of(**plain), tree, tree / "cache")
+
+
+# ---- the recipe
+
+
+def test_what_is_wrong_with_the_images_is_told_at_their_key(tree):
+    recipe = recipe_of(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
+    places = [problem.place for problem in check_sets(recipe, tree)]
+    assert places == ["data.ood_val.x.of", "data.ood_test.y.of"]
+    with pytest.raises(DataError, match="the root of the image tree must be a folder"):
+        open_validation(recipe, tree)
+
+
+def test_paths_of_the_images_become_absolute_and_may_move(tree):
+    recipe = absolute_paths(recipe_of(ood_val={"x": corrupted(folder("val"))}), tree)
+    assert recipe.data.ood_val["x"].of.path == str(tree / "val")
+    assert class_of(("data", "ood_val", "x", "of", "path")) == "running"
+    assert class_of(("data", "train", "of", "domains")) == "identity"
+    assert class_of(("data", "ood_val", "x", "of")) == class_of(("data", "ood_val", "x", "severity")) == "identity"
+
+
+def test_a_corruption_in_validation_and_test_is_a_shift_that_was_seen():
+    sets = {"ood_val": {"x": corrupted(folder("val"), corruptions=["fog", "snow"])}}
+    tests = {"ood_test": {"y": corrupted(folder("test"), corruptions=["fog"])}}
+    told = [text for text in warnings(recipe_of(**sets, **tests)) if "y" in text]
+    assert told == ["data.ood_test.y shows other images of a shift that data.ood_val.x has shown to the selection"]
+    other = {"ood_test": {"y": corrupted(folder("test"), corruptions=["frost"])}}
+    assert not any("ood_test" in text for text in warnings(recipe_of(**sets, **other)))
+
+
+def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
+    (tree / "val" / "cat" / "3.png").write_bytes(b"no image")
+    skipping = folder("val", on_bad_image="skip")
+    sets = {
+        "id_val": skipping,
+        "ood_val": {name: corrupted(skipping, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
+    }
+    found = set_contents(recipe_of(**sets), tree)
+    assert [found[name]["num_skipped"] for name in ("id_val", "weak", "strong")] == [1, 1, 1]
+    assert len({found[name]["digest"] for name in ("id_val", "weak", "strong")}) == 3
+
+
+@pytest.mark.slow
+def test_a_training_is_validated_on_the_corruptions_of_its_id_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    small = {**SANDBOX, "num_per_class": 8}
+    data = {
+        "train": {**small, "split": "train"},
+        "id_val": small,
+        "ood_val": {name: corrupted(small, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
+    }
+    recipe = {"data": data, "train": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3}}
+    Path("noise.yaml").write_text(json.dumps(recipe))
+    assert crash_host.call(["validate", "noise.yaml", "--deep"]) == 0
+    capsys.readouterr()
+    assert crash_host.call(["train", "noise.yaml", "--out", "run", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert {"accuracy/id_val", "accuracy/weak", "accuracy/strong"} <= set(metrics)
+    assert metrics["accuracy/strong"] < metrics["accuracy/weak"] + 0.05

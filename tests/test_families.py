@@ -1,0 +1,102 @@
+"""One model of each family: loaded, preprocessed, with its tokenizer and heads, against stock open_clip."""
+
+import functools
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from families import FAMILIES, make_folder
+from PIL import Image
+from torch.nn import functional
+
+from carft_ray.learning import build_heads, context_kl
+from carft_ray.learning.building import quiet
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.clip import load_folder
+from carft_ray.learning.layers import layer_groups
+
+TEMPLATES = ("a photo of a {}", "a sketch of the {}")
+WORDS = ("cat", "dog", "car")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Returns a function that makes a family's folder and opens it: with us, and with stock open_clip."""
+
+    @functools.cache
+    def make(name):
+        family = next(family for family in FAMILIES.values() if family.name == name)
+        folder = make_folder(family, tmp_path_factory.mktemp(name))
+        with quiet():
+            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        return load_folder(folder), model.eval(), preprocess, tokenizer
+
+    return make
+
+
+def picture(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_preprocessing_and_image_tower_are_those_of_stock_open_clip(family, opened):
+    clip, model, preprocess, _ = opened(family.name)
+    class_head, _ = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
+    classifier = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).eval()
+    pictures = [picture(300, 200), picture(500, 450)]
+    pixels = torch.from_numpy(np.stack([np.asarray(clip.to_input(image)) for image in pictures]))
+    with torch.inference_mode():
+        images = torch.stack([preprocess(image) for image in pictures])
+        expected = functional.normalize(model.encode_image(images), dim=-1)
+        features = classifier.features(pixels)
+    assert pixels.shape[1:3] == (clip.image_size, clip.image_size)
+    torch.testing.assert_close((pixels.permute(0, 3, 1, 2) / 255 - classifier.mean) / classifier.std, images)
+    torch.testing.assert_close(functional.normalize(features, dim=-1), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-5)  # it tells images apart
+
+
+def test_tokens_and_class_head_are_those_of_stock_open_clip(family, opened):
+    clip, model, _, tokenizer = opened(family.name)
+    tokens = clip.tokenizer(["a photo of a cat", "the dog"])
+    assert tokens.tolist() == tokenizer(["a photo of a cat", "the dog"]).tolist()
+    assert tokens.shape == (2, family.context_length)
+    class_head, context_head = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, WORDS, TEMPLATES)
+    torch.testing.assert_close(class_head, expected.T, atol=1e-5, rtol=0)
+    assert context_head.shape == (len(TEMPLATES), class_head.shape[1])
+    assert not torch.allclose(class_head[0], class_head[1], atol=1e-4)
+
+
+def test_the_kl_is_zero_at_step_0_and_a_gradient_reaches_every_layer(family, opened):
+    clip = opened(family.name)[0]
+    class_head, context_head = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
+    classifier = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).train()
+    pixels = torch.from_numpy(np.stack([np.asarray(clip.to_input(picture(300, 200)))] * 2))
+    with torch.no_grad():
+        frozen = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).train()
+        zero_shot = frozen.features(pixels)
+    features, logits = classifier(pixels)
+    assert context_kl(features.detach(), zero_shot, context_head, clip.logit_scale) == 0
+    functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    groups = layer_groups(classifier.visual)
+    assert len(groups) == family.layers
+    gradients = {name: value.grad for name, value in classifier.visual.named_parameters()}
+    for group in groups:
+        assert any(gradients[name] is not None and gradients[name].abs().sum() > 0 for name in group), group
+
+
+def test_s_and_logit_bias_come_from_the_model(family, opened):
+    clip, model, _, _ = opened(family.name)
+    assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item())
+    assert clip.logit_bias == (pytest.approx(-10) if family.has_bias else None)
+
+
+def test_a_logit_bias_moves_no_probability():
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close((logits - 10).softmax(-1), logits.softmax(-1), atol=1e-12, rtol=0)

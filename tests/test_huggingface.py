@@ -1,0 +1,239 @@
+"""Data sets of Hugging Face on disk, written and read by the library ``datasets`` as the oracle."""
+
+import json
+import shutil
+
+import crash_host
+import numpy as np
+import pytest
+from layouts_tables import CLASSES, hf_dataset, mixed_modes, pictures, write_folder, write_hub
+from sources import open_set
+
+from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.errors import DataError
+from carft_ray.recipe.schema import Recipe
+
+datasets = pytest.importorskip("datasets")
+IMAGES, OTHERS = pictures(), pictures(2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A data set with two splits, one without, and the hub's layout of the first."""
+    folder = tmp_path_factory.mktemp("hf")
+    datasets.disable_progress_bars()
+    splits = {"train": hf_dataset(IMAGES), "validation": hf_dataset(OTHERS)}
+    datasets.DatasetDict(splits).save_to_disk(folder / "saved", num_shards={"train": 3, "validation": 1})
+    hf_dataset(mixed_modes()).save_to_disk(folder / "modes")
+    write_hub(folder / "hub", splits)
+    return folder
+
+
+@pytest.fixture
+def base(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(written, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def opened(base, path, names=None, **keys):
+    return open_set(names, base_dir=base, source="huggingface", path=path, **keys)
+
+
+def told(base, *args, **keys):
+    """Returns the message for a set that cannot be opened."""
+    with pytest.raises(DataError) as caught:
+        opened(base, *args, **keys)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["saved", "saved/train", "hub", "hub/data", "modes"])
+def test_the_rows_are_those_of_the_library(base, path):
+    split = {"saved": "train", "hub": "train", "hub/data": "train"}.get(path)
+    source = opened(base, path, split=split)
+    if path.startswith("hub"):
+        files = sorted(map(str, (base / "hub" / "data").glob("train-*.parquet")))
+        oracle = datasets.Dataset.from_parquet(files, cache_dir=str(base / "cache"))
+    else:
+        oracle = datasets.load_from_disk(base / path)
+        oracle = oracle if split is None else oracle[split]
+    assert source.class_names == tuple(oracle.features["label"].names) == CLASSES
+    assert source.labels.tolist() == oracle["label"][:]
+    for index, row in enumerate(oracle.cast_column("image", datasets.Image(decode=False))):
+        assert source.content(index) == row["image"]["bytes"]
+    if path != "modes":  # those of the library are not yet RGB
+        for index, row in enumerate(oracle):
+            np.testing.assert_array_equal(source.pixels(index), np.asarray(row["image"]))
+
+
+def test_a_saved_set_is_the_folder_set_of_the_same_images(base):
+    write_folder(base / "images", IMAGES)
+    saved = opened(base, "saved", split="train", id="name")
+    folder = open_set(base_dir=base, source="folder", path="images")
+    np.testing.assert_array_equal(saved.sample_ids, folder.sample_ids)
+    np.testing.assert_array_equal(saved.labels, folder.labels)
+
+
+def test_names_are_those_of_the_same_images_in_another_layout(base):
+    saved, hub = opened(base, "saved", split="train"), opened(base, "hub", split="train")
+    np.testing.assert_array_equal(saved.sample_ids, hub.sample_ids)
+    assert saved.fingerprint != hub.fingerprint
+    shutil.copytree(base / "saved", base / "moved")
+    assert opened(base, "moved", split="train").fingerprint == saved.fingerprint
+
+
+def test_a_column_of_paths_counts_from_the_root(base):
+    write_folder(base / "images", IMAGES)
+    rows = {"image": [image.name for image in IMAGES], "label": [image.label for image in IMAGES]}
+    datasets.Dataset.from_dict(rows).save_to_disk(base / "paths")
+    source = opened(base, "paths", root="images")
+    assert list(source.listing.names) == rows["image"]
+    assert [source.content(index) for index in range(len(source))] == [image.content for image in IMAGES]
+
+
+def test_the_only_split_need_not_be_named(base):
+    shutil.rmtree(base / "saved" / "validation")
+    (base / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for path in (base / "hub" / "data").glob("validation-*"):
+        path.unlink()
+    assert len(opened(base, "saved")) == len(opened(base, "hub")) == len(IMAGES)
+
+
+# sets that are not as they should be
+
+
+def write_state(base, **changes):
+    state = base / "saved" / "train" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), **changes}))
+
+
+def removed(name):
+    return lambda base: (base / name).unlink()
+
+
+def overwritten(name, content):
+    return lambda base: (base / name).write_bytes(content)
+
+
+TRAIN = {"split": "train"}
+# what is wrong -> what makes it so, path and keys of the set, and the message
+BROKEN = {
+    "no such folder": (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
+    "no data set": (None, ".", {}, "which is none (allowed: "),
+    "no split": (None, "saved", {}, "must be a split of the data set, but got none (allowed: train, validation)"),
+    "wrong split": (None, "hub", {"split": "val"}, "but got 'val' (allowed: train, validation)"),
+    "near split": (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
+    "split of a part": (
+        None,
+        "saved/train",
+        {"split": "test"},
+        "split: must be left out: the folder holds one data set",
+    ),
+    "missing file of the hub": (
+        removed("hub/data/train-00001-of-00002.parquet"),
+        "hub",
+        TRAIN,
+        "the split train must have 2 files, but got 1, without train-00001-of-00002.parquet",
+    ),
+    "missing file": (
+        removed("saved/train/data-00002-of-00003.arrow"),
+        "saved",
+        TRAIN,
+        "must hold the 3 files that its state.json names, but got no ",
+    ),
+    "missing state": (
+        removed("saved/train/state.json"),
+        "saved",
+        TRAIN,
+        "must be a readable JSON file, but got No such",
+    ),
+    "damaged state": (
+        overwritten("saved/train/state.json", b"{"),
+        "saved",
+        TRAIN,
+        "state.json: must be a readable JSON file, but got Expecting",
+    ),
+    "no file": (
+        lambda base: write_state(base, _data_files=[]),
+        "saved",
+        TRAIN,
+        "must hold a file of rows, but got none",
+    ),
+    "indices": (
+        lambda base: write_state(base, _indices_data_files=[{"filename": "indices.arrow"}]),
+        "saved",
+        TRAIN,
+        "must be a data set without a file of indices",
+    ),
+    "cut off": (
+        overwritten("saved/train/data-00001-of-00003.arrow", b"\xff\xff"),
+        "saved",
+        TRAIN,
+        "data-00001-of-00003.arrow: must be a readable table, but got it is cut off, or no Arrow file",
+    ),
+    "missing column": (
+        None,
+        "saved",
+        {**TRAIN, "label": "lable"},
+        "must be a column of data-00000-of-00003.arrow, but got 'lable'; did you mean 'label'?",
+    ),
+    "missing class": (
+        None,
+        "saved",
+        {**TRAIN, "names": (*CLASSES, "fish")},
+        "every class must be there in every set, but got none for 'fish'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_set_gets_one_message(base, case):
+    spoil, path, keys, message = BROKEN[case]
+    if spoil is not None:
+        spoil(base)
+    text = told(base, path, **keys)
+    assert message in text
+    assert text.count("\n") <= 1, "one problem, one next step"
+
+
+def test_images_without_a_label_are_told(base):
+    images = hf_dataset(IMAGES)
+    features = images.features
+    rows = {**images.to_dict(), "label": [-1] * len(IMAGES)}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(base / "unlabelled")
+    text = told(base, "unlabelled")
+    assert (
+        "a label must be from 0 to 2, as there are 3 class names, but got -1 in data-00000-of-00001.arrow, row 1 and 11"
+        in text
+    )
+
+
+# roles and the command line
+
+
+def test_splits_may_have_two_roles_and_one_split_may_not(base):
+    def recipe(**id_val):
+        spec = {"source": "huggingface", "path": "saved", "split": "train"}
+        return Recipe.model_validate(
+            {"data": {"train": spec, "id_val": {**spec, **id_val}}, "train": {"batch_size": 2}}
+        )
+
+    apart = recipe(split="validation")
+    assert check_roles(apart, base) == check_sets(apart, base) == []
+    assert check_roles(recipe(path="hub", split="validation"), base) == []
+    for shared in ({}, {"path": "saved/train", "split": None}):
+        assert "must not share images with data.train" in str(check_roles(recipe(**shared), base)[0])
+
+
+def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, capsys, monkeypatch):
+    monkeypatch.chdir(base)
+    (base / "r.yaml").write_text(
+        "data:\n  train: {source: huggingface, path: saved, split: train}\n"
+        "  id_val: {source: huggingface, path: hub, split: validation}\ntrain: {batch_size: 4}\n"
+    )
+    assert crash_host.call(["validate", "r.yaml", "--deep"]) == 0
+    assert crash_host.call(["validate", "r.yaml", "--deep", "--set", "data.id_val.split=train"]) == 8
+    assert "12 of 12 images in both (12 with the same file content)" in capsys.readouterr().err
+    assert crash_host.call(["validate", "r.yaml", "--set", "data.id_val.split=test"]) == 4
+    assert "data.id_val.split: must be a split of the data set" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""The code on a model card makes the pixels that open_clip's own transform makes."""
+
+import dataclasses
+
+import numpy as np
+import open_clip
+import pytest
+from PIL import Image
+
+from carft_ray.results import model_card
+
+SIZES = ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33))  # width, height; smaller than the input too
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_the_code_for_onnx_resizes_and_crops_as_open_clip(tiny_clip, mode, interpolation):
+    given = {"size": 16, "resize_mode": mode, "interpolation": interpolation}
+    config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], **given}}
+    clip = dataclasses.replace(tiny_clip, config=config)
+    code = "\n".join(model_card._code("onnx", clip, ""))
+    names = {}
+    exec(code.split("session =")[0], names)
+    stock = open_clip.image_transform(
+        16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
+    )
+    rng = np.random.default_rng(0)
+    for width, height in SIZES:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        found = names["pixels"](image)
+        assert (found.shape, found.dtype) == ((16, 16, 3), np.uint8)
+        np.testing.assert_array_equal(found, (stock(image).numpy() * 255).round().transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("shortest", "RGB, the shorter side resized to 16 pixels, 16 x 16 cut out of the middle (bicubic), "),
+        ("longest", "RGB, the longer side resized to 16 pixels, padded with black to 16 x 16 (bicubic), "),
+        ("squash", "RGB, resized to 16 x 16 pixels (bicubic), "),
+    ],
+)
+def test_the_preprocessing_is_told_in_words(tiny_clip, mode, words):
+    config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], "resize_mode": mode}}
+    said = model_card.preprocessing(dataclasses.replace(tiny_clip, config=config))
+    assert said == (
+        f"{words}divided by 255, mean (0.48145466, 0.4578275, 0.40821073), std (0.26862954, 0.26130258, 0.27577711)"
+    )

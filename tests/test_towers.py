@@ -1,0 +1,667 @@
+"""How the image tower trains: layer-wise learning rates, frozen layers, LoRA, averages, checkpointing, BatchNorm."""
+
+import contextlib
+import functools
+import itertools
+import math
+import socket
+
+import numpy as np
+import open_clip
+import pytest
+import short_training
+import torch
+import torch.nn.functional as F
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from open_clip.timm_model import TimmModel
+from safetensors.torch import load_file
+from stand_in import make_recipe
+from test_loop import CPU, largest_difference, plain_fine_tuning, settings, without_speed
+from timm.optim import param_groups_layer_decay
+from tiny import CONFIG, make_tiny_clip
+
+from carft_ray.data.source import ImageSet
+from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
+from carft_ray.evaluation.evaluate import predict_all, predict_mixed
+from carft_ray.evaluation.predictions import concat, read_predictions, select
+from carft_ray.launch.fits import fitted, memory_failure
+from carft_ray.launch.single import train_once
+from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
+from carft_ray.learning.checkpoint import newest_checkpoint
+from carft_ray.learning.clip import wrap_model
+from carft_ray.learning.layers import layer_groups
+from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.lora import merged_state, trained_weights
+from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
+from carft_ray.learning.recalibration import clean_views, recalibrate
+from carft_ray.learning.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schedule import num_recalibrated
+from carft_ray.results.export import export_model
+from carft_ray.results.trained import evaluate_trained, open_trained
+
+NUM_LAYERS = 4  # of the tiny tower: stem, two blocks, projection
+MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+@pytest.fixture(scope="module")
+def clip64():
+    return make_tiny_clip(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def heads64(clip64):
+    return build_heads(clip64.model, clip64.tokenizer, CLASS_WORDS, TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_clip):
+    return build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
+
+
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}
+
+
+def make_resnet_clip(dtype=torch.float32):
+    """A CLIP with BatchNorm: OpenAI's ResNet, 32 x 32 pixels, random weights, statistics other than those of data."""
+    torch.manual_seed(0)
+    config = {**CONFIG, "vision_cfg": RESNET}
+    model = open_clip.CLIP(**config)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(20.0))
+    open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 32})
+    return wrap_model(model.to(dtype), open_clip.SimpleTokenizer(context_length=16), config)
+
+
+@pytest.fixture(scope="module")
+def resnet_clip():
+    return make_resnet_clip()
+
+
+def classifier_of(clip, heads, train, shaped=True):
+    classifier = build_classifier(clip, heads[0], train, CPU)
+    if shaped:
+        shape_tower(classifier, train)
+    return classifier
+
+
+def moved(clip, heads, state, train):
+    """Names of the tensors of a fine-tuned state that are not those of the start."""
+    start = classifier_of(clip, heads, train, shaped=False).state()
+    assert state.keys() == start.keys()
+    return {name for name in start if not torch.equal(start[name], state[name])}
+
+
+# ---- layer-wise learning rates
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+def test_layer_decay_is_that_of_timm_below_one_more_layer_the_class_head(name):
+    visual = TimmModel(name, embed_dim=16, image_size=160, pool="avg", proj="linear")
+    ours = layer_factors(visual, 0.7)
+    theirs = param_groups_layer_decay(visual.trunk, weight_decay=0.0, layer_decay=0.7)
+    scales = {id(p): group["lr_scale"] for group in theirs for p in group["params"]}
+    trunk = {name: scales[id(p)] for name, p in visual.named_parameters() if name.startswith("trunk.")}
+    depth = max(trunk.values()) / max(ours[name] for name in trunk)  # timm counts from the head of its own
+    assert ours == pytest.approx({**{k: v / depth for k, v in trunk.items()}, "head.proj.weight": 0.7})
+
+
+def test_the_first_update_of_a_layer_is_its_factor_times_that_with_one_learning_rate(clip64, heads64, source):
+    values = {"precision": "fp64", "epochs": 1, "batch_size": 40, "warmup_steps": 0, "weight_decay": 0.0}
+    start = classifier_of(clip64, heads64, settings(**values)).state()
+    one, decayed = (fine_tune(clip64, *heads64, source, settings(**values, layer_decay=x)) for x in (1.0, 0.5))
+    layers = [[f"visual.{name}" for name in layer] for layer in layer_groups(clip64.model.visual)] + [["class_head"]]
+    assert len(layers) == NUM_LAYERS + 1
+    for index, layer in enumerate(layers):
+        for name in layer:
+            expected = 0.5 ** (NUM_LAYERS - index) * (one[name] - start[name])
+            torch.testing.assert_close(decayed[name] - start[name], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_without_layer_decay_and_frozen_layers_the_groups_are_those_of_a_plain_optimizer(tiny_clip, heads):
+    classifier = classifier_of(tiny_clip, heads, settings())
+    groups = build_optimizer(classifier, settings()).param_groups
+    assert [len(group["params"]) for group in groups] == [len(list(classifier.visual.parameters())), 1]
+    assert all(group["lr_factor"] == 1.0 for group in groups)
+    spared = build_optimizer(classifier, settings(decay="matrices", layer_decay=0.5)).param_groups
+    assert {(g["lr_factor"], g["weight_decay"]) for g in spared[:-1]} >= {(0.0625, 0.1), (0.0625, 0.0), (0.5, 0.1)}
+
+
+# ---- frozen layers
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_frozen_layers_keep_their_weights_and_have_no_gradient(tiny_clip, heads, source, number):
+    train = settings(freeze_layers=number)
+    layers = [{f"visual.{name}" for name in layer} for layer in layer_groups(tiny_clip.model.visual)]
+    frozen, free = set().union(*layers[:number]), set().union(*layers[number:], {"class_head"})
+    assert moved(tiny_clip, heads, fine_tune(tiny_clip, *heads, source, train), train) == free
+    classifier = classifier_of(tiny_clip, heads, train).train()
+    classifier(torch.from_numpy(source.images))[1].sum().backward()
+    assert {name for name, p in classifier.named_parameters() if p.grad is None} == frozen
+    in_optimizer = sum(len(group["params"]) for group in build_optimizer(classifier, train).param_groups)
+    assert in_optimizer == len(free)
+
+
+def test_with_all_layers_frozen_the_class_head_alone_trains_as_a_linear_probe(clip64, heads64, source):
+    train = settings(freeze_layers=NUM_LAYERS, kl_weight=0.0, precision="fp64")
+    mine = fine_tune(clip64, *heads64, source, train)
+    reference = plain_fine_tuning(clip64, heads64[0], source, train, tower_trains=False)
+    assert largest_difference(mine, reference) < 1e-12
+
+
+# ---- LoRA
+
+
+def test_lora_starts_as_the_zero_shot_model_bit_for_bit(tiny_clip, heads, source):
+    pixels = torch.from_numpy(source.images)
+    train = settings(lora_rank=4)
+    plain, corrected = (classifier_of(tiny_clip, heads, train, shaped).eval() for shaped in (False, True))
+    assert largest_difference(plain.state(), corrected.state()) == 0.0
+    with torch.no_grad():
+        assert torch.equal(plain(pixels)[1], corrected(pixels)[1])
+    rows = []
+    context = RunContext(report=rows.append)
+    fine_tune(tiny_clip, *heads, source, settings(lora_rank=4, epochs=1, batch_size=40), context)
+    assert rows[0]["kl"] == 0.0
+
+
+def test_lora_moves_the_matrices_of_the_blocks_alone_by_its_rank(tiny_clip, heads, source):
+    train = settings(lora_rank=2, freeze_layers=2)  # of the blocks the second alone
+    state = fine_tune(tiny_clip, *heads, source, train)
+    expected = {f"visual.transformer.resblocks.1.{name}" for name in MATRICES}
+    assert moved(tiny_clip, heads, state, train) == {*expected, "class_head"}
+    start = classifier_of(tiny_clip, heads, train, shaped=False).state()
+    for name in expected:
+        singular = torch.linalg.svdvals((state[name] - start[name]).double())
+        assert singular[2] < 1e-5 * singular[0], name
+
+
+def test_lora_gradients_are_those_of_the_whole_matrix_seen_through_the_correction(clip64, heads64, source):
+    pixels, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
+    train = settings(lora_rank=3, lora_alpha=6.0, precision="fp64")
+    plain, corrected = (classifier_of(clip64, heads64, train, shaped) for shaped in (False, True))
+    for classifier in (plain, corrected):
+        F.cross_entropy(classifier(pixels)[1], labels).backward()
+    whole = dict(plain.named_parameters())
+    names = [name for name, _ in corrected.named_parameters() if name.endswith(".B")]
+    assert len(names) == 2 * len(MATRICES)
+    for name in names:
+        holder, kind = name.removesuffix(".0.B").split(".parametrizations.")
+        factor_A = corrected.get_parameter(f"{name[:-1]}A")
+        torch.testing.assert_close(
+            corrected.get_parameter(name).grad, 2 * whole[f"{holder}.{kind}"].grad @ factor_A.T, rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_alpha_scales_the_merged_correction(tiny_clip, heads, source, alpha):
+    pixels, train = torch.from_numpy(source.images), settings(lora_rank=4, lora_alpha=8.0)
+    corrected, plain = (classifier_of(tiny_clip, heads, train, shaped).eval() for shaped in (True, False))
+    start, generator = plain.state(), torch.Generator().manual_seed(1)
+    factors = [p for name, p in corrected.named_parameters() if name.endswith(".B")]
+    for factor in factors:
+        factor.data = 0.05 * torch.randn(factor.shape, generator=generator)
+    plain.load_state_dict(mix_weights(start, corrected.state(), alpha))
+    for factor in factors:
+        factor.data *= alpha
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pixels)[1], corrected(pixels)[1], rtol=0, atol=1e-4)  # logits up to 20
+        torch.testing.assert_close(plain.features(pixels), corrected.features(pixels), rtol=0, atol=1e-6)
+    assert largest_difference(plain.state(), corrected.state()) < 1e-6
+
+
+def test_lora_adapts_the_linear_layers_of_a_timm_tower():
+    visual = TimmModel("test_vit", embed_dim=16, image_size=160, pool="avg", proj="linear")
+    names = set(dict(visual.named_parameters()))
+    train = settings(lora_rank=4, layer_decay=0.5)
+    classifier = open_classifier(visual)
+    shape_tower(classifier, train)
+    assert {f"visual.{name}" for name in names} | {"class_head"} == merged_state(classifier).keys()
+    trained = trained_weights(classifier)
+    assert len(trained) == 6 * 4 + 1
+    assert all(".blocks." in name for name in trained if name != "class_head")
+    factors = {group["lr_factor"] for group in build_optimizer(classifier, train).param_groups}
+    assert factors == {1.0, *(0.5 ** (8 - layer) for layer in range(1, 7))}
+
+
+def open_classifier(visual):
+    from carft_ray.learning.classifier import ImageClassifier
+
+    return ImageClassifier(visual, torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3)
+
+
+# ---- the average over the steps
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_the_average_is_the_weighted_mean_of_the_weights_of_all_steps(clip64, heads64, source, decay):
+    values = {"precision": "fp64", "batch_size": 40, "epochs": 6}  # a step is an epoch
+    steps = [classifier_of(clip64, heads64, settings(**values)).state()]
+    looks = []
+    fine_tune(clip64, *heads64, source, settings(**values), on_epoch=lambda state, epoch: steps.append(state()) or {})
+    train = settings(**values, ema_decay=decay)
+    state = fine_tune(clip64, *heads64, source, train, on_epoch=lambda state, epoch: looks.append(state()) or {})
+    for step, found in enumerate(looks, start=1):
+        weights = [decay ** (step - index) for index in range(step + 1)]
+        mean = {
+            name: sum(w * each[name] for w, each in zip(weights, steps, strict=False)) / sum(weights) for name in state
+        }
+        assert largest_difference(found, mean) < 1e-12
+        assert decay or largest_difference(found, steps[step]) == 0.0  # decay 0 is the last step, bit for bit
+    assert largest_difference(state, looks[-1]) == 0.0
+
+
+def test_the_average_of_lora_is_that_of_the_merged_weights(clip64, heads64, source):
+    values = {"precision": "fp64", "batch_size": 40, "epochs": 2, "lora_rank": 4}
+    steps = [classifier_of(clip64, heads64, settings(**values)).state()]
+    fine_tune(clip64, *heads64, source, settings(**values), on_epoch=lambda state, epoch: steps.append(state()) or {})
+    state = fine_tune(clip64, *heads64, source, settings(**values, ema_decay=0.5))
+    mean = {name: (steps[0][name] + 2 * steps[1][name] + 4 * steps[2][name]) / 7 for name in state}
+    assert largest_difference(state, mean) < 1e-12
+
+
+# ---- all together: forms of the head, kills, workers
+
+TOGETHER = {"lora_rank": 3, "lora_alpha": 1.5, "ema_decay": 0.8, "layer_decay": 0.7, "freeze_layers": 1}
+
+
+def test_the_form_of_the_head_changes_nothing_with_any_of_them(clip64, heads64, source):
+    for values in (TOGETHER, {"freeze_layers": NUM_LAYERS}, {"ema_decay": 0.5, "grad_checkpointing": True}):
+        states = [
+            fine_tune(clip64, *heads64, source, settings(precision="fp64", class_head_form=form, **values))
+            for form in ("folded", "unit")
+        ]
+        states[1]["class_head"] = states[1]["class_head"] * clip64.logit_scale
+        assert largest_difference(*states) < 1e-9
+
+
+def stopped_and_resumed(clip, heads, source, train, folder):
+    rows, state, attempts = [], None, itertools.count(1)
+    while state is None:
+        asked = iter(range(100))
+        context = RunContext(report=rows.append, should_stop=lambda asked=asked: next(asked) == 0)
+        with contextlib.suppress(StoppedRun):
+            state = fine_tune(clip, *heads, source, train, context, checkpoint_dir=folder, attempt=next(attempts))
+    return state, rows
+
+
+def test_stopping_and_resuming_ends_with_the_weights_and_looks_of_an_uninterrupted_run(
+    tiny_clip, heads, source, tmp_path
+):
+    train, whole_rows = settings(**TOGETHER, epochs=2, batch_size=3), []
+    whole = fine_tune(tiny_clip, *heads, source, train, RunContext(report=whole_rows.append))
+    state, rows = stopped_and_resumed(tiny_clip, heads, source, train, tmp_path)
+    assert largest_difference(whole, state) == 0.0
+    assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
+    folders = sorted(tmp_path.glob("attempt-*/step-*"))
+    assert len(folders) == 2
+    assert all((folder / "average.safetensors").exists() for folder in folders)
+
+
+def test_a_damaged_or_lost_average_makes_the_checkpoint_before_it_serve(tiny_clip, heads, source, tmp_path):
+    train = settings(ema_decay=0.9, epochs=2)
+    fine_tune(tiny_clip, *heads, source, train, checkpoint_dir=tmp_path)
+    path = sorted(tmp_path.glob("attempt-1/step-*"))[-1] / "average.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found, [problem] = newest_checkpoint(tmp_path)
+    assert found.step == 4
+    assert "average.safetensors" in str(problem)
+    path.unlink()
+    assert newest_checkpoint(tmp_path)[0].step == 4
+    with pytest.raises(
+        StorageError, match="must hold an average of the weights with ema_decay, and only then, but got one"
+    ):
+        fine_tune(tiny_clip, *heads, source, settings(epochs=2), checkpoint_dir=tmp_path)
+
+
+# ---- gradient checkpointing
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_bit(clip64, heads64, source):
+    states, kept = [], []
+    for on in (False, True):
+        train = settings(precision="fp64", grad_checkpointing=on)
+        states.append(fine_tune(clip64, *heads64, source, train))
+        kept.append(bytes_kept(classifier_of(clip64, heads64, train).train(), source))
+    assert largest_difference(*states) == 0.0
+    assert kept[1] < 0.5 * kept[0]
+
+
+def bytes_kept(classifier, source):
+    sizes = []
+    keep = lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        classifier(torch.from_numpy(source.images))
+    return sum(sizes)
+
+
+def test_gradient_checkpointing_of_a_timm_tower_gives_the_gradients_of_none():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    visual = TimmModel("test_vit", embed_dim=16, image_size=160, pool="avg", proj="linear").double()
+    gradients = []
+    for on in (False, True):
+        classifier = open_classifier(visual).double()
+        shape_tower(classifier, settings(grad_checkpointing=on))
+        F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 2])).backward()
+        gradients.append({name: p.grad for name, p in classifier.named_parameters()})
+    assert largest_difference(*gradients) == 0.0
+
+
+def test_a_micro_batch_that_fits_is_remembered_apart_for_gradient_checkpointing(tmp_path):
+    short = OutOfMemoryError("short", 8)
+    kept = make_recipe(2)
+    checkpointed = kept.model_copy(update={"train": kept.train.model_copy(update={"grad_checkpointing": True})})
+    assert memory_failure(short, kept, {}, tmp_path, 1).outcome == "memory"
+    assert fitted(kept, tmp_path, 1).train.micro_batch == 4
+    assert fitted(checkpointed, tmp_path, 1) == checkpointed
+
+
+@pytest.mark.parametrize("values", [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}])
+def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_over_memory(tmp_path, values):
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), values, tmp_path, 1).outcome == "error"
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), {}, tmp_path, 1).outcome == "fatal"
+
+
+# ---- statistics of BatchNorm
+
+
+def test_recalibrated_statistics_are_those_of_torchs_update_bn(resnet_clip):
+    heads = (torch.eye(5, 16),)
+    source = ArraySource(num_images=300, size=32)
+    views = clean_views(resnet_clip, source, 7)
+    assert views.shape == (256, 32, 32, 3)
+    mine, theirs = (classifier_of(resnet_clip, heads, settings()) for _ in range(2))
+    before = mine.state()
+    recalibrate(mine, views)
+    batches = [torch.from_numpy(views[:128]), torch.from_numpy(views[128:])]
+    norms = [m for m in theirs.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        inputs = [(b.permute(0, 3, 1, 2).float() / 255 - theirs.mean) / theirs.std for b in batches]
+    torch.optim.swa_utils.update_bn(inputs, theirs.visual)
+    changed = {name for name in before if not torch.equal(before[name], mine.state()[name])}
+    assert len(changed) == 2 * len(norms)
+    assert all(name.endswith(("running_mean", "running_var")) for name in changed)
+    for name in changed:
+        torch.testing.assert_close(mine.state()[name], theirs.state()[name], rtol=1e-4, atol=1e-5)
+    assert not any(module.training for module in mine.modules())
+    assert {m.momentum for m in mine.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    again = mine.state()
+    recalibrate(mine, views)  # what the statistics were before plays no part
+    assert largest_difference(again, mine.state()) == 0.0
+
+
+def test_clean_views_are_what_evaluations_see_of_the_images_with_the_lowest_ids(resnet_clip):
+    source = ArraySource(num_images=9, size=20)
+    order = np.argsort(source.sample_ids)
+    views = clean_views(resnet_clip, source, 1)
+    from PIL import Image
+
+    expected = [np.array(resnet_clip.to_input(Image.fromarray(source.pixels(i)))) for i in order]
+    assert np.array_equal(views, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "expected"), [(1, 1000, 128), (3, 1000, 384), (9, 1000, 896), (2, 130, 128), (2, 100, 100)]
+)
+def test_statistics_come_from_whole_batches_where_there_is_one(asked, there, expected):
+    assert num_recalibrated(asked, there) == expected
+
+
+def image_set(size):
+    source = ArraySource(num_images=11, size=size, seed=5)
+    return ImageSet("id_val", source.images, source.labels, source.sample_ids)
+
+
+def test_every_alpha_has_the_statistics_of_its_mixed_weights(resnet_clip):
+    heads = build_heads(resnet_clip.model, resnet_clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    source, sets, context = ArraySource(num_images=24, size=32), [image_set(32)], RunContext()
+    views = clean_views(resnet_clip, source, 1)
+    tuned = fine_tune(resnet_clip, *heads, source, settings())
+    classifier = classifier_of(resnet_clip, heads, settings())
+    start = classifier.state()
+    tables = {}
+    for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
+        table = predict_mixed(classifier, start, tuned, alpha, sets, 4, context, views)
+        assert tables.setdefault(alpha, table).equals(table)
+        by_hand = classifier_of(resnet_clip, heads, settings())
+        by_hand.load_state_dict(mix_weights(start, tuned, alpha))
+        recalibrate(by_hand, views)
+        assert largest_difference(by_hand.state(), classifier.state()) == 0.0
+    plain = predict_mixed(classifier, start, tuned, 0.4, sets, 4, context)
+    assert not plain.equals(tables[0.4])
+    untouched = classifier.state()["visual.bn1.running_mean"]
+    assert torch.equal(untouched, start["visual.bn1.running_mean"])
+
+
+def test_want_of_memory_for_a_batch_of_statistics_is_told(resnet_clip, monkeypatch):
+    classifier = classifier_of(resnet_clip, (torch.eye(5, 16),), settings())
+    before = classifier.state()
+
+    def short(images):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(classifier.visual, "forward", short)
+    with pytest.raises(OutOfMemoryError, match=r"train\.recalibrate_batches: 128 images of 32 x 32 pixels") as caught:
+        recalibrate(classifier, np.zeros((128, 32, 32, 3), np.uint8))
+    assert caught.value.micro_batch == 0
+    assert not is_out_of_memory(RuntimeError("another error"))
+    assert largest_difference(before, classifier.state()) == 0.0
+    assert {m.momentum for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
+# ---- whole trainings: curve, evaluate, export
+
+
+def train_once_with(folder, recipe_path, **values):
+    always = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2"]
+    recipe = load_recipe(recipe_path, [*always, *(f"train.{key}={value}" for key, value in values.items())])
+    out = folder / "-".join(values)
+    train_once(recipe, recipe_path.parent, out, False, "", str, lambda row: None, lambda row: None)
+    return open_trained(out)
+
+
+def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
+    path = short_training.make(tmp_path, RESNET)
+    trained = train_once_with(tmp_path, path, recalibrate_batches=2)
+    alpha, curve = trained.result["alpha"], trained.result["curve"]
+    assert [point["alpha"] for point in curve if point["alpha"] in (0, 1)] == [0, 1]
+    metrics = trained.result["metrics"]
+    assert evaluate_trained(trained, alpha) == metrics
+    written = read_predictions(tmp_path / "recalibrate_batches" / "predictions" / "validation.parquet")
+    sets = trained.materials.validation
+    for at in (0.0, alpha):
+        now = predict_all(trained.classifier(at), sets, at, trained.recipe.evaluate.batch_size, RunContext())
+        then = concat([select(written, image_set.name, at) for image_set in sets])
+        assert now.to_pylist() == then.to_pylist()
+    exported = export_model(trained, tmp_path / "export")
+    state = load_file(exported.folder / "open_clip_model.safetensors")
+    chosen, start = trained.classifier(alpha).state(), trained.materials.clip.model.state_dict()
+    statistics = [name for name in start if name.endswith(("running_mean", "running_var"))]
+    for name in statistics:
+        assert torch.equal(state[name], chosen[name])
+        assert not torch.equal(state[name], start[name])
+    assert all(torch.equal(trained.fine_tuned[name], start[name]) for name in statistics)  # mixed first, then computed
+
+
+def test_what_lora_and_the_average_leave_are_plain_weights(tmp_path):
+    path = short_training.make(tmp_path)
+    trained = train_once_with(tmp_path, path, lora_rank=2, ema_decay=0.5, freeze_layers=1)
+    start = classifier_of(trained.materials.clip, (trained.class_head_CD,), settings()).state()
+    assert trained.fine_tuned.keys() == start.keys()
+    assert evaluate_trained(trained, trained.result["alpha"]) == trained.result["metrics"]
+    assert export_model(trained, tmp_path / "export").largest_difference < 1e-4
+
+
+# ---- two workers
+
+
+def work(rank, world_size, port, folder):
+    """One gloo worker; module level, so that it can be started in a new process."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    torch.save(trained_by(RunContext(rank=rank, world_size=world_size)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def trained_by(context):
+    clip = make_tiny_clip(dtype=torch.float64)
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    values = {"precision": "fp64", "batch_size": 13, "micro_batch": 4, "grad_checkpointing": True}
+    states = [
+        fine_tune(clip, *heads, ArraySource(), settings(**values, **more), context)
+        for more in (TOGETHER, {"freeze_layers": NUM_LAYERS, "ema_decay": 0.9})
+    ]
+    resnet = make_resnet_clip()
+    classifier = classifier_of(resnet, (torch.eye(5, 16),), settings())
+    views = clean_views(resnet, ArraySource(num_images=20, size=32), 1)
+    start = classifier.state()
+    table = predict_mixed(classifier, start, start, 0.5, [image_set(32)], 4, context, views)
+    return [*states, classifier.state(), {"prediction": torch.tensor(table["prediction"].to_pylist())}]
+
+
+@pytest.mark.slow
+def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (2, port, tmp_path), nprocs=2)
+    lora, probe_head, statistics, table = trained_by(RunContext())
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert largest_difference(lora, found[0]) < 1e-9
+        assert largest_difference(probe_head, found[1]) < 1e-9
+        assert largest_difference(statistics, found[2]) == 0.0
+        assert largest_difference(table, found[3]) == 0
+
+
+# ---- torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_clip, heads, source, monkeypatch):
+    # all but the last stage of the compiler: C++ for the tiny tower takes a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    rows, states = [], []
+    for on in (False, True):
+        train = settings(compile=on, epochs=2, batch_size=40, warmup_steps=0, lora_rank=4)
+        states.append(fine_tune(tiny_clip, *heads, source, train, RunContext(report=rows.append)))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert abs(rows[2]["kl"]) < 1e-6
+    assert rows[3]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-2)
+    assert largest_difference(*states) < 2e-3  # Adam's first steps have the sign of a gradient that may be rounding
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_without_a_compiler_the_message_says_what_to_do(tiny_clip, heads, source, monkeypatch, tmp_path):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "nothing")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inductor, "fx_graph_cache", False)
+    torch.compiler.reset()
+    with pytest.raises(RecipeError) as caught:
+        fine_tune(tiny_clip, *heads, source, settings(compile=True, batch_size=11))
+    assert str(caught.value).startswith(
+        "train.compile: must be false here: torch cannot compile the image tower, but got InvalidCxxCompiler"
+    )
+    assert "\n    Write train.compile: false, or give torch a C++ compiler" in str(caught.value)
+
+
+# ---- what a tower cannot do
+
+CANNOT = [
+    (
+        {"freeze_layers": 5},
+        "train.freeze_layers: must be at most 4, the number of layers of the image tower, but got 5",
+    ),
+    (
+        {"freeze_layers": 4, "head_lr_factor": 0.0},
+        "train.freeze_layers: must be at most 3 with head_lr_factor 0, or nothing trains, but got 4",
+    ),
+    ({"lora_rank": 33}, "train.lora_rank: must be at most 32, the smallest side of a matrix, but got 33"),
+    (
+        {"lora_rank": 2, "freeze_layers": 3},
+        "train.lora_rank: must be null with freeze_layers 3: no Linear layer is left in a block that trains, but got 2",
+    ),
+    (
+        {"recalibrate_batches": 2},
+        "train.recalibrate_batches: must be 0: this image tower has no BatchNorm, whose statistics could be computed "
+        "anew, but got 2",
+    ),
+]
+RESNET_CANNOT = [
+    (
+        {"lora_rank": 2},
+        "train.lora_rank: must be null: the blocks of this image tower have no Linear layers, but got 2\n"
+        "    train.freeze_layers trains a part of any tower.",
+    ),
+    (
+        {"grad_checkpointing": True},
+        "train.grad_checkpointing: must be false: this image tower has no gradient checkpointing, but got true\n"
+        "    To need less memory, write a smaller train.micro_batch; the gradient stays the same.",
+    ),
+    (
+        {"freeze_layers": 7},
+        "train.freeze_layers: must be at most 6, the number of layers of the image tower, but got 7",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CANNOT)
+def test_what_a_tower_cannot_do_is_said_once(tiny_clip, heads, source, values, message):
+    with pytest.raises(RecipeError) as caught:
+        fine_tune(tiny_clip, *heads, source, settings(**values))
+    assert [str(problem) for problem in caught.value.problems] == [message]
+
+
+@pytest.mark.parametrize(("values", "message"), RESNET_CANNOT)
+def test_what_a_resnet_cannot_do_is_said_once(resnet_clip, values, message):
+    assert [str(problem) for problem in tower_problems(resnet_clip.model.visual, settings(**values))] == [message]
+
+
+def test_a_resnet_freezes_layers_and_recalibrates(resnet_clip):
+    assert tower_problems(resnet_clip.model.visual, settings(freeze_layers=6, recalibrate_batches=4)) == []
+
+
+def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_would_ask(tiny_clip):
+    visual = tiny_clip.model.visual
+    space = {
+        "freeze_layers": {"low": 0, "high": 4},
+        "lora_rank": {"choices": [None, 4, 64]},
+        "learning_rate": {"low": 1e-4, "high": 1e-3},
+    }
+    with pytest.raises(RecipeError) as caught:
+        check_tower(visual, make_recipe(2, space=space, baselines={"plain": {}, "deep": {"freeze_layers": 9}}))
+    assert [str(problem) for problem in caught.value.problems] == [
+        "search.space.lora_rank: must be at most 32, the smallest side of a matrix, but got 64",
+        "search.space.lora_rank: must be null with freeze_layers 4: no Linear layer is left in a block that trains, "
+        "but got 4",
+        "search.space.lora_rank: must be null with freeze_layers 4: no Linear layer is left in a block that trains, "
+        "but got 64",
+        "search.baselines.deep.freeze_layers: must be at most 4, the number of layers of the image tower, but got 9",
+    ]
+    check_tower(visual, make_recipe(2, space={"freeze_layers": {"low": 0, "high": 4}}))
+
+
+@pytest.mark.parametrize("values", [{}, {"freeze_layers": 2}, {"lora_rank": 3}, {"lora_rank": 3, "freeze_layers": 2}])
+def test_the_numbers_that_train_are_counted_without_shaping_a_tower(tiny_clip, heads, values):
+    train = settings(**values)
+    tower = classifier_of(tiny_clip, heads, train).visual
+    counted = sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad)
+    assert num_trained(tiny_clip.model.visual, train) == counted
+
+
+def test_set_learning_rate_keeps_the_factors_of_layers(tiny_clip, heads):
+    train = settings(layer_decay=0.5)
+    optimizer = build_optimizer(classifier_of(tiny_clip, heads, train), train)
+    set_learning_rate(optimizer, 3.0)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [3 / 16, 3 / 8, 3 / 4, 3 / 2, 3]

@@ -1,0 +1,300 @@
+"""Weights files: every form that loads, what is refused with which message, and the trap of QuickGELU."""
+
+import hashlib
+import json
+import logging
+
+import open_clip
+import pytest
+import torch
+from families import make_tokenizer
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from tiny import CONFIG
+
+from carft_ray.errors import DataError, RecipeError
+from carft_ray.learning import weights
+from carft_ray.learning.building import build_model
+from carft_ray.learning.catalog import model_warnings
+from carft_ray.learning.clip import load_clip, load_folder
+from carft_ray.recipe.schema import ModelPart
+
+# models that the tests add to open_clip's list
+NAME, QUICK, OTHER, WORDS = (f"carft-test-ViT{end}" for end in ("", "-quickgelu", "-4", "-words"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small models in open_clip's list; returns a state of the first."""
+    folder = tmp_path_factory.mktemp("configs")
+    other = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "patch_size": 4}}
+    text = {"vocab_size": 18, "hf_tokenizer_name": "nobody/words", "pool_type": "last", "context_length": 8}
+    words = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
+    for name, config in ((NAME, CONFIG), (QUICK, {**CONFIG, "quick_gelu": True}), (OTHER, other), (WORDS, words)):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    state = build_model(NAME).state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            if name != "logit_scale":
+                value.add_(0.3 * torch.randn_like(value))
+    yield state
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
+    for name in (NAME, QUICK, OTHER, WORDS):
+        open_clip.factory._MODEL_CONFIGS.pop(name)
+
+
+@pytest.fixture(autouse=True)
+def listed(monkeypatch):
+    """Lets the list without torch know the test's models too."""
+    from carft_ray.learning import catalog
+
+    known = catalog.model_names()
+    monkeypatch.setattr(catalog, "model_names", lambda: (*known, NAME, QUICK, OTHER, WORDS))
+    real = catalog.computes_quick_gelu
+    monkeypatch.setattr(
+        catalog, "computes_quick_gelu", lambda name: name.endswith("gelu") if name.startswith(NAME) else real(name)
+    )
+
+
+def load(path, name=NAME):
+    return load_clip(ModelPart(name=name, pretrained=str(path)), path.parent)
+
+
+def message(path, name=NAME, error=DataError):
+    with pytest.raises(error) as caught:
+        load(path, name)
+    [problem] = caught.value.problems
+    return str(problem)
+
+
+def test_every_form_of_file_gives_the_same_model(models, tmp_path):
+    save_file(models, tmp_path / "plain.safetensors")
+    torch.save(models, tmp_path / "plain.pt")
+    wrapped = {f"module.{name}": value for name, value in models.items()}
+    extra = {"epoch": 3, "name": "x", "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}
+    torch.save({**extra, "state_dict": wrapped}, tmp_path / "epoch_3.pt")
+    compiled = {f"module._orig_mod.{name}": value for name, value in models.items()}
+    torch.save({"state_dict": compiled}, tmp_path / "compiled.bin")
+    save_file({name: value.half() for name, value in models.items()}, tmp_path / "half.safetensors")
+    hashes = {path.name: load(path).weights_hash for path in tmp_path.iterdir()}
+    assert len({value for name, value in hashes.items() if name != "half.safetensors"}) == 1
+    half = load(tmp_path / "half.safetensors")
+    assert half.model.visual.proj.dtype == torch.float32
+    torch.testing.assert_close(half.model.state_dict()["visual.proj"], models["visual.proj"], atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_path):
+    marker = tmp_path / "run"
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    torch.save({"state_dict": models, "trap": Trap()}, tmp_path / "trap.pt")
+    assert message(tmp_path / "trap.pt").startswith(
+        "model.pretrained: must hold tensors and plain values alone; nothing else is unpickled, since that can run any "
+        f"code, but got {tmp_path}/trap.pt\n    Where you trust it, save model.state_dict()"
+    )
+    assert not marker.exists()
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert message(tmp_path / "pointer.bin") == (
+        f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
+        "    Run: git lfs pull"
+    )
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    assert "must hold named tensors, or a checkpoint with state_dict, but got" in message(tmp_path / "empty.pt")
+    for name in ("cut.safetensors", "cut.pt"):
+        (tmp_path / name).write_bytes(b"\x00" * 100)
+        assert message(tmp_path / name).startswith(
+            f"model.pretrained: must be a weights file that can be read, but got {tmp_path}/{name}: "
+        )
+
+
+def test_a_torch_script_archive_is_refused_with_the_command_that_converts_it(models, tmp_path):
+    class Scripted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in models.items():
+                self.register_buffer(name.replace(".", "_"), value)
+
+        def forward(self, x):
+            return x
+
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        torch.jit.save(torch.jit.script(Scripted()), str(tmp_path / "ViT-B-32.pt"))
+    text = message(tmp_path / "ViT-B-32.pt")
+    assert text.startswith("model.pretrained: must be a file of tensors; a TorchScript archive, such as OpenAI's own")
+    assert "torch.jit.load('ViT-B-32.pt', map_location='cpu').state_dict()" in text
+
+
+def test_missing_extra_and_reshaped_tensors_are_named_with_the_model_that_they_fit(models, tmp_path):
+    save_file(models, tmp_path / "fine.safetensors")
+    assert message(tmp_path / "fine.safetensors", OTHER) == (
+        "model.pretrained: the tensors of fine.safetensors must be those of the model, but got 2 of another shape "
+        "(visual.positional_embedding [5, 32] in place of [17, 32], visual.conv1.weight [32, 3, 8, 8] in place of "
+        f"[32, 3, 4, 4])\n    They fit {NAME}, {QUICK}."
+    )
+    save_file({**models, "more": torch.zeros(1)}, tmp_path / "more.safetensors")
+    text = message(tmp_path / "more.safetensors")
+    assert text.endswith("but got 1 more (more)\n    No model of open_clip has these tensors.")
+    less = {name: value for name, value in models.items() if not name.startswith("visual.ln")}
+    save_file(less, tmp_path / "less.safetensors")
+    assert "but got 4 missing (visual.ln_pre.weight, visual.ln_pre.bias, visual.ln_post.weight, ...)" in message(
+        tmp_path / "less.safetensors"
+    )
+
+
+def shapes(name):
+    return weights.shapes_of(build_model(name, "meta").state_dict())
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP2", "coca_ViT-B-32"])
+def test_the_model_that_tensors_fit_is_found_by_their_shapes(name):
+    assert name in weights.fitting_models(shapes(name))
+
+
+def test_positions_of_another_image_size_are_interpolated_with_a_warning(models, tmp_path, caplog):
+    larger = {**models, "visual.positional_embedding": torch.randn(1 + 9, 32)}
+    save_file(larger, tmp_path / "larger.safetensors")
+    with caplog.at_level(logging.WARNING, "carft_ray"):
+        clip = load(tmp_path / "larger.safetensors")
+    assert clip.model.visual.positional_embedding.shape == (5, 32)
+    assert caplog.messages == [
+        "model.pretrained: the position embeddings of larger.safetensors are interpolated (rows of "
+        "visual.positional_embedding 10 to 5)."
+    ]
+
+
+def test_gelu_and_quick_gelu_give_other_logits_and_openais_state_is_refused_under_a_gelu_name(models, tmp_path):
+    save_file(models, tmp_path / "weights.safetensors")
+    clips = [load(tmp_path / "weights.safetensors", name) for name in (NAME, QUICK)]
+    images, tokens = torch.randn(4, 3, 16, 16), clips[0].tokenizer(["a cat", "a dog"])
+    with torch.inference_mode():
+        logits = [clip.model.get_logits(images, tokens)[0] for clip in clips]
+    assert (logits[0] - logits[1]).abs().max() > 0.01  # rounding: 1e-5
+    sizes = {
+        "input_resolution": torch.tensor(16),
+        "context_length": torch.tensor(16),
+        "vocab_size": torch.tensor(49408),
+    }
+    torch.save({**models, **sizes}, tmp_path / "openai.pt")
+    assert message(tmp_path / "openai.pt", NAME, RecipeError) == (
+        "model.name: must compute the activation that openai.pt (OpenAI's own) was trained with (QuickGELU), or every "
+        f"number is wrong, but got {NAME} (GELU)\n    Write model.name: {NAME}-quickgelu"
+    )
+    assert load(tmp_path / "openai.pt", QUICK).weights_hash == clips[1].weights_hash
+
+
+def test_a_configuration_beside_the_file_tells_its_activation_and_preprocessing(models, tmp_path):
+    save_file(models, tmp_path / "open_clip_model.safetensors")
+    beside = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": {**CONFIG, "quick_gelu": True}, "preprocess_cfg": beside}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    text = message(tmp_path / "open_clip_model.safetensors", NAME, RecipeError)
+    assert (
+        f"(open_clip_config.json beside it) was trained with (QuickGELU), or every number is wrong, but got {NAME}"
+        in text
+    )
+    clip = load(tmp_path / "open_clip_model.safetensors", QUICK)
+    assert (clip.mean, clip.std, clip.input_key) == ((0.5,) * 3, (0.25,) * 3, "16-bilinear-squash")
+
+
+def test_a_file_that_open_clip_released_is_known_by_its_hash(models, tmp_path, monkeypatch):
+    torch.save(models, tmp_path / "renamed.pt")
+    start = hashlib.sha256((tmp_path / "renamed.pt").read_bytes()).hexdigest()[:8]
+    known = {"url": f"http://127.0.0.1:9/vit-{start}.pt", "quick_gelu": True, "mean": (0.1, 0.2, 0.3)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, {"tiny": known})
+    text = message(tmp_path / "renamed.pt", NAME, RecipeError)
+    assert "must compute the activation that renamed.pt ('tiny' by its hash) was trained with (QuickGELU)" in text
+    assert load(tmp_path / "renamed.pt", QUICK).mean == (0.1, 0.2, 0.3)
+
+
+def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
+    state = build_model(WORDS).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    assert message(tmp_path / "weights.safetensors", WORDS).startswith(
+        f"model.name: the tokenizer of {WORDS} must be in the hub's cache or fetched (nobody/words), but got not in "
+        "the cache, and no connection to the hub\n    Without a network: "
+    )
+    make_tokenizer(tmp_path)
+    clip = load(tmp_path / "weights.safetensors", WORDS)
+    assert clip.tokenizer(["a photo of the cat"]).tolist() == [[4, 5, 6, 7, 13, 2, 1, 1]]
+    make_tokenizer(
+        tmp_path, ("more", "words", "than", "the", "model", "has", *map(str, range(20)), "a", "photo", "cat")
+    )
+    text = message(tmp_path / "weights.safetensors", WORDS)
+    assert text == "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    text = message(tmp_path / "weights.safetensors", WORDS)
+    assert text.startswith(
+        f"model.name: the tokenizer files of {WORDS} (nobody/words) must be readable by transformers"
+    )
+
+
+def test_weights_of_openai_need_quick_gelu_in_the_configuration_of_their_folder(models, tmp_path):
+    sizes = {name: torch.tensor(1) for name in weights.OPENAI_SIZES}
+    torch.save({**models, **sizes}, tmp_path / "open_clip_pytorch_model.bin")
+    for quick in (False, True):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": quick}}))
+        if quick:
+            assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
+        else:
+            with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
+                load_folder(tmp_path)
+
+
+def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
+    save_file(models, tmp_path / "model.safetensors")
+    for wrong in ({"embed_dims": 3}, {"embed_dim": "many"}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **wrong}}))
+        with pytest.raises(DataError, match="model_cfg must be one that open_clip can build, but got TypeError"):
+            load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "start"),
+    [
+        (
+            "ViT-B-32",
+            "model.pt",
+            "model.pt does not tell which activation it was trained with. ViT-B-32 computes GELU; ",
+        ),
+        (
+            "ViT-B-32",
+            "ViT-B-32-openai.pt",
+            "ViT-B-32-openai.pt looks like 'openai', which was trained with QuickGELU, ",
+        ),
+        ("ViT-B-32", "vit_base_patch32_clip_224.openai/x.bin", "x.bin looks like 'openai', which was trained with "),
+        ("ViT-B-32", "vit_b_32-quickgelu-8a00ab3c.pt", "vit_b_32-quickgelu-8a00ab3c.pt has QuickGELU in its name, "),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k.pt", "laion2b_s34b_b79k.pt looks like 'laion2b_s34b_b79k', which "),
+        ("ViT-B-32-quickgelu", "model.pt", "model.pt does not tell which activation it was trained with. "),
+        ("ViT-B-32-quickgelu", "ViT-B-32-openai.pt", None),
+        ("ViT-B-32", "laion2b-s34b-b79k.pt", None),
+        ("ViT-B-32", "laion2b_s34b_b79k", None),
+        ("ViT-B-32-256", "model.pt", None),
+        ("sandbox", None, None),
+    ],
+)
+def test_a_bare_file_gets_a_warning_that_names_the_trap(name, path, start, tmp_path):
+    written = None if path is None else str(tmp_path / path) if "." in path else path
+    found = model_warnings(ModelPart(name=name, pretrained=written), tmp_path)
+    assert [text.startswith(f"model.pretrained: {start}") for text in found] == ([] if start is None else [True])
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for part, what in (
+        (ModelPart(name="ViT-B-32-quickgelu", pretrained="openai"), "the weights 'openai' of ViT-B-32-quickgelu"),
+        (ModelPart(name="hf-hub:nobody/nothing"), "hf-hub:nobody/nothing"),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_clip(part, tmp_path)
+        text = str(caught.value)
+        assert f"{what} must be in the hub's cache or fetched (" in text
+        assert "but got not in the cache, and no connection to the hub\n    Without a network: " in text
+        assert all(way in text for way in ("model.pretrained: a weights file", "model.name: local-dir:FOLDER"))
+    assert not constants.HF_HUB_OFFLINE
