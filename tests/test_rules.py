@@ -2,8 +2,8 @@
 
 import ast
 import functools
-import pickle
 import json
+import pickle
 import re
 import shlex
 import subprocess
@@ -143,7 +143,7 @@ def test_modules_that_must_be_quick_load_nothing_heavy(modules, heavy):
     code = (
         "import importlib, json, sys\n"
         "heavy, *modules = sys.argv[1:]\n"
-        "loaded = [name for name in modules if importlib.import_module(name) and set(heavy.split()) & set(sys.modules)]\n"
+        "loaded = [name for name in modules if importlib.import_module(name) and set(heavy.split()) & {*sys.modules}]\n"
         "print(json.dumps(loaded))\n"
     )
     command = [sys.executable, "-c", code, " ".join(heavy), *modules]
