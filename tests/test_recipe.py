@@ -1005,6 +1005,7 @@ def _random_recipe(rng):
     }
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_written_loads_back_equal(tmp_path):
     rng = random.Random(1)
     path = tmp_path / "written.yaml"
