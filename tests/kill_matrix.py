@@ -1,10 +1,12 @@
 """Kills everything that a search consists of, checks what is left, and prints a table: ``make kill-matrix``.
 
-Two searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
+Three searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
+One study is of real trainings: its ``confirm`` is killed.
 
     python tests/kill_matrix.py [--kills 10] [--times 2] [--seed N]
 
-Trainings are stand-ins (``stand_in.py``), Ray is real. Ends with an error at the first study that is not whole.
+The other trainings are stand-ins (``stand_in.py``), Ray is real. Ends with an error at the first study that is not
+whole.
 """
 
 import argparse
@@ -18,9 +20,12 @@ import time
 from pathlib import Path
 
 import killed_searches as searches
+import short_sealed
+import short_training
 
-from carft_ray.search.rows import baselines, trials
+from carft_ray.search.rows import baselines, confirmations, trials
 
+NUM_CONFIRM_KILLS = 5
 HEADER = ("killed", "executor", "times", "outcome", "lost trials", "begun again", "seconds each")
 
 
@@ -35,7 +40,7 @@ def main(kills, times, seed):
         rows.append(row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began))
         for executor, event, delay_s, done in struck:
             print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
-        for executor, num_kills in (("inline", 5), ("ray-train", 0)):
+        for executor, num_kills in (("inline", 0), ("inline", 5), ("ray-train", 0)):
             began, study_dir = time.monotonic(), folder / f"chaos-{executor}"
             counts = searches.chaotic(study_dir, 40, seed, executor, num_kills)
             told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
@@ -43,6 +48,13 @@ def main(kills, times, seed):
             what = f"40 trials of all fates, driver killed {num_kills} times"
             rows.append((what, executor, 1, told, 0, again, f"{time.monotonic() - began:.0f}"))
             print(rows[-1], flush=True)
+        began, study_dir = time.monotonic(), short_sealed.make(folder / "confirm", short_training)
+        searches.kill_confirm(study_dir, folder, NUM_CONFIRM_KILLS, random.Random(seed))
+        again = sum(each.attempt - 1 for each in confirmations(folder / "killed"))
+        what = f"confirm of real trainings, killed {NUM_CONFIRM_KILLS} times"
+        told = "numbers of one left in peace"
+        rows.append((what, "inline", 1, told, 0, again, f"{time.monotonic() - began:.0f}"))
+        print(rows[-1], flush=True)
         with searches.cluster() as cluster:
             for what, executor, name in (
                 ("training", "inline", "process of a training"),

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ from subprocess import PIPE
 
 import chaos
 
-from carft_ray.search.rows import baselines, trials
+from carft_ray.search.ledger import read_ledger
+from carft_ray.search.rows import baselines, confirmations, trials
 
 HERE = Path(__file__).parent
 RESOURCES = {
@@ -26,6 +28,7 @@ RESOURCES = {
 EPOCHS = 4  # of search_driver.py
 TIMEOUT_S = 300
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
+NUM_MOMENTS = len(COURSE) + 1  # to kill a search: before any event, and after each; odd, as there are two executors
 _drivers = []
 
 
@@ -274,18 +277,64 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     return output
 
 
+def confirm(study_dir):
+    """Starts a confirm in a process group of its own, with two seeds of the winner and of the baseline."""
+    command = [sys.executable, "-m", "carft_ray.cli", "confirm", str(study_dir), "--top", "1", "--seeds", "2"]
+    process = subprocess.Popen(
+        command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
+    )
+    _drivers.append(process)
+    return process
+
+
+def confirmed(study_dir):
+    """Numbers of every training of a confirm that has finished, less the time it took."""
+    contents = {path.parent.name: json.loads(path.read_text()) for path in study_dir.glob("confirm/*/result.json")}
+    return {name: {**content, "elapsed_s": None, "environment": None} for name, content in contents.items()}
+
+
+def kill_confirm(finished_study, folder, num_kills, rng):
+    """Confirms a copy of a study in peace, and another one killed so often; raises when they end otherwise.
+
+    The kills come at random moments, one in each of ``num_kills`` parts of the time that a whole confirm takes. The
+    copies are ``calm`` and ``killed`` in ``folder``.
+    """
+    calm, killed = (Path(shutil.copytree(finished_study, folder / name)) for name in ("calm", "killed"))
+    began = time.monotonic()
+    code, output = finish(confirm(calm))
+    assert code == 0, output
+    whole_s, before = time.monotonic() - began, {}
+    for number in range(num_kills):
+        process = confirm(killed)
+        time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
+        kill_group(process)
+        now = confirmed(killed)
+        assert {name for name in before if now[name] != before[name]} == set()
+        before = now
+    code, output = finish(confirm(killed))
+    assert code == 0, output
+    assert confirmed(killed) == confirmed(calm)
+    assert len(confirmed(killed)) == 4
+    summaries = [json.loads((study / "confirm" / "summary.json").read_text()) for study in (calm, killed)]
+    assert summaries[0] == summaries[1]
+    assert {row.outcome for row in confirmations(killed)} == {"complete"}
+    assert len(confirmations(killed)) == 4
+    assert [entry.purpose for entry in read_ledger(killed)] == ["winner fixed"]
+    assert list(killed.rglob("*.tmp")) == []
+
+
 def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
 
     The kills go through the course of a search, inline and with Ray Train in turn: each comes a random while after an
-    event, however slow the machine is.
+    event, however slow the machine is. Any five have every moment of it, any ten every moment with either executor.
 
     Returns:
         ``(executor, event waited for, seconds from then to the kill, trainings finished by then)`` of each kill.
     """
-    kills, before = [], {}
-    for number in range(num_kills):
-        executor, done_events = ("inline", "ray-train")[number % 2], COURSE[: number // 2 % (len(COURSE) + 1)]
+    kills, before, first = [], {}, rng.randrange(len(RESOURCES) * NUM_MOMENTS)
+    for number in range(first, first + num_kills):
+        executor, done_events = tuple(RESOURCES)[number % len(RESOURCES)], COURSE[: number % NUM_MOMENTS]
         process = driver(study_dir, base_dir, num_trials, executor)
         for event in done_events:
             while not (line := process.stdout.readline()).startswith(event):

@@ -125,6 +125,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_trials_with_weights_are_read_at_every_alpha_that_could_be_chosen(folder, read):
     study, summary = read
     kept = [row for row in trials(study) if (study / "trials" / row.name / "fine_tuned.safetensors").exists()]

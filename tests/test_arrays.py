@@ -180,6 +180,7 @@ def build(source, cache_dir, queue):
     queue.put(int(image_set(source, None, "none", cache_dir).images_NHWC.sum()))
 
 
+@pytest.mark.slow
 def test_two_processes_build_an_entry_once(tmp_path):
     source = Pictures(num_images=40, log_path=tmp_path / "log", delay_s=0.005)
     context = multiprocessing.get_context("spawn")

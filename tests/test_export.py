@@ -96,6 +96,7 @@ FILES = {
     },
     "onnx": {"model.onnx"},
 }
+NUM_PER_CLASS = 50  # images of the sandbox's id_val; the quickstart has more
 
 pytestmark = pytest.mark.slow  # trainings, and stock libraries in processes of their own
 
@@ -370,12 +371,19 @@ def write_webdataset(root, images, class_names, templates):
 def of_sandbox(tmp_path_factory):
     """A training of the sandbox model, its folder, the PNG images of its id_val, and an export at alpha 1."""
     folder = tmp_path_factory.mktemp("sandbox")
-    only = {"id_val": sandbox.QUICKSTART_SETS["id_val"]}
-    overrides = ["train.epochs=1", "data.train.num_per_class=16", "data.ood_val={}", f"data.cache_dir={folder}/cache"]
+    few = sandbox.QUICKSTART_SETS["id_val"]["photo"].model_copy(update={"num_per_class": NUM_PER_CLASS})
+    overrides = [
+        "train.epochs=1",
+        "data.train.num_per_class=16",
+        f"data.id_val.num_per_class={NUM_PER_CLASS}",
+        "data.ood_val={}",
+        "search.alpha.grid=[0, 0.5, 1]",
+        f"data.cache_dir={folder}/cache",
+    ]
     recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
     train_once(recipe, folder, folder / "out", False, "", str, lambda row: None, lambda row: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "QUICKSTART_SETS", only)
+        patch.setattr(sandbox, "QUICKSTART_SETS", {"id_val": {"photo": few}})
         sandbox.export_images(folder / "png")
     training = open_trained(folder / "out")
     export = export_model(training, folder / "export", 1.0, ("open_clip", "onnx"))
@@ -384,7 +392,7 @@ def of_sandbox(tmp_path_factory):
 
 def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(of_sandbox):
     training, _, images, export = of_sandbox
-    assert len(list(images.rglob("*.png"))) == training.result["num_images"]["id_val"] == 2000
+    assert len(list(images.rglob("*.png"))) == training.result["num_images"]["id_val"] == 16 * NUM_PER_CLASS
     accuracy = training.result["fine_tuned"]["accuracy/id_val"]
     asked = [(export, "open_clip"), (export, "onnx")]
     assert stock_accuracies(asked, images) == dict.fromkeys(asked, accuracy)

@@ -187,6 +187,7 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
     assert found["tight"][2][0].endswith("the next attempt takes a micro-batch of 256")
 
 
+@pytest.mark.slow
 def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_goes_on_later(tmp_path):
     recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
@@ -302,6 +303,7 @@ def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
 # a training that hangs
 
 
+@pytest.mark.slow
 def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_path):
     base_dir = tmp_path / "base"
     base_dir.mkdir()
@@ -351,6 +353,7 @@ def _new_folder(path):
         pass
 
 
+@pytest.mark.slow
 def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_ends(tmp_path):
     """The first process is stopped in the middle of its second epoch, and woken in the middle of the next attempt."""
     base_dir, study_dir = tmp_path / "base", tmp_path / "study"

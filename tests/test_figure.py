@@ -36,6 +36,7 @@ def check(png, svg, size):
     assert sorted(path.name for path in png.parent.iterdir()) == sorted([png.name, svg.name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "baselines", "best"),
     [
@@ -61,6 +62,7 @@ def test_id_ood_figure_draws_every_kind_of_objective(tmp_path, kind):
     check(png, svg, (1600, 1200))
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(tmp_path):
     files = []
     for name in ("a", "b"):

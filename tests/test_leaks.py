@@ -306,6 +306,7 @@ NOT_CAUGHT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leak", "words", "code", "message"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED]
 )

@@ -279,40 +279,41 @@ def test_a_seed_changes_order_and_views(tiny_clip, heads, source):
     assert largest_difference(states[0], states[2]) > 1e-5
 
 
-def run_worker(rank, world_size, port, folder, batch_size):
+BATCH_SIZES = (10, 13)  # 13: the last batch has one image, so one of two workers has none
+
+
+def run_worker(rank, world_size, port, folder):
     """One gloo worker of the two-worker test; module level, so that it can be started in a new process."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     clip = make_tiny_clip(dtype=torch.float64)
-    rows = []
-    state = fine_tune(
-        clip,
-        *build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES),
-        ArraySource(),
-        settings(precision="fp64", epochs=5, batch_size=batch_size, micro_batch=4),
-        RunContext(rank=rank, world_size=world_size, report=rows.append),
-    )
-    torch.save((state, rows), folder / f"{rank}.pt")
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    for batch_size in BATCH_SIZES:
+        rows = []
+        train = settings(precision="fp64", epochs=5, batch_size=batch_size, micro_batch=4)
+        context = RunContext(rank=rank, world_size=world_size, report=rows.append)
+        state = fine_tune(clip, *heads, ArraySource(), train, context)
+        torch.save((state, rows), folder / f"{batch_size}-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [10, 13])  # 13: the last batch has one image, so one worker has none
-def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path, batch_size):
+def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path):
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_worker, (2, port, tmp_path, batch_size), nprocs=2)
-    rows = []
-    train = settings(precision="fp64", epochs=5, batch_size=batch_size)
-    one = fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append))
-    for rank in (0, 1):
-        state, two_rows = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert largest_difference(one, state) < 1e-9
-        if rank == 0:
-            for mine, theirs in zip(rows, two_rows, strict=True):
-                assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-12)
+    torch.multiprocessing.spawn(run_worker, (2, port, tmp_path), nprocs=2)
+    for batch_size in BATCH_SIZES:
+        rows = []
+        train = settings(precision="fp64", epochs=5, batch_size=batch_size)
+        one = fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append))
+        for rank in (0, 1):
+            state, two_rows = torch.load(tmp_path / f"{batch_size}-{rank}.pt", weights_only=True)
+            assert largest_difference(one, state) < 1e-9
+            if rank == 0:
+                for mine, theirs in zip(rows, two_rows, strict=True):
+                    assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-12)

@@ -138,6 +138,7 @@ def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
     ]
 
 
+@pytest.mark.slow
 def test_the_search_does_not_wait_for_a_slow_command_which_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
     warned = []

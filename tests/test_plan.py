@@ -191,6 +191,7 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
     assert found["measured"]["by"] == "probe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -76,6 +76,7 @@ def test_every_training_of_a_study_is_reproduced(here, trial):
     assert "the same, bit for bit" in found.sentence
 
 
+@pytest.mark.slow
 def test_a_training_of_train_is_reproduced(here):
     found = again(here / "run")
     assert found.same

@@ -85,6 +85,7 @@ def everything(folder):
     return {str(path): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     answer = rescore(view, asked_objective(view.recipe))
     assert answer["objective"] == answer["own_objective"]

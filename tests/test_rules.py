@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import pickle
 import re
 import shlex
@@ -111,42 +112,43 @@ def test_no_assert_checks_what_a_user_gives():
         assert lines == [], path
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "carft_ray",
-        "carft_ray.cli",
-        "carft_ray.environment",
-        "carft_ray.recipe.loading",
-        "carft_ray.data.sets",
-        "carft_ray.learning.catalog",
-    ],
+LIGHT = (
+    "carft_ray",
+    "carft_ray.cli",
+    "carft_ray.environment",
+    "carft_ray.recipe.loading",
+    "carft_ray.data.sets",
+    "carft_ray.learning.catalog",
 )
-def test_light_modules_load_neither_torch_nor_ray_nor_optuna(module):
-    code = f"import sys, {module}; print([n for n in ('torch', 'ray', 'optuna', 'open_clip') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+READERS = (  # of a study; else `status` and the other quick verbs would take seconds
+    "carft_ray.api",
+    "carft_ray.results.compare",
+    "carft_ray.results.overview",
+    "carft_ray.results.logs",
+    "carft_ray.results.report",
+    "carft_ray.results.rescore",
+    "carft_ray.evaluation.metrics",
+    "carft_ray.evaluation.robustness",
+    "carft_ray.launch.stop",
+)
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        "carft_ray.api",
-        "carft_ray.results.compare",
-        "carft_ray.results.overview",
-        "carft_ray.results.logs",
-        "carft_ray.results.report",
-        "carft_ray.results.rescore",
-        "carft_ray.evaluation.metrics",
-        "carft_ray.evaluation.robustness",
-        "carft_ray.launch.stop",
-    ],
+    ("modules", "heavy"),
+    [(LIGHT, ("torch", "ray", "optuna", "open_clip")), (READERS, ("torch", "ray", "open_clip"))],
+    ids=["light", "readers"],
 )
-def test_readers_of_a_study_load_neither_torch_nor_ray(module):
-    """Else `status` and the other quick verbs would take seconds."""
-    code = f"import sys, {module}; print([n for n in ('torch', 'ray', 'open_clip') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+def test_modules_that_must_be_quick_load_nothing_heavy(modules, heavy):
+    """One after the other in one process, and after each it is told what heavy ones are there."""
+    code = (
+        "import importlib, json, sys\n"
+        "heavy, *modules = sys.argv[1:]\n"
+        "loaded = [name for name in modules if importlib.import_module(name) and set(heavy.split()) & {*sys.modules}]\n"
+        "print(json.dumps(loaded))\n"
+    )
+    command = [sys.executable, "-c", code, " ".join(heavy), *modules]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(done.stdout) == []  # the first of these is at fault
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "search_spaces/README.md", "cluster/README.md", "benchmarks/README.md")

@@ -262,6 +262,7 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
 # ---- kills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
     few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "cmaes": {"options": {"popsize": 4}}}
@@ -351,6 +352,7 @@ def test_conditions_on_conditional_parameters_hold(name):
         assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "key"),
     [
@@ -442,6 +444,7 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "cmaes"])
 def test_samplers_other_than_gp_load_no_torch(name):
     code = _LOADED.format(tests=str(BASE), name=name)

@@ -115,6 +115,7 @@ def right(study, name, domain, alpha):
 # what is read
 
 
+@pytest.mark.slow
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
     study, summary = read
     best = best_row(trials(study))
@@ -328,6 +329,7 @@ def confirmed(here):
     return study
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, confirmed):
     result = next(confirmed.glob("confirm/plain-seed102/result.json"))
     result.rename(result.with_name("hidden"))

@@ -31,6 +31,7 @@ from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
 RUNNER = Runner(stand_in.prepare, stand_in.train)
+HALVING = {"pruner": {"name": "successive_halving", "first": 0.25}, "baselines": {}, "concurrency": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +50,9 @@ def modes(base_dir, **of_trials):
     (base_dir / "modes.json").write_text(json.dumps(of_trials))
 
 
-def driver(study_dir, base_dir, num_trials, resources="{}"):
-    command = [
-        sys.executable,
-        str(HERE / "search_driver.py"),
-        str(study_dir),
-        str(base_dir),
-        str(num_trials),
-        resources,
-    ]
+def driver(study_dir, base_dir, num_trials, **search):
+    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
+    command += ["{}", "", json.dumps(search)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -138,10 +133,11 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
 
 
 @pytest.mark.slow
-def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group(tmp_path, base_dir):
-    modes(base_dir, **{"1": "diverge"})
+def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_however_they_end(tmp_path, base_dir):
+    """One is trained to its end, one is cut at a rung, one diverges."""
+    modes(base_dir, seconds=1.5, **{"2": "diverge"})
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
-    recipe = stand_in.make_recipe(2, baselines={}, concurrency=1, resources=resources)
+    recipe = stand_in.make_recipe(3, epochs=4, resources=resources, **HALVING)
     left, seen = [], []
 
     def on_event(event):
@@ -155,9 +151,44 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group(tmp_
     assert not ray.is_initialized()
     assert left == []
     assert [event.reason for event in seen if isinstance(event, Started)] == ["search.concurrency"]
-    good, bad = result.trials
+    good, cut, bad = result.trials
+    assert [row.outcome for row in result.trials] == ["complete", "pruned", "diverged"]
     assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
-    assert (bad.outcome, bad.reason) == ("diverged", "loss not finite at step 3")
+    assert bad.reason == "loss not finite at step 3"
+    folders = {row.outcome: tmp_path / "study" / "trials" / row.name for row in result.trials}
+    assert {outcome for outcome, folder in folders.items() if (folder / "result.json").exists()} == {"complete"}
+    assert len((folders[cut.outcome] / "metrics.jsonl").read_text().splitlines()) < 4  # the group has ended by itself
+    assert not (folders[cut.outcome] / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path, base_dir):
+    """Inline, one at a time, so that the order is that of the numbers."""
+    modes(base_dir, seconds=0.8)
+
+    def finished(study_dir):
+        process = driver(study_dir, base_dir, 3, **HALVING)
+        output, errors = process.communicate(timeout=150)
+        assert process.returncode == 0, output + errors
+        assert errors == ""
+        return [(row.number, row.values, row.outcome, row.reason, row.objective) for row in trials(study_dir)]
+
+    expected = finished(tmp_path / "whole")
+    assert {outcome for _, _, outcome, _, _ in expected} == {"complete", "pruned"}
+
+    study_dir = tmp_path / "killed"
+    process = driver(study_dir, base_dir, 3, **HALVING)
+    while not any(row.looks.keys() >= {25} and row.number for row in begun(study_dir)):  # a later trial, first rung
+        assert process.poll() is None
+        time.sleep(0.3)
+    process.kill()
+    process.communicate(timeout=60)
+    assert any(row.outcome == "running" for row in trials(study_dir))
+    assert finished(study_dir) == expected
+
+
+def begun(study_dir):
+    return trials(study_dir) if (study_dir / "study.journal").exists() else []
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def large(tmp_path_factory):
         yield study_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
 def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
     lines = shown(SearchView.of(read_study(large)), width, height)

@@ -15,7 +15,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
 
 A Pareto search has two directions, ID and OOD accuracy. Its sampler is also told of other points of a training's alpha
-curve (``front.told_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``). They are added
+curve (``told.further_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``). They are added
 before the training itself is told, so that a training that is told has all of them.
 """
 
@@ -23,7 +23,7 @@ import contextlib
 import shutil
 from collections import deque
 from collections.abc import Collection, Container, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.recipe.constraints import REFERENCES, VIOLATION, constraint_names, violations
+from carft_ray.recipe.constraints import REFERENCES, constraint_names
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import front, pruning, space, trust, warm_start
@@ -76,6 +76,7 @@ from carft_ray.search.rows import (
 )
 from carft_ray.search.spent import ATTRIBUTE as SPENT
 from carft_ray.search.spent import left_behind
+from carft_ray.search.told import further_points, missing_metrics, result_attributes, told_constraints
 
 # attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
 MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
@@ -104,6 +105,7 @@ class Study:
         self._trusted = False  # whether a sampler may open pickles of others
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
+        self._looked: dict[int, pruning.Looked] | None = None  # trials with looks, once they were asked for
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
 
     @property
@@ -135,6 +137,7 @@ class Study:
         told = self._take_over("baseline") + self._take_over("trial")
         with self._writing():
             self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
+        self._looked = None  # trials of another study may have some
         for row in self.rows("baseline") + [row_of("trial", trial) for trial in trainings(self._studies["trial"])]:
             self._retain(row)
         return told
@@ -212,19 +215,17 @@ class Study:
         pruner = self.recipe.search.pruner
         if spec.kind != "trial" or pruner.name == "none":
             return None
-        look = pruning.look_of(self.recipe, spec.values, line)
-        study, folder = self._studies["trial"], spec.folder(self.study_dir)
-        trials = study.get_trials(deepcopy=False)
-        looks = looks_of(trials[spec.number])
-        cut = read_cut(folder)
-        if look is None or look[0] in looks or (cut is not None and look[0] > cut.percent):
+        look, known = pruning.look_of(self.recipe, spec.values, line), self._looked_at()
+        looks = known[spec.number].looks if spec.number in known else {}
+        if look is None or look[0] in looks:
             return None
-        percent, value = look
-        reason = None
+        study, folder, (percent, value) = self._studies["trial"], spec.folder(self.study_dir), look
+        cut = read_cut(folder)
+        if cut is not None and percent > cut.percent:
+            return None
+        mine, reason = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None
         if cut is None and not (folder / RESULT).exists():
-            known = [pruning.Looked(t.number, looks_of(t), t.state == TrialState.COMPLETE) for t in trials]
-            mine = pruning.Looked(spec.number, {**looks, percent: value}, complete=False)
-            others = [trial for trial in known if trial.number != spec.number]
+            others = [trial for trial in known.values() if trial.number != spec.number]
             reason = pruning.cut_reason(pruner, study.study_name, mine, others)
             if reason is not None:
                 write_cut(folder, Cut(spec.attempt, percent, reason))
@@ -233,7 +234,19 @@ class Study:
                 self._trials[spec.kind, spec.number].report(value, percent)
             else:  # Optuna takes no intermediate values of a trial with two objectives
                 self._trials[spec.kind, spec.number].set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
+        known[spec.number] = mine
         return reason
+
+    def _looked_at(self) -> dict[int, pruning.Looked]:
+        """Returns the trials with looks, by number: no others count for a pruner, and nobody else writes meanwhile."""
+        if self._looked is None:
+            found = [(trial, looks_of(trial)) for trial in self._studies["trial"].get_trials(deepcopy=False)]
+            self._looked = {
+                trial.number: pruning.Looked(trial.number, looks, trial.state == TrialState.COMPLETE)
+                for trial, looks in found
+                if looks
+            }
+        return self._looked
 
     def settle(self, spec: TrialSpec) -> TrialRow | None:
         """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
@@ -246,12 +259,15 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
-        if self.recipe.search.pruner.name != "none":  # the last lines may not have been looked at
+        if (
+            self.recipe.search.pruner.name != "none"
+        ):  # the last lines may not have been looked at; the others cost nothing
             for line in files.read_json_lines(folder / METRICS):
                 self.report(spec, line)
         if result is not None:
             self._check_measured(spec, result)
-            return self._tell(spec, TrialState.COMPLETE, self._attributes(spec, result), result["objective"])
+            lowest = self.recipe.search.alpha.lowest if spec.kind == "trial" and self._rule else None
+            return self._tell(spec, TrialState.COMPLETE, result_attributes(result, lowest), result["objective"])
         cut = read_cut(folder)
         if cut is not None:
             return self._tell(spec, TrialState.PRUNED, {"outcome": "pruned", "reason": cut.reason})
@@ -367,30 +383,10 @@ class Study:
         """Raises a ``StorageError`` when the result of a trial lacks what the search must tell of it."""
         if spec.kind != "trial":
             return
-        wanted = [VIOLATION + name for name in self._constraints]
-        wanted += ["id_accuracy", "ood_accuracy"] if self._rule else []
-        missing = [name for name in wanted if name not in result["metrics"]]
+        missing, rule = missing_metrics(result["metrics"], self._constraints, self._rule is not None)
         if missing:
-            rule = f"the metrics of a trial of this study must have {', '.join(wanted)}"
-            raise StorageError(
-                Problem(str(spec.folder(self.study_dir) / RESULT), rule, f"none of {', '.join(missing)}")
-            )
-
-    def _attributes(self, spec: TrialSpec, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what is kept of a result with its trial; in a Pareto search all points that may be on the front."""
-        found = {
-            "outcome": "complete",
-            "alpha": result.get("alpha"),
-            "metrics": result["metrics"],
-            "elapsed_s": result.get("elapsed_s"),
-        }
-        if spec.kind != "trial" or self._rule is None:
-            return found
-        lowest = self.recipe.search.alpha.lowest - 1e-9
-        curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest]
-        if all(point["alpha"] != result["alpha"] for point in curve):
-            curve.append({"alpha": result["alpha"], **result["metrics"]})
-        return {**found, "objective": result["objective"], "points": curve}
+            place = str(spec.folder(self.study_dir) / RESULT)
+            raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
 
     def _add_points(self, spec: TrialSpec, alpha: float, points: list[dict[str, float]]) -> None:
         """Tells the sampler of further points of a training; those that an earlier search has told are there."""
@@ -398,24 +394,17 @@ class Study:
         of_this = [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(TRAINING_OF) == spec.number]
         there = {each.params["alpha"] for each in of_this}
         within = trial.distributions["alpha"]
-        for point in front.told_points(points, alpha):
-            if point["alpha"] in there or not within._contains(within.to_internal_repr(point["alpha"])):
-                continue
+        new = further_points(points, alpha, there, lambda a: within._contains(within.to_internal_repr(a)))
+        for point in new:
             frozen = optuna.trial.create_trial(
                 values=[point["id_accuracy"], point["ood_accuracy"]],
                 params={**trial.params, "alpha": point["alpha"]},
                 distributions=trial.distributions,
                 user_attrs={TRAINING_OF: spec.number},
-                constraints=self._told_constraints("complete", point),
+                constraints=told_constraints("complete", point, self._constraints),
             )
             with self._writing():
                 study.add_trial(frozen)
-
-    def _told_constraints(self, outcome: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Returns all constraints of a finished trial: what was measured of a complete one, else 0."""
-        measured = violations(metrics) if outcome == "complete" else {}
-        trained = 1.0 if outcome in ("diverged", "error") else -1.0
-        return {"trained": trained, **{name: measured.get(name, 0.0) for name in self._constraints}}
 
     def _again(self, spec: TrialSpec, how: str) -> bool:
         """Queues another attempt unless too many have failed; the failed attempts are kept with the trial."""
@@ -435,7 +424,7 @@ class Study:
         study, trial = self._studies[spec.kind], self._trials[spec.kind, spec.number]
         metrics = attributes.get("metrics", {})
         values: float | list[float] | None = objective
-        constraints = self._told_constraints(attributes["outcome"], metrics)
+        constraints = told_constraints(attributes["outcome"], metrics, self._constraints)
         if spec.kind != "trial":
             constraints = {"trained": constraints["trained"]}
         elif self._rule is not None and state == TrialState.COMPLETE:
@@ -450,6 +439,8 @@ class Study:
                 if key not in trial.constraints:
                     trial.set_constraint(key, value)
             study.tell(spec.number, values, state)
+        if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._looked or {}):
+            known[spec.number] = replace(known[spec.number], complete=True)
         row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
         self._retain(row)
         return row

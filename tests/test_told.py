@@ -1,0 +1,71 @@
+"""What a study tells of a finished training, from its result alone."""
+
+import pytest
+
+from carft_ray.search.told import further_points, missing_metrics, result_attributes, told_constraints
+
+NAMES = ("id_drop/zero_shot", "ece/id_val")
+MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/ece/id_val": 0.1}
+CURVE = [
+    {"alpha": alpha, "id_accuracy": 0.5 + alpha / 4, "ood_accuracy": 0.6 - alpha / 4} for alpha in (0, 0.2, 0.4, 1)
+]
+RESULT = {
+    "objective": 0.7,
+    "alpha": 0.4,
+    "metrics": {"id_accuracy": 0.6, "ood_accuracy": 0.5},
+    "elapsed_s": 2.0,
+    "curve": CURVE,
+    "train": {"learning_rate": 1e-3},
+}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ("complete", {"trained": -1.0, "id_drop/zero_shot": -0.02, "ece/id_val": 0.1}),
+        ("pruned", {"trained": -1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
+        ("diverged", {"trained": 1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
+        ("error", {"trained": 1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
+    ],
+)
+def test_every_finished_trial_has_all_constraints_and_only_a_complete_one_its_measured_values(outcome, expected):
+    assert told_constraints(outcome, MEASURED, NAMES) == expected
+
+
+def test_without_constraints_of_the_recipe_there_is_trained_alone():
+    assert told_constraints("complete", MEASURED, ()) == {"trained": -1.0}
+
+
+def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_of():
+    assert missing_metrics({**MEASURED, "ood_accuracy": 0.5}, NAMES, True)[0] == []
+    missing, rule = missing_metrics({"id_accuracy": 0.8}, NAMES, True)
+    assert missing == ["violation/id_drop/zero_shot", "violation/ece/id_val", "ood_accuracy"]
+    assert rule.endswith("must have violation/id_drop/zero_shot, violation/ece/id_val, id_accuracy, ood_accuracy")
+    assert missing_metrics({}, (), False)[0] == []
+
+
+def test_a_result_keeps_its_numbers_and_no_curve_unless_there_is_a_front():
+    kept = {"outcome": "complete", "alpha": 0.4, "metrics": RESULT["metrics"], "elapsed_s": 2.0}
+    assert result_attributes(RESULT) == kept
+    assert result_attributes(RESULT, 0.2) == {**kept, "objective": 0.7, "points": CURVE[1:]}
+
+
+def test_the_lowest_alpha_of_a_front_is_within_it_but_for_rounding():
+    curve = [{"alpha": 0.1 + 0.2, "id_accuracy": 0.6, "ood_accuracy": 0.5}, *CURVE[2:]]
+    assert result_attributes({**RESULT, "curve": curve}, 0.1 + 0.2 + 1e-16)["points"] == curve
+    assert [point["alpha"] for point in result_attributes(RESULT, 0.3)["points"]] == [0.4, 1]
+
+
+def test_the_own_point_of_a_training_is_on_its_curve_once():
+    found = result_attributes({**RESULT, "alpha": 0.5}, 0.2)["points"]
+    assert found == [*CURVE[1:], {"alpha": 0.5, **RESULT["metrics"]}]
+    assert result_attributes({**RESULT, "curve": []}, 0.2)["points"] == [{"alpha": 0.4, **RESULT["metrics"]}]
+
+
+def test_the_sampler_is_told_of_each_other_point_once_and_of_none_outside_the_space():
+    def told(there, within=lambda alpha: True):
+        return [point["alpha"] for point in further_points(CURVE, 0.4, there, within)]
+
+    assert told(()) == [0, 0.2, 1]
+    assert told({0.2}) == [0, 1]
+    assert told({0.2}, lambda alpha: alpha >= 0.1) == [1]
