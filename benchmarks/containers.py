@@ -89,7 +89,7 @@ def read(folder: Path, kind: str) -> dict[str, float]:
 def private_megabytes() -> float:
     """Returns the memory that this process alone holds (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def main() -> None:
