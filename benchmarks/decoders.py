@@ -1,9 +1,9 @@
 """How fast JPEGs are decoded, and whether to the same pixels: ``python -m benchmarks.decoders``
 
 Decodes the same pictures (synthetic, with the spectrum of photos) with every decoder that is installed, in turn, with
-one thread, and prints the median time of a picture, its ratio to Pillow's, and the largest difference of a pixel from
-Pillow's. Decoders that carft-ray does not need are measured where they are there:
-``pip install opencv-python-headless imagecodecs``
+one thread, and prints the median time of a picture (of the processor, so that other work on the machine counts little),
+its ratio to Pillow's, and the largest difference of a pixel from Pillow's. Decoders that carft-ray does not need are
+measured where they are there: ``pip install opencv-python-headless imagecodecs``
 """
 
 import argparse
@@ -81,14 +81,14 @@ def _optional(module: str) -> Any:
 
 
 def measure(decoder_of: dict[str, Decoder], contents: Sequence[bytes], repeats: int) -> dict[str, float]:
-    """Returns the median seconds per picture by name; the decoders take turns."""
+    """Returns the median seconds of processor time per picture by name; the decoders take turns."""
     times: dict[str, list[float]] = {name: [] for name in decoder_of}
     for _ in range(repeats + 1):
         for name, decode in decoder_of.items():
-            began = time.perf_counter()
+            began = time.process_time()
             for content in contents:
                 decode(content)
-            times[name].append((time.perf_counter() - began) / len(contents))
+            times[name].append((time.process_time() - began) / len(contents))
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 

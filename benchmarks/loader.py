@@ -103,24 +103,23 @@ def rates(passes: dict[str, Pass], repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def read_times(source: StoredSource, packed: PackedSource, packed_path: Path, repeats: int) -> dict[str, float]:
-    """Returns median microseconds per image of reading its bytes alone, warm and from the disk."""
+def read_times(source: StoredSource, cache_dir: Path, repeats: int) -> dict[str, float]:
+    """Returns median microseconds per image of reading its bytes alone, from the disk and from memory."""
     order = np.random.default_rng(0).permutation(len(source)).tolist()
-    paths = [Path(source.place(index)) for index in range(len(source))]
-    ways: dict[str, tuple[Callable[[int], object], Iterable[Path]]] = {
-        "files": (source.content, paths),
-        "packed": (packed.packed_bytes, [packed_path]),
-    }
+    PackedSource(source, cache_dir)
+    (entry,) = (each for each in list_entries(cache_dir) if each.kind == "packed")
+    files = [*(Path(source.place(index)) for index in range(len(source))), cache_dir / entry.key / FILE]
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
-        for name, (read, files) in ways.items():
+        _forget(files)  # nobody has the packed set open: the system does not forget what is mapped
+        packed = PackedSource(source, cache_dir)
+        for name, read in (("files", source.content), ("packed", packed.packed_bytes)):
             for state in ("disk", "memory"):
-                if state == "disk":
-                    _forget(files)
                 began = time.perf_counter()
                 for index in order:
                     read(index)
                 found.setdefault(f"{name}, {state}", []).append((time.perf_counter() - began) / len(order))
+        del packed, read
     return {name: 1e6 * statistics.median(times) for name, times in found.items()}
 
 
@@ -145,6 +144,8 @@ def run(folder: Path, num_images: int, batch_size: int, repeats: int, target: fl
         began = time.perf_counter()
         images = image_set(source, to_input, "benchmark", folder / f"cache-{width}")
         print(f"  decoding the set once: {num_images / (time.perf_counter() - began):.0f} images/s")
+        times = read_times(source, folder / f"cache-{width}", repeats)
+        print("  bytes alone, us per image: " + "; ".join(f"{name} {value:.0f}" for name, value in times.items()))
         packed = PackedSource(source, folder / f"cache-{width}")
         for workers in WORKERS:
             for what, to_floats in (("pixels", False), ("normalised floats", True)):
@@ -160,9 +161,6 @@ def run(folder: Path, num_images: int, batch_size: int, repeats: int, target: fl
                 "carft-ray, packed": training_pass(packed, batch_size, workers),
             }
             _print(f"training, {workers} workers", rates(training, repeats))
-        (entry,) = (each for each in list_entries(folder / f"cache-{width}") if each.kind == "packed")
-        times = read_times(source, packed, folder / f"cache-{width}" / entry.key / FILE, repeats)
-        print("  bytes alone, us per image: " + "; ".join(f"{name} {value:.0f}" for name, value in times.items()))
     print(f"\n{'PASS' if reached else 'FAIL'}  evaluation, pixels: at least {target:g} times ImageFolder in every line")
     return reached
 

@@ -1,9 +1,9 @@
 """Public benchmarks in their true layouts, with tiny images: every file that a reader of the real ones needs."""
 
-import functools
 import io
 import json
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -39,26 +39,24 @@ def make_layout(name, root, per_class=1, splits=None):
     return root
 
 
-@functools.cache
-def picture(number, kind="JPEG", side=8):
-    """Returns a small picture as a file; other number, other picture."""
-    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+def picture(name, kind="JPEG", side=8):
+    """Returns a small picture as a file; other name, other picture."""
+    pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    Image.fromarray(pixels).save(buffer, kind, quality=95)
     return buffer.getvalue()
 
 
-def _save(path, number, kind=None, side=8):
+def _save(path, side=8):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(number % 97, kind or ("PNG" if path.suffix == ".png" else "JPEG"), side))
+    name = "/".join(path.parts[-4:])  # set, domain or split, class, file
+    path.write_bytes(picture(name, "PNG" if path.suffix == ".png" else "JPEG", side))
 
 
 def _tree(root, classes, per_class, pattern, side=8):
-    number = 0
     for name in classes:
         for index in range(per_class):
-            _save(root / name / pattern.format(name=name, index=index), number, side=side)
-            number += 1
+            _save(root / name / pattern.format(name=name, index=index), side)
 
 
 def _imagenet(root, classes, per_class, facts, splits):
@@ -76,7 +74,7 @@ def make_flat_val(root, labels):
     classes = load_facts("imagenet").classes
     ids = {name: number for number, name in enumerate(reversed(classes), start=1)}
     for index in range(len(labels)):
-        _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG", index)
+        _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG")
     (root / DEVKIT).mkdir(parents=True)
     lines = [str(ids[classes[label]]) for label in labels]
     (root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(lines) + "\n")
@@ -118,7 +116,7 @@ def _fmow(root, classes, per_class, facts, splits):
     for index, (name, split, day) in enumerate(rows):
         lines.append(f"{split},x/{name}_{index}.tif,{name},{day},FRA")
         if split != "seq":
-            _save(root / "fmow_v1.1" / "images" / f"rgb_img_{index}.png", index)
+            _save(root / "fmow_v1.1" / "images" / f"rgb_img_{index}.png")
     (root / "fmow_v1.1" / "rgb_metadata.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -130,7 +128,7 @@ def _iwildcam(root, classes, per_class, facts, splits):
             for index in range(per_class if name in kept else 0):
                 file = f"{split}{label}-{index}.jpg"
                 lines.append(f"{split},1,2,{label},2013-05-01 00:00:00.000,{file}")
-                _save(root / "iwildcam_v2.0" / "train" / file, label)
+                _save(root / "iwildcam_v2.0" / "train" / file)
     (root / "iwildcam_v2.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -143,7 +141,7 @@ def _camelyon17(root, classes, per_class, facts, splits):
                 lines.append(f"{len(lines) - 1},{patient},1,{x},64,{tumor},{hospital},{hospital},{number}")
                 folder = f"patient_{patient}_node_1"
                 place = root / "camelyon17_v1.0" / "patches" / folder / f"patch_{folder}_x_{x}_y_64.png"
-                _save(place, len(lines))
+                _save(place)
     (root / "camelyon17_v1.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -213,7 +211,7 @@ def _flowers102(root, classes, per_class, facts, splits):
             for _ in range(per_class):
                 labels.append(label + 1)
                 parts[key].append(len(labels))
-                _save(folder / "jpg" / f"image_{len(labels):05d}.jpg", len(labels))
+                _save(folder / "jpg" / f"image_{len(labels):05d}.jpg")
     savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
     savemat(folder / "setid.mat", {key: np.array([numbers], np.uint16) for key, numbers in parts.items()})
 
@@ -226,7 +224,7 @@ def _fgvc_aircraft(root, classes, per_class, facts, splits):
             for _ in range(per_class):
                 number = f"{sum(map(len, lists.values())) + 34309:07d}"
                 lists.setdefault(split, []).append(f"{number} {name}")
-                _save(data / "images" / f"{number}.jpg", int(number))
+                _save(data / "images" / f"{number}.jpg")
     lists["trainval"] = lists["train"] + lists["val"]
     for split, lines in lists.items():
         (data / f"images_variant_{split}.txt").write_text("\n".join(lines) + "\n")
@@ -243,7 +241,7 @@ def _stanford_cars(root, classes, per_class, facts, splits):
         for label in range(len(classes)):
             for _ in range(per_class):
                 rows.append((1, 2, 3, 4, label + 1, f"{len(rows) + 1:05d}.jpg"))
-                _save(folder / f"cars_{split}" / rows[-1][-1], len(rows))
+                _save(folder / f"cars_{split}" / rows[-1][-1])
         savemat(folder / file, {"annotations": np.array(rows, dtype=kinds).reshape(1, -1)})
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(classes)], dtype=object)})
 
@@ -254,8 +252,8 @@ def _food101(root, classes, per_class, facts, splits):
     for start, split in ((0, "train"), (1000, "test")):
         lists = {name: [f"{name}/{start + index}" for index in range(per_class)] for name in classes}
         (folder / "meta" / f"{split}.json").write_text(json.dumps(lists))
-        for number, image in enumerate(image for images in lists.values() for image in images):
-            _save(folder / "images" / f"{image}.jpg", number)
+        for image in (image for images in lists.values() for image in images):
+            _save(folder / "images" / f"{image}.jpg")
 
 
 def _dtd(root, classes, per_class, facts, splits):
@@ -264,18 +262,18 @@ def _dtd(root, classes, per_class, facts, splits):
     for start, split in ((1, "train"), (100, "val"), (200, "test")):
         lines = [f"{name}/{name}_{start + index:04d}.jpg" for name in classes for index in range(per_class)]
         (folder / "labels" / f"{split}1.txt").write_text("\n".join(lines) + "\n")
-        for number, line in enumerate(lines):
-            _save(folder / "images" / line, number)
+        for line in lines:
+            _save(folder / "images" / line)
 
 
 def _sun397(root, classes, per_class, facts, splits):
     folder = root / "SUN397"
     lines = {"Training": [], "Testing": []}
-    for number, name in enumerate(classes):
+    for name in classes:
         for part, found in lines.items():
             for index in range(per_class):
                 found.append(f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg")
-                _save(folder / found[-1][1:], number)
+                _save(folder / found[-1][1:])
     (folder / "ClassName.txt").write_text("".join(f"/{name[0]}/{name}\n" for name in classes))
     for part, found in lines.items():
         (folder / f"{part}_01.txt").write_text("\n".join(found) + "\n")
@@ -290,7 +288,7 @@ def _oxford_pets(root, classes, per_class, facts, splits):
             for index in range(per_class):
                 image = f"{name.replace(' ', '_')}_{start + index}"
                 lines.append(f"{image} {label} 1 1")
-                _save(folder / "images" / f"{image}.jpg", len(lines))
+                _save(folder / "images" / f"{image}.jpg")
         (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -298,7 +296,7 @@ def _caltech101(root, classes, per_class, facts, splits):
     folder = root / "caltech101" / "101_ObjectCategories"
     for name in (*classes, BACKGROUND):
         for index in range(per_class):
-            _save(folder / name / f"image_{index + 1:04d}.jpg", index)
+            _save(folder / name / f"image_{index + 1:04d}.jpg")
 
 
 _MAKERS = {

@@ -31,10 +31,11 @@ from sources import open_set
 from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
-from carft_ray.data.benchmarks import LAYOUTS, benchmark_words, known_facts, num_expected
+from carft_ray.data.benchmarks import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.cifar import read_python
 from carft_ray.data.corruptions import CORRUPTIONS
 from carft_ray.data.facts import load_facts
+from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import check_roles, check_sets, class_names
 from carft_ray.errors import DataError
 from carft_ray.recipe import text
@@ -118,6 +119,12 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     if name not in ("imagenet-r", "imagenet-a"):
         assert source.class_names == (IMAGENET if imagenet else facts.classes)
     assert source.pixels(0).dtype == np.uint8
+    spec = TypeAdapter(SetSpec).validate_python(
+        {"source": "benchmark", "name": name, "path": str(made(name)), "split": split}
+    )
+    places = benchmark_places(spec, Path("/"))
+    assert all(source.place(index).startswith(tuple(places)) for index in range(len(source)))
+    assert all(Path(place).is_dir() for place in places)
     assert len(np.unique(source.sample_ids)) == len(source)
     assert source.fingerprint.startswith("benchmark-1/")
 
@@ -325,10 +332,10 @@ def leave_out(root, target, **more):
     return Recipe.model_validate({"data": {**data, **more}, "train": {"batch_size": 4}})
 
 
-def test_one_domain_is_left_out_by_domains_and_split(made):
+def test_one_domain_is_left_out_by_domains_and_split(made, tmp_path):
     recipe = leave_out(made("pacs"), "sketch")
-    assert check_roles(recipe, Path("/")) == []
-    assert check_sets(recipe, Path("/")) == [] == list(check_roles(recipe, Path("/")))
+    assert check_roles(recipe, Path("/")) == check_sets(recipe, Path("/")) == []
+    check_overlap(recipe, Path("/"), tmp_path)
 
 
 RECIPES = [path for path in FOLDER.glob("*.yaml") if "source: benchmark" in path.read_text()]
@@ -436,7 +443,7 @@ def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
     kept = IMAGENET[100:110]
     for wnid in kept:
         (tmp_path / "train" / wnid).mkdir(parents=True)
-        (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(picture(0))
+        (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(picture("x"))
     assert opened(tmp_path, "imagenet", "train", classes="some").class_names == kept
     assert "must have an image, but got none of 'n01440764' and 989 more" in refused(tmp_path, "imagenet", "train")
 
@@ -491,7 +498,7 @@ BROKEN = {
     "empty class": ("pacs", "in", lambda root: [path.unlink() for path in root.glob("PACS/*/dog/*")],
         "train: every one of the 7 classes of PACS must have an image, but got none of 'dog'"),
     "wrong mask": ("imagenet-r", None, lambda root: (root / "imagenet-r" / "n01440764").mkdir()
-        or (root / "imagenet-r" / "n01440764" / "1.jpg").write_bytes(picture(0)),
+        or (root / "imagenet-r" / "n01440764" / "1.jpg").write_bytes(picture("x")),
         "train: must hold the 200 classes of ImageNet-R and no other, but got 'n01440764'"),
     "mask of another set": ("imagenet-a", None,
         lambda root: rename(root / "imagenet-a" / "n01498041", "n01443537"), "2 problems"),
@@ -609,7 +616,7 @@ def test_an_image_that_is_cut_off_is_named(own):
     root = own("food101")
     path = root / "food-101" / "images" / "apple_pie" / "0.jpg"
     path.unlink()
-    path.write_bytes(picture(0)[:200])
+    path.write_bytes(picture("x")[:200])
     source = opened(root, "food101", "train")
     with pytest.raises(DataError, match=r"apple_pie/0\.jpg: must be a readable image") as caught:
         source.pixels(0)

@@ -25,7 +25,6 @@ from benchmarks.acceptance import (
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.data.arrays import image_set
 from carft_ray.data.listing import stored_source
-from carft_ray.data.packed import PackedSource
 from carft_ray.data.readers import list_set
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
@@ -367,8 +366,6 @@ def test_bytes_are_read_from_files_and_packed(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 8, 20, 20)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
     source = stored_source(list_set(spec, tmp_path, "train"), spec, photos.CLASSES, "train")
-    packed = PackedSource(source, tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("*/set.arrow")
-    times = loader.read_times(source, packed, path, 1)
+    times = loader.read_times(source, tmp_path / "cache", 1)
     assert list(times) == ["files, disk", "files, memory", "packed, disk", "packed, memory"]
     assert all(value > 0 for value in times.values())

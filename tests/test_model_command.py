@@ -1,6 +1,7 @@
 """`carft-ray model`: what it says of each family, that it holds no weights, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +96,12 @@ def test_the_command_takes_a_name_a_folder_and_a_recipe(tmp_path, monkeypatch):
     assert "left out: a constant shift of all logits changes no softmax" in named.output
     assert "carft-ray model ViT-B-16-SigLIP --pretrained webli" in named.output
     assert "trunk.attn_pool" in named.output
-    recipe = run("search_spaces/quickstart.yaml", "--json")
-    assert json.loads(recipe.stdout)["layers"][0]["name"].startswith("conv1")
+    settings = ["--set", "train.freeze_layers=2", "--set", "train.layer_decay=0.5"]
+    layers = json.loads(run("search_spaces/quickstart.yaml", "--json", *settings).stdout)["layers"]
+    assert layers[0]["name"].startswith("conv1")
+    assert [layer["lr_factor"] for layer in layers] == [0, 0, 0.0625, 0.125, 0.25, 0.5]
+    told = run("search_spaces/quickstart.yaml", *settings)
+    assert re.search(r"1\s+layer1\.0\s+4,928\s+frozen\s+2\s+layer2\.0\s+24,192\s+0\.0625 x", told.output)
     folder = run(make_folder(FAMILIES["coca"], tmp_path / "coca"))
     assert folder.exit_code == 0
     assert "CoCa, ViT of open_clip" in folder.output

@@ -741,7 +741,7 @@ BAD_OPTIONS = [
         "--set data.train.domian=x: unknown key 'domian'; did you mean 'data.train.domain'? "
         "(allowed: source, domain, split, num_per_class, "
         "path, part, shots, shots_seed, classes, on_bad_image, domains, image, label, id, root, where, class_names, "
-        "name, trial_seed, of, corruptions, severity, seed, size)",
+        "name, trial_seed, of, ...)",
     ),
     (
         "search.space.kl_weight={low: 2, high: 1}",

@@ -463,6 +463,7 @@ def train_once_with(folder, recipe_path, **values):
     return open_trained(out)
 
 
+@pytest.mark.slow  # an export is opened in a process of its own
 def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
     path = short_training.make(tmp_path, RESNET)
     trained = train_once_with(tmp_path, path, recalibrate_batches=2)
@@ -492,7 +493,6 @@ def test_what_lora_and_the_average_leave_are_plain_weights(tmp_path):
     start = classifier_of(trained.materials.clip, (trained.class_head_CD,), settings()).state()
     assert trained.fine_tuned.keys() == start.keys()
     assert evaluate_trained(trained, trained.result["alpha"]) == trained.result["metrics"]
-    assert export_model(trained, tmp_path / "export").largest_difference < 1e-4
 
 
 # ---- two workers

@@ -44,27 +44,33 @@ def model(
     if is_recipe:
         from carft_ray.recipe.loading import load_recipe
 
-        part, base_dir = load_recipe(Path(name), set_ or ()).model, Path(name).absolute().parent
+        recipe, base_dir = load_recipe(Path(name), set_ or ()), Path(name).absolute().parent
+        part, train = recipe.model, recipe.train
     else:
         has_own = name == SANDBOX or ":" in name
         if not has_own and Path(name).is_dir():
             name, has_own = f"{LOCAL_DIR}{name}", True
         weights = pretrained if pretrained is not None or has_own else RANDOM
-        part, base_dir = ModelPart(name=name, pretrained=weights), Path.cwd()
+        part, train, base_dir = ModelPart(name=name, pretrained=weights), None, Path.cwd()
     if problems := check_model(part, base_dir):  # before torch is loaded
         raise RecipeError(problems)
     for text in model_warnings(part, base_dir):
         console.warn(text)
     from carft_ray.learning.describe import describe
 
-    found = describe(part, base_dir)
+    found = describe(part, base_dir, train)
     if json_:
         console.print_json(found)
         return
     console.out.print(console.fact_table(_facts(found)))
     console.out.print()
-    rows = [(str(layer["layer"]), layer["name"], f"{layer['num_parameters']:,}") for layer in found["layers"]]
-    console.out.print(console.plain_table(("layer", "modules of the image tower", "parameters"), rows))
+    columns = ["layer", "modules of the image tower", "parameters"]
+    rows = [[str(layer["layer"]), layer["name"], f"{layer['num_parameters']:,}"] for layer in found["layers"]]
+    if is_recipe:
+        columns.append("learning rate")
+        factors = [layer["lr_factor"] for layer in found["layers"]]
+        rows = [[*row, f"{factor:.3g} x" if factor else "frozen"] for row, factor in zip(rows, factors, strict=True)]
+    console.out.print(console.plain_table(columns, rows))
     console.next_step(*_next(name, part.name, found, is_recipe))
 
 

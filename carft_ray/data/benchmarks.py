@@ -14,7 +14,7 @@ from carft_ray.data import cifar, imagenet_sets, torchvision_sets, wilds
 from carft_ray.data.domainbed import HOLDOUT, chosen_domains, domainbed
 from carft_ray.data.facts import Facts, label_groups, load_facts, prompt_words
 from carft_ray.data.images import unreadable
-from carft_ray.data.layouts import KIND, STEP, List
+from carft_ray.data.layouts import KIND, STEP, Lister
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
@@ -29,26 +29,28 @@ class Layout:
     Attributes:
         folders: Where under the set's ``path`` its root may be, by preference: the archives' folders; '' is ``path``.
         list: Lists the images.
-        images: What of the root holds the images, ``{split}`` for the split, may be a pattern. Sets of domains have
-            the folders of the domains instead.
-        lists: Files of the root that say which images belong to the split.
+        images: Folders of the root that hold the images, ``{split}`` for the split; '' is the root. Sets of domains
+            have the folders of the domains instead.
+        signs: What else must be in the root, as a pattern: lists of the split, or what tells it from another folder.
         is_sparse: Whether a split may lack classes while its images are told apart between all of them.
     """
 
     folders: tuple[str, ...]
-    list: List
+    list: Lister
     images: tuple[str, ...] = ("",)
-    lists: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()
     is_sparse: bool = False
 
 
 _META = ("imagelabels.mat", "setid.mat")
 LAYOUTS: dict[str, Layout] = {
     "imagenet": Layout(("", "imagenet", "ILSVRC/Data/CLS-LOC"), imagenet_sets.imagenet, ("{split}",)),
-    "imagenet-v2": Layout(("imagenetv2-matched-frequency-format-val", ""), imagenet_sets.class_tree, ("0",)),
-    "imagenet-r": Layout(("imagenet-r", ""), imagenet_sets.class_tree, ("n*",)),
-    "imagenet-a": Layout(("imagenet-a", ""), imagenet_sets.class_tree, ("n*",)),
-    "imagenet-sketch": Layout(("sketch", "imagenet-sketch", "ImageNet-Sketch", ""), imagenet_sets.class_tree, ("n*",)),
+    "imagenet-v2": Layout(("imagenetv2-matched-frequency-format-val", ""), imagenet_sets.class_tree, signs=("0",)),
+    "imagenet-r": Layout(("imagenet-r", ""), imagenet_sets.class_tree, signs=("n*",)),
+    "imagenet-a": Layout(("imagenet-a", ""), imagenet_sets.class_tree, signs=("n*",)),
+    "imagenet-sketch": Layout(
+        ("sketch", "imagenet-sketch", "ImageNet-Sketch", ""), imagenet_sets.class_tree, signs=("n*",)
+    ),
     "objectnet": Layout(("objectnet-1.0/images", "images", ""), imagenet_sets.objectnet),
     "pacs": Layout(("PACS", ""), domainbed),
     "vlcs": Layout(("VLCS", ""), domainbed),
@@ -58,8 +60,8 @@ LAYOUTS: dict[str, Layout] = {
     "fmow": Layout(("fmow_v1.1", ""), wilds.fmow, ("images",), (wilds.FMOW_TABLE,), is_sparse=True),
     "iwildcam": Layout(("iwildcam_v2.0", ""), wilds.iwildcam, ("train",), (wilds.TABLE,), is_sparse=True),
     "camelyon17": Layout(("camelyon17_v1.0", ""), wilds.camelyon17, ("patches",), (wilds.TABLE,)),
-    "cifar10": Layout(("cifar-10-batches-py", "cifar-10-batches-bin", ""), cifar.cifar10, ("*_batch*",)),
-    "cifar100": Layout(("cifar-100-python", "cifar-100-binary", ""), cifar.cifar100, ("{split}*",)),
+    "cifar10": Layout(("cifar-10-batches-py", "cifar-10-batches-bin", ""), cifar.cifar10, signs=("*_batch*",)),
+    "cifar100": Layout(("cifar-100-python", "cifar-100-binary", ""), cifar.cifar100, signs=("{split}*",)),
     "flowers102": Layout(("flowers-102", ""), torchvision_sets.flowers102, ("jpg",), _META),
     "fgvc-aircraft": Layout(
         ("fgvc-aircraft-2013b/data", "data", ""),
@@ -70,12 +72,12 @@ LAYOUTS: dict[str, Layout] = {
     "stanford-cars": Layout(("stanford_cars", ""), torchvision_sets.stanford_cars, ("cars_{split}",)),
     "food101": Layout(("food-101", ""), torchvision_sets.food101, ("images",), ("meta/{split}.json",)),
     "dtd": Layout(("dtd/dtd", "dtd", ""), torchvision_sets.dtd, ("images",), ("labels/{split}1.txt",)),
-    "sun397": Layout(("SUN397", ""), torchvision_sets.sun397, ("a",)),
+    "sun397": Layout(("SUN397", ""), torchvision_sets.sun397, signs=("a",)),
     "oxford-pets": Layout(
         ("oxford-iiit-pet", ""), torchvision_sets.oxford_pets, ("images",), ("annotations/{split}.txt",)
     ),
     "caltech101": Layout(
-        ("caltech101/101_ObjectCategories", "101_ObjectCategories", ""), torchvision_sets.caltech101, ("Faces*",)
+        ("caltech101/101_ObjectCategories", "101_ObjectCategories", ""), torchvision_sets.caltech101, signs=("Faces",)
     ),
 }
 _PARTS = {"trainval": ("train", "val")}  # splits that are made of others
@@ -117,9 +119,9 @@ def benchmark_problems(spec: BenchmarkSet, base_dir: Path, place: str) -> list[P
     facts, path = known_facts(spec.name), resolve_path(spec.path, base_dir)
     if facts.domains and BENCHMARKS[spec.name].has_domains:
         wrong = [domain for domain in spec.domains or () if domain not in facts.domains]
+        key, rule = f"{place}.domains", f"must be a domain of {facts.title}"
         if wrong:
-            rule, near = f"must be a domain of {facts.title}", nearest(wrong[0], facts.domains)
-            return [Problem(f"{place}.domains", rule, repr(wrong[0]), facts.domains, near)]
+            return [Problem(key, rule, repr(one), facts.domains, nearest(one, facts.domains)) for one in wrong]
     root = _root(spec, base_dir)
     absent = [pattern for pattern in _needed(spec) if not _is_there(root, pattern)]
     if not absent:
@@ -131,7 +133,7 @@ def benchmark_problems(spec: BenchmarkSet, base_dir: Path, place: str) -> list[P
 def benchmark_places(spec: BenchmarkSet, base_dir: Path) -> list[str]:
     """Returns the folders that hold the images of a set, links resolved."""
     root = _root(spec, base_dir)
-    return [os.path.realpath(root if "*" in images else root / images) for images in _images(spec)]
+    return [os.path.realpath(root / images) for images in _images(spec)]
 
 
 def are_disjoint(one: BenchmarkSet, other: BenchmarkSet) -> bool:
@@ -143,7 +145,8 @@ def are_disjoint(one: BenchmarkSet, other: BenchmarkSet) -> bool:
 
 def num_expected(spec: BenchmarkSet) -> int | None:
     """Returns the number of images that a whole set must have; None where it is not known for sure."""
-    facts, counts = load_facts(spec.name), load_facts(spec.name).counts
+    facts = load_facts(spec.name)
+    counts = facts.counts
     if not facts.is_sure("counts") or spec.classes == "some" or spec.part is not None or spec.shots is not None:
         return None
     if BENCHMARKS[spec.name].has_domains:
@@ -223,8 +226,8 @@ def _images(spec: BenchmarkSet) -> tuple[str, ...]:
 
 
 def _needed(spec: BenchmarkSet) -> tuple[str, ...]:
-    lists = tuple(pattern.format(split=spec.split) for pattern in LAYOUTS[spec.name].lists)
-    return (*_images(spec), *lists)
+    signs = tuple(pattern.format(split=spec.split) for pattern in LAYOUTS[spec.name].signs)
+    return (*filter(None, _images(spec)), *signs)
 
 
 def _is_there(root: Path, pattern: str) -> bool:

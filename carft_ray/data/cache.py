@@ -31,7 +31,8 @@ GB = 10**9  # bytes
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
-_NOTES = ("signatures-*.npy", "overlap-*.json", "bad-*.json")  # of ``data.overlap`` and ``data.bad_images``
+# of ``data.overlap``, ``data.bad_images`` and ``data.index``
+_NOTES = ("signatures-*.npy", "overlap-*.json", "bad-*.json", "index/*.arrow")
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -22,7 +22,7 @@ KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "The layout of each benchmark stands in docs/data.md."
 
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
-List = Callable[[Path, BenchmarkSet, Facts, str], Listing]
+Lister = Callable[[Path, BenchmarkSet, Facts, str], Listing]
 
 
 def tree_rows(root: Path, prefix: str = "") -> list[Row]:

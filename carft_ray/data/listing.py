@@ -38,6 +38,7 @@ class Listing:
         within: Class of the set -> the classes of the class list that stand for it, where the set has a class list of
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
         is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
+        in_order: Whether images are read quickly in their order alone.
         problems: What is missing. With problems the rest may be empty.
     """
 
@@ -52,6 +53,7 @@ class Listing:
     decode: Callable[[bytes, int], PixelArray] | None = None
     within: Mapping[str, tuple[str, ...]] | None = None
     is_sparse: bool = False
+    in_order: bool = False
     problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:

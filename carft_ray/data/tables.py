@@ -173,6 +173,7 @@ def _listing(
         read=lambda index: rows.content(*at(index)),
         stamp=lambda index: rows.stamp(at(index)[0]),
         place=lambda index: rows.place(*at(index)),
+        in_order=files[0].suffix.lower() == ".parquet",
     )
 
 

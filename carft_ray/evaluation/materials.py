@@ -72,7 +72,7 @@ def load_materials(
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
         elif isinstance(train, StoredSource) and (
-            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, folder))
+            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.listing, folder))
         ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
         id_val, ood_val = open_validation(recipe, base_dir)

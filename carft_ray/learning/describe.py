@@ -16,20 +16,22 @@ from carft_ray.learning.catalog import QUICK, model_names
 from carft_ray.learning.clip import square_size
 from carft_ray.learning.layers import layer_groups, layer_label
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config, preprocessing_kinds
+from carft_ray.learning.tower import layer_factors
 from carft_ray.learning.weights import compare, for_model, misfit_problem, only_positions, read_header, shapes_of
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.schema import ModelPart, TrainPart
 
 FLOAT32 = 4  # bytes
 ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU")  # classes of torch and timm
 TRAINED = 4 * FLOAT32  # bytes per trained number: weight, gradient, and the two moments of AdamW
 
 
-def describe(part: ModelPart, base_dir: Path) -> dict[str, Any]:
+def describe(part: ModelPart, base_dir: Path, train: TrainPart | None = None) -> dict[str, Any]:
     """Returns what ``carft-ray model`` tells; nothing is fetched but the configuration of a page of the hub.
 
     Args:
         part: Name and weights; weights that are not on this machine are described as far as open_clip's list knows.
         base_dir: Folder from which relative paths count.
+        train: When given, each layer tells its learning rate relative to that of the class head, 0 where it is frozen.
 
     Raises:
         RecipeError: The name, tag or folder is none, or the weights belong to another name.
@@ -40,7 +42,7 @@ def describe(part: ModelPart, base_dir: Path) -> dict[str, Any]:
     visual: nn.Module = model.visual  # type: ignore[assignment]  # untyped
     state = _checked(opened)
     preprocess = preprocess_config(model)
-    groups = layer_groups(visual)
+    groups, factors = layer_groups(visual), layer_factors(visual, 1.0 if train is None else train.layer_decay)
     sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
     num_image, num_all = sum(sizes.values()), sum(parameter.numel() for parameter in model.parameters())
     text, name = config["text_cfg"], part.name.replace("/", "-")
@@ -65,7 +67,12 @@ def describe(part: ModelPart, base_dir: Path) -> dict[str, Any]:
         "norms": _norms(visual),
         "has_batch_norm": any(isinstance(module, _BatchNorm) for module in visual.modules()),
         "layers": [
-            {"layer": i, "name": layer_label(names), "num_parameters": sum(sizes[name] for name in names)}
+            {
+                "layer": i,
+                "name": layer_label(names),
+                "num_parameters": sum(sizes[name] for name in names),
+                **({} if train is None else {"lr_factor": factors[names[0]] * (i >= train.freeze_layers)}),
+            }
             for i, names in enumerate(groups)
         ],
         "memory_bytes": {"weights": FLOAT32 * num_all, "training": TRAINED * num_image + FLOAT32 * num_image},

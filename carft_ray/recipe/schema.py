@@ -245,7 +245,7 @@ class DataPart(Part):
     )
     cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
     cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit
-    pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: of network disks
+    pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: where it pays
 
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study
