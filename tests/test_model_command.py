@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from carft_ray.cli import app
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning.clip import load_folder
+from carft_ray.learning.building import build_model
+from carft_ray.learning.clip import load_folder, state_hash
 from carft_ray.learning.describe import describe
 from carft_ray.recipe.schema import ModelPart
 
@@ -139,3 +140,14 @@ def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     assert clip.weights_hash == load_folder(page / "snapshots" / ("a" * 40)).weights_hash
     assert describe(part, tmp_path)["logit_scale"] == pytest.approx(clip.logit_scale)
     assert torch.is_tensor(clip.tokenizer(["a"]))
+
+
+def test_untrained_weights_are_the_same_in_every_process_and_draw_nothing_from_the_generator(tmp_path):
+    make_folder(FAMILIES["openai-resnet"], tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = build_model(f"local-dir:{tmp_path}")
+    torch.testing.assert_close(torch.rand(4), expected)
+    torch.manual_seed(4)
+    assert state_hash(first.state_dict()) == state_hash(build_model(f"local-dir:{tmp_path}").state_dict())

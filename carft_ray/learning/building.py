@@ -21,11 +21,15 @@ _REACH_S = 5.0  # the hub's own client tries for most of a minute before it give
 def build_model(name: str, device: str = "cpu") -> nn.Module:
     """Returns an open_clip model with untrained weights, float32.
 
+    They are the same in every process, so that the workers of a training begin with one model; the state of the random
+    generator stays as it was.
+
     Args:
         name: A model name of open_clip, or 'local-dir:FOLDER'.
         device: 'cpu', or 'meta' for a model that takes no memory and has shapes alone.
     """
-    with quiet(), torch.device(device):
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
         model: nn.Module = open_clip.create_model(
             name, load_weights=False, pretrained_text=False, precision="fp32", device=device
         )
