@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from carft_ray.learning.lora import merged_state
 from carft_ray.learning.losses import at_least_float32
 
 HeadForm = Literal["folded", "unit"]
+DROPS = ("DropPath", "PatchDropout")  # of timm and open_clip
 
 
 class ImageClassifier(nn.Module):
@@ -86,10 +88,14 @@ class ImageClassifier(nn.Module):
         return features_BD, self.logits(features_BD)
 
     def train(self, mode: bool = True) -> "ImageClassifier":
-        """Switches to training; BatchNorm stays in eval mode, so that its statistics are those of pre-training."""
+        """Switches to training; BatchNorm and what drops at random stay in eval mode.
+
+        So the statistics are those of pre-training, and the KL at step 0 is 0 for towers, too, whose pre-training used
+        stochastic depth or left out patches.
+        """
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm | _DropoutNd) or type(module).__name__ in DROPS:
                 module.eval()
         return self
 
