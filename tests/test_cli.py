@@ -65,6 +65,7 @@ def everything(here="."):
 # the commands
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("train", "recipe.yaml", "--out", "out")
     assert code == 0, err

@@ -230,6 +230,7 @@ def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
     assert host_memory(line) == line
 
 
+@pytest.mark.slow
 def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_failed(tmp_path):
     """Each training dies until one runs at a time: two of the first three are killed, none twice in a row for ever."""
     base_dir = tmp_path / "base"

@@ -520,6 +520,7 @@ def watched(*folders):
         found += [(event, path) for event, path in everything if set(folders) & set(Path(path).parts)]
 
 
+@pytest.mark.slow
 def test_neither_preparation_nor_training_nor_evaluation_nor_export_touches_a_test_set(here, run):
     recipe = load_recipe(Path("recipe.yaml"), [f"data.cache_dir={here / 'cache'}"])
     with watched(*TESTS.values(), "photo_val") as seen:

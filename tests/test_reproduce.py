@@ -127,6 +127,7 @@ def flipped(original):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_behind_the_same_size_and_date_names_the_set(here, flipped, monkeypatch, capsys):
     assert run(monkeypatch, "reproduce", here / "study", "t0000") == DataError.exit_code == 4
     text = capsys.readouterr().err

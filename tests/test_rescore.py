@@ -103,6 +103,7 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     assert all(row["new_rank"] is None for row in answer["baselines"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "spec"),
     [
