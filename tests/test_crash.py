@@ -165,7 +165,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
 ):
     """The first Ctrl-C in the middle of an epoch waits for a checkpoint; a second one, or one outside, does not.
 
-    Before the training, the comparison of the roles and the hashes of the manifest open each of the 20 images three times in all.
+    Before the training each of the 20 images is opened three times: for the comparison of roles and for the manifest.
     """
     train = [*train, *SMALL_BATCHES]
     place, (answer,) = host([{"name": name, "commands": [{"argv": train, "interrupt": (part, numbers)}]}])[name]
