@@ -2,8 +2,8 @@
 
 A random crop needs the original, so a training set is not decoded ahead. But many small files on a disk of a network
 cost a journey each, in every epoch of every training; packed, they cost it once, and all trainings of a machine share
-one copy in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others some
-tenths of a millisecond each (``benchmarks/loader.py``).
+one copy in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
+of the time of a view (``benchmarks/loader.py``).
 
 The file has the columns image (large binary), label (int64) and sample_id (uint64), in record batches of about
 ``BATCH_BYTES``. The key is a hash of the fingerprint of the source.
