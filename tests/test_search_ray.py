@@ -99,7 +99,8 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     modes(base_dir, seconds=0.5, slow_stop=3)  # seconds that a stopped training cleans up; Tune would give it 2
     study_dir = tmp_path / "study"
     process = driver(study_dir, base_dir, 6)
-    read_until(process, ["TrialFinished", "TrialEpoch"])
+    read_until(process, ["TrialFinished"])
+    read_until(process, ["TrialEpoch"])  # of another one, which is in the middle of its training
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
