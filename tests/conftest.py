@@ -54,3 +54,30 @@ def tiny_clip():
 @pytest.fixture
 def source():
     return ArraySource()
+
+
+@pytest.fixture(scope="module")
+def clip64():
+    """The tiny CLIP in float64."""
+    import torch
+    from tiny import make_tiny_clip
+
+    return make_tiny_clip(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def heads64(clip64):
+    """Class and context head of ``clip64``."""
+    return _heads(clip64)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_clip):
+    """Class and context head of ``tiny_clip``."""
+    return _heads(tiny_clip)
+
+
+def _heads(clip):
+    from carft_ray.learning.heads import build_heads
+
+    return build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)

@@ -80,8 +80,8 @@ def test_a_healthy_recipe_has_no_error_and_every_number(here):
 def test_a_test_set_is_counted_and_hashed_and_never_decoded_or_measured(here, monkeypatch):
     from carft_ray.data.listing import StoredSource
 
-    decoded, pixels = set(), StoredSource.pixels
-    monkeypatch.setattr(StoredSource, "pixels", lambda self, index: decoded.add(self.name) or pixels(self, index))
+    decoded, decode = set(), StoredSource.decode
+    monkeypatch.setattr(StoredSource, "decode", lambda self, *what: decoded.add(self.name) or decode(self, *what))
     monkeypatch.setattr("carft_ray.evaluation.doctor.check_overlap", lambda *args: None)  # which makes thumbnails
     found = diagnose(here)
     assert decoded == {"data.train", "data.id_val", "data.ood_val.fog", "id_val", "fog"}

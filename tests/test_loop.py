@@ -24,21 +24,6 @@ def settings(**values):
     return TrainPart(**{"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, **values})
 
 
-@pytest.fixture(scope="module")
-def clip64():
-    return make_tiny_clip(dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def heads64(clip64):
-    return build_heads(clip64.model, clip64.tokenizer, CLASS_WORDS, TEMPLATES)
-
-
-@pytest.fixture(scope="module")
-def heads(tiny_clip):
-    return build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
-
-
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)

@@ -45,21 +45,6 @@ NUM_LAYERS = 4  # of the tiny tower: stem, two blocks, projection
 MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-@pytest.fixture(scope="module")
-def clip64():
-    return make_tiny_clip(dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def heads64(clip64):
-    return build_heads(clip64.model, clip64.tokenizer, CLASS_WORDS, TEMPLATES)
-
-
-@pytest.fixture(scope="module")
-def heads(tiny_clip):
-    return build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
-
-
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}
 
 
@@ -331,7 +316,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(clip64, heads64, s
 
 def bytes_kept(classifier, source):
     sizes = []
-    keep = lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor  # noqa: E731
+
+    def keep(tensor):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         classifier(torch.from_numpy(source.images))
     return sum(sizes)

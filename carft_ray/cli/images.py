@@ -50,10 +50,10 @@ def data_add(
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
     from carft_ray import console
     from carft_ray.data.cache import list_entries
+    from carft_ray.data.decoded import DecodedSource
     from carft_ray.data.packed import PackedSource
     from carft_ray.data.sets import cache_dir
     from carft_ray.evaluation.materials import load_materials
-    from carft_ray.recipe.schema import SandboxSet
 
     value, base_dir = load(recipe, set_), recipe.absolute().parent
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
@@ -67,8 +67,7 @@ def data_add(
         materials = load_materials(value, base_dir, on_image)
     folder = cache_dir(value, base_dir)
     kinds = dict.fromkeys(materials.num_images, "decoded")
-    if not isinstance(value.data.train, SandboxSet):
-        kinds["train"] = "packed" if isinstance(materials.train, PackedSource) else "files"
+    kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
     sets = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
         for name, number in materials.num_images.items()

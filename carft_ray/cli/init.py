@@ -64,15 +64,16 @@ def init(
             raise UsageError(Problem("--preset", "must be a preset", repr(preset), tuple(presets()), near))
         text = preset_text(preset, hold_out)
     else:
-        from carft_ray.data.draft import choose_roles, draft
+        from carft_ray.data.draft import choose_roles, draft, set_name
         from carft_ray.data.survey import survey
 
         root = from_ or Path()
         found = survey(root)
         roles = choose_roles(found, train, ood_val, ood_test)
         weights = PRETRAINED if pretrained is None and model == MODEL else pretrained
-        name = "".join(c if c.isalnum() or c in "_-" else "_" for c in root.resolve().name).strip("_-") or "study"
-        text = draft(name, _written(root, to), found, roles, model, weights, os.cpu_count() or 1)
+        text = draft(
+            set_name(root.resolve().name), _written(root, to), found, roles, model, weights, os.cpu_count() or 1
+        )
     if to is None:
         typer.echo(text, nl=False)
         return

@@ -14,7 +14,7 @@ PANEL = "One training"  # of the help
 RECIPES = (".yaml", ".yml")
 
 
-@app.command(epilog="Example:  carft-ray model ViT-B-16 --pretrained openai", rich_help_panel=PANEL)
+@app.command(epilog="Example:  carft-ray model ViT-B-16-quickgelu --pretrained openai", rich_help_panel=PANEL)
 def model(
     name: Annotated[
         str,

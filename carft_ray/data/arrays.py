@@ -6,8 +6,6 @@ The file is a single record batch with the columns image (fixed-size binary, H*W
 Shape letters: N images, H height, W width.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,12 +67,7 @@ def image_set(
         return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
 
     parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
-    return cache.entry(cache_dir, key_of(parts), read, build, limit_gb)
-
-
-def key_of(parts: list[Any]) -> str:
-    """Returns the key of an entry that depends on these values."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb)
 
 
 def about(source: Source, kind: str) -> dict[str, Any]:

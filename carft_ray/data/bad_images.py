@@ -1,14 +1,12 @@
 """Images that cannot be decoded, for sets with ``on_bad_image: skip``: found once, kept in the cache, counted."""
 
-import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import PIL
-
-from carft_ray.data.cache import lock
+from carft_ray.data.cache import key_of, lock
 from carft_ray.data.content import THREADS
+from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import read_json, write_json
@@ -31,8 +29,7 @@ def without_bad_images(source: StoredSource, cache_dir: Path) -> StoredSource:
         DataError: No image is left.
         StorageError: The cache cannot be written.
     """
-    key = hashlib.blake2b(f"{FORMAT_VERSION} {PIL.__version__} {source.fingerprint}".encode(), digest_size=16)
-    path = cache_dir / f"bad-{key.hexdigest()}.json"
+    path = cache_dir / f"bad-{key_of([FORMAT_VERSION, DECODERS, source.fingerprint])}.json"
     with lock(cache_dir / f"{path.name}.lock"):
         if not path.exists():
             write_json(path, _bad_images(source))

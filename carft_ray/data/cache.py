@@ -9,6 +9,8 @@ arrays live, however the process ends: an entry in use is not removed. When it w
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import logging
 import mmap
 import os
@@ -67,6 +69,11 @@ class Entry:
     last_used: float
     num_bytes: int
     in_use: bool
+
+
+def key_of(parts: list[Any]) -> str:
+    """Returns the name, 32 hex digits, of what is kept in the cache and depends on these values."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def entry(

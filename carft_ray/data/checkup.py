@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from carft_ray.data.content import THREADS, image_digest, set_digest
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem
 
@@ -49,7 +50,7 @@ class Checkup:
 
 
 def check_up(
-    source: Source, decode: bool, on_progress: Callable[[int, int], None] = lambda done, total: None
+    source: StoredSource, decode: bool, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Checkup:
     """Reads every image of a set.
 
@@ -90,7 +91,7 @@ class _Image:
     problem: Problem | None = None
 
 
-def _look(source: Source, index: int, decode: bool) -> _Image:
+def _look(source: StoredSource, index: int, decode: bool) -> _Image:
     try:
         content = source.content(index)
     except DataError as error:
@@ -99,7 +100,7 @@ def _look(source: Source, index: int, decode: bool) -> _Image:
     if not decode:
         return _Image(digest, len(content))
     try:
-        height, width = source.pixels(index).shape[:2]
+        height, width = source.decode(content, index).shape[:2]
     except DataError as error:
         return _Image(digest, len(content), problem=error.problems[0])
     return _Image(digest, len(content), min(height, width), _mode(content))

@@ -14,6 +14,7 @@ import numpy as np
 
 from carft_ray.data.facts import Facts
 from carft_ray.data.images import unreadable
+from carft_ray.data.index import told_stamp
 from carft_ray.data.layouts import KIND, STEP, by_number, unreadable_list
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
@@ -63,14 +64,6 @@ def _listing(
     names = [f"{batch.name}/{index:05d}" for batch, index in rows]
     classes = [by_number(batch.labels[index], 0, facts, batch.path, f"image {index}") for batch, index in rows]
 
-    def stamp(index: int) -> str:
-        path = rows[index][0].path
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise DataError(unreadable(str(path), error)) from error
-        return f"{state.st_size}\0{state.st_mtime_ns}"
-
     def read(index: int) -> bytes:
         batch, row = rows[index]
         return bytes(batch.pixels[row])
@@ -82,7 +75,7 @@ def _listing(
         classes=classes,
         found=tuple(sorted(set(classes))),
         read=read,
-        stamp=stamp,
+        stamp=lambda index: told_stamp(rows[index][0].path),
         place=lambda index: f"{rows[index][0].path}, image {rows[index][1]}",
         decode=lambda content, index: _decoded(content),
     )

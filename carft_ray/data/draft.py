@@ -103,7 +103,7 @@ def draft(
         "# Every key is explained in search_spaces/README.md; a key that is left out keeps its default.",
         "",
         "format_version: 1",
-        f"name: {name}",
+        f"name: {_text(name)}",
         "",
         f"model: {{name: {_text(model)}{weights}}}",
         "",
@@ -173,8 +173,8 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         for domain in domains:
             some = _some(found, domain, classes)
             half = {"ood_val": ", part: [0, 0.5]", "ood_test": ", part: [0.5, 1]"}[role] if halves else ""
-            set_name = _name(domain) + ("_test" if halves and role == "ood_test" else "")
-            lines.append(f"    {set_name}: {{{_ood_set(path, found, domain)}{half}{some}}}")
+            own = set_name(domain) + ("_test" if halves and role == "ood_test" else "")
+            lines.append(f"    {_text(own)}: {{{_ood_set(path, found, domain)}{half}{some}}}")
     return lines
 
 
@@ -220,7 +220,7 @@ def _size(found: Sequence[ClassRoot], domain: str) -> int:
 
 
 def _words(classes: Sequence[str]) -> list[str]:
-    """Returns the class words as lines of YAML, wrapped; commented where they are the folder names."""
+    """Returns the class words as a comment of YAML, with a word of warning where the folder names are no words."""
     if all(re.search(r"[^\W\d_]{2}", name) and not re.fullmatch(r"n\d{8}", name) for name in classes):
         lead = "  # class_names: "
     else:
@@ -228,7 +228,8 @@ def _words(classes: Sequence[str]) -> list[str]:
     return [lead + "[" + ", ".join(_text(name.replace("_", " ")) for name in classes) + "]"]
 
 
-def _name(domain: str) -> str:
+def set_name(domain: str) -> str:
+    """Returns a name for a set or a study that is like that of a folder."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", domain).strip("_-")
     return name if name and name[0].isalnum() else f"set_{name}"
 

@@ -10,9 +10,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from carft_ray.data.images import IMAGE_ENDINGS, read_bytes, unreadable
+from carft_ray.data.images import IMAGE_ENDINGS, read_bytes
+from carft_ray.data.index import told_stamp
 from carft_ray.data.listing import Listing, normal
-from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import FolderSet
 
@@ -68,14 +69,6 @@ def file_listing(
     """
     paths = names if files is None else files
 
-    def stamp(index: int) -> str:
-        path = root / paths[index]
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise DataError(unreadable(str(path), error)) from error
-        return f"{state.st_size}\0{state.st_mtime_ns}"
-
     return Listing(
         kind=kind,
         home=os.path.realpath(root),
@@ -83,7 +76,7 @@ def file_listing(
         classes=classes,
         found=tuple(found),
         read=lambda index: read_bytes(root / paths[index]),
-        stamp=stamp,
+        stamp=lambda index: told_stamp(root / paths[index]),
         place=lambda index: str(root / paths[index]),
         problems=tuple(problems),
     )

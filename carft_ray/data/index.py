@@ -4,15 +4,17 @@ An entry is one Arrow file ``index/<key>.arrow``; its key is a hash of what was 
 and date. Entries appear whole, and may be deleted at any time.
 """
 
+import functools
 import hashlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.cache import lock
+from carft_ray.data.cache import key_of, lock
+from carft_ray.data.images import unreadable
+from carft_ray.errors import DataError
 from carft_ray.files import write_bytes
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file
@@ -49,6 +51,23 @@ def container_stamp(path: Path) -> str:
     return f"{file_stamp(path)}\0{digest.hexdigest()}"
 
 
+def told_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:
+    """Returns the stamp of a file of images.
+
+    Raises:
+        DataError: It has vanished or cannot be read.
+    """
+    try:
+        return stamp(path)
+    except OSError as error:
+        raise DataError(unreadable(str(path), error)) from error
+
+
+def container_stamps(files: Sequence[Path]) -> Callable[[int], str]:
+    """Returns a function from the number of a file of many images to its stamp, taken once; see ``told_stamp``."""
+    return functools.cache(lambda number: told_stamp(files[number], container_stamp))
+
+
 def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     """Returns the index of a file, from the cache or made now by one of the processes that ask.
 
@@ -61,8 +80,7 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
         OSError: The file has vanished.
         StorageError: The cache cannot be written.
     """
-    parts = [FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)]
-    key = hashlib.blake2b(json.dumps(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    key = key_of([FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)])
     entry = user_cache_dir() / "index" / f"{key}.arrow"
     if (found := _open(entry)) is not None:
         return found

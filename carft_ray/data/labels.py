@@ -6,41 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.data.listing import normal
-from carft_ray.errors import Problem, nearest
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 
 NAMES_STEP = "Name the classes, in the order of the numbers: class_names: [cat, dog], or a text file with one per line."
 
 
-def read_class_names(
-    written: tuple[str, ...] | str, base_dir: Path, place: str
-) -> tuple[tuple[str, ...], list[Problem]]:
+def read_class_names(written: tuple[str, ...] | str, base_dir: Path, place: str) -> tuple[str, ...]:
     """Returns the class names of a set in the order of the labels: a list, or the lines of a text file.
 
     Args:
         written: The list, or the path of the file.
         base_dir: Folder that a relative path counts from.
         place: Where they are named, for the problems.
+
+    Raises:
+        DataError: The file cannot be read, or a name is empty or stands twice.
     """
     if not isinstance(written, str):
-        return written, []
+        return written
     path = resolve_path(written, base_dir)
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError) as error:  # of which UnicodeDecodeError is one
         cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        return (), [Problem(place, "must be a readable text file with a class name per line", f"{path}: {cause}")]
+        rule = "must be a readable text file with a class name per line"
+        raise DataError(Problem(place, rule, f"{path}: {cause}")) from error
     names = tuple(line.strip() for line in lines)
     first: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name:
-            return (), [Problem(f"{path}:{number}", "must hold the name of a class, but is empty")]
+            raise DataError(Problem(f"{path}:{number}", "must hold the name of a class, but is empty"))
         if normal(name) in first:
             rule = f"the names of two classes must differ, and line {first[normal(name)]} has this one"
             step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
-            return (), [Problem(f"{path}:{number}", rule, repr(name), next_step=step)]
+            raise DataError(Problem(f"{path}:{number}", rule, repr(name), next_step=step))
         first[normal(name)] = number
-    return names, []
+    return names
 
 
 def whole_numbers(labels: Sequence[Any]) -> Sequence[Any]:

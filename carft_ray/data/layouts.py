@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.data.facts import Facts
-from carft_ray.data.folder import file_listing
-from carft_ray.data.images import IMAGE_ENDINGS
+from carft_ray.data.folder import file_listing, folders, is_image
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.schema import BenchmarkSet
@@ -33,18 +32,14 @@ def tree_rows(root: Path, prefix: str = "") -> list[Row]:
         prefix: The folder that holds the class folders, from the root; '' for the root.
     """
     rows: list[Row] = []
-    with os.scandir(root / prefix) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    for folder in folders:
+    for folder in folders(root / prefix):
         rows += [(f"{prefix}/{folder}/{file}".lstrip("/"), folder) for file in images_in(root / prefix / folder)]
     return rows
 
 
 def images_in(folder: Path) -> list[str]:
     """Returns the sorted names of the images of a folder."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    return sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
+    return sorted(filter(is_image, os.listdir(folder)))
 
 
 def listing_of(root: Path, rows: Iterable[Row]) -> Listing:

@@ -22,10 +22,8 @@ but names of files that stand in two roles.
 Shape letters: N images of a set, M of another, F = 96 features.
 """
 
-import hashlib
 import io
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from carft_ray.data.cache import lock
+from carft_ray.data.cache import key_of, lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
@@ -345,8 +343,7 @@ def _pass_over(place: str, role: str, error: DataError) -> None:
 
 
 def _key(*fingerprints: str) -> str:
-    parts = [FORMAT_VERSION, *fingerprints]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return key_of([FORMAT_VERSION, *fingerprints])
 
 
 def _cached(path: Path, num_images: int) -> Signatures | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from carft_ray.data import cache
-from carft_ray.data.arrays import OnImage, about, check_same, key_of
+from carft_ray.data.arrays import OnImage, about, check_same
 from carft_ray.data.listing import Listing, StoredSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem
@@ -76,7 +76,7 @@ class PackedSource:
             _build(source, path, on_image)
             return about(source, "packed")
 
-        key = key_of(["packed", FORMAT_VERSION, source.fingerprint])
+        key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint])
         self._source = source
         self._images = cache.entry(cache_dir, key, read, build, limit_gb)["image"]
         self.name = source.name

@@ -23,9 +23,8 @@ class Reader:
         problems: What is missing at the first look, without listing: all that is asked of a test set by anybody but
             the command that opens the seal. The third argument as above.
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
-            other's, share images unless their ``slot`` says otherwise.
-        slot: What of a place belongs to the set, such as a split: sets of other slots share nothing.
-        disjoint: Whether two sets of one place share no image all the same, where a slot cannot say so.
+            other's, share images unless they are ``disjoint``.
+        disjoint: Whether two sets of one place share no image all the same, such as those of two splits.
         naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
@@ -33,7 +32,6 @@ class Reader:
     listing: Callable[[Any, Path, str], Listing]
     problems: Callable[[Any, Path, str], list[Problem]]
     places: Callable[[Any, Path], list[str]]
-    slot: Callable[[Any], str] = lambda spec: ""
     disjoint: Callable[[Any, Any], bool] = lambda one, other: False
     naming: Callable[[Any], object] = lambda spec: None
     num_expected: Callable[[Any], int | None] = lambda spec: None

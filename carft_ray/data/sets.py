@@ -246,8 +246,6 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     """Tells whether two sets of one place share no image all the same."""
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
         return False
-    if type(one) is type(other) and reader_of(one).slot(one) != reader_of(other).slot(other):
-        return True
     if type(one) is type(other) and reader_of(one).disjoint(one, other):
         return True
     if one.part is None or other.part is None or not _same_names(one, other):

@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from carft_ray.data.folder import file_listing
 from carft_ray.data.images import unreadable
-from carft_ray.data.index import container_stamp, kept_index
+from carft_ray.data.index import container_stamps, kept_index
 from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
-from carft_ray.data.listing import Listing, normal
+from carft_ray.data.listing import Listing, first_repeat, normal
 from carft_ray.data.shards import find_files, folder_of
 from carft_ray.data.table_rows import ENDINGS, READ_ERRORS, Rows, is_text_format, open_rows, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
@@ -68,7 +68,12 @@ def table_set_problems(spec: TableSet, base_dir: Path, place: str) -> list[Probl
 
 def names_problems(spec: ColumnSet, base_dir: Path, place: str) -> list[Problem]:
     """Returns what is wrong with the class names of a set."""
-    return [] if spec.class_names is None else read_class_names(spec.class_names, base_dir, f"{place}.class_names")[1]
+    try:
+        if spec.class_names is not None:
+            read_class_names(spec.class_names, base_dir, f"{place}.class_names")
+    except DataError as error:
+        return list(error.problems)
+    return []
 
 
 def table_set_places(spec: TableSet, base_dir: Path) -> list[str]:
@@ -125,7 +130,7 @@ def _listing(
     columns = _columns(files, spec, place)
     names = columns.class_names
     if spec.class_names is not None:
-        names = _unless(*read_class_names(spec.class_names, base_dir, f"{place}.class_names"))
+        names = read_class_names(spec.class_names, base_dir, f"{place}.class_names")
     wanted = [columns.label, *spec.where]
     wanted += [columns.image] if columns.has_paths else []
     wanted += [] if spec.id is None else [spec.id]
@@ -163,7 +168,7 @@ def _listing(
         raise DataError(doubled)
     if columns.has_paths:
         return file_listing(kind, root, ids, classes, found, files=paths)
-    rows = _Images(files, columns.image)
+    rows, stamps = _Images(files, columns.image), container_stamps(files)
     return Listing(
         kind=kind,
         home=home,
@@ -171,7 +176,7 @@ def _listing(
         classes=classes,
         found=found,
         read=lambda index: rows.content(*at(index)),
-        stamp=lambda index: rows.stamp(at(index)[0]),
+        stamp=lambda index: stamps(at(index)[0]),
         place=lambda index: rows.place(*at(index)),
         in_order=files[0].suffix.lower() == ".parquet",
     )
@@ -182,20 +187,11 @@ class _Images:
 
     def __init__(self, files: Sequence[Path], column: str) -> None:
         self._files, self._column = files, column
-        self._stamps: dict[int, str] = {}
         self._open: OrderedDict[int, Rows] = OrderedDict()
         self._lock = threading.Lock()
 
     def place(self, number: int, row: int) -> str:
         return f"{self._files[number]}, row {row + 1}"
-
-    def stamp(self, number: int) -> str:
-        if number not in self._stamps:
-            try:
-                self._stamps[number] = container_stamp(self._files[number])
-            except OSError as error:
-                raise DataError(unreadable(str(self._files[number]), error)) from error
-        return self._stamps[number]
 
     def content(self, number: int, row: int) -> bytes:
         try:
@@ -416,14 +412,11 @@ def _ids(values: Sequence[Any], spot: Spot, place: str) -> tuple[list[str], list
 
 
 def _doubled(names: Sequence[str], spot: Spot, place: str) -> list[Problem]:
-    first: dict[str, int] = {}
-    for index, name in enumerate(map(normal, names)):
-        if name in first:
-            value = f"{name!r} in {spot(first[name])} and {spot(index)}"
-            step = "Leave one of the rows out, or name with id a column whose values differ."
-            return [Problem(place, "the names of two images must differ", value, next_step=step)]
-        first[name] = index
-    return []
+    if (pair := first_repeat(names)) is None:
+        return []
+    value = f"{normal(names[pair[0]])!r} in {spot(pair[0])} and {spot(pair[1])}"
+    step = "Leave one of the rows out, or name with id a column whose values differ."
+    return [Problem(place, "the names of two images must differ", value, next_step=step)]
 
 
 def _hash_names(files: Sequence[Path], column: str, labels: Sequence[Any]) -> list[str]:
@@ -491,9 +484,3 @@ def _unreadable(place: str, error: BaseException) -> Problem:
 
 def _more(wrong: Sequence[int]) -> str:
     return f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-
-
-def _unless(found: Found, problems: Sequence[Problem]) -> Found:
-    if problems:
-        raise DataError(problems)
-    return found

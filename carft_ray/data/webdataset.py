@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
-from carft_ray.data.index import container_stamp, kept_index
+from carft_ray.data.index import container_stamps, kept_index
 from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
-from carft_ray.data.listing import Listing, normal
+from carft_ray.data.listing import Listing, first_repeat
 from carft_ray.data.shards import find_files, folder_of
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
@@ -129,18 +129,8 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, base_dir: Path,
     def spot_of_file(position: int) -> str:
         return f"{shards[at(position)[0]]}: {names[position]}"
 
-    stamps: dict[int, str] = {}
-
-    def stamp(position: int) -> str:
-        number, _ = at(position)
-        if number not in stamps:
-            try:
-                stamps[number] = container_stamp(shards[number])
-            except OSError as error:
-                raise DataError(unreadable(str(shards[number]), error)) from error
-        return stamps[number]
-
-    return Listing(KIND, home, names, classes, found, read, stamp, spot_of_file)
+    stamps = container_stamps(shards)
+    return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
 
 
 def _shards(spec: WebDatasetSet, base_dir: Path, place: str) -> list[Path]:
@@ -178,10 +168,7 @@ def _class_names(spec: WebDatasetSet, base_dir: Path, place: str) -> tuple[str, 
         if not there:
             return None
         written = str(there[0])
-    names, problems = read_class_names(written, base_dir, f"{place}.class_names")
-    if problems:
-        raise DataError(problems)
-    return names
+    return read_class_names(written, base_dir, f"{place}.class_names")
 
 
 def _index(shard: Path, spec: WebDatasetSet) -> _Index:
@@ -313,14 +300,11 @@ def _labels(texts: Sequence[str], spec: WebDatasetSet, spot: Spot, place: str) -
 
 
 def _doubled(names: Sequence[str], spot: Spot, place: str) -> list[Problem]:
-    first: dict[str, int] = {}
-    for position, name in enumerate(map(normal, names)):
-        if name in first:
-            value = f"one in {spot(first[name])} and in {spot(position)}"
-            step = "Write the shards anew with keys that differ in all of them."
-            return [Problem(place, "the names of two samples must differ", value, next_step=step)]
-        first[name] = position
-    return []
+    if (pair := first_repeat(names)) is None:
+        return []
+    value = f"one in {spot(pair[0])} and in {spot(pair[1])}"
+    step = "Write the shards anew with keys that differ in all of them."
+    return [Problem(place, "the names of two samples must differ", value, next_step=step)]
 
 
 def _plain(name: str) -> str:

@@ -17,16 +17,18 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.overlap import check_overlap
 from carft_ray.data.readers import reader_of
+from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
-from carft_ray.errors import CarftError, Problem
+from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads
 from carft_ray.learning.catalog import check_model, model_warnings
-from carft_ray.learning.clip import Clip
+from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import build_classifier
@@ -118,11 +120,12 @@ def examine(
     say("looking at the machine")
     _look_at_machine(recipe, base_dir, found)
     wrong = {problem.place for problem in problems}
-    for path, spec in named_sets(recipe).items():
+    classes = _class_list(recipe, base_dir)
+    for path, spec in named_sets(recipe).items() if classes is not None else ():
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _look_at_set(recipe, base_dir, place, spec, quick, found, progress(place))
+            _look_at_set(spec, place, classes, base_dir, quick, found, progress(place))
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
@@ -157,11 +160,19 @@ def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
         found.add("error", Problem("data.cache_dir", "must be a folder that may be written", str(cache)))
 
 
+def _class_list(recipe: Recipe, base_dir: Path) -> tuple[str, ...] | None:
+    """Returns the class list; None where the training set that has it is broken, which ``check_sets`` tells."""
+    try:
+        return class_folders(recipe, base_dir)
+    except DataError:
+        return None
+
+
 def _look_at_set(
-    recipe: Recipe,
-    base_dir: Path,
-    place: str,
     spec: Any,
+    place: str,
+    classes: tuple[str, ...] | None,
+    base_dir: Path,
     quick: bool,
     found: Diagnosis,
     on_progress: Callable[[int, int], None],
@@ -170,11 +181,11 @@ def _look_at_set(
     stored = isinstance(spec, StoredSet)
     try:
         kept = spec.model_copy(update={"on_bad_image": "fail"}) if stored else spec  # counted here, not skipped
-        source = open_source(kept, place, class_folders(recipe, base_dir), base_dir)
+        source = open_source(kept, place, classes, base_dir)
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_balance(place, role, found.sets[place]["images_per_class"], found)
-        if stored and not quick:
+        if isinstance(source, StoredSource) and not quick:
             checkup = check_up(source, role not in TEST_ROLES, on_progress)
             found.sets[place] |= as_data(checkup)
             _judge_images(place, spec.on_bad_image, checkup, found)
@@ -213,22 +224,18 @@ def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagno
 
 
 def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
-    from carft_ray.data.sandbox import TEMPLATES
-    from carft_ray.learning.clip import load_clip, templates
-
     torch.set_num_threads(num_threads(recipe))
     materials = None if quick else load_materials(recipe, base_dir)
     clip = load_clip(recipe.model, base_dir) if materials is None else materials.clip
     words = class_names(recipe, base_dir)
-    prompts = templates(recipe.prompts, TEMPLATES)
-    _judge_words(recipe, clip, words, prompts, found)
+    prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
+    _judge_words(clip, words, prompts, found)
     say(f"embedding {len(words) * len(prompts)} sentences for the heads")
     class_head_CD, context_head_TD = build_heads(clip.model, clip.tokenizer, words, prompts)
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())
     impossible = recipe_problems(visual, recipe)
-    for problem in impossible:
-        found.add("error", problem)
+    found.add("error", impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
     copies = BYTES_PER_TRAINED + (BYTES_PER_WEIGHT if recipe.train.ema_decay is not None else 0)
     found.model = {
@@ -261,12 +268,12 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
     _judge_contexts(context_head_TD, prompts, found)
 
 
-def _judge_words(recipe: Recipe, clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
+def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
     for word, labels in same_words(words).items():
         rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot tell apart: labels {labels}"
         found.add("note", Problem("prompts.class_names", rule))
     # what is cut off makes no difference: a sentence that is whole differs from itself with a word more
-    longest = [max(words, key=len), *sorted(words, key=len)[-3:-1]]
+    longest = sorted(words, key=len)[-3:]
     cut = [
         sentence
         for template in prompts

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.decoded import DecodedSource
 from carft_ray.data.packed import PackedSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.evaluation import materials as opened_materials
@@ -104,7 +105,7 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
 
     images = materials.validation[0].images_NHWC
     kept = 0  # of the training set
-    if recipe.data.train.source == "sandbox":
+    if isinstance(materials.train, DecodedSource):
         kept = len(materials.train) * int(np.prod(share.train.pixels(0).shape))
     elif isinstance(materials.train, PackedSource):
         kept = materials.train.num_bytes

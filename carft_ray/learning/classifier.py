@@ -4,7 +4,7 @@ Shape letters: B images, C classes, D embedding width.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Literal
 
@@ -106,7 +106,12 @@ class ImageClassifier(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Returns a copy of everything that training changes and mixing mixes, on the CPU: plain merged weights."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in merged_state(self).items()}
+        return copies(merged_state(self))
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies of tensors on the CPU, without gradients."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _needs_channels_first(visual: nn.Module) -> bool:

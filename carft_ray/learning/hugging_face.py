@@ -46,7 +46,7 @@ _ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
 }
 _ARGMAX_EOS = 2  # eos_token_id of old configurations: the token with the highest id ends the sentence
 _EPS = 1e-5  # of open_clip's norms when nothing else is said
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 # name in open_clip -> name in transformers
 NAMES = {
@@ -155,7 +155,7 @@ def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
     elif (folder / "processor_config.json").is_file():  # transformers 5 writes both parts of a processor in one file
         found = _read(folder / "processor_config.json", place).get("image_processor") or {}
     resample = found.get("resample", 3)
-    if resample not in _FILTERS:
+    if resample not in FILTERS:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
         raise DataError(Problem(place, rule, f"{resample} in {folder}"))
     size = found.get("size", image_size)
@@ -167,7 +167,7 @@ def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
     return {
         "mean": tuple(found.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(found.get("image_std", OPENAI_DATASET_STD)),
-        "interpolation": _FILTERS[resample],
+        "interpolation": FILTERS[resample],
         "resize_mode": "squash" if is_squash and not found.get("do_center_crop", False) else "shortest",
     }
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from carft_ray.files import write_json, write_text
 from carft_ray.learning.checkpoint import save_tensors
 from carft_ray.learning.clip import Clip
-from carft_ray.learning.hugging_face import BLOCK_NAMES, NAMES, TRANSPOSED
+from carft_ray.learning.hugging_face import BLOCK_NAMES, FILTERS, NAMES, TRANSPOSED
 
 _BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$")
 _FUSED = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # what the library's CLIP tokenizer calls them
-_RESAMPLING = {"bilinear": 2, "bicubic": 3}  # numbers of PIL
+_RESAMPLING = {name: number for number, name in FILTERS.items()}
 
 
 def misfits(clip: Clip) -> list[str]:
@@ -56,8 +56,8 @@ def misfits(clip: Clip) -> list[str]:
         "a class token in the text": getattr(text, "cls_emb", None) is not None,
         "no text projection, or one with a bias": not isinstance(text.text_projection, Tensor),
         "a logit_bias": getattr(model, "logit_bias", None) is not None,
-        "a tokenizer of another kind": not plain or clip.tokenizer.reduction_fn is not None,  # type: ignore[attr-defined]
-        "a tokenizer that cleans otherwise": plain and clip.tokenizer.clean_fn is not get_clean_fn("lower"),  # type: ignore[attr-defined]
+        "a tokenizer of another kind": not plain or clip.tokenizer.reduction_fn is not None,  # type: ignore[attr-defined]  # plain
+        "a tokenizer that cleans otherwise": plain and clip.tokenizer.clean_fn is not get_clean_fn("lower"),  # type: ignore[attr-defined]  # plain
         "images that are padded": preprocess["resize_mode"] == "longest",
     }
     return [words for words, holds in found.items() if holds]

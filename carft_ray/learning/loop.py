@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ from carft_ray.learning.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from carft_ray.learning.classifier import ImageClassifier, autocast_dtype
+from carft_ray.learning.classifier import ImageClassifier, autocast_dtype, copies
 from carft_ray.learning.clip import Clip
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
@@ -198,12 +198,12 @@ def fine_tune(
         model = DistributedDataParallel(classifier, broadcast_buffers=False)
 
     def state() -> dict[str, Tensor]:
-        return {**classifier.state(), **_copies(average)}
+        return {**classifier.state(), **copies(average)}
 
     def save() -> None:
         if checkpoint_dir is not None and context.rank == 0:
             position = {"seed": train.seed, "num_images": means.num_images, "totals": means.totals}
-            weights, averaged = _copies(classifier.state_dict()), _copies(average)
+            weights, averaged = copies(classifier.state_dict()), copies(average)
             checkpoint = Checkpoint(step, weights, optimizer_tensors(optimizer), position, averaged)
             save_checkpoint(checkpoint_dir, attempt, checkpoint)
 
@@ -312,10 +312,6 @@ class _Loss:
         with torch.no_grad():
             log_p0_BT = context_distribution(frozen.features(pixels_BHWC), self.context_head_TD, self.context_scale)
         return kl_per_image(log_p_BT, log_p0_BT)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _resume(

@@ -21,8 +21,8 @@ from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
-# stands in for a set with a mistake, while the rules look for further mistakes elsewhere
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
+# stands in for a set with a mistake, while the rules look for further mistakes elsewhere
 _STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
 
 

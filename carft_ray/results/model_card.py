@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from carft_ray import __version__
 from carft_ray.learning.clip import Clip
+from carft_ray.recipe.schema import plain
 from carft_ray.results.trained import Trained, evaluate_trained
 
 HEAD_NAME = "class_head.safetensors"
@@ -23,7 +24,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
     metrics = metrics or evaluate_trained(trained, alpha)
     chosen = ", which was chosen on these very sets" if alpha == result["alpha"] else ""
-    synthetic = recipe.model.name == "sandbox" or recipe.data.train.source == "sandbox"
+    synthetic = recipe.model.name == "sandbox" or plain(recipe.data.train).source == "sandbox"
     lines = [
         f"# {recipe.name}: {recipe.model.name} fine-tuned with CAR-FT",
         "",

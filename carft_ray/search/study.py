@@ -259,9 +259,8 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
-        if (
-            self.recipe.search.pruner.name != "none"
-        ):  # the last lines may not have been looked at; the others cost nothing
+        if self.recipe.search.pruner.name != "none":
+            # the last lines may not have been looked at; the others cost nothing
             for line in files.read_json_lines(folder / METRICS):
                 self.report(spec, line)
         if result is not None:
