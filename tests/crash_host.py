@@ -12,10 +12,11 @@ happen to a command line:
     "file_size": bytes           no file can grow larger, as on a full disk
 
 The wrappers that do it live here; the program knows nothing of them. A job answers ``answers.json`` in its folder: for
-each command line ``code``, ``log`` and the temporary files that it left (``remains``).
+each command line ``code``, ``log`` and the temporary files that it left (``remains``). Tests start it with ``started``.
 """
 
 import builtins
+import contextlib
 import gc
 import importlib
 import io
@@ -23,11 +24,36 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+HERE = Path(__file__).parent
 LANES = 2
+
+
+@contextlib.contextmanager
+def started(folder, *module):
+    """Starts this program and gives a function that runs jobs and returns for each name its folder and its answers.
+
+    The module may lie in the folder.
+    """
+    paths = os.pathsep.join([str(HERE.parent), str(HERE), str(folder)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, str(folder), *module]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def run(jobs):
+            process.stdin.write(json.dumps(jobs) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            places = {job["name"]: folder / job["name"] for job in jobs}
+            return {name: (place, json.loads((place / "answers.json").read_text())) for name, place in places.items()}
+
+        yield run
+        process.stdin.close()
 
 
 class Counter:

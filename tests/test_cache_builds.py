@@ -1,38 +1,19 @@
 """The cache of images under many processes: one builder, kills at every durable operation, full disks, memory."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
-from subprocess import PIPE
 
+import crash_host
 import pytest
 from cache_builds import NUM_PROCESSES, Pictures
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """Gives a function that runs jobs and returns for each name its folder and its answers."""
-    folder = tmp_path_factory.mktemp("builds")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "cache_builds"]
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
-
-        def run(jobs):
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            places = {job["name"]: folder / job["name"] for job in jobs}
-            return {name: (place, json.loads((place / "answers.json").read_text())) for name, place in places.items()}
-
+    with crash_host.started(tmp_path_factory.mktemp("builds"), "cache_builds") as run:
         yield run
-        process.stdin.close()
 
 
 def build(kind, **extra):

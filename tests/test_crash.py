@@ -4,19 +4,15 @@ All of them run in forks of one process (``crash_host.py``): importing everythin
 """
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from subprocess import PIPE
 
+import crash_host
 import pytest
 import short_training
 
-HERE = Path(__file__).parent
 NUM_SECOND_KILLS = 8
 FILE_SIZES = [1 << power for power in range(8, 19)]  # bytes; the whole training needs files of up to 130 kB
 SMALL_BATCHES = ["--set", "train.batch_size=1"]  # 20 steps an epoch: an interruption falls inside one
@@ -31,22 +27,8 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(recipe):
-    """Gives a function that runs jobs and returns for each name its folder and its answers."""
-    folder = recipe.parent
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder)]
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
-
-        def run(jobs):
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            places = {job["name"]: folder / job["name"] for job in jobs}
-            return {name: (place, json.loads((place / "answers.json").read_text())) for name, place in places.items()}
-
+    with crash_host.started(recipe.parent) as run:
         yield run
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,8 @@
 """Search spaces that shrink and grow, without Ray: what becomes of the trials, and kills on the way."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
-from subprocess import PIPE
 
 import crash_host
 import optuna
@@ -28,7 +23,6 @@ from carft_ray.search.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
 
-HERE = Path(__file__).parent
 WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 KL = {"low": 0.1, "high": 10, "log": True}
@@ -336,18 +330,12 @@ def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path)
         study.next()
     before = shown(trials(tmp_path / "original"))
     (tmp_path / "narrowing.py").write_text(_PROGRAM)
-    path = os.pathsep.join([str(tmp_path), str(HERE.parent), str(HERE)])
-    command = [sys.executable, str(HERE / "crash_host.py"), str(tmp_path), "narrowing"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+    with crash_host.started(tmp_path, "narrowing") as host:
 
         def run(jobs):
             for job in jobs:
                 shutil.copytree(tmp_path / "original", tmp_path / job["name"] / "study")
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            return {job["name"]: json.loads((tmp_path / job["name"] / "answers.json").read_text()) for job in jobs}
+            return {name: answers for name, (_, answers) in host(jobs).items()}
 
         new, old = ["study", "new", "narrow"], ["study", "old"]
         kinds = tmp_path / "kinds.json"
@@ -366,7 +354,6 @@ def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path)
             for name, then in both if late else [both[len(jobs) % 2]]:
                 jobs.append({"name": f"{number}-{name}", "commands": [kill, {"argv": then}]})
         answers = run(jobs)
-        process.stdin.close()
     codes = {name: [answer["code"] for answer in found] for name, found in answers.items()}
     assert all(found[0] == -signal.SIGKILL for found in codes.values())
     assert all(found[1] == 0 for name, found in codes.items() if "new" in name), codes

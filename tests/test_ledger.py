@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import crash_host
 import pytest
 import stand_in
 from sequential_search import attempt
@@ -239,21 +237,10 @@ def killed(searched, tmp_path_factory):
     template = folder / "template"
     shutil.copytree(searched, template)
     write(template)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "ledger_writes"]
     line = ["study", "the second", str(template)]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def run(jobs):
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            return {job["name"]: json.loads((folder / job["name"] / "answers.json").read_text()) for job in jobs}
-
+    with crash_host.started(folder, "ledger_writes") as run:
         kinds_path = folder / "kinds.json"
-        [answer] = run([{"name": "whole", "commands": [{"argv": line, "count_to": str(kinds_path)}]}])["whole"]
+        [answer] = run([{"name": "whole", "commands": [{"argv": line, "count_to": str(kinds_path)}]}])["whole"][1]
         assert answer["code"] == 0, answer["log"]
         kinds = json.loads(kinds_path.read_text())
         jobs = [
@@ -261,10 +248,9 @@ def killed(searched, tmp_path_factory):
             for number, kind in enumerate(kinds, start=1)
             for moment in (("torn", "after") if kind == "append" else ("before", "after"))
         ]
-        answers = run(jobs)
-        process.stdin.close()
-    assert {name for name, [answer] in answers.items() if answer["code"] != -signal.SIGKILL} == set()
-    return {name: folder / name / "study" for name in answers}
+        found = run(jobs)
+    assert {name for name, (_, [answer]) in found.items() if answer["code"] != -signal.SIGKILL} == set()
+    return {name: place / "study" for name, (place, _) in found.items()}
 
 
 @pytest.mark.slow

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from subprocess import PIPE
 
 import crash_host
 import curve_stand_in
@@ -163,20 +160,8 @@ def test_trials_that_tell_of_something_else_are_no_trainings():
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """Gives a function that runs jobs in forks and returns for each name its study and its answers."""
-    folder = tmp_path_factory.mktemp("pareto")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "curve_stand_in"]
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
-
-        def run(jobs):
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            answers = {job["name"]: json.loads((folder / job["name"] / "answers.json").read_text()) for job in jobs}
-            return {name: (folder / name / "study", found) for name, found in answers.items()}
-
-        yield run
-        process.stdin.close()
+    with crash_host.started(tmp_path_factory.mktemp("pareto"), "curve_stand_in") as run:
+        yield lambda jobs: {name: (place / "study", answers) for name, (place, answers) in run(jobs).items()}
 
 
 @pytest.mark.slow

@@ -4,21 +4,16 @@ Without Ray, in forks of one process (``crash_host.py``); what is trained is a s
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
-from subprocess import PIPE
 
+import crash_host
 import pytest
 import stand_in
 from sequential_search import DIVERGES, SEARCH
 
 from carft_ray.search.rows import baselines, best_row, trials
 
-HERE = Path(__file__).parent
 NUM_TRIALS = 5
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -34,20 +29,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def host(folder):
     """Gives a function that runs jobs and returns for each name its study and its answers."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "crash_host.py"), str(folder), "sequential_search"]
-    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
-
-        def run(jobs):
-            process.stdin.write(json.dumps(jobs) + "\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            places = {job["name"]: folder / job["name"] for job in jobs}
-            answers = {name: json.loads((place / "answers.json").read_text()) for name, place in places.items()}
-            return {name: (places[name] / "study", answers[name]) for name in places}
-
-        yield run
-        process.stdin.close()
+    with crash_host.started(folder, "sequential_search") as run:
+        yield lambda jobs: {name: (place / "study", answers) for name, (place, answers) in run(jobs).items()}
 
 
 @pytest.fixture(scope="module")
