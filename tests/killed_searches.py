@@ -74,7 +74,7 @@ def chaotic(study_dir, num_trials, seed, executor, num_kills):
                     break
             time.sleep(rng.uniform(0, 6))
             kill_group(process)
-    code, output = finish(process)
+    code, output = finish(process, 40 * num_trials)  # Ray Train takes some 10 s to start each group of workers
     assert code == 0, output
     return chaos.check(study_dir, num_trials, seed)
 
@@ -86,10 +86,10 @@ def kill_drivers():
             kill_group(process)
 
 
-def finish(process):
+def finish(process, timeout_s=TIMEOUT_S):
     """Waits for a driver; returns its exit code and its output."""
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         kill_group(process)
         raise
