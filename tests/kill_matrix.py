@@ -41,7 +41,7 @@ def main(kills, times, seed):
         for executor, event, delay_s, done in struck:
             print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
         for executor, num_kills in (("inline", 0), ("inline", 5), ("ray-train", 0)):
-            began, study_dir = time.monotonic(), folder / f"chaos-{executor}"
+            began, study_dir = time.monotonic(), folder / f"chaos-{executor}-{num_kills}"
             counts = searches.chaotic(study_dir, 40, seed, executor, num_kills)
             told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
             again = sum(each.attempt - 1 for each in trials(study_dir))

@@ -72,7 +72,8 @@ def chaotic(study_dir, num_trials, seed, executor, num_kills):
             for line in process.stdout:  # whatever it takes Ray to start
                 if line.startswith("TrialStarted"):
                     break
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, 4))
+            assert process.poll() is None, "the search has ended before it could be killed"
             kill_group(process)
     code, output = finish(process, 40 * num_trials)  # Ray Train takes some 10 s to start each group of workers
     assert code == 0, output

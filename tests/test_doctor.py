@@ -121,6 +121,11 @@ def unbalance(here):
         (here / "images" / "train" / "square" / f"{index:02d}.png").unlink()
 
 
+def miss_class(here):
+    for index in range(1, 12):  # 00.png is in the other half
+        (here / "images" / "val" / "star" / f"{index:02d}.png").unlink()
+
+
 def lose_class(here):
     (here / "images" / "fog" / "star").rename(here / "images" / "fog" / "stra")
 
@@ -143,6 +148,12 @@ SICK = [
     (repeat, (), "note", "an image counts as often as it is there, but got 1 of 36 images that repeat"),
     (mix_modes, (), "note", "images of several modes are made RGB (docs/data.md): 33 RGB, 1 L, 1 RGBA, 1 P"),
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
+    (
+        miss_class,
+        ("data.id_val.part=[0.5, 1]",),
+        "note",
+        "accuracy says nothing of a class without an image, but got 2 of",
+    ),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "error", "data.ood_test.secret: a set has one role and must not share images with data.train"),
