@@ -233,6 +233,12 @@ def test_the_model_card_names_the_licence_and_what_made_the_weights(exports):
     assert "Images: RGB, the shorter side resized to 16 pixels, " in card
 
 
+def test_an_export_given_in_place_of_its_study_is_told_apart(exports):
+    with pytest.raises(UsageError) as caught:
+        open_trained(exports["all"][0].folder)
+    assert "give the study or training that it is of" in str(caught.value)
+
+
 def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path):
     """Without its files open_clip would ask a hub for them; here there is none of that name."""
     training = trained["folded"]

@@ -34,8 +34,8 @@ from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_token
 from carft_ray.learning.hugging_face_files import misfits, write_huggingface
 from carft_ray.learning.onnx_files import write_onnx
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.model_card import HEAD_NAME, model_card
-from carft_ray.results.trained import Trained
+from carft_ray.results.model_card import model_card
+from carft_ray.results.trained import HEAD_NAME, Trained
 
 TOLERANCE = 1e-3  # largest difference of two logits of size 10 to 100 that rounding explains
 NUM_CHECKED = 32  # images

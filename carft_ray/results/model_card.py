@@ -7,7 +7,6 @@ from carft_ray.learning.clip import Clip
 from carft_ray.recipe.schema import plain
 from carft_ray.results.trained import Trained, evaluate_trained
 
-HEAD_NAME = "class_head.safetensors"
 _TITLES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnxruntime"}
 
 
@@ -52,6 +51,9 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         f"Classes, in the order of the logits: {', '.join(materials.class_names)}.",
         "",
         f"Images: {preprocessing(materials.clip)}.",
+        "",
+        'Three kinds of images had other pixels here than `convert("RGB")` gives, which the code above calls: fully',
+        "transparent pixels were white, grey of 16 bits was scaled to 8, photos turned upright. Change them first.",
         "",
         "## Licence",
         "",

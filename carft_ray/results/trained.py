@@ -30,6 +30,8 @@ from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_row, trials
 
+HEAD_NAME = "class_head.safetensors"  # of an export
+
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -81,7 +83,10 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     if not (folder / MANIFEST).is_file():
         rule = "must be a folder that `train --out` or `search --study` has made"
         value = "one without manifest.json" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-        raise UsageError(Problem(str(folder), rule, value))
+        step = ""
+        if (folder / HEAD_NAME).is_file():
+            step = "An export is read by other libraries (its README.md); give the study or training that it is of."
+        raise UsageError(Problem(str(folder), rule, value, next_step=step))
     try:
         recipe = Recipe.model_validate(files.read_json(folder / MANIFEST)["recipe"])
     except (ValueError, KeyError, TypeError) as error:
