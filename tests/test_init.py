@@ -88,12 +88,11 @@ def test_one_other_domain_is_cut_in_two_and_a_domain_of_some_classes_is_marked(t
     assert data.train.part == (0.2, 1)
 
 
-def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path):
-    write_tree(tmp_path / "my: tree", ["été #1", "no"], ["n01440764", "12", "true"])
-    found = survey(tmp_path / "my: tree")
-    written = draft(
-        "x", str(tmp_path / "my: tree"), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2
-    )
+@pytest.mark.parametrize("name", ["my: tree", "my: " + "long " * 20 + "tree", "\u2028 {, }"])
+def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
+    write_tree(tmp_path / name, ["été #1", "no"], ["n01440764", "12", "true"])
+    found = survey(tmp_path / name)
+    written = draft("x", str(tmp_path / name), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2)
     assert "THESE FOLDER NAMES ARE NO WORDS" in written
     (tmp_path / "r.yaml").write_text(written)
     recipe = load_recipe(tmp_path / "r.yaml")

@@ -4,6 +4,7 @@ The roles are a proposal: the largest domain (or the one that is asked for) trai
 is ``id_test`` unless the tree has splits; the other domains are shared out between ``ood_val`` and ``ood_test``.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from carft_ray.data.survey import ClassRoot
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.recipe.backbones import ranges_for
-from carft_ray.recipe.messages import shown
 
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
@@ -94,7 +94,7 @@ def draft(
     weights = "" if pretrained is None else f", pretrained: {_text(pretrained)}"
     templates = "sandbox" if model == "sandbox" else "openai"
     lines = [
-        f"# A recipe for {path}: {len(classes)} classes. Choose the roles in `data`, then:",
+        f"# A recipe for {_text(path)}: {len(classes)} classes. Choose the roles in `data`, then:",
         "#",
         "#     carft-ray doctor FILE                      looks at images, prompts and model",
         "#     carft-ray plan FILE                        how long it will take",
@@ -235,10 +235,10 @@ def set_name(domain: str) -> str:
 
 
 def _text(value: str) -> str:
-    """Returns a text as YAML writes it in a flow: plain where that is safe."""
-    return (
-        value if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", value) and value.lower() not in _WORDS else shown(value)
-    )
+    """Returns a text as YAML writes it in a flow: plain where that is safe, else as JSON does."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", value) and value.lower() not in _WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=not value.isprintable())
 
 
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off", "nan", ".nan", ".inf", "~")
