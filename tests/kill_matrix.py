@@ -1,6 +1,6 @@
 """Kills everything that a search consists of, checks what is left, and prints a table: ``make kill-matrix``.
 
-Three searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
+Four searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
 One study is of real trainings: its ``confirm`` is killed.
 
     python tests/kill_matrix.py [--kills 10] [--times 2] [--seed N]
@@ -40,7 +40,7 @@ def main(kills, times, seed):
         rows.append(row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began))
         for executor, event, delay_s, done in struck:
             print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
-        for executor, num_kills in (("inline", 0), ("inline", 5), ("ray-train", 0)):
+        for executor, num_kills in (("inline", 0), ("inline", 5), ("ray-train", 0), ("ray-train", 5)):
             began, study_dir = time.monotonic(), folder / f"chaos-{executor}-{num_kills}"
             counts = searches.chaotic(study_dir, 40, seed, executor, num_kills)
             told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))

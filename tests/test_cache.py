@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shlex
 from dataclasses import replace
 
 import cache_builds
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import short_training
 from cache_builds import Pictures, halve
-from test_cli import parsed
+from suggestions import check_suggestions
 
 from carft_ray.data import cache, packed
 from carft_ray.data.arrays import image_set
@@ -266,8 +265,7 @@ def run(tmp_path, monkeypatch, capsys):
     def call(*words):
         code = crash_host.call(words)
         captured = capsys.readouterr()
-        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
-            parsed(shlex.split(words, comments=True))
+        check_suggestions(captured.err)
         assert "Traceback" not in captured.err
         return code, captured.out, captured.err
 

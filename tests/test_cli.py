@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import short_training
 import typer.main
 from PIL import Image
+from suggestions import check_suggestions, parsed
 
 from carft_ray import cli
 from carft_ray.cli import common
@@ -41,21 +41,10 @@ def run(folder, monkeypatch, capsys, tmp_path):
     def call(*words):
         code = crash_host.call(words)
         captured = capsys.readouterr()
-        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
-            parsed(shlex.split(words, comments=True))
+        check_suggestions(captured.err)
         return code, captured.out, captured.err
 
     return call
-
-
-def parsed(words):
-    """Parses the words of a command line; returns the command."""
-    command = typer.main.get_command(cli.app)
-    while hasattr(command, "commands"):
-        command = command.commands[words[0]]
-        words = words[1:]
-    command.make_context(command.name, list(words))
-    return command
 
 
 def everything(here="."):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,8 @@ import pytest
 import short_sealed
 import short_training
 import torch
-import typer.main
+from suggestions import check_suggestions
 
-from carft_ray import cli
 from carft_ray.data.arrays import image_set
 from carft_ray.data.sets import class_folders, open_source
 from carft_ray.evaluation.predictions import alphas, read_predictions
@@ -62,10 +60,7 @@ def run(here, capsys):
     def call(*words):
         code = crash_host.call(words)
         captured = capsys.readouterr()
-        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
-            name, *rest = shlex.split(words)
-            if name != "confirm":  # which belongs to another file of commands
-                typer.main.get_command(cli.app).commands[name].make_context(name, rest)
+        check_suggestions(captured.err)
         assert "Traceback (" not in captured.err
         return code, captured.out, captured.err
 

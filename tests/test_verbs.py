@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import crash_host
 import pytest
-import typer.main
 from stand_in import make_recipe
+from suggestions import check_suggestions
 
-from carft_ray import cli
 from carft_ray.cli import search as search_commands
 from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -96,11 +94,7 @@ def run(here, capsys):
     def call(*words):
         code = crash_host.call(words)
         captured = capsys.readouterr()
-        for words in re.findall(r"(?:  |: )carft-ray (.*)", captured.err):
-            if "RECIPE" not in words:
-                command = typer.main.get_command(cli.app)
-                name, *rest = shlex.split(words)
-                command.commands[name].make_context(name, rest)
+        check_suggestions(captured.err)
         assert "Traceback (" not in captured.err
         return code, captured.out, captured.err
 
