@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STUDY ?= studies/quickstart
 # Another torch build: make quickstart TORCH_INDEX=<address of a package index>
 TORCH_INDEX ?=
+# Processes of the tests; a file of tests stays in one
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: quickstart test test-fast kill-matrix lint format clean
@@ -28,10 +31,10 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/carft-ray search search_spaces/quickstart.yaml --study $(STUDY)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 # ten kills of one study, five of a confirm and ten others over a real Ray, four long searches of all fates: some 35 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev

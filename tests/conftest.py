@@ -15,6 +15,14 @@ CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
 
 
+LONGEST = ("test_kills", "test_search_ray", "test_crash", "test_confirm_command", "test_executors")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, so that with several processes none of them is left for the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 class ArraySource:
     """Images in memory, as a Source."""
 

@@ -18,6 +18,8 @@ from carft_ray.search.ledger import read_ledger, require_unread
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
 
+pytestmark = pytest.mark.slow
+
 VALIDATION = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.4)
 TEST = ObjectiveSpec("harmonic", "id_test", ("c",))
 POINTS = [(f"t{i}", alpha) for i in range(5) for alpha in (0.4, 0.8)]
@@ -125,7 +127,6 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_trials_with_weights_are_read_at_every_alpha_that_could_be_chosen(folder, read):
     study, summary = read
     kept = [row for row in trials(study) if (study / "trials" / row.name / "fine_tuned.safetensors").exists()]

@@ -44,6 +44,8 @@ from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Corruption, Recipe, SetSpec, plain
 
+pytestmark = pytest.mark.slow
+
 IMAGENET = load_facts("imagenet").classes
 SPLITS = [(name, split) for name, known in BENCHMARKS.items() for split in known.splits or (None,)]
 WHOLE = [(name, None) for name, known in BENCHMARKS.items() if known.splits and not known.needs_split]

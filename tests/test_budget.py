@@ -169,14 +169,15 @@ def test_a_search_ends_within_its_wall_time_with_its_best_and_is_finished_by_ano
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.4}))
     study_dir, runner = tmp_path / "study", Runner(stand_in.prepare, stand_in.train)
-    recipe = make_recipe(40, epochs=3, concurrency=2)
+    recipe = make_recipe(400, epochs=3, concurrency=2)
     began = time.monotonic()
-    result = run_search(budgeted(recipe, wall_time=16), tmp_path, study_dir, None, runner=runner)
-    assert time.monotonic() - began < 16
-    assert result.out_of_budget == "the wall time is used up (budget.wall_time, 16 s)"
+    limited = budgeted(recipe, wall_time=40)  # of which a busy machine needs half to start Ray
+    result = run_search(limited, tmp_path, study_dir, None, runner=runner)
+    assert time.monotonic() - began < 40
+    assert result.out_of_budget == "the wall time is used up (budget.wall_time, 40 s)"
     assert result.best.outcome == "complete"
     finished = [row for row in result.trials if row.outcome == "complete"]
-    assert 1 <= len(finished) < 40
+    assert 1 <= len(finished) < 400
     assert all(row.spent_s > 0 for row in finished)
     view = overview.status(overview.read_study(study_dir))
     assert view["budget"]["ended"] == result.out_of_budget

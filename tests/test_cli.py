@@ -12,6 +12,7 @@ import typer.main
 from PIL import Image
 from suggestions import check_suggestions, parsed
 
+import carft_ray
 from carft_ray import cli
 from carft_ray.cli import common
 from carft_ray.recipe.loading import load_recipe
@@ -517,6 +518,13 @@ def test_help_shows_what_a_command_does_and_an_example_that_parses(run, words):
     assert "Example:" in out
     for option in command.params:
         assert getattr(option, "help", ""), f"{' '.join(words)}: {option.name} has no help"
+
+
+def test_version_is_one_line(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith(f"carft-ray {carft_ray.__version__} (Python 3.")
+    assert out.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)

@@ -18,6 +18,8 @@ from carft_ray.results.compare import compare
 from carft_ray.results.finished import split_target
 from carft_ray.results.intervals import OVER_IMAGES
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(*words):
     del words

@@ -17,6 +17,8 @@ from carft_ray.data import corruptions as module
 from carft_ray.data.corruption_tables import PARAMETERS, SIDES
 from carft_ray.data.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, corrupt, generator, table_side
 
+pytestmark = pytest.mark.slow
+
 # the order of the paper; the last four are those for validation
 PUBLISHED = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),

@@ -12,6 +12,8 @@ from short_training import write_model
 from carft_ray.evaluation.doctor import as_plain_data, examine, zero_shot_findings
 from carft_ray.recipe.loading import load_recipe
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("circle", "square", "star")
 DOMAINS = ("train", "val", "fog", "secret")
 

@@ -247,6 +247,7 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
     assert sorted(row.attempt for row in trials(tmp_path / "study")) == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_training_for_which_there_is_never_memory_fails_in_the_end(tmp_path):
     base_dir = tmp_path / "base"
     base_dir.mkdir()

@@ -16,6 +16,8 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.clip import load_folder
 from carft_ray.learning.layers import layer_groups
 
+pytestmark = pytest.mark.slow
+
 TEMPLATES = ("a photo of a {}", "a sketch of the {}")
 WORDS = ("cat", "dog", "car")
 

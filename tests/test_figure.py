@@ -12,6 +12,8 @@ from carft_ray.errors import StorageError
 from carft_ray.results.figure import Curve, Dot, Estimate, effect_figure, id_ood_figure
 from carft_ray.results.labels import Label, place_labels
 
+pytestmark = pytest.mark.slow
+
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 BASELINES = {"zero-shot": (0.725, 0.575), "plain fine-tuning": (0.781, 0.491), "paper's setting": (0.774, 0.542)}
 
@@ -36,7 +38,6 @@ def check(png, svg, size):
     assert sorted(path.name for path in png.parent.iterdir()) == sorted([png.name, svg.name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "baselines", "best"),
     [
@@ -62,7 +63,6 @@ def test_id_ood_figure_draws_every_kind_of_objective(tmp_path, kind):
     check(png, svg, (1600, 1200))
 
 
-@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(tmp_path):
     files = []
     for name in ("a", "b"):

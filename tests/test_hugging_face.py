@@ -13,6 +13,8 @@ from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning.clip import load_clip
 from carft_ray.recipe.schema import ModelPart
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}

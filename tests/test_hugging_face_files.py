@@ -14,6 +14,8 @@ from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 from carft_ray.learning.clip import load_folder, wrap_model
 from carft_ray.learning.hugging_face_files import misfits, to_huggingface, write_huggingface
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = [
     "a photo of a circle",
     "A Sketch of 2 hearts,  isn't it?",

@@ -1,7 +1,7 @@
 """Searches over a real Ray, killed from outside: drivers, trials, workers, and trainings that hang.
 
 The long version is ``make kill-matrix``: ten kills of one study, so that each moment meets both executors; two of every
-other kill; and forty trials of all fates, undisturbed, with the driver killed five times, and with Ray Train.
+other kill; and forty trials of all fates, undisturbed and with the driver killed five times, with both executors.
 """
 
 import random

@@ -10,6 +10,8 @@ from torch import nn
 
 from carft_ray.learning.layers import layer_groups, layer_label
 
+pytestmark = pytest.mark.slow
+
 # name -> number of layers: stem, blocks, and what stands after them
 TOWERS = {
     "ViT-B-32": 12 + 2,

@@ -27,6 +27,8 @@ from carft_ray.evaluation import run as evaluation
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 
+pytestmark = pytest.mark.slow
+
 SIDES = (32, 48, 64)
 TESTS = {"id_test": "photo_test", "painting": "painting"}  # set -> its domain
 TEST_SETS = """\
@@ -306,7 +308,6 @@ NOT_CAUGHT = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leak", "words", "code", "message"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED]
 )
@@ -376,7 +377,7 @@ COPIES = {  # change -> how many of the copies are found, in percent; as the doc
 }
 
 
-@pytest.mark.parametrize("num_per_class", [2, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_per_class", [2, 24])
 def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are(num_per_class):
     """All pairs of twelve domains at 32 pixels: silhouettes and pixelated ones are the hard ones."""
     pictures = dict(sandbox_pictures(DOMAINS, num_per_class))
@@ -520,7 +521,6 @@ def watched(*folders):
         found += [(event, path) for event, path in everything if set(folders) & set(Path(path).parts)]
 
 
-@pytest.mark.slow
 def test_neither_preparation_nor_training_nor_evaluation_nor_export_touches_a_test_set(here, run):
     recipe = load_recipe(Path("recipe.yaml"), [f"data.cache_dir={here / 'cache'}"])
     with watched(*TESTS.values(), "photo_val") as seen:

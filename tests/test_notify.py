@@ -18,6 +18,8 @@ from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, notifying
 from carft_ray.search.outcome import TrialRow
 
+pytestmark = pytest.mark.slow
+
 
 def ended(number, objective=0.5, outcome="complete", reason="", is_best=False):
     objective = objective if outcome == "complete" else None
@@ -138,7 +140,6 @@ def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
     ]
 
 
-@pytest.mark.slow
 def test_the_search_does_not_wait_for_a_slow_command_which_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
     warned = []

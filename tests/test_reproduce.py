@@ -23,6 +23,8 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.finished import open_finished
 from carft_ray.results.reproduce import reproduce, table_differences
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(*words):
     del words
@@ -66,7 +68,6 @@ def here(original, tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trial", [None, "0", "t0001", "fine_tuning", "longer", "zero_shot"])
 def test_every_training_of_a_study_is_reproduced(here, trial):
     found = again(here / "study", trial)
@@ -76,14 +77,12 @@ def test_every_training_of_a_study_is_reproduced(here, trial):
     assert "the same, bit for bit" in found.sentence
 
 
-@pytest.mark.slow
 def test_a_training_of_train_is_reproduced(here):
     found = again(here / "run")
     assert found.same
     assert found.num_predictions == len(read_predictions(here / "run" / "predictions" / "validation.parquet"))
 
 
-@pytest.mark.slow
 def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
     """It is a training like a trial, with a seed of its own and no stored targets."""
     name = next((here / "study" / "trials").iterdir()).name
@@ -95,7 +94,6 @@ def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
         open_finished(here / "study", f"confirm/{name}-seed6")
 
 
-@pytest.mark.slow
 def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
     """The longer baseline had stored targets for two of its three epochs: float16 there, float32 after it."""
     result = json.loads((here / "study" / "baselines" / "longer" / "result.json").read_text())
@@ -106,7 +104,6 @@ def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
     assert "predictions.log_sum_exp" in " ".join(each.what for each in again(here / "study", "longer").differences)
 
 
-@pytest.mark.slow
 def test_the_new_training_can_be_kept_and_is_one_like_any_other(here):
     again(here / "study", "0", here / "kept")
     assert again(here / "kept", None, here / "twice").same
@@ -127,7 +124,6 @@ def flipped(original):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-@pytest.mark.slow
 def test_one_flipped_bit_behind_the_same_size_and_date_names_the_set(here, flipped, monkeypatch, capsys):
     assert run(monkeypatch, "reproduce", here / "study", "t0000") == DataError.exit_code == 4
     text = capsys.readouterr().err
@@ -157,7 +153,6 @@ def change_result(study_dir, trial, change):
     path.write_text(json.dumps(result))
 
 
-@pytest.mark.slow
 def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
     def change(result):
         result["metrics"]["accuracy/sketch"] += 0.25
@@ -176,7 +171,6 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     }
 
 
-@pytest.mark.slow
 def test_a_difference_is_explained_by_what_the_manifest_says_otherwise(here, monkeypatch, capsys):
     change_result(here / "study", "t0000", lambda result: result.update(objective=0.1))
     then = environment.versions()
@@ -198,7 +192,6 @@ def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys)
     assert (here / "kept" / "result.json").exists()
 
 
-@pytest.mark.slow
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     path = next((here / "study" / "trials").glob("t0000*")) / "predictions" / "validation.parquet"
     table = pq.read_table(path)
@@ -268,7 +261,6 @@ def test_the_new_folder_must_be_new(here):
         again(here / "study", "zero_shot", here / "run")
 
 
-@pytest.mark.slow
 def test_a_trial_of_a_real_search_is_reproduced(tmp_path):
     """Trained in a process of Ray with threads of its own; done again in that of the command."""
     settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1"]

@@ -25,6 +25,8 @@ from carft_ray.results.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.search.study import open_study
 
+pytestmark = pytest.mark.slow
+
 SETS = """  ood_val:
     sketch: {source: folder, path: images, domains: [sketch]}
     fog: {source: folder, path: images, domains: [fog]}
@@ -85,7 +87,6 @@ def everything(folder):
     return {str(path): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
-@pytest.mark.slow
 def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     answer = rescore(view, asked_objective(view.recipe))
     assert answer["objective"] == answer["own_objective"]
@@ -103,7 +104,6 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     assert all(row["new_rank"] is None for row in answer["baselines"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "spec"),
     [

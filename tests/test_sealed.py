@@ -32,6 +32,8 @@ from carft_ray.search.ledger import read_ledger, require_unread
 from carft_ray.search.rows import baselines, best_row, trials
 from carft_ray.search.study import open_study
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SETS = {"id_test": ("photo_test", 15), "cartoon": ("cartoon", 10), "painting": ("painting", 20)}
 
@@ -110,7 +112,6 @@ def right(study, name, domain, alpha):
 # what is read
 
 
-@pytest.mark.slow
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
     study, summary = read
     best = best_row(trials(study))
@@ -252,7 +253,6 @@ sealed.read_sealed(__import__("pathlib").Path(sys.argv[1]), None, str)
 """
 
 
-@pytest.mark.slow
 def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
     study, number = here / "study", 3
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
@@ -324,7 +324,6 @@ def confirmed(here):
     return study
 
 
-@pytest.mark.slow
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, confirmed):
     result = next(confirmed.glob("confirm/plain-seed102/result.json"))
     result.rename(result.with_name("hidden"))
@@ -429,7 +428,6 @@ def test_after_a_read_resume_needs_a_reason(run, again):
     assert len(read_ledger(again)) == 1
 
 
-@pytest.mark.slow
 def test_after_a_read_resume_with_nothing_to_do_needs_no_reason(run, again):
     code, _, err = run("resume", "study")
     assert code == 0, err

@@ -41,6 +41,8 @@ from carft_ray.recipe.schedule import num_recalibrated
 from carft_ray.results.export import export_model
 from carft_ray.results.trained import evaluate_trained, open_trained
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 4  # of the tiny tower: stem, two blocks, projection
 MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -452,7 +454,6 @@ def train_once_with(folder, recipe_path, **values):
     return open_trained(out)
 
 
-@pytest.mark.slow  # an export is opened in a process of its own
 def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
     path = short_training.make(tmp_path, RESNET)
     trained = train_once_with(tmp_path, path, recalibrate_batches=2)
@@ -513,7 +514,6 @@ def trained_by(context):
     return [*states, classifier.state(), {"prediction": torch.tensor(table["prediction"].to_pylist())}]
 
 
-@pytest.mark.slow
 def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -531,7 +531,6 @@ def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
 # ---- torch.compile
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_clip, heads, source, monkeypatch):
     # all but the last stage of the compiler: C++ for the tiny tower takes a minute
@@ -548,7 +547,6 @@ def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_c
     torch.compiler.reset()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_without_a_compiler_the_message_says_what_to_do(tiny_clip, heads, source, monkeypatch, tmp_path):
     import torch._inductor.config as inductor

@@ -19,6 +19,8 @@ from carft_ray.learning.catalog import model_warnings
 from carft_ray.learning.clip import load_clip, load_folder
 from carft_ray.recipe.schema import ModelPart
 
+pytestmark = pytest.mark.slow
+
 # models that the tests add to open_clip's list
 NAME, QUICK, OTHER, WORDS = (f"carft-test-ViT{end}" for end in ("", "-quickgelu", "-4", "-words"))
 

@@ -1,6 +1,7 @@
 """The app, what all commands share, and the one place where an error ends as a message and an exit code."""
 
 import logging
+import platform
 import shlex
 import sys
 import traceback
@@ -65,6 +66,25 @@ AlphaOption = Annotated[
     float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
 ]
 TrialOption = Annotated[str | None, typer.Option("--trial", help="Name of a trial of the study; without it the best.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from carft_ray import __version__, environment
+
+        told = environment.versions()
+        libraries = ", ".join(f"{name} {told[name]}" for name in ("torch", "open_clip_torch", "ray", "optuna"))
+        typer.echo(f"carft-ray {__version__} (Python {platform.python_version()}, {libraries})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Holds what may stand before any command; the text of the help is the app's own."""
 
 
 class _Warnings(logging.Handler):
