@@ -1,10 +1,14 @@
 """Shared fixtures: a tiny real CLIP with random weights and small real image sets."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose workers take it over: one cache for all, and not the user's own
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="carft-tests-")
 
 import numpy as np
 import pytest
@@ -21,6 +25,11 @@ LONGEST = ("test_kills", "test_search_ray", "test_crash", "test_confirm_command"
 def pytest_collection_modifyitems(items):
     """Puts the longest files first, so that with several processes none of them is left for the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 class ArraySource:
