@@ -61,7 +61,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         lines.append(
             f"model {model['name']}: {model['image_size']} pixels, s = {model['logit_scale']:.1f}, "
             f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "
-            f"{model['training_memory_gb']:.2g} GB with gradients and AdamW, images come on top"
+            f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
     lines.append(
         f"machine: {machine['device']}, {machine['gpus']} GPUs, {machine['cores']} cores, "

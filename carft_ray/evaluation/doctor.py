@@ -33,7 +33,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
-from carft_ray.learning.tower import num_trained, recipe_problems
+from carft_ray.learning.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, StoredSet
@@ -43,8 +43,6 @@ Level = Literal["error", "warning", "note"]
 
 FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
 SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
-BYTES_PER_WEIGHT = 4  # float32
-BYTES_PER_TRAINED = 12  # besides: gradient and two moments of AdamW
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
     impossible = recipe_problems(visual, recipe)
     found.add("error", impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
-    copies = BYTES_PER_TRAINED + (BYTES_PER_WEIGHT if recipe.train.ema_decay is not None else 0)
+    needed = training_bytes(weights, trained, recipe.train.ema_decay is not None)
     found.model = {
         "name": recipe.model.name,
         "weights_hash": clip.weights_hash,
@@ -253,7 +251,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
         "num_contexts": len(prompts),
         "tower_weights": weights,
         "trained_weights": trained,
-        "training_memory_gb": round((weights * BYTES_PER_WEIGHT + trained * copies) / 1e9, 2),
+        "training_memory_gb": round(needed / 1e9, 2),
     }
     if clip.logit_bias is not None:
         rule = f"logit_bias {clip.logit_bias:g} is left out: a constant shift of all logits changes no softmax"

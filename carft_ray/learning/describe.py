@@ -16,13 +16,12 @@ from carft_ray.learning.catalog import QUICK, model_names
 from carft_ray.learning.clip import square_size
 from carft_ray.learning.layers import layer_groups, layer_label
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config, preprocessing_kinds
-from carft_ray.learning.tower import layer_factors
+from carft_ray.learning.tower import layer_factors, training_bytes
 from carft_ray.learning.weights import compare, for_model, misfit_problem, only_positions, read_header, shapes_of
 from carft_ray.recipe.schema import ModelPart, TrainPart
 
 FLOAT32 = 4  # bytes
 ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU")  # classes of torch and timm
-TRAINED = 4 * FLOAT32  # bytes per trained number: weight, gradient, and the two moments of AdamW
 
 
 def describe(part: ModelPart, base_dir: Path, train: TrainPart | None = None) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def describe(part: ModelPart, base_dir: Path, train: TrainPart | None = None) ->
             }
             for i, names in enumerate(groups)
         ],
-        "memory_bytes": {"weights": FLOAT32 * num_all, "training": TRAINED * num_image + FLOAT32 * num_image},
+        "memory_bytes": {"weights": FLOAT32 * num_all, "training": training_bytes(num_image, num_image)},
         "tags": _tags(name),
         "preprocessing_differs": len(preprocessing_kinds(name)) > 1 and not state,
     }

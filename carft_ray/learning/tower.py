@@ -111,6 +111,15 @@ def num_trained(visual: nn.Module, train: TrainPart) -> int:
     return sum(sizes.values()) - sum(sizes[name] for name in frozen)
 
 
+def training_bytes(num_weights: int, num_trained: int, has_average: bool = False) -> int:
+    """Returns the memory of a training without activations, in float32.
+
+    The weights of the tower and of the frozen one; for every weight that trains its gradient and the two moments of
+    AdamW, and where there is one its average.
+    """
+    return 4 * (2 * num_weights + (4 if has_average else 3) * num_trained)
+
+
 def check_tower(visual: nn.Module, recipe: Recipe) -> None:
     """Refuses a recipe of which a training would ask what the tower cannot do.
 
