@@ -7,8 +7,6 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
-if "PYTEST_XDIST_WORKER" not in os.environ:  # whose workers take it over: one cache for all, and not the user's own
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="carft-tests-")
 
 import numpy as np
 import pytest
@@ -17,14 +15,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in
 
 CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
-
-
 LONGEST = ("test_kills", "test_search_ray", "test_crash", "test_confirm_command", "test_executors")
 
 
 def pytest_collection_modifyitems(items):
     """Puts the longest files first, so that with several processes none of them is left for the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # workers take it over: one cache for all, and not the user's own
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="carft-tests-")
 
 
 def pytest_unconfigure(config):
