@@ -36,7 +36,8 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
-# ten kills of one study, five of a confirm and ten others over a real Ray, four long searches of all fates: some 35 minutes on two cores
+# ten kills of one study, five of a confirm and ten others over a real Ray, and four long searches of all fates:
+# some 35 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -52,7 +51,7 @@ def fill(study, num_finished):
         folder.mkdir(parents=True, exist_ok=True)
         append_log(folder, "attempt 1: starts on here")
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
-        alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 600, "gpus": 0.0}
+        alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 30, "gpus": 0.0}
         (folder / ALIVE).write_text(json.dumps(alive))
 
 
@@ -68,7 +67,8 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
 def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
-    lines = shown(SearchView.of(read_study(large)), width, height)
+    newest = max(json.loads(path.read_text())["began"] for path in large.glob(f"*/*/{ALIVE}"))
+    lines = shown(SearchView.of(read_study(large), clock=lambda: newest + 30.2), width, height)
     text = "\n".join(lines)
     assert len(lines) < height
     assert max(map(len, lines)) <= width
@@ -79,7 +79,7 @@ def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height
     assert "diverged" in text
     assert all(row.name in text for row in rows[-2:])  # they run
     assert "1/2" in text
-    assert re.search(r"\b10:[0-5]\d\b", text)  # since they began
+    assert "0:30" in text
     assert "98 %" in text  # the bar
     tail = " ".join(lines[-2:])
     assert "195 of 200 trials finished, 28 of them failed · 2 run" in tail

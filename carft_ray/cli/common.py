@@ -1,7 +1,6 @@
 """The app, what all commands share, and the one place where an error ends as a message and an exit code."""
 
 import logging
-import platform
 import shlex
 import sys
 import traceback
@@ -74,7 +73,7 @@ def _show_version(asked: bool) -> None:
 
         told = environment.versions()
         libraries = ", ".join(f"{name} {told[name]}" for name in ("torch", "open_clip_torch", "ray", "optuna"))
-        typer.echo(f"carft-ray {__version__} (Python {platform.python_version()}, {libraries})")
+        typer.echo(f"carft-ray {__version__} (Python {told['python']}, {libraries})")
         raise typer.Exit
 
 

@@ -182,7 +182,7 @@ def _look_at_set(
         source = open_source(kept, place, classes, base_dir)
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}
-        _judge_classes(place, role, found.sets[place], classes, found)
+        _judge_classes(place, role, found.sets[place], len(source.class_names), found)
         if isinstance(source, StoredSource) and not quick:
             checkup = check_up(source, role not in TEST_ROLES, on_progress)
             found.sets[place] |= as_data(checkup)
@@ -195,12 +195,10 @@ def _look_at_set(
         found.add("warning", Problem(place, f"must have {expected:,} images", f"{len(source):,}", next_step=step))
 
 
-def _judge_classes(
-    place: str, role: str, told: Mapping[str, Any], classes: tuple[str, ...] | None, found: Diagnosis
-) -> None:
+def _judge_classes(place: str, role: str, told: Mapping[str, Any], num_classes: int, found: Diagnosis) -> None:
     counts = told["images_per_class"]
-    if role in ("id_val", "id_test") and classes is not None and told["num_classes"] < len(classes):
-        value = f"{told['num_classes']} of {len(classes)}"
+    if role in ("id_val", "id_test") and told["num_classes"] < num_classes:
+        value = f"{told['num_classes']} of {num_classes}"
         found.add("note", Problem(place, "accuracy says nothing of a class without an image", value))
     if role == "train" and counts["max"] >= IMBALANCE * counts["min"]:
         fewest = f"{counts['min']} to {counts['max']} images, fewest of {counts['smallest_class']!r}"

@@ -33,6 +33,7 @@ _RESAMPLING = {name: number for number, name in FILTERS.items()}
 def misfits(clip: Clip) -> list[str]:
     """Returns what of a model ``transformers.CLIPModel`` does not have, in words; empty where it holds the model."""
     model: Any = clip.model
+    tokenizer: Any = clip.tokenizer
     visual, text = model.visual, getattr(model, "text", model)
     if type(model) not in (CLIP, CustomTextCLIP):
         return [f"a model of the kind {type(model).__name__}"]
@@ -42,7 +43,7 @@ def misfits(clip: Clip) -> list[str]:
         return [f"a text tower of the kind {type(text).__name__}"]
     pool = model.text_pool_type if text is model else text.pool_type
     preprocess = clip.config["preprocess_cfg"]
-    plain = type(clip.tokenizer) is SimpleTokenizer
+    plain = type(tokenizer) is SimpleTokenizer
     found = {
         "attention pooling": visual.attn_pool is not None,
         f"the image's pooling '{visual.pool_type}'": visual.pool_type != "tok",
@@ -56,8 +57,8 @@ def misfits(clip: Clip) -> list[str]:
         "a class token in the text": getattr(text, "cls_emb", None) is not None,
         "no text projection, or one with a bias": not isinstance(text.text_projection, Tensor),
         "a logit_bias": getattr(model, "logit_bias", None) is not None,
-        "a tokenizer of another kind": not plain or clip.tokenizer.reduction_fn is not None,  # type: ignore[attr-defined]  # plain
-        "a tokenizer that cleans otherwise": plain and clip.tokenizer.clean_fn is not get_clean_fn("lower"),  # type: ignore[attr-defined]  # plain
+        "a tokenizer of another kind": not plain or tokenizer.reduction_fn is not None,
+        "a tokenizer that cleans otherwise": plain and tokenizer.clean_fn is not get_clean_fn("lower"),
         "images that are padded": preprocess["resize_mode"] == "longest",
     }
     return [words for words, holds in found.items() if holds]

@@ -91,8 +91,9 @@ def read_header(path: Path, place: str) -> State:
         return read_weights(path, place)
     try:
         with safe_open(path, framework="pt") as file:
-            small = [name for name in file.keys() if name.split(".")[-1] in ("logit_scale", "logit_bias")]  # noqa: SIM118  (no mapping)
-            state = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118  (no mapping)
+            names = file.keys()
+            small = [name for name in names if name.split(".")[-1] in ("logit_scale", "logit_bias")]
+            state = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
             return state | {name: file.get_tensor(name) for name in small}
     except Exception as error:  # its own kinds, and OSError
         raise DataError(_unreadable(path, place, error)) from error
