@@ -38,6 +38,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class ConcurrencyChanged:
+    """From now on, another number of trainings runs at a time than ``Started`` said."""
+
+    concurrency: int
+    reason: str  # why not more at a time
+
+
+@dataclass(frozen=True)
 class TrialStarted:
     """A trial or baseline begins, or resumes when ``spec.attempt`` is above 1."""
 
@@ -76,4 +84,15 @@ class Stopping:
     reason: str = ""  # which budget is used up; empty: somebody asked
 
 
-Event = Note | Preparing | Prepared | Started | TrialStarted | TrialEpoch | TrialFinished | BaselineFinished | Stopping
+Event = (
+    Note
+    | Preparing
+    | Prepared
+    | Started
+    | ConcurrencyChanged
+    | TrialStarted
+    | TrialEpoch
+    | TrialFinished
+    | BaselineFinished
+    | Stopping
+)

@@ -21,6 +21,7 @@ from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem, Storag
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.events import (
     BaselineFinished,
+    ConcurrencyChanged,
     Event,
     Note,
     Stopping,
@@ -227,6 +228,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.study.repeat(spec)
         text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
         self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
+        self.on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
 
     def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
