@@ -22,6 +22,7 @@ from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.events import (
     BaselineFinished,
+    ConcurrencyChanged,
     Event,
     Note,
     Stopping,
@@ -277,6 +278,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.study.repeat(spec)
         text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
         self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
+        self.on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
