@@ -283,6 +283,8 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
             return True
         failure = sorted_out
         if failure.outcome == "lost":  # with the folder, perhaps: what was raised goes to Ray then
+            if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
+                raise
             try:
                 write_failure(folder, failure, details)
             except StorageError:
