@@ -173,7 +173,7 @@ def run_training(
         CarftError: As its message says.
     """
     result_path = out_dir / RESULT
-    if result_path.exists():
+    if files.exists(result_path):
         finished: dict[str, Any] = files.read_json(result_path)
         return finished
     started = time.perf_counter()
@@ -234,7 +234,7 @@ def _train(
 ) -> dict[str, Tensor]:
     """Returns the fine-tuned state: of an earlier attempt that got so far, else by training."""
     weights = out_dir / WEIGHTS
-    if weights.exists():
+    if files.exists(weights):
         return load_tensors(weights)
     small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner

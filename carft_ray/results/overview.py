@@ -381,7 +381,9 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    alive = read_alive(folder_of(study_dir, row), row.attempt)
+    alive = None
+    with files.passing_faults():
+        alive = read_alive(folder_of(study_dir, row), row.attempt)
     return None if alive is None else alive.began
 
 

@@ -224,7 +224,7 @@ class Study:
         if cut is not None and percent > cut.percent:
             return None
         mine, reason = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None
-        if cut is None and not (folder / RESULT).exists():
+        if cut is None and not files.exists(folder / RESULT):
             others = [trial for trial in known.values() if trial.number != spec.number]
             reason = pruning.cut_reason(pruner, study.study_name, mine, others)
             if reason is not None:
