@@ -16,7 +16,8 @@ from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.pareto import constraint_lines, front_data, front_lines
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.search.best import constraint_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
