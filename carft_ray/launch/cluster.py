@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ray
 
+from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.recipe.schema import Recipe
 
@@ -246,7 +247,7 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
                 gone.set()
                 _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
             if misses >= 5:
-                stopped = stop_path is not None and stop_path.exists()
+                stopped = stop_path is not None and files.seen(stop_path)
                 sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
                 sys.stderr.flush()
                 shutil.rmtree(temp_dir, ignore_errors=True)

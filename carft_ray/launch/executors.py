@@ -147,13 +147,13 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
 
-    It looks at most twice a second.
+    It looks at most twice a second. Where the disk does not answer, it goes on and asks again.
     """
     paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
 
     def should_stop() -> bool:
         if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = any(path.exists() for path in paths)
+            state["stopped"] = any(files.seen(path) for path in paths)
             state["next"] = time.monotonic() + STOP_CHECK_S
         return bool(state["stopped"])
 
@@ -196,7 +196,7 @@ def _check_visible(plan: Plan) -> None:
 
 def _not_visible(plan: Plan) -> Problem | None:
     """Returns the message that this node does not see the study; None where it does."""
-    if (plan.study_dir / MANIFEST).exists():
+    if files.exists(plan.study_dir / MANIFEST):
         return None
     rule = "must be seen by every node: a trial runs on any of them"
     step = "Put the study into a folder that all nodes share."

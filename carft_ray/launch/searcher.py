@@ -114,7 +114,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
     @property
     def stopped(self) -> bool:
         """Whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago."""
-        if not self._stopped and ((self.study.study_dir / STOP).exists() or self._budget_ends()):
+        if not self._stopped and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self._stopped = True
             self.on_event(Stopping(len(self._live), self.out_of_budget))
         return self._stopped
@@ -332,9 +332,10 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
 def _written(trial: Any) -> str:
     """Returns the text that Tune has written for a failed trial: its pickled error appears a little later."""
     path = getattr(trial, "error_file", None)
-    if path is None or not Path(path).exists():
-        return ""
-    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+    if path is not None and files.seen(Path(path)):
+        with files.passing_faults():
+            return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+    return ""
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
@@ -412,7 +413,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
 
     def _look_for_life(self, spec: TrialSpec) -> None:
         key, now = (spec.name, spec.attempt), time.monotonic()
-        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, self._alive.get(key))
+        alive = self._alive.get(key)
+        with files.passing_faults():  # then nothing is new
+            alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, alive)
         if alive:
             self._alive[key] = alive
             self.searcher.nodes[key] = sorted({node for node, _ in alive.nodes})

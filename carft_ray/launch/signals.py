@@ -49,6 +49,6 @@ def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: 
     except KeyboardInterrupt:
         raise interrupted() from None
     except ClusterError:
-        if not stop_path.exists():
+        if not files.seen(stop_path):
             raise
         raise interrupted() from None

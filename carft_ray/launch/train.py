@@ -89,7 +89,7 @@ def train_with_ray(
         return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner)
     if failure is not None:
         raise failure_error(failure, "train", out_dir)
-    if (out_dir / STOP).exists():
+    if files.seen(out_dir / STOP):
         raise _interrupted(resume_command)
     raise ClusterError(Problem("train", "its workers must stay alive", lost or "they ended without a word"))
 

@@ -16,7 +16,8 @@ from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.pareto import constraint_lines, front_data, front_lines
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.search.best import constraint_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
@@ -384,7 +385,9 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    alive = read_alive(folder_of(study_dir, row), row.attempt)
+    alive = None
+    with files.passing_faults():
+        alive = read_alive(folder_of(study_dir, row), row.attempt)
     return None if alive is None else alive.began
 
 
