@@ -32,9 +32,9 @@ from carft_ray.errors import (
     OutOfMemoryError,
     Problem,
 )
+from carft_ray.launch.causes import explained, root_cause
 from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
 from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import host_memory
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.constraints import alone
@@ -159,19 +159,18 @@ def run_prepare(plan: Plan) -> dict[str, Any]:
     """Runs the preparation in a Ray task. It asks for what a worker gets, and uses all cores of its node.
 
     Raises:
-        CarftError: As the preparation raised it, or a ``ClusterError`` when its process died.
+        CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room = plan.capacity
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     try:
         metrics: dict[str, Any] = ray.get(task.remote(plan))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, CarftError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        cause = host_memory(str(error)) or str(error).strip()
-        raise ClusterError(Problem("preparation", "its process must stay alive", cause)) from error
+    except Exception as error:  # what cannot be pickled is refused in this process already
+        cause = getattr(error, "cause", error)  # as the preparation raised it
+        if isinstance(cause, CarftError):
+            raise cause from None
+        step = "Run it again with --debug to see where."
+        raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
     return metrics
 
 
@@ -344,7 +343,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
     Nothing is restarted inside: an attempt whose worker dies ends, and the study gives the training another one.
 
     Returns:
-        Why the group ended before its time, in one line, for an attempt that left no word; empty otherwise.
+        Why the group ended before its time, for an attempt that left no word (``causes.explained``); empty otherwise.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -370,7 +369,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        return _cause(error, plan)
+        return _late(error, plan) or explained(error)
     return ""
 
 
@@ -383,16 +382,11 @@ def _nested_worker(config: dict[str, Any]) -> None:
         raise RuntimeError(f"{spec.name} failed, see its folder")
 
 
-def _cause(error: Exception, plan: Plan) -> str:
-    """Returns the line that says something of Ray Train's error."""
-    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
-        room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
-        gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
-        what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
-        return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"
-    failures = getattr(error, "worker_failures", None) or {}
-    for each in (*failures.values(), error):
-        if found := host_memory(str(each)):
-            return found
-    text = str(next(iter(failures.values()), None) or error)
-    return next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(error).__name__)
+def _late(error: Exception, plan: Plan) -> str:
+    """Returns that the workers of a group did not come in time; empty when they failed in another way."""
+    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+        return ""
+    room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
+    gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
+    what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
+    return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

@@ -9,6 +9,7 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.causes import explained, log_cause
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.executors import (
     HEAD_ONLY,
@@ -19,12 +20,11 @@ from carft_ray.launch.executors import (
     run_nested,
     run_prepare,
 )
-from carft_ray.launch.host_memory import host_memory
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import ERROR, METRICS, TrialSpec, failure_error, read_failure, read_result
+from carft_ray.search.outcome import ERROR, LOG, METRICS, TrialSpec, failure_error, read_failure, read_result
 
 LOOK_EVERY_S = 0.5
 
@@ -91,11 +91,13 @@ def train_with_ray(
         raise failure_error(failure, "train", out_dir)
     if (out_dir / STOP).exists():
         raise _interrupted(resume_command)
-    raise ClusterError(Problem("train", "its workers must stay alive", lost or "they ended without a word"))
+    reason = log_cause(out_dir, attempt, lost or "they ended without a word")
+    step = f"Details are in {out_dir / LOG}."
+    raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
 
 
 def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str, float]], None]) -> str:
-    """Waits for a training and tells its epochs; returns why its workers were lost, if they were."""
+    """Waits for a training and tells its epochs; returns why it was lost (``causes.explained``), or nothing."""
     told = len(files.read_json_lines(metrics_path))
     while True:
         ready, _ = ray.wait([task], timeout=LOOK_EVERY_S)
@@ -107,7 +109,7 @@ def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str,
     try:
         return str(ray.get(task))
     except ray.exceptions.RayError as error:
-        return host_memory(str(error)) or str(error).strip().splitlines()[0]
+        return explained(error)
 
 
 def _interrupted(resume_command: str) -> InterruptedRunError:
