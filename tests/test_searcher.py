@@ -138,11 +138,19 @@ def test_a_dead_process_gets_another_attempt_and_at_last_a_row_with_the_cause(tu
     name = first.config["spec"]["name"]
     tune.die(first)
     assert isinstance(tune.events[-1], Note)
-    assert tune.events[-1].text == f"{name} gets another attempt: The actor died unexpectedly."
+    assert tune.events[-1].text == f"{name} gets another attempt: RuntimeError: The actor died unexpectedly."
     tune.end(tune.start(), lost="a worker of the group died")
     tune.die(tune.start())
     row = tune.events[-1].row
-    assert (row.name, row.outcome, row.attempt, row.reason) == (name, "error", 3, "The actor died unexpectedly.")
+    reason = "RuntimeError: The actor died unexpectedly."
+    assert (row.name, row.outcome, row.attempt, row.reason) == (name, "error", 3, reason)
+    log = (tune.folder(first) / "log.txt").read_text()
+    assert [line.split(" ", 1)[1] for line in log.splitlines() if "lost" in line] == [
+        f"attempt 1: lost: {reason}",
+        "attempt 2: lost: a worker of the group died",
+        f"attempt 3: lost: {reason}",
+    ]
+    assert "More." in log  # all that Ray said
     assert tune.searcher.failure is None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from carft_ray import files
 from carft_ray.launch.host_memory import host_memory
 from carft_ray.search.outcome import append_log
 
@@ -65,6 +66,8 @@ def log_cause(folder: Path, attempt: int, explanation: str) -> str:
     Raises:
         StorageError: The folder cannot be written.
     """
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     append_log(folder, f"attempt {attempt}: lost: {explanation.rstrip()}")
     return explanation.partition("\n")[0]
 

@@ -190,14 +190,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         row = self.study.settle(spec)
         if row is None and self.stopped:
             return  # it stays RUNNING, for the next search
-        reason = self.hung.get((spec.name, spec.attempt)) or reason
+        explanation = self.hung.get((spec.name, spec.attempt)) or reason
         failure = read_failure(spec.folder(self.study.study_dir), spec.attempt) if row is None else None
+        reason = failure.reason if failure else explanation.partition("\n")[0]
         if failure is not None and failure.outcome == "memory":
             self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
             return
         if row is None and not self.study.waits(spec):
-            reason = reason or "its process ended without a word"
-            reason = log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
+            explanation = explanation or "its process ended without a word"
+            reason = log_cause(spec.folder(self.study.study_dir), spec.attempt, explanation)
             if told_of_full_memory(reason) and self.concurrency > 1:
                 self._run_fewer(spec, reason)
                 return
