@@ -21,6 +21,7 @@ from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.search import run_search
 from carft_ray.launch.train import train_with_ray
 from carft_ray.search import study
+from carft_ray.search.identity import claim
 from carft_ray.search.rows import trials
 
 HERE = Path(__file__).parent
@@ -244,7 +245,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
         assert crash_host.call([str(word) for word in words]) == 0
         shown = capsys.readouterr().out
         assert "\x1b" not in shown
-        assert "".join(told.split()) in "".join(re.sub("[│┃|]", "", shown).split()), shown  # a table wraps it
+        assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
 
 
 @pytest.mark.slow
@@ -292,6 +293,7 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
 @pytest.mark.slow
 def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
     recipe = stand_in.make_recipe(resources={"executor": "ray-train"})
+    claim(tmp_path / "one", recipe, tmp_path)
     with pytest.raises(ClusterError) as caught:
         train_with_ray(recipe, tmp_path, tmp_path / "one", runner=bad_start("raise_worker"))
     assert str(caught.value).startswith(f"train: its workers must stay alive, but got {NEVER}\n")

@@ -46,18 +46,18 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
     ray_files = study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
-    tuner = tune.Tuner(
-        tune_trainable(plan),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=-1,  # until the searcher says FINISHED
-            reuse_actors=True,
-            trial_name_creator=_tune_name,
-            trial_dirname_creator=_tune_name,
-        ),
-        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
-    )
     try:
+        tuner = tune.Tuner(
+            tune_trainable(plan),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,  # until the searcher says FINISHED
+                reuse_actors=True,
+                trial_name_creator=_tune_name,
+                trial_dirname_creator=_tune_name,
+            ),
+            run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
+        )
         with stop_file_on_signal(study_dir / STOP), one_trial_dies():
             tuner.fit()
     except Exception as error:
