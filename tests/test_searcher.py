@@ -150,13 +150,21 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     name = first.config["spec"]["name"]
     tune.die(first)
     assert isinstance(tune.events[-1], Note)
-    assert tune.events[-1].text == f"{name} gets another attempt: The actor died unexpectedly."
+    reason = "RuntimeError: The actor died unexpectedly."
+    assert tune.events[-1].text == f"{name} gets another attempt: {reason}"
     for _ in range(LOST_ATTEMPTS - 2):
         tune.end(tune.start(), lost="a worker of the group died")
     last = tune.start()
     tune.die(last)
-    assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), "The actor died unexpectedly.")
+    assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), reason)
     assert last.config["spec"]["attempt"] == LOST_ATTEMPTS
+    log = (tune.folder(first) / "log.txt").read_text()
+    assert [line.split(" ", 1)[1] for line in log.splitlines() if "lost" in line] == [
+        f"attempt 1: lost: {reason}",
+        *(f"attempt {number}: lost: a worker of the group died" for number in range(2, LOST_ATTEMPTS)),
+        f"attempt {LOST_ATTEMPTS}: lost: {reason}",
+    ]
+    assert "More." in log  # all that Ray said
     for _ in range(5):
         tune.finish(tune.start())
     assert tune.start() == Searcher.FINISHED

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -264,7 +265,11 @@ def status(overview: Overview) -> dict[str, Any]:
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front_data(overview.recipe, overview.trials),
-        "lines": [*front_lines(front_data(overview.recipe, overview.trials)), *constraint_lines(best)],
+        "lines": [
+            *front_lines(front_data(overview.recipe, overview.trials)),
+            *constraint_lines(best),
+            *_failure_lines(overview.trials),
+        ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
         "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
@@ -281,6 +286,12 @@ def status(overview: Overview) -> dict[str, Any]:
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
         },
     }
+
+
+def _failure_lines(rows: list[TrialRow]) -> list[str]:
+    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
+    reasons = Counter(row.reason for row in rows if row.outcome == "error")
+    return [f"{count} of {reasons.total()} errors: {reason}" for reason, count in reasons.most_common(1)]
 
 
 def _foretold(overview: Overview) -> dict[str, Any]:
