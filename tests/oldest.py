@@ -1,6 +1,6 @@
 """The oldest releases that pyproject.toml allows, as a constraints file for pip: `make test-oldest` installs these.
 
-Needs nothing but Python; carft-ray is not imported, since it is not installed yet.
+Needs nothing but Python, since nothing is installed yet.
 """
 
 import re
@@ -11,14 +11,20 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,.-]+\])?>=(?P<oldest>[\w.]+)")
 
 
-def oldest() -> list[str]:
-    """Returns ``name==version`` for each requirement of the project and of its extras."""
+def requirements() -> list[str]:
+    """Returns the requirements of the project and of its extras."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    lists = [project["dependencies"], *project["optional-dependencies"].values()]
-    found = [(text, REQUIREMENT.match(text.replace(" ", ""))) for each in lists for text in each]
-    if without := [text for text, match in found if match is None]:
-        raise SystemExit(f"pyproject.toml: a requirement without a lower bound: {', '.join(without)}")
-    return [f"{match['name']}=={match['oldest']}" for _, match in found if match]
+    return [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+
+
+def oldest() -> list[str]:
+    """Returns ``name==version`` for each requirement, with its lower bound."""
+    found = []
+    for text in requirements():
+        if not (match := REQUIREMENT.match(text)):
+            raise SystemExit(f"pyproject.toml: {text} must begin with a lower bound: NAME>=VERSION")
+        found.append(f"{match['name']}=={match['oldest']}")
+    return found
 
 
 if __name__ == "__main__":
