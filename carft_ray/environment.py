@@ -105,7 +105,8 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
         wanted = [Requirement(text) for text in metadata.requires("carft-ray") or ()]
     except metadata.PackageNotFoundError:
         return [], []
-    older, newer = [], []
+    older: list[Problem] = []
+    newer: list[Problem] = []
     for each in wanted:
         if not (not extra if each.marker is None else each.marker.evaluate({"extra": extra})):
             continue
