@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from subprocess import PIPE
 
@@ -26,6 +28,12 @@ RESOURCES = {
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
 }
 EPOCHS = 4  # of search_driver.py
+VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
+# real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
+STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "points": [VALUES], "baselines": {"calm": VALUES}}
+# calls of each place of struck.py in an epoch of them, at least; "curve" comes once, after the last epoch
+CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 1, "evaluation": 4, "checkpoint": 2}
+CURVE = 5
 TIMEOUT_S = 300
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
 NUM_MOMENTS = len(COURSE) + 1  # to kill a search: before any event, and after each; odd, as there are two executors
@@ -42,10 +50,20 @@ def write_modes(base_dir, **modes):
     (base_dir / "modes.json").write_text(json.dumps(modes))
 
 
-def driver(study_dir, base_dir, num_trials, executor="inline", address=None, auth=None, **resources):
+def driver(
+    study_dir,
+    base_dir,
+    num_trials,
+    executor="inline",
+    address=None,
+    auth=None,
+    search=(),
+    training="stand_in",
+    **resources,
+):
     """Starts a search in a process group of its own."""
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
-    command += [json.dumps({**RESOURCES[executor], **resources}), *([address] if address else [])]
+    command += [json.dumps({**RESOURCES[executor], **resources}), address or "", json.dumps(dict(search)), training]
     surroundings = environment(**(auth or {}))
     process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
@@ -120,6 +138,7 @@ def check(study_dir, num_trials, before=None):
     rows = trials(study_dir)
     assert [row.number for row in rows] == list(range(num_trials)), rows
     assert len({row.name for row in rows}) == num_trials
+    check_told_once(study_dir)
     assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
     assert sorted(row.name for row in baselines(study_dir)) == ["plain", "zero_shot"]
     now = results(study_dir)
@@ -135,6 +154,74 @@ def check(study_dir, num_trials, before=None):
     assert (study_dir / "trials" / best.name / "fine_tuned.safetensors").exists()
     assert not (study_dir / "_tune").exists()
     assert not (study_dir / "lease.json").exists()
+
+
+def check_told_once(study_dir):
+    """Raises when the journal ends a trial twice."""
+    lines = [json.loads(line) for line in (study_dir / "study.journal").read_text().splitlines()]
+    ended = Counter(line["trial_id"] for line in lines if line["op_code"] == 6 and line["state"] in (1, 2, 3))
+    assert set(ended.values()) == {1}, ended
+
+
+def write_strikes(base_dir, num_kills, rng):
+    """Plans the deaths of workers, rank 0 and 1 in turn, each in another place, the last in the alpha curve.
+
+    Every second one comes after a checkpoint of its attempt.
+
+    Returns:
+        The plan, as ``struck.py`` has it.
+    """
+    places = rng.sample(sorted(CALLS), num_kills - 1)
+    first = places.index("checkpoint") if "checkpoint" in places else rng.randrange(2)  # rank 0 writes it
+    plan = []
+    for number, place in enumerate([*places, "curve"]):
+        earlier = number % 2 * CALLS.get(place, 0)
+        strike = {
+            "rank": (first + number) % 2,
+            "place": place,
+            "calls": earlier + rng.randint(1, CALLS.get(place, CURVE)),
+        }
+        plan.append({**strike, "delay_s": rng.choice((0, rng.uniform(0, 0.03)))})
+    (base_dir / "strikes").mkdir(parents=True)
+    for number, strike in enumerate(plan, start=1):
+        (base_dir / "strikes" / f"{number:02d}.json").write_text(json.dumps(strike))
+    return plan
+
+
+def kill_workers(folder, num_kills, rng):
+    """Trains one trial for real with two workers that die so often, and the same in peace beside it; compares them.
+
+    Returns:
+        The plan of the deaths.
+    """
+    plan, study_dir = write_strikes(folder / "base", num_kills, rng), folder / "study"
+    print(*plan, sep="\n", flush=True)
+    process = driver(study_dir, folder / "base", 1, "ray-train", search=STRUCK, training="struck")
+    code, output = finish(process, TIMEOUT_S + 60 * num_kills)
+    assert code == 0, output
+    [row], calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
+    assert (row.outcome, calm.outcome) == ("complete", "complete"), row
+    assert list((folder / "base" / "strikes").glob("*.json")) == [], "planned, but not met"
+    assert row.attempt > num_kills
+    check_told_once(study_dir)
+    trial, baseline = study_dir / "trials" / row.name, study_dir / "baselines" / "calm"
+    for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
+        assert (trial / name).read_bytes() == (baseline / name).read_bytes(), name
+    assert numbers_of(trial) == numbers_of(baseline)
+    log = (trial / "log.txt").read_text()
+    for attempt in range(1, num_kills + 1):
+        told = log[log.index(f"attempt {attempt}: lost: ") :].partition(f" attempt {attempt + 1}: ")[0]
+        reason, _, collateral = told.partition("\n")
+        assert "Traceback" in collateral or not collateral.strip(), told
+        assert not re.search("connection (closed|reset)|gloo", reason, re.IGNORECASE), told
+    return plan
+
+
+def numbers_of(training):
+    """Returns the content of ``result.json`` and ``metrics.jsonl``, less how long things took."""
+    rows = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((training / "result.json").read_text())
+    return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
 
 
 def wait_until(condition, what, timeout_s=180):

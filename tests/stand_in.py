@@ -24,11 +24,11 @@ def make_recipe(trials=8, epochs=2, **search):
         "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         "kl_weight": {"low": 0.1, "high": 10, "log": True},
     }
-    resources, evaluate = search.pop("resources", {}), search.pop("evaluate", {})
+    resources, evaluate, train = (search.pop(name, {}) for name in ("resources", "evaluate", "train"))
     return Recipe.model_validate(
         {
             "data": {"train": {**SANDBOX_SET, "split": "train"}, "id_val": {**SANDBOX_SET, "split": "val"}},
-            "train": {"epochs": epochs},
+            "train": {"epochs": epochs, **train},
             "search": {"trials": trials, "space": space, "baselines": {"plain": {"kl_weight": 0}}, **search},
             "resources": resources,
             "evaluate": evaluate,
