@@ -28,6 +28,12 @@ RESOURCES = {
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
 }
 EPOCHS = 4  # of search_driver.py
+# a cluster notices the loss of a node after a second
+SOON_LOST = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "2",
+}
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
 STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "points": [VALUES], "baselines": {"calm": VALUES}}
@@ -224,6 +230,11 @@ def numbers_of(training):
     return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
 
 
+def ended(process):
+    """Raises when a driver has ended, with what it printed."""
+    assert process.poll() is None, process.communicate()[0]
+
+
 def wait_until(condition, what, timeout_s=180):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -233,7 +244,7 @@ def wait_until(condition, what, timeout_s=180):
 
 
 @contextlib.contextmanager
-def cluster(num_cpus=2):
+def cluster(num_cpus=2, **settings):
     """Runs a Ray that stays alive, on ports of its own; yields its address and the environment that reaches it."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -242,13 +253,9 @@ def cluster(num_cpus=2):
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
-        command += [f"--num-cpus={num_cpus}", "--include-dashboard=false", f"--temp-dir={folder}"]
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
         log = open(Path(folder) / "start.log", "w")  # noqa: SIM115
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(**auth, **quiet), start_new_session=True
-        )
+        process = start_node(num_cpus, head, log, **auth, **quiet, **settings)
         try:
             wait_until(lambda: answers(port) or process.poll() is not None, "the cluster starts")
             assert process.poll() is None, (Path(folder) / "start.log").read_text()
@@ -257,6 +264,21 @@ def cluster(num_cpus=2):
             os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would take half a minute
             process.wait()
             log.close()
+
+
+def start_node(num_cpus, options, log=subprocess.DEVNULL, **settings):
+    """Starts a node of a cluster in a process group of its own."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={num_cpus}", *options]
+    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment(**settings), start_new_session=True)
+
+
+def join(number, num_cpus, folder, address, auth):
+    """Adds so many nodes to a cluster, with their files in a folder; returns their processes."""
+    for _ in range(number):  # in one folder for all, nodes that start at the same time take each other's sockets
+        options = [f"--address={address}", f"--temp-dir={folder}/{len(_drivers)}"]
+        _drivers.append(start_node(num_cpus, options, **auth, **SOON_LOST))
+    return _drivers[len(_drivers) - number :]
 
 
 @contextlib.contextmanager
@@ -283,40 +305,40 @@ def answers(port):
     return False
 
 
-def created_groups(address, auth):
-    """Returns the placement groups of a cluster that hold resources, or wait for them, by asking in another process."""
+def asked(expression, address, auth):
+    """Returns the value of an expression with ``ray``, as JSON has it, by asking a cluster in another process."""
     code = (
         "import json, logging, sys, ray\n"
         "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
-        "groups = [g for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED']\n"
-        "left = ray.available_resources().get('CPU', 0)\n"
-        "print('GROUPS', json.dumps([[g['state'], str(g['bundles'])] for g in groups]), left)\n"
+        f"print('VALUE', json.dumps({expression}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, address], capture_output=True, text=True, env=environment(**auth), timeout=120
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("GROUPS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("VALUE ")]
     assert lines, done.stdout + done.stderr
-    return json.loads(lines[-1].split(" ", 1)[1].rsplit(" ", 1)[0])
+    return json.loads(lines[-1].partition(" ")[2])
 
 
 def wait_for_no_groups(address, auth, timeout_s=60):
-    """Waits until no placement group is left; returns the seconds that it took."""
+    """Waits until no placement group holds resources or waits for them; returns the seconds that it took."""
+    table = "[[g['state'], str(g['bundles'])] for g in ray.util.placement_group_table().values()]"
     began = time.monotonic()
-    while groups := created_groups(address, auth):
+    while groups := [each for each in asked(table, address, auth) if each[0] != "REMOVED"]:
         assert time.monotonic() - began < timeout_s, f"placement groups left after {timeout_s} s: {groups}"
         time.sleep(1)
     return time.monotonic() - began
 
 
-def running_pid(study_dir, epoch=1):
-    """Returns the process of some training that has got so far, or 0."""
+def running_pids(study_dir, epoch=1):
+    """Returns the living processes of trainings that have got so far."""
+    found = []
     for path in study_dir.glob("*/*/alive.json"):
         with contextlib.suppress(OSError, ValueError):
-            metrics = path.with_name("metrics.jsonl")
-            if metrics.exists() and len(metrics.read_text().splitlines()) >= epoch:
-                return int(json.loads(path.read_text())["pid"])
-    return 0
+            pid, metrics = json.loads(path.read_text())["pid"], path.with_name("metrics.jsonl")
+            if len(metrics.read_text().splitlines()) >= epoch and Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def waiting_trial(worker_pid):
@@ -348,8 +370,7 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
         What the search printed that came to the end.
     """
     process = driver(study_dir, base_dir, 1, executor, *cluster)
-    pid = wait_until(lambda: running_pid(study_dir) or process.poll() is not None, "a training runs")
-    assert process.poll() is None, process.communicate()[0]
+    pid = wait_until(lambda: running_pids(study_dir) or ended(process), "a training runs")[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
@@ -363,6 +384,38 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     check(study_dir, 1, before)
     wait_for_no_groups(*cluster)
     return output
+
+
+def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
+    """Searches on four nodes, half of which are killed twice; checks what follows.
+
+    The trainings wait for one another in their second epoch. Two new nodes join after the first loss, none after the
+    second.
+    """
+    (base_dir / "hold").touch()
+    slots = at_a_time // 4  # of a node
+    temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
+    with temporary as folder, cluster(0, **SOON_LOST) as reached:
+        nodes = join(4, slots, folder, *reached)
+        cpus = "ray.cluster_resources().get('CPU', 0)"
+        wait_until(lambda: asked(cpus, *reached) == at_a_time, "the nodes join")
+        resources = {"num_workers": 1, "cpus_per_worker": 1}
+        process = driver(study_dir, base_dir, num_trials, executor, *reached, **resources)
+        all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
+        half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
+        for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
+            wait_until(all_run, f"{at_a_time} trainings run", TIMEOUT_S)
+            for node in lost:
+                kill_group(node)
+            wait_until(half_run, f"{at_a_time // 2} trainings are lost")
+            join(new, slots, folder, *reached)
+        (base_dir / "hold").unlink()
+        code, output = finish(process, TIMEOUT_S + 10 * num_trials)
+        assert code == 0, output
+        check(study_dir, num_trials)
+        again = sum(row.attempt - 1 for row in trials(study_dir) + baselines(study_dir))
+        assert again == at_a_time, output
+        wait_for_no_groups(*reached)
 
 
 def confirm(study_dir):

@@ -1,9 +1,9 @@
 """A real training whose workers kill themselves at planned moments; workers import it by name.
 
-``strikes`` in the recipe's folder holds a file for each kill, ``01.json``, ``02.json``, ...: the worker of ``rank`` of a
-trial (a baseline is left in peace) dies at the ``calls``-th call of ``place`` in its attempt, or ``delay_s`` later. The first file that is left holds, from the
-attempt of its number on: what outlives a kill in the same attempt dies of that kill alone. A file is renamed before its
-kill, so that no kill comes twice.
+``strikes`` in the recipe's folder holds a file for each kill, ``01.json``, ``02.json``: the worker of ``rank`` dies at
+the ``calls``-th call of ``place`` in its attempt, or ``delay_s`` later. Baselines are left in peace. The first file
+that is left holds, from the attempt of its number on: what outlives a kill in the same attempt dies of that kill alone.
+A file is renamed before its kill, so that no kill comes twice.
 """
 
 import contextlib
