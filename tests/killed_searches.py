@@ -386,6 +386,23 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     return output
 
 
+def set_one_aside(executor, study_dir, base_dir):
+    """Searches for four trials, one of which dies at each start; the same command again, without the fault, ends it."""
+    write_modes(base_dir, seconds=0.05, **{"1": "die"})
+    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    assert code == 5, output
+    rows = trials(study_dir)
+    assert [row.outcome for row in rows] == ["complete", "set aside", "complete", "complete"], output
+    assert rows[1].reason
+    assert rows[1].name in output.splitlines()[-2]
+    assert rows[1].reason in output
+    before = results(study_dir)
+    write_modes(base_dir, seconds=0.05)
+    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    assert code == 0, output
+    check(study_dir, 4, before)
+
+
 def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
     """Searches on four nodes, half of which are killed twice; checks what follows.
 
