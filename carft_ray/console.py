@@ -211,9 +211,10 @@ def _remark(row: Mapping[str, Any]) -> str:
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
         outside = "outside the space" if row.get("outside") else ""
         return ", ".join(part for part in (standing, outside, violation_words(row["metrics"])) if part)
-    if row.get("epoch"):
-        return f"{row['outcome']}, epoch {row['epoch']} done"
-    return f"{row['outcome']}: {row['reason']}" if row["reason"] else str(row["outcome"])
+    outcome = str(row["outcome"]).replace("_", " ")
+    if row["reason"]:
+        return f"{outcome}: {row['reason']}"
+    return f"{outcome}, epoch {row['epoch']} done" if row.get("epoch") else outcome
 
 
 def count_table(counts: Mapping[str, int]) -> Table:

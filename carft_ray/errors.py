@@ -92,6 +92,20 @@ class ClusterError(CarftError):
     exit_code = 5
 
 
+class MachineError(ClusterError):
+    """A worker, node, connection, device or disk failed; no verdict on the values that were trained.
+
+    Args:
+        problems: As for ``CarftError``.
+        rank: The worker on whose machine it failed; None where that is not known.
+    """
+
+    def __init__(self, problems: str | Problem | Sequence[Problem], rank: int | None = None) -> None:
+        super().__init__(problems)
+        self.args = (problems, rank)
+        self.rank = rank
+
+
 class OutOfMemoryError(CarftError):
     """The device has no memory for a training or an evaluation; no verdict on its hyperparameters.
 

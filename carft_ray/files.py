@@ -20,6 +20,25 @@ from carft_ray.errors import Problem, StorageError, UsageError
 
 _may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
 
+# of a network disk or connection that has gone, or of a disk that fails; a full disk or missing permission is not among
+# them: another attempt would meet it again
+MACHINE_ERRNOS = (
+    errno.ESTALE,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+    errno.ESHUTDOWN,
+)
+
 
 @contextlib.contextmanager
 def fenced(check: Callable[[], None]) -> Iterator[None]:

@@ -219,6 +219,9 @@ class SearchView:
                     found.metrics = event.metrics
             elif isinstance(event, events.Stopping):
                 self._phase = _stopping(event)
+            elif isinstance(event, events.TrialSetAside):
+                self._running.pop((event.spec.kind, event.spec.name), None)
+                return f"{event.spec.name}: set aside, {event.reason}"
             elif isinstance(event, events.TrialFinished | events.BaselineFinished):
                 if isinstance(event, events.TrialFinished):
                     self._best = event.best or self._best
@@ -425,6 +428,8 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
             # one that an earlier search left finished is told before the search says how many are wanted
             position = f"{state['finished']}/{state['wanted']} " if state["wanted"] else ""
             console.say(f"{clock()} {position}{_result(event.row)}{mark}")
+        elif isinstance(event, events.TrialSetAside):
+            console.say(f"{clock()} {event.spec.name}: set aside, {event.reason}")
         elif isinstance(event, events.Stopping):
             console.say(f"{clock()} {_stopping(event)}")
 

@@ -102,16 +102,15 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
     if is_trial and recipe.train.learning_rate > BOUNDARY:
         raise DivergedError("loss not finite at step 3")
     objective = stand_in.objective(recipe.train) * (POOR if is_poor(number) else 1)
-    step_size, checkpoint = 10, out_dir / "checkpoint" / "epoch.json"
-    done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
-    for epoch in range(done + 1, EPOCHS + 1):
+    step_size = 10
+    for epoch in range(stand_in.epochs_done(out_dir) + 1, EPOCHS + 1):
         time.sleep(0.6 if is_poor(number) else 0.02)  # time enough to be cut
         if epoch == 2 and context.rank == 0:
             misfortune(mode, out_dir)
         if context.rank == 0:
             row = {"epoch": epoch, "step": epoch * step_size, "num_steps": EPOCHS * step_size, "loss": 1 / epoch}
             stand_in.report(out_dir / "metrics.jsonl", {**row, "subset/objective": objective * epoch / EPOCHS})
-            files.write_json(checkpoint, epoch)
+            stand_in.save(out_dir, attempt, epoch)
         if context.should_stop() and epoch < EPOCHS:
             raise InterruptedRunError("stopped")
     numbers = {"id_accuracy": 0.8, "ood_accuracy": 0.5}

@@ -68,9 +68,8 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
-    checkpoint, weights = out_dir / "checkpoint" / "epoch.json", out_dir / "fine_tuned.safetensors"
-    done = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
-    done = recipe.train.epochs if weights.exists() else done
+    weights = out_dir / "fine_tuned.safetensors"
+    done = recipe.train.epochs if weights.exists() else epochs_done(out_dir)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
@@ -82,7 +81,7 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
             if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
                 row["subset/objective"] = look(recipe.train, epoch)
             report(out_dir / "metrics.jsonl", row)
-            files.write_json(checkpoint, epoch)
+            save(out_dir, attempt, epoch)
         if context.should_stop() and epoch < recipe.train.epochs:
             time.sleep(modes.get("slow_stop", 0))
             raise InterruptedRunError("stopped")
@@ -102,6 +101,15 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
     if mode == "slow_end":
         time.sleep(5)
     return result
+
+
+def save(out_dir, attempt, epoch):
+    """Writes what stands for a checkpoint, under its name."""
+    files.write_json(out_dir / "checkpoint" / f"attempt-{attempt}" / f"step-{10 * epoch:08d}", epoch)
+
+
+def epochs_done(out_dir):
+    return max((int(path.name[5:]) // 10 for path in out_dir.glob("checkpoint/attempt-*/step-*")), default=0)
 
 
 def report(path, row):

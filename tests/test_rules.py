@@ -221,6 +221,7 @@ def test_every_error_has_the_exit_code_of_its_kind():
         "DataError": 4,
         "StorageError": 5,
         "ClusterError": 5,
+        "MachineError": 5,
         "OutOfMemoryError": 5,
         "NoSuccessfulTrialError": 6,
         "DivergedError": 6,

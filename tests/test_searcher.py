@@ -11,13 +11,22 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.cluster import Node, capacity
-from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialStarted
+from carft_ray.launch.events import (
+    BaselineFinished,
+    Note,
+    Stopping,
+    TrialEpoch,
+    TrialFinished,
+    TrialSetAside,
+    TrialStarted,
+)
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
 from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
+from carft_ray.search.study import LOST_ATTEMPTS, open_study
 
 BASE = Path(__file__).parent
 
@@ -132,18 +141,24 @@ def test_it_never_waits_with_nothing_running(tune):
         pytest.fail("the search does not end")
 
 
-def test_a_dead_process_gets_another_attempt_and_at_last_a_row_with_the_cause(tune):
+def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_cause(tune):
     tune.finish(tune.start())
     first = tune.start()
     name = first.config["spec"]["name"]
     tune.die(first)
     assert isinstance(tune.events[-1], Note)
     assert tune.events[-1].text == f"{name} gets another attempt: The actor died unexpectedly."
-    tune.end(tune.start(), lost="a worker of the group died")
-    tune.die(tune.start())
-    row = tune.events[-1].row
-    assert (row.name, row.outcome, row.attempt, row.reason) == (name, "error", 3, "The actor died unexpectedly.")
+    for _ in range(LOST_ATTEMPTS - 2):
+        tune.end(tune.start(), lost="a worker of the group died")
+    last = tune.start()
+    tune.die(last)
+    assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), "The actor died unexpectedly.")
+    assert last.config["spec"]["attempt"] == LOST_ATTEMPTS
+    for _ in range(5):
+        tune.finish(tune.start())
+    assert tune.start() == Searcher.FINISHED
     assert tune.searcher.failure is None
+    assert [row.name for row in tune.searcher.study.set_aside()] == [name]
 
 
 def test_messages_about_strangers_are_ignored(tune):
@@ -234,11 +249,19 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
     assert tune.events[-1].metrics == {"epoch": 2}
 
 
-def write_alive(tune, trial, last_step=1.0, group=""):
+def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
     path = tune.folder(trial) / "alive.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        json.dumps({"attempt": trial.config["spec"]["attempt"], "pid": 77, "node_id": "n1", "group": group})
+        json.dumps(
+            {
+                "attempt": trial.config["spec"]["attempt"],
+                "pid": 77,
+                "node_id": nodes[0][0] if nodes else "n1",
+                "group": group,
+                "nodes": list(nodes),
+            }
+        )
     )
     os.utime(path, (last_step, last_step))
 
@@ -300,9 +323,60 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
         tune.fail(trial, "error", "no GPU") if number == 3 else tune.end(trial, lost="no route to node7")
     assert tune.start() == Searcher.FINISHED
     failure = tune.searcher.failure
-    assert failure.exit_code == 6
+    assert failure.exit_code == 6  # one of them has ended with an exception
     assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
     assert "run the same command again" in str(failure)
+
+
+def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
+    """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
+    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"}), BASE) as study:
+        study.adopt()
+        tune = Tune(StudySearcher(study, 32, lambda event: None))
+        live = [tune.start() for _ in range(32)]
+        for _ in range(3):
+            for trial in live[:16]:
+                tune.end(trial, lost="its node is gone")
+            live = live[16:] + [tune.start() for _ in range(16)]
+        for _ in range(6 * 32 - 3 * 16):
+            assert tune.searcher.failure is None
+            tune.end(live.pop(0), lost="no route to node7")
+            live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]
+        assert isinstance(tune.searcher.failure, ClusterError)
+
+
+def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
+    tune.finish(tune.start())
+    for number in range(30):
+        trial = tune.start()
+        spec = TrialSpec(**trial.config["spec"])
+        (tune.folder(trial) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
+        tune.end(trial, lost="the node was taken away")
+    assert tune.searcher.failure is None
+
+
+def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):
+    now = [0.0]
+    nodes = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
+    bad_nodes = tune.searcher.bad_nodes = BadNodes(lambda: nodes, lambda: now[0])
+    tune.finish(tune.start())
+
+    def run(node, end):
+        trial = tune.start()
+        write_alive(tune, trial, nodes=[[node, nodes[node]]])
+        tune.look()
+        end(trial)
+        return trial.config["avoid"]
+
+    assert [run("n2", end) for end in (tune.die, tune.die, tune.finish)] == [[], [], []]
+    assert [run("n2", tune.die) for _ in range(3)] == [[], [], []]  # as if the two before had not been
+    said = Note("3 attempts in a row were lost on node 10.0.0.2; it is left out for 10 minutes")
+    assert [event for event in tune.events if event == said] == [said]
+    assert tune.start().config["avoid"] == ["n2"]
+    assert [bad_nodes.failed("n3") for _ in range(4)] == [""] * 4  # never more than half of them
+    assert [bad_nodes.failed("gone") for _ in range(4)] == [""] * 4
+    now[0] = 601.0
+    assert bad_nodes.left_out() == []
 
 
 def leaking(tune):

@@ -19,14 +19,14 @@ from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
-from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
+from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.trained import open_trained
 from carft_ray.search.folder import study_lock
-from carft_ray.search.outcome import Failure, read_failure, read_result, trial_name, write_failure
+from carft_ray.search.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
 from carft_ray.search.rows import baselines, best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.search.study import LOST_ATTEMPTS, open_study
 
 BASE = Path(__file__).parent
 
@@ -137,16 +137,67 @@ def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
     assert np.mean(late) <= 0.4
 
 
-def test_lost_processes_are_no_verdict_on_the_values(study_dir):
+def advance(study_dir, spec, step):
+    """Leaves what stands for a checkpoint."""
+    (spec.folder(study_dir) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{step:08d}").mkdir(parents=True)
+
+
+def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the_next_search(study_dir):
+    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
+        study.adopt()
+        for attempt in range(1, LOST_ATTEMPTS + 1):
+            spec = study.next()
+            assert (spec.number, spec.attempt) == (0, attempt)
+            advance(study_dir, spec, 10)
+            told = study.lost(spec, "the process died", "Traceback of the other rank")
+            assert told == ("advanced" if attempt == 1 else "repeated" if attempt < LOST_ATTEMPTS else "set aside")
+        with pytest.raises(OutdatedAttemptError):  # should it wake up
+            check_fence(spec.folder(study_dir), spec.attempt)
+        other = study.next()  # the others go on
+        assert other.number == 1
+        write_result(study_dir, other)
+        study.settle(other)
+        assert study.done()
+        assert [row.name for row in study.set_aside()] == [spec.name]
+    row, _ = trials(study_dir)
+    assert (row.outcome, row.set_aside) == ("running", True)
+    assert row.reason == "5 attempts in a row were lost and did not advance; the last: the process died"
+    trial = optuna_study(study_dir).trials[0]
+    assert (trial.state, trial.constraints) == (TrialState.RUNNING, {})
+    log = (spec.folder(study_dir) / "log.txt").read_text()
+    assert log.index("attempt 1: lost: the process died") < log.index("Traceback of the other rank")
+    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
+        study.adopt()
+        assert study.set_aside() == []
+        again = study.next()
+        assert (again.name, again.attempt) == (spec.name, LOST_ATTEMPTS + 1)
+        assert study.lost(again, "the process died") == "advanced"  # it has as many attempts as before
+
+
+def test_lost_attempts_that_advance_have_no_limit(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
         study.adopt()
-        for attempt in (1, 2, 3):
+        for attempt in range(1, 4 * LOST_ATTEMPTS):
             spec = study.next()
-            assert spec.attempt == attempt
-            row = study.lost(spec, "killed")
-        assert study.done()
-    assert (row.outcome, row.reason) == ("error", "killed")
-    assert optuna_study(study_dir).trials[0].state == TrialState.FAIL
+            advance(study_dir, spec, 10 * (attempt // 2))
+            assert study.lost(spec, "the node was taken away") in ("advanced", "repeated")
+        assert study.next().attempt == 4 * LOST_ATTEMPTS
+
+
+def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(study_dir):
+    def lose(study, step):
+        spec = study.next()
+        failure = Failure("lost", "AcceleratorError: CUDA error", spec.attempt, 5, "Traceback ...", "node7", step)
+        write_failure(spec.folder(study_dir), failure)
+        assert read_failure(spec.folder(study_dir), spec.attempt) == failure
+        row = study.settle(spec)
+        return study.lost(spec, failure.reason) if row is None else (row.outcome, row.reason)
+
+    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+        study.adopt()
+        told = [lose(study, step) for step in (7, 12, None, 12)]
+        assert told == ["repeated"] * 4
+        assert lose(study, 12) == ("error", "AcceleratorError: CUDA error")
 
 
 def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
@@ -492,22 +543,19 @@ def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
 
 
 def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
-    with open_study(study_dir, make_recipe(3, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
         study.adopt()
-        for outcome in ("diverged", "error", "lost"):
-            for _ in range({"diverged": 1, "error": 2, "lost": 3}[outcome]):
+        for outcome in ("diverged", "error"):
+            for _ in range({"diverged": 1, "error": 2}[outcome]):
                 spec = study.next()
                 folder = spec.folder(study_dir)
                 (folder / "checkpoint" / f"attempt-{spec.attempt}").mkdir(parents=True)
                 add_weights(study_dir, spec)
-                if outcome == "lost":
-                    row = study.lost(spec, "killed")
-                else:
-                    fail(study_dir, spec, outcome)
-                    row = study.settle(spec)
+                fail(study_dir, spec, outcome)
+                row = study.settle(spec)
                 assert (folder / "checkpoint").exists() == (row is None)
             assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json", "fence.json"}
-    assert [row.outcome for row in trials(study_dir)] == ["diverged", "error", "error"]
+    assert [row.outcome for row in trials(study_dir)] == ["diverged", "error"]
 
 
 def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):

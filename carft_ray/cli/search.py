@@ -161,8 +161,9 @@ def _search(
     summary = study_summary(value, result)
     if json_:
         console.print_json(summary)
+        _raise_set_aside(result, study)
         return
-    if not result.num_new and not result.out_of_budget:
+    if not result.num_new and not result.out_of_budget and not result.set_aside:
         console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
@@ -178,6 +179,7 @@ def _search(
         more = f" --set budget.gpu_hours={2 * hours:g}" if "gpu_hours" in result.out_of_budget else ""
         console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
         return
+    _raise_set_aside(result, study)
     console.next_step(
         f"carft-ray report {folder}",
         f"carft-ray confirm {folder}",
@@ -185,6 +187,13 @@ def _search(
         f"carft-ray resume {folder} --trials +{max(4, value.search.trials // 2)}",
         f"tensorboard --logdir {folder}",
     )
+
+
+def _raise_set_aside(result: Any, study: Path) -> None:
+    from carft_ray.launch.search import set_aside_error
+
+    if result.set_aside:
+        raise set_aside_error(result.set_aside, f"carft-ray resume {shlex.quote(str(study))}")
 
 
 @app.command(epilog="Example:  carft-ray stop studies/quickstart", rich_help_panel=PANEL)

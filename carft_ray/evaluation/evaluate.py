@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from carft_ray.data.source import ImageSet, PixelArray
@@ -16,6 +15,7 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import in_batches
 from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.ranks import gather
 from carft_ray.learning.recalibration import recalibrate
 
 Metrics = dict[str, float]
@@ -57,12 +57,7 @@ def predict(
         logits_NC,
         image_set.groups,
     )
-    shards = [(positions, mine)]
-    if context.world_size > 1:
-        gathered: list[tuple[np.ndarray, pa.Table] | None] = [None] * context.world_size
-        dist.all_gather_object(gathered, shards[0])
-        shards = [shard for shard in gathered if shard is not None]
-    return merge_shards(shards, len(image_set))
+    return merge_shards(gather(context, (positions, mine)), len(image_set))
 
 
 def predict_all(

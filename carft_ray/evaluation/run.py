@@ -38,6 +38,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
+from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.recalibration import clean_views
 from carft_ray.learning.tower import check_tower
 from carft_ray.recipe.schedule import is_looked_at
@@ -170,12 +171,16 @@ def run_training(
         StoppedRun: Stopped on request, after a checkpoint.
         DivergedError: The loss is not finite.
         OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
+        MachineError: A rank does not see the files from which rank 0 goes on.
         CarftError: As its message says.
     """
-    result_path = out_dir / RESULT
-    if result_path.exists():
-        finished: dict[str, Any] = files.read_json(result_path)
-        return finished
+    result_path, weights_path = out_dir / RESULT, out_dir / WEIGHTS
+    finished, is_trained = from_rank_0(
+        context, lambda: (files.read_json(result_path) if result_path.exists() else None, weights_path.exists())
+    )
+    if finished is not None:
+        content: dict[str, Any] = finished
+        return content
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
@@ -183,7 +188,10 @@ def run_training(
     heads = load_tensors(prepared_dir / "heads.safetensors")
     num_batches = recipe.train.recalibrate_batches
     views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None
-    fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
+    if is_trained:  # an earlier attempt got so far
+        fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path))
+    else:
+        fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
     targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets")
     stored = targets.num_stored(recipe.train.epochs)
 
@@ -232,10 +240,7 @@ def _train(
     device: torch.device,
     views_NHWC: PixelArray | None,
 ) -> dict[str, Tensor]:
-    """Returns the fine-tuned state: of an earlier attempt that got so far, else by training."""
-    weights = out_dir / WEIGHTS
-    if weights.exists():
-        return load_tensors(weights)
+    """Trains from the newest checkpoint; returns the fine-tuned state."""
     small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
@@ -269,7 +274,7 @@ def _train(
             num_threads=num_threads(recipe),
         )
     if context.rank == 0:
-        with files.new_file(weights) as temporary:
+        with files.new_file(out_dir / WEIGHTS) as temporary:
             save_tensors(temporary, state)
     return state
 

@@ -10,7 +10,7 @@ from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import Runner, make_plan, run_prepare
-from carft_ray.launch.search import RAY_LOG
+from carft_ray.launch.search import RAY_LOG, set_aside_error
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.loading import dump_recipe
@@ -53,6 +53,7 @@ def run_confirm(
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
+        MachineError: Trainings were set aside; run it again to try these again.
         CarftError: As ``run_search``.
     """
     base_dir = base_dir.resolve()
@@ -90,4 +91,6 @@ def run_confirm(
                 on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
                 if run_trainings(study, plan, on_event):
                     raise interrupted()
+        if set_aside := [row for row in rows() if row.set_aside]:
+            raise set_aside_error(set_aside, resume_command)
         return rows()

@@ -69,6 +69,14 @@ class BaselineFinished:
 
 
 @dataclass(frozen=True)
+class TrialSetAside:
+    """The attempts at a training were lost one after the other and did not advance; the others go on."""
+
+    spec: TrialSpec
+    reason: str
+
+
+@dataclass(frozen=True)
 class Stopping:
     """A stop was asked for; the search waits for the checkpoints of running trainings."""
 
@@ -76,4 +84,15 @@ class Stopping:
     reason: str = ""  # which budget is used up; empty: somebody asked
 
 
-Event = Note | Preparing | Prepared | Started | TrialStarted | TrialEpoch | TrialFinished | BaselineFinished | Stopping
+Event = (
+    Note
+    | Preparing
+    | Prepared
+    | Started
+    | TrialStarted
+    | TrialEpoch
+    | TrialFinished
+    | TrialSetAside
+    | BaselineFinished
+    | Stopping
+)

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,16 @@ from carft_ray.errors import (
     ClusterError,
     DivergedError,
     InterruptedRunError,
+    MachineError,
     OutdatedAttemptError,
     OutOfMemoryError,
     Problem,
+    StorageError,
 )
 from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import host_memory
+from carft_ray.launch.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.constraints import alone
@@ -52,6 +55,7 @@ from carft_ray.search.outcome import (
     check_fence,
     read_alive,
     read_failure,
+    replace_failure,
     write_failure,
 )
 
@@ -61,6 +65,7 @@ STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended
 RAY_FILES = "_tune"
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
+NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 
 Prepare = Callable[[Recipe, Path, Path], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, Path, RunContext, int], dict[str, Any]]
@@ -185,23 +190,29 @@ def _prepare(plan: Plan) -> dict[str, Any]:
 
 
 def _check_visible(plan: Plan) -> None:
-    if not (plan.study_dir / MANIFEST).exists():
-        rule = "must be seen by every node: a trial runs on any of them"
-        step = "Put the study into a folder that all nodes share."
-        raise ClusterError(
-            Problem(str(plan.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)
-        )
+    if problem := _not_visible(plan):
+        raise ClusterError(problem)
+
+
+def _not_visible(plan: Plan) -> Problem | None:
+    """Returns the message that this node does not see the study; None where it does."""
+    if (plan.study_dir / MANIFEST).exists():
+        return None
+    rule = "must be seen by every node: a trial runs on any of them"
+    step = "Put the study into a folder that all nodes share."
+    return Problem(str(plan.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)
 
 
 def tune_trainable(plan: Plan) -> Any:
-    """Returns the Tune trainable, with its resources; its ``config`` holds the fields of a ``TrialSpec``.
+    """Returns the Tune trainable, with its resources.
 
+    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out.
     It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
     """
     if plan.nested:
 
         def nested_trial(config: dict[str, Any]) -> dict[str, str]:
-            return {"lost": run_nested(plan, TrialSpec(**config["spec"]))}
+            return {"lost": run_nested(plan, TrialSpec(**config["spec"]), avoid=config["avoid"])}
 
         return tune.with_resources(nested_trial, HEAD_ONLY)
 
@@ -215,7 +226,16 @@ def tune_trainable(plan: Plan) -> Any:
                 raise RuntimeError(f"{spec.name}: {failure.reason}")
         return {"lost": ""}
 
-    return tune.with_resources(inline_trial, tune.PlacementGroupFactory([plan.worker_resources]))
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        where = {"bundle_label_selector": [_anywhere_but(config["avoid"])]} if config["avoid"] else {}
+        return tune.PlacementGroupFactory([plan.worker_resources], **where)
+
+    return tune.with_resources(inline_trial, resources)
+
+
+def _anywhere_but(nodes: Sequence[str]) -> dict[str, str]:
+    """Returns Ray's label selector for all nodes but these."""
+    return {NODE_LABEL: f"!in({','.join(nodes)})"}
 
 
 def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
@@ -237,16 +257,17 @@ def run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -
 
 
 def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
-    recipe = plan.recipe
+    recipe, nodes = plan.recipe, tuple[tuple[str, str], ...]()
     try:
-        _check_visible(plan)
+        nodes = _meet(plan, context)
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
-            append_log(folder, f"attempt {spec.attempt}: starts on {ray.util.get_node_ip_address()}")
+            addresses = dict.fromkeys(address for _, address in nodes)
+            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}")
         recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
         recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
-        with _alive(folder, spec.attempt, context, gpus, plan.recipe.resources.hang_timeout_s) as context:
+        with _alive(folder, spec.attempt, context, gpus, nodes, plan.recipe.resources.hang_timeout_s) as context:
             result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
@@ -257,10 +278,16 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
         if is_out_of_memory(error):
             append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
             raise
-        sorted_out, details = _failure(error, spec.attempt), traceback.format_exc()
+        sorted_out, details = _failure(error, spec.attempt, context, nodes), traceback.format_exc()
         if sorted_out is None:
             return True
         failure = sorted_out
+        if failure.outcome == "lost":  # with the folder, perhaps: what was raised goes to Ray then
+            try:
+                write_failure(folder, failure, details)
+            except StorageError:
+                raise error from None
+            return False
     else:
         if math.isfinite(result["objective"]):
             return True
@@ -270,11 +297,36 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
     return False
 
 
+def _meet(plan: Plan, context: RunContext) -> tuple[tuple[str, str], ...]:
+    """Returns Ray's name and the address of each rank's node, once all of them see the study.
+
+    Raises:
+        MachineError: One does not; the message is the same on every rank.
+    """
+    problem, node_id = _not_visible(plan), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    everybody = [(node_id, ray.util.get_node_ip_address(), problem)]
+    if context.world_size > 1:
+        from carft_ray.learning.ranks import gather  # torch; the driver holds none
+
+        everybody = gather(context, everybody[0])
+    for rank, (_, _, problem) in enumerate(everybody):
+        if problem:
+            raise MachineError(problem, rank)
+    return tuple((node_id, address) for node_id, address, _ in everybody)
+
+
 @contextlib.contextmanager
 def _alive(
-    folder: Path, attempt: int, context: RunContext, gpus: float, hang_timeout_s: float | None
+    folder: Path,
+    attempt: int,
+    context: RunContext,
+    gpus: float,
+    nodes: Sequence[tuple[str, str]],
+    hang_timeout_s: float | None,
 ) -> Iterator[RunContext]:
     """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
+
+    The file stays after a failure: it names the nodes.
 
     Without a step for most of ``hang_timeout_s`` the stacks of all threads go to the log: the driver is about to end
     the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
@@ -283,10 +335,8 @@ def _alive(
         yield context
         return
     path, state = folder / ALIVE, {"next": time.monotonic() + STEP_TOLD_S}
-    names = {"node_id": "", "group": ""}
-    if ray.is_initialized():
-        group = ray.util.get_current_placement_group()
-        names = {"node_id": ray.get_runtime_context().get_node_id(), "group": group.id.hex() if group else ""}
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
+    names = {"node_id": nodes[0][0], "group": group.id.hex() if group else "", "nodes": list(nodes)}
     files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
     with open(folder / LOG, "a") as log:
 
@@ -304,12 +354,16 @@ def _alive(
             return context.should_stop()
 
         watch()
+        has_failed = False
         try:
             yield replace(context, should_stop=should_stop)
+        except Exception as error:
+            has_failed = getattr(error, "exit_code", 1) != InterruptedRunError.exit_code
+            raise
         finally:
             faulthandler.cancel_dump_traceback_later()
             with contextlib.suppress(OSError):
-                if read_alive(folder, attempt):  # it is still ours
+                if not has_failed and read_alive(folder, attempt):  # it is still ours
                     path.unlink(missing_ok=True)
 
 
@@ -324,24 +378,46 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _failure(error: Exception, attempt: int) -> Failure | None:
-    """Sorts an exception of a training; None for a stop."""
+def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequence[tuple[str, str]]) -> Failure | None:
+    """Sorts an exception of a training; None for a stop.
+
+    Args:
+        error: The exception.
+        attempt: Number of the attempt.
+        context: Of the worker that met it.
+        nodes: Name and address of each rank's node; empty where they are not known yet.
+    """
     if isinstance(error, CarftError) and error.exit_code == InterruptedRunError.exit_code:
         return None
     text = str(error).strip()
+    line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     if isinstance(error, DivergedError):
         return Failure("diverged", text, attempt, error.exit_code)
+    details = traceback.format_exc()
+    rank = lost_rank(error, context)
+    if rank is not None:
+        reason = text if isinstance(error, CarftError) else line
+        node = nodes[rank][0] if rank != UNKNOWN and rank < len(nodes) else ""
+        return Failure("lost", reason, attempt, ClusterError.exit_code, details, node)
     if isinstance(error, CarftError):
         return Failure("fatal", text, attempt, error.exit_code)
-    return Failure(
-        "error", f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__, attempt
-    )
+    step = device_error_step(error)
+    if step is not None:
+        node = nodes[context.rank][0] if nodes else ""
+        return Failure("lost", line, attempt, ClusterError.exit_code, details, node, step)
+    return Failure("error", line, attempt)
 
 
-def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
+def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None, avoid: Sequence[str] = ()) -> str:
     """Runs one attempt as a Ray Train group and waits for it; how it ended lies in its folder.
 
     Nothing is restarted inside: an attempt whose worker dies ends, and the study gives the training another one.
+
+    Args:
+        plan: How and where trainings run.
+        spec: The attempt.
+        folder: Of the training; by default that of the spec.
+        avoid: Ray's names of nodes that are left out.
 
     Returns:
         Why the group ended before its time, in one line, for an attempt that left no word; empty otherwise.
@@ -360,6 +436,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
             use_gpu=use_gpu,
             resources_per_worker=plan.worker_resources,
             placement_strategy="STRICT_PACK" if plan.capacity.one_node else "PACK",
+            **({"label_selector": _anywhere_but(avoid)} if avoid else {}),
         ),
         run_config=RunConfig(
             name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name
@@ -370,7 +447,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None) -> str:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        return _cause(error, plan)
+        return _dead_worker(error, spec, folder) or _cause(error, plan)
     return ""
 
 
@@ -381,6 +458,29 @@ def _nested_worker(config: dict[str, Any]) -> None:
     context = RunContext(place.get_world_rank(), place.get_world_size(), should_stop=should_stop)
     if not run_worker(plan, spec, folder, context):
         raise RuntimeError(f"{spec.name} failed, see its folder")
+
+
+def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
+    """Notes that an attempt was lost when one of its workers has died, whatever the others have made of it.
+
+    Returns:
+        Which worker, where and why; empty when none has died.
+    """
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    dead = {rank: each for rank, each in failures.items() if is_death(each)}
+    if not dead:
+        return ""
+    rank, alive = min(dead), read_alive(folder, spec.attempt)
+    node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
+    text = str(getattr(dead[rank], "health_check_failure", dead[rank]))
+    why = host_memory(text) or " ".join(text.split())
+    reason = f"the process of rank {rank}{f' on {address}' if address else ''} has died: {why}"
+    before = read_failure(folder, spec.attempt)
+    if before is None or before.outcome in ("error", "lost"):
+        details = "" if before is None else before.details or before.reason
+        with contextlib.suppress(StorageError):
+            replace_failure(folder, Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node))
+    return reason
 
 
 def _cause(error: Exception, plan: Plan) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.events import Event, Stopping, TrialFinished
+from carft_ray.launch.events import Event, Stopping, TrialFinished, TrialSetAside
 
 TIMEOUT_S = 10.0
 AT_MOST_EVERY_S = 30.0
@@ -121,6 +121,9 @@ class _Notices:
         """Takes an event of a search in; returns at once."""
         if isinstance(event, Stopping):
             self._out_of_budget = event.reason
+        if isinstance(event, TrialSetAside):
+            name = event.spec.name
+            self._rarely("failed_trial", f"{name}: set aside, {event.reason}", {"trial": name})
         if not isinstance(event, TrialFinished):
             return
         row = event.row

@@ -2,14 +2,14 @@
 
 import shlex
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import cache_dir
-from carft_ray.errors import BudgetError, InterruptedRunError, Problem
+from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
@@ -42,6 +42,7 @@ class SearchResult:
         num_new: Trials that ended in this search; 0 when there was nothing to do.
         elapsed_s: Seconds that this search took.
         out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
+        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
     """
 
     study_dir: Path
@@ -51,6 +52,7 @@ class SearchResult:
     num_new: int
     elapsed_s: float
     out_of_budget: str = ""
+    set_aside: tuple[TrialRow, ...] = ()
 
 
 def _ignore(event: Event) -> None:
@@ -88,6 +90,7 @@ def run_search(
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
         NoSuccessfulTrialError: All trials have failed.
+        MachineError: No trial is complete, and some were set aside (``SearchResult.set_aside``).
         BudgetError: The budget was used up before a trial was complete.
         RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
         HoldOutError: Two roles share images.
@@ -118,10 +121,26 @@ def run_search(
                 ended = _run(study, base_dir, nodes, on_event, runner or Runner(), address, began)
         rows = study.rows()
         best = best_row(rows)
+        set_aside = study.set_aside()
+        if best is None and ended:
+            raise _nothing_within_budget(study, ended, address)
         if best is None:
-            raise _nothing_within_budget(study, ended, address) if ended else no_successful_trial(study, rows)
+            raise set_aside_error(set_aside, _resume(study, address)) if set_aside else no_successful_trial(study, rows)
         elapsed_s, num_new = time.monotonic() - began, _num_finished(study) - num_before
-        return SearchResult(study_dir, best, rows, study.rows("baseline"), num_new, elapsed_s, ended)
+        baselines = study.rows("baseline")
+        return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
+
+
+def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineError:
+    """Returns the error for trainings that are set aside: each with its reason, and the command that tries them again.
+
+    Args:
+        rows: Of the trainings.
+        resume_command: The command.
+    """
+    problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
+    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Mend the cause, then: {resume_command}")
+    return MachineError(problems)
 
 
 def _num_finished(study: Study) -> int:

@@ -17,7 +17,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from carft_ray import files
-from carft_ray.errors import CarftError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import CarftError, ClusterError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -26,6 +27,7 @@ from carft_ray.launch.events import (
     Stopping,
     TrialEpoch,
     TrialFinished,
+    TrialSetAside,
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
@@ -33,12 +35,24 @@ from carft_ray.launch.host_memory import host_memory, told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.recipe.schema import BudgetPart
 from carft_ray.search.folder import BUDGET_STOP, STOP
-from carft_ray.search.outcome import FOLDERS, LOG, METRICS, RESULT, Alive, TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.search.outcome import (
+    FOLDERS,
+    LOG,
+    METRICS,
+    RESULT,
+    Alive,
+    Failure,
+    TrialRow,
+    TrialSpec,
+    read_alive,
+    read_failure,
+)
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
-ATTEMPTS_TO_GIVE_UP = 12  # this many attempts in a row lost or ended by an exception: it is not the values
+# so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
+ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 LOOK_EVERY_S = 0.5
 LOOK_SHARE = 0.1  # of the time, at most
 WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
@@ -82,6 +96,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self._live: dict[str, TrialSpec] = {}
         self._ended: list[TrialRow] = []  # trials told in this search
         self._failed_in_a_row = 0  # attempts
+        self._only_lost = True  # these were all lost, none ended with an exception
+        self.bad_nodes = BadNodes()
+        self.nodes: dict[TrialKey, list[str]] = {}  # of running attempts, by name and attempt, once they have said so
         self._gpus = gpus
         self._budget = budget
         self._began_search = time.monotonic() if began is None else began
@@ -139,7 +156,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if spec is not None:
             self._live[trial_id] = spec
             self.begins(trial_id)
-            return {"spec": dataclasses.asdict(spec)}
+            return {"spec": dataclasses.asdict(spec), "avoid": self.bad_nodes.left_out()}
         return None if self._live else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -186,25 +203,32 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         for trial_id in ended & self._live.keys():
             self.on_trial_complete(trial_id, error=True)
 
-    def _settle(self, spec: TrialSpec, reason: str) -> None:
-        row = self.study.settle(spec)
-        if row is None and self.stopped:
-            return  # it stays RUNNING, for the next search
-        reason = self.hung.get((spec.name, spec.attempt)) or reason
-        failure = read_failure(spec.folder(self.study.study_dir), spec.attempt) if row is None else None
-        if failure is not None and failure.outcome == "memory":
-            self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
-            return
-        if row is None and not self.study.waits(spec):
-            reason = reason or "its process ended without a word"
-            if told_of_full_memory(reason) and self.concurrency > 1:
-                self._run_fewer(spec, reason)
-                return
-            row = self.study.lost(spec, reason)
-        self._give_up_if_nothing_ends_well(row, reason)
+    def _settle(self, spec: TrialSpec, gone: str) -> None:
+        """Tells the study how an attempt ended.
+
+        Args:
+            spec: The attempt.
+            gone: Why its processes have ended before their time (first line) and what is known besides, if they have.
+        """
+        folder, key = spec.folder(self.study.study_dir), (spec.name, spec.attempt)
+        row, nodes = self.study.settle(spec), self.nodes.pop(key, [])
         if row is None:
-            self.on_event(Note(f"{spec.name} gets another attempt: {reason or 'see its ' + LOG}"))
-        elif row.kind == "baseline":
+            if self.stopped:
+                return  # it stays RUNNING, for the next search
+            failure = read_failure(folder, spec.attempt)
+            if failure is None or failure.outcome == "lost":
+                self._lost(spec, failure, gone)
+                return
+            self.on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            if failure.outcome == "memory":
+                return
+        self._count_failures(failed=row is None or row.outcome == "error", reason=row.reason if row else "")
+        if row is None:
+            return
+        if row.outcome != "error":
+            for node in nodes:
+                self.bad_nodes.well(node)
+        if row.kind == "baseline":
             self.on_event(BaselineFinished(row))
         else:
             if row.outcome != "pruned":  # neither well nor badly
@@ -214,6 +238,32 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
             name = self._best.name if self._best and row.kind == "trial" else ""
             self.on_event(TrialFinished(row, row.name == name, name))
             self._give_up_if_hopeless()
+
+    def _lost(self, spec: TrialSpec, failure: Failure | None, gone: str) -> None:
+        """Gives an attempt under which a machine has failed another one, or sets its training aside.
+
+        Args:
+            spec: The attempt.
+            failure: What its workers have left of it.
+            gone: As of ``_settle``.
+        """
+        reason, _, details = gone.partition("\n")
+        reason = self.hung.get((spec.name, spec.attempt), reason) or "its process ended without a word"
+        alive = read_alive(spec.folder(self.study.study_dir), spec.attempt)
+        node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
+        if failure is not None:
+            reason, details, node = failure.reason, failure.details, failure.node
+        if told_of_full_memory(reason) and self.concurrency > 1:
+            self._run_fewer(spec, reason)
+            return
+        what = self.study.lost(spec, reason, details)
+        if note := self.bad_nodes.failed(node):
+            self.on_event(Note(note))
+        if what == "set aside":
+            self.on_event(TrialSetAside(spec, reason))
+        else:
+            self.on_event(Note(f"{spec.name} gets another attempt: {reason}"))
+        self._count_failures(failed=what != "advanced", reason=reason, lost=True)
 
     def _best_with(self, row: TrialRow) -> TrialRow | None:
         """Returns the best trial now that one more has ended; a new point of a front may change which one is."""
@@ -228,14 +278,18 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
         self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
 
-    def _give_up_if_nothing_ends_well(self, row: TrialRow | None, reason: str) -> None:
-        """Raises when one attempt after the other is lost or ends with an exception, whatever was found before."""
-        self._failed_in_a_row = self._failed_in_a_row + 1 if row is None or row.outcome == "error" else 0
-        if self._failed_in_a_row >= ATTEMPTS_TO_GIVE_UP:
-            last = row.reason if row else reason or f"an exception, see its {LOG}"
-            rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {last}"
+    def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
+        """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
+
+        The limit grows with the number of trainings at a time, so that losing half of a cluster ends no search.
+        """
+        self._only_lost = lost and (self._only_lost or not self._failed_in_a_row)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.concurrency):
+            rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
-            raise NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+            kind = ClusterError if self._only_lost else NoSuccessfulTrialError
+            raise kind(Problem("search", rule, next_step=step))
 
     def _give_up_if_hopeless(self) -> None:
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
@@ -359,6 +413,7 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, self._alive.get(key))
         if alive:
             self._alive[key] = alive
+            self.searcher.nodes[key] = sorted({node for node, _ in alive.nodes})
         last_step = alive.last_step_ns if alive else 0
         before, since = self._steps.get(key, (-1, now))
         if last_step != before:

@@ -41,6 +41,7 @@ class Checkpoint:
         position: Seed and the running sums of the epoch's metrics. Order, views and torch's generator are functions
             of (seed, step), so step and seed are also the sampler's position and the random state.
         average: Average of the weights over the steps; empty where none is taken.
+        name: Of one that was read: its folder below that of all checkpoints.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     position: dict[str, Any]
     average: dict[str, Tensor] = field(default_factory=dict)
+    name: str = ""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -125,11 +127,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             if _sha256(folder / name) != hashes[name]:
                 raise StorageError(_damaged(folder, f"a file {name} that does not match its hash"))
         weights, optimizer, *averages = (load_file(folder / name) for name in names)
+        average = averages[0] if averages else {}
     except OSError as error:
         raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
-    return Checkpoint(content["step"], weights, optimizer, content["position"], *averages)
+    name = f"{folder.parent.name}/{folder.name}"
+    return Checkpoint(content["step"], weights, optimizer, content["position"], average, name)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -34,6 +34,7 @@ from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, St
 from carft_ray.learning.averaging import start_average, update_average
 from carft_ray.learning.checkpoint import (
     Checkpoint,
+    load_checkpoint,
     load_optimizer_tensors,
     newest_checkpoint,
     optimizer_tensors,
@@ -45,6 +46,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
 from carft_ray.learning.losses import context_distribution, context_entropy, kl_per_image, kl_to_stored_per_image
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.learning.tower import shape_tower
 from carft_ray.recipe.schema import TrainPart
@@ -130,6 +132,16 @@ def _told_of_compiler() -> Iterator[None]:
         raise RecipeError(problem) from error
 
 
+@contextlib.contextmanager
+def _noting_step(step: int, num_steps: int) -> Iterator[None]:
+    """Adds the step to what an exception says."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at step {step} of {num_steps}")
+        raise
+
+
 @_same_attention()
 def fine_tune(
     clip: Clip,
@@ -173,6 +185,7 @@ def fine_tune(
         StoppedRun: The context asked to stop; a checkpoint was written.
         DivergedError: The loss became infinite or not a number.
         StorageError: A checkpoint cannot be written.
+        MachineError: A rank does not see the checkpoint that rank 0 has found.
         DataError: An image cannot be read.
         RecipeError: The image tower cannot do what ``train`` asks, or cannot be compiled.
     """
@@ -188,7 +201,7 @@ def fine_tune(
     step, means = 0, _Means()
     average = start_average(trained_weights(classifier)) if train.ema_decay is not None else {}
     if checkpoint_dir is not None:
-        step, means = _resume(checkpoint_dir, classifier, optimizer, average, train)
+        step, means = _resume(checkpoint_dir, classifier, optimizer, average, train, context)
     if train.compile:
         for compiled in (classifier, frozen):
             if compiled is not None:
@@ -218,11 +231,11 @@ def fine_tune(
         set_learning_rate(optimizer, learning_rate)
         pixels_BHWC = torch.from_numpy(pixels).to(device)
         labels_B = torch.from_numpy(source.labels[indices]).to(device)
-        with _told_of_compiler():
+        with _noting_step(step + 1, num_steps), _told_of_compiler():
             sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, context.world_size / batch_size)
-        grad_norm = clip_gradients(classifier, train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            grad_norm = clip_gradients(classifier, train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         if train.ema_decay is not None:
             update_average(average, trained_weights(classifier), train.ema_decay, step)
@@ -320,13 +333,27 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
     train: TrainPart,
+    context: RunContext,
 ) -> tuple[int, _Means]:
-    """Puts the newest valid checkpoint into model, optimizer and average; returns its step and the epoch's means."""
-    checkpoint, damaged = newest_checkpoint(checkpoint_dir)
-    for problem in damaged:
-        logger.warning("passed over a damaged checkpoint: %s", problem)
-    if checkpoint is None:
+    """Puts the newest valid checkpoint into model, optimizer and average; returns its step and the epoch's means.
+
+    Rank 0 finds it: on a network disk the others may still list an older one.
+    """
+    found: list[Checkpoint] = []
+
+    def find() -> str:
+        checkpoint, damaged = newest_checkpoint(checkpoint_dir)
+        for problem in damaged:
+            logger.warning("passed over a damaged checkpoint: %s", problem)
+        if checkpoint is None:
+            return ""
+        found.append(checkpoint)
+        return checkpoint.name
+
+    name = from_rank_0(context, find)
+    if not name:
         return 0, _Means()
+    checkpoint = on_all_ranks(context, lambda: found[0] if found else load_checkpoint(checkpoint_dir / name))
     position = checkpoint.position
     if position["seed"] != train.seed:
         raise StorageError(Problem(str(checkpoint_dir), f"must belong to seed {train.seed}", str(position["seed"])))

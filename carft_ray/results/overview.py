@@ -23,7 +23,7 @@ from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 
-STATES = ("complete", "pruned", "diverged", "error", "running", "waiting")
+STATES = ("complete", "pruned", "diverged", "error", "running", "waiting", "set_aside")
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ class Overview:
         return sum(row.outcome != "running" for row in self.trials)
 
     def state(self, row: TrialRow) -> str:
-        """Returns a row's outcome; for one that has none yet, whether it is ``running`` or ``waiting``."""
+        """Returns a row's outcome; of one that has none yet, whether it is running, waiting or set aside."""
         if row.outcome != "running":
             return row.outcome
+        if row.set_aside:
+            return "set_aside"
         return "running" if (row.kind, row.name) in self.running else "waiting"
 
     def counts(self) -> dict[str, int]:
@@ -95,7 +97,7 @@ def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
         "kind": row.kind,
         "name": row.name,
         "values": row.values,
-        "outcome": row.outcome,
+        "outcome": "set_aside" if row.set_aside else row.outcome,
         "reason": row.reason,
         "alpha": row.alpha,
         "objective": row.objective,
@@ -264,6 +266,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "lines": [*front_lines(front_data(overview.recipe, overview.trials)), *constraint_lines(best)],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
+        "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
         "search": {
             "running": overview.holder is not None,
             "holder": overview.holder,

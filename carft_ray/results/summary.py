@@ -28,10 +28,11 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
     best = result.best
     trials = best_first(result.trials)
-    outcomes = [row.outcome for row in result.trials]
+    outcomes = ["set_aside" if row.set_aside else row.outcome for row in result.trials]
+    states = ("complete", "pruned", "diverged", "error", "running", "set_aside")
     return {
         "study": str(result.study_dir),
-        "trials": {name: outcomes.count(name) for name in ("complete", "pruned", "diverged", "error", "running")},
+        "trials": {name: outcomes.count(name) for name in states},
         "pruner": None if recipe.search.pruner.name == "none" else foretold(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the
 CHECKPOINTS = "checkpoint"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
-ALIVE = "alive.json"  # while an attempt runs: its process; the time of change is its last step
+ALIVE = "alive.json"  # while an attempt runs: its process and nodes; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
 FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
@@ -84,6 +84,9 @@ class TrialRow:
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
     looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    set_aside: bool = (
+        False  # its attempts were lost without advancing, so it is left to the next search; see ``reason``
+    )
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
@@ -105,6 +108,7 @@ class Alive:
         last_step_ns: Time of the file system, to be compared with another of these only.
         began: When the attempt began, seconds since 1970.
         gpus: GPUs that its workers hold together.
+        nodes: Of each rank: Ray's name of its node, and the node's address.
     """
 
     attempt: int
@@ -114,6 +118,7 @@ class Alive:
     last_step_ns: int
     began: float = 0.0
     gpus: float = 0.0
+    nodes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,18 +126,25 @@ class Failure:
     """Content of ``error.json``.
 
     Attributes:
-        outcome: ``diverged`` and ``error`` are verdicts on the values. ``memory`` is none: the micro-batch was too
-            large for the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe
-            are at fault and every other trial would end the same way, so the search stops.
+        outcome: ``diverged`` and ``error`` are verdicts on the values. ``lost`` is none: a worker, node, connection,
+            device or disk failed, and another attempt follows. ``memory`` is none: the micro-batch was too large for
+            the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe are at fault
+            and every other trial would end the same way, so the search stops.
         reason: One line.
         attempt: The attempt that failed.
         exit_code: Of the error.
+        details: Of ``lost``: tracebacks of the workers that were left, for the log.
+        node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
+        step: Of ``lost``: the last known step when the device itself reported the error; None for other causes.
     """
 
-    outcome: Literal["diverged", "error", "memory", "fatal"]
+    outcome: Literal["diverged", "error", "lost", "memory", "fatal"]
     reason: str
     attempt: int
     exit_code: int = 1
+    details: str = ""
+    node: str = ""
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,21 +183,38 @@ def read_failure(folder: Path, attempt: int) -> Failure | None:
     content = _read(folder / ERROR)
     if content is None or content.get("attempt") != attempt:
         return None
-    return Failure(content["outcome"], content["reason"], attempt, content["exit_code"])
+    names = {each.name for each in fields(Failure)}
+    return Failure(**{name: value for name, value in content.items() if name in names})
 
 
-def write_failure(folder: Path, failure: Failure, details: str) -> None:
+def write_failure(folder: Path, failure: Failure, details: str = "") -> None:
     """Writes ``error.json`` and appends ``details`` (a traceback) to the log.
 
-    The first word of an attempt stands: when one worker fails, the others fail after it for want of an answer.
+    The first failure of an attempt stands: when one worker fails, the others fail after it. A ``lost`` attempt is
+    logged when it is settled, so that its cause stands above what followed from it.
 
     Raises:
         StorageError: The folder cannot be written.
     """
-    append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{details.rstrip()}")
+    if failure.outcome != "lost":
+        append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{details.rstrip()}")
     if read_failure(folder, failure.attempt) is None:
-        content = {"outcome": failure.outcome, "reason": failure.reason, "exit_code": failure.exit_code}
-        files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, "attempt": failure.attempt, **content})
+        replace_failure(folder, failure)
+
+
+def replace_failure(folder: Path, failure: Failure) -> None:
+    """Writes ``error.json`` over what an attempt has there.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **asdict(failure)})
+
+
+def progress_of(folder: Path) -> list[int]:
+    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint."""
+    steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
+    return [int((folder / WEIGHTS).exists()), max(steps, default=0)]
 
 
 def read_cut(folder: Path) -> Cut | None:
@@ -239,7 +268,8 @@ def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive 
     if content is None:
         return known and replace(known, last_step_ns=last_step_ns)
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
-    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus)
+    nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -23,6 +23,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told 
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
+SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -141,7 +142,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         values=dict(attributes.get("values", trial.params)),
         outcome=attributes.get("outcome", "error") if finished else "running",
         attempt=attributes.get("attempt", 0),
-        reason=attributes.get("reason", ""),
+        reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
         alpha=attributes.get("alpha"),
         metrics=attributes.get("metrics", {}),
@@ -152,6 +153,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         looks=looks_of(trial),
         spent_s=seconds_of(attributes),
         gpu_s=gpu_seconds_of(attributes),
+        set_aside=not finished and bool(attributes.get(SET_ASIDE)),
     )
 
 

@@ -8,8 +8,12 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
 | not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
-| its processes were lost, again and again | error | FAIL: no verdict on the values |
-| stopped; driver killed; one process lost | running | nothing: RUNNING until it is adopted |
+| stopped; driver killed | running | nothing: RUNNING until it is adopted |
+| worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
+| lost again and again without advancing | running, set aside | nothing: the next search tries it again |
+
+An attempt advances when it leaves a newer checkpoint than the lost one before it. There is no limit while attempts
+advance; after ``LOST_ATTEMPTS`` in a row that do not, the training is set aside and the others go on.
 
 PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again. Every finished
 trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
@@ -25,7 +29,7 @@ from collections import deque
 from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import JournalStorage
@@ -51,7 +55,9 @@ from carft_ray.search.outcome import (
     Kind,
     TrialRow,
     TrialSpec,
+    append_log,
     failure_error,
+    progress_of,
     raise_fence,
     read_cut,
     read_failure,
@@ -61,6 +67,7 @@ from carft_ray.search.outcome import (
 )
 from carft_ray.search.rows import (
     LOOK_ATTRIBUTE,
+    SET_ASIDE,
     TRAINING_OF,
     ZERO_SHOT,
     best_first,
@@ -78,8 +85,10 @@ from carft_ray.search.spent import ATTRIBUTE as SPENT
 from carft_ray.search.spent import left_behind
 from carft_ray.search.told import further_points, missing_metrics, result_attributes, told_constraints
 
-# attempts that may fail before the study is told: an exception must come back once, a process may be lost twice
-MAX_FAILED_ATTEMPTS = {"error": 2, "lost": 3}
+ERRORS = 2  # attempts that end with an exception before the study is told: it must come back once
+LOST_ATTEMPTS = 5  # attempts lost in a row without advancing before a training is set aside
+# attributes of a training: lost attempts in a row and how far they came, step of an error of its device
+LOST, DEVICE_STEP = "lost_attempts", "device_error_step"
 
 
 class Study:
@@ -171,7 +180,9 @@ class Study:
             row = self.settle(spec) if spec.attempt and not mended else None
             if row:
                 told.append(row)
-            elif spec not in self._waiting and spec.name != ZERO_SHOT:  # which is told, and never trained
+                continue
+            self._try_again(spec)
+            if spec not in self._waiting and spec.name != ZERO_SHOT:  # which is told, and never trained
                 self._waiting.append(spec)
         return told
 
@@ -252,7 +263,7 @@ class Study:
         """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
 
         Returns:
-            The row; None when the folder has no answer, or the same training gets another attempt.
+            The row; None when the folder has no verdict, or the same training gets another attempt (``waits``).
 
         Raises:
             CarftError: The training found a fault that is not in its values; it stays RUNNING.
@@ -278,21 +289,64 @@ class Study:
         if failure.outcome == "memory":  # the micro-batch is at fault
             self.repeat(spec)
             return None
-        if failure.outcome == "error" and self._again(spec, "error"):
-            return None
-        attributes = {"outcome": failure.outcome, "reason": failure.reason}
-        return self._tell(spec, TrialState.PRUNED, attributes)
+        trial = self._trials[spec.kind, spec.number]
+        if failure.outcome == "lost":
+            if failure.step is None or failure.step != trial.user_attrs.get(DEVICE_STEP):
+                with self._writing():
+                    trial.set_user_attr(DEVICE_STEP, failure.step)
+                return None
+            append_log(
+                folder, f"attempt {spec.attempt}: the same error of the device at the same step\n{failure.details}"
+            )
+        elif failure.outcome == "error":
+            failed = sorted({*trial.user_attrs.get("failed_attempts", []), spec.attempt})
+            with self._writing():
+                trial.set_user_attr("failed_attempts", failed)
+            if len(failed) < ERRORS:
+                self.repeat(spec)
+                return None
+        outcome = "error" if failure.outcome == "lost" else failure.outcome
+        return self._tell(spec, TrialState.PRUNED, {"outcome": outcome, "reason": failure.reason})
 
-    def lost(self, spec: TrialSpec, reason: str) -> TrialRow | None:
-        """Notes that the processes of an attempt are gone without a word.
+    def lost(self, spec: TrialSpec, reason: str, details: str = "") -> Literal["advanced", "repeated", "set aside"]:
+        """Notes that a machine failed under an attempt: another attempt follows, or the training is set aside.
+
+        Args:
+            spec: The attempt, which ``settle`` found without a verdict.
+            reason: The first cause, one line.
+            details: What followed from it, for the log.
 
         Returns:
-            The row when it was the last attempt, told as FAIL; None when the training gets another one.
+            Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
-        if self._again(spec, "lost"):
-            return None
-        raise_fence(spec.folder(self.study_dir), spec.attempt + 1)  # should it wake up: what is told stands
-        return self._tell(spec, TrialState.FAIL, {"outcome": "error", "reason": reason})
+        folder, trial = spec.folder(self.study_dir), self._trials[spec.kind, spec.number]
+        append_log(folder, "\n".join([f"attempt {spec.attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
+        before, now = trial.user_attrs.get(LOST) or {}, progress_of(folder)
+        advanced = now > before.get("progress", [0, 0])
+        number = 1 if advanced else before.get("number", 0) + 1
+        with self._writing():
+            trial.set_user_attr(LOST, {"progress": now, "number": number})
+        if number < LOST_ATTEMPTS:
+            self.repeat(spec)
+            return "advanced" if advanced else "repeated"
+        raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
+        with self._writing():
+            trial.set_user_attr(
+                SET_ASIDE, f"{number} attempts in a row were lost and did not advance; the last: {reason}"
+            )
+        return "set aside"
+
+    def _try_again(self, spec: TrialSpec) -> None:
+        """Forgets that a training was set aside and how many of its attempts were lost: this is another search."""
+        trial = self._trials[spec.kind, spec.number]
+        for name in (SET_ASIDE, LOST):
+            if trial.user_attrs.get(name):
+                with self._writing():
+                    trial.set_user_attr(name, None)
+
+    def set_aside(self) -> list[TrialRow]:
+        """Returns the trainings of all kinds that are set aside."""
+        return [row for kind in self._studies for row in self.rows(kind) if row.set_aside]
 
     def repeat(self, spec: TrialSpec) -> None:
         """Gives the training of an attempt another one, and does not count this one as failed."""
@@ -404,17 +458,6 @@ class Study:
             )
             with self._writing():
                 study.add_trial(frozen)
-
-    def _again(self, spec: TrialSpec, how: str) -> bool:
-        """Queues another attempt unless too many have failed; the failed attempts are kept with the trial."""
-        trial = self._trials[spec.kind, spec.number]
-        failed = sorted({*trial.user_attrs.get("failed_attempts", []), spec.attempt})
-        with self._writing():
-            trial.set_user_attr("failed_attempts", failed)
-        if len(failed) >= MAX_FAILED_ATTEMPTS[how]:
-            return False
-        self._waiting.append(spec)
-        return True
 
     def _tell(
         self, spec: TrialSpec, state: TrialState, attributes: dict[str, Any], objective: float | None = None
