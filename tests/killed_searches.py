@@ -392,10 +392,10 @@ def set_one_aside(executor, study_dir, base_dir):
     code, output = finish(driver(study_dir, base_dir, 4, executor))
     assert code == 5, output
     rows = trials(study_dir)
-    assert [row.outcome for row in rows] == ["complete", "set aside", "complete", "complete"], output
-    assert rows[1].reason
-    assert rows[1].name in output.splitlines()[-2]
-    assert rows[1].reason in output
+    assert [row.outcome for row in rows] == ["complete", "running", "complete", "complete"], output
+    assert [row.number for row in rows if row.set_aside] == [1]
+    assert f"{rows[1].name}: is set aside: {rows[1].reason}" in output
+    assert "did not advance" in rows[1].reason
     before = results(study_dir)
     write_modes(base_dir, seconds=0.05)
     code, output = finish(driver(study_dir, base_dir, 4, executor))

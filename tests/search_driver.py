@@ -17,7 +17,7 @@ import stand_in
 from carft_ray.errors import CarftError
 from carft_ray.launch.events import Note
 from carft_ray.launch.executors import Runner
-from carft_ray.launch.search import run_search
+from carft_ray.launch.search import run_search, set_aside_error
 
 
 def show(event):
@@ -33,6 +33,8 @@ def main(study_dir, base_dir, trials, resources="{}", address="", search="{}", t
     runner = Runner(module.prepare, module.train)
     try:
         result = run_search(recipe, Path(base_dir), Path(study_dir), address or None, show, runner)
+        if result.set_aside:
+            raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code
