@@ -12,32 +12,29 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from carft_ray.errors import Problem, StorageError, UsageError
 
-_may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
-
-# of a network disk or connection that has gone, or of a disk that fails; a full disk or missing permission is not among
-# them: another attempt would meet it again
-MACHINE_ERRNOS = (
-    errno.ESTALE,
-    errno.EIO,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.ECONNABORTED,
-    errno.EPIPE,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EREMOTEIO,
-    errno.ESHUTDOWN,
+# of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
+# missing permission is not among them: another attempt would meet it again
+MACHINE_ERRNOS: tuple[int, ...] = tuple(
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN"),
+    )
+    if hasattr(errno, name)
 )
+RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
+RETRY_EVERY_S = 0.2
+
+T = TypeVar("T")
+
+_may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
 
 
 @contextlib.contextmanager
@@ -64,8 +61,65 @@ def writing(path: Path) -> Iterator[None]:
         raise storage_error(path, error) from error
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """Returns the ``StorageError`` for a failed write to ``path``."""
+def retried(path: Path, read: Callable[[], T]) -> T:
+    """Returns ``read()``; while a network disk does not answer, it is called again for ``RETRY_FOR_S``.
+
+    Args:
+        path: What is read, for the message.
+        read: Called at least once; an ``OSError`` that is none of ``MACHINE_ERRNOS`` goes through at once.
+
+    Raises:
+        StorageError: The disk did not answer; its cause is the last ``OSError``.
+    """
+    end = time.monotonic() + RETRY_FOR_S
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in MACHINE_ERRNOS:
+                raise
+            if time.monotonic() >= end:
+                raise storage_error(path, error, "must be readable") from error
+        time.sleep(RETRY_EVERY_S)
+
+
+@contextlib.contextmanager
+def passing_faults() -> Iterator[None]:
+    """Leaves the block when a network disk does not answer; for what is read again soon in any case."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MACHINE_ERRNOS:
+            raise
+
+
+def exists(path: Path) -> bool:
+    """Tells whether a file or folder is there; asks again while a network disk does not answer.
+
+    Raises:
+        StorageError: As ``retried``.
+    """
+    return retried(path, lambda: _is_there(path))
+
+
+def seen(path: Path) -> bool:
+    """As ``exists``, but answers at once: False when the disk does not answer. For a file that is looked for often."""
+    with passing_faults():
+        return _is_there(path)
+    return False
+
+
+def _is_there(path: Path) -> bool:
+    """``Path.exists`` of some versions of Python takes every fault for a file that is not there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def storage_error(path: Path, error: OSError, rule: str = "must be writable") -> StorageError:
+    """Returns the ``StorageError`` for a failed write to ``path``, or for the rule that is broken otherwise."""
     steps = {
         errno.ENOSPC: "Free some space or choose another folder, then run the same command again.",
         errno.EDQUOT: "Free some space or choose another folder, then run the same command again.",
@@ -75,7 +129,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     }
     step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
     cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
-    return StorageError(Problem(str(path), "must be writable", cause, next_step=step))
+    return StorageError(Problem(str(path), rule, cause, next_step=step))
 
 
 def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda name: False) -> None:
@@ -178,10 +232,10 @@ def read_json(path: Path) -> Any:
     """Reads a file that ``write_json`` has written.
 
     Raises:
-        StorageError: It is missing or damaged.
+        StorageError: It is missing or damaged, or cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(retried(path, path.read_bytes))
     except FileNotFoundError:
         value = "no such file"
     except OSError as error:
@@ -193,11 +247,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines; an incomplete last line (a crash while it was appended) is left out."""
-    if not path.exists():
+    """Reads a file of JSON lines; an incomplete last line (a crash while it was appended) is left out.
+
+    Raises:
+        StorageError: As ``retried``.
+    """
+    try:
+        content = retried(path, path.read_bytes)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     rows = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in content.split(b"\n")[:-1]:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -208,7 +268,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     """Reads the JSON lines that were appended since the last look; what was read before is not read again.
 
-    A file that has become shorter was begun anew, and is read from its beginning.
+    A file that has become shorter was begun anew, and is read from its beginning. A disk that does not answer has
+    nothing new.
 
     Args:
         path: The file, which need not be there.
@@ -217,13 +278,15 @@ def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     Returns:
         The new lines, and where this look ended: behind the last whole line.
     """
+    start, content = offset, b""
     try:
-        size = path.stat().st_size
-        if size == offset:
-            return [], offset
-        with open(path, "rb") as file:
-            start = file.seek(offset if size > offset else 0)
-            content = file.read()
+        with passing_faults():
+            size = path.stat().st_size
+            if size == offset:
+                return [], offset
+            with open(path, "rb") as file:
+                start = file.seek(offset if size > offset else 0)
+                content = file.read()
     except FileNotFoundError:
         return [], 0
     whole = content.rfind(b"\n") + 1

@@ -7,8 +7,8 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,12 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
 
 @contextlib.contextmanager
 def search_shown(
-    show: bool, study_dir: Path, num_epochs: int, on: Console | None = None, kind: "Kind" = "trial"
+    show: bool,
+    study_dir: Path,
+    num_epochs: int,
+    on: Console | None = None,
+    kind: "Kind" = "trial",
+    trainings: Collection[str] | None = None,
 ) -> Iterator[Callable[["Event"], None]]:
     """Gives what ``run_search`` and ``run_confirm`` tell their events to: a live table on a terminal, else plain lines.
 
@@ -83,12 +88,16 @@ def search_shown(
         num_epochs: Epochs of a training that does not say otherwise.
         on: Where to show it; by default standard error.
         kind: What is counted: trials, or the trainings of a confirm.
+        trainings: Names of those that count in a confirm: the study may have others, of another stage. None: all.
     """
     on = on or console.err
     if not show or not on.is_terminal or on.is_dumb_terminal:
         yield announce(show, kind)
         return
-    view = SearchView(num_epochs, _earlier(study_dir), kind=kind)
+    counted = [
+        row for row in _earlier(study_dir) if row.kind != "confirm" or trainings is None or row.name in trainings
+    ]
+    view = SearchView(num_epochs, counted, kind=kind)
     with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
         yield _Listener(view, on)
 
@@ -211,6 +220,9 @@ class SearchView:
                 self._phase = event.what
             elif isinstance(event, events.Started):
                 self._started, self._phase = event, ""
+            elif isinstance(event, events.ConcurrencyChanged):
+                if self._started is not None:
+                    self._started = replace(self._started, concurrency=event.concurrency, reason=event.reason)
             elif isinstance(event, events.TrialStarted):
                 self._running[event.spec.kind, event.spec.name] = _Running(event.spec, self._clock())
             elif isinstance(event, events.TrialEpoch):

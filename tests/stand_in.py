@@ -16,6 +16,7 @@ from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import TrialSpec
 
 SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
 
@@ -131,3 +132,8 @@ def reduced(context):
     total = torch.tensor(float(context.rank + 1))
     dist.all_reduce(total)
     return total.item()
+
+
+def spec(attempt=1):
+    """The first trial of a search, without a study."""
+    return TrialSpec("trial", 0, "t0000-0000", {}, attempt)

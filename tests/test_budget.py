@@ -178,6 +178,8 @@ def test_a_search_ends_within_its_wall_time_with_its_best_and_is_finished_by_ano
     assert result.best.outcome == "complete"
     finished = [row for row in result.trials if row.outcome == "complete"]
     assert 1 <= len(finished) < 400
+    assert result.best.name in (study_dir / "best.yaml").read_text().splitlines()[0]
+    assert (study_dir / "figure.png").exists()
     assert all(row.spent_s > 0 for row in finished)
     view = overview.status(overview.read_study(study_dir))
     assert view["budget"]["ended"] == result.out_of_budget

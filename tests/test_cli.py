@@ -452,7 +452,6 @@ def test_a_training_is_not_resumed_with_another_recipe(run):
 @pytest.mark.parametrize(
     ("override", "warning"),
     [
-        ("storage=s3://x", "storage has no effect in this version"),
         ("prompts.templates=['a {}']", "train.kl_weight has no effect: with one template the KL term is always 0"),
         ("train={kl_weight: 0, context_scale: 5, batch_size: 8}", "train.context_scale has no effect: kl_weight is 0"),
     ],

@@ -1,14 +1,19 @@
 """Confirming a search: which configurations are trained again, on which seeds, and what a kill leaves."""
 
+import io
 import json
 from pathlib import Path
 
+import crash_host
 import pytest
 import stand_in
+from rich.console import Console
 from stand_in import make_recipe
 
-from carft_ray.errors import NoSuccessfulTrialError, UsageError
+from carft_ray.errors import InterruptedRunError, NoSuccessfulTrialError, UsageError
+from carft_ray.launch.events import Started
 from carft_ray.learning.context import RunContext
+from carft_ray.progress import search_shown
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.confirm import (
@@ -211,6 +216,29 @@ def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_ad
     rest = run_confirm(view.study_dir, view.recipe, trainings)
     assert rest == list(trainings)[2:]
     assert {row.name: row.attempt for row in confirmations(view.study_dir)}[spec.name] == 2
+
+
+def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monkeypatch):
+    first = first_stage(view, 2, 2)
+    run_confirm(view.study_dir, view.recipe, first.trainings())
+    second = second_stage(first, name_of(view, 2), view.recipe)
+    run_confirm(view.study_dir, view.recipe, second.trainings(), num_attempts=1)  # and it is killed here
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
+    with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
+        on_event(Started(4, 1, 2, "2 CPUs, 1 a trial"))
+    assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
+
+    def stopped(recipe, base_dir, study_dir, fix, command, address, on_event):
+        on_event(Started(6, 6, 2, "2 CPUs, 1 a trial"))
+        raise InterruptedRunError("stopped")
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
+    monkeypatch.setattr("carft_ray.console.err", terminal)
+    monkeypatch.setattr("carft_ray.launch.confirm.run_confirm", stopped)
+    written = view.study_dir / "resolved.yaml"
+    written.write_text(written.read_text().replace("batch_size: 512", "batch_size: 64"))  # of 64 images
+    assert crash_host.call(["confirm", view.study_dir, "--top", 2, "--seeds", 2]) == 130
+    assert "6 of 6 trainings with fresh seeds finished" in terminal.file.getvalue()
 
 
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):

@@ -21,7 +21,7 @@ from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.cluster import Capacity, running_ray
-from carft_ray.launch.events import Note
+from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import Runner, make_plan
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import host_memory, one_trial_dies
@@ -240,6 +240,8 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
     searcher, events = attempts.search(tmp_path / "study", recipe, base_dir, at_a_time=3, died=MONITOR_NOW)
     assert searcher.failure is None
     assert searcher.concurrency == 1
+    changes = [event for event in events if isinstance(event, ConcurrencyChanged)]
+    assert changes == [ConcurrencyChanged(2, "memory was full"), ConcurrencyChanged(1, "memory was full")]
     told = notes(events)
     assert "gets another attempt, with 2 at a time from now on, no more 3: no memory was left on node 10.0" in told[0]
     assert "gets another attempt, with 1 at a time from now on, no more 2: no memory was left on node 10.0" in told[1]
@@ -280,7 +282,8 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
         [row] = study.rows()
     assert (row.set_aside, row.attempt) == (True, 1 + LOST_ATTEMPTS)
     known = re.compile(
-        r".* did not advance; the last: no memory was left on node [\d.]+ \([\d.]+GB of [\d.]+GB used\): Ray's memory monitor ended it; "
+        r".* did not advance; the last: no memory was left on node [\d.]+ \([\d.]+GB of [\d.]+GB used\): "
+        "Ray's memory monitor ended it; "
     )
     assert known.match(row.reason)
     assert notes(events)[0].startswith(
@@ -438,6 +441,11 @@ def nodes(*sizes):
         ({"tpu": 1}, 1, True, nodes((4, 4, 0, 0)), "needs 1 tpu, the cluster has 0"),
         ({"CPU": 0.5}, 2, True, nodes((2, 0.5, 0, 0)), "needs 1 CPU, and 1.5 of 2 CPUs are held by others"),
         ({"CPU": 1}, 1, True, [], "needs 1 CPU, the cluster has 0"),
+        ({"CPU": 1 / 3}, 3, True, nodes((2, 0.9999, 0, 0)), ""),  # as Ray counts: 3 x 0.3333
+        ({"CPU": 0.1}, 3, True, nodes((2, 0.3, 0, 0)), ""),
+        ({"CPU": 0.1}, 3, True, nodes((2, 0.2999, 0, 0)), "needs 0.3 CPUs, and 1.7001 of 2 CPUs are held by others"),
+        ({"GPU": 0.3}, 12, True, nodes((4, 4, 4, 4)), ""),  # 3 on each GPU
+        ({"GPU": 0.3}, 13, True, nodes((4, 4, 4, 4)), "needs 13 x (0.3 GPUs) on one node, which are not free together"),
     ],
 )  # fmt: skip
 def test_what_a_waiting_trial_lacks_is_named(need, workers, one_node, there, line):

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from carft_ray.errors import StorageError
-from carft_ray.results.figure import Curve, Dot, Estimate, effect_figure, id_ood_figure
-from carft_ray.results.labels import Label, place_labels
+from carft_ray.launch.figure import Curve, Dot, Estimate, effect_figure, id_ood_figure
+from carft_ray.launch.labels import Label, place_labels
 
 pytestmark = pytest.mark.slow
 
@@ -124,5 +124,5 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_importing_the_module_does_not_load_matplotlib():
-    code = "import sys, carft_ray.results.figure; assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules"
+    code = "import sys, carft_ray.launch.figure; assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from carft_ray import progress
 from carft_ray.launch.events import (
     BaselineFinished,
+    ConcurrencyChanged,
     Note,
     Prepared,
     Preparing,
@@ -92,6 +93,19 @@ def test_a_search_from_its_first_to_its_last_event():
     last = shown(view)[-1]
     assert last.startswith("stopping; 2 trainings write their checkpoints · 2 of 8 trials finished")
     assert "left" not in last
+
+
+def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer():
+    clock = Clock()
+    view = progress.SearchView(4, clock=clock)
+    view.tell(ConcurrencyChanged(1, "memory was full"))  # before it says how many: nothing to change
+    view.tell(Started(5, 0, 2, "2 CPUs, 1 a trial"))
+    running(view, [0])
+    clock.now = 60
+    view.tell(TrialFinished(row(0, 0.4), is_best=True))
+    assert shown(view)[-1].endswith("2 at a time (2 CPUs, 1 a trial) · 1:00 elapsed · about 2:00 left")
+    assert view.tell(ConcurrencyChanged(1, "memory was full")) is None
+    assert shown(view)[-1].endswith("1 at a time (memory was full) · 1:00 elapsed · about 4:00 left")
 
 
 def test_what_must_not_be_overlooked_gets_a_line_above():

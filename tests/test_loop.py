@@ -1,6 +1,7 @@
 """The training loop: limit cases, splits that change nothing, and references written anew here."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -234,6 +235,13 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
 def test_a_loss_that_is_not_finite_is_an_error_of_its_own(tiny_clip, heads, source):
     with pytest.raises(DivergedError, match="must stay finite"):
         fine_tune(tiny_clip, *heads, source, settings(learning_rate=1e30, warmup_steps=0, clip_norm=None))
+
+
+def test_a_gradient_that_alone_is_not_finite_is_named_first_and_numbers_have_few_digits(tiny_clip, heads, source):
+    train = settings(kl_weight=1e22, learning_rate=1e-2, warmup_steps=0, clip_norm=None)
+    with pytest.raises(DivergedError) as raised:  # squares of such gradients are beyond float32, the loss is not
+        fine_tune(tiny_clip, *heads, source, train)
+    assert re.fullmatch(r"gradient norm (inf|nan); loss \d\.\d{1,3}e\+\d+", raised.value.problems[0].value)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import crash_host
@@ -18,16 +20,21 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import SearchResult, run_search
+from carft_ray.launch.study_figure import write_figure
+from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.confirm import first_stage
+from carft_ray.recipe.space import apply
+from carft_ray.results.confirm import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
+from carft_ray.results.confirmed import summarise
 from carft_ray.results.finished import open_finished
 from carft_ray.results.overview import read_study, status, total_trials
 from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
-from carft_ray.results.summary import study_summary, write_best, write_figure
+from carft_ray.results.summary import study_summary
 from carft_ray.results.trained import open_trained
 from carft_ray.search.front import front_of, non_dominated, points_of
 from carft_ray.search.outcome import Failure, trial_name, write_failure
@@ -192,7 +199,8 @@ def test_a_search_killed_at_every_write_doubles_no_point_and_ends_as_the_undistu
             for trial in told(study_dir).trials
         ]
         weights = sorted(path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors"))
-        return found, [(row.name, row.alpha, row.standing) for row in trials(study_dir)], weights
+        best = (study_dir / "best.yaml").read_text().replace(str(study_dir.parent), "")
+        return found, [(row.name, row.alpha, row.standing) for row in trials(study_dir)], weights, best
 
     expected = content(undisturbed)
     assert sum(each[5] is not None for each in expected[0]) >= 3
@@ -229,7 +237,7 @@ def searched(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_point(searched):
-    folder, studies = searched
+    _, studies = searched
     view = read_study(studies["pareto"])
     for row in view.trials:
         assert {point["alpha"] for point in row.points} == {0.2, 0.4, 0.6, 0.8, 1.0, row.values["alpha"]}
@@ -243,15 +251,102 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     trained = open_trained(studies["pareto"])
     assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
     result = SearchResult(studies["pareto"], best, view.trials, view.baselines, 3, 1.0)
-    assert f"alpha: {best.alpha:g}"[:8] in write_best(view.recipe, folder, result).read_text()
     assert load_recipe(studies["pareto"] / "best.yaml").train.alpha == best.alpha
-    assert write_figure(view.recipe, result).stat().st_size > 10_000
+    path = write_figure(view.recipe, studies["pareto"], view.trials, view.baselines)
+    assert path.stat().st_size > 10_000
     summary = study_summary(view.recipe, result)
     assert any(line.startswith(f"Best: {best.name}, ID ") for line in summary["lines"])
     assert json.loads(json.dumps(summary))["front"]["points"]
     answer = rescore(view, asked_objective(view.recipe, "harmonic"))
     assert answer["own_objective"]["kind"] == "pareto"
     assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3]
+
+
+def points_result(study_dir, spec, points):
+    """The result of a training at the alpha that was drawn, the last of (alpha, ID, OOD)."""
+    curve = [
+        {"alpha": alpha, "id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
+        for alpha, one, other in points
+    ]
+    folder = spec.folder(study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {name: value for name, value in curve[-1].items() if name != "alpha"}
+    content = {"format_version": 1, "objective": metrics["objective"], "alpha": points[-1][0], "metrics": metrics}
+    (folder / "result.json").write_text(json.dumps({**content, "curve": curve, "elapsed_s": 7.0}))
+
+
+def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_is_trained_again(study_dir):
+    objective = {"kind": "pareto", "best": "lexicographic", "tolerance": 0.15}
+
+    def search(num_trials, points_of_new):
+        recipe = make_recipe(num_trials, objective=objective, baselines={})
+        with open_study(study_dir, recipe, study_dir.parent) as study:
+            study.adopt()
+            study.tell_zero_shot(ZERO_SHOT)
+            spec = study.next()
+            points_result(study_dir, spec, points_of_new(spec.values["alpha"]))
+            study.settle(spec)
+        return read_study_with_recipe(study_dir, recipe)
+
+    def confirm(view):
+        """What `confirm --top 1 --seeds 2` does; returns the stage, what was trained, and all that is said."""
+        first, second, notes = plan(view, 1, 2)
+        said = [*notes, cost(view, first)]
+        wanted, trained = fix(study_dir, view.recipe, first, second, first), []
+        with open_study(study_dir, view.recipe, study_dir.parent) as study:
+            study.adopt_confirm(wanted)
+            while (spec := study.next()) is not None:
+                curve_stand_in.write_result(study, spec)
+                assert study.settle(spec).outcome == "complete"
+                trained.append(spec.name)
+        return first, trained, said
+
+    view = search(1, lambda drawn: [(0.4, 0.70, 0.70), (drawn, 0.80, 0.60)])
+    winner, drawn = view.best.name, view.best.values["alpha"]
+    assert view.best.alpha == 0.4
+    first, trained, _ = confirm(view)
+    assert trained == [f"{winner}-seed{seed}" for seed in first.seeds]
+    write_plan(study_dir, first, second_stage(first, winner, view.recipe))  # as with --winner confirmed
+
+    view = search(2, lambda drawn: [(drawn, 0.90, 0.50)])
+    assert (view.best.name, view.best.alpha) == (winner, drawn)
+    assert plan(view, 1, 2)[1] is None  # a second stage of the earlier point is of no use
+    now, trained, said = confirm(view)
+    assert trained == []
+    assert said == [
+        f"the search went on: {winner} stood at alpha 0.40, now at {drawn:.2f}",
+        "All 2 trainings with fresh seeds are there already.",
+    ]
+    assert [(row.name, row.alpha) for row in now.rows if row.role == "winner"] == [(winner, drawn)]
+    assert [row.name for row in now.rows].count(winner) == 1
+    assert last_stage(study_dir) == now
+    for name in now.trainings():
+        content = json.loads((study_dir / "confirm" / name / "result.json").read_text())
+        assert {0.4, drawn} <= {point["alpha"] for point in content["curve"]}
+    assert confirm(view)[1:] == ([], ["All 2 trainings with fresh seeds are there already."])
+
+
+@pytest.mark.slow
+def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand(searched, tmp_path):
+    folder, studies = searched
+    study_dir = Path(shutil.copytree(studies["pareto"], tmp_path / "study")).resolve()
+    view = read_study(study_dir)
+    first = plan(view, 1, 2)[0]
+    with open_study(study_dir, view.recipe, folder) as study:
+        study.adopt_confirm(fix(study_dir, view.recipe, first, None, first))
+        while (spec := study.next()) is not None:
+            recipe, place = apply(view.recipe, spec.values), spec.folder(study_dir)
+            prepare(recipe, folder, study_dir / "prepared")
+            run_training(recipe, folder, place, study_dir / "prepared", RunContext(), spec.attempt)
+            study.settle(spec)
+    best = view.best
+    for point in best.points:
+        stands = replace(best, alpha=point["alpha"], objective=point["objective"], metrics=point)
+        moved = replace(view, trials=[stands if row.name == best.name else row for row in view.trials])
+        stage, second, _ = plan(moved, 1, 2)
+        assert stage.trainings().keys() == first.trainings().keys()
+        [winner] = [row for row in summarise(study_dir, view.recipe, stage, second)["table"] if row["role"] == "winner"]
+        assert (winner["name"], winner["alpha"]) == (best.name, point["alpha"])
 
 
 @pytest.mark.slow

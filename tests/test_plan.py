@@ -66,10 +66,10 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
 
 
 def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
-    recipe = make_recipe(4, resources={"num_workers": 2, "gpus_per_worker": 0.5}, baselines={})
-    found = forecast(recipe, capacity(recipe, (Node(16, 4),)), measured(first_s=0, next_s=0))
+    recipe = make_recipe(4, resources={"num_workers": 2, "gpus_per_worker": 2}, baselines={})
+    found = forecast(recipe, capacity(recipe, (Node(16, 16),)), measured(first_s=0, next_s=0))
     assert found["concurrency"] == 4
-    assert found["gpu_hours"][0] == pytest.approx(4 * 10 * 2 * 0.5 / 3600, rel=1e-5)
+    assert found["gpu_hours"][0] == pytest.approx(4 * 10 * 2 * 2 / 3600, rel=1e-5)
     assert price(found, 3.0, None)[0] == pytest.approx(3 * found["gpu_hours"][0], abs=1e-4)
     assert price(found, None, 36.0)[0] == pytest.approx(found["search_s"][0] / 100, abs=1e-4)
     assert price(found, None, None) is None

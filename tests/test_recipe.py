@@ -62,7 +62,7 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 
 # ---- one mistake, one message
 
-RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, storage, budget"
+RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, budget"
 TRAIN_KEYS = ", ".join([*TrainPart.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
@@ -86,6 +86,7 @@ BAD = [
         f"r.yaml:9: learning_rate: unknown key; did you mean 'train.learning_rate'? (allowed: {RECIPE_KEYS})",
     ),
     ("zzz: 1", f"r.yaml:9: zzz: unknown key (allowed: {RECIPE_KEYS})"),
+    ("storage: s3://x", f"r.yaml:9: storage: unknown key (allowed: {RECIPE_KEYS})"),
     ("train: {lr: 1}", f"r.yaml:9: train.lr: unknown key; did you mean 'learning_rate'? (allowed: {TRAIN_KEYS})"),
     (
         "train: {trials: 1}",
@@ -100,7 +101,7 @@ BAD = [
     ("train: {epochs: null}", "r.yaml:9: train.epochs: must be a whole number, but got null"),
     ("train: {seed: true}", "r.yaml:9: train.seed: must be a whole number, but got true"),
     ("train: {head_bias: yes}", 'r.yaml:9: train.head_bias: must be true or false, but got "yes"'),
-    ("storage: 5", "r.yaml:9: storage: must be text, but got 5\n    Write it in quotes."),
+    ("model: {pretrained: 5}", "r.yaml:9: model.pretrained: must be text, but got 5\n    Write it in quotes."),
     ("train: 5", "r.yaml:9: train: must be a mapping of keys to values, but got 5"),
     ("train: [1]", "r.yaml:9: train: must be a mapping of keys to values, but got [1]"),
     ("search: {space: 5}", "r.yaml:9: search.space: must be a mapping of keys to values, but got 5"),
@@ -468,6 +469,24 @@ BAD = [
         "r.yaml:9: resources.num_workers: must be 1 with executor: inline, but got 2\n"
         "    Write executor: ray-train, or leave the executor out.",
     ),
+    (
+        "resources: {gpus_per_worker: 1.5}",
+        "r.yaml:9: resources.gpus_per_worker: must be whole above 1: Ray shares no more than one GPU, but got 1.5\n"
+        "    Write 2, or a share of one GPU, such as 0.5.",
+    ),
+    (
+        "resources: {gpus_per_worker: 0.5, num_workers: 2}",
+        "r.yaml:9: resources.gpus_per_worker: must be whole with 2 workers: NCCL wants a GPU for each of them, "
+        "but got 0.5\n    Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU.",
+    ),
+    (
+        "resources: {gpus_per_worker: 0.00001}",
+        "r.yaml:9: resources.gpus_per_worker: must be at least 0.0001, the least that Ray counts, but got 1e-05",
+    ),
+    (
+        "resources: {cpus_per_worker: 0.00001}",
+        "r.yaml:9: resources.cpus_per_worker: must be at least 0.0001, the least that Ray counts, but got 1e-05",
+    ),
     # the text itself
     ("name: again", "r.yaml:9: name: must stand once, but stands on line 1 too"),
     ("train: {epochs: 1, epochs: 2}", "r.yaml:9: train.epochs: must stand once, but stands on line 9 too"),
@@ -777,7 +796,6 @@ def test_set_into_a_part_that_the_file_gets_wrong_leaves_the_file_s_message(tmp_
 # ---- warnings, and what a search needs
 
 WARNINGS = [
-    ("storage: s3://x", "storage has no effect in this version"),
     (
         "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}",
         "budget.gpu_hours has no effect: resources.gpus_per_worker is 0",
@@ -975,7 +993,6 @@ def _random_recipe(rng):
     }
     return {
         "name": rng.choice(["on", "1e3", "x-_1"]),
-        "storage": rng.choice([None, "s3://a/b?c=d#e", "dir"]),
         "model": rng.choice([{}, {"name": "ViT-B-32", "pretrained": rng.choice(["openai", "a/b.pt"])}]),
         "data": {
             "train": {"source": "sandbox", "domain": "photo", "split": "train", "num_per_class": rng.randint(1, 10**9)},
@@ -1041,7 +1058,6 @@ def test_the_hash_depends_on_values_and_not_on_how_they_are_written(tmp_path):
 def test_a_recipe_written_elsewhere_means_the_same_files(tmp_path):
     base = """\
 model: {name: "local-dir:../m"}
-storage: mirror
 data:
   cache_dir: cache
   train: {source: folder, path: ../png, domains: [a]}
@@ -1065,7 +1081,6 @@ data:
     assert best.data.ood_test == recipe.data.ood_test
     assert best.data.cache_dir == str(folder / "cache")
     assert best.model.name == f"local-dir:{folder.parent / 'm'}"
-    assert best.storage == str(folder / "mirror")
     assert absolute_paths(best, tmp_path / "deep") == best
 
 

@@ -34,7 +34,7 @@ DOORWAYS = {
     "torch": ("learning", "evaluation", "launch", "results"),
     "typer": ("cli",),
     "rich": ("cli",),
-    "matplotlib": ("results",),
+    "matplotlib": ("launch",),
     "ruamel": ("recipe",),
     "simplejpeg": ("data",),
     "pydantic": ("recipe",),

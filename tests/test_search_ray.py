@@ -26,7 +26,7 @@ from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.rows import trials
+from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
@@ -112,6 +112,8 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     done = {name for name, row in stopped.items() if row.outcome == "complete"}
     assert done
     assert {row.outcome for row in stopped.values()} == {"complete", "running"}
+    assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
+    assert (study_dir / "figure.png").exists()
 
     process = driver(study_dir, base_dir, 6)
     lines = read_until(process, ["TrialFinished", "TrialStarted"])
@@ -216,12 +218,15 @@ def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path, base_d
 
 @pytest.mark.slow
 def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path, base_dir):
-    modes(base_dir, **{"0": "no_data"})
+    modes(base_dir, **{"1": "no_data"})
     with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
-        run_search(stand_in.make_recipe(4), base_dir, tmp_path / "study", None, runner=RUNNER)
+        run_search(stand_in.make_recipe(4, concurrency=1), base_dir, tmp_path / "study", None, runner=RUNNER)
     assert caught.value.exit_code == 4
-    assert "trial t0000-" in str(caught.value)
-    assert trials(tmp_path / "study")[0].outcome == "running"
+    assert "trial t0001-" in str(caught.value)
+    complete, failed = trials(tmp_path / "study")
+    assert (complete.outcome, failed.outcome) == ("complete", "running")
+    assert complete.name in (tmp_path / "study" / "best.yaml").read_text().splitlines()[0]
+    assert (tmp_path / "study" / "figure.png").exists()
 
 
 def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path, base_dir):

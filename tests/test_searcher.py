@@ -1,8 +1,11 @@
 """The Searcher, driven by hand as Tune drives it; no Ray runs."""
 
+import itertools
 import json
 import os
+import re
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,13 +150,21 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     name = first.config["spec"]["name"]
     tune.die(first)
     assert isinstance(tune.events[-1], Note)
-    assert tune.events[-1].text == f"{name} gets another attempt: The actor died unexpectedly."
+    reason = "RuntimeError: The actor died unexpectedly."
+    assert tune.events[-1].text == f"{name} gets another attempt: {reason}"
     for _ in range(LOST_ATTEMPTS - 2):
         tune.end(tune.start(), lost="a worker of the group died")
     last = tune.start()
     tune.die(last)
-    assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), "The actor died unexpectedly.")
+    assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), reason)
     assert last.config["spec"]["attempt"] == LOST_ATTEMPTS
+    log = (tune.folder(first) / "log.txt").read_text()
+    assert [line.split(" ", 1)[1] for line in log.splitlines() if "lost" in line] == [
+        f"attempt 1: lost: {reason}",
+        *(f"attempt {number}: lost: a worker of the group died" for number in range(2, LOST_ATTEMPTS)),
+        f"attempt {LOST_ATTEMPTS}: lost: {reason}",
+    ]
+    assert "More." in log  # all that Ray said
     for _ in range(5):
         tune.finish(tune.start())
     assert tune.start() == Searcher.FINISHED
@@ -437,15 +448,73 @@ def test_it_saves_nothing(tune, tmp_path):
         ([(2, 0)], {"num_workers": 2}, 1, True, "2 CPUs, 2 a trial"),
         ([(8, 2)], {}, 2, True, "2 GPUs, 1 a trial"),
         ([(8, 2)], {"gpus_per_worker": 0}, 8, True, "8 CPUs, 1 a trial"),
-        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "6 CPUs, 2 a trial"),  # what is left over is of no use
-        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial"),
         ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 a trial"),  # over two nodes
-        ([(4, 1)], {"gpus_per_worker": 0.5}, 2, True, "1 GPUs, 0.5 a trial"),
+        ([(4, 1)], {"gpus_per_worker": 0.5}, 2, True, "1 GPU, 0.5 a trial"),
+        # Ray counts in ten-thousandths, and a share of a GPU lies on one GPU
+        ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 a trial"),
+        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial: 3 on each"),
+        ([(64, 8)], {"gpus_per_worker": 0.6}, 8, True, "8 GPUs, 0.6 a trial: 1 on each"),
+        ([(64, 8)], {"gpus_per_worker": 1 / 3}, 24, True, "8 GPUs, 0.333333 a trial"),
+        ([(1, 0)], {"cpus_per_worker": 0.1}, 10, True, "1 CPU, 0.1 a trial"),
+        ([(1, 0)], {"cpus_per_worker": 0.1, "num_workers": 3}, 3, True, "1 CPU, 0.3 a trial"),
+        # what is left over on each node is of no use
+        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "2 nodes with 3 CPUs each, 2 CPUs a trial on one node"),
+        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "2 nodes with 3 CPUs each, 2 CPUs a trial on one node"),
+        (
+            [(64, 3), (64, 3), (64, 0)],
+            {"gpus_per_worker": 1, "num_workers": 2},
+            2,
+            True,
+            "2 nodes with 3 GPUs each, 2 GPUs a trial on one node",
+        ),
+        ([(64, 3), (64, 1)], {"num_workers": 2}, 1, True, "2 nodes with 1 to 3 GPUs, 2 GPUs a trial on one node"),
+        (
+            [(3, 0)] * 5,
+            {"cpus_per_worker": 2, "num_workers": 2},
+            2,
+            False,
+            "5 nodes with 3 CPUs each, 2 workers a trial, 2 CPUs each",
+        ),
+        # CPUs are what one node lacks, GPUs another
+        (
+            [(8, 1), (1, 8)],
+            {},
+            2,
+            True,
+            "2 nodes with 1 to 8 CPUs and 1 to 8 GPUs, 1 CPU and 1 GPU a trial on one node",
+        ),
+        (
+            [(8, 1), (1, 8)],
+            {"num_workers": 2},
+            1,
+            False,
+            "2 nodes with 1 to 8 CPUs and 1 to 8 GPUs, 2 workers a trial, 1 CPU and 1 GPU each",
+        ),
     ],
 )
 def test_concurrency_is_what_the_nodes_hold(nodes, resources, concurrency, one_node, reason):
     room = capacity(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
     assert (room.concurrency, room.one_node, room.reason) == (concurrency, one_node, reason)
+
+
+def test_a_reason_that_names_no_nodes_is_the_whole_reason():
+    """As many as the reason's own division says, for all small clusters."""
+    for sizes in itertools.product([(1, 0), (3, 1), (2, 3), (5, 2)], repeat=2):
+        for cpus, gpus, workers in itertools.product((0.5, 1, 2), (0, 0.3, 0.5, 1, 2), (1, 2, 3)):
+            if workers > 1 and 0 < gpus < 1:
+                continue
+            resources = {"cpus_per_worker": cpus, "gpus_per_worker": gpus, "num_workers": workers}
+            try:
+                room = capacity(make_recipe(resources=resources), tuple(Node(*size) for size in sizes))
+            except ClusterError:
+                continue
+            found = re.fullmatch(r"([\d.]+) [CG]PUs?, ([\d.]+) a trial(?:: (\d) on each)?", room.reason)
+            if found and found[3]:
+                assert room.concurrency == int(found[1]) * int(found[3])
+            elif found:
+                assert room.concurrency == Fraction(found[1]) // Fraction(found[2])
+            else:
+                assert re.match(r"2 nodes with .*( a trial on one node| workers a trial, .* each)$", room.reason)
 
 
 def test_concurrency_of_the_recipe_wins_where_it_is_smaller():

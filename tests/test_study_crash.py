@@ -126,6 +126,13 @@ def test_the_best_weights_stay_and_no_others_and_no_remains(undisturbed, killed)
     assert {name: found for name, found in left.items() if found} == {}
 
 
+def test_the_best_trial_is_the_same_recipe_whatever_was_killed(undisturbed, killed):
+    study_dir, _ = undisturbed
+    expected = (study_dir / "best.yaml").read_text()
+    assert best_row(trials(study_dir)).name in expected.splitlines()[0]
+    assert {name for name, (study, _) in killed.items() if (study / "best.yaml").read_text() != expected} == set()
+
+
 def test_what_was_finished_is_told_and_not_run_again(undisturbed, killed):
     """A second attempt begins only when the first one had no result; so at most one training has two."""
     for name, (study, answers) in killed.items():

@@ -18,10 +18,9 @@ from stand_in import make_recipe
 from suggestions import check_suggestions
 
 from carft_ray.cli import search as search_commands
-from carft_ray.launch.search import SearchResult
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
-from carft_ray.results.summary import write_best
+from carft_ray.search.best import BEST, write_best
 from carft_ray.search.folder import study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.lease import holder
@@ -172,8 +171,8 @@ def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
     recipe = make_recipe(8)
     ood_val = {"sketch": recipe.data.id_val} if with_ood else {}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": ood_val})})
-    view = read_study(here / "first")
-    path = write_best(recipe, BASE, SearchResult(here / "first", view.best, view.trials, view.baselines, 0, 1.0))
+    view, path = read_study(here / "first"), here / "first" / BEST
+    write_best(here / "first", recipe, view.best)
     assert ("# Selected on ID only: the recipe has no ood_val." in path.read_text().splitlines()) != with_ood
     assert load_recipe(path).train.learning_rate == view.best.values["learning_rate"]
 

@@ -124,7 +124,8 @@ def _fix_and_train(
     def train(stage: Any) -> None:
         if show:
             console.say(confirming.cost(overview.read_study(study_dir), stage))
-        with search_shown(show, study_dir, recipe.train.epochs, kind="confirm") as on_event:
+        shown = search_shown(show, study_dir, recipe.train.epochs, kind="confirm", trainings=stage.trainings())
+        with shown as on_event:
             run_confirm(
                 recipe,
                 study_dir,

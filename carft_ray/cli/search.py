@@ -149,15 +149,13 @@ def _search(
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.search import run_search
     from carft_ray.progress import search_shown
-    from carft_ray.results.summary import study_summary, write_best, write_figure
+    from carft_ray.results.summary import study_summary
 
     with (
         notifying(*notify, value.name, study, console.warn) as beside,
         search_shown(not json_, study, value.train.epochs) as on_event,
     ):
         result = run_search(value, base_dir, study, address, beside(on_event), trusted=trust, may=may)
-    write_best(value, base_dir, result)
-    figure_path = write_figure(value, result)
     summary = study_summary(value, result)
     if json_:
         console.print_json(summary)
@@ -171,7 +169,7 @@ def _search(
         console.say("\n".join(summary["pruner"]["lines"]))
         if summary["pruner"]["warning"]:
             console.warn(summary["pruner"]["warning"])
-    console.say(f"Results: {result.study_dir}; figure: {figure_path}")
+    console.say(f"Results: {result.study_dir}; figure: {summary['figure']}")
     folder = shlex.quote(str(study))
     if result.out_of_budget:
         console.say("\n" + summary["budget"]["line"])

@@ -82,7 +82,7 @@ def stored_limits(constraints: ConstraintsPart, prepared_dir: Path) -> tuple[Lim
         StorageError: The file is damaged.
     """
     path = prepared_dir / REFERENCES
-    return limits(constraints, files.read_json(path)) if path.exists() else ()
+    return limits(constraints, files.read_json(path)) if files.exists(path) else ()
 
 
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:

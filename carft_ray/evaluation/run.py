@@ -176,7 +176,8 @@ def run_training(
     """
     result_path, weights_path = out_dir / RESULT, out_dir / WEIGHTS
     finished, is_trained = from_rank_0(
-        context, lambda: (files.read_json(result_path) if result_path.exists() else None, weights_path.exists())
+        context,
+        lambda: (files.read_json(result_path) if files.exists(result_path) else None, files.exists(weights_path)),
     )
     if finished is not None:
         content: dict[str, Any] = finished

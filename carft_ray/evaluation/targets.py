@@ -52,14 +52,14 @@ class TargetStore:
         """Returns the probabilities [B, T] of these rows at this visit, or None when they are not stored."""
         if visit not in self._open:
             path = self._path(visit)
-            if not path.exists():
+            if not files.exists(path):
                 return None
             self._open[visit] = np.load(path, mmap_mode="r", allow_pickle=False)
         return self._open[visit][indices]
 
     def num_stored(self, num_visits: int) -> int:
         """Returns how many of the first visits are stored."""
-        return sum(self._path(visit).exists() for visit in range(num_visits))
+        return sum(files.exists(self._path(visit)) for visit in range(num_visits))
 
     def fill(self, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> None:
         """Computes what is missing, one epoch after the other; says so, and says why when nothing is stored."""
@@ -72,7 +72,7 @@ class TargetStore:
             return
         epochs = space.get("epochs")
         num_visits = int(epochs.high) if isinstance(epochs, IntParameter | FloatParameter) else recipe.train.epochs
-        missing = [visit for visit in range(num_visits) if not self._path(visit).exists()]
+        missing = [visit for visit in range(num_visits) if not files.exists(self._path(visit))]
         if not missing:
             return
         clip, width = self.materials.clip, self.context_head_TD.shape[1]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ray
 
+from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.recipe.schema import Recipe
 
@@ -41,6 +42,7 @@ LOOK_AT_HEAD_S = 2
 # loggers that say only: a token is used; there are no progress files (we turned them off)
 BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
+UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
 
 
@@ -245,7 +247,7 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
                 gone.set()
                 _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
             if misses >= 5:
-                stopped = stop_path is not None and stop_path.exists()
+                stopped = stop_path is not None and files.seen(stop_path)
                 sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
                 sys.stderr.flush()
                 shutil.rmtree(temp_dir, ignore_errors=True)
@@ -281,22 +283,82 @@ def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     if gpus is None:
         gpus = 1.0 if any(node.num_gpus for node in nodes) else 0.0
 
-    by_cpu = [int(node.num_cpus // cpus) for node in nodes]
-    by_gpu = [int(node.num_gpus // gpus) for node in nodes] if gpus else by_cpu
-    slots = [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)]  # workers that fit on each node
-    one_node = any(count >= num_workers for count in slots)
-    fitting = sum(count // num_workers for count in slots) if one_node else sum(slots) // num_workers
-    all_cpus, all_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    there = {"CPU": [node.num_cpus for node in nodes], "GPU": [node.num_gpus for node in nodes]}
+    slots = {name: [num_fitting(name, amount, room) for room in there[name]] for name, amount in need.items()}
+    together = [min(counts) for counts in zip(*slots.values(), strict=True)]  # workers that fit on each node
+    one_node = any(count >= num_workers for count in together)
+
+    def num_trials(counts: list[int]) -> int:
+        return sum(count // num_workers for count in counts) if one_node else sum(counts) // num_workers
+
+    fitting = num_trials(together)
     if not fitting:
-        need = f"{num_workers} x {cpus:g} CPUs" + (f" and {num_workers} x {gpus:g} GPUs" if gpus else "")
-        have = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs in all"
+        needed = f"{num_workers} x {cpus:g} CPUs" + (f" and {num_workers} x {gpus:g} GPUs" if gpus else "")
+        have = f"{sum(there['CPU']):g} CPUs and {sum(there['GPU']):g} GPUs in all"
         step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
-        raise ClusterError(Problem("resources", f"a trial needs {need}", have, next_step=step))
-    if sum(by_gpu) < sum(by_cpu):
-        reason = f"{all_gpus:g} GPUs, {gpus * num_workers:g} a trial"
-    else:
-        reason = f"{all_cpus:g} CPUs, {cpus * num_workers:g} a trial"
+        raise ClusterError(Problem("resources", f"a trial needs {needed}", have, next_step=step))
+    scarcest = min(need, key=lambda name: (num_trials(slots[name]), sum(slots[name])))
+    if num_trials(slots[scarcest]) == fitting:
+        need = {scarcest: need[scarcest]}  # the others do not matter
+    reason = _limit(fitting, need, there, num_workers, one_node)
     wanted = recipe.search.concurrency
     if wanted is not None and wanted <= fitting:
         fitting, reason = wanted, "search.concurrency"
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
+
+
+def num_fitting(name: str, amount: float, room: float) -> int:
+    """Returns how many workers fit on one node by one resource; exact, as Ray counts.
+
+    Args:
+        name: ``CPU``, ``GPU`` or another resource.
+        amount: Of each worker. A share of a GPU lies on one GPU.
+        room: What the node has.
+    """
+    part, whole = int(amount * UNITS), round(room * UNITS)
+    if name != "GPU" or part >= UNITS:
+        return whole // part
+    gpus, rest = divmod(whole, UNITS)
+    return gpus * (UNITS // part) + rest // part
+
+
+def amount_text(amount: float, name: str) -> str:
+    """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``."""
+    plural = "s" if name in ("CPU", "GPU") and amount != 1 else ""
+    return f"{amount:g} {name}{plural}"
+
+
+def _limit(
+    fitting: int, need: dict[str, float], there: dict[str, list[float]], num_workers: int, one_node: bool
+) -> str:
+    """Returns why no more trials fit.
+
+    Args:
+        fitting: How many do.
+        need: Of each worker, by the resources that limit them.
+        there: Of each node, by resource.
+        num_workers: As in ``Capacity``.
+        one_node: As in ``Capacity``.
+    """
+    if len(need) == 1:
+        [(name, amount)] = need.items()
+        total, part = sum(there[name]), int(amount * UNITS)
+        if round(total * UNITS) // (part * num_workers) == fitting:
+            return f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
+        if name == "GPU" and part < UNITS:
+            return f"{amount_text(total, name)}, {amount:g} a trial: {UNITS // part} on each"
+        there = {name: [room for room in there[name] if room]}  # a head node without GPUs explains nothing
+    rooms = [there[name] for name in need]
+    spans = " and ".join(_span(there[name], name) for name in need)
+    place = f"{len(rooms[0])} nodes with {spans}{' each' if all(len({*each}) == 1 for each in rooms) else ''}"
+    needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
+    each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
+    return (
+        f"{place}, {each} a trial on one node" if one_node else f"{place}, {num_workers} workers a trial, {each} each"
+    )
+
+
+def _span(rooms: list[float], name: str) -> str:
+    least, most = min(rooms), max(rooms)
+    return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"

@@ -38,6 +38,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class ConcurrencyChanged:
+    """From now on, another number of trainings runs at a time than ``Started`` said."""
+
+    concurrency: int
+    reason: str  # why not more at a time
+
+
+@dataclass(frozen=True)
 class TrialStarted:
     """A trial or baseline begins, or resumes when ``spec.attempt`` is above 1."""
 
@@ -89,6 +97,7 @@ Event = (
     | Preparing
     | Prepared
     | Started
+    | ConcurrencyChanged
     | TrialStarted
     | TrialEpoch
     | TrialFinished

@@ -34,9 +34,10 @@ from carft_ray.errors import (
     Problem,
     StorageError,
 )
+from carft_ray.launch.causes import explained, root_cause
 from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
 from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import host_memory
+from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
@@ -147,13 +148,13 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
 
-    It looks at most twice a second.
+    It looks at most twice a second. Where the disk does not answer, it goes on and asks again.
     """
     paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
 
     def should_stop() -> bool:
         if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = any(path.exists() for path in paths)
+            state["stopped"] = any(files.seen(path) for path in paths)
             state["next"] = time.monotonic() + STOP_CHECK_S
         return bool(state["stopped"])
 
@@ -164,19 +165,18 @@ def run_prepare(plan: Plan) -> dict[str, Any]:
     """Runs the preparation in a Ray task. It asks for what a worker gets, and uses all cores of its node.
 
     Raises:
-        CarftError: As the preparation raised it, or a ``ClusterError`` when its process died.
+        CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room = plan.capacity
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     try:
         metrics: dict[str, Any] = ray.get(task.remote(plan))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, CarftError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        cause = host_memory(str(error)) or str(error).strip()
-        raise ClusterError(Problem("preparation", "its process must stay alive", cause)) from error
+    except Exception as error:  # what cannot be pickled is refused in this process already
+        cause = getattr(error, "cause", error)  # as the preparation raised it
+        if isinstance(cause, CarftError):
+            raise cause from None
+        step = "Run it again with --debug to see where."
+        raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
     return metrics
 
 
@@ -196,7 +196,7 @@ def _check_visible(plan: Plan) -> None:
 
 def _not_visible(plan: Plan) -> Problem | None:
     """Returns the message that this node does not see the study; None where it does."""
-    if (plan.study_dir / MANIFEST).exists():
+    if files.exists(plan.study_dir / MANIFEST):
         return None
     rule = "must be seen by every node: a trial runs on any of them"
     step = "Put the study into a folder that all nodes share."
@@ -283,6 +283,8 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
             return True
         failure = sorted_out
         if failure.outcome == "lost":  # with the folder, perhaps: what was raised goes to Ray then
+            if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
+                raise
             try:
                 write_failure(folder, failure, details)
             except StorageError:
@@ -420,7 +422,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None, avoid: S
         avoid: Ray's names of nodes that are left out.
 
     Returns:
-        Why the group ended before its time, in one line, for an attempt that left no word; empty otherwise.
+        Why the group ended before its time, for an attempt that left no word (``causes.explained``); empty otherwise.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -447,7 +449,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None, avoid: S
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        return _dead_worker(error, spec, folder) or _cause(error, plan)
+        return _dead_worker(error, spec, folder) or _late(error, plan) or explained(error)
     return ""
 
 
@@ -472,9 +474,9 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
         return ""
     rank, alive = min(dead), read_alive(folder, spec.attempt)
     node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
-    text = str(getattr(dead[rank], "health_check_failure", dead[rank]))
-    why = host_memory(text) or " ".join(text.split())
-    reason = f"the process of rank {rank}{f' on {address}' if address else ''} has died: {why}"
+    cause = root_cause(dead[rank])
+    where = f"rank {rank}{f' on {address}' if address else ''}"
+    reason = cause if told_of_full_memory(cause) else f"{where}: {cause}"
     before = read_failure(folder, spec.attempt)
     if before is None or before.outcome in ("error", "lost"):
         details = "" if before is None else before.details or before.reason
@@ -483,16 +485,11 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
     return reason
 
 
-def _cause(error: Exception, plan: Plan) -> str:
-    """Returns the line that says something of Ray Train's error."""
-    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
-        room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
-        gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
-        what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
-        return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"
-    failures = getattr(error, "worker_failures", None) or {}
-    for each in (*failures.values(), error):
-        if found := host_memory(str(each)):
-            return found
-    text = str(next(iter(failures.values()), None) or error)
-    return next((line for line in reversed(text.strip().splitlines()) if line.strip()), type(error).__name__)
+def _late(error: Exception, plan: Plan) -> str:
+    """Returns that the workers of a group did not come in time; empty when they failed in another way."""
+    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+        return ""
+    room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
+    gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
+    what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
+    return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

@@ -89,7 +89,7 @@ def _device(recipe: Recipe) -> str:
 
 def _read(folder: Path) -> dict[str, int]:
     try:
-        found = json.loads((folder / FITS).read_bytes())
+        found = json.loads(files.retried(folder / FITS, (folder / FITS).read_bytes))
     except (FileNotFoundError, ValueError):
         return {}
     return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

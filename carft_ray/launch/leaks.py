@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from carft_ray import files
 from carft_ray.search.outcome import TrialSpec, read_alive
 
 TrialSpecKey = tuple[str, str, int]
@@ -71,7 +72,11 @@ class Leaks:
         """Removes what is known to be left behind; returns how many groups that were."""
         if not self._suspects:
             return 0
-        owned = {_key(spec): self._group(spec) for spec in live}
+        owned = None
+        with files.passing_faults():  # nothing is removed on half of the answers
+            owned = {_key(spec): self._group(spec) for spec in live}
+        if owned is None:
+            return 0
         now = self._groups()
         num_waiting = sum(not has_resources for has_resources in now.values())
         undecided, leaked = [], set()

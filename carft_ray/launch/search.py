@@ -16,6 +16,7 @@ from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Pre
 from carft_ray.launch.executors import Runner, make_plan, run_prepare
 from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.study_figure import figure_at_the_end
 from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
@@ -71,6 +72,8 @@ def run_search(
 ) -> SearchResult:
     """Runs a search to its end, or goes on with one.
 
+    ``best.yaml`` follows the best trial all the time; the figure is drawn at the end, however the search ends.
+
     When its budget is used up, running trainings are asked to write a checkpoint, and the search ends with its best.
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
 
@@ -110,15 +113,17 @@ def run_search(
         for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
-        if not ended and not study.done():
-            stop_path = study_dir / STOP
-            with interruptions_as(lambda: _interrupted(study, address), stop_path):
-                check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
-            with (
-                interruptions_as(lambda: _interrupted(study, address), stop_path),
-                running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
-            ):
-                ended = _run(study, base_dir, nodes, on_event, runner or Runner(), address, began)
+        with figure_at_the_end(study):
+            if not ended and not study.done():
+                stop_path = study_dir / STOP
+                with interruptions_as(lambda: _interrupted(study, address), stop_path):
+                    check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
+                with (
+                    interruptions_as(lambda: _interrupted(study, address), stop_path),
+                    running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
+                ):
+                    ended = _run(study, base_dir, nodes, on_event, runner or Runner(), address, began)
+            elapsed_s = time.monotonic() - began
         rows = study.rows()
         best = best_row(rows)
         set_aside = study.set_aside()
@@ -126,8 +131,7 @@ def run_search(
             raise _nothing_within_budget(study, ended, address)
         if best is None:
             raise set_aside_error(set_aside, _resume(study, address)) if set_aside else no_successful_trial(study, rows)
-        elapsed_s, num_new = time.monotonic() - began, _num_finished(study) - num_before
-        baselines = study.rows("baseline")
+        num_new, baselines = _num_finished(study) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
 

@@ -10,18 +10,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
 from carft_ray import files
-from carft_ray.errors import CarftError, ClusterError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.budget import used_up
+from carft_ray.launch.causes import error_of, explained, log_cause
 from carft_ray.launch.events import (
     BaselineFinished,
+    ConcurrencyChanged,
     Event,
     Note,
     Stopping,
@@ -31,7 +32,7 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.executors import end_process
-from carft_ray.launch.host_memory import host_memory, told_of_full_memory
+from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.recipe.schema import BudgetPart
 from carft_ray.search.folder import BUDGET_STOP, STOP
@@ -113,7 +114,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
     @property
     def stopped(self) -> bool:
         """Whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago."""
-        if not self._stopped and ((self.study.study_dir / STOP).exists() or self._budget_ends()):
+        if not self._stopped and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self._stopped = True
             self.on_event(Stopping(len(self._live), self.out_of_budget))
         return self._stopped
@@ -254,6 +255,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node
         if told_of_full_memory(reason) and self.concurrency > 1:
+            log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
             self._run_fewer(spec, reason)
             return
         what = self.study.lost(spec, reason, details)
@@ -277,6 +279,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         self.study.repeat(spec)
         text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
         self.on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
+        self.on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
@@ -288,7 +291,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.concurrency):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
-            kind = ClusterError if self._only_lost else NoSuccessfulTrialError
+            kind = MachineError if self._only_lost else NoSuccessfulTrialError
             raise kind(Problem("search", rule, next_step=step))
 
     def _give_up_if_hopeless(self) -> None:
@@ -305,11 +308,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
     def _error(self, trial_id: str) -> str:
-        """Returns the first line of what Tune knows of a failed trial; that its memory was full, where it says so."""
+        """Returns what Tune knows of a failed trial (``causes.explained``)."""
         trial = next((trial for trial in self.tune_trials if trial.trial_id == trial_id), None)
-        error = trial.get_pickled_error() if trial is not None else None
-        text = str(error or _written(trial)).strip()
-        return host_memory(text) or (text.splitlines()[0] if text else "")
+        return "" if trial is None else explained(error_of(trial))
 
 
 def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
@@ -322,17 +323,10 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
     [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
     row = next(row for row in failed if row.reason == reason)
     spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
-    step = f"See {spec.folder(study.study_dir) / LOG}."
+    log = spec.folder(study.study_dir) / LOG
+    step = f"See {log}." if log.exists() else ""
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
-
-
-def _written(trial: Any) -> str:
-    """Returns the text that Tune has written for a failed trial: its pickled error appears a little later."""
-    path = getattr(trial, "error_file", None)
-    if path is None or not Path(path).exists():
-        return ""
-    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
 
 
 class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
@@ -410,7 +404,9 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
 
     def _look_for_life(self, spec: TrialSpec) -> None:
         key, now = (spec.name, spec.attempt), time.monotonic()
-        alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, self._alive.get(key))
+        alive = self._alive.get(key)
+        with files.passing_faults():  # then nothing is new
+            alive = read_alive(spec.folder(self.searcher.study.study_dir), spec.attempt, alive)
         if alive:
             self._alive[key] = alive
             self.searcher.nodes[key] = sorted({node for node, _ in alive.nodes})

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError
 
 
 @contextlib.contextmanager
@@ -42,13 +42,14 @@ def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
 def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: Path) -> Iterator[None]:
     """Turns what a signal does to the block into ``interrupted()``: ``KeyboardInterrupt``, or a Ray that it ended too.
 
-    A ``ClusterError`` without the stop file has another cause and stays what it is.
+    A ``ClusterError`` without the stop file has another cause and stays what it is, and so does a ``MachineError``: the
+    search has written the file itself then.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise interrupted() from None
-    except ClusterError:
-        if not stop_path.exists():
+    except ClusterError as error:
+        if isinstance(error, MachineError) or not files.seen(stop_path):
             raise
         raise interrupted() from None

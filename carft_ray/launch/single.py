@@ -98,7 +98,7 @@ def train_once(
             zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
-            context = RunContext(progress=progress, report=report, should_stop=(out_dir / STOP).exists)
+            context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
             with stop_file_on_signal(out_dir / STOP):
                 result = _run(recipe, base_dir, out_dir, context, attempt, say)
         except StoppedRun as stopped:

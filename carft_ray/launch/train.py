@@ -1,5 +1,6 @@
 """One training by a group of Ray Train workers, for the ``train`` verb; the loop is that of the trials."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.causes import explained, log_cause
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.executors import (
     HEAD_ONLY,
@@ -19,14 +21,26 @@ from carft_ray.launch.executors import (
     run_nested,
     run_prepare,
 )
-from carft_ray.launch.host_memory import host_memory
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import ERROR, METRICS, TrialSpec, failure_error, read_failure, read_result
+from carft_ray.search.outcome import (
+    ERROR,
+    LOG,
+    METRICS,
+    TrialSpec,
+    failure_error,
+    progress_of,
+    read_alive,
+    read_failure,
+    read_result,
+)
+from carft_ray.search.study import LOST_ATTEMPTS
 
 LOOK_EVERY_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def _ignore(row: dict[str, float]) -> None:
@@ -41,6 +55,7 @@ def train_with_ray(
     resume_command: str = "",
     on_epoch: Callable[[dict[str, float]], None] = _ignore,
     runner: Runner | None = None,
+    lost: tuple[int, list[int]] = (0, [0, 0]),
 ) -> dict[str, Any]:
     """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or goes on with one.
 
@@ -52,13 +67,14 @@ def train_with_ray(
         resume_command: Shown after an interruption.
         on_epoch: Given the metrics of every epoch.
         runner: What is trained; by default ``evaluation.run``.
+        lost: Attempts in a row that a machine has ended without advancing, and how far they came (``progress_of``).
 
     Returns:
         Content of ``result.json``.
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
-        ClusterError: The workers could not start, or died.
+        ClusterError: The workers could not start, or died again and again without advancing.
         DivergedError, CarftError: As a worker raised it.
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
@@ -67,7 +83,7 @@ def train_with_ray(
     for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, and so had this number
         with files.writing(out_dir / stale):
             (out_dir / stale).unlink(missing_ok=True)
-    lost = ""
+    gone = ""
     try:
         with (
             interruptions_as(lambda: _interrupted(resume_command), out_dir / STOP),
@@ -78,7 +94,7 @@ def train_with_ray(
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
                 task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
-                lost = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
+                gone = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
     finally:
         shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
     result = read_result(out_dir)
@@ -87,15 +103,23 @@ def train_with_ray(
     failure = read_failure(out_dir, attempt)
     if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
         return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner)
-    if failure is not None:
+    if failure is not None and failure.outcome != "lost":
         raise failure_error(failure, "train", out_dir)
-    if (out_dir / STOP).exists():
+    if files.seen(out_dir / STOP):
         raise _interrupted(resume_command)
-    raise ClusterError(Problem("train", "its workers must stay alive", lost or "they ended without a word"))
+    gone = f"{failure.reason}\n{failure.details}" if failure else gone or "they ended without a word"
+    reason, now = log_cause(out_dir, attempt, gone), progress_of(out_dir)
+    number = 1 if now > lost[1] else lost[0] + 1
+    has_begun = failure is not None or read_alive(out_dir, attempt) is not None
+    if has_begun and number < LOST_ATTEMPTS:
+        logger.warning("the training gets another attempt: %s", reason)
+        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, (number, now))
+    step = f"Details are in {out_dir / LOG}."
+    raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
 
 
 def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str, float]], None]) -> str:
-    """Waits for a training and tells its epochs; returns why its workers were lost, if they were."""
+    """Waits for a training and tells its epochs; returns why it was lost (``causes.explained``), or nothing."""
     told = len(files.read_json_lines(metrics_path))
     while True:
         ready, _ = ray.wait([task], timeout=LOOK_EVERY_S)
@@ -107,7 +131,7 @@ def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str,
     try:
         return str(ray.get(task))
     except ray.exceptions.RayError as error:
-        return host_memory(str(error)) or str(error).strip().splitlines()[0]
+        return explained(error)
 
 
 def _interrupted(resume_command: str) -> InterruptedRunError:

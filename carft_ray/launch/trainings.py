@@ -8,7 +8,8 @@ from typing import Any
 
 from ray import tune
 
-from carft_ray.errors import StorageError
+from carft_ray.errors import CarftError, ClusterError, Problem
+from carft_ray.launch.causes import root_cause
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import RAY_FILES, Plan, tune_trainable
 from carft_ray.launch.host_memory import one_trial_dies
@@ -35,7 +36,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
         What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
 
     Raises:
-        CarftError: What ended the run before its time (``StudySearcher.failure``).
+        CarftError: What ended the run before its time (``StudySearcher.failure``); a ``ClusterError`` when it was Ray.
     """
     study_dir, room = study.study_dir, plan.capacity
     budget, gpus = None if began is None else study.recipe.budget, room.num_workers * room.gpus_per_worker
@@ -45,23 +46,27 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
     ray_files = study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
-    tuner = tune.Tuner(
-        tune_trainable(plan),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=-1,  # until the searcher says FINISHED
-            reuse_actors=True,
-            trial_name_creator=_tune_name,
-            trial_dirname_creator=_tune_name,
-        ),
-        run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
-    )
     try:
+        tuner = tune.Tuner(
+            tune_trainable(plan),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,  # until the searcher says FINISHED
+                reuse_actors=True,
+                trial_name_creator=_tune_name,
+                trial_dirname_creator=_tune_name,
+            ),
+            run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
+        )
         with stop_file_on_signal(study_dir / STOP), one_trial_dies():
             tuner.fit()
-    except (RuntimeError, StorageError):
-        if searcher.failure is None:
-            raise
+    except Exception as error:
+        if searcher.failure is None and not isinstance(error, CarftError):
+            step = "Run it again with --debug to see where."
+            problem = Problem("search", "Ray must run it to its end", root_cause(error), next_step=step)
+            searcher.failure = ClusterError(problem)
+            searcher.failure.__cause__ = error
+        searcher.failure = searcher.failure or error
     if not study.taken_over:
         shutil.rmtree(ray_files, ignore_errors=True)
     if searcher.failure is not None:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import ray
 
-from carft_ray.launch.cluster import Capacity
+from carft_ray.launch.cluster import UNITS, Capacity, amount_text, num_fitting
 
 Resources = Mapping[str, float]
-SMALL = 1e-6  # Ray counts in ten-thousandths
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,25 @@ def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[N
     """
     found = []
     for name, amount in need.items():
-        wanted = amount * num_workers
-        at_once = wanted if one_node else amount  # on one node
+        on_one = num_workers if one_node else 1
+        wanted, at_once = (amount_text(amount * number, name) for number in (num_workers, on_one))
         totals, free = ([room.get(name, 0.0) for room in rooms] for rooms in _rooms(nodes))
-        if sum(totals) < wanted - SMALL:
-            found.append(f"needs {_text(wanted, name)}, the cluster has {sum(totals):g}")
-        elif max(totals) < at_once - SMALL:
-            found.append(f"needs {_text(at_once, name)} on one node, the largest node has {max(totals):g}")
-        elif sum(free) < wanted - SMALL:
-            held = f"{sum(totals) - sum(free):g} of {_text(sum(totals), name)}"
-            found.append(f"needs {_text(wanted, name)}, and {held} are held by others")
-        elif max(free) < at_once - SMALL:
-            found.append(f"needs {_text(at_once, name)} on one node, the largest free node has {max(free):g}")
+        if _less(sum(totals), amount, num_workers):
+            found.append(f"needs {wanted}, the cluster has {sum(totals):g}")
+        elif _less(max(totals), amount, on_one):
+            found.append(f"needs {at_once} on one node, the largest node has {max(totals):g}")
+        elif _less(sum(free), amount, num_workers):
+            held = f"{sum(totals) - sum(free):g} of {amount_text(sum(totals), name)}"
+            found.append(f"needs {wanted}, and {held} are held by others")
+        elif _less(max(free), amount, on_one):
+            found.append(f"needs {at_once} on one node, the largest free node has {max(free):g}")
     if found:
         return "; ".join(found)
-    slots = [min(int((node.free.get(name, 0.0) + SMALL) // amount) for name, amount in need.items()) for node in nodes]
+    slots = [
+        min(num_fitting(name, amount, node.free.get(name, 0.0)) for name, amount in need.items()) for node in nodes
+    ]
     if (max(slots, default=0) if one_node else sum(slots)) < num_workers:
-        each = " and ".join(_text(amount, name) for name, amount in need.items())
+        each = " and ".join(amount_text(amount, name) for name, amount in need.items())
         return f"needs {num_workers} x ({each}){' on one node' if one_node else ''}, which are not free together"
     return ""
 
@@ -67,6 +68,6 @@ def _rooms(nodes: Sequence[Node]) -> tuple[list[Resources], list[Resources]]:
     return [node.total for node in nodes] or [{}], [node.free for node in nodes] or [{}]
 
 
-def _text(amount: float, name: str) -> str:
-    plural = "s" if name in ("CPU", "GPU") and amount != 1 else ""
-    return f"{amount:g} {name}{plural}"
+def _less(there: float, amount: float, number: int) -> bool:
+    """Tells whether so much is less than a number of equal amounts, as Ray counts."""
+    return round(there * UNITS) < int(amount * UNITS) * number

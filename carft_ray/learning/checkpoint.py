@@ -22,7 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import fsync_file, new_folder, remove_folder, write_text, writing
+from carft_ray.files import (
+    MACHINE_ERRNOS,
+    exists,
+    fsync_file,
+    new_folder,
+    remove_folder,
+    retried,
+    write_text,
+    writing,
+)
 
 FORMAT_VERSION = 1
 KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
@@ -74,7 +83,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         StorageError: It cannot be written; the checkpoints before it are untouched.
     """
     folder = checkpoint_dir / f"attempt-{attempt}" / f"step-{checkpoint.step:08d}"
-    if folder.exists():
+    if exists(folder):
         return folder
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +107,18 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
 
 
 def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Problem]]:
-    """Returns the newest valid checkpoint, if any, and a problem for each damaged one that was passed over."""
+    """Returns the newest valid checkpoint, if any, and a problem for each damaged one that was passed over.
+
+    Raises:
+        StorageError: A network disk does not answer, so it is not known which ones are damaged.
+    """
     problems: list[Problem] = []
     for _, folder in _folders(checkpoint_dir):
         try:
             return load_checkpoint(folder), problems
         except StorageError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in MACHINE_ERRNOS:
+                raise
             problems.extend(error.problems)
     return None, problems
 
@@ -112,8 +127,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads one checkpoint folder and verifies its hashes.
 
     Raises:
-        StorageError: It is incomplete, damaged, or of another format version.
+        StorageError: It is incomplete, damaged, or of another format version; or it cannot be read.
     """
+    try:
+        return retried(folder, lambda: _load(folder))
+    except OSError as error:
+        raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
+
+
+def _load(folder: Path) -> Checkpoint:
     try:
         content = json.loads((folder / "state.json").read_text())
         version, hashes = content["format_version"], content["sha256"]
@@ -128,8 +150,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 raise StorageError(_damaged(folder, f"a file {name} that does not match its hash"))
         weights, optimizer, *averages = (load_file(folder / name) for name in names)
         average = averages[0] if averages else {}
-    except OSError as error:
-        raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
     name = f"{folder.parent.name}/{folder.name}"

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -249,7 +249,7 @@ def fine_tune(
         values = _means_of_window(window, window_images, train.kl_weight, context)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             place = f"step {step} of {num_steps}"
-            raise DivergedError(Problem(place, "loss and gradient must stay finite", f"loss {values['loss']}"))
+            raise DivergedError(Problem(place, "loss and gradient must stay finite", _bad_first(values)))
         means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
         row = {"step": step, "num_steps": num_steps, "epoch": epoch, "learning_rate": learning_rate}
@@ -415,6 +415,12 @@ def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context:
         dist.all_reduce(window)
     ce, kl, entropy, grad_norm = (window / num_images).tolist()
     return {"loss": ce + kl_weight * kl, "ce": ce, "kl": kl, "context_entropy": entropy, "grad_norm": grad_norm}
+
+
+def _bad_first(values: Mapping[str, float]) -> str:
+    """Returns loss and gradient norm for a message, ``gradient norm inf; loss 23.92``: what is not finite first."""
+    named = {"loss": values["loss"], "gradient norm": values["grad_norm"]}
+    return "; ".join(f"{name} {named[name]:.4g}" for name in sorted(named, key=lambda name: math.isfinite(named[name])))
 
 
 def _stop_asked(context: RunContext, device: torch.device) -> bool:

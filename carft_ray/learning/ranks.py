@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from carft_ray.errors import CarftError, MachineError
+from carft_ray.files import MACHINE_ERRNOS
 from carft_ray.learning.context import RunContext
 
 T = TypeVar("T")
@@ -36,7 +37,9 @@ def from_rank_0(context: RunContext, make: Callable[[], T]) -> T:
         try:
             made[0] = make()
         except Exception as error:  # raised below, after the others have it
-            made[1] = error
+            cause = error.__cause__  # which does not travel
+            of_machine = isinstance(cause, OSError) and cause.errno in MACHINE_ERRNOS
+            made[1] = MachineError(str(error), 0) if of_machine else error
     dist.broadcast_object_list(made, src=0)
     if made[1] is not None:
         raise made[1]

@@ -71,8 +71,6 @@ def warnings(recipe: Recipe) -> list[str]:
 def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     train, search, space = recipe.train, recipe.search, recipe.search.space
     no_kl = train.kl_weight == 0 and "kl_weight" not in space
-    if recipe.storage is not None:
-        yield "storage", "has no effect in this version"
     if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
         yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:

@@ -185,9 +185,6 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         named["pretrained"] = absolute(model.pretrained)
     if model.name.startswith("local-dir:"):
         named["name"] = "local-dir:" + absolute(model.name.removeprefix("local-dir:"))
-    storage = recipe.storage
-    if storage is not None and "://" not in storage:
-        storage = absolute(storage)
     search = recipe.search.model_copy(
         update={"warm_start": tuple(absolute(source) for source in recipe.search.warm_start)}
     )
@@ -196,7 +193,6 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
             "data": data.model_copy(update=sets),
             "model": model.model_copy(update=named),
             "search": search,
-            "storage": storage,
         }
     )
 

@@ -44,6 +44,7 @@ NOT_SEARCHABLE = {
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
+LEAST_AMOUNT = 0.0001  # of a resource
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -375,3 +376,16 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
             next_step="Write executor: ray-train, or leave the executor out.",
             reads=(("resources", "executor"),),
         )
+    for key in ("cpus_per_worker", "gpus_per_worker"):
+        amount = getattr(resources, key)
+        if amount and amount < LEAST_AMOUNT:
+            rule = f"must be at least {LEAST_AMOUNT}, the least that Ray counts"
+            yield Finding(("resources", key), rule, shown(amount))
+    gpus, path = resources.gpus_per_worker or 0.0, ("resources", "gpus_per_worker")
+    if gpus > 1 and gpus != int(gpus):
+        step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
+        yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
+    elif LEAST_AMOUNT <= gpus < 1 and resources.num_workers > 1:
+        step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
+        rule = f"must be whole with {resources.num_workers} workers: NCCL wants a GPU for each of them"
+        yield Finding(path, rule, shown(gpus), next_step=step, reads=(("resources", "num_workers"),))

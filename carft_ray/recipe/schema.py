@@ -513,7 +513,6 @@ class Recipe(Part):
     evaluate: EvaluatePart = EvaluatePart()
     search: SearchPart = SearchPart()
     resources: ResourcesPart = ResourcesPart()
-    storage: str | None = None  # address that the study is mirrored to
     budget: BudgetPart = BudgetPart()
 
 

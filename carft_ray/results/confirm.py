@@ -39,7 +39,8 @@ class PlanRow:
         role: The winner, another of the top, or a baseline.
         training: Name of its trainings less the seed; None: the zero-shot model.
         alpha: Its mixing coefficient.
-        values: Over the recipe's ``train``, less seed and alpha.
+        values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
+            training is evaluated there and on the whole grid, at every point at which the trial may ever stand.
         objective: That of the search, one training on the study's seed.
     """
 
@@ -67,7 +68,7 @@ class Stage:
                 if row.training is not None:
                     # a row at alpha 1 needs no training of its own: alpha 1 is always measured
                     name = training_name(row.training, seed)
-                    found.setdefault(name, {**row.values, "alpha": row.alpha, "seed": seed})
+                    found.setdefault(name, {"alpha": row.alpha, **row.values, "seed": seed})
         return found
 
 
@@ -138,7 +139,8 @@ def plan(
     """Returns both stages as they stand after this call's wishes, and what is to be said about it.
 
     What an earlier call has asked for stays: rows are added and seeds appended. When the search has gone on and found a
-    better trial, that one is the winner now, and the earlier one a candidate.
+    better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may stand at
+    another point of its curve by now; the trainings that are there were evaluated at that one, too.
 
     Args:
         view: The study.
@@ -156,6 +158,9 @@ def plan(
     if first.winner != before.winner:
         notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
         second = None
+    for row, earlier in _moved(first, before):
+        notes.append(f"the search went on: {row.name} stood at alpha {earlier.alpha:.2f}, now at {row.alpha:.2f}")
+        second = None if row.role == "winner" else second
     names = {row.name for row in first.rows}
     kept = [_with_role(row, "candidate" if row.role == "winner" else row.role) for row in before.rows]
     rows = (*first.rows, *(row for row in kept if row.name not in names))
@@ -258,9 +263,17 @@ def _best_first(view: Overview) -> list[TrialRow]:
     return best_first(rows)
 
 
+def _moved(now: Stage, before: Stage) -> list[tuple[PlanRow, PlanRow]]:
+    """Returns the rows that stand at another alpha than before, each with its earlier one."""
+    earlier = {row.name: row for row in before.rows}
+    known = [(row, earlier[row.name]) for row in now.rows if row.name in earlier]
+    return [(row, old) for row, old in known if row.alpha != old.alpha]
+
+
 def _plan_row(row: TrialRow, role: Role) -> PlanRow:
     training = None if row.name == ZERO_SHOT else row.name
-    values = {name: value for name, value in row.values.items() if name not in ("alpha", "seed")}
+    left_out = ("seed",) if row.standing else ("alpha", "seed")
+    values = {name: value for name, value in row.values.items() if name not in left_out}
     return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
 
 
@@ -290,6 +303,7 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
     name = f"{other.study_dir.name} {best.name}"
     training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
     values = {key: value for key, value in values.items() if key not in ("alpha", "seed")}
+    values |= {"alpha": best.values.get("alpha", best.alpha)} if best.standing else {}
     return PlanRow(name, "baseline", training, best.alpha or 0.0, values, best.objective or 0.0)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,8 @@ from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.pareto import constraint_lines, front_data, front_lines
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.search.best import constraint_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
@@ -263,7 +265,11 @@ def status(overview: Overview) -> dict[str, Any]:
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front_data(overview.recipe, overview.trials),
-        "lines": [*front_lines(front_data(overview.recipe, overview.trials)), *constraint_lines(best)],
+        "lines": [
+            *front_lines(front_data(overview.recipe, overview.trials)),
+            *constraint_lines(best),
+            *_failure_lines(overview.trials),
+        ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
         "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
@@ -280,6 +286,12 @@ def status(overview: Overview) -> dict[str, Any]:
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
         },
     }
+
+
+def _failure_lines(rows: list[TrialRow]) -> list[str]:
+    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
+    reasons = Counter(row.reason for row in rows if row.outcome == "error")
+    return [f"{count} of {reasons.total()} errors: {reason}" for reason, count in reasons.most_common(1)]
 
 
 def _foretold(overview: Overview) -> dict[str, Any]:
@@ -384,7 +396,9 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    alive = read_alive(folder_of(study_dir, row), row.attempt)
+    alive = None
+    with files.passing_faults():
+        alive = read_alive(folder_of(study_dir, row), row.attempt)
     return None if alive is None else alive.began
 
 

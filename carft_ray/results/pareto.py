@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carft_ray.evaluation.constraints import Limit, limits
-from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.front import front_of, front_rule, points_of
 from carft_ray.search.outcome import TrialRow
@@ -72,11 +71,3 @@ def study_limits(recipe: Recipe, baselines: Sequence[TrialRow]) -> tuple[Limit, 
     """Returns the constraints of a study with their bounds, as its trials had them."""
     ids = {row.name: row.metrics["id_accuracy"] for row in baselines if row.outcome == "complete"}
     return limits(recipe.search.constraints, ids)
-
-
-def constraint_lines(best: TrialRow | None) -> list[str]:
-    """Returns a line that says plainly when not even the best trial meets the constraints."""
-    missed = violation_words(best.metrics) if best is not None else ""
-    if best is None or not missed:
-        return []
-    return [f"No trial meets all constraints; {best.name} misses them least: it {missed}."]

@@ -30,7 +30,7 @@ from carft_ray.results.confirm import CONFIRM
 from carft_ray.results.front_bootstrap import front_choice
 from carft_ray.results.intervals import headline, in_points, objective_difference
 from carft_ray.results.overview import Overview
-from carft_ray.results.pareto import constraint_lines, front_data, front_lines, mean_words, study_limits
+from carft_ray.results.pareto import front_data, front_lines, mean_words, study_limits
 from carft_ray.results.robustness import curve_line, robustness, robustness_lines
 from carft_ray.results.selection import (
     Correction,
@@ -42,6 +42,7 @@ from carft_ray.results.selection import (
     regret_table,
 )
 from carft_ray.results.stored import Stored, confirmed, found_analysis, found_beside, read_stored
+from carft_ray.search.best import constraint_lines
 from carft_ray.search.front import FrontRule
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow

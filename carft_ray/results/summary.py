@@ -1,27 +1,21 @@
-"""What a search has found, as data: rows for tables and JSON, ``best.yaml``, and the figure."""
+"""What a search has found, as data: rows for tables and JSON."""
 
-from pathlib import Path
 from typing import Any
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.files import write_text
 from carft_ray.launch.search import SearchResult
+from carft_ray.launch.study_figure import FIGURE_PNG
 from carft_ray.recipe.grid import num_trials
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.figure import Curve, Dot, id_ood_figure
 from carft_ray.results.foretold import foretold
 from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import row_dict
-from carft_ray.results.pareto import constraint_lines, front_data, front_lines, mean_words
+from carft_ray.results.pareto import front_data, front_lines, mean_words
 from carft_ray.results.stored import predictions_path
-from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.rows import ZERO_SHOT, best_first
-
-BEST = "best.yaml"
-FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
+from carft_ray.search.best import BEST, constraint_lines
+from carft_ray.search.outcome import TrialRow
+from carft_ray.search.rows import best_first
 
 
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
@@ -83,81 +77,3 @@ def _correct(recipe: Recipe, result: SearchResult, row: TrialRow) -> dict[str, B
     """Returns per validation set which images a row classifies right at its alpha, bool [1, N]."""
     table, spec = read_predictions(predictions_path(result.study_dir, row)), objective_spec(recipe)
     return {name: correct_matrix([(table, row.alpha or 0.0)], name) for name in (spec.id_set, *spec.ood_sets)}
-
-
-def write_best(recipe: Recipe, base_dir: Path, result: SearchResult) -> Path:
-    """Writes the best trial as a recipe that `train` runs, with its alpha fixed; returns its path.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    best = apply(recipe, {**result.best.values, "alpha": result.best.alpha})
-    path = result.study_dir / BEST
-    head = f"# The best trial of this study, {result.best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
-    head += "".join(f"# {line}\n" for line in constraint_lines(result.best))
-    if not recipe.data.ood_val:
-        head += "# Selected on ID only: the recipe has no ood_val.\n"
-    write_text(path, head + dump_recipe(best, base_dir))
-    return path
-
-
-def write_figure(recipe: Recipe, result: SearchResult) -> Path:
-    """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
-
-    Returns:
-        Path of the PNG; an SVG lies beside it.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    front = front_data(recipe, result.trials)
-    dots = [
-        Dot(
-            row.metrics["id_accuracy"],
-            row.metrics["ood_accuracy"],
-            row.values.get("kl_weight", recipe.train.kl_weight),
-            meets=not row.violation,
-        )
-        for row in result.trials
-        if "ood_accuracy" in row.metrics
-    ]
-    marks = {
-        row.name.replace("_", " "): (row.metrics["id_accuracy"], row.metrics["ood_accuracy"])
-        for row in sorted(result.baselines, key=lambda row: row.name != ZERO_SHOT)
-        if "ood_accuracy" in row.metrics
-    }
-    path, num_pruned = result.study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in result.trials)
-    id_ood_figure(
-        dots,
-        marks,
-        _curve(result),
-        path,
-        result.study_dir / FIGURE_SVG,
-        f"{recipe.name}: {len(dots)} trials" + (f", {num_pruned} more pruned" if num_pruned else ""),
-        synthetic=recipe.data.train.source == "sandbox",
-        kind=objective_spec(recipe).kind,
-        id_weight=recipe.search.objective.id_weight,
-        front=[(point["id_accuracy"], point["ood_accuracy"]) for point in front["points"]] if front else (),
-    )
-    return path
-
-
-def _curve(result: SearchResult) -> Curve | None:
-    content = read_result(result.study_dir / "trials" / result.best.name)
-    if content is None or "ood_accuracy" not in content["metrics"]:
-        return None
-    points, metrics, counts = content["curve"], result.best.metrics, content["num_images"]
-    ood = [name for name in counts if name not in ("train", "id_val")]
-    variances = {
-        name: a * (1 - a) / counts[name] for name in counts if (a := metrics.get(f"accuracy/{name}")) is not None
-    }
-    return Curve(
-        alphas=[point["alpha"] for point in points],
-        id_accuracies=[point["id_accuracy"] for point in points],
-        ood_accuracies=[point["ood_accuracy"] for point in points],
-        chosen_alpha=result.best.alpha or 0.0,
-        chosen_id_accuracy=metrics["id_accuracy"],
-        chosen_ood_accuracy=metrics["ood_accuracy"],
-        id_se=variances["id_val"] ** 0.5,
-        ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
-    )

@@ -38,7 +38,6 @@ _CUT = "it decides which trainings end early, and they are compared with those b
 CLASSES: dict[str, tuple[Class, str]] = {
     "format_version": ("identity", "the form of the folder"),
     "name": ("running", "for people; nothing is computed from it"),
-    "storage": ("running", "where a copy lies"),
     "model.name": ("identity", "the start of every training; a local folder may move, its weights are compared"),
     "model.pretrained": ("identity", "the start of every training; a file may move, its contents are compared"),
     "data.train": ("identity", "what is trained on"),

@@ -257,8 +257,11 @@ def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive 
         folder: Of the training.
         attempt: The attempt.
         known: What was read of this attempt before: the file is not opened again then, and its time alone asked for.
+
+    Raises:
+        OSError: A network disk does not answer; it is asked once.
     """
-    content = None if known else _read(folder / ALIVE)
+    content = None if known else _read_once(folder / ALIVE)
     if not known and (content is None or content.get("attempt") != attempt):
         return None
     try:
@@ -286,6 +289,10 @@ def append_log(folder: Path, text: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    return files.retried(path, lambda: _read_once(path))
+
+
+def _read_once(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

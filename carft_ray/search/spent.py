@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from carft_ray import files
 from carft_ray.recipe.schema import ResourcesPart
 from carft_ray.search.outcome import read_alive, read_result
 
@@ -33,7 +34,7 @@ def left_behind(folder: Path, attempt: int, resources: ResourcesPart) -> list[fl
         attempt: The attempt.
         resources: Of the recipe, for a training that came to its end.
     """
-    alive = read_alive(folder, attempt)
+    alive = files.retried(folder, lambda: read_alive(folder, attempt))
     if alive is not None:
         return [max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus]
     result = read_result(folder)

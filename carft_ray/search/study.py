@@ -41,6 +41,7 @@ from carft_ray.recipe.constraints import REFERENCES, constraint_names
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import front, pruning, space, trust, warm_start
+from carft_ray.search.best import write_best
 from carft_ray.search.folder import JOURNAL, PREPARED, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
@@ -71,6 +72,7 @@ from carft_ray.search.rows import (
     TRAINING_OF,
     ZERO_SHOT,
     best_first,
+    best_row,
     confirmations,
     is_training,
     looks_of,
@@ -115,7 +117,9 @@ class Study:
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
         self._looked: dict[int, pruning.Looked] | None = None  # trials with looks, once they were asked for
-        self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name
+        self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
+        self._knows_all = False  # whether they are of all trials, as they are once the study is adopted
+        self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 
     @property
     def taken_over(self) -> bool:
@@ -149,6 +153,8 @@ class Study:
         self._looked = None  # trials of another study may have some
         for row in self.rows("baseline") + [row_of("trial", trial) for trial in trainings(self._studies["trial"])]:
             self._retain(row)
+        self._knows_all = True
+        self._note_best()
         return told
 
     def adopt_confirm(self, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
@@ -235,7 +241,7 @@ class Study:
         if cut is not None and percent > cut.percent:
             return None
         mine, reason = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None
-        if cut is None and not (folder / RESULT).exists():
+        if cut is None and not files.exists(folder / RESULT):
             others = [trial for trial in known.values() if trial.number != spec.number]
             reason = pruning.cut_reason(pruner, study.study_name, mine, others)
             if reason is not None:
@@ -485,6 +491,8 @@ class Study:
             known[spec.number] = replace(known[spec.number], complete=True)
         row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
         self._retain(row)
+        if spec.kind == "trial":
+            self._note_best()
         return row
 
     def _retain(self, row: TrialRow) -> None:
@@ -502,12 +510,21 @@ class Study:
             _remove(spec.folder(self.study_dir) / WEIGHTS)
         elif row.kind == "trial":
             self._kept[row.name] = row
-            kept = list(self._kept.values())
+            kept = sorted(self._kept.values(), key=lambda each: each.number)  # of equal points the first one counts
             ranked = best_first(kept if self._rule is None else front.stand(kept, self._rule))
             for worse in ranked[self.recipe.search.keep_checkpoints :]:
                 if not worse.standing:
                     del self._kept[worse.name]
                     _remove(self.study_dir / "trials" / worse.name / WEIGHTS)
+
+    def _note_best(self) -> None:
+        """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
+        kept = sorted(self._kept.values(), key=lambda row: row.number) if self._knows_all else []
+        best = best_row(kept if self._rule is None else front.stand(kept, self._rule))
+        if best is not None and (best.name, best.alpha) != self._noted:
+            self._lease.check()
+            write_best(self.study_dir, self.resolved, best)
+            self._noted = best.name, best.alpha
 
     def _spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
         """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from carft_ray import files
 from carft_ray.evaluation.objective import ObjectiveKind, objective
-from carft_ray.results.labels import Label, place_labels
+from carft_ray.launch.labels import Label, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,185 @@
+"""``best.yaml`` and the figure: there, and of the trial that `status` names, however a search ends. No Ray runs."""
+
+import json
+import re
+
+import curve_stand_in
+import pytest
+import stand_in
+
+from carft_ray.errors import InterruptedRunError, StorageError
+from carft_ray.launch.search import run_search
+from carft_ray.launch.study_figure import FIGURE_PNG, FIGURE_SVG, figure_at_the_end
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.results.overview import read_study, status
+from carft_ray.search.best import BEST
+from carft_ray.search.lease import LEASE
+from carft_ray.search.outcome import Failure, write_failure
+from carft_ray.search.rows import best_row, trials
+from carft_ray.search.study import open_study
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    return (tmp_path / "study").resolve()
+
+
+def write_result(study_dir, spec, objective, **more):
+    folder = spec.folder(study_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"objective": objective, "id_accuracy": objective, "ood_accuracy": objective}
+    content = {"format_version": 1, "objective": objective, "alpha": 0.4, "metrics": metrics, **more}
+    (folder / "result.json").write_text(json.dumps(content))
+
+
+def in_file(study_dir):
+    """Name and alpha of the trial that best.yaml holds."""
+    text = (study_dir / BEST).read_text()
+    return re.match(r"# The best trial of this study, (\S+)\. ", text)[1], load_recipe(study_dir / BEST).train.alpha
+
+
+def in_study(study_dir):
+    best = best_row(trials(study_dir))
+    return best.name, best.alpha
+
+
+def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
+    with open_study(study_dir, stand_in.make_recipe(6), tmp_path) as study:
+        study.adopt()
+        for objective in (0.9, 0.2, 0.3, 0.1, 0.5, 0.5, 0.4):  # that of the baseline first, which is no trial
+            assert (study_dir / BEST).exists() == bool(study.rows() and study.rows()[0].outcome == "complete")
+            spec = study.next()
+            write_result(study_dir, spec, objective)
+            study.settle(spec)
+            if spec.kind == "trial":
+                assert in_file(study_dir) == in_study(study_dir)
+    best = best_row(trials(study_dir))
+    recipe = load_recipe(study_dir / BEST)
+    assert (best.number, recipe.train.learning_rate) == (3, best.values["learning_rate"])
+    assert recipe.train.alpha == 0.4
+
+
+def test_only_a_better_trial_changes_it(study_dir, tmp_path):
+    with open_study(study_dir, stand_in.make_recipe(3, baselines={}), tmp_path) as study:
+        study.adopt()
+        first, second, third = study.next(), study.next(), study.next()
+        write_result(study_dir, second, 0.5)
+        study.settle(second)
+        before = (study_dir / BEST).stat()
+        write_result(study_dir, first, 0.4)
+        study.settle(first)
+        third.folder(study_dir).mkdir(parents=True, exist_ok=True)
+        write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6), "")
+        study.settle(third)
+    with open_study(study_dir, stand_in.make_recipe(3, baselines={}), tmp_path) as study:
+        study.adopt()
+    assert (study_dir / BEST).stat() == before
+
+
+@pytest.mark.parametrize("left", ["nothing", "the one before"])
+def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp_path, left):
+    recipe = stand_in.make_recipe(2, baselines={})
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+        for objective in (0.3, 0.6):
+            before = (study_dir / BEST).read_bytes() if (study_dir / BEST).exists() else b""
+            spec = study.next()
+            write_result(study_dir, spec, objective)
+            study.settle(spec)
+    if left == "nothing":
+        (study_dir / BEST).unlink()
+    else:
+        (study_dir / BEST).write_bytes(before)
+        assert in_file(study_dir) != in_study(study_dir)
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+    assert in_file(study_dir) == in_study(study_dir)
+
+
+def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir, tmp_path):
+    recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
+    with open_study(study_dir, recipe, tmp_path) as study:
+        study.adopt()
+        study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
+        while curve_stand_in.run_all(study, 1):
+            seen.append(in_file(study_dir))
+            assert seen[-1] == in_study(study_dir)
+    assert len(set(seen)) > 1
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, tmp_path))
+    shown = status(read_study(study_dir))["best"]
+    assert (shown["name"], shown["alpha"]) == in_file(study_dir)
+
+
+def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(study_dir, tmp_path):
+    with open_study(study_dir, curve_stand_in.make_recipe(2, baselines={}), tmp_path) as study:
+        study.adopt()
+        first, second = study.next(), study.next()
+        for spec in (second, first):
+            write_result(study_dir, spec, 0.7, alpha=spec.values["alpha"])
+            (spec.folder(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
+            study.settle(spec)
+    assert in_file(study_dir) == in_study(study_dir) == (first.name, first.values["alpha"])
+    assert (first.folder(study_dir) / "fine_tuned.safetensors").exists()
+
+
+def finished(study_dir, base_dir, num=3):
+    """A finished study of a curve that can be drawn, without best.yaml and figure."""
+    recipe = curve_stand_in.make_recipe(num, baselines={})
+    with open_study(study_dir, recipe, base_dir) as study:
+        study.adopt()
+        study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
+        curve_stand_in.run_all(study)
+    (study_dir / BEST).unlink()
+    return recipe
+
+
+def figures(study_dir):
+    return {name for name in (FIGURE_PNG, FIGURE_SVG) if (study_dir / name).exists()}
+
+
+def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path):
+    recipe = finished(study_dir, tmp_path)
+    assert figures(study_dir) == set()
+    result = run_search(recipe, tmp_path, study_dir)  # nothing is left to do
+    assert in_file(study_dir) == (result.best.name, result.best.alpha)
+    assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
+
+
+@pytest.mark.parametrize("error", [InterruptedRunError("stopped"), ValueError("a bug"), KeyboardInterrupt()])
+def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
+    recipe = finished(study_dir, tmp_path)
+    with open_study(study_dir, recipe, tmp_path) as study:
+        with pytest.raises(type(error)) as raised, figure_at_the_end(study):
+            raise error
+        assert raised.value is error
+    assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
+
+
+def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(study_dir, tmp_path):
+    recipe = finished(study_dir, tmp_path)
+    (study_dir / FIGURE_PNG).mkdir()
+    with open_study(study_dir, recipe, tmp_path) as study:
+        with pytest.raises(InterruptedRunError), figure_at_the_end(study):
+            raise InterruptedRunError("stopped")
+        with pytest.raises(StorageError, match=FIGURE_PNG), figure_at_the_end(study):
+            pass
+
+
+def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
+    with open_study(study_dir, stand_in.make_recipe(2), tmp_path) as study:
+        study.adopt()
+        with figure_at_the_end(study):
+            pass
+    assert figures(study_dir) == set()
+
+
+def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
+    recipe = finished(study_dir, tmp_path)
+    with open_study(study_dir, recipe, tmp_path) as study:
+        (study_dir / LEASE).write_text(json.dumps({"host": "another", "pid": 1}))
+        with pytest.raises(StorageError, match="was taken over"):
+            study.adopt()
+        with pytest.raises(InterruptedRunError), figure_at_the_end(study):
+            raise InterruptedRunError("stopped")
+    assert not (study_dir / BEST).exists()
+    assert figures(study_dir) == set()

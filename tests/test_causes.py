@@ -1,0 +1,302 @@
+"""A failure has a cause: what ends a training before its own code runs is told in one line, and kept in its log."""
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import crash_host
+import pytest
+import ray
+import stand_in
+from ray.train import ControllerError, WorkerGroupError
+
+from carft_ray.errors import ClusterError
+from carft_ray.launch import searcher
+from carft_ray.launch.causes import LONGEST, error_of, explained, log_cause, root_cause
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.host_memory import told_of_full_memory
+from carft_ray.launch.search import run_search
+from carft_ray.launch.train import train_with_ray
+from carft_ray.search import study
+from carft_ray.search.identity import claim
+from carft_ray.search.rows import trials
+
+HERE = Path(__file__).parent
+NEVER = "ImportError: libnever.so.9: cannot open shared object file"
+LOCK = "TypeError: cannot pickle '_thread.lock' object"
+EXECUTORS = ["inline", "ray-train"]
+
+# texts as Ray 2.50 and 2.60 give them, shortened
+OF_A_TASK = """\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=17, ip=10.0.0.7, actor_id=1f, repr=nested_trial)
+  File "/site-packages/ray/tune/trainable/function_trainable.py", line 45, in <lambda>
+    self._last_result = training_func(config)
+                        ^^^^^^^^^^^^^^^^^^^^^
+  File "/site-packages/ray/tune/trainable/function_trainable.py", line 250, in run
+TypeError: FailureConfig.__init__() got an unexpected keyword argument 'controller_failure_limit'"""
+OF_AN_IMPORT = """The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+\tpid: 17640
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits\
+ unexpectedly. Worker exits with an exit code None. Traceback (most recent call last):
+  File "python/ray/_raylet.pyx", line 2198, in ray._raylet.execute_task
+RuntimeError: The actor with name ImplicitFunc failed to import on the worker. This may be because of:
+
+Traceback (most recent call last):
+  File "/home/me/mine.py", line 26, in <module>
+ImportError: libnever.so.9: cannot open shared object file
+
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "/site-packages/ray/_private/function_manager.py", line 657, in temporary_actor_method
+    raise RuntimeError(
+RuntimeError: The actor with name ImplicitFunc failed to import on the worker. This may be because of:
+
+Traceback (most recent call last):
+  File "/home/me/mine.py", line 26, in <module>
+ImportError: libnever.so.9: cannot open shared object file
+
+An unexpected internal error occurred while the worker was executing a task."""
+OF_A_DEATH = """The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker\
+ unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the OOM killer
+The actor never ran - it was cancelled before it started running."""
+OF_A_NODE = (
+    "The actor died unexpectedly before finishing this task.\n\tpid: 7\nThe actor died because its node has died."
+)
+OF_AN_ENVIRONMENT = """[Node 10.0.0.7] Traceback (most recent call last):
+  File "/site-packages/ray/_private/runtime_env/conda_utils.py", line 193, in get_conda_info_json
+FileNotFoundError: [Errno 2] No such file or directory: 'conda'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "/site-packages/ray/_private/runtime_env/conda_utils.py", line 195, in get_conda_info_json
+    raise ValueError(f"Could not find Conda executable at {conda_path}.")
+ValueError: Could not find Conda executable at conda.
+"""
+OF_AN_ARGUMENT = """\x1b[36mray::_prepare()\x1b[39m (pid=26150, ip=10.0.0.7)
+  At least one of the input arguments for this task could not be computed:
+ray.exceptions.RaySystemError: System error: libnever.so.9: cannot open shared object file
+traceback: Traceback (most recent call last):
+  File "/home/me/mine.py", line 26, in <module>
+ImportError: libnever.so.9: cannot open shared object file"""
+OF_MEMORY = """Task was killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 1f2e) was 27.63GB / 28.80GB (0.959), which exceeds the threshold of 0.95."""
+DIED = "its process died: Worker unexpectedly exits with a connection error code 2. End of file."
+
+
+def raised(error, under=None):
+    try:
+        raise error from under
+    except type(error) as caught:
+        return caught
+
+
+def task_error(cause, text='Traceback (most recent call last):\n  File "a.py", line 1, in f\nValueError: a\nsecond'):
+    return ray.exceptions.RayTaskError("f", text, cause, "ray::f", 7, "10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("", ""),
+        ("no route to node7", "no route to node7"),
+        (
+            OF_A_TASK,
+            "TypeError: FailureConfig.__init__() got an unexpected keyword argument 'controller_failure_limit'",
+        ),
+        (OF_AN_IMPORT, NEVER),
+        (OF_AN_ARGUMENT, NEVER),
+        (OF_A_DEATH, DIED),
+        (
+            OF_A_NODE,
+            "The actor died unexpectedly before finishing this task. The actor died because its node has died.",
+        ),
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first"),
+        (KeyError("key"), "KeyError: 'key'"),
+        (ValueError("\x1b[31mred\x1b[0m"), "ValueError: red"),
+        (raised(TypeError("Could not serialize"), TypeError("cannot pickle '_thread.lock' object")), LOCK),
+        (task_error(ValueError("a")), "ValueError: a"),
+        (raised(task_error(ValueError("a")).as_instanceof_cause()), "ValueError: a"),
+        (ray.exceptions.RayActorError(error_msg=OF_A_DEATH), DIED),
+        (raised(ray.exceptions.RayActorError(error_msg=OF_A_DEATH)), DIED),
+        (
+            ray.exceptions.RuntimeEnvSetupError(OF_AN_ENVIRONMENT),
+            "ValueError: Could not find Conda executable at conda.",
+        ),
+        (
+            ray.exceptions.RuntimeEnvSetupError("[Node 10.0.0.7] No space left."),
+            "RuntimeEnvSetupError: Failed to set up runtime environment. [Node 10.0.0.7] No space left.",
+        ),
+        (
+            ray.exceptions.WorkerCrashedError(),
+            "WorkerCrashedError: The worker died unexpectedly while executing this task.",
+        ),
+        (ControllerError(raised(task_error(ImportError("x"), OF_AN_ARGUMENT))), NEVER),
+        (ControllerError(RuntimeError("the controller")), "RuntimeError: the controller"),
+        (
+            WorkerGroupError("two", {0: ray.exceptions.RayActorError(error_msg=OF_A_DEATH), 1: ValueError("rank 1")}),
+            "ValueError: rank 1",
+        ),
+        (WorkerGroupError("one", {0: ray.exceptions.RayActorError(error_msg=OF_A_DEATH)}), DIED),
+    ],
+)
+def test_the_cause_is_the_exception_under_ray_s_wrappers_in_one_line(error, expected):
+    assert root_cause(error) == expected
+    assert explained(error).partition("\n")[0] == expected
+    assert "\x1b" not in explained(error)
+
+
+def test_full_memory_is_told_whichever_worker_had_none():
+    failures = {0: ValueError("rank 0"), 1: ray.exceptions.OutOfMemoryError(OF_MEMORY)}
+    for error in (WorkerGroupError("two", failures), ray.exceptions.OutOfMemoryError(OF_MEMORY), OF_MEMORY):
+        assert told_of_full_memory(root_cause(error))
+        assert "27.63GB of 28.80GB" in root_cause(error)
+
+
+def test_a_long_cause_is_shortened_and_whole_in_the_log(tmp_path):
+    error = RuntimeError("word " * 200)
+    assert len(root_cause(error)) == LONGEST
+    assert log_cause(tmp_path / "new", 2, explained(error)) == root_cause(error)
+    assert "attempt 2: lost: RuntimeError: word" in (tmp_path / "new" / "log.txt").read_text()
+    assert str(error).strip() in (tmp_path / "new" / "log.txt").read_text()
+
+
+def test_an_error_of_tune_is_its_pickle_or_its_text(tmp_path):
+    path = tmp_path / "error.txt"
+    trial = SimpleNamespace(get_pickled_error=lambda: None, error_file=str(path))
+    assert error_of(trial) == ""
+    path.write_text(f"Failure # 1 (occurred at 2026-01-01_00-00-00)\n{OF_A_TASK}\n")
+    assert root_cause(error_of(trial)).startswith("TypeError: FailureConfig")
+    trial.get_pickled_error = lambda: ValueError("pickled")
+    assert root_cause(error_of(trial)) == "ValueError: pickled"
+
+
+@pytest.fixture
+def bad_start(tmp_path, monkeypatch):
+    """Sets how trainings do not begin, and gives their Runner."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    monkeypatch.setenv("BAD_START_DRIVER", str(os.getpid()))
+    monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
+    # the first lost attempt sets the trial aside, and ends the search
+    monkeypatch.setattr(study, "LOST_ATTEMPTS", 1)
+    monkeypatch.setattr(searcher, "ATTEMPTS_TO_GIVE_UP", 1)
+    monkeypatch.setattr(searcher, "ATTEMPTS_PER_SLOT", 1)
+
+    def runner(mode, in_preparation=False):
+        monkeypatch.setenv("BAD_START", mode)
+        if in_preparation:
+            (tmp_path / "begins").touch()
+        module = importlib.import_module("bad_start")
+        return Runner(module.prepare, module.Train())
+
+    yield runner
+    sys.modules.pop("bad_start", None)
+
+
+def check_told(text):
+    """One line of a cause without terminal codes, and perhaps a next step; what is named as a path is there."""
+    assert "\x1b" not in text
+    assert "Traceback" not in text
+    assert len(text.splitlines()) <= 2, text
+    for path in re.findall(r"(?<![\w.])/[\w./-]*\w", text):
+        assert Path(path).exists(), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("executor", "mode", "start_s", "cause"),
+    [
+        ("inline", "raise", "", NEVER),
+        ("inline", "die", "", "its process died: Worker "),
+        ("ray-train", "raise_worker", "", NEVER),
+        ("ray-train", "die_worker", "", "WorkerGroupStartupFailedError: "),
+        ("ray-train", "none", "0.01", "1 workers with 1 CPUs each did not start within 0.01 s"),
+    ],
+)
+def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
+    tmp_path, bad_start, monkeypatch, capsys, executor, mode, start_s, cause
+):
+    if start_s:
+        monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start_s)
+    runner = bad_start(mode)
+    recipe = stand_in.make_recipe(2, baselines={}, concurrency=1, resources={"executor": executor})
+    study_dir = tmp_path / "study"
+    with pytest.raises(ClusterError) as caught:
+        run_search(recipe, tmp_path, study_dir, None, runner=runner)
+    assert cause in str(caught.value)
+    check_told(str(caught.value))
+    row = trials(study_dir)[0]
+    assert row.set_aside
+    assert row.reason.startswith(f"1 attempts in a row were lost and did not advance; the last: {cause}")
+    check_told(row.reason)
+    for words, told in (
+        (["ls", study_dir], f"set aside: {row.reason}"),
+        (["status", study_dir], f"set aside: {row.reason}"),
+        (["logs", study_dir, "0"], f"attempt 1: lost: {cause}"),
+    ):
+        capsys.readouterr()
+        assert crash_host.call([str(word) for word in words]) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown
+        assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start, executor):
+    recipe = stand_in.make_recipe(1, baselines={}, resources={"executor": executor})
+    with pytest.raises(ClusterError) as caught:
+        run_search(recipe, tmp_path, tmp_path / "study", None, runner=bad_start("pickle", in_preparation=True))
+    assert str(caught.value).startswith(f"preparation: must run to its end, but got {LOCK}\n")
+    check_told(str(caught.value))
+    assert not (tmp_path / "study").exists()
+
+    (tmp_path / "begins").unlink()
+    with pytest.raises(ClusterError) as caught:  # after the preparation, when Tune pickles it
+        run_search(recipe, tmp_path, tmp_path / "study", None, runner=bad_start("pickle"))
+    assert str(caught.value).startswith(f"search: Ray must run it to its end, but got {LOCK}\n")
+    check_told(str(caught.value))
+    assert not (tmp_path / "study" / "_tune").exists()
+    assert trials(tmp_path / "study") == []
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "cause"),
+    [
+        ("raise", NEVER),
+        ("die", "WorkerCrashedError: The worker died unexpectedly while executing this task."),
+        ("conda", "Conda executable"),
+    ],
+)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, monkeypatch, executor, mode, cause):
+    runner = bad_start(mode, in_preparation=True)
+    if mode == "conda":
+        monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", "bad_start.conda")
+    recipe = stand_in.make_recipe(1, resources={"executor": executor})
+    with pytest.raises(ClusterError, match="preparation: must run to its end, but got ") as caught:
+        run_search(recipe, tmp_path, tmp_path / "study", None, runner=runner)
+    assert cause in str(caught.value)
+    check_told(str(caught.value))
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
+    recipe = stand_in.make_recipe(resources={"executor": "ray-train"})
+    claim(tmp_path / "one", recipe, tmp_path)
+    with pytest.raises(ClusterError) as caught:
+        train_with_ray(recipe, tmp_path, tmp_path / "one", runner=bad_start("raise_worker"))
+    assert str(caught.value).startswith(f"train: its workers must stay alive, but got {NEVER}\n")
+    check_told(str(caught.value))
+    assert f"attempt 1: lost: {NEVER}" in (tmp_path / "one" / "log.txt").read_text()

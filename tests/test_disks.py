@@ -1,0 +1,158 @@
+"""A network disk that does not answer for a moment: no verdict on a training, and no end of a search."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from stand_in import make_recipe
+
+from carft_ray import files
+from carft_ray.errors import StorageError
+from carft_ray.launch import executors
+from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.searcher import StudySearcher, Watcher
+from carft_ray.learning.checkpoint import newest_checkpoint
+from carft_ray.search.outcome import TrialSpec, read_alive, read_failure, read_result
+from carft_ray.search.study import open_study
+
+BASE = Path(__file__).parent
+SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Gives a function: looking at, or opening, files of a name fails so many times from now on."""
+    left = {}
+    monkeypatch.setattr(files, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(files, "RETRY_FOR_S", 0.2)
+
+    def failing(plain):
+        def wrapped(path, *args, **kwargs):
+            number, times = left.get(path.name, (0, 0))
+            if times > 0:
+                left[path.name] = (number, times - 1)
+                raise OSError(number, os.strerror(number), str(path))
+            return plain(path, *args, **kwargs)
+
+        return wrapped
+
+    for name in ("stat", "open", "read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    return lambda name, times, number=errno.ESTALE: left.update({name: (number, times)})
+
+
+FOREVER = 10**6
+
+
+@pytest.mark.parametrize("number", files.MACHINE_ERRNOS, ids=errno.errorcode.get)
+def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error(disk, tmp_path, number):
+    path = tmp_path / "there"
+    path.write_text("x")
+    disk("there", 3, number)
+    assert files.exists(path)
+    disk("missing", 3, number)
+    assert not files.exists(tmp_path / "missing")
+    assert not files.exists(path / "below_a_file")
+    disk("there", FOREVER, number)
+    with pytest.raises(StorageError, match="must be readable") as raised:
+        files.exists(path)
+    assert raised.value.__cause__.errno == number
+    assert not files.seen(path)
+    disk("there", 0)
+    assert files.seen(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, number):
+    for read in (files.exists, files.seen, files.read_json_lines, lambda path: files.read_new_lines(path, 0)):
+        disk("file", 1, number)
+        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+            read(tmp_path / "file")
+        assert raised.value.errno == number
+
+
+def test_a_training_asks_for_its_stop_again_where_the_disk_does_not_answer(disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "STOP_CHECK_S", 0.0)
+    should_stop = executors.stop_reader(tmp_path, tmp_path / "trial")
+    (tmp_path / "stop").write_text("asked")
+    disk("stop", 1, errno.EIO)
+    assert [should_stop(), should_stop()] == [False, True]
+
+
+def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(disk, tmp_path):
+    content = {"format_version": 1, "objective": 0.5, "metrics": {}}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    (tmp_path / "error.json").write_text('{"attempt": 1, "outcome": "error", "reason": "why", "exit_code": 1}')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    for name in ("result.json", "error.json", "metrics.jsonl"):
+        disk(name, 2, errno.ETIMEDOUT)
+    assert read_result(tmp_path) == files.read_json(tmp_path / "result.json") == content
+    assert read_failure(tmp_path, 1).reason == "why"
+    assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
+    disk("result.json", FOREVER)
+    with pytest.raises(StorageError, match="must be readable"):
+        read_result(tmp_path)
+
+
+def test_lines_that_could_not_be_read_come_with_the_next_look(disk, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n')
+    rows, offset = files.read_new_lines(path, 0)
+    files.append_line(path, '{"epoch": 2}')
+    disk("metrics.jsonl", 1)
+    assert files.read_new_lines(path, offset) == ([], offset)
+    assert [row["epoch"] for row in rows + files.read_new_lines(path, offset)[0]] == [1, 2]
+
+
+def alive(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"attempt": 1, "pid": 1, "node_id": "", "group": "beef", "began": 1.0}
+    (folder / "alive.json").write_text(json.dumps(content))
+
+
+def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
+    events = []
+    with open_study(tmp_path / "study", make_recipe(2, baselines={}), BASE) as study:
+        study.adopt()
+        searcher = StudySearcher(study, 1, events.append)
+        watcher = Watcher(searcher)
+        trial = SimpleNamespace(trial_id="one", config=searcher.suggest("one"), status="RUNNING")
+        folder = TrialSpec(**trial.config["spec"]).folder(study.study_dir)
+        alive(folder)
+        watcher.on_trial_start(0, [trial], trial)
+        (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+        (study.study_dir / "stop").write_text("asked")
+        for name in ("stop", "alive.json", "metrics.jsonl"):
+            disk(name, FOREVER, errno.EHOSTDOWN)
+        watcher.on_step_begin(0, [trial])
+        assert not searcher.stopped
+        for name in ("stop", "alive.json", "metrics.jsonl"):
+            disk(name, 0)
+        assert searcher.stopped
+        assert searcher.failure is None
+
+
+def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
+    removed = []
+    leaks = Leaks(tmp_path, lambda: {"beef": True, "dead": True}, removed.append)
+    folder = SPEC.folder(tmp_path)
+    alive(folder)
+    leaks.suspect(TrialSpec("trial", 1, "t0001-abcd", {}, 1), [SPEC])
+    disk("alive.json", 1)
+    assert leaks.look([SPEC]) == 0
+    assert read_alive(folder, 1).group == "beef"
+    assert leaks.look([SPEC]) == 1
+    assert removed == ["dead"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over_as_damaged(disk, tmp_path):
+    folder = tmp_path / "attempt-1" / "step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path)[0] is None
+    disk("state.json", FOREVER)
+    with pytest.raises(StorageError, match="must be readable"):
+        newest_checkpoint(tmp_path)
