@@ -1,7 +1,7 @@
 """Kills everything that a search consists of, checks what is left, and prints a table: ``make kill-matrix``.
 
 Four searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
-One study is of real trainings: its ``confirm`` is killed.
+Two studies are of real trainings: the ``confirm`` of one and the workers of the other are killed.
 
     python tests/kill_matrix.py [--kills 10] [--times 2] [--seed N]
 
@@ -25,7 +25,9 @@ import short_training
 
 from carft_ray.search.rows import baselines, confirmations, trials
 
-NUM_CONFIRM_KILLS = 5
+NUM_CONFIRM_KILLS, NUM_WORKER_KILLS = 5, 6
+AT_A_TIME = {"inline": 32, "ray-train": 8}  # trainings on four nodes; a group of Ray Train has nine processes
+CALM = "numbers of one left in peace"
 HEADER = ("killed", "executor", "times", "outcome", "lost trials", "begun again", "seconds each")
 
 
@@ -52,9 +54,25 @@ def main(kills, times, seed):
         searches.kill_confirm(study_dir, folder, NUM_CONFIRM_KILLS, random.Random(seed))
         again = sum(each.attempt - 1 for each in confirmations(folder / "killed"))
         what = f"confirm of real trainings, killed {NUM_CONFIRM_KILLS} times"
-        told = "numbers of one left in peace"
-        rows.append((what, "inline", 1, told, 0, again, f"{time.monotonic() - began:.0f}"))
+        rows.append((what, "inline", 1, CALM, 0, again, f"{time.monotonic() - began:.0f}"))
         print(rows[-1], flush=True)
+        began, study_dir = time.monotonic(), folder / "workers" / "study"
+        searches.kill_workers(folder / "workers", NUM_WORKER_KILLS, random.Random(seed))
+        what = f"worker 0 and 1 of a real training in turn, {NUM_WORKER_KILLS} times"
+        rows.append(row(what, "ray-train", 1, [study_dir], began, CALM))
+        print(rows[-1], flush=True)
+        for executor, at_a_time in AT_A_TIME.items():
+            began, study_dir = time.monotonic(), folder / f"nodes-{executor}"
+            searches.write_modes(folder / "base", seconds=0.1)
+            searches.lose_nodes(executor, study_dir, folder / "base", at_a_time, at_a_time * 5 // 4)
+            what = f"two of four nodes with {at_a_time // 2} of {at_a_time} trainings, twice"
+            rows.append(row(what, executor, 1, [study_dir], began))
+            print(rows[-1], flush=True)
+            began, study_dir = time.monotonic(), folder / f"aside-{executor}"
+            searches.set_one_aside(executor, study_dir, folder / "base")
+            rows.append(row("one trial at each start: set aside, then resumed", executor, 1, [study_dir], began))
+            print(rows[-1], flush=True)
+        searches.write_modes(folder / "base", seconds=0.5)
         with searches.cluster() as cluster:
             for what, executor, name in (
                 ("training", "inline", "process of a training"),
@@ -73,12 +91,12 @@ def main(kills, times, seed):
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows))
 
 
-def row(what, executor, times, studies, began):
-    """Returns the cells of a table's row, for studies that ``check`` has passed."""
+def row(what, executor, times, studies, began, outcome="finished, as if undisturbed"):
+    """Returns the cells of a table's row, for studies that have passed their checks."""
     rows = [each for study in studies for each in trials(study) + baselines(study)]
     again = sum(each.attempt - 1 for each in rows)
     seconds = (time.monotonic() - began) / times
-    return what, executor, times, "finished, as if undisturbed", 0, again, f"{seconds:.0f}"
+    return what, executor, times, outcome, 0, again, f"{seconds:.0f}"
 
 
 if __name__ == "__main__":

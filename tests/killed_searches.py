@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from subprocess import PIPE
 
@@ -26,6 +28,18 @@ RESOURCES = {
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
 }
 EPOCHS = 4  # of search_driver.py
+# a cluster notices the loss of a node after a second
+SOON_LOST = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "2",
+}
+VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
+# real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
+STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "points": [VALUES], "baselines": {"calm": VALUES}}
+# calls of each place of struck.py in an epoch of them, at least; "curve" comes once, after the last epoch
+CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 1, "evaluation": 4, "checkpoint": 2}
+CURVE = 5
 TIMEOUT_S = 300
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
 NUM_MOMENTS = len(COURSE) + 1  # to kill a search: before any event, and after each; odd, as there are two executors
@@ -42,10 +56,20 @@ def write_modes(base_dir, **modes):
     (base_dir / "modes.json").write_text(json.dumps(modes))
 
 
-def driver(study_dir, base_dir, num_trials, executor="inline", address=None, auth=None, **resources):
+def driver(
+    study_dir,
+    base_dir,
+    num_trials,
+    executor="inline",
+    address=None,
+    auth=None,
+    search=(),
+    training="stand_in",
+    **resources,
+):
     """Starts a search in a process group of its own."""
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
-    command += [json.dumps({**RESOURCES[executor], **resources}), *([address] if address else [])]
+    command += [json.dumps({**RESOURCES[executor], **resources}), address or "", json.dumps(dict(search)), training]
     surroundings = environment(**(auth or {}))
     process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
@@ -120,6 +144,7 @@ def check(study_dir, num_trials, before=None):
     rows = trials(study_dir)
     assert [row.number for row in rows] == list(range(num_trials)), rows
     assert len({row.name for row in rows}) == num_trials
+    check_told_once(study_dir)
     assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
     assert sorted(row.name for row in baselines(study_dir)) == ["plain", "zero_shot"]
     now = results(study_dir)
@@ -137,6 +162,78 @@ def check(study_dir, num_trials, before=None):
     assert not (study_dir / "lease.json").exists()
 
 
+def check_told_once(study_dir):
+    """Raises when the journal ends a trial twice."""
+    lines = [json.loads(line) for line in (study_dir / "study.journal").read_text().splitlines()]
+    ended = Counter(line["trial_id"] for line in lines if line["op_code"] == 6 and line["state"] in (1, 2, 3))
+    assert set(ended.values()) == {1}, ended
+
+
+def write_strikes(base_dir, num_kills, rng):
+    """Plans the deaths of workers, rank 0 and 1 in turn, each in another place, the last in the alpha curve.
+
+    Every second one comes after a checkpoint of its attempt.
+
+    Returns:
+        The plan, as ``struck.py`` has it.
+    """
+    places = rng.sample(sorted(CALLS), num_kills - 1)
+    first = places.index("checkpoint") if "checkpoint" in places else rng.randrange(2)  # rank 0 writes it
+    plan = []
+    for number, place in enumerate([*places, "curve"]):
+        earlier = number % 2 * CALLS.get(place, 0)
+        strike = {
+            "rank": (first + number) % 2,
+            "place": place,
+            "calls": earlier + rng.randint(1, CALLS.get(place, CURVE)),
+        }
+        plan.append({**strike, "delay_s": rng.choice((0, rng.uniform(0, 0.03)))})
+    (base_dir / "strikes").mkdir(parents=True)
+    for number, strike in enumerate(plan, start=1):
+        (base_dir / "strikes" / f"{number:02d}.json").write_text(json.dumps(strike))
+    return plan
+
+
+def kill_workers(folder, num_kills, rng):
+    """Trains one trial for real with two workers that die so often, and the same in peace beside it; compares them.
+
+    Returns:
+        The plan of the deaths.
+    """
+    plan, study_dir = write_strikes(folder / "base", num_kills, rng), folder / "study"
+    print(*plan, sep="\n", flush=True)
+    process = driver(study_dir, folder / "base", 1, "ray-train", search=STRUCK, training="struck")
+    code, output = finish(process, TIMEOUT_S + 60 * num_kills)
+    assert code == 0, output
+    [row], calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
+    assert (row.outcome, calm.outcome) == ("complete", "complete"), row
+    assert list((folder / "base" / "strikes").glob("*.json")) == [], "planned, but not met"
+    assert row.attempt > num_kills
+    check_told_once(study_dir)
+    trial, baseline = study_dir / "trials" / row.name, study_dir / "baselines" / "calm"
+    for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
+        assert (trial / name).read_bytes() == (baseline / name).read_bytes(), name
+    assert numbers_of(trial) == numbers_of(baseline)
+    log = (trial / "log.txt").read_text()
+    dead = re.findall(r"lost: the process of rank (\d) .* has died", log)
+    assert list(map(int, dead)) == [strike["rank"] for strike in plan], log
+    for attempt in log.split(": starts on ")[1:]:  # what follows from a death stands below it
+        assert "Traceback" not in attempt.partition(": lost: ")[0], attempt
+    return plan
+
+
+def numbers_of(training):
+    """Returns the content of ``result.json`` and ``metrics.jsonl``, less how long things took."""
+    rows = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((training / "result.json").read_text())
+    return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
+
+
+def ended(process):
+    """Raises when a driver has ended, with what it printed."""
+    assert process.poll() is None, process.communicate()[0]
+
+
 def wait_until(condition, what, timeout_s=180):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -146,7 +243,7 @@ def wait_until(condition, what, timeout_s=180):
 
 
 @contextlib.contextmanager
-def cluster(num_cpus=2):
+def cluster(num_cpus=2, **settings):
     """Runs a Ray that stays alive, on ports of its own; yields its address and the environment that reaches it."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -155,13 +252,9 @@ def cluster(num_cpus=2):
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
     address = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
-        command += [f"--num-cpus={num_cpus}", "--include-dashboard=false", f"--temp-dir={folder}"]
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
         log = open(Path(folder) / "start.log", "w")  # noqa: SIM115
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(**auth, **quiet), start_new_session=True
-        )
+        process = start_node(num_cpus, head, log, **auth, **quiet, **settings)
         try:
             wait_until(lambda: answers(port) or process.poll() is not None, "the cluster starts")
             assert process.poll() is None, (Path(folder) / "start.log").read_text()
@@ -170,6 +263,21 @@ def cluster(num_cpus=2):
             os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would take half a minute
             process.wait()
             log.close()
+
+
+def start_node(num_cpus, options, log=subprocess.DEVNULL, **settings):
+    """Starts a node of a cluster in a process group of its own."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={num_cpus}", *options]
+    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment(**settings), start_new_session=True)
+
+
+def join(number, num_cpus, folder, address, auth):
+    """Adds so many nodes to a cluster, with their files in a folder; returns their processes."""
+    for _ in range(number):  # in one folder for all, nodes that start at the same time take each other's sockets
+        options = [f"--address={address}", f"--temp-dir={folder}/{len(_drivers)}"]
+        _drivers.append(start_node(num_cpus, options, **auth, **SOON_LOST))
+    return _drivers[len(_drivers) - number :]
 
 
 @contextlib.contextmanager
@@ -196,40 +304,40 @@ def answers(port):
     return False
 
 
-def created_groups(address, auth):
-    """Returns the placement groups of a cluster that hold resources, or wait for them, by asking in another process."""
+def asked(expression, address, auth):
+    """Returns the value of an expression with ``ray``, as JSON has it, by asking a cluster in another process."""
     code = (
         "import json, logging, sys, ray\n"
         "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
-        "groups = [g for g in ray.util.placement_group_table().values() if g['state'] != 'REMOVED']\n"
-        "left = ray.available_resources().get('CPU', 0)\n"
-        "print('GROUPS', json.dumps([[g['state'], str(g['bundles'])] for g in groups]), left)\n"
+        f"print('VALUE', json.dumps({expression}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, address], capture_output=True, text=True, env=environment(**auth), timeout=120
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("GROUPS ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("VALUE ")]
     assert lines, done.stdout + done.stderr
-    return json.loads(lines[-1].split(" ", 1)[1].rsplit(" ", 1)[0])
+    return json.loads(lines[-1].partition(" ")[2])
 
 
 def wait_for_no_groups(address, auth, timeout_s=60):
-    """Waits until no placement group is left; returns the seconds that it took."""
+    """Waits until no placement group holds resources or waits for them; returns the seconds that it took."""
+    table = "[[g['state'], str(g['bundles'])] for g in ray.util.placement_group_table().values()]"
     began = time.monotonic()
-    while groups := created_groups(address, auth):
+    while groups := [each for each in asked(table, address, auth) if each[0] != "REMOVED"]:
         assert time.monotonic() - began < timeout_s, f"placement groups left after {timeout_s} s: {groups}"
         time.sleep(1)
     return time.monotonic() - began
 
 
-def running_pid(study_dir, epoch=1):
-    """Returns the process of some training that has got so far, or 0."""
+def running_pids(study_dir, epoch=1):
+    """Returns the living processes of trainings that have got so far."""
+    found = []
     for path in study_dir.glob("*/*/alive.json"):
         with contextlib.suppress(OSError, ValueError):
-            metrics = path.with_name("metrics.jsonl")
-            if metrics.exists() and len(metrics.read_text().splitlines()) >= epoch:
-                return int(json.loads(path.read_text())["pid"])
-    return 0
+            pid, metrics = json.loads(path.read_text())["pid"], path.with_name("metrics.jsonl")
+            if len(metrics.read_text().splitlines()) >= epoch and Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def waiting_trial(worker_pid):
@@ -261,8 +369,7 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
         What the search printed that came to the end.
     """
     process = driver(study_dir, base_dir, 1, executor, *cluster)
-    pid = wait_until(lambda: running_pid(study_dir) or process.poll() is not None, "a training runs")
-    assert process.poll() is None, process.communicate()[0]
+    pid = wait_until(lambda: running_pids(study_dir) or ended(process), "a training runs")[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
@@ -276,6 +383,55 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     check(study_dir, 1, before)
     wait_for_no_groups(*cluster)
     return output
+
+
+def set_one_aside(executor, study_dir, base_dir):
+    """Searches for four trials, one of which dies at each start; the same command again, without the fault, ends it."""
+    write_modes(base_dir, seconds=0.05, **{"1": "die"})
+    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    assert code == 5, output
+    rows = trials(study_dir)
+    assert [row.outcome for row in rows] == ["complete", "running", "complete", "complete"], output
+    assert [row.number for row in rows if row.set_aside] == [1]
+    assert f"{rows[1].name}: is set aside: {rows[1].reason}" in output
+    assert "did not advance" in rows[1].reason
+    before = results(study_dir)
+    write_modes(base_dir, seconds=0.05)
+    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    assert code == 0, output
+    check(study_dir, 4, before)
+
+
+def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
+    """Searches on four nodes, half of which are killed twice; checks what follows.
+
+    The trainings wait for one another in their second epoch. Two new nodes join after the first loss, none after the
+    second.
+    """
+    (base_dir / "hold").touch()
+    slots = at_a_time // 4  # of a node
+    temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
+    with temporary as folder, cluster(0, **SOON_LOST) as reached:
+        nodes = join(4, slots, folder, *reached)
+        cpus = "ray.cluster_resources().get('CPU', 0)"
+        wait_until(lambda: asked(cpus, *reached) == at_a_time, "the nodes join")
+        resources = {"num_workers": 1, "cpus_per_worker": 1}
+        process = driver(study_dir, base_dir, num_trials, executor, *reached, **resources)
+        all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
+        half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
+        for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
+            wait_until(all_run, f"{at_a_time} trainings run", TIMEOUT_S)
+            for node in lost:
+                kill_group(node)
+            wait_until(half_run, f"{at_a_time // 2} trainings are lost")
+            join(new, slots, folder, *reached)
+        (base_dir / "hold").unlink()
+        code, output = finish(process, TIMEOUT_S + 10 * num_trials)
+        assert code == 0, output
+        check(study_dir, num_trials)
+        again = sum(row.attempt - 1 for row in trials(study_dir) + baselines(study_dir))
+        assert again == at_a_time, output
+        wait_for_no_groups(*reached)
 
 
 def confirm(study_dir):

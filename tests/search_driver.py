@@ -1,10 +1,13 @@
 """A search of stand-in trainings as a process of its own, for the tests that interrupt and kill it.
 
-    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS] [SEARCH as JSON]
+    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS] [SEARCH as JSON] [TRAINING]
+
+TRAINING is the module with ``prepare`` and ``train``, ``stand_in`` by default.
 
 Prints one line per event, and ends with the exit code of the error, as the command line does.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ import stand_in
 from carft_ray.errors import CarftError
 from carft_ray.launch.events import Note
 from carft_ray.launch.executors import Runner
-from carft_ray.launch.search import run_search
+from carft_ray.launch.search import run_search, set_aside_error
 
 
 def show(event):
@@ -23,11 +26,15 @@ def show(event):
     print(type(event).__name__, *told, flush=True)
 
 
-def main(study_dir, base_dir, trials, resources="{}", address="", search="{}"):
-    recipe = stand_in.make_recipe(int(trials), epochs=4, resources=json.loads(resources), **json.loads(search))
-    runner = Runner(stand_in.prepare, stand_in.train)
+def main(study_dir, base_dir, trials, resources="{}", address="", search="{}", training="stand_in"):
+    search = {"epochs": 4, **json.loads(search)}
+    recipe = stand_in.make_recipe(int(trials), resources=json.loads(resources), **search)
+    module = importlib.import_module(training)
+    runner = Runner(module.prepare, module.train)
     try:
         result = run_search(recipe, Path(base_dir), Path(study_dir), address or None, show, runner)
+        if result.set_aside:
+            raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code

@@ -1,7 +1,8 @@
 """A training without torch for the tests of search and launch; workers import it by name.
 
 Objective and failures depend on nothing but values and trial number. ``modes.json`` in the recipe's folder says which
-trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes.
+trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes. While a file ``hold`` is beside it
+no training gets further than its first epoch.
 """
 
 import json
@@ -25,11 +26,11 @@ def make_recipe(trials=8, epochs=2, **search):
         "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         "kl_weight": {"low": 0.1, "high": 10, "log": True},
     }
-    resources, evaluate = search.pop("resources", {}), search.pop("evaluate", {})
+    resources, evaluate, train = (search.pop(name, {}) for name in ("resources", "evaluate", "train"))
     return Recipe.model_validate(
         {
             "data": {"train": {**SANDBOX_SET, "split": "train"}, "id_val": {**SANDBOX_SET, "split": "val"}},
-            "train": {"epochs": epochs},
+            "train": {"epochs": epochs, **train},
             "search": {"trials": trials, "space": space, "baselines": {"plain": {"kl_weight": 0}}, **search},
             "resources": resources,
             "evaluate": evaluate,
@@ -74,6 +75,8 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
+        while epoch > 1 and (base_dir / "hold").exists() and not context.should_stop():
+            time.sleep(0.1)
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
             if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):

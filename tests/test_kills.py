@@ -98,3 +98,12 @@ def test_a_training_that_hangs_is_ended_and_named(tmp_path, base_dir, cluster):
     assert f"Note {name} hangs: no step for 3 s (resources.hang_timeout_s); process " in output
     searches.check(study_dir, 2)
     assert time.monotonic() - began < 120
+
+
+def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path, base_dir):
+    searches.write_modes(base_dir, seconds=0.1)
+    searches.lose_nodes("inline", tmp_path / "study", base_dir, 8, 10)
+
+
+def test_a_trial_that_never_advances_is_set_aside_and_the_same_command_again_trains_it(tmp_path, base_dir):
+    searches.set_one_aside("inline", tmp_path / "study", base_dir)

@@ -1,0 +1,78 @@
+"""A real training whose workers kill themselves at planned moments; workers import it by name.
+
+``strikes`` in the recipe's folder holds a file for each kill, ``01.json``, ``02.json``: the worker of ``rank`` dies at
+the ``calls``-th call of ``place`` in its attempt, or ``delay_s`` later. Baselines are left in peace. The first file
+that is left holds, from the attempt of its number on: what outlives a kill in the same attempt dies of that kill alone.
+A file is renamed before its kill, so that no kill comes twice.
+"""
+
+import contextlib
+import json
+import os
+import pkgutil
+import signal
+import threading
+from collections import Counter
+from unittest import mock
+
+from carft_ray.launch import executors
+
+prepare = executors.prepare
+PLACES = {
+    "all_reduce": "torch.distributed.all_reduce",  # the means of a window
+    "broadcast": "torch.distributed.broadcast",  # rank 1 waits in it while rank 0 writes a checkpoint
+    "checkpoint": "carft_ray.learning.checkpoint.save_tensors",  # rank 0 alone; twice for each
+}
+
+
+def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+    calls, state = Counter(), {"evaluated": "curve"}
+
+    def at(place):
+        calls[place] += 1
+        path = min((base_dir / "strikes").glob("*.json"), default=None)
+        if path is None or int(path.stem) > attempt or out_dir.parent.name != "trials":
+            return
+        strike = json.loads(path.read_text())
+        if (strike["rank"], strike["place"], strike["calls"]) == (context.rank, place, calls[place]):
+            path.rename(path.with_suffix(".done"))
+            end = threading.Timer(strike["delay_s"], os.kill, (os.getpid(), signal.SIGKILL))
+            end.run() if strike["delay_s"] == 0 else end.start()
+
+    def replaced(target, make):
+        return mock.patch(target, make(pkgutil.resolve_name(target)))
+
+    def counted(place):
+        def make(real):
+            def call(*args, **kwargs):
+                at(place())
+                return real(*args, **kwargs)
+
+            return call
+
+        return make
+
+    def fine_tuning(real):
+        def call(*args, **kwargs):
+            state["evaluated"] = "evaluation"
+            result = real(*args, **kwargs)
+            state["evaluated"] = "curve"
+            return result
+
+        return call
+
+    def hooking(real):
+        def call(model, *args, **kwargs):
+            real(model, *args, **kwargs)
+            parameters = [each for each in model.parameters() if each.requires_grad]
+            parameters[len(parameters) // 2].register_hook(lambda gradient: at("backward"))
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for place, target in PLACES.items():
+            patches.enter_context(replaced(target, counted(lambda place=place: place)))
+        patches.enter_context(replaced("carft_ray.evaluation.run.predict_mixed", counted(lambda: state["evaluated"])))
+        patches.enter_context(replaced("carft_ray.evaluation.run.fine_tune", fine_tuning))
+        patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
+        return executors.train(recipe, base_dir, out_dir, prepared_dir, context, attempt)
