@@ -224,7 +224,7 @@ def in_child(code, *arguments):
     text = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_arrays import *\n" + textwrap.dedent(code)
     command = [sys.executable, "-c", text, str(Path(__file__).parent), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

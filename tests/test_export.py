@@ -138,7 +138,7 @@ def stock_counts(exports, images):
     words = [f"{folder}:{LIBRARIES[name]}" for folder, name in exports]
     command = [sys.executable, "-W", "ignore", "-c", STOCK, str(images), *words]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=images, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=images, timeout=600)
     assert done.returncode == 0, done.stderr
     counts, others = done.stdout.splitlines()
     assert others == "[]"
@@ -385,7 +385,7 @@ def clip_benchmark(export, set_name, root):
     words = ["eval", "--dataset", f"wds/{set_name}", "--dataset_root", str(root), "--task", "zeroshot_classification"]
     words += ["--model", f"local-dir:{export}", "--pretrained", "", "--no_amp", "--num_workers", "0", "--quiet"]
     command = [sys.executable, "-W", "ignore", "-c", code, *words, "--output", str(root / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((root / "found.json").read_text())["metrics"]
 
