@@ -149,7 +149,7 @@ def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path
 def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
     recipe = finished(study_dir, tmp_path)
     with open_study(study_dir, recipe, tmp_path) as study:
-        with pytest.raises(type(error)) as raised, figure_at_the_end(study):
+        with pytest.raises(type(error)) as raised, figure_at_the_end(study, 0):
             raise error
         assert raised.value is error
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
@@ -159,16 +159,16 @@ def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(
     recipe = finished(study_dir, tmp_path)
     (study_dir / FIGURE_PNG).mkdir()
     with open_study(study_dir, recipe, tmp_path) as study:
-        with pytest.raises(InterruptedRunError), figure_at_the_end(study):
+        with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")
-        with pytest.raises(StorageError, match=FIGURE_PNG), figure_at_the_end(study):
+        with pytest.raises(StorageError, match=FIGURE_PNG), figure_at_the_end(study, 0):
             pass
 
 
 def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(2), tmp_path) as study:
         study.adopt()
-        with figure_at_the_end(study):
+        with figure_at_the_end(study, 0):
             pass
     assert figures(study_dir) == set()
 
@@ -179,7 +179,7 @@ def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
         (study_dir / LEASE).write_text(json.dumps({"host": "another", "pid": 1}))
         with pytest.raises(StorageError, match="was taken over"):
             study.adopt()
-        with pytest.raises(InterruptedRunError), figure_at_the_end(study):
+        with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")
     assert not (study_dir / BEST).exists()
     assert figures(study_dir) == set()

@@ -266,12 +266,11 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
         study.adopt()
         study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
-        diverged, lost = study.next(), study.next()
-        diverged.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(diverged.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
-        study.settle(diverged)
-        while study.lost(lost, "killed") is None:
-            lost = study.next()
+        for outcome, attempts in (("diverged", 1), ("error", 2)):
+            for attempt in range(1, attempts + 1):
+                spec = study.next()
+                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6), "Traceback ...")
+                study.settle(spec)
     found = [trial.constraints for trial in told(study_dir)]
     assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
     assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]
@@ -284,7 +283,8 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     assert best.violation == min(missed)
     answer = listing(read_study(study_dir))
     assert answer["trials"][0]["violations"]["id_drop/zero_shot"] == best.metrics["violation/id_drop/zero_shot"]
-    assert (status(read_study(study_dir))["lines"] == []) == (min(missed) == 0)
+    lines = status(read_study(study_dir))["lines"]
+    assert (lines == ["1 of 1 errors: nan"]) == (min(missed) == 0)
 
 
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):

@@ -208,7 +208,15 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
     assert (trial.state, trial.constraints) == (TrialState.PRUNED, {"trained": -1.0})
     assert trial.intermediate_values == {33: 0.5}
     view = read_study(study_dir)
-    assert view.counts() == {"complete": 1, "pruned": 1, "diverged": 0, "error": 0, "running": 0, "waiting": 0}
+    assert view.counts() == {
+        "complete": 1,
+        "pruned": 1,
+        "diverged": 0,
+        "error": 0,
+        "running": 0,
+        "waiting": 0,
+        "set_aside": 0,
+    }
     assert view.num_finished == 2
 
 

@@ -147,7 +147,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     code, out, err = run("status", "first", "--json")
     answer = json.loads(out)
     assert (code, err) == (0, "")
-    assert answer["trials"] == {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 1}
+    found = {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 1, "set_aside": 0}
+    assert answer["trials"] == found
     assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
     assert answer["best"]["name"] == named(here / "first", 1)
     assert answer["best"]["objective"] == 0.7

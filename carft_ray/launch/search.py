@@ -113,7 +113,7 @@ def run_search(
         for row in told:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
-        with figure_at_the_end(study):
+        with figure_at_the_end(study, num_before):
             if not ended and not study.done():
                 stop_path = study_dir / STOP
                 with interruptions_as(lambda: _interrupted(study, address), stop_path):

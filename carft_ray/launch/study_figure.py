@@ -16,11 +16,15 @@ FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
 
 
 @contextlib.contextmanager
-def figure_at_the_end(study: Study) -> Iterator[None]:
+def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
     """Draws the figure of a study when the block ends, by an error or an interruption too.
 
     Nothing is drawn before a trial is complete, or once another process has taken the study over. What has ended the
     block comes before what goes wrong with the figure.
+
+    Args:
+        study: The study.
+        num_before: Trials that were finished before this search; an error before another one is draws nothing.
 
     Raises:
         StorageError: The figure cannot be written.
@@ -29,7 +33,8 @@ def figure_at_the_end(study: Study) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            _draw(study)
+            if sum(row.outcome != "running" for row in study.rows()) > num_before:
+                _draw(study)
         raise
     _draw(study)
 
