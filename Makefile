@@ -10,7 +10,12 @@ JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: quickstart test test-fast kill-matrix lint format clean
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
+# a search of seconds, to see that its parts work together
+SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
+
+.PHONY: quickstart test test-fast test-oldest kill-matrix lint format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -36,6 +41,26 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
+# the lower bounds of pyproject.toml, in an environment of their own: the fast tests, exports, a search with
+# each executor; minutes, and some 8 GB of packages where torch is one for CUDA
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
+	@echo "Installing the oldest releases that pyproject.toml allows into $(OLDEST), a few minutes."
+	@$(OLDEST_PIP) install --upgrade 'pip>=25.1'
+	@$(if $(TORCH_INDEX),$(OLDEST_PIP) install -c $(OLDEST)/constraints.txt torch torchvision --index-url $(TORCH_INDEX))
+	@$(OLDEST_PIP) install -c $(OLDEST)/constraints.txt -e '.[dashboard,hf,onnx]' --group dev
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
+	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) tests/test_export.py
+	@rm -rf $(OLDEST)/tried
+	@for way in inline ray-train; do \
+		$(OLDEST)/bin/carft-ray search search_spaces/quickstart.yaml --executor $$way $(SHORT) \
+			--study $(OLDEST)/tried/$$way || exit 1; \
+	done
+
 # ten kills of one study, five of a confirm and ten others over a real Ray, and four long searches of all fates:
 # some 35 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev
@@ -51,4 +76,4 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

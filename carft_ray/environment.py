@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import __version__
+from carft_ray.errors import Problem
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 GIT_TIMEOUT_S = 5.0
@@ -85,6 +86,44 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
+    """Returns which installed libraries are older than carft-ray needs, and which are newer than it was run with.
+
+    The ranges are those of the installed carft-ray, so those of its pyproject.toml. A library that is not installed is
+    passed over, and so is everything where carft-ray itself is not installed. A build of one's own counts as the
+    release that it leads to (2.9.0a0+git as 2.9.0).
+
+    Args:
+        extra: Look at the requirements of this extra, not at those of every installation.
+    """
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("carft-ray") or ()]
+    except metadata.PackageNotFoundError:
+        return [], []
+    older: list[Problem] = []
+    newer: list[Problem] = []
+    for each in wanted:
+        if not (not extra if each.marker is None else each.marker.evaluate({"extra": extra})):
+            continue
+        try:
+            version = metadata.version(each.name)
+            release = Version(version).base_version
+        except (metadata.PackageNotFoundError, InvalidVersion):
+            continue
+        broken = [one for one in each.specifier if not one.contains(release)]
+        if broken:
+            ranges = ",".join(sorted(map(str, each.specifier), reverse=True))  # the lower bound first
+            extras = f"[{','.join(sorted(each.extras))}]" if each.extras else ""
+            command = f"pip install '{each.name}{extras}{ranges}'"
+            is_newer = all(one.operator.startswith("<") for one in broken)
+            rule = f"carft-ray was run with {ranges} only" if is_newer else f"carft-ray needs {ranges}"
+            (newer if is_newer else older).append(Problem(f"{each.name} {version}", f"{rule}; run: {command}"))
+    return older, newer
 
 
 def hardware() -> dict[str, Any]:

@@ -4,8 +4,10 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import stand_in
 from ray.tune.search import Searcher
 from stand_in import make_recipe
@@ -14,7 +16,7 @@ from test_searcher import BASE, Tune
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
-from carft_ray.launch.events import Stopping
+from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.launch.searcher import StudySearcher
@@ -105,7 +107,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
     os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     tune.finish(first)
-    assert tune.searcher.longest_end_s == pytest.approx(100, abs=2)
+    assert 99 < tune.searcher.longest_end_s < 200  # 100, and what passed meanwhile
     tune.searcher._began_search -= 3600 - LEAST_MARGIN_S - 98
     assert tune.searcher.stopped
 
@@ -118,10 +120,10 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
     first_search.finish(trial)
     first_search.die(other)  # it gets another attempt, but its time is gone
     study = first_search.searcher.study
-    assert study.gpu_seconds() == pytest.approx(2 * 2 * 600, abs=5)
+    assert 2 * 2 * 600 <= study.gpu_seconds() < 2 * 2 * 650  # and what passed meanwhile
     read = overview.read_study(study.study_dir)
     assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
-    assert overview.status(read)["budget"]["gpu_hours_used"] == pytest.approx(2 * 2 / 6, abs=0.01)
+    assert overview.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
 
     second = tune(gpu_hours=1)
     again = second.start()
@@ -165,19 +167,23 @@ def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_search_ends_within_its_wall_time_with_its_best_and_is_finished_by_another(tmp_path, monkeypatch):
+def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_by_another(tmp_path, monkeypatch):
+    ahead = [0]  # seconds that the clock of the search is set ahead once a trial is complete
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("carft_ray.launch.searcher.time", clock)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.4}))
     study_dir, runner = tmp_path / "study", Runner(stand_in.prepare, stand_in.train)
     recipe = make_recipe(400, epochs=3, concurrency=2)
-    began = time.monotonic()
-    limited = budgeted(recipe, wall_time=40)  # of which a busy machine needs half to start Ray
-    result = run_search(limited, tmp_path, study_dir, None, runner=runner)
-    assert time.monotonic() - began < 40
-    assert result.out_of_budget == "the wall time is used up (budget.wall_time, 40 s)"
+
+    def used(event):
+        ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
+
+    result = run_search(budgeted(recipe, wall_time=3600), tmp_path, study_dir, None, used, runner)
+    assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert result.best.outcome == "complete"
     finished = [row for row in result.trials if row.outcome == "complete"]
-    assert 1 <= len(finished) < 400
+    assert 1 <= len(finished) <= 2 * recipe.search.concurrency
     assert result.best.name in (study_dir / "best.yaml").read_text().splitlines()[0]
     assert (study_dir / "figure.png").exists()
     assert all(row.spent_s > 0 for row in finished)
@@ -192,7 +198,8 @@ def test_a_search_ends_within_its_wall_time_with_its_best_and_is_finished_by_ano
     assert not (study_dir / "stop").exists()
 
 
-def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path):
+def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
     with open_study(study_dir, recipe, BASE) as study:
         study.adopt()
@@ -200,10 +207,8 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path):
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     with pytest.raises(BudgetError, match="1 GPU hours are used") as nothing:
         run_search(recipe, BASE, study_dir, None)
     assert nothing.value.exit_code == 7
     assert "no trial is complete" in str(nothing.value)
     assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)
-    assert time.monotonic() - began < 3

@@ -383,7 +383,7 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
             "--cache: elsewhere must be the folder of a cache, but got no such",
         ),
         (["ls", "--cache", "recipe.yaml"], "--cache: recipe.yaml must be the folder of a cache, but got a file"),
-        (["clean", "--to-gb", "-1"], "greater than or equal to 0"),
+        (["clean", "--to-gb", "-1"], "Invalid value for '--to-gb'"),
     ],
 )
 def test_a_mistake_gives_one_message_exit_code_2_and_removes_nothing(run, filled, words, message):

@@ -15,7 +15,7 @@ import pytest
 import short_sealed
 import short_training
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

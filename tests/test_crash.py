@@ -17,7 +17,7 @@ NUM_SECOND_KILLS = 8
 FILE_SIZES = [1 << power for power in range(8, 19)]  # bytes; the whole training needs files of up to 130 kB
 SMALL_BATCHES = ["--set", "train.batch_size=1"]  # 20 steps an epoch: an interruption falls inside one
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def server(log, program, *words):
         data = None if content is None else json.dumps(content).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
     with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
@@ -69,7 +69,7 @@ def server(log, program, *words):
             process.terminate()
 
 
-def answered(ask, process, log, timeout_s=60):
+def answered(ask, process, log, timeout_s=200):
     """Asks until there is an answer: a server needs some seconds to begin."""
     end = time.monotonic() + timeout_s
     while True:
@@ -110,7 +110,7 @@ def test_tensorboard_has_a_row_for_every_trial_with_its_values_and_final_metrics
     request = {"startIndex": 0, "sliceSize": 100, "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS"]}
     request["colParams"] = [{"metric": {"tag": name}} for name in names]
     with server(tmp_path / "log", "tensorboard", "--logdir", study_dir, "--load_fast=false") as ask:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while len(groups := ask("/data/plugin/hparams/session_groups", request).get("sessionGroups", [])) < len(wanted):
             assert time.monotonic() < end, groups  # it reads the files after it has begun to answer
             time.sleep(0.2)

@@ -135,6 +135,20 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
         assert searcher.failure is None
 
 
+def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
+    recipe = make_recipe(2, baselines={})
+    with open_study(tmp_path / "study", recipe, BASE) as study:
+        study.adopt()
+        name = study.next().name
+    before = (tmp_path / "study" / "manifest.json").read_bytes()
+    disk("manifest.json", 5)
+    disk("study", 1)
+    with open_study(tmp_path / "study", recipe, BASE) as study:
+        study.adopt()
+        assert study.next().name == name
+    assert (tmp_path / "study" / "manifest.json").read_bytes() == before
+
+
 def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     removed = []
     leaks = Leaks(tmp_path, lambda: {"beef": True, "dead": True}, removed.append)

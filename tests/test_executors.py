@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow.compute as pc
 import pytest
 import ray
@@ -15,6 +14,7 @@ RECIPE = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
 OOD_VAL = "{painting: {source: sandbox, domain: painting, split: val, num_per_class: 4}}"
 SETTINGS = [
     "train.epochs=1",
+    "train.precision=fp64",  # another order of sums, at 1e-16, decides over no image
     "data.train.num_per_class=16",
     "data.id_val.num_per_class=40",  # 640 images
     f"data.ood_val={OOD_VAL}",
@@ -27,7 +27,7 @@ WAYS = {
     "two": ["resources.executor=ray-train", "resources.num_workers=2", "resources.cpus_per_worker=0.5"],
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 def ignore(row):
@@ -74,6 +74,6 @@ def test_two_workers_predict_the_same_but_for_the_order_of_sums(trained):
     one, two = predictions(trained["one"][0]), predictions(trained["two"][0])
     assert one.keys() == two.keys()
     assert len(one) == 640
-    assert np.mean([one[image] != two[image] for image in one]) <= 0.005
+    assert [image for image in one if one[image] != two[image]] == []
     assert trained["one"][1]["moved"] > 0.001  # they have learnt
-    assert trained["two"][1]["moved"] == pytest.approx(trained["one"][1]["moved"], rel=1e-3)
+    assert trained["two"][1]["moved"] == pytest.approx(trained["one"][1]["moved"], rel=1e-6)

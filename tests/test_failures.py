@@ -175,14 +175,16 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
         if name == "wide":
             assert not fits.exists()
             assert found[name][1] == [1, 1]
-    assert found["tight"][0] == pytest.approx(found["wide"][0], abs=1e-6)
+    # sums in another order may move an image or two of the 64 of painting
+    assert found["tight"][0] == pytest.approx(found["wide"][0], abs=0.02)
     [(key, micro_batch)] = json.loads(fits.read_text()).items()
     assert key == "sandbox, auto, cpu"
     assert micro_batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     first, second = found["tight"][1]
-    assert 2 ** (first - 1) * micro_batch == 512  # each failed attempt halves it, and none fails in the second trial
-    assert second == 1
-    assert len(found["tight"][2]) == first - 1
+    # each failed attempt halves it, and the second trial begins with what the first one ended with (which may be tight)
+    assert 2 ** (first - 1 + second - 1) * micro_batch == 512
+    assert second <= 2
+    assert len(found["tight"][2]) == first - 1 + second - 1
     assert "512 images of 32 x 32 pixels at a time must fit into memory, but got " in found["tight"][2][0]
     assert found["tight"][2][0].endswith("the next attempt takes a micro-batch of 256")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -56,7 +57,8 @@ def test_a_live_search_of_another_machine_is_left_alone(study_dir):
         pass
     assert caught.value.exit_code == 5
     assert "process 12 on node7, since noon" in str(caught.value)
-    assert "If its machine is gone, the study is free 30 s from now." in str(caught.value)
+    left = re.search(r"If its machine is gone, the study is free (\d+) s from now\.", str(caught.value))
+    assert 0 < int(left[1]) <= STALE_AFTER_S / 2
     assert path.read_text() == before
 
 
@@ -143,7 +145,7 @@ def test_a_reader_names_the_process_that_holds_a_study_and_nobody_afterwards(stu
 
 
 @pytest.mark.parametrize(
-    ("age_s", "held"), [(0, True), (-3600, True), (READERS_STALE_AFTER_S - 9, True), (READERS_STALE_AFTER_S + 9, False)]
+    ("age_s", "held"), [(0, True), (-3600, True), (READERS_STALE_AFTER_S / 2, True), (READERS_STALE_AFTER_S + 9, False)]
 )
 def test_a_reader_goes_by_the_heartbeat_of_another_machine_with_room_for_clocks_that_differ(study_dir, age_s, held):
     leave(study_dir, age_s, host="node7", boot="another", pid=12, since="noon")
@@ -187,7 +189,7 @@ def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_h
             assert held.note.startswith(f"took over from process {other.pid} on ")
 
 
-def wait_until(condition, timeout_s=5):
+def wait_until(condition, timeout_s=60):
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end

@@ -5,7 +5,6 @@ import http.server
 import json
 import sys
 import threading
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -141,14 +140,12 @@ def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
 
 
 def test_the_search_does_not_wait_for_a_slow_command_which_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(notify, "TIMEOUT_S", 3.0)
     warned = []
-    with notifying(writer(tmp_path, "import time; time.sleep(30)\n"), None, "s", Path("s"), warned.append) as beside:
-        before = time.monotonic()
+    with notifying(writer(tmp_path, "import time; time.sleep(1000)\n"), None, "s", Path("s"), warned.append) as beside:
         beside(lambda event: None)(ended(0, is_best=True))
-        assert time.monotonic() - before < 0.2
-    assert time.monotonic() - before < 10
-    assert warned == ["--notify-command: took longer than 1 s and was ended"]
+        assert warned == []  # the command has not ended yet
+    assert warned == ["--notify-command: took longer than 3 s and was ended"]
 
 
 def test_a_command_that_fails_and_a_server_that_refuses_are_warnings(tmp_path, server):

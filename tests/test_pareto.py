@@ -172,7 +172,6 @@ def host(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_search_killed_at_every_write_doubles_no_point_and_ends_as_the_undisturbed_one(host, tmp_path):
     search, kinds_path = ["study", "3"], tmp_path / "kinds.json"
     undisturbed, [answer] = host([{"name": "whole", "commands": [{"argv": search, "count_to": str(kinds_path)}]}])[
@@ -386,7 +385,6 @@ def test_the_verbs_show_the_front(searched, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_pareto_search_over_ray(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     recipe = make_recipe(4, constraints={"id_drop": {"plain": 0.1}})

@@ -275,7 +275,7 @@ def test_a_trial_of_a_real_search_is_reproduced(tmp_path):
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[1],
-            timeout=280,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
     assert "the same, bit for bit" in done.stdout

@@ -256,7 +256,7 @@ sealed.read_sealed(__import__("pathlib").Path(sys.argv[1]), None, str)
 def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
     study, number = here / "study", 3
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([sys.executable, "-c", KILLED, study, str(number)], env=environment, timeout=200)
+    done = subprocess.run([sys.executable, "-c", KILLED, study, str(number)], env=environment, timeout=600)
     assert done.returncode == 9
     assert not (study / "test" / "summary.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in study.glob("test/**/*.parquet")}

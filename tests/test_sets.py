@@ -330,7 +330,7 @@ def test_no_file_of_a_test_role_is_opened(base):
     try:
         command = [sys.executable, "-c", OPENS_ALL_BUT_TESTS, str(Path(__file__).parent), str(base)]
         environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "HOME": str(base)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     finally:
         (base / "images" / "sketch_test").chmod(0o700)
     assert done.returncode == 0, done.stderr
@@ -352,5 +352,5 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
 def test_importing_the_data_layer_loads_no_torch():
     code = "import sys, carft_ray.data.sets, carft_ray.data.views, carft_ray.data.arrays; print('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.stdout.strip() == "False", done.stderr

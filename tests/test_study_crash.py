@@ -16,7 +16,7 @@ from carft_ray.search.rows import baselines, best_row, trials
 
 NUM_TRIALS = 5
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -183,20 +183,20 @@ def test_lora_gradients_are_those_of_the_whole_matrix_seen_through_the_correctio
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
-def test_alpha_scales_the_merged_correction(tiny_clip, heads, source, alpha):
-    pixels, train = torch.from_numpy(source.images), settings(lora_rank=4, lora_alpha=8.0)
-    corrected, plain = (classifier_of(tiny_clip, heads, train, shaped).eval() for shaped in (True, False))
+def test_alpha_scales_the_merged_correction(clip64, heads64, source, alpha):
+    pixels, train = torch.from_numpy(source.images), settings(lora_rank=4, lora_alpha=8.0, precision="fp64")
+    corrected, plain = (classifier_of(clip64, heads64, train, shaped).eval() for shaped in (True, False))
     start, generator = plain.state(), torch.Generator().manual_seed(1)
     factors = [p for name, p in corrected.named_parameters() if name.endswith(".B")]
     for factor in factors:
-        factor.data = 0.05 * torch.randn(factor.shape, generator=generator)
+        factor.data = 0.05 * torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
     plain.load_state_dict(mix_weights(start, corrected.state(), alpha))
     for factor in factors:
         factor.data *= alpha
     with torch.no_grad():
-        torch.testing.assert_close(plain(pixels)[1], corrected(pixels)[1], rtol=0, atol=1e-4)  # logits up to 20
-        torch.testing.assert_close(plain.features(pixels), corrected.features(pixels), rtol=0, atol=1e-6)
-    assert largest_difference(plain.state(), corrected.state()) < 1e-6
+        torch.testing.assert_close(plain(pixels)[1], corrected(pixels)[1], rtol=0, atol=1e-10)  # logits up to 20
+        torch.testing.assert_close(plain.features(pixels), corrected.features(pixels), rtol=0, atol=1e-12)
+    assert largest_difference(plain.state(), corrected.state()) < 1e-12
 
 
 def test_lora_adapts_the_linear_layers_of_a_timm_tower():

@@ -110,7 +110,7 @@ def ended(process):
     """Sends Ctrl-C and returns what the process wrote to standard error; it ends whatever it makes of it."""
     process.send_signal(signal.SIGINT)
     try:
-        return process.communicate(timeout=20)[1]
+        return process.communicate(timeout=120)[1]
     finally:
         process.kill()
 
@@ -129,7 +129,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
         err = ended(impatient)
         assert (impatient.returncode, "Traceback" in err) == (0, False)
         assert "The search goes on." in err
-    out, err = watcher.communicate(timeout=20)
+    out, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 0, err
     assert "5 of 9 trials are finished." in out
     assert "No search runs on it." in err
@@ -140,7 +140,7 @@ def ask(port, path, method="GET", content=None):
     data = None if content is None else json.dumps(content).encode()
     asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     asked.method = method
-    with urllib.request.urlopen(asked, timeout=20) as answer:
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         return json.load(answer)
 
 
@@ -167,7 +167,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
             content = {"format_version": 1, "objective": 0.9, "alpha": 0.5, "metrics": {}}
             (folder / "result.json").write_text(json.dumps(content))
             study.settle(spec)
-            end = time.monotonic() + 30
+            end = time.monotonic() + 120
             while sum(trial["state"] == "Complete" for trial in shown_trials(port, number)) < 4:
                 assert time.monotonic() < end  # the dashboard looks every few seconds
                 time.sleep(0.5)
@@ -188,7 +188,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
             with socket.socket() as taken:  # the port is taken by the first
                 assert taken.connect_ex(("127.0.0.1", port)) == 0
             second = cli("dashboard", study_dir, "--port", port)
-            _, err = second.communicate(timeout=30)
+            _, err = second.communicate(timeout=120)
             assert second.returncode == 2
             assert f"error: --port: must be free on this machine, but got {port}" in err
         finally:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError
+from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,9 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic ima
 data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
 app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
+
+# commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
+READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
@@ -79,11 +82,32 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Holds what may stand before any command; the text of the help is the app's own."""
+    if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
+        require_versions()
+
+
+def require_versions(extra: str = "") -> None:
+    """Warns of every library that is newer than its range in pyproject.toml.
+
+    Args:
+        extra: Look at the libraries of this extra.
+
+    Raises:
+        UsageError: A library is older than its range.
+    """
+    from carft_ray import console, environment
+
+    older, newer = environment.outside_ranges(extra)
+    if older:
+        raise UsageError(older)
+    for problem in newer:
+        console.warn(str(problem))
 
 
 class _Warnings(logging.Handler):

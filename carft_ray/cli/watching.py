@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, StudyArgument, app
+from carft_ray.cli.common import DebugOption, StudyArgument, app, require_versions
 from carft_ray.errors import Problem, UsageError
 
 PANEL = "Reading a study"  # of the help
@@ -82,6 +82,7 @@ def dashboard(
     from carft_ray.results import overview
     from carft_ray.search.dashboard import serve
 
+    require_versions("dashboard")
     study_dir = overview.require_study(study)
     told = False
 

@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +429,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None, avoid: S
 
     folder = folder or spec.folder(plan.study_dir)
     use_gpu = plan.capacity.gpus_per_worker > 0
+    can_select = "label_selector" in {each.name for each in fields(ScalingConfig)}  # older releases of Ray cannot
     trainer = TorchTrainer(
         _nested_worker,
         train_loop_config={"plan": plan, "spec": spec, "folder": folder},
@@ -438,7 +439,7 @@ def run_nested(plan: Plan, spec: TrialSpec, folder: Path | None = None, avoid: S
             use_gpu=use_gpu,
             resources_per_worker=plan.worker_resources,
             placement_strategy="STRICT_PACK" if plan.capacity.one_node else "PACK",
-            **({"label_selector": _anywhere_but(avoid)} if avoid else {}),
+            **({"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}),
         ),
         run_config=RunConfig(
             name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name

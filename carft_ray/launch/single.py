@@ -72,10 +72,10 @@ def train_once(
     """
     base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
     _check_folder(out_dir, resume)
-    is_new = not (out_dir / MANIFEST).exists()
+    is_new = not files.exists(out_dir / MANIFEST)
     with (
         study_lock(out_dir) as held,
-        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or (out_dir / "checkpoint").exists()),
+        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or files.exists(out_dir / "checkpoint")),
     ):
         if held.note:
             say(held.note)
@@ -130,14 +130,14 @@ def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
 
 def _check_folder(out_dir: Path, resume: bool) -> None:
     other = "Give another folder with --out."
-    if (out_dir / JOURNAL).exists():
+    if files.exists(out_dir / JOURNAL):
         raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
-    has_training = (out_dir / MANIFEST).exists()
+    has_training = files.exists(out_dir / MANIFEST)
     if resume and not has_training:
         step = "Leave --resume out to begin one."
         raise UsageError(Problem(str(out_dir), "must hold a training to resume", "none", next_step=step))
     if not resume and has_training:
-        done = (out_dir / RESULT).exists()
+        done = files.exists(out_dir / RESULT)
         state = "a finished training" if done else "an unfinished training"
         step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
@@ -147,7 +147,7 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
 
 def _check_checkpoints(out_dir: Path) -> None:
     """Refuses to begin again unasked when checkpoints are there and none can be read."""
-    if (out_dir / WEIGHTS).exists():  # the checkpoints have done their work
+    if files.exists(out_dir / WEIGHTS):  # the checkpoints have done their work
         return
     checkpoint, damaged = newest_checkpoint(out_dir / "checkpoint")
     if checkpoint is None and damaged:

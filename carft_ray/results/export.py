@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from carft_ray.environment import outside_ranges
 from carft_ray.errors import Problem, StorageError, UsageError, nearest
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
@@ -140,6 +141,8 @@ def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
             rule = f"{name} needs {' and '.join(missing)}, to write the export and to open it again"
             step = f"Install it: pip install 'carft-ray[{extra}]'"
             problems.append(Problem("--format", rule, "an installation without", next_step=step))
+        elif extra:
+            problems += outside_ranges(extra)[0]
     if "huggingface" in formats and (found := misfits(clip)):
         rule = "huggingface writes what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
         others = tuple(name for name in FORMATS if name != "huggingface")

@@ -43,7 +43,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
         UsageError: The folder holds something and is no study.
     """
     path = study_dir / LOCK
-    is_new = not study_dir.exists()
+    is_new = not files.exists(study_dir)
     check_free_or_claimed(study_dir)
     with files.writing(path):
         study_dir.mkdir(parents=True, exist_ok=True)
@@ -115,8 +115,8 @@ def gone_if_nothing_began(folder: Path, is_new: bool, began: Callable[[], bool])
     try:
         yield
     except (RecipeError, DataError, HoldOutError, ClusterError) as error:
-        stays = isinstance(error, ClusterError) and (not is_new or (folder / PREPARED).exists())
-        if (folder / MANIFEST).exists() and not stays and not began():
+        stays = isinstance(error, ClusterError) and (not is_new or files.exists(folder / PREPARED))
+        if files.exists(folder / MANIFEST) and not stays and not began():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -139,11 +139,11 @@ def repair_journal(study_dir: Path) -> list[str]:
             if stale.is_symlink() or stale.exists():
                 stale.unlink()
                 notes.append(f"removed {stale.name}, the lock of a process that is gone")
-        content = journal.read_bytes() if journal.exists() else b""
+        content = journal.read_bytes() if files.exists(journal) else b""
     kept = content[: _whole(content)]
     if len(kept) < len(content):
         torn = journal.with_name(JOURNAL + ".torn")
-        before = torn.read_bytes() if torn.exists() else b""
+        before = torn.read_bytes() if files.exists(torn) else b""
         files.write_bytes(torn, before + content[len(kept) :] + b"\n")
         files.write_bytes(journal, kept)
         notes.append(f"moved an incomplete last line ({len(content) - len(kept)} bytes) to {torn.name}")

@@ -236,7 +236,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
     """
     path = study_dir / MANIFEST
     wanted = absolute_paths(recipe, base_dir)
-    if not path.exists():
+    if not files.exists(path):
         check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted.model_dump(mode="json")}
@@ -288,7 +288,7 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     """
     path = study_dir / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
         version = manifest["format_version"]
         Recipe.model_validate(manifest["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -307,7 +307,7 @@ def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
     Raises:
         StorageError: The manifest cannot be read.
     """
-    if not (study_dir / MANIFEST).exists():
+    if not files.exists(study_dir / MANIFEST):
         return []
     manifest = read_manifest(study_dir)
     if not manifest.get(RECIPES):

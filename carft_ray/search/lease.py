@@ -71,7 +71,7 @@ def lease(folder: Path) -> Iterator[Lease]:
     """
     path = folder / LEASE
     content, note = _identity(), ""
-    if path.exists():
+    if files.exists(path):
         before = _read(path) or {}
         age_s = _age_s(path)
         if _lives(before, age_s, STALE_AFTER_S):
@@ -103,7 +103,7 @@ def holder(folder: Path) -> str | None:
     except OSError:  # there is none, as between two searches, or it cannot be seen
         return None
     content = _read(path)
-    if content is None and not path.exists():  # its process has just ended
+    if content is None and not files.exists(path):  # its process has just ended
         return None
     content = content or {}
     return _named(content) if _lives(content, age_s, READERS_STALE_AFTER_S) else None

@@ -269,7 +269,7 @@ def told(entry: Entry) -> str:
 def _read(study_dir: Path) -> _Copies:
     path = study_dir / LEDGER
     with files.writing(path):
-        content = path.read_bytes() if path.exists() else b""
+        content = path.read_bytes() if files.exists(path) else b""
     *whole, rest = content.split(b"\n")
     with readable(study_dir):
         storage = storage_of(study_dir)
@@ -277,7 +277,7 @@ def _read(study_dir: Path) -> _Copies:
         journal = list(_study(storage).user_attrs.get(ATTRIBUTE, [])) if known else []
         for line in journal:
             _entry(line)
-    manifest = files.read_json(study_dir / MANIFEST) if (study_dir / MANIFEST).exists() else {}
+    manifest = files.read_json(study_dir / MANIFEST) if files.exists(study_dir / MANIFEST) else {}
     if not isinstance(manifest, dict):
         value = f"a {type(manifest).__name__}"
         raise StorageError(Problem(str(study_dir / MANIFEST), "must be the manifest of a study", value))

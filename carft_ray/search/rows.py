@@ -51,7 +51,7 @@ def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
     Raises:
         StorageError: As ``trials``.
     """
-    if not (study_dir / JOURNAL).exists():
+    if not files.exists(study_dir / JOURNAL):
         raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
     names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the journal, which has them by then
     with readable(study_dir):
@@ -92,7 +92,7 @@ def study_name(study_dir: Path, kind: Kind) -> str:
     if kind != "trial":
         return STUDY_NAMES[kind]
     path = study_dir / MANIFEST
-    manifest = files.read_json(path) if path.exists() else {}
+    manifest = files.read_json(path) if files.exists(path) else {}
     return generation_name(manifest.get("generation", 1) if isinstance(manifest, dict) else 1)
 
 

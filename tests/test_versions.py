@@ -1,0 +1,110 @@
+"""Versions outside the ranges of pyproject.toml: told at start, by commands that need the libraries, in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import crash_host
+import oldest
+import pytest
+from packaging.requirements import Requirement
+
+from carft_ray import environment
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = ("alpha[one,two]<3,>=2.5", "beta>=1.2", "gamma>=4; extra == 'more'", "absent>=1")
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Puts installed distributions before the real ones; carft-ray requires ``REQUIRED``."""
+
+    def put(name, version, required=()):
+        about = tmp_path / f"{name}-{version}.dist-info"
+        about.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {one}" for one in required]
+        (about / "METADATA").write_text("\n".join(lines) + "\n")
+
+    put("carft_ray", "0.1.0", REQUIRED)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(**versions):
+        for name, version in versions.items():
+            put(name, version)
+
+    return install
+
+
+def texts(extra=""):
+    return [[str(problem) for problem in problems] for problems in environment.outside_ranges(extra)]
+
+
+def test_a_library_within_its_range_or_missing_is_not_told(installed):
+    installed(alpha="2.9.1", beta="1.2", gamma="3")
+    assert texts() == [[], []]
+
+
+@pytest.mark.parametrize("version", ["2.5.0a0+git1f2e", "2.5+cpu", "2.6.dev3"])
+def test_a_build_of_ones_own_counts_as_the_release_that_it_leads_to(installed, version):
+    installed(alpha=version)
+    assert texts() == [[], []]
+
+
+def test_an_older_library_is_told_with_version_range_and_command(installed):
+    installed(alpha="2.4.9", beta="1.1")
+    older, newer = texts()
+    assert older == [
+        "alpha 2.4.9: carft-ray needs >=2.5,<3; run: pip install 'alpha[one,two]>=2.5,<3'",
+        "beta 1.1: carft-ray needs >=1.2; run: pip install 'beta>=1.2'",
+    ]
+    assert newer == []
+
+
+def test_a_newer_library_is_told_apart(installed):
+    installed(alpha="3.1")
+    words = "alpha 3.1: carft-ray was run with >=2.5,<3 only; run: pip install 'alpha[one,two]>=2.5,<3'"
+    assert texts() == [[], [words]]
+
+
+def test_libraries_of_an_extra_are_looked_at_where_it_is_used_alone(installed):
+    installed(alpha="1", gamma="3")
+    assert texts("more") == [["gamma 3: carft-ray needs >=4; run: pip install 'gamma>=4'"], []]
+    assert texts("less") == [[], []]
+
+
+def test_a_command_refuses_an_older_library_in_one_line_with_exit_code_2(installed, capsys):
+    installed(beta="1.1")
+    assert crash_host.call(["validate", "none.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: beta 1.1: carft-ray needs >=1.2; run: pip install 'beta>=1.2'\n")
+
+
+def test_a_command_goes_on_with_a_newer_library_after_a_warning(installed, capsys):
+    installed(alpha="3.1")
+    recipe = ROOT / "search_spaces" / "quickstart.yaml"
+    assert crash_host.call(["validate", recipe]) == 0
+    assert capsys.readouterr().err.startswith("warning: alpha 3.1: carft-ray was run with >=2.5,<3 only; run: pip")
+
+
+@pytest.mark.parametrize("words", [["search", "--help"], ["-h"], ["ls", "nowhere"]], ids=" ".join)
+def test_help_and_the_readers_of_studies_work_with_any_version(installed, capsys, words):
+    installed(alpha="1", beta="1.1")
+    crash_host.call(words)
+    out, err = capsys.readouterr()
+    assert "carft-ray needs" not in out + err
+
+
+def test_the_constraints_of_the_oldest_releases_are_the_lower_bounds(tmp_path):
+    """Each is within its own range; the program needs nothing installed."""
+    done = subprocess.run([sys.executable, "-I", "-S", oldest.__file__], capture_output=True, text=True, check=True)
+    lines = done.stdout.split()
+    assert lines == oldest.oldest()
+    ranges = oldest.requirements()
+    assert len(lines) == len(ranges) >= 20
+    for line, text in zip(lines, ranges, strict=True):
+        name, version = line.split("==")
+        wanted = Requirement(text)
+        assert name == wanted.name
+        assert wanted.specifier.contains(version)
+        assert [one.version for one in wanted.specifier if one.operator == ">="] == [version]
