@@ -54,6 +54,7 @@ class BadNodes:
 
     def left_out(self) -> list[str]:
         """Returns Ray's names of the nodes that are left out now."""
-        now, nodes = self._clock(), self._nodes()
-        self._until = {node: until for node, until in self._until.items() if until > now and node in nodes}
-        return sorted(self._until)
+        now = self._clock()
+        self._until = {node: until for node, until in self._until.items() if until > now}
+        nodes = self._nodes() if self._until else {}  # Ray is asked for them
+        return sorted(node for node in self._until if node in nodes)

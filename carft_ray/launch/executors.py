@@ -286,7 +286,7 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
             if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
                 raise
             try:
-                write_failure(folder, failure, details)
+                write_failure(folder, replace(failure, details=details))
             except StorageError:
                 raise error from None
             return False
@@ -395,18 +395,15 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
     line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     if isinstance(error, DivergedError):
         return Failure("diverged", text, attempt, error.exit_code)
-    details = traceback.format_exc()
     rank = lost_rank(error, context)
     if rank is not None:
-        reason = text if isinstance(error, CarftError) else line
-        node = nodes[rank][0] if rank != UNKNOWN and rank < len(nodes) else ""
-        return Failure("lost", reason, attempt, ClusterError.exit_code, details, node)
+        reason = " ".join(text.split()) if isinstance(error, CarftError) else line
+        node = nodes[rank][0] if rank != UNKNOWN and nodes else ""
+        return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
     if isinstance(error, CarftError):
         return Failure("fatal", text, attempt, error.exit_code)
-    step = device_error_step(error)
-    if step is not None:
-        node = nodes[context.rank][0] if nodes else ""
-        return Failure("lost", line, attempt, ClusterError.exit_code, details, node, step)
+    if (step := device_error_step(error)) is not None:
+        return Failure("lost", line, attempt, ClusterError.exit_code, node=nodes[context.rank][0], step=step)
     return Failure("error", line, attempt)
 
 
