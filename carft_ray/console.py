@@ -221,7 +221,7 @@ def count_table(counts: Mapping[str, int]) -> Table:
     """Returns a table of one line: how many trials are in each state."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for state in counts:
-        table.add_column(state, justify="right")
+        table.add_column(state.replace("_", " "), justify="right")
     table.add_row(*(str(count) for count in counts.values()))
     return table
 

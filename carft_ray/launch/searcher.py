@@ -250,10 +250,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         """
         reason, _, details = gone.partition("\n")
         reason = self.hung.get((spec.name, spec.attempt), reason) or "its process ended without a word"
-        alive = read_alive(spec.folder(self.study.study_dir), spec.attempt)
+        alive = None
+        with files.passing_faults():
+            alive = read_alive(spec.folder(self.study.study_dir), spec.attempt)
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node
+        addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
+        if addresses and addresses not in reason:
+            reason = f"{reason} (on {addresses})"
         if told_of_full_memory(reason) and self.concurrency > 1:
             log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
             self._run_fewer(spec, reason)
