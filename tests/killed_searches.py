@@ -411,7 +411,8 @@ def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
     (base_dir / "hold").touch()
     slots = at_a_time // 4  # of a node
     temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
-    with temporary as folder, cluster(0, **SOON_LOST) as reached:
+    with temporary as folder, cluster(0, **SOON_LOST) as reached, contextlib.ExitStack() as at_end:
+        at_end.callback(kill_drivers)
         nodes = join(4, slots, folder, *reached)
         cpus = "ray.cluster_resources().get('CPU', 0)"
         wait_until(lambda: asked(cpus, *reached) == at_a_time, "the nodes join")
