@@ -89,8 +89,8 @@ from carft_ray.search.told import further_points, missing_metrics, result_attrib
 
 ERRORS = 2  # attempts that end with an exception before the study is told: it must come back once
 LOST_ATTEMPTS = 5  # attempts lost in a row without advancing before a training is set aside
-# attributes of a training: lost attempts in a row and how far they came, step of an error of its device
-LOST, DEVICE_STEP = "lost_attempts", "device_error_step"
+# attributes of a training: lost attempts in a row and how far they came, step and attempt of an error of its device
+LOST, DEVICE_ERROR = "lost_attempts", "device_error"
 
 
 class Study:
@@ -297,9 +297,11 @@ class Study:
             return None
         trial = self._trials[spec.kind, spec.number]
         if failure.outcome == "lost":
-            if failure.step is None or failure.step != trial.user_attrs.get(DEVICE_STEP):
-                with self._writing():
-                    trial.set_user_attr(DEVICE_STEP, failure.step)
+            step, attempt = trial.user_attrs.get(DEVICE_ERROR) or (None, 0)
+            if failure.step is None or failure.step != step or spec.attempt == attempt:
+                if failure.step != step:
+                    with self._writing():
+                        trial.set_user_attr(DEVICE_ERROR, [failure.step, spec.attempt])
                 return None
             append_log(
                 folder, f"attempt {spec.attempt}: the same error of the device at the same step\n{failure.details}"
