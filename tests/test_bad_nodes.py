@@ -1,0 +1,47 @@
+"""Nodes that are left out, with a real Ray of two nodes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import stand_in
+from ray.cluster_utils import Cluster
+
+from carft_ray.launch.bad_nodes import BadNodes
+from carft_ray.launch.events import TrialEpoch
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.search.outcome import read_alive
+
+HERE = Path(__file__).parent
+SIZES = {"object_store_memory": 10**8}
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A cluster whose head has no CPU; gives its address and Ray's names of its two nodes."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZES})
+    nodes = [cluster.add_node(num_cpus=1, **SIZES) for _ in range(2)]
+    yield cluster.address, [node.node_id for node in nodes]
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["inline", "ray-train"])
+def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_nodes, executor):
+    address, (left_out, other) = two_nodes
+    monkeypatch.setattr(BadNodes, "left_out", lambda self: [left_out])
+    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 1}))
+    resources = {"executor": executor, "num_workers": 1, "gpus_per_worker": 0}
+    recipe = stand_in.make_recipe(3, baselines={}, concurrency=1, resources=resources)
+    ran = []
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch) and (alive := read_alive(event.spec.folder(tmp_path / "study"), 1)):
+            ran.append((event.spec.number, alive.node_id))
+
+    run_search(recipe, tmp_path, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))
+    assert {number for number, _ in ran} == {0, 1, 2}
+    assert {node for _, node in ran} == {other}
