@@ -15,7 +15,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in
 
 CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
-LONGEST = ("test_kills", "test_search_ray", "test_crash", "test_confirm_command", "test_executors")
+LONGEST = (
+    "test_kills",
+    "test_causes",
+    "test_search_ray",
+    "test_crash",
+    "test_confirm_command",
+    "test_collective_kills",
+)
 
 
 def pytest_collection_modifyitems(items):
