@@ -61,8 +61,9 @@ test-oldest: $(OLDEST)/.installed
 			--study $(OLDEST)/tried/$$way || exit 1; \
 	done
 
-# ten kills of one study, five of a confirm and ten others over a real Ray, and four long searches of all fates:
-# some 35 minutes on two cores
+# ten kills of one study, five of a confirm, six of a real training's workers, lost nodes and ten others over a real Ray,
+# and four long searches of all fates:
+# some 45 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
 
