@@ -40,8 +40,7 @@ def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_
 
     def on_event(event):
         if isinstance(event, TrialEpoch) and (alive := read_alive(event.spec.folder(tmp_path / "study"), 1)):
-            ran.append((event.spec.number, alive.node_id))
+            ran.append(alive.node_id)  # of a training that still runs when its epoch is seen
 
     run_search(recipe, tmp_path, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))
-    assert {number for number, _ in ran} == {0, 1, 2}
-    assert {node for _, node in ran} == {other}
+    assert set(ran) == {other}
