@@ -78,9 +78,10 @@ def error_of(tune_trial: Any) -> BaseException | str:
     if error is not None:
         return error
     path = getattr(tune_trial, "error_file", None)
-    if path is None or not Path(path).exists():
-        return ""
-    return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+    with files.passing_faults():
+        if path is not None and files.seen(Path(path)):
+            return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+    return ""
 
 
 def _unwrapped(error: BaseException) -> BaseException:

@@ -329,7 +329,7 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
     row = next(row for row in failed if row.reason == reason)
     spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
     log = spec.folder(study.study_dir) / LOG
-    step = f"See {log}." if log.exists() else ""
+    step = f"See {log}." if files.seen(log) else ""
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
 

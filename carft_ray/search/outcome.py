@@ -214,7 +214,7 @@ def replace_failure(folder: Path, failure: Failure) -> None:
 def progress_of(folder: Path) -> list[int]:
     """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint."""
     steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
-    return [int((folder / WEIGHTS).exists()), max(steps, default=0)]
+    return [int(files.exists(folder / WEIGHTS)), max(steps, default=0)]
 
 
 def read_cut(folder: Path) -> Cut | None:
