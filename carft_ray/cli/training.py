@@ -44,11 +44,12 @@ def validate(
 
     value = load(recipe, set_)
     if deep:
-        from carft_ray.data.overlap import check_overlap
         from carft_ray.data.sets import cache_dir
+        from carft_ray.data.shared_images import find_shared, shared_lines
 
         base_dir = recipe.absolute().parent
-        check_overlap(value, base_dir, cache_dir(value, base_dir), console.say)
+        for line in shared_lines(find_shared(value, base_dir, cache_dir(value, base_dir), console.say)):
+            console.say(line)
     if json_:
         console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
     elif show:

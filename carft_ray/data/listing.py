@@ -39,6 +39,7 @@ class Listing:
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
         is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
         in_order: Whether images are read quickly in their order alone.
+        excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
         problems: What is missing. With problems the rest may be empty.
     """
 
@@ -54,6 +55,7 @@ class Listing:
     within: Mapping[str, tuple[str, ...]] | None = None
     is_sparse: bool = False
     in_order: bool = False
+    excluded: IdArray = field(default_factory=lambda: np.empty(0, np.uint64))
     problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
@@ -200,7 +202,8 @@ def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSou
 
 
 def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
-    """Returns which images of a listing belong to a set: its ``part``, and of that the ``shots`` of each class.
+    """Returns which images of a listing belong to a set: its ``part``, of that the ``shots`` of each class, without
+    those that are excluded.
 
     The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
     a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
@@ -209,14 +212,18 @@ def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
     if spec.part is not None:
         fractions = listing.ids / 2.0**64
         rows = rows[(spec.part[0] <= fractions) & (fractions < spec.part[1] if spec.part[1] < 1 else True)]
-    if spec.shots is None:
-        return rows
+    if spec.shots is not None:
+        rows = _shots(listing, rows, spec.shots, spec.shots_seed)
+    return rows[~np.isin(listing.ids[rows], listing.excluded)] if len(listing.excluded) else rows
+
+
+def _shots(listing: Listing, rows: IntArray, shots: int, seed: int) -> IntArray:
     taken: Counter[str] = Counter()
     chosen = []
-    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}"))
+    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{seed} {int(listing.ids[row])}"))
     for row in order:
         taken[listing.classes[row]] += 1
-        if taken[listing.classes[row]] <= spec.shots:
+        if taken[listing.classes[row]] <= shots:
             chosen.append(row)
     return np.array(sorted(chosen), dtype=np.int64)
 

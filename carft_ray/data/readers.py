@@ -4,11 +4,14 @@ A new kind of set is a class in ``recipe/schema.py``, a file with its reader's f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from carft_ray.data import benchmarks, folder, huggingface, tables, webdataset
+from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import Listing
 from carft_ray.errors import Problem
 from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
@@ -81,14 +84,24 @@ def reader_of(spec: StoredSet) -> Reader:
 
 
 def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
-    """Lists the images of a set without opening one.
+    """Lists the images of a set without opening one; those that ``exclude`` names are noted.
 
     Args:
         spec: The set.
         base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    return reader_of(spec).listing(spec, base_dir, place)
+    listing = reader_of(spec).listing(spec, base_dir, place)
+    if spec.exclude is None or listing.problems:
+        return listing
+    excluded, problems = excluded_ids(spec.exclude, base_dir, f"{place}.exclude")
+    if not problems and not np.isin(excluded, listing.ids).any():
+        step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
+        value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
+        problems = [
+            Problem(f"{place}.exclude", "must name images of the set by their sample ids", value, next_step=step)
+        ]
+    return replace(listing, excluded=excluded, problems=tuple(problems))
 
 
 def first_problems(spec: StoredSet, base_dir: Path, place: str) -> list[Problem]:

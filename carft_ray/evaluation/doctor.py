@@ -18,10 +18,10 @@ import torch
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.overlap import check_overlap
 from carft_ray.data.readers import reader_of
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
+from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.materials import Materials, load_materials
@@ -127,7 +127,9 @@ def examine(
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
-            check_overlap(recipe, base_dir, cache_dir(recipe, base_dir))
+            rows = find_shared(recipe, base_dir, cache_dir(recipe, base_dir))
+            found.add("note", [Problem("", line) for line in shared_lines(rows)])
+            recipe = without_shared(recipe, rows, base_dir)
         except CarftError as error:
             found.add("error", error.problems)
     if found.errors:

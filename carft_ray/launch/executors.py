@@ -23,6 +23,7 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import files
+from carft_ray.data.shared_images import read_shared, without_shared
 from carft_ray.errors import (
     CarftError,
     ClusterError,
@@ -135,13 +136,15 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
-    """Returns the plan of a search (or of one training) on these nodes.
+    """Returns the plan of a search (or of one training) on these nodes; its sets are without what the list of shared
+    images leaves out.
 
     Raises:
         ClusterError: A training does not fit.
     """
     room = capacity(recipe, nodes)
     resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
+    recipe = without_shared(recipe, read_shared(study_dir), base_dir)
     return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
 
 

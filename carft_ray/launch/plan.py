@@ -28,8 +28,8 @@ from typing import Any, Literal
 import numpy as np
 
 from carft_ray import files
-from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import cache_dir
+from carft_ray.data.shared_images import find_shared, without_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Event, TrialFinished
@@ -169,7 +169,8 @@ def measure_by_probe(
     """
     base_dir, began = base_dir.resolve(), time.monotonic()
     with _temporary(beside) as folder, interruptions_as(_interrupted, folder / STOP):
-        check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), say)
+        shared = find_shared(recipe, base_dir, cache_dir(recipe, base_dir), say)
+        recipe = without_shared(recipe, shared, base_dir)
         checked = time.monotonic()
         say("starting Ray")
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import cache_dir
+from carft_ray.data.shared_images import note_shared
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
@@ -117,7 +117,8 @@ def run_search(
             if not ended and not study.done():
                 stop_path = study_dir / STOP
                 with interruptions_as(lambda: _interrupted(study, address), stop_path):
-                    check_overlap(recipe, base_dir, cache_dir(recipe, base_dir), lambda text: on_event(Preparing(text)))
+                    cache = cache_dir(recipe, base_dir)
+                    note_shared(recipe, base_dir, cache, study_dir, lambda text: on_event(Preparing(text)))
                 with (
                     interruptions_as(lambda: _interrupted(study, address), stop_path),
                     running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,

@@ -114,10 +114,25 @@ def _interval(value: Any) -> Any:
     return tuple(float(end) for end in ends)
 
 
+def _sample_ids(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    ids = tuple(value) if isinstance(value, list | tuple) else ()
+    if not ids or not all(type(one) is int and 0 <= one < 2**64 for one in ids):
+        raise ValueError(
+            "must be a list of sample ids (whole numbers from 0 to 2**64 - 1), or the path of a file of them"
+        )
+    return ids
+
+
+# sample ids, or the path of a text file with one per line or of a CSV file with a column sample_id
+SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
+
+
 class StoredSet(Part):
     """What every set of stored images has: where it lies, and which of its images belong to it."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path",)  # whose texts are paths
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
 
     path: str  # a relative path counts from the recipe's folder
     # images whose fraction, a hash of the sample id, lies in [from, to): disjoint parts share no image
@@ -126,6 +141,7 @@ class StoredSet(Part):
     shots_seed: Seed = 0
     classes: Literal["all", "some"] = "all"  # 'some': images of part of the class list, told apart among those only
     on_bad_image: Literal["fail", "skip"] = "fail"  # an image that cannot be decoded
+    exclude: SampleIds | None = None  # images that are left out, after part and shots
 
 
 class FolderSet(StoredSet):
@@ -165,7 +181,7 @@ Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], Befor
 class ColumnSet(StoredSet):
     """A row per image: which columns hold what, and which rows belong to the set."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path", "root", "class_names")
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
     image: str | None = None  # column of paths or bytes; None: the one that can be meant
     label: str | None = None  # column of texts, or of whole numbers with class_names; None as above
     id: str | None = None  # column of stable names; None: the paths, else hashes of the bytes
@@ -196,7 +212,7 @@ def _sample_label(value: Any) -> Any:
 class WebDatasetSet(StoredSet):
     """Tar archives of samples: files of one name with several endings."""
 
-    path_keys: ClassVar[tuple[str, ...]] = ("path", "class_names")
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "class_names")
     source: Literal["webdataset"]
     image: str | None = None  # ending of the images; None: the one image ending of each sample
     label: Annotated[str | None, BeforeValidator(_sample_label)] = None  # ending of its file, or json:KEY; None: cls
@@ -243,6 +259,9 @@ class DataPart(Part):
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = (
         None  # class folders in label order; None: those of train, in its order
     )
+    # images that stand in two roles: 'drop' leaves them to the role nearest to the test, 'fail' refuses them
+    shared_images: Literal["drop", "keep", "fail"] = "drop"
+    shared_limit: Fraction = 0.05  # largest share of a set that 'drop' may leave out
     cache_dir: str | None = None  # decoded and packed sets; None: the user's cache folder
     cache_gb: Positive | None = None  # size of the cache after a build, 10^9 bytes; None: no limit
     pack: Literal["auto", "always", "never"] = "auto"  # the files of train as one in the cache; auto: where it pays

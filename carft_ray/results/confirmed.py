@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
@@ -80,13 +81,15 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         label=LABEL,
         searched=winner.objective,
     )
+    shared = read_shared(study_dir)
     content = {
         **comparison.as_data(),
         "seeds": list(stage.seeds),
         "chosen_by": "search" if second is None else "confirm",
         "table": table(comparison, stage.rows),
         "failed": failed,
-        "lines": _lines(comparison, stage, second is not None, failed, recipe),
+        "shared_images": shared_counts(shared),
+        "lines": [*shared_lines(shared), *_lines(comparison, stage, second is not None, failed, recipe)],
     }
     files.write_json(study_dir / CONFIRM / SUMMARY, content)
     return content

@@ -41,6 +41,8 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     for name, count in result["num_images"].items():
         if name != "train":
             lines.append(f"| {name} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |")
+    if trained.shared:
+        lines += ["", "Images that stand in two roles:", "", *(f"- {line}" for line in trained.shared)]
     values = ", ".join(f"{key} {value}" for key, value in result["train"].items() if value is not None)
     lines += ["", f"Training: {values}.", ""]
     bias = ' + head["class_bias"]' if has_bias else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from carft_ray.data.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -91,8 +92,10 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
     }
     of = "" if found_front is None else f" by {mean_words(view.recipe)}"
     against, above = _headline(spec, best, baselines, stored, of), robustness(view, best, reference)
+    shared = read_shared(view.study_dir)
     lines = [
         *_count_lines(view.recipe.name, counts),
+        *shared_lines(shared),
         "",
         *worth.pop("lines"),
         *constraint_lines(best),
@@ -108,6 +111,7 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "study": str(view.study_dir),
         "name": view.recipe.name,
         "counts": counts,
+        "shared_images": shared_counts(shared),
         "best": {
             "name": best.name,
             "alpha": best.alpha,

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from carft_ray import environment, files
+from carft_ray.data.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem, StorageError
 from carft_ray.evaluation.origin import gpu_names, set_contents
 from carft_ray.evaluation.predictions import read_predictions
@@ -140,8 +141,10 @@ def reproduce(
         raise StorageError(Problem(str(finished.folder), rule, "no provenance", next_step=step))
     then = finished.predictions()
     say("comparing the images with the manifest")
-    _check({"data": set_contents(finished.base, Path("/"))}, kept)
-    shared = _as_computed(finished.base, kept["preparation"], out_dir)
+    rows = read_shared(finished.folder)
+    base = without_shared(finished.base, rows, Path("/"))
+    _check({"data": set_contents(base, Path("/"))}, kept)
+    shared = _as_computed(base, kept["preparation"], out_dir)
     of_study = finished.run_dir != finished.folder
     is_trial = of_study and finished.run_dir.parent.name == FOLDERS["trial"]
     references = finished.folder / PREPARED / REFERENCES
@@ -164,6 +167,7 @@ def reproduce(
         table = read_predictions(out_dir / "zero_shot.parquet")
         return _compared(finished, finished.result, now, then, table, None)
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
+    was = without_shared(was, rows, Path("/"))
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
         train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first)

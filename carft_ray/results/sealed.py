@@ -23,7 +23,8 @@ import torch
 
 from carft_ray import files
 from carft_ray.data.arrays import image_set
-from carft_ray.data.sets import cache_dir, check_roles, check_sets, class_folders, open_source
+from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, open_source
+from carft_ray.data.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.evaluate import predict_all
@@ -109,6 +110,7 @@ def read_sealed(
         for run in read.runs.keys() - {ZERO_SHOT}:
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
+            _compare_before_first_read(study_dir, recipe, say)
             sets = tuple(source.name for source in sources)
             entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
@@ -133,6 +135,37 @@ def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
         "and begin a new study with it."
     )
     raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
+
+
+def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Compares the test sets with the others again: one that can be read now may not have been when the list was made.
+
+    Raises:
+        HoldOutError: Images of a test set were trained or chosen with, and the list does not know it.
+    """
+    known = read_shared(study_dir)
+    found = find_shared(recipe, Path("/"), cache_dir(recipe, Path("/")), say)
+    pairs = {(row.images[0][:2], row.images[1][:2]) for row in known}
+    new = [row for row in found if (row.images[0][:2], row.images[1][:2]) not in pairs]
+    new = [row for row in new if {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}]
+    if not new:
+        return
+    if recipe.data.shared_images == "keep":
+        write_shared(study_dir, [*known, *new])
+        return
+    command = shlex.quote(str(study_dir))
+    problems = []
+    for sets in dict.fromkeys((row.set, row.other_set) for row in new):
+        rows = [row for row in new if (row.set, row.other_set) == sets]
+        rule = f"must not share images with {sets[0]}, and does; it could not be read when the study began"
+        value = f"{len(rows)} pairs, such as {rows[0].image} and {rows[0].other_image}"
+        problems.append(Problem(sets[1], rule, value))
+    step = (
+        "Begin a new study, which leaves them out of training and validation, or see the numbers with and without them: "
+        f"carft-ray resume {command} --set data.shared_images=keep, then carft-ray test {command}"
+    )
+    problems[-1] = dataclasses.replace(problems[-1], next_step=step)
+    raise HoldOutError(problems)
 
 
 def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
@@ -196,7 +229,7 @@ def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
     details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
-    return _Read(runs, details, functools.partial(summarise, recipe, compared))
+    return _Read(runs, details, functools.partial(summarise, recipe, compared, read_shared(study_dir)))
 
 
 def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
@@ -221,7 +254,7 @@ def _evaluate(
         Predictions by the folder of the training, zero-shot by its name.
     """
     torch.set_num_threads(num_threads(recipe))
-    materials = load_materials(recipe, Path("/"))
+    materials = load_materials(without_shared(recipe, read_shared(study_dir), Path("/")), Path("/"))
     sets: list[ImageSet] = []
 
     def test_sets() -> list[ImageSet]:

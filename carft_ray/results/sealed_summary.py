@@ -1,13 +1,16 @@
 """What a read of the test sets has found, as data: intervals, paired differences, the headline, lines for a report."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from carft_ray.data.shared_images import SharedRow, shared_counts, shared_lines
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import correct_matrix
+from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.compared import Compared
 from carft_ray.results.comparison import Difference, compare, comparison_lines, row_lines
@@ -23,6 +26,7 @@ ID_TEST = "id_test"
 def summarise(
     recipe: Recipe,
     compared: Compared,
+    shared: Sequence[SharedRow],
     tables: Mapping[str, pa.Table],
     entry: Entry,
     before: Sequence[Entry],
@@ -33,6 +37,8 @@ def summarise(
     Args:
         recipe: Of the study.
         compared: The rows that were read.
+        shared: The study's list of images in two roles: where test images stand among them, the numbers are given
+            without these, too.
         tables: Predictions on the test sets by the folder of the training, zero-shot by its name.
         entry: The line of this read in the ledger.
         before: The lines that the ledger held when it began.
@@ -51,15 +57,22 @@ def summarise(
         for row in compared.rows
     }
     rival = max(compared.baselines, key=lambda row: row.objective, default=None)
-    comparison = compare(
+    compare_rows = functools.partial(
+        compare,
         spec,
-        correct,
-        compared.winner.name,
-        [row.name for row in compared.baselines],
-        None if rival is None else rival.name,
+        winner=compared.winner.name,
+        baselines=[row.name for row in compared.baselines],
+        headline_baseline=None if rival is None else rival.name,
         id_margin=part.id_margin,
-        label="test sets",
     )
+    comparison = compare_rows(correct=correct, label="test sets")
+    any_row = compared.rows[0]
+    table, alpha = (tables[any_row.runs[0].folder], any_row.alpha) if any_row.runs else (tables[ZERO_SHOT], 0.0)
+    alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in names}
+    without = None
+    if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
+        fewer = {row: {name: by_set[name][:, alone[name]] for name in names} for row, by_set in correct.items()}
+        without = compare_rows(correct=fewer, label="test sets without images that stand in other roles")
     num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
     read = of_read(entry, before, number)
     return {
@@ -85,12 +98,29 @@ def summarise(
         "differences": {each.other: _difference_data(each) for each in comparison.baselines},
         "baseline": comparison.headline_baseline,
         "headline": comparison.headline,
-        "row_lines": row_lines(comparison),
+        "shared_images": shared_counts(shared),
+        "without_shared_images": None
+        if without is None
+        else {
+            "sets": {name: int(mask.sum()) for name, mask in alone.items()},
+            "rows": {row.name: _row_data(row) for row in without.rows},
+            "differences": {each.other: _difference_data(each) for each in without.baselines},
+            "headline": without.headline,
+        },
+        "row_lines": row_lines(comparison) + ([] if without is None else row_lines(without)),
         "lines": [
             *_lines(compared, num_images, entry, number, read["searches_after_a_read"]),
+            *shared_lines(shared),
+            *([] if without is None else comparison_lines(without)),
             *comparison_lines(comparison),
         ],
     }
+
+
+def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
+    """Returns the sample ids of a test set's images that stand in other roles too."""
+    places = {f"data.{role}" for role in (name, f"{name}.of", f"ood_test.{name}", f"ood_test.{name}.of")}
+    return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
 
 
 def of_read(entry: Entry, before: Sequence[Entry], number: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from carft_ray import files
+from carft_ray.data.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.evaluate import metrics_at, predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
@@ -44,6 +45,7 @@ class Trained:
         materials: Model, prompts and sets.
         class_head_CD: Zero-shot head, unit rows [C, D].
         fine_tuned: State at alpha 1.
+        shared: What was done with images that stand in two roles (``shared_images.shared_lines``).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Trained:
     materials: Materials
     class_head_CD: Tensor
     fine_tuned: dict[str, Tensor]
+    shared: tuple[str, ...] = ()
 
     def classifier(self, alpha: float) -> ImageClassifier:
         """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe.
@@ -128,13 +131,15 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
         require_weights(folder, run_dir, recipe)
     recipe = apply(recipe, result["train"])
     heads = load_tensors(folder / PREPARED / "heads.safetensors")
+    shared = read_shared(folder)
     return Trained(
         name,
         recipe,
         result,
-        load_materials(recipe, Path("/")),
+        load_materials(without_shared(recipe, shared, Path("/")), Path("/")),
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
+        tuple(shared_lines(shared)),
     )
 
 

@@ -46,6 +46,8 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "data.id_test": ("identity", "fixed before anything is selected"),
     "data.ood_test": ("identity", "fixed before anything is selected"),
     "data.classes": ("identity", "the meaning of the labels"),
+    "data.shared_images": ("running", "the list of shared images is made once; `keep` lets those found later stand"),
+    "data.shared_limit": ("running", "the list of shared images is made once"),
     "data.cache_dir": ("running", "where decoded images lie"),
     "data.cache_gb": ("running", "how much of them is kept"),
     "data.pack": ("running", "how images are read; the pixels are the same"),
@@ -66,6 +68,7 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "<set>.shots_seed": ("identity", "which images"),
     "<set>.classes": ("identity", "between which classes images are told apart"),
     "<set>.on_bad_image": ("identity", "which images"),
+    "<set>.exclude": ("identity", "which images; a file may move, the images that are left are compared"),
     "<set>.name": ("identity", "which images"),
     "<set>.trial_seed": ("identity", "which images"),
     "<set>.of": ("identity", "which images"),
@@ -338,7 +341,7 @@ def _is_free(found: Difference) -> bool:
         return len(found.path) == 3 and found.old is MISSING
     if found.path == ("model", "pretrained"):
         return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
-    if found.path[-1] == "class_names" and found.path[0] == "data":
+    if found.path[-1] in ("class_names", "exclude") and found.path[0] == "data":
         return all(isinstance(value, str) for value in (found.old, found.new))
     if found.path == ("model", "name"):
         return all(str(value).startswith("local-dir:") for value in (found.old, found.new))

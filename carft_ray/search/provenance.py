@@ -2,7 +2,8 @@
 
 seeds, code, versions, hardware, test_sets          when the folder is claimed
 data, classes, class_names, templates, model,       after the preparation, which has read data and model;
-augmentation, hardware of the preparation           says what every training of the folder starts from
+augmentation, hardware of the preparation,          says what every training of the folder starts from
+shared_images
 history                                             later searches on other code, versions or hardware
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import environment, files
+from carft_ray.data.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe
@@ -59,6 +61,7 @@ def record_provenance(folder: Path, recipe: Recipe, found: dict[str, Any] | None
     before = manifest.get(PROVENANCE)
     now = known_at_once(recipe)
     now = {**now, **found, "hardware": {**now["hardware"], **found.get("hardware", {})}}
+    now["shared_images"] = {"policy": recipe.data.shared_images, "counts": shared_counts(read_shared(folder))}
     if before is None or "data" not in before:  # nothing was trained from it yet
         files.write_json(path, {**manifest, PROVENANCE: now})
         return
