@@ -208,22 +208,23 @@ def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
     The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
     a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
     """
+    rows = _part_and_shots(listing, spec)
+    return rows[~np.isin(listing.ids[rows], listing.excluded)] if len(listing.excluded) else rows
+
+
+def _part_and_shots(listing: Listing, spec: StoredSet) -> IntArray:
     rows = np.arange(len(listing), dtype=np.int64)
     if spec.part is not None:
         fractions = listing.ids / 2.0**64
         rows = rows[(spec.part[0] <= fractions) & (fractions < spec.part[1] if spec.part[1] < 1 else True)]
-    if spec.shots is not None:
-        rows = _shots(listing, rows, spec.shots, spec.shots_seed)
-    return rows[~np.isin(listing.ids[rows], listing.excluded)] if len(listing.excluded) else rows
-
-
-def _shots(listing: Listing, rows: IntArray, shots: int, seed: int) -> IntArray:
+    if spec.shots is None:
+        return rows
     taken: Counter[str] = Counter()
     chosen = []
-    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{seed} {int(listing.ids[row])}"))
+    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}"))
     for row in order:
         taken[listing.classes[row]] += 1
-        if taken[listing.classes[row]] <= shots:
+        if taken[listing.classes[row]] <= spec.shots:
             chosen.append(row)
     return np.array(sorted(chosen), dtype=np.int64)
 
@@ -262,7 +263,7 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
     if empty:
         problems.append(Problem(place, "every class must have an image", f"none in {_some(empty)}"))
     if spec.shots is not None and not problems:
-        counts = Counter(listing.classes[row] for row in selected_rows(listing, spec).tolist())
+        counts = Counter(listing.classes[row] for row in _part_and_shots(listing, spec).tolist())
         few = sorted(own for own in set(listing.classes) if counts[own] < spec.shots)
         if few:
             rule = f"every class must have {spec.shots} images, as shots says"

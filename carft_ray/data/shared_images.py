@@ -70,6 +70,9 @@ class SharedRow:
         )
 
 
+COLUMNS = [field.name for field in fields(SharedRow)]
+
+
 def note_shared(
     recipe: Recipe, base_dir: Path, cache_dir: Path, study_dir: Path, say: Callable[[str], None] = lambda text: None
 ) -> None:
@@ -156,10 +159,10 @@ def read_shared(study_dir: Path) -> list[SharedRow]:
     numbers = {"sample_id": int, "other_sample_id": int, "distance": float}
     try:
         text = files.retried(path, lambda: path.read_text(encoding="utf-8"))
-        return [
-            SharedRow(**{name: numbers.get(name, str)(value) for name, value in row.items()})
-            for row in csv.DictReader(io.StringIO(text))
-        ]
+        reader = csv.DictReader(io.StringIO(text))
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"its columns are {reader.fieldnames}")
+        return [SharedRow(**{name: numbers.get(name, str)(row[name]) for name in COLUMNS}) for row in reader]
     except (OSError, TypeError, ValueError) as error:
         raise StorageError(Problem(str(path), "must be the list of shared images of a study", str(error))) from error
 
@@ -171,7 +174,7 @@ def write_shared(study_dir: Path, rows: Iterable[SharedRow]) -> None:
         StorageError: It cannot be written.
     """
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in fields(SharedRow)], lineterminator="\n")
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     files.write_text(study_dir / SHARED_IMAGES, buffer.getvalue())
@@ -222,7 +225,7 @@ def shared_lines(rows: Sequence[SharedRow]) -> list[str]:
             others = {image[3] for row in rows for image in row.images if image[0] == place and image[2] == done}
             images = "1 image" if count == 1 else f"{count} images"
             also = f"also in {' and '.join(sorted(others))}"
-            lines.append(f"{place}: {images} {'left out' if done == LEAVES else 'kept'}, {also} ({SHARED_IMAGES})")
+            lines.append(f"{place}: {images} {'left out' if done == LEAVES else 'kept'}, {also}")
     return lines
 
 
