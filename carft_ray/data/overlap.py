@@ -3,33 +3,37 @@
 Two images are the same when
 
 - their files have the same bytes (copies, renamed files, links, other class folders), or
-- their thumbnails agree (the same picture saved again in another format or at another size).
+- they show one picture (saved in another format or at another size, slightly cropped, bordered, with a small mark).
 
-A thumbnail is the picture averaged over 8 x 8 tiles, compared as brightness (8 x 8) and colour (4 x 4, weighted twice),
-since that is what JPEG keeps. Their distance, divided by the contrast of the two pictures, must be below ``TOLERANCE``.
-Measured on the sandbox (synthetic; 15,600 pictures of all twelve domains at 32 pixels, all pairs): no two different
-pictures are nearer than 0.22, so there is no false alarm. Of 2,400 copies each are found: PNG, BMP and lossless WebP
-100 %, JPEG quality 90 99.8 %, quality 75 92 %, WebP quality 80 91 %, double size 100 %, half size 97 to 100 % (depends
-on the filter), half size and then JPEG 75 about 35 %. What is missed is mostly dark pictures, half of which JPEG 75
-hides; one that is found is enough. Real photos were not measured.
+The second is found in two steps. Thumbnails name candidates, among all images quickly; each candidate is then looked at
+again with more pixels (``data.same_picture``), which tells apart drawings whose thumbnails agree.
 
-Not found are crops, mirrored or rotated copies and strongly edited ones (colours, filters, text laid over), other
+A thumbnail is a view of the picture averaged over 8 x 8 tiles, compared as brightness (8 x 8) and colour (4 x 4,
+weighted twice), since that is what JPEG keeps. Their distance, divided by the contrast of the two views, must be below
+``TOLERANCE``. There are four views: the whole; without 5 % on each side, as a crop shows it; the middle, which marks at
+the edges spare; and what lies inside a border. ``MATCHED`` says which are compared with which. docs/data.md says what
+of all this is found, measured on real images and on the sandbox.
+
+Not found are mirrored or rotated copies, larger or one-sided crops, strong changes of colours, large marks, other
 photos of the same scene, neighbouring frames of a video, and re-encoded copies of pictures that are all but one colour.
 
 This is the one module besides `test` that reads test images. It sees neither labels nor a model, and nothing leaves it
-but names of files that stand in two roles.
+but names and pictures of images that stand in two roles.
 
-Shape letters: N images of a set, M of another, F = 96 features.
+Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K pairs.
 """
 
+import functools
 import io
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +43,7 @@ from carft_ray.data.cache import key_of, lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.same_picture import LIMIT, WHOLE, Box, Look, inside_border, look, picture_distance
 from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, HoldOutError, Problem
@@ -46,18 +51,31 @@ from carft_ray.files import write_bytes, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
 
-FORMAT_VERSION = 1  # rises when other hashes or thumbnails are made, or another tolerance decides
+FORMAT_VERSION = 2  # rises when other hashes or thumbnails are made, or other limits decide
 SIDE = 8  # pixels of a thumbnail
-TOLERANCE = 0.15  # largest distance of two thumbnails of one picture, relative to its contrast
+VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
+NUM_VIEWS = len(VIEWS) + 1
+INSIDE = len(VIEWS)
+MATCHED = ((0, 0), (0, 1), (1, 0), (2, 2), (0, INSIDE), (INSIDE, 0), (INSIDE, INSIDE))  # views of two images
+TOLERANCE = 0.25  # largest distance of two thumbnails of candidates, relative to their contrast
+NEAREST = 8  # candidates of an image that are looked at: of frames of a video each is one of all others
 FLOOR = 10.0  # variance, in squared grey levels, below which contrast is rounding and compression
 LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be known by
 NUM_EXAMPLES = 2
+CHANGED = "re-encoded, resized, cropped or marked"
+STEP = (
+    "Give each role images of its own: remove the shared ones from one of the two sets. "
+    "carft-ray doctor RECIPE --pairs pairs.html shows all."
+)
 TOLD_EVERY_S = 10.0
+BORDER_SIDE = 192  # pixels of the shorter side from which on borders are looked for in a smaller picture
+LOOKS_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
 
 _Floats = npt.NDArray[np.float32]
 _BLOCK = 2048  # rows compared at a time
+_SHAPE = (NUM_VIEWS, SIDE, SIDE, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +84,48 @@ class Signatures:
 
     Attributes:
         digests: Hash of every file (of the pixels where there is none), uint8 [N, 16].
-        thumbnails: uint8 [N, 8, 8, 3]; black where a picture cannot be decoded.
+        thumbnails: Of each view, uint8 [N, 4, 8, 8, 3]; black where a picture cannot be decoded.
     """
 
     digests: PixelArray
     thumbnails: PixelArray
+
+
+@dataclass(frozen=True)
+class SharedImage:
+    """One of the two images of a pair.
+
+    Attributes:
+        place: Key path of its set.
+        source: The set.
+        index: Its index there.
+    """
+
+    place: str
+    source: Source
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Name for messages, such as the path of its file."""
+        return self.source.place(self.index)
+
+
+@dataclass(frozen=True)
+class SharedPair:
+    """Two images in two roles that are the same.
+
+    Attributes:
+        first: The one of the set that the recipe names first.
+        second: The other.
+        how: By what they were found.
+        distance: That of ``same_picture.picture_distance``; 0 for the same bytes.
+    """
+
+    first: SharedImage
+    second: SharedImage
+    how: Literal["same bytes", "same picture"]
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -88,10 +143,7 @@ def check_overlap(
 ) -> None:
     """Refuses a recipe in which two roles share images. Two sets of one role may, and sandbox sets are told by name.
 
-    Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
-
-    Every file of the folder sets is read once; the hashes stay in the cache, so the next call only looks at dates.
-    A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock.
+    See ``shared_pairs`` for what is compared.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
@@ -104,16 +156,44 @@ def check_overlap(
         DataError: An image of training or validation cannot be read.
         StorageError: The cache cannot be written.
     """
-    if problems := check_roles(recipe, base_dir):
+    problems = check_roles(recipe, base_dir) or shared_problems(shared_pairs(recipe, base_dir, cache_dir, say))
+    if problems:
         raise HoldOutError(problems)
+
+
+def shared_pairs(
+    recipe: Recipe, base_dir: Path, cache_dir: Path, say: Callable[[str], None] = lambda text: None
+) -> list[SharedPair]:
+    """Returns the images that two roles share. Two sets of one role may, and sandbox sets are told by name.
+
+    Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
+
+    Every file of the folder sets is read once; the hashes stay in the cache, so the next call only looks at dates and
+    at candidates. A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock.
+
+    Args:
+        recipe: The recipe; its sets have passed ``check_sets``.
+        base_dir: Folder that relative paths count from.
+        cache_dir: Folder of the decoded sets; made when missing.
+        say: Told what is being done where that takes time.
+
+    Returns:
+        Every image that is shared stands in a pair. Of many with the same bytes, and of more than ``NEAREST`` alike,
+        not each stands with each.
+
+    Raises:
+        DataError: An image of training or validation cannot be read.
+        StorageError: The cache cannot be written.
+    """
     specs = named_sets(recipe)
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
-        return
+        return []
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
     sets = [found for path, spec in specs.items() if (found := _open(spec, places[path], str(path[1]), base_dir))]
     clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.spec.source} {each.key}' for each in sets))}.json"
     if clean.exists():
-        return
+        return []
+    pairs: list[SharedPair] = []
     with lock(cache_dir / "overlap.lock"):
         for left in (*cache_dir.glob(".signatures-*.tmp"), *cache_dir.glob(".overlap-*.tmp")):
             left.unlink(missing_ok=True)  # of a process that was killed
@@ -121,11 +201,29 @@ def check_overlap(
         for (first, mine), (second, theirs) in itertools.combinations(known, 2):
             with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
             if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
-                problems += _compare(first, mine, second, theirs)
-        if problems:
-            raise HoldOutError(problems)
-        if len(known) == len(sets):
+                pairs += _compare(first, mine, second, theirs, say)
+        if not pairs and len(known) == len(sets):
             write_json(clean, {"format_version": FORMAT_VERSION, "shared_images": 0})
+    return pairs
+
+
+def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
+    """Returns a problem for each two sets that share images."""
+    problems = []
+    by_sets: dict[tuple[str, str], list[SharedPair]] = {}
+    for pair in pairs:
+        by_sets.setdefault((pair.first.place, pair.second.place), []).append(pair)
+    for (first, second), shared in by_sets.items():
+        by_content = {pair.second.index for pair in shared if pair.how == "same bytes"}
+        by_picture = {pair.second.index for pair in shared} - by_content
+        counts = {"the same file content": by_content, f"the same picture {CHANGED}": by_picture}
+        how = ", ".join(f"{len(found)} with {words}" for words, found in counts.items() if found)
+        examples = "; ".join(f"{pair.first.name} and {pair.second.name}" for pair in shared[:NUM_EXAMPLES])
+        rule = f"a set has one role and must not share images with {first}"
+        num_shared, num_images = len(by_content | by_picture), len(shared[0].second.source)
+        value = f"{num_shared} of {num_images} images in both ({how}): {examples}"
+        problems.append(Problem(second, rule, value, next_step=STEP))
+    return problems
 
 
 def signatures(
@@ -151,17 +249,17 @@ def signatures(
         return found
     digests = np.frombuffer(b"".join(image_digests(source, on_progress)), np.uint8).reshape(-1, DIGEST_BYTES)
 
-    def thumbnail_of(index: int) -> PixelArray:
+    def views_of(index: int) -> PixelArray:
         try:
-            return thumbnail(source.pixels(index))
+            return thumbnails_of(source.pixels(index))
         except DataError:
             if not undecodable:
                 raise
-            return np.zeros((SIDE, SIDE, 3), np.uint8)
+            return np.zeros(_SHAPE, np.uint8)
 
-    thumbnails = np.empty((len(source), SIDE, SIDE, 3), np.uint8)
+    thumbnails = np.empty((len(source), *_SHAPE), np.uint8)
     with ThreadPoolExecutor(THREADS) as pool:
-        for index, pixels in enumerate(pool.map(thumbnail_of, range(len(source)))):
+        for index, pixels in enumerate(pool.map(views_of, range(len(source)))):
             thumbnails[index] = pixels
             if (index + 1) % 1000 == 0:
                 on_progress(index + 1, len(source))
@@ -176,32 +274,68 @@ def identity(source: Source) -> str:
     return f"{source.fingerprint} {source.home}"
 
 
-def thumbnail(pixels: PixelArray) -> PixelArray:
-    """Returns the mean colours of 8 x 8 tiles of a picture.
+def thumbnails_of(pixels: PixelArray) -> PixelArray:
+    """Returns the mean colours of 8 x 8 tiles of each view of a picture.
 
     Args:
         pixels: uint8 [H, W, 3].
 
     Returns:
-        uint8 [8, 8, 3].
+        uint8 [4, 8, 8, 3].
     """
-    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX))
+    image = Image.fromarray(pixels)
+    inside = inside_border(np.asarray(image.convert("L").reduce(max(1, min(image.size) // BORDER_SIDE))))
+    views = []
+    for left, right, top, bottom in (*VIEWS, inside):
+        box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+        views.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box)))
+    return np.stack(views)
 
 
-def shared_images(first: Signatures, second: Signatures) -> tuple[IntArray, IntArray]:
-    """Finds for every image of the second set one of the first that is the same.
+def same_bytes(first: Signatures, second: Signatures) -> IntArray:
+    """Returns pairs of indices of images with the same bytes, int64 [K, 2], each of them at least once."""
+    mine = {row.tobytes(): index for index, row in reversed(list(enumerate(first.digests)))}
+    theirs = {row.tobytes(): index for index, row in reversed(list(enumerate(second.digests)))}
+    pairs = [(mine[key], j) for j, row in enumerate(second.digests) if (key := row.tobytes()) in mine]
+    pairs += [
+        (i, theirs[key]) for i, row in enumerate(first.digests) if (key := row.tobytes()) in theirs and i != mine[key]
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def candidates(first: Signatures, second: Signatures) -> IntArray:
+    """Returns pairs of indices of images that may show one picture, and differ in their bytes.
 
     Returns:
-        Its index in the first set by content, int64 [M], and by thumbnail, int64 [M]; -1 where there is none. Images
-        that are found by content are not looked for by thumbnail.
+        int64 [K, 2], sorted by the second; for each of the second set the ``NEAREST``.
     """
-    rows = {row.tobytes(): index for index, row in enumerate(first.digests)}
-    by_content = np.array([rows.get(row.tobytes(), -1) for row in second.digests], dtype=np.int64)
-    by_thumbnail = np.full(len(by_content), -1, dtype=np.int64)
-    rest = np.flatnonzero(by_content < 0)
-    for here, there in alike(first.thumbnails, second.thumbnails[rest]):
-        by_thumbnail[rest[there]] = here
-    return by_content, by_thumbnail
+    pairs, apart = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
+    for mine, theirs in MATCHED:
+        rows_N, rows_M = _with_view(first.thumbnails, mine), _with_view(second.thumbnails, theirs)
+        for i, j, distance in alike(first.thumbnails[rows_N, mine], second.thumbnails[rows_M, theirs]):
+            found = np.stack([rows_N[i], rows_M[j]], axis=1)
+            other = (first.digests[found[:, 0]] != second.digests[found[:, 1]]).any(1)
+            near = _nearest(found[other], distance[other])
+            pairs.append(found[other][near])
+            apart.append(distance[other][near])
+    whole, distance = np.concatenate(pairs), np.concatenate(apart)
+    order = np.argsort(distance, kind="stable")
+    whole, once = np.unique(whole[order], axis=0, return_index=True)
+    return whole[_nearest(whole, distance[order][once])]
+
+
+def _with_view(thumbnails: PixelArray, view: int) -> IntArray:
+    """Returns the images that have a view of its own: the inside of a border is that of those with a border."""
+    if view != INSIDE:
+        return np.arange(len(thumbnails))
+    return np.flatnonzero((thumbnails[:, INSIDE] != thumbnails[:, 0]).any((1, 2, 3)))
+
+
+def _nearest(pairs: IntArray, distance: _Floats) -> IntArray:
+    """Returns which pairs, int64 [K, 2], are among the ``NEAREST`` of their second index, sorted by that."""
+    order = np.lexsort((distance, pairs[:, 1]))
+    ordered = pairs[order, 1]
+    return np.asarray(order[np.arange(len(ordered)) - np.searchsorted(ordered, ordered) < NEAREST])
 
 
 def distances(first: PixelArray, second: PixelArray) -> _Floats:
@@ -219,8 +353,8 @@ def distances(first: PixelArray, second: PixelArray) -> _Floats:
     return np.where(np.minimum(contrast_N, other_N) < LEAST_CONTRAST, np.inf, np.sqrt(squared_N)).astype(np.float32)
 
 
-def alike(first: PixelArray, second: PixelArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yields pairs of indices of thumbnails within the tolerance, int64 [K] each, a block at a time.
+def alike(first: PixelArray, second: PixelArray) -> Iterator[tuple[IntArray, IntArray, _Floats]]:
+    """Yields pairs of indices of thumbnails within the tolerance, int64 [K] each, and distances, a block at a time.
 
     With its mean taken off, the floor as one more feature, and length 1, a picture is a point; the points of pictures
     x, y are at most ``|x - y| / sqrt(|x| |y|)`` apart (Dunkl and Williams 1964), which is no more than the distance
@@ -245,8 +379,9 @@ def alike(first: PixelArray, second: PixelArray) -> Iterator[tuple[IntArray, Int
             end = min(begin + _BLOCK, high)
             here, there = np.nonzero(points_NF[begin:end] @ others_MF[block].T >= least_cosine)
             i, j = kept_N[begin + here], kept_M[block.start + there]
-            same = distances(first[i], second[j]) <= TOLERANCE
-            yield i[same], j[same]
+            apart = distances(first[i], second[j])
+            same = apart <= TOLERANCE
+            yield i[same], j[same], apart[same]
 
 
 def _points(thumbnails: PixelArray) -> tuple[_Floats, IntArray]:
@@ -284,24 +419,29 @@ def _centred(part: _Floats) -> _Floats:
     return centred
 
 
-def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) -> list[Problem]:
-    by_content, by_thumbnail = shared_images(mine, theirs)
-    match = np.maximum(by_content, by_thumbnail)
-    shared = np.flatnonzero(match >= 0)
-    if not len(shared):
-        return []
-    num_content = int((by_content >= 0).sum())
-    counts = {"the same file content": num_content, "the same picture re-encoded or resized": len(shared) - num_content}
-    how = ", ".join(f"{count} with {words}" for words, count in counts.items() if count)
-    pairs = [
-        (first.source.place(int(match[index])), second.source.place(int(index)))
-        for index in shared[:NUM_EXAMPLES].tolist()
-    ]
-    examples = "; ".join(f"{one} and {other}" for one, other in pairs)
-    rule = f"a set has one role and must not share images with {first.place}"
-    value = f"{len(shared)} of {len(theirs.digests)} images in both ({how}): {examples}"
-    step = "Give each role images of its own: remove the shared ones from one of the two sets."
-    return [Problem(second.place, rule, value, next_step=step)]
+def _compare(
+    first: _Set, mine: Signatures, second: _Set, theirs: Signatures, say: Callable[[str], None]
+) -> list[SharedPair]:
+    @functools.lru_cache(LOOKS_KEPT)
+    def look_at(is_second: bool, index: int) -> Look:
+        return look((second if is_second else first).source.pixels(index))
+
+    def second_look(pair: tuple[int, int]) -> float:
+        return picture_distance(look_at(False, pair[0]), look_at(True, pair[1]))
+
+    def shared(pair: tuple[int, int], how: Literal["same bytes", "same picture"], distance: float) -> SharedPair:
+        one = SharedImage(first.place, first.source, pair[0])
+        return SharedPair(one, SharedImage(second.place, second.source, pair[1]), how, distance)
+
+    found = [shared((i, j), "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
+    maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
+    on_progress = _progress(f"{first.place} and {second.place}, pictures that may be the same", say)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
+            on_progress(number, len(maybe))
+            if distance <= LIMIT:
+                found.append(shared(pair, "same picture", distance))
+    return found
 
 
 def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
@@ -320,19 +460,24 @@ def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
 
 def _signatures(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Signatures | None:
     """Returns the signatures of a set; None for a test set with files that cannot be read."""
+    try:
+        return signatures(each.source, cache_dir, _progress(each.place, say), undecodable=each.may_be_damaged)
+    except DataError as error:
+        _pass_over(each.place, each.role, error)
+        return None
+
+
+def _progress(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Returns what tells of images done and in all, now and then."""
     told = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
         nonlocal told
         if time.monotonic() - told >= TOLD_EVERY_S:
             told = time.monotonic()
-            say(f"comparing the images of the roles: {each.place}, {done} of {total}")
+            say(f"comparing the images of the roles: {what}, {done} of {total}")
 
-    try:
-        return signatures(each.source, cache_dir, on_progress, undecodable=each.may_be_damaged)
-    except DataError as error:
-        _pass_over(each.place, each.role, error)
-        return None
+    return on_progress
 
 
 def _pass_over(place: str, role: str, error: DataError) -> None:
@@ -352,6 +497,6 @@ def _cached(path: Path, num_images: int) -> Signatures | None:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    if rows.dtype != np.uint8 or rows.shape != (num_images, DIGEST_BYTES + SIDE * SIDE * 3):
+    if rows.dtype != np.uint8 or rows.shape != (num_images, DIGEST_BYTES + math.prod(_SHAPE)):
         return None
-    return Signatures(rows[:, :DIGEST_BYTES], rows[:, DIGEST_BYTES:].reshape(num_images, SIDE, SIDE, 3))
+    return Signatures(rows[:, :DIGEST_BYTES], rows[:, DIGEST_BYTES:].reshape(num_images, *_SHAPE))
