@@ -84,7 +84,7 @@ def test_a_test_set_is_counted_and_hashed_and_never_decoded_or_measured(here, mo
 
     decoded, decode = set(), StoredSource.decode
     monkeypatch.setattr(StoredSource, "decode", lambda self, *what: decoded.add(self.name) or decode(self, *what))
-    monkeypatch.setattr("carft_ray.evaluation.doctor.check_overlap", lambda *args: None)  # which makes thumbnails
+    monkeypatch.setattr("carft_ray.evaluation.doctor.find_shared", lambda *args: [])  # which makes thumbnails
     found = diagnose(here)
     assert decoded == {"data.train", "data.id_val", "data.ood_val.fog", "id_val", "fog"}
     secret = found.sets["data.ood_test.secret"]
@@ -158,7 +158,13 @@ SICK = [
     ),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
-    (leak, (), "error", "data.ood_test.secret: a set has one role and must not share images with data.train"),
+    (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
+    (
+        leak,
+        ("data.shared_images=fail",),
+        "error",
+        "data.ood_test.secret: a set has one role and must not share images with data.train",
+    ),
     (None, ("data.id_val.domains=[vla]",), "error", "data.id_val: a domain must be a folder of"),
     (None, ("data.ood_val.fog.domains=[val]",), "error", "must not share images with data.id_val"),
     (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import crash_host
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import short_sealed
 import short_training
@@ -17,6 +18,7 @@ import torch
 from suggestions import check_suggestions
 
 from carft_ray.data.arrays import image_set
+from carft_ray.data.listing import sample_id
 from carft_ray.data.sets import class_folders, open_source
 from carft_ray.evaluation.predictions import alphas, read_predictions
 from carft_ray.evaluation.run import run_training
@@ -411,6 +413,36 @@ def test_missing_test_images_are_told_before_the_seal_is_broken(run, here, folde
     assert "cartoon" in err
     assert "star" in err
     assert read_ledger(here / "study") == []
+
+
+def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apart(run, here, folder):
+    """The folder of the test set was not there when the study began; one of its images was trained on."""
+    shutil.copytree(folder / "images", here / "images")
+    for path in (here / "study" / "manifest.json", here / "study" / "resolved.yaml"):
+        path.write_text(path.read_text().replace(str(folder / "images"), str(here / "images")))
+    trained = sorted((here / "images" / "photo" / "star").iterdir())[0]
+    test = sorted((here / "images" / "cartoon" / "star").iterdir())[0]
+    shutil.copy(trained, test)
+    code, _, err = run("test", "study")
+    assert code == 8
+    assert "data.ood_test.cartoon: must not share images with data.train, and does; it could not be read when" in err
+    assert str(test) in err
+    assert read_ledger(here / "study") == []
+    assert run("resume", "study", "--set", "data.shared_images=keep")[0] == 0
+    code, out, err = run("test", "study", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["shared_images"] == {"data.ood_test.cartoon": {"stays": 1}, "data.train": {"stays": 1}}
+    without = summary["without_shared_images"]
+    assert without["sets"] == {**summary["sets"], "cartoon": summary["sets"]["cartoon"] - 1}
+    assert "data.ood_test.cartoon: 1 image kept, also in data.train" in summary["lines"]
+    table = read_predictions(here / "study" / "test" / "read-1" / "zero_shot.parquet")
+    zero_shot = next(row for row in summary["rows"] if row["name"] == "zero_shot")
+    part = table.filter(pc.field("set") == "cartoon").to_pandas()
+    right = part["prediction"] == part["label"]
+    alone = part["sample_id"] != sample_id(f"cartoon/star/{test.name}")
+    assert zero_shot["test"]["cartoon"]["mean"] == pytest.approx(right.mean())
+    assert without["rows"]["zero_shot"]["cartoon"]["mean"] == pytest.approx(right[alone].mean())
 
 
 def test_a_folder_that_is_no_study_is_a_usage_error(run):

@@ -106,11 +106,12 @@ def read_sealed(
             step = f"Every further read is counted and told: {command} --again REASON"
             raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
         sources = _open_sources(recipe)
+        if entry is None:
+            _compare_before_first_read(study_dir, recipe, say)
         read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
         for run in read.runs.keys() - {ZERO_SHOT}:
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
-            _compare_before_first_read(study_dir, recipe, say)
             sets = tuple(source.name for source in sources)
             entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
@@ -161,8 +162,8 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         value = f"{len(rows)} pairs, such as {rows[0].image} and {rows[0].other_image}"
         problems.append(Problem(sets[1], rule, value))
     step = (
-        "Begin a new study, which leaves them out of training and validation, or see the numbers with and without them: "
-        f"carft-ray resume {command} --set data.shared_images=keep, then carft-ray test {command}"
+        "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
+        f"carft-ray resume {command} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)
     raise HoldOutError(problems)
