@@ -84,7 +84,7 @@ def test_a_test_set_is_counted_and_hashed_and_never_decoded_or_measured(here, mo
 
     decoded, decode = set(), StoredSource.decode
     monkeypatch.setattr(StoredSource, "decode", lambda self, *what: decoded.add(self.name) or decode(self, *what))
-    monkeypatch.setattr("carft_ray.evaluation.doctor.find_shared", lambda *args: [])  # which makes thumbnails
+    monkeypatch.setattr("carft_ray.evaluation.doctor.shared_pairs", lambda *args: [])  # which makes thumbnails
     found = diagnose(here)
     assert decoded == {"data.train", "data.id_val", "data.ood_val.fog", "id_val", "fog"}
     secret = found.sets["data.ood_test.secret"]
@@ -246,3 +246,25 @@ def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
     numbers = [{"accuracy": value, "num_images": 400, "chance": 0.1} for value in accuracy]
     found = zero_shot_findings(dict(zip(("id_val", "fog"), numbers, strict=True)))
     assert [str(one.problem)[: len(text)] for one, text in zip(found, told, strict=True)] == told
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.html"])
+def test_all_pairs_of_images_in_two_roles_are_written(here, name, capsys):
+    for index in range(4):
+        source = here / "images" / "train" / "circle" / f"{index:02d}.png"
+        shutil.copy(source, here / "images" / "secret" / "star" / f"copy{index}.png")
+    assert call(["doctor", "r.yaml", "--pairs", name]) == 4
+    text = (here / name).read_text()
+    assert all(f"images/secret/star/copy{index}.png" in text for index in range(4))
+    assert text.count("same bytes") >= 4
+    assert f"{name}: 4 pairs of images in two roles" in capsys.readouterr().err
+
+
+def test_without_pairs_the_table_is_empty_and_quick_or_another_ending_is_refused(here, capsys):
+    assert call(["doctor", "r.yaml", "--pairs", "pairs.csv"]) == 0
+    assert (here / "pairs.csv").read_text().count("\n") == 1
+    capsys.readouterr()
+    assert call(["doctor", "r.yaml", "--pairs", "pairs.csv", "--quick"]) == 2
+    assert "--pairs: needs the images" in capsys.readouterr().err
+    assert call(["doctor", "r.yaml", "--pairs", "pairs.png"]) == 2
+    assert "must end in .csv or .html" in capsys.readouterr().err

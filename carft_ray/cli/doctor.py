@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, quoted
-from carft_ray.errors import DataError
+from carft_ray.errors import DataError, Problem, UsageError
 
 PANEL = "One training"  # of the help
 
@@ -19,6 +19,12 @@ def doctor(
         int, typer.Option("--images", min=1, help="Images of each validation set that zero-shot is measured on.")
     ] = 1000,
     quick: Annotated[bool, typer.Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            "--pairs", metavar="FILE", help="Write all pairs of images in two roles: a .csv table or an .html page."
+        ),
+    ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -27,9 +33,14 @@ def doctor(
     Every image is read once. Ends with exit code 4 when a search would fail or mean nothing.
     """
     from carft_ray import console
+    from carft_ray.data.pairs_file import check_pairs_path, write_pairs
     from carft_ray.evaluation.doctor import as_plain_data, examine
     from carft_ray.recipe.loading import load_recipe
 
+    if pairs is not None:
+        check_pairs_path(pairs)
+        if quick:
+            raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
     value, base_dir = load_recipe(recipe, set_ or ()), recipe.absolute().parent
     if json_:
         found = examine(value, base_dir, images, quick)
@@ -41,6 +52,11 @@ def doctor(
         for line in _model_lines(found.model, found.machine):
             console.say(line)
         _tell(found, console)
+    if pairs is not None and found.pairs is None:
+        console.warn(f"{pairs} is not written: images are compared when nothing else is wrong with the data.")
+    elif pairs is not None and found.pairs is not None:
+        write_pairs(pairs, found.pairs)
+        console.say(f"{pairs}: {len(found.pairs)} pairs of images in two roles")
     if found.errors:
         if json_:
             raise typer.Exit(DataError.exit_code)

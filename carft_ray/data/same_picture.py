@@ -7,8 +7,8 @@
    contrast and structure of SSIM (Wang et al. 2004) in one. A block agrees from ``BLOCK`` on. Blocks weigh by their
    contrast: white paper says nothing, and a watermark spoils the few blocks that it covers.
 
-The distance is the share of blocks, by weight, that disagree. Fine lines are blurred by a pixel, and a pair by half a
-pixel of its smaller picture, so that resizing changes little.
+The distance is the share of blocks, by weight, that disagree. Both pictures are blurred by a pixel of the smaller one,
+or of a look, so that resizing changes little.
 
 ``LIMIT`` lies between copies and other pictures of a sample of PACS (2,045 real images of four domains). Made copies,
 240 of each kind (JPEG, half and double size, cropped by 5 %, bordered, a text over a third of the width): up to .19.
@@ -33,10 +33,10 @@ BLOCKS = 8  # along a side
 FLOOR = 20.0  # variance, in squared grey levels, of what compression leaves in a block of one colour
 HALF_WEIGHT = 10.0  # contrast, in grey levels, of a block that weighs half of the most
 BLUR = 1 / 128  # of the side of the picture: a pixel of a look
-EDGE = 0.03  # of the side: left out, since borders bleed into it
+EDGE = 0.06  # of the side: left out, since a border bleeds into it
 COARSE, COARSE_BLUR, COARSE_STEPS, FINE_STEPS = 32, 0.02, 6, 3
 FLAT = 16  # grey levels by which the colour of a border varies
-SMALLEST = 0.75  # scale of a picture that is a part of another
+SMALLEST, SLACK = 0.75, 0.03  # scale of a picture that is a part of another, and by how much it may stick out
 
 _Floats = npt.NDArray[np.float32]
 _Map = tuple[float, float, float, float]  # scale and offset along x, then along y; a picture is a unit square
@@ -88,7 +88,7 @@ def picture_distance(first: Look, second: Look) -> float:
     if first.grey_SS.tobytes() > second.grey_SS.tobytes():
         first, second = second, first
     one_SS, other_SS = first.grey_SS.astype(np.float32), second.grey_SS.astype(np.float32)
-    blur = max(BLUR, 0.75 / min(first.short_side, second.short_side))
+    blur = max(BLUR, 1 / min(first.short_side, second.short_side))
     starts = [*STARTS, *_without_borders(inside_border(first.grey_SS), inside_border(second.grey_SS))]
     laid = [_oriented(one_SS, other_SS, at) for at in starts]
     coarse = [_aligned(*each, COARSE, COARSE_BLUR, COARSE_STEPS) for each in laid]
@@ -116,7 +116,7 @@ def _without_borders(one: Box, other: Box) -> list[_Map]:
 
 def _distance(part_SS: _Floats, whole_SS: _Floats, at: _Map, blur: float) -> float:
     """Returns the share of blocks of a picture that differ where a map lays it on another, 1 where it sticks out."""
-    if any(scale < SMALLEST or offset < -EDGE or scale + offset > 1 + EDGE for scale, offset in (at[:2], at[2:])):
+    if any(scale < SMALLEST or offset < -SLACK or scale + offset > 1 + SLACK for scale, offset in (at[:2], at[2:])):
         return 1.0
     x_BP, y_BP = _blocks(_sampled(part_SS, AS_THEY_ARE, SIDE, blur)), _blocks(_sampled(whole_SS, at, SIDE, blur))
     var_x_B, var_y_B, cov_B = (x_BP**2).mean(1), (y_BP**2).mean(1), (x_BP * y_BP).mean(1)

@@ -18,10 +18,11 @@ import torch
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.overlap import SharedPair, shared_pairs
 from carft_ray.data.readers import reader_of
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
-from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
+from carft_ray.data.shared_images import decide, shared_lines, without_shared
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.materials import Materials, load_materials
@@ -68,6 +69,7 @@ class Diagnosis:
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
         model: Size and text side of the model; empty when it cannot be loaded.
         machine: ``device``, free disk and memory, versions.
+        pairs: Images that stand in two roles; None where that was not looked at.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -75,6 +77,7 @@ class Diagnosis:
     zero_shot: dict[str, dict[str, float]] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    pairs: list[SharedPair] | None = None
 
     def add(self, level: Level, problem: Problem | Sequence[Problem]) -> None:
         """Adds findings of one level."""
@@ -127,7 +130,8 @@ def examine(
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
-            rows = find_shared(recipe, base_dir, cache_dir(recipe, base_dir))
+            found.pairs = shared_pairs(recipe, base_dir, cache_dir(recipe, base_dir), say)
+            rows = decide(recipe, found.pairs)
             found.add("note", [Problem("", line) for line in shared_lines(rows)])
             recipe = without_shared(recipe, rows, base_dir)
         except CarftError as error:

@@ -1,0 +1,184 @@
+"""Pairs of images: copies are found, drawings that are alike are told apart, and pairs are written to read."""
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from conftest import ArraySource
+from PIL import Image, ImageDraw
+
+from benchmarks.pairs import COPIES, signed
+from benchmarks.photos import photo
+from carft_ray.data.overlap import (
+    NEAREST,
+    TOLERANCE,
+    SharedImage,
+    SharedPair,
+    Signatures,
+    candidates,
+    distances,
+    same_bytes,
+    shared_problems,
+    signatures,
+    thumbnails_of,
+)
+from carft_ray.data.pairs_file import write_pairs
+from carft_ray.data.same_picture import LIMIT, WHOLE, inside_border, look, picture_distance
+from carft_ray.errors import DataError, UsageError
+
+
+def drawing(code, side=224):
+    """Diagonal strokes on white, one in each of ten squares, rising or falling as the bits of the code have it."""
+    image = Image.new("RGB", (side, side), "white")
+    draw, step = ImageDraw.Draw(image), side // 8
+    for bit, (x, y) in enumerate(((2, 1), (3, 1), (4, 1), (2, 2), (4, 3), (3, 4), (2, 5), (4, 5), (5, 5), (3, 6))):
+        left, right = step * x + 4, step * (x + 1) - 5
+        top, bottom = (step * y + 4, step * (y + 1) - 5)[:: 1 if code >> bit & 1 else -1]
+        draw.line((left, top, right, bottom), "black", 2)
+    return np.asarray(image)
+
+
+PICTURES = {"photo": photo(3, 200, 160), "small photo": photo(4, 48, 64), "drawing": drawing(0)}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_copy_is_a_candidate_and_then_the_same_picture(name, kind):
+    original = PICTURES[name]
+    copy = np.asarray(COPIES[kind](Image.fromarray(original)))
+    assert candidates(signed([original], 1), signed([copy], 2)).tolist() == [[0, 0]]
+    assert picture_distance(look(original), look(copy)) <= LIMIT
+
+
+def test_drawings_whose_thumbnails_agree_are_not_one_picture():
+    drawings = [drawing(code) for code in (0, 0b0000011111, 0b1111100000, 0b1111111111)]  # half differ, or all
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    assert all(distances(*(thumbnails_of(drawings[k])[None, 0] for k in pair))[0] <= TOLERANCE for pair in pairs)
+    assert min(picture_distance(*(look(drawings[k]) for k in pair)) for pair in pairs) > LIMIT
+
+
+def test_other_photos_are_far_apart_and_the_order_makes_no_difference():
+    looks = [look(pixels) for pixels in (*PICTURES.values(), photo(5, 200, 160), drawing(31))]
+    looks.append(look(np.asarray(COPIES["5 % margin off"](Image.fromarray(PICTURES["photo"])))))
+    for i, one in enumerate(looks):
+        assert picture_distance(one, one) == 0
+        for other in looks[:i]:
+            assert picture_distance(one, other) == picture_distance(other, one)
+    assert picture_distance(looks[0], looks[3]) > 0.9
+
+
+def test_a_picture_of_one_colour_has_distances():
+    blank = look(np.full((40, 40, 3), 90, np.uint8))
+    assert 0 <= picture_distance(blank, look(PICTURES["photo"])) <= 1
+
+
+def test_the_same_shape_elsewhere_on_a_plain_ground_is_another_picture():
+    shapes = []
+    for box in ((10, 10, 60, 60), (30, 40, 90, 100)):
+        image = Image.new("RGB", (128, 128), "white")
+        ImageDraw.Draw(image).ellipse(box, fill="black")
+        shapes.append(look(np.asarray(image)))
+    assert picture_distance(*shapes) > LIMIT
+
+
+def test_what_lies_inside_a_border_is_found():
+    grey = np.asarray(Image.fromarray(PICTURES["photo"]).convert("L"))
+    assert inside_border(grey) == WHOLE
+    framed = np.pad(grey, ((16, 16), (20, 20)), constant_values=255)
+    assert inside_border(framed) == pytest.approx((20 / 240, 220 / 240, 16 / 192, 176 / 192))
+    assert inside_border(np.pad(grey, 200)) == WHOLE  # more border than picture
+
+
+class Undecodable(ArraySource):
+    def content(self, index):
+        return b"no image, number %d" % index
+
+    def pixels(self, index):
+        raise DataError("must be a readable image")
+
+
+def test_the_same_bytes_are_found_where_nothing_can_be_decoded(tmp_path):
+    made = signatures(Undecodable(num_images=3), tmp_path, undecodable=True)
+    assert same_bytes(made, made).tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert candidates(made, made).tolist() == []
+
+
+def test_of_many_files_with_the_same_bytes_each_stands_in_a_pair():
+    digests = [np.repeat(np.array(rows, np.uint8)[:, None], 16, axis=1) for rows in ((7, 1, 7, 7), (2, 7, 7))]
+    mine, theirs = (Signatures(each, np.zeros((len(each), 4, 8, 8, 3), np.uint8)) for each in digests)
+    pairs = same_bytes(mine, theirs)
+    assert {*pairs[:, 0].tolist()} == {0, 2, 3}
+    assert {*pairs[:, 1].tolist()} == {1, 2}
+    assert len(pairs) == 4
+
+
+def test_candidates_are_those_of_the_views_and_few_for_an_image_of_which_there_are_many():
+    rng = np.random.default_rng(0)
+    frames = [np.clip(PICTURES["photo"] + rng.integers(-3, 4, PICTURES["photo"].shape), 0, 255) for _ in range(30)]
+    frames = [frame.astype(np.uint8) for frame in frames]
+    found = candidates(signed(frames, 1), signed(frames[:2], 2))
+    assert np.bincount(found[:, 1]).tolist() == [NEAREST, NEAREST]
+    assert all([index, index] in found.tolist() for index in range(2))  # the nearest is the same
+
+
+def shared():
+    sources = [ArraySource(num_images=3, seed=seed, name=f"set {seed}") for seed in range(2)]
+    for source in sources:
+        source.place = f"{source.name}/<b>, {{}}.png".format
+        source.pixels = source.images.__getitem__
+
+    def pair(i, j, how, distance):
+        return SharedPair(
+            SharedImage("data.train", sources[0], i), SharedImage("data.id_test", sources[1], j), how, distance
+        )
+
+    return [pair(1, 2, "same picture", 0.1234), pair(0, 0, "same bytes", 0.0), pair(2, 0, "same picture", 0.05)]
+
+
+def test_problems_count_the_images_of_the_second_set_once():
+    (problem,) = shared_problems(shared())
+    assert problem.place == "data.id_test"
+    assert problem.value.startswith(
+        "2 of 3 images in both (1 with the same file content, "
+        "1 with the same picture re-encoded, resized, cropped or marked): set 0/<b>, 1.png and set 1/<b>, 2.png;"
+    )
+
+
+def test_pairs_are_written_as_a_table(tmp_path):
+    write_pairs(tmp_path / "pairs.csv", shared())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "pairs.csv").read_text())))
+    assert [(row["how"], row["distance"]) for row in rows] == [
+        ("same bytes", "0.000"),
+        ("same picture", "0.050"),
+        ("same picture", "0.123"),
+    ]
+    assert rows[2] == {
+        "first_set": "data.train",
+        "first": "set 0/<b>, 1.png",
+        "second_set": "data.id_test",
+        "second": "set 1/<b>, 2.png",
+        "how": "same picture",
+        "distance": "0.123",
+    }
+    write_pairs(tmp_path / "none.csv", [])
+    assert (tmp_path / "none.csv").read_text() == "first_set,first,second_set,second,how,distance\n"
+
+
+def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
+    pairs = shared()
+    pairs[0].second.source.pixels = Undecodable().pixels
+    write_pairs(tmp_path / "pairs.html", pairs)
+    page = (tmp_path / "pairs.html").read_text()
+    assert page.count("<article>") == 3
+    assert page.count('src="data:image/jpeg;base64,') == 3
+    assert page.count("cannot be decoded") == 3
+    assert "<b>, 1" not in page
+    assert "&lt;b&gt;, 1.png" in page
+    assert not re.search(r"https?://", page)
+
+
+def test_another_ending_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
+        write_pairs(tmp_path / "pairs.txt", [])
