@@ -23,7 +23,7 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, stepped_back
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.materials import Materials, load_materials
@@ -206,7 +206,7 @@ def run_training(
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
     start = read_predictions(prepared_dir / "zero_shot.parquet") if views_NHWC is None else at(0.0)
-    table, choice, curve = _choose(recipe, spec, bounds, start, at)
+    table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
     if context.rank == 0:
         write_predictions(out_dir / "predictions" / "validation.parquet", table)
     result = {
@@ -217,6 +217,7 @@ def run_training(
         "fine_tuned": metrics_at(table, spec, 1.0),
         "curve": curve,
         "alpha_choice": dataclasses.asdict(choice),
+        "chosen_from": chosen_from,
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": materials.num_images,
@@ -343,30 +344,35 @@ def _choose(
     bounds: Sequence[Limit],
     start: pa.Table,
     at: Callable[[float], pa.Table],
-) -> tuple[pa.Table, AlphaChoice, list[dict[str, float]]]:
-    """Evaluates the alphas that are wanted; returns their predictions, the chosen alpha, and the curve.
+) -> tuple[pa.Table, AlphaChoice, list[float], list[dict[str, float]]]:
+    """Evaluates the alphas that are wanted; returns predictions, chosen alpha, what it was chosen from, and the curve.
 
-    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid is evaluated and the
-    fitted curve decides. A Pareto search evaluates both: every point may stand on its front. Predictions at a chosen
-    alpha off the grid are added; the curve holds the points measured, with their violations of constraints.
+    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid with ``lowest`` is
+    evaluated, what ``between`` asks for beside it, and the fitted curve decides. A Pareto search evaluates fixed alpha
+    and grid: every point may stand on its front. Predictions at a chosen alpha between the points are added; the curve
+    holds the points measured, with their violations of constraints.
     """
     fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
-    wanted = set(recipe.search.alpha.grid) if fixed is None or recipe.search.objective.kind == "pareto" else {1.0}
+    is_pareto = recipe.search.objective.kind == "pareto"
+    wanted = set(recipe.search.alpha.measured) if fixed is None or is_pareto else {1.0}
     tables = {0.0: start, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
     if fixed is None:
         profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
-        choice = profile.choice
+        if further := between(profile, lowest):
+            tables |= {alpha: at(alpha) for alpha in further}
+            profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
+        choice, chosen_from = profile.choice, list(profile.alphas)
         if choice.alpha not in tables:
             tables[choice.alpha] = at(choice.alpha)
             choice = stepped_back(profile, violations_at(tables[choice.alpha], bounds, choice.alpha), lowest)
     else:
         value = metrics_at(tables[fixed], spec, fixed)["objective"]
-        choice = AlphaChoice(fixed, value, False, "alpha is fixed")
+        choice, chosen_from = AlphaChoice(fixed, value, False, "alpha is fixed"), [fixed]
     curve = [
         {"alpha": alpha, **metrics_at(tables[alpha], spec, alpha), **violations_at(tables[alpha], bounds, alpha)}
         for alpha in sorted(tables)
     ]
-    return concat([tables[alpha] for alpha in sorted(tables)]), choice, curve
+    return concat([tables[alpha] for alpha in sorted(tables)]), choice, chosen_from, curve
 
 
 def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:
