@@ -8,7 +8,7 @@ import curve_stand_in
 import numpy as np
 import pytest
 
-from carft_ray.errors import CarftError, DataError
+from carft_ray.errors import CarftError, DataError, DivergedError
 from carft_ray.evaluation.alpha import (
     AlphaProfile,
     alpha_profile,
@@ -22,7 +22,7 @@ from carft_ray.evaluation.alpha import (
 )
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.run import _choose
+from carft_ray.evaluation.run import _alphas_at_chance, _choose
 from carft_ray.recipe.space import apply
 from carft_ray.results.intervals import crossed
 
@@ -50,9 +50,9 @@ def test_a_cubic_without_noise_is_recovered_exactly():
 def test_order_of_the_points_does_not_matter():
     objectives = [cubic(alpha) + 0.001 * math.sin(50 * alpha) for alpha in GRID]
     shuffled = [3, 0, 5, 1, 4, 2]
-    assert choose_alpha([GRID[i] for i in shuffled], [objectives[i] for i in shuffled], 0.1, noise(0.01)) == choose_alpha(
-        GRID, objectives, 0.1, noise(0.01)
-    )
+    assert choose_alpha(
+        [GRID[i] for i in shuffled], [objectives[i] for i in shuffled], 0.1, noise(0.01)
+    ) == choose_alpha(GRID, objectives, 0.1, noise(0.01))
 
 
 def test_an_alpha_below_the_lowest_is_never_chosen():
@@ -286,6 +286,27 @@ def test_a_curve_that_is_measured_again_is_the_same_bit_for_bit():
     first, again = (steep_run(recipe, []) for _ in range(2))
     assert first[0].equals(again[0])
     assert first[1:] == again[1:]
+
+
+def curve_of(*id_accuracies):
+    """Points of a curve from alpha 0 to 1."""
+    alphas = np.linspace(0, 1, len(id_accuracies)).tolist()
+    return [{"alpha": alpha, "id_accuracy": value} for alpha, value in zip(alphas, id_accuracies, strict=True)]
+
+
+def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
+    """16 classes, 2,000 images: chance is up to 7.3 %."""
+    assert _alphas_at_chance(curve_of(0.58, 0.6, 0.61), 16, 2000) == []
+    assert _alphas_at_chance(curve_of(0.58, 0.4, 0.0625), 16, 2000) == [1.0]
+    assert _alphas_at_chance(curve_of(0.58, 0.074, 0.073), 16, 2000) == [1.0]
+    with pytest.raises(DivergedError) as error:
+        _alphas_at_chance(curve_of(0.58, 0.07, 0.0625), 16, 2000)
+    assert str(error.value) == (
+        "alpha curve: an ID accuracy must be above chance, 1 of 16 classes, at some alpha above 0, "
+        "but got at most 7.0 % of 2,000 images"
+    )
+    assert _alphas_at_chance(curve_of(0.06, 0.06, 0.06), 16, 2000) == []  # zero-shot knows no more
+    assert _alphas_at_chance(curve_of(0.3, 0.4, 0.2), 5, 10) == []  # ten images tell nothing
 
 
 def test_a_fixed_alpha_and_a_pareto_search_measure_nothing_between():

@@ -5,9 +5,9 @@ by less than their noise, so the raw maximum is too high; an *anchored cubic*
 
     J(alpha) = J(0) + c1 alpha + c2 alpha^2 + c3 alpha^3        (least squares over the grid points with alpha > 0)
 
-is fitted and the trial's objective is the fitted value at its best alpha. Where the curve is no cubic (``choose_alphas``
-has the rule) the highest measured objective counts as it is. There, and where the best measured alpha is an end of the
-curve, the points ``between`` it and its neighbours are measured, too. All objectives are fractions.
+is fitted and the trial's objective is the fitted value at its best alpha. Where the curve is no cubic, by the rule of
+``choose_alphas``, the highest measured objective counts as it is. There, and where the best measured alpha is an end of
+the curve, the points ``between`` it and its neighbours are measured, too. All objectives are fractions.
 
 Constraints are part of the choice. Of the alphas that may be chosen only those count that miss the constraints least,
 by the sum of the positive parts of their violations: where any meets them all, only alphas that do. Between evaluated

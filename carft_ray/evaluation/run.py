@@ -22,11 +22,12 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.data.source import PixelArray
-from carft_ray.errors import StorageError
+from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
@@ -169,7 +170,7 @@ def run_training(
 
     Raises:
         StoppedRun: Stopped on request, after a checkpoint.
-        DivergedError: The loss is not finite.
+        DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
         OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
         MachineError: A rank does not see the files from which rank 0 goes on.
         CarftError: As its message says.
@@ -207,6 +208,7 @@ def run_training(
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
     start = read_predictions(prepared_dir / "zero_shot.parquet") if views_NHWC is None else at(0.0)
     table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
+    at_chance = _alphas_at_chance(curve, len(materials.class_names), materials.num_images[spec.id_set])
     if context.rank == 0:
         write_predictions(out_dir / "predictions" / "validation.parquet", table)
     result = {
@@ -218,6 +220,7 @@ def run_training(
         "curve": curve,
         "alpha_choice": dataclasses.asdict(choice),
         "chosen_from": chosen_from,
+        "at_chance": 1.0 in at_chance,
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": materials.num_images,
@@ -373,6 +376,28 @@ def _choose(
         for alpha in sorted(tables)
     ]
     return concat([tables[alpha] for alpha in sorted(tables)]), choice, chosen_from, curve
+
+
+def _alphas_at_chance(curve: Sequence[dict[str, float]], num_classes: int, num_images: int) -> list[float]:
+    """Returns the alphas above 0 whose ID accuracy is at chance; none where that of zero-shot is, too.
+
+    Args:
+        curve: The points measured, alpha 0 first.
+        num_classes: C.
+        num_images: Of the ID set.
+
+    Raises:
+        DivergedError: All alphas above 0 are.
+    """
+    above = {point["alpha"]: is_above_chance(point["id_accuracy"], num_classes, num_images) for point in curve}
+    if not above.pop(0.0):
+        return []
+    if not any(above.values()):
+        highest = max(point["id_accuracy"] for point in curve if point["alpha"] > 0)
+        rule = f"an ID accuracy must be above chance, 1 of {num_classes} classes, at some alpha above 0"
+        value = f"at most {100 * highest:.1f} % of {num_images:,} images"
+        raise DivergedError(Problem("alpha curve", rule, value))
+    return [alpha for alpha, is_above in above.items() if not is_above]
 
 
 def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:

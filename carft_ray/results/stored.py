@@ -158,9 +158,7 @@ def found_analysis(study_dir: Path) -> dict[str, Any] | None:
     return content
 
 
-def _choices(
-    recipe: Recipe, row: TrialRow, found: Sequence[float], result: Mapping[str, Any]
-) -> tuple[float, ...]:
+def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float], result: Mapping[str, Any]) -> tuple[float, ...]:
     """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
 
     In a Pareto search they are all points of the training that may be on the front.
