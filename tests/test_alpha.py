@@ -272,7 +272,7 @@ def steep_run(recipe, asked):
 
 def test_the_lowest_alpha_is_measured_and_the_best_of_a_steep_curve_is_found():
     asked = []
-    table, choice, chosen_from, curve = steep_run(curve_stand_in.make_recipe(objective={}, alpha={}), asked)
+    _, choice, chosen_from, curve = steep_run(curve_stand_in.make_recipe(objective={}, alpha={}), asked)
     assert asked == [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 0.15]
     assert chosen_from == sorted(asked) == [point["alpha"] for point in curve]
     assert (choice.alpha, choice.fitted) == (0.1, False)

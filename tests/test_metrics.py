@@ -47,7 +47,7 @@ def same(value):
     return pytest.approx(float(value), abs=1e-6)
 
 
-@pytest.mark.parametrize(("num_classes", "num_images"), [(2, 10), (5, 15), (16, 2000), (1000, 50000)])
+@pytest.mark.parametrize(("num_classes", "num_images"), [(2, 10), (5, 15), (16, 2000), (1000, 5000)])
 def test_an_accuracy_is_above_chance_where_the_interval_of_wilson_is(num_classes, num_images):
     above = [metrics.is_above_chance(k / num_images, num_classes, num_images) for k in range(num_images + 1)]
     assert above == [wilson(k, num_images)[0] > 1 / num_classes for k in range(num_images + 1)]

