@@ -394,9 +394,9 @@ def _alphas_at_chance(curve: Sequence[dict[str, float]], num_classes: int, num_i
         return []
     if not any(above.values()):
         highest = max(point["id_accuracy"] for point in curve if point["alpha"] > 0)
-        rule = f"an ID accuracy must be above chance, 1 of {num_classes} classes, at some alpha above 0"
-        value = f"at most {100 * highest:.1f} % of {num_images:,} images"
-        raise DivergedError(Problem("alpha curve", rule, value))
+        rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
+        value = f"at most {100 * highest:.1f} % ({num_classes} classes, {num_images:,} images)"
+        raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
     return [alpha for alpha, is_above in above.items() if not is_above]
 
 

@@ -7,7 +7,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
-| not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
+| not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | stopped; driver killed | running | nothing: RUNNING until it is adopted |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
