@@ -58,7 +58,7 @@ class AlphaChoice:
 
 @dataclass(frozen=True)
 class AlphaProfile:
-    """A whole alpha curve of one training and what was chosen from it; every field goes into ``result.json``.
+    """A whole alpha curve of one training and what was chosen from it.
 
     Attributes:
         alphas: Those that were evaluated, rising.
