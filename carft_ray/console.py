@@ -134,12 +134,20 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+FITTED = "~: of the fitted alpha curve, not measured"
+
+
+def objective_cell(value: float | None, fitted: bool) -> str:
+    """Returns an objective for a table, in percent, marked where it is of the fitted curve; empty without one."""
+    return "" if value is None else ("~" if fitted else "") + percent(value)
+
+
 def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines under another objective.
 
     Args:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
-            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``violations``.
+            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``fitted``, ``violations``.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
@@ -154,7 +162,7 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *("" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")),
             f"{row['alpha']:.2f}",
             *("" if value is None else about + percent(value) for value in pair),
-            percent(row["objective"]),
+            objective_cell(row["objective"], row["fitted"]),
             violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()}),
             style="bold green" if row["new_rank"] == 1 else None,
         )
@@ -165,8 +173,8 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines.
 
     Args:
-        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``, ``outside`` and ``on_front``.
+        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``fitted``, ``outcome``, ``reason``,
+            ``elapsed_s``, ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -179,9 +187,11 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]
         cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
         cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
-        cells.append("" if row["objective"] is None else percent(row["objective"]))
+        cells.append(objective_cell(row["objective"], row["fitted"]))
         cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
         table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
+    if any(row["fitted"] for row in rows):
+        table.caption, table.caption_justify = FITTED, "left"
     return table
 
 
@@ -210,7 +220,8 @@ def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
         outside = "outside the space" if row.get("outside") else ""
-        return ", ".join(part for part in (standing, outside, violation_words(row["metrics"])) if part)
+        chance = "alpha 1.00 at chance" if row.get("at_chance") else ""
+        return ", ".join(part for part in (standing, outside, chance, violation_words(row["metrics"])) if part)
     outcome = str(row["outcome"]).replace("_", " ")
     if row["reason"]:
         return f"{outcome}: {row['reason']}"

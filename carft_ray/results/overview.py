@@ -103,6 +103,8 @@ def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
         "reason": row.reason,
         "alpha": row.alpha,
         "objective": row.objective,
+        "fitted": row.fitted,
+        "at_chance": row.at_chance,
         "metrics": row.metrics,
         "violations": violations(row.metrics),
         "on_front": row.standing > 0,

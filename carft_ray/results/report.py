@@ -258,8 +258,8 @@ def _best_lines(
     )
     included = "alpha and constraints included" if constrained else "alpha included"
     return [
-        f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
-        "It was chosen by this number, which flatters it.",
+        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
+        f"{', of its fitted curve' if best.fitted else ''}. It was chosen by this number, which flatters it.",
         f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
         f"of the best of {len(corrected.shrunk)} noisy values ({covered}).",
         f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "

@@ -145,6 +145,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
         alpha=attributes.get("alpha"),
+        fitted=attributes.get("fitted", False),
+        at_chance=attributes.get("at_chance", False),
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,

@@ -7,7 +7,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
-| not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
+| not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | stopped; driver killed | running | nothing: RUNNING until it is adopted |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
@@ -63,6 +63,7 @@ from carft_ray.search.outcome import (
     read_cut,
     read_failure,
     read_result,
+    rounded,
     trial_name,
     write_cut,
 )
@@ -327,7 +328,7 @@ class Study:
         Returns:
             Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
-        folder, trial = spec.folder(self.study_dir), self._trials[spec.kind, spec.number]
+        folder, trial, reason = spec.folder(self.study_dir), self._trials[spec.kind, spec.number], rounded(reason)
         append_log(folder, "\n".join([f"attempt {spec.attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
         before, now = trial.user_attrs.get(LOST) or {}, progress_of(folder)
         advanced = now > before.get("progress", [0, 0])
