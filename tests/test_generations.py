@@ -148,9 +148,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
         assert 0 < len(inside) < len(before)
-        assert study.notes == [
-            f"the search space has changed: {len(inside)} of 6 earlier trials lie inside the new one"
-        ]
+        assert study.notes == [f"the search space has changed: {len(inside)} of 6 earlier trials inside the new one"]
         assert shown(after) == shown(before)
         assert [row.values for row in after] == [row.values for row in before]
         assert [row.outside for row in after] == [row not in inside for row in before]

@@ -710,7 +710,7 @@ def test_more_points_than_trials_and_all_mistakes_at_once(tmp_path):
     [
         (
             {"sampler": {"name": "nsga2", "options": {"population_size": 50}}},
-            "search.sampler.name nsga2 draws its first generation of 50 at random, and there are only 8 trials",
+            "search.sampler.name nsga2 draws its first generation of 50 at random, of only 8 trials",
         ),
         (
             {"sampler": {"name": "qmc", "seed": 3, "options": {"scramble": False}}},

@@ -420,7 +420,7 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune
     tune.look()
     tune.look()
     assert removed == ["g1"]
-    assert tune.events[-1] == Note("removed 1 placement group(s) that a killed trial had left behind")
+    assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")
     tune.end(second)
     tune.end(third)
 
@@ -524,7 +524,7 @@ def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
 
 
 def test_a_trial_that_fits_nowhere_is_refused():
-    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPUs, but got 2 CPUs and 0 GPUs in all") as caught:
+    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
         capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
     assert caught.value.exit_code == 5
 

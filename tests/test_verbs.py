@@ -159,7 +159,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
     code, out, err = run("status", "first")
     assert code == 0
-    assert out.splitlines()[0] == "study: 4 of 8 trials are finished."
+    assert out.splitlines()[0] == "study: 4 of 8 trials finished."
     assert "best" in out
     assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."
     assert "No search runs on it." in err
@@ -228,7 +228,7 @@ def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
         study.adopt()
         finish(study, start(study), 0.4)
     _, out, err = run("status", "done")
-    assert "1 of 1 trials are finished." in out
+    assert "1 of 1 trial finished." in out
     assert "carft-ray resume done --trials +4" in err
     assert "carft-ray export done --to exports/study" in err
 
@@ -357,7 +357,7 @@ def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
             code, out, err = run("stop", "first")
     assert (code, out) == (0, "")
     assert f"Asked process {os.getpid()} on " in err
-    assert "The search has ended; 4 of 8 trials are finished." in err
+    assert "The search has ended; 4 of 8 trials finished." in err
     assert "  carft-ray resume first\n" in err
 
 
@@ -375,7 +375,7 @@ def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
     before = everything(here)
     code, _, err = run("stop", "first")
     assert code == 0
-    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials are finished.\n")
+    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
     assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
     assert everything(here) == before
 
@@ -474,7 +474,7 @@ MISTAKES = [
     (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without study.journal" + MADE),
     (
         ["resume", "first", "--trials", "3"],
-        "--trials: must be at least 5: the study has 4 finished and 1 begun trials, but got 3\n"
+        "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got 3\n"
         "    For more trials: --trials +N.\n",
     ),
     (

@@ -58,7 +58,7 @@ def taken_in(study_dir):
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
         study.adopt()
-        assert study.notes == [f"warm start: 12 of 13 trials of {first} were taken in; left out: 1 not finished"]
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
         assert best_row(study.rows()) is None
         specs = run_all(study, lambda spec: -1.0)

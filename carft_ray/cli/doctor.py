@@ -7,6 +7,7 @@ import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, quoted
 from carft_ray.errors import DataError
+from carft_ray.words import counted
 
 PANEL = "One training"  # of the help
 
@@ -55,7 +56,7 @@ def doctor(
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     lines = []
     if model:
-        contexts = f"{model['num_contexts']} contexts"
+        contexts = counted(model["num_contexts"], "context")
         if "effective_contexts" in model:
             contexts += f", in effect {model['effective_contexts']:.1f}"
         lines.append(
@@ -64,7 +65,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
             f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
     lines.append(
-        f"machine: {machine['device']}, {machine['gpus']} GPUs, {machine['cores']} cores, "
+        f"machine: {machine['device']}, {counted(machine['gpus'], 'GPU')}, {counted(machine['cores'], 'core')}, "
         f"{machine['memory_gb']:.0f} GB memory, {machine['cache_free_gb']:.0f} GB free for {machine['cache_dir']}"
     )
     return lines
@@ -79,4 +80,4 @@ def _tell(found: Any, console: Any) -> None:
             console.warn(str(finding.problem))
     if not found.errors:
         counts = [sum(one.level == level for one in found.findings) for level in ("warning", "note")]
-        console.say(f"No error, {counts[0]} warnings, {counts[1]} notes.")
+        console.say(f"No error, {counted(counts[0], 'warning')}, {counted(counts[1], 'note')}.")

@@ -20,6 +20,7 @@ from carft_ray.cli.common import (
     quoted,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError
+from carft_ray.words import counted
 
 PANEL = "A search"  # of the help
 
@@ -82,8 +83,9 @@ def plan(
 
 
 def _heading(name: str, found: dict[str, Any]) -> str:
-    beside = f" and {found['num_baselines']} baselines" if found["num_baselines"] else ""
-    return f"{name}: {found['num_trials']} trials{beside}, {found['concurrency']} at a time ({found['limited_by']})"
+    beside = f" and {counted(found['num_baselines'], 'baseline')}" if found["num_baselines"] else ""
+    what = f"{counted(found['num_trials'], 'trial')}{beside}"
+    return f"{name}: {what}, {found['concurrency']} at a time ({found['limited_by']})"
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ import typer
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
 from carft_ray.cli.watching import budget_lines, watch_search
 from carft_ray.errors import Problem, UsageError, nearest
+from carft_ray.words import counted
 
 PANEL = "Reading a study"  # of the help
 
@@ -38,7 +39,7 @@ def status(
         console.print_json(answer)
         return
     finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
-    console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
+    console.out.print(f"{answer['name']}: {finished} of {counted(wanted, 'trial')} finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
     if answer["outside"]:
         told = f"{answer['outside']} of them lie outside the search space of today; the sampler does not look at them."
@@ -53,7 +54,7 @@ def status(
         console.out.print(line, markup=False, soft_wrap=True)
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
-        console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+        console.out.print(f"\nConfirm: {done} of {counted(begun, 'training')} with fresh seeds finished.", markup=False)
     for line in budget_lines(answer["budget"]):
         console.out.print(f"\n{line}", markup=False)
     if answer["pruner"]:
@@ -118,7 +119,7 @@ def list_(
         console.out.print(line, markup=False, soft_wrap=True)
     left_out = answer["num_trials"] - len(answer["trials"])
     if left_out:
-        console.say(f"{left_out} more trials; without --limit all are shown.")
+        console.say(f"{counted(left_out, 'more trial')}; without --limit all are shown.")
     if not answer["num_trials"]:
         console.say("No trial has begun yet.")
     named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.words import counted
 
 PANEL = "Trusting the numbers"  # of the help
 
@@ -58,7 +59,7 @@ def rescore(
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
-        console.say(f"{answer['unfinished']} more trials are not finished.")
+        console.say(f"Not finished: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")
     first, folder = answer["trials"][0], shlex.quote(str(study))
     console.next_step(

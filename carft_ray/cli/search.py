@@ -25,6 +25,7 @@ from carft_ray.cli.common import (
     load,
 )
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
+from carft_ray.words import counted
 
 PANEL = "A search"  # of the help
 TrustOption = Annotated[
@@ -162,7 +163,7 @@ def _search(
         _raise_set_aside(result, study)
         return
     if not result.num_new and not result.out_of_budget and not result.set_aside:
-        console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
+        console.say(f"Nothing to do: {counted(len(result.trials), 'trial')} finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
     if summary["pruner"]:
@@ -233,7 +234,7 @@ def stop(
     if json_:
         console.print_json({**answer, "finished": finished, "wanted": wanted})
         return
-    so_far = f"{finished} of {wanted} trials are finished"
+    so_far = f"{finished} of {counted(wanted, 'trial')} finished"
     if found is None:
         console.say(f"Nothing to stop: no search runs on {study}; {so_far}.")
     else:

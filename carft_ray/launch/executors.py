@@ -59,6 +59,7 @@ from carft_ray.search.outcome import (
     replace_failure,
     write_failure,
 )
+from carft_ray.words import counted
 
 STOP_CHECK_S = 0.5
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
@@ -488,6 +489,6 @@ def _late(error: Exception, plan: Plan) -> str:
     if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
         return ""
     room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
-    gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
-    what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
+    gpus = f" and {counted(room.gpus_per_worker, 'GPU')}" if room.gpus_per_worker else ""
+    what = f"{counted(room.num_workers, 'worker')} with {counted(room.cpus_per_worker, 'CPU')}{gpus} each did not start"
     return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

@@ -28,6 +28,7 @@ from carft_ray.results.intervals import (
     values_by_seed,
 )
 from carft_ray.results.selection import ID_MARGIN, holm, keeps_id
+from carft_ray.words import counted
 
 BoolArray = npt.NDArray[np.bool_]
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
@@ -204,7 +205,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
             text = f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)"
             lines.append(text)
         verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
-        lines.append(f"    {verdict}: a loss of {100 * comparison.id_margin:g} points is allowed")
+        lines.append(f"    {verdict}: a loss of {counted(100 * comparison.id_margin, 'point')} is allowed")
     for each in comparison.others:
         lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}")
     for name in comparison.better_than_winner:
@@ -216,8 +217,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
     num_seeds = max(row.objective.num_seeds for row in comparison.rows)
     # a row of one seed beside others with more is the zero-shot model, which has none to cover
-    counted = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
-    notes = dict.fromkeys(note for interval in counted for note in interval.notes)
+    shown = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
+    notes = dict.fromkeys(note for interval in shown for note in interval.notes)
     lines += [f"Note: {note}." for note in notes]
     if comparison.headline is not None:
         words = _of(comparison.baselines, comparison.headline_baseline).objective.words

@@ -24,6 +24,7 @@ from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
+from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "waiting", "set_aside")
 
@@ -230,8 +231,8 @@ def total_trials(written: str, overview: Overview) -> int:
         return max(overview.recipe.search.trials, begun) + int(digits)
     if int(digits) < begun:
         waiting = begun - overview.num_finished
-        have = f"{overview.num_finished} finished" + (f" and {waiting} begun" if waiting else "")
-        rule = f"must be at least {begun}: the study has {have} trials"
+        have = counted(overview.num_finished, "finished trial") + (f" and {waiting} begun" if waiting else "")
+        rule = f"must be at least {begun}: the study has {have}"
         raise UsageError(Problem("--trials", rule, digits, next_step="For more trials: --trials +N."))
     return int(digits)
 
@@ -291,7 +292,7 @@ def status(overview: Overview) -> dict[str, Any]:
 def _failure_lines(rows: list[TrialRow]) -> list[str]:
     """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
     reasons = Counter(row.reason for row in rows if row.outcome == "error")
-    return [f"{count} of {reasons.total()} errors: {reason}" for reason, count in reasons.most_common(1)]
+    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
 def _foretold(overview: Overview) -> dict[str, Any]:

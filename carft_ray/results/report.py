@@ -48,6 +48,7 @@ from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
+from carft_ray.words import counted, times
 
 TEST = "test"
 _SHOWN_WINS = 5
@@ -237,8 +238,8 @@ def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
     return [
         f"{name}: trials: {states}.",
-        f"{counts['trainings']} trainings and {counts['alphas']} evaluated alphas chose on these validation images; "
-        f"test sets were read {counts['test_reads']} times.",
+        f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} chose on these "
+        f"validation images; test sets were read {times(counts['test_reads'])}.",
     ]
 
 
@@ -252,7 +253,7 @@ def _best_lines(
     constrained: bool,
 ) -> list[str]:
     covered = (
-        f"image and seed noise, the latter from {num_confirmed} confirmed configurations"
+        f"image and seed noise, the latter from {counted(num_confirmed, 'confirmed configuration')}"
         if noise.seed is not None
         else "image noise only: the luck of the seed is still in it"
     )
@@ -261,7 +262,7 @@ def _best_lines(
         f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
         "It was chosen by this number, which flatters it.",
         f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
-        f"of the best of {len(corrected.shrunk)} noisy values ({covered}).",
+        f"of the best of {counted(len(corrected.shrunk), 'noisy value')} ({covered}).",
         f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "
         "images and scored on the images left out. It corrects the luck of images, not that of seeds: nearly unbiased "
         "where seeds matter little, half the bias stays where they matter much.",
@@ -270,7 +271,7 @@ def _best_lines(
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:
     others = pick.num_candidates - 1
-    share = f"{others} other candidates (trial, alpha) within one standard error of the best"
+    share = f"{counted(others, 'other candidate')} (trial, alpha) within one standard error of the best"
     if (pick.name, pick.alpha) == (best.name, best.alpha):
         moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
         return f"One standard error: {share}; the best itself {moved}."

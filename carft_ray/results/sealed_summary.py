@@ -15,6 +15,7 @@ from carft_ray.results.comparison import Row as ComparedRow
 from carft_ray.results.intervals import Interval
 from carft_ray.search.ledger import WENT_ON, Entry
 from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.words import counted, times
 
 FORMAT_VERSION = 1
 ID_TEST = "id_test"
@@ -140,14 +141,10 @@ def _lines(compared: Compared, num_images: Mapping[str, int], entry: Entry, numb
     reason = f"; reason: {entry.reason}" if entry.reason else ""
     lines = [f"Test read {number}, {entry.time} by {entry.user}{reason}."]
     if num_went_on:
-        lines.append(f"The search went on {_times(num_went_on)} after a test read.")
-    sets = f"ID: {ID_TEST} ({num_images[ID_TEST]} images)."
+        lines.append(f"The search went on {times(num_went_on)} after a test read.")
+    sets = f"ID: {ID_TEST} ({counted(num_images[ID_TEST], 'image')})."
     if ood:
         sets += f" OOD mean: over {', '.join(f'{name} ({num_images[name]})' for name in ood)}."
     lines.append(sets)
     seeds = f"{len(compared.seeds)} fresh seeds" if compared.confirmed else "one training each"
     return [*lines, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

@@ -16,6 +16,7 @@ from carft_ray.results.stored import predictions_path
 from carft_ray.search.best import BEST, constraint_lines
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_first
+from carft_ray.words import counted
 
 
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
@@ -46,8 +47,9 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
         return ""
     begun = [row.name for row in result.trials if row.outcome == "running"]
     wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
-    waiting = f", {len(begun)} have begun and left their checkpoints ({', '.join(begun)})" if begun else ""
-    return f"The search has ended early: {result.out_of_budget}. {finished} of {wanted} trials are finished{waiting}."
+    stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume goes on" if begun else ""
+    done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"
+    return f"The search has ended early: {result.out_of_budget}. {done}."
 
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:

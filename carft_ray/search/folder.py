@@ -21,6 +21,7 @@ from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, Rec
 from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
 from carft_ray.search.lease import holder as live_holder
+from carft_ray.words import counted
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
@@ -146,7 +147,7 @@ def repair_journal(study_dir: Path) -> list[str]:
         before = torn.read_bytes() if files.exists(torn) else b""
         files.write_bytes(torn, before + content[len(kept) :] + b"\n")
         files.write_bytes(journal, kept)
-        notes.append(f"moved an incomplete last line ({len(content) - len(kept)} bytes) to {torn.name}")
+        notes.append(f"moved an incomplete last line ({counted(len(content) - len(kept), 'byte')}) to {torn.name}")
     return notes
 
 

@@ -35,6 +35,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
+from carft_ray.words import counted
 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
@@ -123,12 +124,13 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     known, (count, head) = copies.journal, copies.noted
     problems = []
     if count not in (len(known), len(known) - 1) or head != _head(known[:count]):
-        rule = f"must say of {LEDGER} what {JOURNAL} says: {_lines(len(known))}, or one less after a kill"
-        problems.append(Problem(str(study_dir / MANIFEST), rule, f"{_lines(count)} or another hash"))
+        rule = f"must say of {LEDGER} what {JOURNAL} says: {counted(len(known), 'line')}, or one less after a kill"
+        problems.append(Problem(str(study_dir / MANIFEST), rule, f"{counted(count, 'line')} or another hash"))
     if copies.is_ahead:
         return problems
     if copies.rest:
-        problems.append(Problem(place, "its last line must be whole", f"{len(copies.rest)} bytes without an end"))
+        rest = f"{counted(len(copies.rest), 'byte')} without an end"
+        problems.append(Problem(place, "its last line must be whole", rest))
     if copies.lines != known:
         problems += [Problem(place, text) for text in _differences(copies.lines, known)]
     elif any(_entry(line).previous != _head(known[:index]) for index, line in enumerate(known)):
@@ -306,7 +308,7 @@ def _head(lines: list[str]) -> str:
 def _differences(lines: list[str], known: list[str]) -> list[str]:
     """Returns in what a file differs from the lines that were written, as sentences."""
     if not lines:
-        return [f"the whole file, {_lines(len(known))}, was removed"]
+        return [f"the whole file, {counted(len(known), 'line')}, was removed"]
     missing = [number for number, line in enumerate(known, start=1) if line not in lines]
     found, edited = [], set()
     for position, line in enumerate(lines, start=1):
@@ -342,10 +344,6 @@ def _number(line: str) -> int | None:
 def _short(line: str) -> str:
     entry = _entry(line)
     return f"{entry.purpose!r}, {entry.time}, by {entry.user}"
-
-
-def _lines(count: int) -> str:
-    return "1 line" if count == 1 else f"{count} lines"
 
 
 def _user() -> str:
