@@ -86,7 +86,7 @@ def test_one_training_counts_for_every_seed_in_differences(correct, found):
 
 
 def test_headline_names_the_baseline_that_was_chosen_before(correct, found):
-    assert found.headline.startswith("t0007: improves on fine tuning by +7.")
+    assert found.headline.startswith("t0007: improves on fine tuning by 7.")
     assert compare(SPEC, correct, "t0007", BASELINES, "paper").headline.startswith(
         "t0007: no improvement over paper shown"
     )
