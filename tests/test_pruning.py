@@ -214,6 +214,7 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
         "diverged": 0,
         "error": 0,
         "running": 0,
+        "stopped": 0,
         "waiting": 0,
         "set_aside": 0,
     }

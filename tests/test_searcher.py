@@ -124,6 +124,20 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.searcher.failure is None
 
 
+def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
+    first, second = tune.start(), tune.start()
+    (tune.folder(second) / "checkpoint" / "attempt-1" / "step-00000030").mkdir(parents=True)
+    lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
+    (tune.folder(second) / "metrics.jsonl").write_text(lines)
+    study_dir = tune.searcher.study.study_dir
+    (study_dir / "stop").write_text("asked by `carft-ray stop`\n")
+    for trial in (first, second):
+        tune.end(trial)
+    for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
+        [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
+        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume goes on from {where}")
+
+
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     first, second = tune.start(), tune.start()
     first.status = "ERROR"  # a reused actor that could not be reset: on_trial_complete is never called

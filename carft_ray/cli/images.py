@@ -69,7 +69,7 @@ def data_add(
     folder = cache_dir(value, base_dir)
     kinds = dict.fromkeys(materials.num_images, "decoded")
     kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
-    sets = [
+    sets: list[dict[str, Any]] = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
         for name, number in materials.num_images.items()
     ]

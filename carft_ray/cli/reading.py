@@ -46,7 +46,7 @@ def status(
         console.out.print(told, markup=False)
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
-    rows += [row for row in (*answer["running"], *answer["set_aside"]) if row["name"] not in shown]
+    rows += [row for row in (*answer["running"], *answer["stopped"], *answer["set_aside"]) if row["name"] not in shown]
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))

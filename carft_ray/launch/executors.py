@@ -54,6 +54,7 @@ from carft_ray.search.outcome import (
     TrialSpec,
     append_log,
     check_fence,
+    progress_words,
     read_alive,
     read_failure,
     replace_failure,
@@ -264,7 +265,8 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
-            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}")
+            start = f" from {progress_words(folder)}" if spec.attempt > 1 else ""
+            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
         recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker

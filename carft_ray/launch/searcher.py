@@ -216,7 +216,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         row, nodes = self.study.settle(spec), self.nodes.pop(key, [])
         if row is None:
             if self.stopped:
-                return  # it stays RUNNING, for the next search
+                self.study.stopped(spec)  # it stays RUNNING, for the next search
+                return
             failure = read_failure(folder, spec.attempt)
             if failure is None or failure.outcome == "lost":
                 self._lost(spec, failure, gone)

@@ -5,7 +5,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_ali
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 from carft_ray.words import counted
 
-STATES = ("complete", "pruned", "diverged", "error", "running", "waiting", "set_aside")
+STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,9 @@ class Overview:
         return sum(row.outcome != "running" for row in self.trials)
 
     def state(self, row: TrialRow) -> str:
-        """Returns a row's outcome; of one that has none yet, whether it is running, waiting or set aside."""
-        if row.outcome != "running":
-            return row.outcome
-        if row.set_aside:
-            return "set_aside"
+        """Returns a row's outcome; of one that has none yet, whether it runs, was stopped, waits or is set aside."""
+        if row.outcome != "running" or row.set_aside or self.holder is None:
+            return state_at_rest(row)
         return "running" if (row.kind, row.name) in self.running else "waiting"
 
     def counts(self) -> dict[str, int]:
@@ -82,25 +80,55 @@ class Overview:
         return {state: found.count(state) for state in STATES}
 
     def data(self, row: TrialRow) -> dict[str, Any]:
-        """Returns a row as plain data: that of ``row_dict`` with number, state, start, and the last epoch's number."""
-        epoch = last_epoch(folder_of(self.study_dir, row)) if self.state(row) in ("running", "waiting") else None
+        """Returns a row as plain data: that of ``row_dict`` with number, state, attempt and start."""
         return {
             "number": row.number,
-            **row_dict(row, self.best),
+            **row_dict(row, self.best, self.study_dir, self._own),
             "outcome": self.state(row),
             "attempt": row.attempt,
             "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
-            "epoch": epoch,
         }
 
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        return own_values(self.recipe, self.rows)
 
-def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
-    """Returns a trial or baseline as plain data."""
+
+def state_at_rest(row: TrialRow) -> str:
+    """Returns a row's outcome where no search runs; of one that has none: set aside, stopped, or not begun."""
+    if row.outcome != "running":
+        return row.outcome
+    return "set_aside" if row.set_aside else "stopped" if row.attempt else "waiting"
+
+
+def own_values(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any]:
+    """Returns the values of ``train`` that trainings have where they were given no other.
+
+    Args:
+        recipe: The study's.
+        rows: Its trainings; what they or the search space name is returned, but for what is drawn on a condition.
+    """
+    own, space = recipe.train.model_dump(mode="json"), recipe.search.space
+    names = dict.fromkeys([*space, *(name for row in rows for name in row.values)])
+    left_out = {"alpha", "seed", *(name for name, parameter in space.items() if parameter.when)}
+    return {name: own[name] for name in names if name in own and name not in left_out}
+
+
+def row_dict(row: TrialRow, best: TrialRow | None, study_dir: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a trial or baseline as plain data.
+
+    Args:
+        row: The row, of a study on which no search runs (``state_at_rest``).
+        best: The best row.
+        study_dir: The study directory, for the number of the last epoch of a training that has not ended.
+        own: As of ``own_values``.
+    """
     return {
         "kind": row.kind,
         "name": row.name,
-        "values": row.values,
-        "outcome": "set_aside" if row.set_aside else row.outcome,
+        "values": row.values if row.name == ZERO_SHOT else {**own, **row.values},
+        "outcome": state_at_rest(row),
+        "epoch": last_epoch(folder_of(study_dir, row)) if row.outcome == "running" else None,
         "reason": row.reason,
         "alpha": row.alpha,
         "objective": row.objective,
@@ -273,6 +301,7 @@ def status(overview: Overview) -> dict[str, Any]:
         ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
+        "stopped": [overview.data(row) for row in rows if overview.state(row) == "stopped"],
         "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
         "search": {
             "running": overview.holder is not None,
