@@ -1,11 +1,10 @@
 """What can be wrong with a recipe, its images and its model, before a GPU is taken."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, quoted
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, begin_line, quoted
 from carft_ray.errors import DataError
 from carft_ray.words import counted
 
@@ -47,10 +46,9 @@ def doctor(
             raise typer.Exit(DataError.exit_code)
         raise DataError(found.errors)
     if not json_:
-        console.next_step(
-            f"carft-ray plan {quoted(recipe, set_)}",
-            f"carft-ray search {quoted(recipe, set_)} --study {Path('studies') / value.name}",
-        )
+        begin = begin_line(value, quoted(recipe, set_))
+        plan = [f"carft-ray plan {quoted(recipe, set_)}"] if begin.startswith("carft-ray search") else []
+        console.next_step(*plan, begin)
 
 
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:

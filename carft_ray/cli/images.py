@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, data_app, load, quoted
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, begin_line, data_app, load, quoted
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
@@ -81,7 +81,7 @@ def data_add(
         console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {_state(each)}")
     console.say(f"{folder} holds {console.size_text(total)} now.")
     console.next_step(
-        f"carft-ray search {quoted(recipe, set_)} --study studies/{value.name}",
+        begin_line(value, quoted(recipe, set_)),
         f"carft-ray data ls{'' if value.data.cache_dir is None else f' --cache {shlex.quote(str(folder))}'}",
     )
 

@@ -16,6 +16,7 @@ from carft_ray.cli.common import (
     SetOption,
     WorkersOption,
     app,
+    begin_line,
     load,
     quoted,
 )
@@ -77,8 +78,7 @@ def plan(
     console.out.print(console.plan_table(_lines(found)))
     for line in filter(None, (_source(found), found["budget"], _pruned(value))):
         console.say(line)
-    where = study if study is not None else Path("studies") / value.name
-    command = f"carft-ray search {quoted(recipe, set_, executor, num_workers)} --study {shlex.quote(str(where))}"
+    command = begin_line(value, quoted(recipe, set_, executor, num_workers), study)
     console.next_step(command + (f" --address {shlex.quote(address)}" if address is not None else ""))
 
 

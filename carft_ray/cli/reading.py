@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app, suggest
 from carft_ray.cli.watching import budget_lines, watch_search
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.words import counted
+from carft_ray.words import counted, times
 
 PANEL = "Reading a study"  # of the help
 
@@ -38,7 +38,7 @@ def status(
     if json_:
         console.print_json(answer)
         return
-    finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
+    finished, wanted = answer["finished"], answer["wanted"]
     console.out.print(f"{answer['name']}: {finished} of {counted(wanted, 'trial')} finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
     if answer["outside"]:
@@ -55,6 +55,10 @@ def status(
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
         console.out.print(f"\nConfirm: {done} of {counted(begun, 'training')} with fresh seeds finished.", markup=False)
+    if answer["ledger"]["test_reads"]:
+        console.out.print(f"\nTest sets were read {times(answer['ledger']['test_reads'])}.", markup=False)
+    for problem in answer["ledger"]["problems"]:
+        console.warn(problem)
     for line in budget_lines(answer["budget"]):
         console.out.print(f"\n{line}", markup=False)
     if answer["pruner"]:
@@ -65,18 +69,10 @@ def status(
         console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
         console.say("\nNo search runs on it.")
-        more = f"carft-ray resume {folder}"
-        if finished >= wanted:
-            more += f" --trials +{max(4, wanted // 2)}"
-        steps = [more, f"carft-ray ls {folder}"]
-        if answer["best"]:
-            steps += [f"carft-ray confirm {folder}", f"carft-ray export {folder} --to exports/{answer['name']}"]
-        console.next_step(*steps)
-        return
-    asked = "; it was asked to stop" if view.stopping else ""
-    console.say(f"\nA search runs on it: {view.holder}{asked}.")
-    running = [f"carft-ray logs {folder} {row['name']} --follow" for row in answer["running"][:1]]
-    console.next_step(*running, f"carft-ray stop {folder}")
+    else:
+        asked = "; it was asked to stop" if view.stopping else ""
+        console.say(f"\nA search runs on it: {view.holder}{asked}.")
+    suggest(study, "status")
 
 
 @app.command(

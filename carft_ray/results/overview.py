@@ -22,8 +22,10 @@ from carft_ray.search.best import constraint_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
+from carft_ray.search.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
+from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
@@ -308,7 +310,8 @@ def status(overview: Overview) -> dict[str, Any]:
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
-        "budget": _budget(overview),
+        "ledger": _ledger(overview.study_dir),
+        "budget": budget(overview),
         "times": {
             "created": _created(overview.study_dir),
             "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
@@ -330,7 +333,17 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     return foretold(overview.recipe.search.pruner, overview.trials)
 
 
-def _budget(overview: Overview) -> dict[str, Any]:
+def _ledger(study_dir: Path) -> dict[str, Any]:
+    """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
+    try:
+        problems = check_ledger(study_dir)
+        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+    except CarftError as error:
+        reads, problems = None, list(error.problems)
+    return {"test_reads": reads, "problems": [str(problem) for problem in problems]}
+
+
+def budget(overview: Overview) -> dict[str, Any]:
     """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
     limits, folder = overview.recipe.budget, overview.study_dir
     ended = ""

@@ -10,7 +10,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.compared import Compared
-from carft_ray.results.comparison import Difference, compare, comparison_lines, row_lines
+from carft_ray.results.comparison import Difference, brief, compare, comparison_lines, row_lines
 from carft_ray.results.comparison import Row as ComparedRow
 from carft_ray.results.intervals import Interval
 from carft_ray.search.ledger import WENT_ON, Entry
@@ -63,6 +63,8 @@ def summarise(
     )
     num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
     read = of_read(entry, before, number)
+    begin = _lines(compared, num_images, entry, number, read["searches_after_a_read"])
+    short = brief(comparison)
     return {
         "format_version": FORMAT_VERSION,
         **read,
@@ -87,10 +89,8 @@ def summarise(
         "baseline": comparison.headline_baseline,
         "headline": comparison.headline,
         "row_lines": row_lines(comparison),
-        "lines": [
-            *_lines(compared, num_images, entry, number, read["searches_after_a_read"]),
-            *comparison_lines(comparison),
-        ],
+        "lines": [*begin, *comparison_lines(comparison)],
+        "brief": {"rows": short["rows"], "lines": [*begin, *short["lines"]]},
     }
 
 

@@ -18,7 +18,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
 from carft_ray.search.identity import claim
+from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
 from carft_ray.words import counted
 
@@ -235,26 +236,36 @@ def require_unread(
     study_dir = study_dir.resolve()
     if not (study_dir / JOURNAL).is_file():
         return False
-    entries = read_ledger(study_dir)
-    reads = reads_of(entries)
-    by_kind = rows_by_kind(study_dir)
-    rows = [*by_kind["trial"], *by_kind["baseline"]]
-    num_trials = sum(row.kind == "trial" for row in rows)
-    wanted = grid.num_trials(recipe)
-    if not reads or (num_trials >= wanted and all(row.outcome != "running" for row in rows)):
-        return False
-    went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
-    if any(entry.details.get("trials", 0) >= wanted for entry in went_on):
+    entries, by_kind, wanted = read_ledger(study_dir), rows_by_kind(study_dir), grid.num_trials(recipe)
+    if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
-        rule = f"its test sets were read: {told(reads[-1])}; trials that follow may be chosen by what was seen"
+        rule = f"its test sets were read: {told(reads_of(entries)[-1])}"
+        rule += "; trials that follow may be chosen by what was seen"
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
         claim(study_dir, recipe, base_dir, may)
         repair_journal(study_dir)
-        record(study_dir, recipe, WENT_ON, details={"trials": wanted, "trials_before": num_trials}, reason=reason)
+        details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
+        record(study_dir, recipe, WENT_ON, details=details, reason=reason)
     return True
+
+
+def needs_reason(entries: list[Entry], trials: Sequence[TrialRow], baselines: Sequence[TrialRow], wanted: int) -> bool:
+    """Tells whether a search would train more than a ledger allows without a reason: its test sets were read.
+
+    Args:
+        entries: The ledger.
+        trials: Of the study.
+        baselines: Of the study.
+        wanted: Trials that the study shall have; a reason for as many, given after the last read, is enough.
+    """
+    reads = reads_of(entries)
+    if not reads or (len(trials) >= wanted and all(row.outcome != "running" for row in (*trials, *baselines))):
+        return False
+    went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
+    return all(entry.details.get("trials", 0) < wanted for entry in went_on)
 
 
 def check_reason(reason: str | None) -> None:
