@@ -454,7 +454,8 @@ def _counted(number: int, kind: "Kind") -> str:
 
 def _stopping(event: "Stopping") -> str:
     why = f" ({event.reason})" if event.reason else ""
-    return f"stopping{why}; saving checkpoints of {counted(event.num_running, 'training')}"
+    saving = f"; saving checkpoints of {counted(event.num_running, 'training')}" if event.num_running else ""
+    return f"stopping{why}{saving}"
 
 
 def _result(row: "TrialRow") -> str:

@@ -189,7 +189,7 @@ def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
 
 def _nothing_within_budget(study: Study, ended: str, address: str | None) -> BudgetError:
     begun = sum(row.outcome == "running" for row in study.rows())
-    rule = f"{ended}, and no trial is complete; {counted(begun, 'trial')} stopped, with checkpoints"
+    rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
     hours = study.recipe.budget.gpu_hours
     more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
     return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))

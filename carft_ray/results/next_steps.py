@@ -17,7 +17,7 @@ from carft_ray.search.warm_start import inherited_reads
 
 AGAIN = " --again REASON"
 BEHIND = (
-    "The zero-shot model is better than the best trial: there is nothing to export. Search milder trainings, of a "
+    "The best trial measures below the zero-shot model: there is nothing to export. Search milder trainings, of a "
     "lower learning_rate, fewer epochs or a higher kl_weight."
 )
 TEST_DIR = "test"

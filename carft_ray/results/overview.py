@@ -278,6 +278,12 @@ def last_epoch(folder: Path) -> int | None:
     return int(rows[-1].get("epoch", 0)) or None if rows else None
 
 
+def fitted_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """Returns what must be said of the objectives of a table whose ID and OOD accuracies do not give them."""
+    told = "Objectives are those of the fitted alpha curves; ID and OOD accuracy are measured at the chosen alpha."
+    return [told] if any(row.is_fitted for row in rows) else []
+
+
 def status(overview: Overview) -> dict[str, Any]:
     """Returns what `status` tells, as plain data."""
     best, rows = overview.best, overview.rows
@@ -299,6 +305,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "lines": [
             *front_lines(front_data(overview.recipe, overview.trials)),
             *constraint_lines(best),
+            *fitted_lines([*overview.baselines, *overview.trials]),
             *_failure_lines(overview.trials),
         ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
@@ -370,7 +377,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     return {
         "study": str(overview.study_dir),
         "num_trials": len(rows),
-        "lines": constraint_lines(overview.best),
+        "lines": [*constraint_lines(overview.best), *fitted_lines([*overview.baselines, *overview.trials])],
         "baselines": [overview.data(row) for row in overview.baselines],
         "trials": [overview.data(row) for row in rows[:limit]],
     }

@@ -272,8 +272,8 @@ def _best_lines(
     )
     included = "alpha and constraints included" if constrained else "alpha included"
     return [
-        f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
-        "It was chosen by this number, which flatters it.",
+        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
+        f"{_measured(best)}. It was chosen by this number, which flatters it.",
         f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
         f"of the best of {counted(len(corrected.shrunk), 'noisy value')} ({covered}).",
         f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "
@@ -297,8 +297,8 @@ def _brief(
     if noise.seed is not None:
         of = "images and seeds. Quote the confirm where it has this trial"
     lines = [
-        f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
-        "It was chosen by this number, so it is too high.",
+        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
+        f"{_measured(best)}. It was chosen by this number, so it is too high.",
         f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of "
         f"{counted(len(corrected.shrunk), 'value')} is taken off, that of {of}.",
         f"Bootstrap (bbc): {100 * bbc_value:.1f} %. The choice was made again on resampled images and scored on the "
@@ -313,6 +313,11 @@ def _brief(
             "zero-shot; take it where you want a cautious model."
         )
     return lines
+
+
+def _measured(best: TrialRow) -> str:
+    """Returns the objective that was measured at the chosen alpha, where that of the fitted curve is another."""
+    return f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.is_fitted else ""
 
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:

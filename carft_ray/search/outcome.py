@@ -90,6 +90,12 @@ class TrialRow:
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its objective is that of the fitted alpha curve and not the one measured at its alpha, in 0.1 %."""
+        measured = self.metrics.get("objective", self.objective)
+        return None not in (measured, self.objective) and f"{measured:.3f}" != f"{self.objective:.3f}"
+
     @cached_property
     def violation(self) -> float:
         """By how much all constraints are missed together; 0 when they are met."""
