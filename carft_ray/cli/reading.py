@@ -42,7 +42,7 @@ def status(
     console.out.print(f"{answer['name']}: {finished} of {counted(wanted, 'trial')} finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
     if answer["outside"]:
-        told = f"{answer['outside']} of them lie outside the search space of today; the sampler does not look at them."
+        told = f"Outside the search space of today: {answer['outside']} of them; the sampler looks at the others alone."
         console.out.print(told, markup=False)
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}

@@ -106,6 +106,7 @@ def run_search(
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
+        study.check_adoptable(trusted)
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
         num_before = _num_finished(study)
         told = study.adopt(trusted)

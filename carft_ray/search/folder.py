@@ -92,7 +92,10 @@ def is_ours(name: str) -> bool:
 
 
 def check_free_or_claimed(folder: Path) -> None:
-    """Raises a ``UsageError`` when a folder holds something and is no study; looked at before a lock is left in it."""
+    """Raises a ``UsageError`` when a folder is a file, or holds something and is no study; before a lock is left."""
+    if files.exists(folder) and not folder.is_dir():
+        step = "Give the folder of a study, or one that does not exist yet."
+        raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
     with files.writing(folder):
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if not is_ours(name)]

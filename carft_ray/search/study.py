@@ -131,6 +131,12 @@ class Study:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
 
+    def check_adoptable(self, trusted: bool = False) -> None:
+        """Raises what ``adopt`` would raise of what the user has asked for, before anything of it is written."""
+        self._trusted = trusted
+        self._check_trusted()
+        warm_start.new_sources(self._studies["trial"], self.study_dir, self.resolved)
+
     def adopt(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
 

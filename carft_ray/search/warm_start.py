@@ -48,12 +48,8 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         StorageError: A source cannot be read.
     """
     marks: dict[str, dict[str, Any]] = dict(study.user_attrs.get(MARKS, {}))
-    done = {mark["path"] for mark in marks.values()}  # those may be gone by now
-    sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
-    if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
-        raise RecipeError(problems)
     notes = []
-    for source in sources:
+    for source in new_sources(study, study_dir, recipe):
         number = _source_id(source)
         if number in marks:
             notes.append(f"warm start: {source} is a copy of {marks[number]['path']}, which was taken in before")
@@ -68,6 +64,24 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         if reads:
             notes.append(f"warm start: the test sets of {source} were read {times(reads)}; this counts here too")
     return notes
+
+
+def new_sources(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[Path]:
+    """Returns the studies of ``search.warm_start`` that ``take_in`` would take in, once all of them are fit for it.
+
+    Args:
+        study: As of ``take_in``, and so are the others.
+        study_dir: The study directory.
+        recipe: The recipe.
+
+    Raises:
+        RecipeError: As ``take_in``.
+    """
+    done = {mark["path"] for mark in study.user_attrs.get(MARKS, {}).values()}  # those may be gone by now
+    sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
+    if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
+        raise RecipeError(problems)
+    return sources
 
 
 def inherited_reads(study_dir: Path) -> int:
