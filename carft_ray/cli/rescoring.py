@@ -57,6 +57,8 @@ def rescore(
     console.out.print(console.rescored_table(rows))
     if not all(row["measured"] for row in rows):
         console.say("~: read from the fitted curve; the training stored no predictions at this alpha.")
+    if any(row["fitted"] for row in rows):
+        console.say(overview.FITTED)
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:

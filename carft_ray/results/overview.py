@@ -28,6 +28,7 @@ from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted
 
+FITTED = "Objectives are those of the fitted alpha curves; ID and OOD accuracy are measured at the chosen alpha."
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
 
 
@@ -280,8 +281,7 @@ def last_epoch(folder: Path) -> int | None:
 
 def fitted_lines(rows: Sequence[TrialRow]) -> list[str]:
     """Returns what must be said of the objectives of a table whose ID and OOD accuracies do not give them."""
-    told = "Objectives are those of the fitted alpha curves; ID and OOD accuracy are measured at the chosen alpha."
-    return [told] if any(row.is_fitted for row in rows) else []
+    return [FITTED] if any(row.is_fitted for row in rows) else []
 
 
 def status(overview: Overview) -> dict[str, Any]:
