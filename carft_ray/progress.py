@@ -19,6 +19,7 @@ from rich.text import Text
 
 from carft_ray import console, files
 from carft_ray.recipe.constraints import violation_words
+from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started, Stopping
@@ -31,7 +32,6 @@ NUM_LATEST = 3  # and of those that ended last, where there is room
 BAR_WIDTH = 40
 SEEN_FOR_A_RANGE = 3  # trainings that must have ended before the rest of the time has a range
 IN_RANGE = 1.28  # standard deviations on either side hold 80 %
-NOUNS = {"trial": "trials", "confirm": "trainings with fresh seeds"}
 REFRESH_PER_S = 2
 
 
@@ -276,7 +276,7 @@ class SearchView:
         if any(row.fitted for row in (*beside, *best, *latest)):
             yield Text(f"  {console.FITTED}", style="dim")
         if len(running) > len(shown):
-            yield Text(f"  and {len(running) - len(shown)} more that run", style="dim")
+            yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
             yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
         if self._started is not None and height >= 12:
@@ -322,13 +322,13 @@ class SearchView:
         elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
         pieces = [elapsed]
         if self._started is not None:
-            count = f"{len(trials)} of {self._started.num_trials} {NOUNS[self._kind]} finished"
+            count = f"{len(trials)} of {_counted(self._started.num_trials, self._kind)} finished"
             if pruned:
                 count += f", {pruned} of them pruned"
             if failed:
                 count += f", {failed} of them failed"
             room = f"{self._started.concurrency} at a time ({self._started.reason})"
-            pieces = [count, room if self._started.reason else f"{len(self._running)} run", elapsed]
+            pieces = [count, room if self._started.reason else f"{len(self._running)} running", elapsed]
             left = self._seconds_left(self._started.num_trials - len(trials))
             if left is not None and not self._phase:
                 spread = self._spread(self._started.num_trials - len(trials))
@@ -433,7 +433,7 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
         elif isinstance(event, events.Started):
             state.update(finished=event.num_finished, wanted=event.num_trials)
             left = event.num_trials - event.num_finished
-            console.say(f"{clock()} {left} {NOUNS[kind]} to go, {event.concurrency} at a time ({event.reason})")
+            console.say(f"{clock()} {_counted(left, kind)} to go, {event.concurrency} at a time ({event.reason})")
         elif isinstance(event, events.BaselineFinished):
             console.say(f"{clock()} baseline {_result(event.row)}")
         elif isinstance(event, events.TrialFinished):
@@ -450,9 +450,14 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
     return on_event
 
 
+def _counted(number: int, kind: "Kind") -> str:
+    return counted(number, "trial") if kind == "trial" else f"{counted(number, 'training')} with fresh seeds"
+
+
 def _stopping(event: "Stopping") -> str:
     why = f" ({event.reason})" if event.reason else ""
-    return f"stopping{why}; {event.num_running} trainings write their checkpoints"
+    saving = f"; saving checkpoints of {counted(event.num_running, 'training')}" if event.num_running else ""
+    return f"stopping{why}{saving}"
 
 
 def _result(row: "TrialRow") -> str:

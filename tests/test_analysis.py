@@ -219,7 +219,7 @@ def test_report_shows_the_table_afterwards(run, again, folder):
     assert "It chooses nothing" in out
     assert "leave_one_domain_out" in out.split("Analysis, test read 1")[1]
     assert "upper bound" in out.split("Analysis, test read 1")[1]
-    assert "test sets were read 1 times" in out
+    assert "test sets were read once" in out
     code, out, _ = run("report", folder / "study")
     assert (code, "Analysis" in out) == (0, False)
 
@@ -238,7 +238,7 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
         found = [run(words[0], study, *words[1:]) for study in ("study", folder / "study")]
         assert [code for code, _, _ in found] == [0, 0], found
         if words[0] == "report":  # which tells of the read, and of nothing else
-            told = [out.split("\nAnalysis")[0].replace("were read 1 times", "were read 0 times") for _, out, _ in found]
+            told = [out.split("\nAnalysis")[0].replace("were read once", "were read 0 times") for _, out, _ in found]
         else:
             told = [without_place(out) for _, out, _ in found]
         assert told[0] == told[1]

@@ -286,7 +286,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     answer = listing(read_study(study_dir))
     assert answer["trials"][0]["violations"]["id_drop/zero_shot"] == best.metrics["violation/id_drop/zero_shot"]
     lines = status(read_study(study_dir))["lines"]
-    assert (lines == ["1 of 1 errors: nan"]) == (min(missed) == 0)
+    assert (lines == ["1 of 1 error: nan"]) == (min(missed) == 0)
 
 
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):

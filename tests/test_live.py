@@ -93,7 +93,7 @@ def test_a_search_from_its_first_to_its_last_event():
     assert [line.split()[:2] for line in shown(view)[2:4]] == [["★", "t0001-abcd"], ["t0000-abcd", "0.0001"]]
     view.tell(Stopping(2))
     last = shown(view)[-1]
-    assert last.startswith("stopping; 2 trainings write their checkpoints · 2 of 8 trials finished")
+    assert last.startswith("stopping; saving checkpoints of 2 trainings · 2 of 8 trials finished")
     assert "left" not in last
 
 
@@ -150,7 +150,7 @@ def test_two_hundred_trials_fit_on_the_terminal_with_all_that_matters(width, hei
     if height >= 12:
         assert text.endswith("elapsed")
     hidden = 16 - text.count("1/4")
-    assert (f"and {hidden} more that run" in text) == (hidden > 0)
+    assert (f"and {hidden} more, running" in text) == (hidden > 0)
 
 
 def test_another_attempt_takes_the_row_of_the_first():

@@ -214,6 +214,7 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
         "diverged": 0,
         "error": 0,
         "running": 0,
+        "stopped": 0,
         "waiting": 0,
         "set_aside": 0,
     }
@@ -356,7 +357,7 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     assert foretold(part, [])["rank_correlation"] is None
     pruned = TrialRow("trial", 10, "t10", {}, "pruned", looks={33: 0.0})
     assert foretold(part, [*good, pruned])["trials"] == 10
-    assert "1 trials cut" in foretold(part, [*good, pruned])["lines"][0]
+    assert "1 trial cut" in foretold(part, [*good, pruned])["lines"][0]
 
 
 def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end():

@@ -243,6 +243,9 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run):
     assert "Nothing in the study was changed." in err
     assert "one more selection on the same validation images" in " ".join(err.split())
     assert "carft-ray evaluate study --trial t000" in err
+    answer = json.loads(run("study", "--objective", "worst_domain", "--sets", "fog", "--json")[1])
+    fitted = any(row["fitted"] for row in (*answer["baselines"], *answer["trials"]))
+    assert ("Objectives are those of the fitted alpha curves" in err) == fitted
     _, out, _ = run("study")
     assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
 

@@ -586,7 +586,7 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
     result_path = study_dir / "trials" / row.name / "result.json"
     values = {**recipe.train.model_dump(mode="json"), **row.values}
     result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
-    with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trials") as caught:
+    with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as caught:
         open_trained(study_dir, row.name)
     step = str(caught.value).splitlines()[1].strip()
     words = shlex.split(step.removeprefix("Train it again: carft-ray train "))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.words import counted
 
 PANEL = "Trusting the numbers"  # of the help
 
@@ -37,6 +38,7 @@ def rescore(
     from carft_ray.results import overview
     from carft_ray.results.rescore import asked_objective
     from carft_ray.results.rescore import rescore as rescored
+    from carft_ray.search.outcome import FOLDERS, WEIGHTS
 
     view = overview.read_study(study)
     spec = asked_objective(view.recipe, objective, id_weight, sets)
@@ -58,9 +60,10 @@ def rescore(
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
-        console.say(f"{answer['unfinished']} more trials are not finished.")
+        console.say(f"Not finished: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")
     first, folder = answer["trials"][0], shlex.quote(str(study))
-    console.next_step(
-        f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}", f"carft-ray ls {folder}"
-    )
+    steps = [f"carft-ray ls {folder}"]
+    if (view.study_dir / FOLDERS["trial"] / first["name"] / WEIGHTS).exists():  # a study keeps those of its best
+        steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}")
+    console.next_step(*steps)

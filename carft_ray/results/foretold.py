@@ -7,6 +7,7 @@ from carft_ray.recipe.schema import PrunerPart
 from carft_ray.results.intervals import rank_correlation
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.pruning import deciding_look
+from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
 ENOUGH = 10  # from this many complete trials on
@@ -35,8 +36,8 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
     num_cut = sum(row.outcome == "pruned" for row in rows)
     told = "not known yet" if value is None else f"{value:.2f}"
     line = (
-        f"Pruner {pruner.name}: {num_cut} trials cut; rank correlation of the last look before the end with the final "
-        f"objective: {told} ({len(pairs)} complete trials)."
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut; rank correlation of the last look before the end with "
+        f"the final objective: {told} ({counted(len(pairs), 'complete trial')})."
     )
     warning = None
     if value is not None and value < WEAK and len(pairs) >= ENOUGH:

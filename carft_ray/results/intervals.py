@@ -254,13 +254,17 @@ def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> floa
 
 
 def headline(difference: Interval, baseline: str) -> str:
-    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images."""
+    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
+
+    ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
+    baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
+    """
     low, high = difference.images_random
-    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     if low > 0:
-        return f"improves on {baseline} by {numbers} points"
+        return f"improves on {baseline} by {100 * difference.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] points"
     if high < 0:
-        return f"worse than {baseline} by {numbers} points"
+        return f"worse than {baseline} by {-100 * difference.mean:.1f} [{-100 * high:.1f}, {-100 * low:.1f}] points"
+    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"no improvement over {baseline} shown ({numbers} points)"
 
 

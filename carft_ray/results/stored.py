@@ -127,8 +127,13 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
     ]
 
 
-def found_beside(study_dir: Path, step: str) -> list[str]:
-    """Returns the ``row_lines`` and ``lines`` of ``<step>/summary.json`` (``confirm``, ``test``); none without it.
+def found_beside(study_dir: Path, step: str, details: bool = True) -> list[str]:
+    """Returns the ``row_lines`` and ``lines`` of ``<step>/summary.json``; none without it.
+
+    Args:
+        study_dir: The study directory.
+        step: ``confirm`` or ``test``.
+        details: False: its ``brief``, where it has one.
 
     Raises:
         StorageError: The file is damaged.
@@ -140,7 +145,10 @@ def found_beside(study_dir: Path, step: str) -> list[str]:
     lines = content.get("lines") if isinstance(content, dict) else None
     if not isinstance(lines, list):
         raise StorageError(f"{path}: must have a list 'lines'")
-    return [str(line) for line in [*content.get("row_lines", []), *lines]]
+    rows, short = content.get("row_lines", []), content.get("brief")
+    if short is not None and not details:
+        rows, lines = short["rows"], short["lines"]
+    return [str(line) for line in [*rows, *lines]]
 
 
 def found_analysis(study_dir: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from carft_ray.recipe.constraints import total_violation
 from carft_ray.recipe.schema import ObjectivePart
 from carft_ray.search.outcome import TrialRow
+from carft_ray.words import counted
 
 FRONT = "front"  # user attribute of the Optuna study of a Pareto search: its ``FrontRule``
 TIE = 1e-12  # accuracies that differ by no more are of the same counts of images
@@ -124,7 +125,7 @@ class FrontRule:
         """The rule as a reader is told it."""
         if self.best == "knee":
             return "knee, farthest beyond the line between the ends of the front"
-        return f"lexicographic, highest OOD within {100 * self.tolerance:g} points of the best ID"
+        return f"lexicographic, highest OOD within {counted(100 * self.tolerance, 'point')} of the best ID"
 
 
 def front_rule(objective: ObjectivePart) -> FrontRule | None:

@@ -235,6 +235,17 @@ def progress_of(folder: Path) -> list[int]:
     return [int(files.exists(folder / WEIGHTS)), max(steps, default=0)]
 
 
+def progress_words(folder: Path) -> str:
+    """Returns from where another attempt at a training goes on: the newest checkpoint, by step and finished epoch."""
+    is_trained, step = progress_of(folder)
+    if is_trained:
+        return "the end of its training"
+    if not step:
+        return "its beginning"
+    epochs = [int(row["epoch"]) for row in files.read_json_lines(folder / METRICS) if row.get("step", 0) <= step]
+    return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
+
+
 def read_cut(folder: Path) -> Cut | None:
     """Returns where and why a training was cut, or None when it was not."""
     content = _read(folder / CUT)

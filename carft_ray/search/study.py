@@ -42,7 +42,7 @@ from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import front, pruning, space, trust, warm_start
 from carft_ray.search.best import write_best
-from carft_ray.search.folder import JOURNAL, PREPARED, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search.folder import JOURNAL, PREPARED, STOP, gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
@@ -59,6 +59,7 @@ from carft_ray.search.outcome import (
     append_log,
     failure_error,
     progress_of,
+    progress_words,
     raise_fence,
     read_cut,
     read_failure,
@@ -130,6 +131,12 @@ class Study:
     def check_held(self) -> None:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
+
+    def check_adoptable(self, trusted: bool = False) -> None:
+        """Raises what ``adopt`` would raise of what the user has asked for, before anything of it is written."""
+        self._trusted = trusted
+        self._check_trusted()
+        warm_start.new_sources(self._studies["trial"], self.study_dir, self.resolved)
 
     def adopt(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
@@ -344,6 +351,14 @@ class Study:
                 SET_ASIDE, f"{number} attempts in a row were lost and did not advance; the last: {reason}"
             )
         return "set aside"
+
+    def stopped(self, spec: TrialSpec) -> None:
+        """Writes to the log of a training why it was stopped, and from where the next search goes on with it."""
+        folder, path = spec.folder(self.study_dir), self.study_dir / STOP
+        why = "" if not files.exists(path) else path.read_text(errors="replace").partition("\n")[0]
+        self._lease.check()
+        where = f"resume goes on from {progress_words(folder)}"
+        append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")
 
     def _try_again(self, spec: TrialSpec) -> None:
         """Forgets that a training was set aside and how many of its attempts were lost: this is another search."""
