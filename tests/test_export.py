@@ -262,7 +262,8 @@ def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, exp
     shutil.copy(exports["folded"][0].folder / "recipe.yaml", tmp_path)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.data.train.path, recipe.model.name) == ("images", "local-dir:model")
-    assert not check_model(recipe.model, tmp_path) and not check_sets(recipe, tmp_path)
+    assert not check_model(recipe.model, tmp_path)
+    assert not check_sets(recipe, tmp_path)
 
 
 def test_an_export_holds_no_path_of_the_machine(trained, exports):

@@ -176,9 +176,9 @@ def portable_paths(recipe: Recipe) -> Recipe:
         recipe: The recipe, with absolute paths.
     """
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
-    written: list[str] = []
-    _with_paths(recipe, lambda text: written.append(text) or text)
-    paths = [Path(text) for text in dict.fromkeys(written)]
+    written: dict[str, str] = {}
+    _with_paths(recipe, lambda text: written.setdefault(text, text))
+    paths = [Path(text) for text in written]
     names: dict[Path, Path] = {}
     for root in paths:
         others = [path for path in paths if path != root and root not in path.parents]

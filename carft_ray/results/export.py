@@ -50,8 +50,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 DEFAULT_FORMATS = ("open_clip",)
 RECIPE_HEAD = (
-    "# Paths of the machine that trained are left out. To repeat the training, put images and weights beside this file\n"
-    "# under the names below, or give their places with --set.\n"
+    "# Paths of the machine that trained are left out. To repeat the training, put images and weights beside this\n"
+    "# file under the names below, or give their places with --set.\n"
 )
 
 
