@@ -217,7 +217,7 @@ MISTAKES = [
         ["validate", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
         3,
         "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
-        "did you mean 'openai'? (allowed: openai, laion400m_e31, ",
+        "did you mean 'openai'? (allowed: random, openai, laion400m_e31, ",
     ),
     (
         ["validate", "--set", "model={name: ViT-B-32, pretrained: model/open_clip_modell.safetensors}", *OPENAI],
@@ -229,7 +229,7 @@ MISTAKES = [
         ["train", "--out", "new", "--set", "model={name: ViT-B-32, pretrained: openia}", *OPENAI],
         3,
         "model.pretrained: must be a tag of ViT-B-32, a weights file, or 'random', but got 'openia'; "
-        "did you mean 'openai'? (allowed: openai, laion400m_e31, ",
+        "did you mean 'openai'? (allowed: random, openai, laion400m_e31, ",
     ),
     (
         ["train", "--out", "new", "--set", "model={name: ViT-B-32, pretrained: openai}", *OPENAI],
