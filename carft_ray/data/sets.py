@@ -278,7 +278,7 @@ def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str
 
 
 def _part(start: float, end: float) -> str:
-    return f"[{start:g}, {end:g}]"
+    return f"[{start:.12g}, {end:.12g}]"
 
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:

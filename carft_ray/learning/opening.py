@@ -128,8 +128,8 @@ def image_tower(part: ModelPart, base_dir: Path) -> nn.Module | None:
             config = _folder_config(own if part.name == SANDBOX else folder)
     else:
         config = open_clip.get_model_config(part.name.replace("/", "-"))
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     try:
+        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
         with quiet(), torch.device("meta"):
             model: Any = open_clip.CLIP(
                 config["embed_dim"], vision, {"layers": 1}, quick_gelu=config.get("quick_gelu", False)
