@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -58,10 +57,13 @@ def print_json(value: Any) -> None:
 
 
 def percent(accuracy: float, num_images: int | None = None) -> str:
-    """Returns an accuracy in percent, with its binomial standard error when the number of images is given."""
+    """Returns an accuracy in percent, with Wilson's 95 % interval over images when their number is given."""
     text = f"{100 * accuracy:.1f}"
     if num_images:
-        text += f" ±{100 * math.sqrt(accuracy * (1 - accuracy) / num_images):.1f}"
+        from carft_ray.evaluation.metrics import wilson
+
+        low, high = wilson(round(accuracy * num_images), num_images)
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
     return text
 
 
@@ -87,7 +89,7 @@ def size_text(num_bytes: float) -> str:
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
-    """Returns a table of accuracies in percent with standard errors: a line per model, a column per set.
+    """Returns a table of accuracies in percent with intervals over images: a line per model, a column per set.
 
     Args:
         rows: Name of the model -> metrics (``accuracy/<set>``, ``ood_accuracy``, ``objective``).
@@ -96,7 +98,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     sets = [name for name in num_images if name != "train"]
     has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, % ±SE", no_wrap=True)
+    table.add_column("accuracy, % [95 %]", no_wrap=True)
     for name in sets:
         table.add_column("ID (id_val)" if name == "id_val" else name, justify="right")
     if has_ood:
@@ -380,7 +382,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
                 "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
                 "unreadable": str(one.get("num_unreadable", "")),
                 "repeated": str(one.get("num_twice", "")),
-                "zero-shot, %": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
+                "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
             }
         )
     columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]

@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from benchmarks import selection
+from carft_ray import console
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.intervals import (
     OVER_IMAGES,
@@ -22,7 +24,6 @@ from carft_ray.results.intervals import (
     paired_differences,
     rank_correlation,
     regret,
-    wilson,
 )
 
 FIXTURE = {
@@ -279,6 +280,12 @@ def test_wilson_agrees_with_scipy_and_stays_in_its_bounds():
         reference = stats.binomtest(right, num).proportion_ci(0.95, method="wilson")
         assert wilson(right, num) == pytest.approx((reference.low, reference.high), abs=1e-12)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_an_accuracy_of_few_images_is_shown_with_an_interval_also_where_all_or_none_are_right():
+    assert console.percent(0.0, 28) == "0.0 [0.0, 12.1]"
+    assert console.percent(1.0, 28) == "100.0 [87.9, 100.0]"
+    assert console.percent(0.5, 28) == "50.0 [32.6, 67.4]"
 
 
 def test_binomial_se_of_the_documented_set_sizes():

@@ -49,7 +49,10 @@ def rescore(
         console.print_json(answer)
         return
     weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""
-    ood = f"OOD: mean over {', '.join(spec.ood_sets)}." if spec.ood_sets else "No OOD set: ID alone counts."
+    sets_text = ", ".join(spec.ood_sets)
+    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: ID alone counts."
+    if spec.kind == "worst_domain" and spec.ood_sets:
+        ood = f"The lowest accuracy of {sets_text} counts; the column OOD is their mean, and ID does not count."
     own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
     console.out.print(f"Objective: {spec.kind}{weight}{own}. {ood}", markup=False, soft_wrap=True)
     console.out.print()

@@ -97,7 +97,7 @@ def train(
         f"mixed, alpha {result['alpha']:g}": result["metrics"],
     }
     console.out.print(console.accuracy_table(rows, result["num_images"]))
-    console.say("Validation sets; alpha was chosen on them. SE: of the images.")
+    console.say("Validation sets; alpha was chosen on them. Intervals: over images.")
     folder = shlex.quote(str(out))
     console.next_step(
         f"carft-ray evaluate {folder}",

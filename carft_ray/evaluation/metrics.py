@@ -339,6 +339,19 @@ def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:
     return float((np.diff(a) * (v[1:] + v[:-1]) / 2).sum())
 
 
+def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images.
+
+    Unlike p +- z sqrt(p (1 - p) / n) it has a width where p is 0 or 1.
+    """
+    from scipy.stats import binomtest  # takes half a second, and few commands need it
+
+    if num_images == 0:
+        return 0.0, 1.0
+    low, high = binomtest(num_correct, num_images).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
+
+
 def bootstrap_interval(
     metric: Callable[[Mapping[str, Answers]], float],
     given: Mapping[str, Answers],

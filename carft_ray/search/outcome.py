@@ -70,6 +70,7 @@ class TrialRow:
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``search.front``).
+        late_cut: Of a complete training that the pruner would have cut, but that had ended by then: why.
     """
 
     kind: Kind
@@ -95,6 +96,7 @@ class TrialRow:
     )
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
+    late_cut: str = ""
 
     @cached_property
     def violation(self) -> float:
