@@ -19,6 +19,7 @@ from rich.text import Text
 
 from carft_ray import console, files
 from carft_ray.recipe.constraints import violation_words
+from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started, Stopping
@@ -31,7 +32,6 @@ NUM_LATEST = 3  # and of those that ended last, where there is room
 BAR_WIDTH = 40
 SEEN_FOR_A_RANGE = 3  # trainings that must have ended before the rest of the time has a range
 IN_RANGE = 1.28  # standard deviations on either side hold 80 %
-NOUNS = {"trial": "trials", "confirm": "trainings with fresh seeds"}
 REFRESH_PER_S = 2
 
 
@@ -256,7 +256,7 @@ class SearchView:
         yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
 
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
-        room = max(3, height - 8)  # lines but for header, bar, last lines, and one above
+        room = max(3, height - 9)  # lines but for header, notes, bar, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
         best = self._ranked(min(NUM_BEST, max(1, room // 3)))
@@ -273,8 +273,10 @@ class SearchView:
             rows += [_line(row, "…" if can_star else " ") for row in latest]
             rows += [self._running_line(each) for each in shown]
             yield _fitting_table(rows, width)
+        if any(row.fitted for row in (*beside, *best, *latest)):
+            yield Text(f"  {console.FITTED}", style="dim")
         if len(running) > len(shown):
-            yield Text(f"  and {len(running) - len(shown)} more that run", style="dim")
+            yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
             yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
         if self._started is not None and height >= 12:
@@ -320,13 +322,13 @@ class SearchView:
         elapsed = f"{console.duration(self._clock() - self._began)} elapsed"
         pieces = [elapsed]
         if self._started is not None:
-            count = f"{len(trials)} of {self._started.num_trials} {NOUNS[self._kind]} finished"
+            count = f"{len(trials)} of {_counted(self._started.num_trials, self._kind)} finished"
             if pruned:
                 count += f", {pruned} of them pruned"
             if failed:
                 count += f", {failed} of them failed"
             room = f"{self._started.concurrency} at a time ({self._started.reason})"
-            pieces = [count, room if self._started.reason else f"{len(self._running)} run", elapsed]
+            pieces = [count, room if self._started.reason else f"{len(self._running)} running", elapsed]
             left = self._seconds_left(self._started.num_trials - len(trials))
             if left is not None and not self._phase:
                 spread = self._spread(self._started.num_trials - len(trials))
@@ -363,7 +365,7 @@ class _Line:
     Attributes:
         name: With the mark of the best.
         values: Hyperparameters.
-        cells: Epoch, ID, OOD, objective, time.
+        cells: Epoch, ID, OOD, objective (``~``: of the fitted curve), time.
         style: Of Rich.
     """
 
@@ -376,7 +378,7 @@ class _Line:
 def _line(row: "TrialRow", mark: str) -> _Line:
     names = ("id_accuracy", "ood_accuracy")
     numbers = [console.percent(row.metrics[name]) if name in row.metrics else "" for name in names]
-    objective = "" if row.objective is None else console.percent(row.objective)
+    objective = console.objective_cell(row.objective, row.fitted)
     seconds = row.elapsed_s or 0.0
     elapsed = console.duration(seconds) if seconds >= 0.5 else ""  # zero-shot takes none
     style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
@@ -431,7 +433,7 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
         elif isinstance(event, events.Started):
             state.update(finished=event.num_finished, wanted=event.num_trials)
             left = event.num_trials - event.num_finished
-            console.say(f"{clock()} {left} {NOUNS[kind]} to go, {event.concurrency} at a time ({event.reason})")
+            console.say(f"{clock()} {_counted(left, kind)} to go, {event.concurrency} at a time ({event.reason})")
         elif isinstance(event, events.BaselineFinished):
             console.say(f"{clock()} baseline {_result(event.row)}")
         elif isinstance(event, events.TrialFinished):
@@ -448,9 +450,14 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
     return on_event
 
 
+def _counted(number: int, kind: "Kind") -> str:
+    return counted(number, "trial") if kind == "trial" else f"{counted(number, 'training')} with fresh seeds"
+
+
 def _stopping(event: "Stopping") -> str:
     why = f" ({event.reason})" if event.reason else ""
-    return f"stopping{why}; {event.num_running} trainings write their checkpoints"
+    saving = f"; saving checkpoints of {counted(event.num_running, 'training')}" if event.num_running else ""
+    return f"stopping{why}{saving}"
 
 
 def _result(row: "TrialRow") -> str:
@@ -462,5 +469,7 @@ def _result(row: "TrialRow") -> str:
     ood = f", OOD {console.percent(metrics['ood_accuracy'])}" if "ood_accuracy" in metrics else ""
     at = f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     missed = f"; {words}" if (words := violation_words(metrics)) else ""
+    missed += "; alpha 1.00 at chance" if row.at_chance else ""
     accuracies = f"ID {console.percent(metrics['id_accuracy'])}{ood}"
-    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{at}{missed}"
+    fitted = " (fitted)" if row.fitted else ""
+    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{fitted}{at}{missed}"

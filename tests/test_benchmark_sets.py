@@ -28,6 +28,7 @@ from layouts import (
 from PIL import Image
 from pydantic import TypeAdapter
 from sources import open_set
+from strict_roles import check_overlap
 from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
@@ -35,7 +36,6 @@ from carft_ray.data.benchmarks import LAYOUTS, benchmark_places, benchmark_words
 from carft_ray.data.cifar import read_python
 from carft_ray.data.corruptions import CORRUPTIONS
 from carft_ray.data.facts import load_facts
-from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sets import check_roles, check_sets, class_names
 from carft_ray.errors import DataError
 from carft_ray.recipe import text
@@ -180,7 +180,7 @@ def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
     assert "must have one line per image of val, 1000, but got 999" in refused(tmp_path, "imagenet", "val")
     truth.unlink()
     rule = f"train: must have a folder per class in val, or {DEVKIT}/{truth.name} beside it"
-    assert f"{rule}, but got 1000 images without labels" in refused(tmp_path, "imagenet", "val")
+    assert f"{rule}, but got 1,000 images without labels" in refused(tmp_path, "imagenet", "val")
 
 
 TORCHVISION = {

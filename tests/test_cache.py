@@ -366,7 +366,7 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer.startswith("y"))
     code, out, err = run("data", "clean", "--cache", filled, "--all")
     assert code == 0
-    assert out == "Remove 3 sets and 1 files of notes?\n"
+    assert out == "Remove 3 sets and 1 file of notes?\n"
     assert len(cache.list_entries(filled)) == kept
     assert ("Nothing was removed." in err) is (kept == 3)
 

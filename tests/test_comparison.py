@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.comparison import compare, comparison_lines
+from carft_ray.results.comparison import brief, compare, comparison_lines
 from carft_ray.results.intervals import (
     OVER_IMAGES,
     OVER_SEEDS,
@@ -86,7 +86,7 @@ def test_one_training_counts_for_every_seed_in_differences(correct, found):
 
 
 def test_headline_names_the_baseline_that_was_chosen_before(correct, found):
-    assert found.headline.startswith("t0007: improves on fine tuning by +7.")
+    assert found.headline.startswith("t0007: improves on fine tuning by 7.")
     assert compare(SPEC, correct, "t0007", BASELINES, "paper").headline.startswith(
         "t0007: no improvement over paper shown"
     )
@@ -158,6 +158,20 @@ def test_lines_have_both_intervals_with_their_words_and_never_a_bare_one(found):
     assert sum("(Holm)" in line for line in lines) == 3 + 3 * 3
     assert not any("(Holm)" in line for line in lines if "t0002" in line)
     assert sum("a loss of 0.5 points is allowed" in line for line in lines) == 3
+
+
+def test_the_brief_form_has_one_interval_a_number_and_says_what_p_means(found):
+    short = brief(found)
+    assert [line.partition(":")[0].strip() for line in short["rows"][1:]] == [row.name for row in found.rows]
+    told = {line.partition(":")[0].strip(): line for line in short["lines"]}
+    for each in (*found.baselines, *found.others):
+        low, high = each.objective.images_random
+        assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each.other]
+        assert told[each.other].count("[") == 1
+        assert ("p " in told[each.other]) == (each.p_holm is not None)
+    assert "raised for the number of baselines (Holm)" in told["p"]
+    assert short["lines"][-1] == comparison_lines(found)[-1]
+    assert found.as_data()["brief"] == short
 
 
 def test_data_are_json_and_hold_the_lines(found):

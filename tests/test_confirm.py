@@ -174,7 +174,7 @@ def test_the_cost_counts_what_is_missing(view):
         for _ in range(3):
             finish(study, study.next(), 0.5)
     now = read_study(view.study_dir)
-    assert cost(now, stage).startswith("2 configurations x 2 fresh seeds: 1 trainings to run")
+    assert cost(now, stage).startswith("2 configurations x 2 fresh seeds: 1 training to run")
 
 
 # the study

@@ -22,13 +22,13 @@ from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import ConcurrencyChanged, Note
-from carft_ray.launch.executors import Runner, make_plan
+from carft_ray.launch.executors import Runner, make_plan, run_worker
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import host_memory, one_trial_dies
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.waiting import Node, lacking, why_waiting
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
-from carft_ray.search.outcome import check_fence, raise_fence, read_failure, read_result
+from carft_ray.search.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
 from carft_ray.search.rows import trials
 from carft_ray.search.study import LOST_ATTEMPTS, open_study
 
@@ -467,3 +467,22 @@ def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
             time.sleep(0.2)
             why = why_waiting(room)
         assert why == f"needs 2 CPUs, and {node.num_cpus - 1:g} of {node.num_cpus:g} CPUs are held by others"
+
+
+def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
+    recipe = stand_in.make_recipe(2, epochs=3)
+    plan = make_plan(recipe, tmp_path, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
+    files.write_json(plan.study_dir / "manifest.json", {})
+    folders = []
+    for attempt, step in ((1, 0), (2, 10), (3, 0)):
+        spec = TrialSpec("trial", attempt, f"t000{attempt}-0000", {}, attempt)
+        folders.append(spec.folder(plan.study_dir))
+        folders[-1].mkdir(parents=True)
+        if step:
+            stand_in.save(folders[-1], 1, 1)
+            (folders[-1] / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
+        assert run_worker(plan, spec, folders[-1], attempts.RunContext())
+    begun = [(folder / "log.txt").read_text().splitlines()[0].partition("starts on ")[2] for folder in folders]
+    assert begun[1].endswith(" from step 10 (epoch 1 done)")
+    assert begun[2].endswith(" from its beginning")
+    assert begun[0] in begun[1]  # a first attempt has nothing to go on from

@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.region import contains, directions, place
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.results.overview import study_recipe
+from carft_ray.results.overview import own_values, row_dict, study_recipe
 from carft_ray.search.folder import study_lock
 from carft_ray.search.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.search.rows import best_row, trials
@@ -148,9 +148,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
         assert 0 < len(inside) < len(before)
-        assert study.notes == [
-            f"the search space has changed: {len(inside)} of 6 earlier trials lie inside the new one"
-        ]
+        assert study.notes == [f"the search space has changed: {len(inside)} of 6 earlier trials inside the new one"]
         assert shown(after) == shown(before)
         assert [row.values for row in after] == [row.values for row in before]
         assert [row.outside for row in after] == [row not in inside for row in before]
@@ -170,6 +168,20 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
             assert (other.state, other.params) == (TrialState.FAIL, {})
     space = optuna.search_space.intersection_search_space(new.get_trials(deepcopy=False))
     assert set(space) == {"learning_rate", "kl_weight"}  # of one range each, or tpe would drop them
+
+
+def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study_dir):
+    begin(study_dir, recipe_of())
+    wide = recipe_of(8, weight_decay={"low": 0.3, "high": 0.9})  # which its own value is not in
+    with open_study(study_dir, wide, BASE, ("widen", "narrow")) as study:
+        study.adopt()
+        run_all(study)
+    rows = trials(study_dir)
+    assert ["weight_decay" in row.values for row in rows] == [False] * 6 + [True] * 2
+    own = own_values(wide, rows)
+    shown_values = [row_dict(row, None, study_dir, own)["values"]["weight_decay"] for row in rows]
+    assert shown_values[:6] == [wide.train.weight_decay] * 6
+    assert shown_values[6:] == [row.values["weight_decay"] for row in rows[6:]]
 
 
 def test_widening_again_makes_the_trials_what_they_were(study_dir):
@@ -254,7 +266,7 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
     assert crash_host.call(["status", "study", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outside"] == sum(row.outside for row in trials(study_dir))
     assert crash_host.call(["status", "study"]) == 0
-    assert "of them lie outside the search space of today" in capsys.readouterr().out
+    assert "Outside the search space of today: " in capsys.readouterr().out
 
 
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):

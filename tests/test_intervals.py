@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from benchmarks import selection
+from carft_ray import console
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.intervals import (
     OVER_IMAGES,
@@ -22,7 +24,6 @@ from carft_ray.results.intervals import (
     paired_differences,
     rank_correlation,
     regret,
-    wilson,
 )
 
 FIXTURE = {
@@ -281,6 +282,12 @@ def test_wilson_agrees_with_scipy_and_stays_in_its_bounds():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
+def test_an_accuracy_of_few_images_is_shown_with_an_interval_also_where_all_or_none_are_right():
+    assert console.percent(0.0, 28) == "0.0 [0.0, 12.1]"
+    assert console.percent(1.0, 28) == "100.0 [87.9, 100.0]"
+    assert console.percent(0.5, 28) == "50.0 [32.6, 67.4]"
+
+
 def test_binomial_se_of_the_documented_set_sizes():
     assert binomial_se(0.7, 2000) == pytest.approx(0.01025, abs=5e-6)
     assert binomial_se(1.0, 10) == 0
@@ -303,8 +310,8 @@ def test_regret_is_what_the_pick_of_the_rule_misses():
 @pytest.mark.parametrize(
     ("shift", "words"),
     [
-        (0.5, "improves on plain fine-tuning by +50.0 ["),
-        (-0.5, "worse than plain fine-tuning by -50.0 ["),
+        (0.5, "improves on plain fine-tuning by 50.0 [4"),
+        (-0.5, "worse than plain fine-tuning by 50.0 [4"),
         (0.0, "no improvement over plain fine-tuning shown (+0.0 ["),
     ],
 )
@@ -318,3 +325,12 @@ def test_both_intervals_are_printed_with_their_words():
     assert text == f"58.3, 95 % [24.8, 91.8] {OVER_SEEDS_AND_IMAGES}; [27.3, 89.4] {OVER_SEEDS}"
     one = in_points(crossed({"a": np.array([[1, 0, 1, 1]])}, {"a": 1.0}), signed=True)
     assert one == f"+75.0, 95 % [+26.0, +124.0] {OVER_IMAGES}"
+
+
+def test_worse_by_is_better_by_turned_round_with_its_interval():
+    noise = np.tile([0.1, -0.1], (3, 20)) + np.array([[0.01], [-0.01], [0.0]])
+    better, worse = (crossed({"a": sign * (noise + 0.2)}, {"a": 1.0}) for sign in (1, -1))
+    told = headline(better, "plain").removeprefix("improves on plain by ")
+    assert headline(worse, "plain") == f"worse than plain by {told}"
+    low, high = (float(end) for end in told.partition("[")[2].partition("]")[0].split(", "))
+    assert 0 < low < float(told.partition(" ")[0]) < high

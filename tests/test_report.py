@@ -150,7 +150,7 @@ def test_a_fixed_alpha_stands_alone(tmp_path):
 
 
 def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
-    code, out, err = run(capsys, study_dir)
+    code, out, err = run(capsys, study_dir, "--details")
     assert code == 0
     for words in (
         "small: trials: 4 complete, 1 diverged.",
@@ -165,7 +165,21 @@ def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(stu
         "same as ood_val",
     ):
         assert words in out, words
-    assert f"carft-ray confirm {study_dir}" in err
+    assert f"carft-ray resume {study_dir}" in err  # it is not finished
+
+
+def test_the_default_text_is_short_and_says_what_each_number_means_and_details_has_them_all(study_dir, capsys):
+    short, full = (run(capsys, study_dir, *more)[1] for more in ((), ("--details",)))
+    assert len(short) < len(full)
+    found = json.loads(run(capsys, study_dir, "--json")[1])
+    for form, out in (("brief", short), ("lines", full)):
+        assert out.startswith("\n".join(found[form]))
+    for number, meaning in (
+        (found["corrected"]["value"], "The luck expected of the best of 4 values is taken off"),
+        (found["bbc"]["value"], "made again on resampled images and scored on the images left out"),
+        (found["overtuning"]["absolute"][-1], "So much worse than an earlier best is the last one"),
+    ):
+        assert any(f": {100 * number:.1f} " in line and meaning in line for line in short.splitlines())
 
 
 def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
@@ -286,7 +300,7 @@ def test_a_reference_file_gives_effective_robustness_with_its_caveat(study_dir, 
     path = tmp_path / "models.csv"
     models = "".join(f"m{i},{x},{on_a_line(x)}\n" for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9)))
     path.write_text("model,acc_id,acc_ood/noisy\n" + models)
-    code, out, _ = run(capsys, study_dir, "--reference", path)
+    code, out, _ = run(capsys, study_dir, "--reference", path, "--details")
     assert code == 0
     assert "noisy: effective_robustness +10.0 points over 5 models: m0, m1, m2, m3, m4." in out
     assert "favours CLIP-like pre-training" in out

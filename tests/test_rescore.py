@@ -235,7 +235,11 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run):
     code, out, err = run("study", "--objective", "worst_domain", "--sets", "fog")
     assert code == 0, err
     head, _, columns, *rows = out.splitlines()
-    assert head == "Objective: worst_domain. OOD: mean over fog."
+    counts = "counts; the column OOD is their mean, and ID does not count."
+    assert head == f"Objective: worst_domain. The lowest accuracy of fog {counts}"
+    assert run("study", "--objective", "worst_domain")[1].startswith(
+        f"Objective: worst_domain. The lowest accuracy of sketch, fog {counts}"
+    )
     assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
     assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
     assert len(rows) == 7
@@ -243,6 +247,9 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run):
     assert "Nothing in the study was changed." in err
     assert "one more selection on the same validation images" in " ".join(err.split())
     assert "carft-ray evaluate study --trial t000" in err
+    answer = json.loads(run("study", "--objective", "worst_domain", "--sets", "fog", "--json")[1])
+    fitted = any(row["fitted"] for row in (*answer["baselines"], *answer["trials"]))
+    assert ("Objectives are those of the fitted alpha curves" in err) == fitted
     _, out, _ = run("study")
     assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
 

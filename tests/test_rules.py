@@ -22,8 +22,13 @@ PACKAGE = ROOT / "carft_ray"
 # a layer may import those that stand after it
 LAYERS = ("cli", "results", "launch", "search", "evaluation", "learning", "data", "recipe", "base")
 SIDE_BY_SIDE = ("search", "evaluation")  # neither imports the other
-TOP_FILES = {"console": "cli", "progress": "cli", "errors": "base", "files": "base", "environment": "base"}
-TOP_FILES |= {
+TOP_FILES = {
+    "console": "cli",
+    "progress": "cli",
+    "errors": "base",
+    "files": "base",
+    "environment": "base",
+    "words": "base",
     "api": "results",
     "__init__": "cli",
 }  # the package gives out its API, and is imported for its version only

@@ -27,7 +27,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.schema import SamplerPart
 from carft_ray.recipe.space import apply
-from carft_ray.results.overview import row_dict
+from carft_ray.results.overview import own_values, row_dict
 from carft_ray.search import samplers, space
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
@@ -710,7 +710,7 @@ def test_more_points_than_trials_and_all_mistakes_at_once(tmp_path):
     [
         (
             {"sampler": {"name": "nsga2", "options": {"population_size": 50}}},
-            "search.sampler.name nsga2 draws its first generation of 50 at random, and there are only 8 trials",
+            "search.sampler.name nsga2 draws its first generation of 50 at random, of only 8 trials",
         ),
         (
             {"sampler": {"name": "qmc", "seed": 3, "options": {"scramble": False}}},
@@ -882,7 +882,7 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     assert {*missing} == {True, False}
     blank = []
     for table in (
-        console.trial_table([row_dict(row, rows[0]) for row in rows]),
+        console.trial_table([row_dict(row, rows[0], tmp_path / "study", own_values(recipe, rows)) for row in rows]),
         progress._fitting_table([progress._line(row, " ") for row in rows], 300),
     ):
         [column] = [column for column in table.columns if column.header == "label_smoothing"]

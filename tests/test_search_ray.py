@@ -107,7 +107,7 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     assert process.returncode == 130, output + errors
     assert errors == ""
     assert "Stopping" in output
-    assert "of 6 trials are finished" in output
+    assert "of 6 trials finished" in output
     assert "Resume with: carft-ray resume" in output
     stopped = {row.name: row for row in trials(study_dir)}
     done = {name for name, row in stopped.items() if row.outcome == "complete"}

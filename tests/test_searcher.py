@@ -124,6 +124,20 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.searcher.failure is None
 
 
+def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
+    first, second = tune.start(), tune.start()
+    (tune.folder(second) / "checkpoint" / "attempt-1" / "step-00000030").mkdir(parents=True)
+    lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
+    (tune.folder(second) / "metrics.jsonl").write_text(lines)
+    study_dir = tune.searcher.study.study_dir
+    (study_dir / "stop").write_text("asked by `carft-ray stop`\n")
+    for trial in (first, second):
+        tune.end(trial)
+    for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
+        [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
+        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume goes on from {where}")
+
+
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     first, second = tune.start(), tune.start()
     first.status = "ERROR"  # a reused actor that could not be reset: on_trial_complete is never called
@@ -420,7 +434,7 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune
     tune.look()
     tune.look()
     assert removed == ["g1"]
-    assert tune.events[-1] == Note("removed 1 placement group(s) that a killed trial had left behind")
+    assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")
     tune.end(second)
     tune.end(third)
 
@@ -524,7 +538,7 @@ def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
 
 
 def test_a_trial_that_fits_nowhere_is_refused():
-    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPUs, but got 2 CPUs and 0 GPUs in all") as caught:
+    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
         capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
     assert caught.value.exit_code == 5
 

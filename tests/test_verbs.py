@@ -147,7 +147,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     code, out, err = run("status", "first", "--json")
     answer = json.loads(out)
     assert (code, err) == (0, "")
-    found = {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 1, "set_aside": 0}
+    found = {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 0, "set_aside": 0}
+    found["stopped"] = 1
     assert answer["trials"] == found
     assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
     assert answer["best"]["name"] == named(here / "first", 1)
@@ -159,7 +160,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
     code, out, err = run("status", "first")
     assert code == 0
-    assert out.splitlines()[0] == "study: 4 of 8 trials are finished."
+    assert out.splitlines()[0] == "study: 4 of 8 trials finished."
     assert "best" in out
     assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."
     assert "No search runs on it." in err
@@ -183,28 +184,34 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
 
     def counts():
         answer = json.loads(run("status", "first", "--json")[1])
-        found = {state: count for state, count in answer["trials"].items() if state in ("running", "waiting")}
+        found = {
+            state: count
+            for state, count in answer["trials"].items()
+            if count and state in ("running", "stopped", "waiting")
+        }
         return found, answer["search"]["running"], [row["epoch"] for row in answer["running"]]
 
-    assert counts() == ({"running": 0, "waiting": 1}, False, [])
+    assert counts() == ({"stopped": 1}, False, [])
     recipe = make_recipe(8)
     with open_study(study_dir, recipe, BASE) as study:
         time.sleep(0.02)
         begin(study_dir, recipe)
         study.adopt()
-        assert counts() == ({"running": 0, "waiting": 1}, True, [])  # it waits to be adopted
+        assert counts() == ({"waiting": 1}, True, [])  # it waits to be adopted
         time.sleep(0.02)
         spec = start(study)
         assert spec.attempt == 2
-        assert counts() == ({"running": 1, "waiting": 0}, True, [1])
+        assert counts() == ({"running": 1}, True, [1])
         text = run("status", "first")
         assert "running, epoch 1 done" in text[1]
         assert f"A search runs on it: process {os.getpid()} on " in text[2]
         assert f"carft-ray logs first {spec.name} --follow" in text[2]
         fail(study, spec, "error", "RuntimeError: once")
-        assert counts() == ({"running": 0, "waiting": 1}, True, [])  # for another attempt
+        assert counts() == ({"waiting": 1}, True, [])  # for another attempt
         start(study)
-    assert counts() == ({"running": 0, "waiting": 1}, False, [])
+    assert counts() == ({"stopped": 1}, False, [])
+    assert "stopped, epoch 1 done" in run("status", "first")[1]
+    assert "stopped, epoch 1 done" in run("ls", "first")[1]
 
 
 def test_readers_never_lock_a_search_out(here):
@@ -228,7 +235,7 @@ def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
         study.adopt()
         finish(study, start(study), 0.4)
     _, out, err = run("status", "done")
-    assert "1 of 1 trials are finished." in out
+    assert "1 of 1 trial finished." in out
     assert "carft-ray resume done --trials +4" in err
     assert "carft-ray export done --to exports/study" in err
 
@@ -250,7 +257,7 @@ def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
     before = everything(here)
     answer = json.loads(run("ls", "first", "--json")[1])
     assert [row["objective"] for row in answer["trials"]] == [0.7, 0.6, 0.5, None, None]
-    assert [row["outcome"] for row in answer["trials"]] == ["complete"] * 3 + ["diverged", "waiting"]
+    assert [row["outcome"] for row in answer["trials"]] == ["complete"] * 3 + ["diverged", "stopped"]
     assert [row["best"] for row in answer["trials"]] == [True] + [False] * 4
     by_number = json.loads(run("ls", "first", "--json", "--sort", "number", "--limit", "2")[1])
     assert [row["number"] for row in by_number["trials"]] == [0, 1]
@@ -307,7 +314,7 @@ def test_a_trial_without_a_log_is_no_error(run, here):
     path.unlink()
     code, out, err = run("logs", "first", "4")
     assert (code, out) == (0, "")
-    assert err.startswith(f"{path.parent.name} has no log: it is waiting.\n")
+    assert err.startswith(f"{path.parent.name} has no log: it is stopped.\n")
     assert "zero_shot has no log: the zero-shot model is not trained." in run("logs", "first", "zero_shot")[2]
     assert json.loads(run("logs", "first", "4", "--json")[1]) == []
 
@@ -357,7 +364,7 @@ def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
             code, out, err = run("stop", "first")
     assert (code, out) == (0, "")
     assert f"Asked process {os.getpid()} on " in err
-    assert "The search has ended; 4 of 8 trials are finished." in err
+    assert "The search has ended; 4 of 8 trials finished." in err
     assert "  carft-ray resume first\n" in err
 
 
@@ -375,7 +382,7 @@ def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
     before = everything(here)
     code, _, err = run("stop", "first")
     assert code == 0
-    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials are finished.\n")
+    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
     assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
     assert everything(here) == before
 
@@ -428,7 +435,7 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     assert "The search has ended; " in err
     after = json.loads(run("status", "live", "--json")[1])
     assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
-    assert [row["outcome"] for row in after["baselines"]] in (["waiting", "complete"], ["complete", "complete"])
+    assert [row["outcome"] for row in after["baselines"]] in (["stopped", "complete"], ["complete", "complete"])
 
 
 # resume
@@ -474,7 +481,7 @@ MISTAKES = [
     (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without study.journal" + MADE),
     (
         ["resume", "first", "--trials", "3"],
-        "--trials: must be at least 5: the study has 4 finished and 1 begun trials, but got 3\n"
+        "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got 3\n"
         "    For more trials: --trials +N.\n",
     ),
     (

@@ -13,6 +13,7 @@ from test_generations import begin, recipe_of
 from test_study import BASE, optuna_study, run_all, write_result
 
 from carft_ray.errors import RecipeError
+from carft_ray.launch.search import run_search
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import read_study
@@ -58,7 +59,7 @@ def taken_in(study_dir):
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
         study.adopt()
-        assert study.notes == [f"warm start: 12 of 13 trials of {first} were taken in; left out: 1 not finished"]
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
         assert best_row(study.rows()) is None
         specs = run_all(study, lambda spec: -1.0)
@@ -182,6 +183,15 @@ def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir,
     told = refused(warm(recipe_of(1), tmp_path / "frist", tmp_path / "empty"), study_dir)
     assert f"must be the folder of a study, but got no such folder; did you mean '{first}'?" in told
     assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without study.journal" in told
+
+
+def test_a_refused_source_is_not_kept_in_the_recipe_of_the_study(study_dir, first, tmp_path):
+    begin(study_dir, recipe_of(2), 2)
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe_of(2), BASE))
+    before = (study_dir / "resolved.yaml").read_bytes()
+    with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
+        run_search(warm(recipe_of(2), tmp_path / "nowhere"), BASE, study_dir)
+    assert (study_dir / "resolved.yaml").read_bytes() == before
 
 
 def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):

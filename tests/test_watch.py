@@ -82,7 +82,7 @@ def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height
     assert "0:30" in text
     assert "98 %" in text  # the bar
     tail = " ".join(lines[-2:])
-    assert "195 of 200 trials finished, 28 of them failed · 2 run" in tail
+    assert "195 of 200 trials finished, 28 of them failed · 2 running" in tail
     assert "elapsed" in tail
     assert "left (" in tail
     assert " to " in tail
@@ -123,7 +123,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
         watcher = cli("status", study_dir, "--watch", "--every", "0.5")
         impatient = cli("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
         line = watcher.stdout.readline()
-        assert line.startswith("5 of 9 trials finished, 1 of them failed · 2 run · ")
+        assert line.startswith("5 of 9 trials finished, 1 of them failed · 2 running · ")
         assert line.rstrip().endswith(f"best 30.4 % ({trials(study_dir)[4].name})")
         impatient.stdout.readline()
         err = ended(impatient)
@@ -131,7 +131,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
         assert "The search goes on." in err
     out, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 0, err
-    assert "5 of 9 trials are finished." in out
+    assert "5 of 9 trials finished." in out
     assert "No search runs on it." in err
     assert "carft-ray resume" in err
 

@@ -201,6 +201,13 @@ def test_a_folder_that_holds_something_else(refused, here, names):
     assert (here / "mine" / names[0]).read_text() == "precious"
 
 
+def test_a_study_directory_that_is_a_file(refused, here):
+    (here / "mine").write_text("precious")
+    told = refused(2, *SEARCH[:-1], "mine")
+    assert told.startswith(f"error: {here / 'mine'}: must be a folder, but got a file\n")
+    assert (here / "mine").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "recipe": {}}', "\0"]
 )

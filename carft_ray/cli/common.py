@@ -37,6 +37,9 @@ SetOption = Annotated[
 NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
 WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DetailsOption = Annotated[
+    bool, typer.Option("--details", help="All numbers: differences by set, intervals over seeds alone, full words.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
     str | None, typer.Option("--executor", help="inline, ray-train or auto; over the recipe's resources.")
@@ -145,10 +148,13 @@ def budget_overrides(wall_time: str | None) -> list[str]:
 
 
 def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:
-    """Loads and checks a recipe as far as that needs no torch; warnings go to standard error."""
+    """Loads and checks a recipe as far as that needs no weights; warnings go to standard error.
+
+    Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
+    """
     from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.catalog import check_model, model_warnings
+    from carft_ray.learning.catalog import asks_of_tower, check_model, model_warnings
     from carft_ray.recipe.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
@@ -162,9 +168,49 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
         raise HoldOutError(problems)
     if problems := check_sets(recipe, base_dir):
         raise DataError(problems)
+    if asks_of_tower(recipe):
+        from carft_ray.learning.opening import image_tower
+        from carft_ray.learning.tower import recipe_problems
+
+        tower = image_tower(recipe.model, base_dir)
+        if tower is not None and (problems := recipe_problems(tower, recipe)):
+            raise RecipeError(problems)
     for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
         console.warn(text)
     return recipe
+
+
+def suggest(study: Path, after: str, *more: str) -> None:
+    """Prints what to run next on a study as it stands now (``results.next_steps``).
+
+    Args:
+        study: Its folder as the user has written it.
+        after: Name of the command that ends here.
+        more: Further command lines.
+    """
+    from carft_ray import console
+    from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
+    from carft_ray.results.overview import read_study
+
+    view = read_study(study)
+    if behind_zero_shot(view):
+        console.say(BEHIND)
+    console.next_step(*next_steps(view, study, after), *more)
+
+
+def begin_line(value: Any, words: str, study: Path | None = None) -> str:
+    """Returns the command that begins with a recipe: a search, or one training where it has nothing to search.
+
+    Args:
+        value: The recipe.
+        words: As of ``quoted``.
+        study: The study directory; None: one of the recipe's name.
+    """
+    from carft_ray.recipe.advice import check_searchable
+
+    if check_searchable(value):
+        return f"carft-ray train {words} --out {shlex.quote(str(Path('runs') / value.name))}"
+    return f"carft-ray search {words} --study {shlex.quote(str(study or Path('studies') / value.name))}"
 
 
 def quoted(

@@ -10,6 +10,7 @@ import typer
 from carft_ray.cli.common import (
     AddressOption,
     DebugOption,
+    DetailsOption,
     ExecutorOption,
     JsonOption,
     NotifyCommandOption,
@@ -18,6 +19,7 @@ from carft_ray.cli.common import (
     WorkersOption,
     app,
     load,
+    suggest,
 )
 from carft_ray.errors import Problem, UsageError, nearest
 
@@ -50,6 +52,7 @@ def confirm(
     address: AddressOption = None,
     notify_command: NotifyCommandOption = None,
     notify_url: NotifyUrlOption = None,
+    details: DetailsOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -81,14 +84,11 @@ def confirm(
         console.print_json(summary)
         return
     console.out.print(console.estimate_table(summary["table"]))
-    console.say("\n" + "\n".join(summary["lines"]))
-    folder = shlex.quote(str(study))
-    steps = [f"carft-ray report {folder}"]
+    console.say("\n" + "\n".join(summary["lines"] if details else summary["brief"]["lines"]))
     if summary["better_than_winner"] and winner == "search":
-        steps.insert(0, f"carft-ray confirm {folder} --winner confirmed")
-    elif recipe.data.id_test is not None:
-        steps.insert(0, f"carft-ray test {folder}    # opens the test sets; each read is recorded")
-    console.next_step(*steps)
+        console.next_step(f"carft-ray confirm {shlex.quote(str(study))} --winner confirmed")
+    else:
+        suggest(study, "confirm")
 
 
 def _fix_and_train(

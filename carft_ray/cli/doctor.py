@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, quoted
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, app, begin_line, quoted
 from carft_ray.errors import DataError, Problem, UsageError
+from carft_ray.words import counted
 
 PANEL = "One training"  # of the help
 
@@ -62,16 +63,15 @@ def doctor(
             raise typer.Exit(DataError.exit_code)
         raise DataError(found.errors)
     if not json_:
-        console.next_step(
-            f"carft-ray plan {quoted(recipe, set_)}",
-            f"carft-ray search {quoted(recipe, set_)} --study {Path('studies') / value.name}",
-        )
+        begin = begin_line(value, quoted(recipe, set_))
+        plan = [f"carft-ray plan {quoted(recipe, set_)}"] if begin.startswith("carft-ray search") else []
+        console.next_step(*plan, begin)
 
 
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     lines = []
     if model:
-        contexts = f"{model['num_contexts']} contexts"
+        contexts = counted(model["num_contexts"], "context")
         if "effective_contexts" in model:
             contexts += f", in effect {model['effective_contexts']:.1f}"
         lines.append(
@@ -80,7 +80,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> list[str]:
             f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
     lines.append(
-        f"machine: {machine['device']}, {machine['gpus']} GPUs, {machine['cores']} cores, "
+        f"machine: {machine['device']}, {counted(machine['gpus'], 'GPU')}, {counted(machine['cores'], 'core')}, "
         f"{machine['memory_gb']:.0f} GB memory, {machine['cache_free_gb']:.0f} GB free for {machine['cache_dir']}"
     )
     return lines
@@ -95,4 +95,4 @@ def _tell(found: Any, console: Any) -> None:
             console.warn(str(finding.problem))
     if not found.errors:
         counts = [sum(one.level == level for one in found.findings) for level in ("warning", "note")]
-        console.say(f"No error, {counts[0]} warnings, {counts[1]} notes.")
+        console.say(f"No error, {counted(counts[0], 'warning')}, {counted(counts[1], 'note')}.")

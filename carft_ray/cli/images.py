@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, data_app, load, quoted
+from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, begin_line, data_app, load, quoted
 from carft_ray.errors import Problem, UsageError
+from carft_ray.words import counted
 
 CacheOption = Annotated[
     Path | None,
@@ -36,7 +37,7 @@ def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOp
     if entries:
         console.out.print(console.cache_table([vars(entry) for entry in entries]))
     more = f", and {console.size_text(sum(others.values()))} of notes about images" if others else ""
-    console.say(f"{folder}: {_sets(len(entries))}, {console.size_text(total)}{more}.")
+    console.say(f"{folder}: {counted(len(entries), 'set')}, {console.size_text(total)}{more}.")
     if entries:
         console.next_step(f"carft-ray data clean --older-than 30d{_option(cache)}")
     else:
@@ -68,7 +69,7 @@ def data_add(
     folder = cache_dir(value, base_dir)
     kinds = dict.fromkeys(materials.num_images, "decoded")
     kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
-    sets = [
+    sets: list[dict[str, Any]] = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
         for name, number in materials.num_images.items()
     ]
@@ -77,10 +78,10 @@ def data_add(
         console.print_json({"cache": str(folder), "sets": sets, "num_bytes": total})
         return
     for each in sets:
-        console.say(f"{each['name']}: {each['num_images']:,} images, {_state(each)}")
+        console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {_state(each)}")
     console.say(f"{folder} holds {console.size_text(total)} now.")
     console.next_step(
-        f"carft-ray search {quoted(recipe, set_)} --study studies/{value.name}",
+        begin_line(value, quoted(recipe, set_)),
         f"carft-ray data ls{'' if value.data.cache_dir is None else f' --cache {shlex.quote(str(folder))}'}",
     )
 
@@ -137,9 +138,9 @@ def data_clean(
         console.print_json({**answer, "num_dead_builds": num_dead, **left})
         return
     dead = " What killed builds had left is gone too." if num_dead else ""
-    console.say(f"Removed {_sets(len(removed))}, {console.size_text(freed)}, from {folder}.{dead}")
+    console.say(f"Removed {counted(len(removed), 'set')}, {console.size_text(freed)}, from {folder}.{dead}")
     if in_use:
-        console.say(f"{_sets(in_use)} in use: not removed." if all_ else f"{_sets(in_use)} in use.")
+        console.say(f"{counted(in_use, 'set')} in use: not removed." if all_ else f"{counted(in_use, 'set')} in use.")
     console.next_step(f"carft-ray data ls{_option(cache)}")
 
 
@@ -170,14 +171,10 @@ def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
         rule = "must be given where nobody can be asked"
         raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
     console.err.print(console.cache_table([vars(each) for each in going]))
-    more = f" and {len(others)} files of notes" if others else ""
-    if not typer.confirm(f"Remove {_sets(len(going))}{more}?", err=True):
+    more = f" and {counted(len(others), 'file')} of notes" if others else ""
+    if not typer.confirm(f"Remove {counted(len(going), 'set')}{more}?", err=True):
         console.say("Nothing was removed.")
         raise typer.Exit
-
-
-def _sets(number: int) -> str:
-    return "1 set" if number == 1 else f"{number} sets"
 
 
 def _option(cache: Path | None) -> str:

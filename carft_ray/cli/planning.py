@@ -16,10 +16,12 @@ from carft_ray.cli.common import (
     SetOption,
     WorkersOption,
     app,
+    begin_line,
     load,
     quoted,
 )
 from carft_ray.errors import Problem, RecipeError, UsageError
+from carft_ray.words import counted
 
 PANEL = "A search"  # of the help
 
@@ -76,14 +78,14 @@ def plan(
     console.out.print(console.plan_table(_lines(found)))
     for line in filter(None, (_source(found), found["budget"], _pruned(value))):
         console.say(line)
-    where = study if study is not None else Path("studies") / value.name
-    command = f"carft-ray search {quoted(recipe, set_, executor, num_workers)} --study {shlex.quote(str(where))}"
+    command = begin_line(value, quoted(recipe, set_, executor, num_workers), study)
     console.next_step(command + (f" --address {shlex.quote(address)}" if address is not None else ""))
 
 
 def _heading(name: str, found: dict[str, Any]) -> str:
-    beside = f" and {found['num_baselines']} baselines" if found["num_baselines"] else ""
-    return f"{name}: {found['num_trials']} trials{beside}, {found['concurrency']} at a time ({found['limited_by']})"
+    beside = f" and {counted(found['num_baselines'], 'baseline')}" if found["num_baselines"] else ""
+    what = f"{counted(found['num_trials'], 'trial')}{beside}"
+    return f"{name}: {what}, {found['concurrency']} at a time ({found['limited_by']})"
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app, suggest
 from carft_ray.cli.watching import budget_lines, watch_search
 from carft_ray.errors import Problem, UsageError, nearest
+from carft_ray.words import counted, times
 
 PANEL = "Reading a study"  # of the help
 
@@ -37,15 +38,15 @@ def status(
     if json_:
         console.print_json(answer)
         return
-    finished, wanted, folder = answer["finished"], answer["wanted"], shlex.quote(str(study))
-    console.out.print(f"{answer['name']}: {finished} of {wanted} trials are finished.", markup=False)
+    finished, wanted = answer["finished"], answer["wanted"]
+    console.out.print(f"{answer['name']}: {finished} of {counted(wanted, 'trial')} finished.", markup=False)
     console.out.print(console.count_table(answer["trials"]))
     if answer["outside"]:
-        told = f"{answer['outside']} of them lie outside the search space of today; the sampler does not look at them."
+        told = f"Outside the search space of today: {answer['outside']} of them; the sampler looks at the others alone."
         console.out.print(told, markup=False)
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
-    rows += [row for row in (*answer["running"], *answer["set_aside"]) if row["name"] not in shown]
+    rows += [row for row in (*answer["running"], *answer["stopped"], *answer["set_aside"]) if row["name"] not in shown]
     if rows:
         console.out.print()
         console.out.print(console.trial_table(rows))
@@ -53,7 +54,11 @@ def status(
         console.out.print(line, markup=False, soft_wrap=True)
     if answer["confirm"]:
         done, begun = answer["confirm"]["complete"], sum(answer["confirm"].values())
-        console.out.print(f"\nConfirm: {done} of {begun} trainings with fresh seeds are finished.", markup=False)
+        console.out.print(f"\nConfirm: {done} of {counted(begun, 'training')} with fresh seeds finished.", markup=False)
+    if answer["ledger"]["test_reads"]:
+        console.out.print(f"\nTest sets were read {times(answer['ledger']['test_reads'])}.", markup=False)
+    for problem in answer["ledger"]["problems"]:
+        console.warn(problem)
     for line in budget_lines(answer["budget"]):
         console.out.print(f"\n{line}", markup=False)
     if answer["pruner"]:
@@ -64,18 +69,10 @@ def status(
         console.out.print("\nSelected on ID only: the recipe has no ood_val.", markup=False)
     if view.holder is None:
         console.say("\nNo search runs on it.")
-        more = f"carft-ray resume {folder}"
-        if finished >= wanted:
-            more += f" --trials +{max(4, wanted // 2)}"
-        steps = [more, f"carft-ray ls {folder}"]
-        if answer["best"]:
-            steps += [f"carft-ray confirm {folder}", f"carft-ray export {folder} --to exports/{answer['name']}"]
-        console.next_step(*steps)
-        return
-    asked = "; it was asked to stop" if view.stopping else ""
-    console.say(f"\nA search runs on it: {view.holder}{asked}.")
-    running = [f"carft-ray logs {folder} {row['name']} --follow" for row in answer["running"][:1]]
-    console.next_step(*running, f"carft-ray stop {folder}")
+    else:
+        asked = "; it was asked to stop" if view.stopping else ""
+        console.say(f"\nA search runs on it: {view.holder}{asked}.")
+    suggest(study, "status")
 
 
 @app.command(
@@ -118,7 +115,7 @@ def list_(
         console.out.print(line, markup=False, soft_wrap=True)
     left_out = answer["num_trials"] - len(answer["trials"])
     if left_out:
-        console.say(f"{left_out} more trials; without --limit all are shown.")
+        console.say(f"{counted(left_out, 'more trial')}; without --limit all are shown.")
     if not answer["num_trials"]:
         console.say("No trial has begun yet.")
     named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []

@@ -1,12 +1,11 @@
 """Trusting the numbers: what a study's best is worth. Nothing is locked, nothing is written."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.cli.common import DebugOption, DetailsOption, JsonOption, StudyArgument, app, suggest
 
 PANEL = "Trusting the numbers"  # of the help
 
@@ -22,6 +21,7 @@ def report(
             "robustness.",
         ),
     ] = None,
+    details: DetailsOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -36,22 +36,17 @@ def report(
     if json_:
         console.print_json(answer)
         return
-    for line in answer["lines"]:
+    for line in answer["lines" if details else "brief"]:
         console.out.print(line, markup=False, soft_wrap=True)
     if answer["rules"]:
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
         console.out.print(_rule_table(answer["rules"]))
-        console.out.print("The best value to be had is noisy itself, so all regrets are too high alike.")
+        told = "Regret: what the pick of a rule loses to the best pick there; the rule with the smallest is the best."
+        console.out.print(f"{told} That best pick is noisy itself, so all regrets are too high alike.", soft_wrap=True)
     if answer["analysis"]:
         console.out.print("\n" + "\n".join(answer["analysis"]["lines"]), markup=False, soft_wrap=True)
         console.out.print(regret_table(answer["analysis"]["rules"]))
-    folder = shlex.quote(str(study))
-    if not answer["confirm"]:
-        console.next_step(f"carft-ray confirm {folder}")
-    elif not answer["test"] and view.recipe.data.id_test is not None:
-        console.next_step(f"carft-ray test {folder}    # opens the test sets; each read is recorded")
-    else:
-        console.next_step(f"carft-ray export {folder} --to exports/{answer['name']}")
+    suggest(study, "report")
 
 
 def _rule_table(rules: list[dict[str, Any]]) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.words import counted
 
 PANEL = "Trusting the numbers"  # of the help
 
@@ -37,6 +38,7 @@ def rescore(
     from carft_ray.results import overview
     from carft_ray.results.rescore import asked_objective
     from carft_ray.results.rescore import rescore as rescored
+    from carft_ray.search.outcome import FOLDERS, WEIGHTS
 
     view = overview.read_study(study)
     spec = asked_objective(view.recipe, objective, id_weight, sets)
@@ -47,20 +49,24 @@ def rescore(
         console.print_json(answer)
         return
     weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""
-    ood = f"OOD: mean over {', '.join(spec.ood_sets)}." if spec.ood_sets else "No OOD set: ID alone counts."
+    sets_text = ", ".join(spec.ood_sets)
+    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: ID alone counts."
+    if spec.kind == "worst_domain" and spec.ood_sets:
+        ood = f"The lowest accuracy of {sets_text} counts; the column OOD is their mean, and ID does not count."
     own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
     console.out.print(f"Objective: {spec.kind}{weight}{own}. {ood}", markup=False, soft_wrap=True)
     console.out.print()
     rows = [*answer["baselines"], *answer["trials"]]
     console.out.print(console.rescored_table(rows))
-    if not all(row["measured"] for row in rows):
-        console.say("~: read from the fitted curve; the training stored no predictions at this alpha.")
+    if any(row["fitted"] or not row["measured"] for row in rows):
+        console.say(f"{console.FITTED}.")
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
-        console.say(f"{answer['unfinished']} more trials are not finished.")
+        console.say(f"Not finished: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")
     first, folder = answer["trials"][0], shlex.quote(str(study))
-    console.next_step(
-        f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}", f"carft-ray ls {folder}"
-    )
+    steps = [f"carft-ray ls {folder}"]
+    if (view.study_dir / FOLDERS["trial"] / first["name"] / WEIGHTS).exists():  # a study keeps those of its best
+        steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}")
+    console.next_step(*steps)

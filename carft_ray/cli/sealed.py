@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, StudyArgument, app
+from carft_ray.cli.common import DebugOption, DetailsOption, JsonOption, StudyArgument, app, suggest
 from carft_ray.errors import InterruptedRunError, Problem
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def open_seal(
             "`search --set search.keep_checkpoints=N` keeps the weights of the best N. The winner stays what it is.",
         ),
     ] = False,
+    details: DetailsOption = False,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -47,12 +48,10 @@ def open_seal(
         console.print_json({"study": str(study.resolve()), **summary})
         return
     console.out.print(regret_table(summary["rules"]) if all_trials else _table(summary))
-    console.say("\n" + "\n".join(summary["lines"]))
+    short = not details and not all_trials  # an analysis is its table
+    console.say("\n" + "\n".join(summary["brief"]["lines"] if short else summary["lines"]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
-    if all_trials:
-        console.next_step(f"carft-ray report {folder}")
-        return
-    console.next_step(f"carft-ray export {folder} --to exports/{shlex.quote(study.resolve().name)}")
+    suggest(study, "test")
 
 
 def regret_table(rules: Sequence[Mapping[str, Any]]) -> "Table":

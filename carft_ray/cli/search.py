@@ -23,8 +23,10 @@ from carft_ray.cli.common import (
     app,
     budget_overrides,
     load,
+    suggest,
 )
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError
+from carft_ray.words import counted
 
 PANEL = "A search"  # of the help
 TrustOption = Annotated[
@@ -162,7 +164,7 @@ def _search(
         _raise_set_aside(result, study)
         return
     if not result.num_new and not result.out_of_budget and not result.set_aside:
-        console.say(f"Nothing to do: all {len(result.trials)} trials are finished.")
+        console.say(f"Nothing to do: {counted(len(result.trials), 'trial')} finished.")
     console.out.print(console.trial_table(summary["rows"]))
     console.say("\n" + "\n".join(summary["lines"]))
     if summary["pruner"]:
@@ -170,21 +172,11 @@ def _search(
         if summary["pruner"]["warning"]:
             console.warn(summary["pruner"]["warning"])
     console.say(f"Results: {result.study_dir}; figure: {summary['figure']}")
-    folder = shlex.quote(str(study))
     if result.out_of_budget:
         console.say("\n" + summary["budget"]["line"])
-        hours = value.budget.gpu_hours
-        more = f" --set budget.gpu_hours={2 * hours:g}" if "gpu_hours" in result.out_of_budget else ""
-        console.next_step(f"carft-ray resume {folder}{more}", f"carft-ray report {folder}")
-        return
-    _raise_set_aside(result, study)
-    console.next_step(
-        f"carft-ray report {folder}",
-        f"carft-ray confirm {folder}",
-        f"carft-ray export {folder} --to exports/{value.name}",
-        f"carft-ray resume {folder} --trials +{max(4, value.search.trials // 2)}",
-        f"tensorboard --logdir {folder}",
-    )
+    else:
+        _raise_set_aside(result, study)
+    suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
 
 def _raise_set_aside(result: Any, study: Path) -> None:
@@ -233,11 +225,9 @@ def stop(
     if json_:
         console.print_json({**answer, "finished": finished, "wanted": wanted})
         return
-    so_far = f"{finished} of {wanted} trials are finished"
+    so_far = f"{finished} of {counted(wanted, 'trial')} finished"
     if found is None:
         console.say(f"Nothing to stop: no search runs on {study}; {so_far}.")
     else:
         console.say(f"The search has ended; {so_far}." if answer["ended"] else f"Asked {found} to stop; {so_far}.")
-    console.next_step(
-        f"carft-ray status {folder}" if not answer["ended"] or finished >= wanted else f"carft-ray resume {folder}"
-    )
+    suggest(study, "stop")

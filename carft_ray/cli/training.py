@@ -18,6 +18,7 @@ from carft_ray.cli.common import (
     TrialOption,
     WorkersOption,
     app,
+    begin_line,
     load,
     quoted,
 )
@@ -56,7 +57,7 @@ def validate(
         sys.stdout.write(dump_recipe(value))
     else:
         console.say(f"{recipe} is valid.")
-        console.next_step(f"carft-ray search {quoted(recipe, set_)} --study studies/{value.name}")
+        console.next_step(begin_line(value, quoted(recipe, set_)))
 
 
 @app.command(epilog="Example:  carft-ray train search_spaces/quickstart.yaml --out runs/first", rich_help_panel=PANEL)
@@ -97,7 +98,7 @@ def train(
         f"mixed, alpha {result['alpha']:g}": result["metrics"],
     }
     console.out.print(console.accuracy_table(rows, result["num_images"]))
-    console.say("Validation sets; alpha was chosen on them. SE: of the images.")
+    console.say("Validation sets; alpha was chosen on them. Intervals: over images.")
     folder = shlex.quote(str(out))
     console.next_step(
         f"carft-ray evaluate {folder}",

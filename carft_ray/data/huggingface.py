@@ -19,6 +19,7 @@ from carft_ray.data.tables import list_rows, names_problems
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import HuggingFaceSet
+from carft_ray.words import counted
 
 KIND = "huggingface-1"
 _PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[0-9a-f]+)?)?\.parquet")
@@ -111,7 +112,7 @@ def _saved(folder: Path, place: str) -> list[Path]:
     names = [str(file.get("filename")) for file in listed] if isinstance(listed, list) else []
     files = [folder / Path(name).name for name in names]
     if missing := [str(file) for file in files if not file.is_file()]:
-        rule = f"must hold the {len(files)} files that its state.json names"
+        rule = f"must hold the {counted(len(files), 'file')} that its state.json names"
         raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}"))
     if not files:
         raise DataError(Problem(f"{place}: {folder}", "must hold a file of rows", "none in its state.json"))
@@ -133,7 +134,7 @@ def _all(folder: Path, split: str, names: list[str], place: str) -> list[Path]:
     numbers = {int(match["number"] or 0) for match in found}
     expected = max(int(match["of"] or 1) for match in found)
     if missing := sorted(set(range(expected)) - numbers):
-        rule = f"the split {split} must have {expected} files"
+        rule = f"the split {split} must have {counted(expected, 'file')}"
         first = f"{split}-{missing[0]:05d}-of-{expected:05d}.parquet"
         raise DataError(Problem(f"{place}: {folder}", rule, f"{len(names)}, without {first}"))
     return [folder / name for name in names]

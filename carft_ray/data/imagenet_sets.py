@@ -10,6 +10,7 @@ from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.words import counted
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -30,7 +31,7 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
     devkit = root / DEVKIT
     if not (devkit / TRUTH).is_file():
         rule = f"must have a folder per class in val, or {DEVKIT}/{TRUTH} beside it"
-        raise DataError(Problem(place, rule, f"{len(images)} images without labels", next_step=STEP))
+        raise DataError(Problem(place, rule, f"{counted(len(images), 'image')} without labels", next_step=STEP))
     numbers = read_lines(devkit / TRUTH)
     if len(images) != len(numbers):
         rule = f"must have one line per image of val, {len(images)}"

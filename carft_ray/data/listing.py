@@ -17,6 +17,7 @@ from carft_ray.data.images import decode_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema import StoredSet
+from carft_ray.words import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +158,11 @@ class StoredSource:
         return replace(self, rows=self.rows[kept], labels=self.labels[kept], skipped=(*self.skipped, *names))
 
 
+def without_labels(source: StoredSource) -> StoredSource:
+    """Returns the same images as a set without classes, whose fingerprint is that of the files alone."""
+    return replace(source, class_names=(), labels=np.zeros(len(source), np.int64), groups=None)
+
+
 def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
     """Returns the images of a listing that belong to a set.
 
@@ -266,7 +272,7 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
         counts = Counter(listing.classes[row] for row in _part_and_shots(listing, spec).tolist())
         few = sorted(own for own in set(listing.classes) if counts[own] < spec.shots)
         if few:
-            rule = f"every class must have {spec.shots} images, as shots says"
+            rule = f"every class must have {counted(spec.shots, 'image')}, as shots says"
             problems.append(Problem(f"{place}.shots", rule, f"{counts[few[0]]} in {_some(few)}"))
     return problems
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.loading import resolve_path
+from carft_ray.words import counted
 
 MOST_FILES = 100_000  # of a count in braces
 _COUNT, _LIST = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*)\}")
@@ -38,7 +39,7 @@ def find_files(
     if mode is not None and stat.S_ISDIR(mode):
         names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_file())
         found = [path / name for name in names if name.lower().endswith(endings)]
-        others = "" if found else f"none of {len(names)} files" if names else "none"
+        others = "" if found else f"none of {counted(len(names), 'file')}" if names else "none"
         rule = "there must be a file in the folder that ends in one of the allowed ways"
         return found, [] if found else [Problem(f"{place}: {path}", rule, others, endings, next_step=step)]
     if mode is not None:

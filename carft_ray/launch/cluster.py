@@ -19,6 +19,7 @@ import ray
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.recipe.schema import Recipe
+from carft_ray.words import counted
 
 # ray_train: the controller looks at its workers this often, a report waits for it
 ENVIRONMENT = {
@@ -294,8 +295,8 @@ def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
 
     fitting = num_trials(together)
     if not fitting:
-        needed = f"{num_workers} x {cpus:g} CPUs" + (f" and {num_workers} x {gpus:g} GPUs" if gpus else "")
-        have = f"{sum(there['CPU']):g} CPUs and {sum(there['GPU']):g} GPUs in all"
+        needed = " and ".join(f"{num_workers} x {amount_text(amount, name)}" for name, amount in need.items())
+        have = f"{amount_text(sum(there['CPU']), 'CPU')} and {amount_text(sum(there['GPU']), 'GPU')} in all"
         step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
         raise ClusterError(Problem("resources", f"a trial needs {needed}", have, next_step=step))
     scarcest = min(need, key=lambda name: (num_trials(slots[name]), sum(slots[name])))
@@ -325,8 +326,7 @@ def num_fitting(name: str, amount: float, room: float) -> int:
 
 def amount_text(amount: float, name: str) -> str:
     """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``."""
-    plural = "s" if name in ("CPU", "GPU") and amount != 1 else ""
-    return f"{amount:g} {name}{plural}"
+    return counted(amount, name) if name in ("CPU", "GPU") else f"{amount:g} {name}"
 
 
 def _limit(
@@ -351,12 +351,13 @@ def _limit(
         there = {name: [room for room in there[name] if room]}  # a head node without GPUs explains nothing
     rooms = [there[name] for name in need]
     spans = " and ".join(_span(there[name], name) for name in need)
-    place = f"{len(rooms[0])} nodes with {spans}{' each' if all(len({*each}) == 1 for each in rooms) else ''}"
+    alike = " each" if all(len({*each}) == 1 for each in rooms) else ""
+    place = f"{counted(len(rooms[0]), 'node')} with {spans}{alike}"
     needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
     each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
-    return (
-        f"{place}, {each} a trial on one node" if one_node else f"{place}, {num_workers} workers a trial, {each} each"
-    )
+    if one_node:
+        return f"{place}, {each} a trial on one node"
+    return f"{place}, {counted(num_workers, 'worker')} a trial, {each} each"
 
 
 def _span(rooms: list[float], name: str) -> str:

@@ -19,6 +19,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.study import Study, open_study
+from carft_ray.words import counted
 
 Trainings = Mapping[str, dict[str, Any]]
 
@@ -75,7 +76,7 @@ def run_confirm(
             return sum(row.outcome != "running" for row in rows())
 
         def interrupted() -> InterruptedRunError:
-            what = f"stopped; {num_finished()} of {len(trainings)} trainings are finished"
+            what = f"stopped; {num_finished()} of {counted(len(trainings), 'training')} finished"
             return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
 
         if not study.done():

@@ -55,11 +55,13 @@ from carft_ray.search.outcome import (
     TrialSpec,
     append_log,
     check_fence,
+    progress_words,
     read_alive,
     read_failure,
     replace_failure,
     write_failure,
 )
+from carft_ray.words import counted
 
 STOP_CHECK_S = 0.5
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
@@ -266,7 +268,8 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
-            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}")
+            start = f" from {progress_words(folder)}" if spec.attempt > 1 else ""
+            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(plan.recipe if spec.kind == "trial" else alone(plan.recipe), spec.values)
         recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
@@ -397,7 +400,8 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
     text = str(error).strip()
     line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     if isinstance(error, DivergedError):
-        return Failure("diverged", text, attempt, error.exit_code)
+        reason = "; ".join(str(replace(problem, next_step="")) for problem in error.problems)
+        return Failure("diverged", reason, attempt, error.exit_code)
     rank = lost_rank(error, context)
     if rank is not None:
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line
@@ -491,6 +495,6 @@ def _late(error: Exception, plan: Plan) -> str:
     if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
         return ""
     room, limit_s = plan.capacity, os.environ.get(START_TIMEOUT, "60")
-    gpus = f" and {room.gpus_per_worker:g} GPUs" if room.gpus_per_worker else ""
-    what = f"{room.num_workers} workers with {room.cpus_per_worker:g} CPUs{gpus} each did not start"
+    gpus = f" and {counted(room.gpus_per_worker, 'GPU')}" if room.gpus_per_worker else ""
+    what = f"{counted(room.num_workers, 'worker')} with {counted(room.cpus_per_worker, 'CPU')}{gpus} each did not start"
     return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.events import Event, Stopping, TrialFinished, TrialSetAside
+from carft_ray.words import counted
 
 TIMEOUT_S = 10.0
 AT_MOST_EVERY_S = 30.0
@@ -138,7 +139,7 @@ class _Notices:
     def end(self, error: BaseException | None) -> None:
         """Tells how it ended: well, by a request to stop, or with an error."""
         found = f"; new best {self._best}" if self._best else ""
-        so_far = f"{self._num_ended} trainings ended in this run{found}"
+        so_far = f"{counted(self._num_ended, 'training')} ended in this run{found}"
         if error is None:
             early = f"ended early, {self._out_of_budget}" if self._out_of_budget else "finished"
             self._put("finished", f"{early}; {so_far}", {})

@@ -27,6 +27,7 @@ from carft_ray.search.outcome import TrialRow
 from carft_ray.search.provenance import record_provenance
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study, open_study
+from carft_ray.words import counted
 
 RAY_LOG = "ray.log"
 
@@ -105,6 +106,7 @@ def run_search(
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
+        study.check_adoptable(trusted)
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
         num_before = _num_finished(study)
         told = study.adopt(trusted)
@@ -183,12 +185,13 @@ def _run(
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
     finished, wanted = _num_finished(study), num_trials(study.recipe)
     step = f"Resume with: {_resume(study, address)}"
-    return InterruptedRunError(Problem("", f"stopped; {finished} of {wanted} trials are finished", next_step=step))
+    what = f"stopped; {finished} of {counted(wanted, 'trial')} finished"
+    return InterruptedRunError(Problem("", what, next_step=step))
 
 
 def _nothing_within_budget(study: Study, ended: str, address: str | None) -> BudgetError:
     begun = sum(row.outcome == "running" for row in study.rows())
-    rule = f"{ended}, and no trial is complete; {begun} have begun and left their checkpoints"
+    rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
     hours = study.recipe.budget.gpu_hours
     more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
     return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))

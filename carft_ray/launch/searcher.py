@@ -50,6 +50,7 @@ from carft_ray.search.outcome import (
 )
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
+from carft_ray.words import counted
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
 # so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
@@ -215,7 +216,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         row, nodes = self.study.settle(spec), self.nodes.pop(key, [])
         if row is None:
             if self.stopped:
-                return  # it stays RUNNING, for the next search
+                self.study.stopped(spec)  # it stays RUNNING, for the next search
+                return
             failure = read_failure(folder, spec.attempt)
             if failure is None or failure.outcome == "lost":
                 self._lost(spec, failure, gone)
@@ -388,7 +390,8 @@ class Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
         for spec in self.searcher.live:
             self._look_for_life(spec)
         if self.leaks and (number := self.leaks.look(self.searcher.live)):
-            self.searcher.on_event(Note(f"removed {number} placement group(s) that a killed trial had left behind"))
+            what = counted(number, "placement group")
+            self.searcher.on_event(Note(f"removed {what} that a killed trial had left behind"))
         if self.searcher.stopped:
             return
         for spec in self.searcher.live:

@@ -11,6 +11,7 @@ from carft_ray.search.front import front_of
 from carft_ray.search.outcome import FOLDERS, TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_row
 from carft_ray.search.study import Study
+from carft_ray.words import counted
 
 FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
 
@@ -83,7 +84,7 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
         _curve(study_dir, best_row(trials)),
         path,
         study_dir / FIGURE_SVG,
-        f"{recipe.name}: {len(dots)} trials" + (f", {num_pruned} more pruned" if num_pruned else ""),
+        f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,

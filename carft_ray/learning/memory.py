@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from carft_ray.errors import OutOfMemoryError, Problem
 from carft_ray.recipe.schema import TrainPart
+from carft_ray.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def in_batches(
 
 def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:
     """Returns the message that a batch of images does not fit into the memory there is."""
-    rule = f"{num_images} {'image' if num_images == 1 else 'images'} of {image_size} x {image_size} pixels at a time"
+    rule = f"{counted(num_images, 'image')} of {image_size} x {image_size} pixels at a time"
     step = "Free memory of the device, or take a larger one or a smaller model; then run the same command again."
     return Problem(what, f"{rule} must fit into memory", _free(device), next_step=step)
 

@@ -23,6 +23,7 @@ from carft_ray.recipe.schema import (
     plain,
 )
 from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.words import counted
 
 # kinds of shift, for the warning about OOD sets of one kind on both sides: science of the sandbox's domains, and words
 # in the names of well-known sets; a name may be of several
@@ -114,7 +115,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if given and search.pruner.name not in names:
             yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
-        few = f"{fewest} epochs, fewer than {FEW_EPOCHS}"
+        few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
         yield "search.pruner", f"is weakly informative: a training has {few}, and its looks foretell little of its end"
     if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"

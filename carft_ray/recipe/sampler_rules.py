@@ -13,6 +13,7 @@ from carft_ray.recipe.grid import grid_size, num_values
 from carft_ray.recipe.messages import Finding, shown
 from carft_ray.recipe.schema import CategoricalParameter, Recipe
 from carft_ray.recipe.text import KeyPath
+from carft_ray.words import counted
 
 NAME: KeyPath = ("search", "sampler", "name")
 SPACE: KeyPath = ("search", "space")
@@ -244,13 +245,14 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if sampler.name == "qmc" and options.get("scramble") is False and sampler.seed:
         yield "search.sampler.seed", "has no effect: the sequence is not scrambled"
     if sampler.name in ("nsga2", "nsga3") and search.trials <= population_size(recipe):
-        what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, and there are only"
-        yield "search.sampler.name", f"{what} {search.trials} trials"
+        what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, of only"
+        yield "search.sampler.name", f"{what} {counted(search.trials, 'trial')}"
     if sampler.name == "cmaes" and search.points:
         yield "search.points", "are tried, but teach nothing: cmaes learns from its own draws alone"
     size = grid_size(search.space) if sampler.name == "grid" else None
     if search.space and size is not None and size < search.trials:
-        yield "search.trials", f"is {search.trials}, but the grid has {size} points: the search ends after {size}"
+        there = counted(size, "point")
+        yield "search.trials", f"is {search.trials}, but the grid has {there}: the search ends after {size}"
 
 
 def _refused(recipe: Recipe) -> Iterator[Finding]:

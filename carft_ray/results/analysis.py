@@ -28,6 +28,7 @@ from carft_ray.results.stored import PREDICTIONS, read_stored
 from carft_ray.search.ledger import Entry
 from carft_ray.search.outcome import WEIGHTS
 from carft_ray.search.rows import best_row, trials
+from carft_ray.words import counted, times
 
 FORMAT_VERSION = 1
 ID_TEST = "id_test"
@@ -232,14 +233,14 @@ def _lines(
     reason = f"; reason: {entry.reason}" if entry.reason else ""
     lines = [f"Analysis, test read {number}, {entry.time} by {entry.user}{reason}. It chooses nothing."]
     if num_went_on:
-        lines.append(f"The search had gone on after a test read, {num_went_on} times.")
-    some = f"{len(judged.trials)} of {judged.num_complete} complete trials have their weights and were read"
-    lines.append(f"{some}, {num_points} candidates (trial, alpha) in all; the rules pick among these alone.")
+        lines.append(f"The search had gone on after a test read, {times(num_went_on)}.")
+    some = f"with weights, and read: {len(judged.trials)} of {counted(judged.num_complete, 'complete trial')}"
+    lines.append(f"{some}, {counted(num_points, 'candidate')} (trial, alpha) in all; the rules pick among these alone.")
     if len(judged.trials) < judged.num_complete:
         lines.append(
             "A search keeps the weights of its best search.keep_checkpoints trials; to judge all, begin it with "
             f"--set search.keep_checkpoints={judged.num_complete}. Among the best alone every rule loses little."
         )
-    images = ", ".join(f"{name} ({count} images)" for name, count in num_images.items())
+    images = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in num_images.items())
     lines.append(f"Objective over {images}. The best value is noisy itself, so all regrets are too high alike.")
     return lines

@@ -28,6 +28,7 @@ from carft_ray.results.intervals import (
     values_by_seed,
 )
 from carft_ray.results.selection import ID_MARGIN, holm, keeps_id, seed_variances
+from carft_ray.words import counted
 
 BoolArray = npt.NDArray[np.bool_]
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
@@ -129,6 +130,7 @@ class Comparison:
             "better_than_winner": self.better_than_winner,
             "row_lines": row_lines(self),
             "lines": comparison_lines(self),
+            "brief": brief(self),
         }
 
 
@@ -195,6 +197,40 @@ def row_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
+def brief(comparison: Comparison) -> dict[str, list[str]]:
+    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers, each with its meaning.
+
+    What is left out: differences by set, and intervals over seeds alone.
+    """
+    rows = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
+    for row in comparison.rows:
+        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
+        rows.append(f"    {row.name}: {', '.join(f'{what} {_short(found)}' for what, found in shown.items() if found)}")
+    lines = []
+    if comparison.baselines or comparison.others:
+        lines.append(
+            f"{comparison.winner} less each other, objective in points with its 95 % interval. An interval on both "
+            "sides of 0 shows neither better nor worse."
+        )
+    for each in (*comparison.baselines, *comparison.others):
+        p_value = "" if each.p_holm is None else f"; {_p(each.p_holm)}"
+        id_kept = "" if each.p_holm is None else "; keeps ID" if each.keeps_id else "; keeping ID is not shown"
+        lines.append(f"    {each.other}: {_short(each.objective, signed=True)}{p_value}{id_kept}")
+    if comparison.baselines:
+        allowed = counted(100 * comparison.id_margin, "point")
+        lines.append(
+            "    p: how often chance alone gives such a difference, raised for the number of baselines (Holm); under "
+            f"0.05 counts. Keeps ID: at most {allowed} of ID accuracy lost."
+        )
+    return {"rows": rows, "lines": [*lines, *_last_lines(comparison)]}
+
+
+def _short(interval: Interval, signed: bool = False) -> str:
+    form = "{:+.1f}" if signed else "{:.1f}"
+    mean, low, high = (form.format(100 * value) for value in (interval.mean, *interval.images_random))
+    return f"{mean} [{low}, {high}]"
+
+
 def comparison_lines(comparison: Comparison) -> list[str]:
     """Returns the differences and what follows from them as lines of text, in points, the headline last."""
     lines = [f"Paired differences, points; {comparison.label}:"]
@@ -205,20 +241,26 @@ def comparison_lines(comparison: Comparison) -> list[str]:
             text = f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)"
             lines.append(text)
         verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
-        lines.append(f"    {verdict}: a loss of {100 * comparison.id_margin:g} points is allowed")
+        lines.append(f"    {verdict}: a loss of {counted(100 * comparison.id_margin, 'point')} is allowed")
     for each in comparison.others:
         lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}")
+    return [*lines, *_last_lines(comparison)]
+
+
+def _last_lines(comparison: Comparison) -> list[str]:
+    """Returns what follows from the differences, the headline last."""
+    lines = []
     for name in comparison.better_than_winner:
         lines.append(f"{name} is better than the winner by its paired interval; the winner was fixed before and stays.")
     if comparison.optimism is not None:
         found = comparison.optimism
         se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
-        then = f"{100 * found.searched:.1f} when it was chosen"
+        then = f"{100 * found.searched:.1f} when it was chosen, less its mean over these seeds"
         lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
     num_seeds = max(row.objective.num_seeds for row in comparison.rows)
     # a row of one seed beside others with more is the zero-shot model, which has none to cover
-    counted = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
-    notes = dict.fromkeys(note for interval in counted for note in interval.notes)
+    shown = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
+    notes = dict.fromkeys(note for interval in shown for note in interval.notes)
     lines += [f"Note: {note}." for note in notes]
     if comparison.headline is not None:
         words = _of(comparison.baselines, comparison.headline_baseline).objective.words

@@ -20,6 +20,7 @@ from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_first
+from carft_ray.words import counted
 
 FORMAT_VERSION = 1
 CONFIRM = FOLDERS["confirm"]
@@ -173,8 +174,8 @@ def cost(view: Overview, stage: Stage) -> str:
     missing = [name for name in stage.trainings() if name not in done]
     if not missing:
         return f"All {len(stage.trainings())} trainings with fresh seeds are there already."
-    configurations = len({row.training for row in stage.rows if row.training is not None})
-    text = f"{configurations} configurations x {len(stage.seeds)} fresh seeds: {len(missing)} trainings to run"
+    configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
+    text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
     seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
     if seconds:
         text += f" of about {sum(seconds) / len(seconds):.0f} s each"

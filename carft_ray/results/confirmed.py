@@ -15,7 +15,7 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.comparison import Comparison, compare, comparison_lines
+from carft_ray.results.comparison import Comparison, brief, compare, comparison_lines
 from carft_ray.results.confirm import CONFIRM, SUMMARY, PlanRow, Stage, training_name
 from carft_ray.results.intervals import values_by_seed
 from carft_ray.search.folder import PREPARED
@@ -82,6 +82,8 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         searched=winner.objective,
     )
     shared = read_shared(study_dir)
+    told = shared_lines(shared)
+    short = brief(comparison)
     content = {
         **comparison.as_data(),
         "seeds": list(stage.seeds),
@@ -89,7 +91,11 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         "table": table(comparison, stage.rows),
         "failed": failed,
         "shared_images": shared_counts(shared),
-        "lines": [*shared_lines(shared), *_lines(comparison, stage, second is not None, failed, recipe)],
+        "lines": [*told, *_lines(comparison_lines(comparison), stage, second is not None, failed, recipe)],
+        "brief": {
+            "rows": short["rows"],
+            "lines": [*told, *_lines(short["lines"], stage, second is not None, failed, recipe)],
+        },
     }
     files.write_json(study_dir / CONFIRM / SUMMARY, content)
     return content
@@ -149,13 +155,13 @@ def _failures(study_dir: Path, stage: Stage) -> list[str]:
     ]
 
 
-def _lines(comparison: Comparison, stage: Stage, twice: bool, failed: Sequence[str], recipe: Recipe) -> list[str]:
-    """Returns what the table does not say: how much the search flattered, differences, the headline last."""
+def _lines(found: Sequence[str], stage: Stage, twice: bool, failed: Sequence[str], recipe: Recipe) -> list[str]:
+    """Returns what the table does not say, with what was found of the differences."""
     lines = [f"{len(stage.seeds)} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images)."]
     if twice:
         lines.append("The winner was chosen on other fresh seeds; these did not choose it.")
     lines += [f"Failed, and not compared: {line}." for line in failed]
-    lines += comparison_lines(comparison)
+    lines += found
     if not recipe.data.ood_val:
         lines.append("Selected on ID only: the recipe has no ood_val.")
     return lines

@@ -7,6 +7,7 @@ from carft_ray.recipe.schema import PrunerPart
 from carft_ray.results.intervals import rank_correlation
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.pruning import deciding_look
+from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,
 ENOUGH = 10  # from this many complete trials on
@@ -20,9 +21,10 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
         rows: The trials.
 
     Returns:
-        ``name``, ``trials`` (complete ones that were looked at), ``rank_correlation`` (Spearman's, of the last look at
-        which a training could have been cut with its final objective; None where it is not defined), ``lines``, and
-        ``warning`` (None, or a sentence).
+        ``name``, ``num_cut``, ``num_late`` (complete trials that would have been cut, but had ended by then),
+        ``trials`` (complete ones that were looked at), ``rank_correlation`` (Spearman's, of the last look at which a
+        training could have been cut with its final objective; None where it is not defined), ``lines``, and ``warning``
+        (None, or a sentence).
     """
     pairs = [
         (look, row.objective)
@@ -33,10 +35,12 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
     ]
     value = rank_correlation([look for look, _ in pairs], [objective for _, objective in pairs])
     num_cut = sum(row.outcome == "pruned" for row in rows)
+    num_late = sum(bool(row.late_cut) for row in rows)
+    late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
     told = "not known yet" if value is None else f"{value:.2f}"
     line = (
-        f"Pruner {pruner.name}: {num_cut} trials cut; rank correlation of the last look before the end with the final "
-        f"objective: {told} ({len(pairs)} complete trials)."
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last look before the "
+        f"end with the final objective: {told} ({counted(len(pairs), 'complete trial')})."
     )
     warning = None
     if value is not None and value < WEAK and len(pairs) >= ENOUGH:
@@ -46,6 +50,8 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
         )
     return {
         "name": pruner.name,
+        "num_cut": num_cut,
+        "num_late": num_late,
         "trials": len(pairs),
         "rank_correlation": value,
         "warning": warning,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 
 OVER_SEEDS = "over seeds, these images"
@@ -219,17 +220,6 @@ def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
     return replace(interval, images_random=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
 
 
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images."""
-    if num_images == 0:
-        return 0.0, 1.0
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    share = num_correct / num_images
-    centre = (share + z**2 / (2 * num_images)) / (1 + z**2 / num_images)
-    spread = math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2)) / (1 + z**2 / num_images)
-    return max(0.0, centre - z * spread), min(1.0, centre + z * spread)
-
-
 def binomial_se(accuracy: float, num_images: int) -> float:
     """Returns sqrt(p (1 - p) / n), the image standard error of one accuracy; not the noise of a ranking."""
     return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / num_images)
@@ -254,13 +244,17 @@ def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> floa
 
 
 def headline(difference: Interval, baseline: str) -> str:
-    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images."""
+    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
+
+    ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
+    baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
+    """
     low, high = difference.images_random
-    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     if low > 0:
-        return f"improves on {baseline} by {numbers} points"
+        return f"improves on {baseline} by {100 * difference.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] points"
     if high < 0:
-        return f"worse than {baseline} by {numbers} points"
+        return f"worse than {baseline} by {-100 * difference.mean:.1f} [{-100 * high:.1f}, {-100 * low:.1f}] points"
+    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"no improvement over {baseline} shown ({numbers} points)"
 
 

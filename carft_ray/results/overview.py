@@ -5,7 +5,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +22,13 @@ from carft_ray.search.best import constraint_lines
 from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
+from carft_ray.search.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
+from carft_ray.search.warm_start import inherited_reads
+from carft_ray.words import counted
 
-STATES = ("complete", "pruned", "diverged", "error", "running", "waiting", "set_aside")
+STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,9 @@ class Overview:
         return sum(row.outcome != "running" for row in self.trials)
 
     def state(self, row: TrialRow) -> str:
-        """Returns a row's outcome; of one that has none yet, whether it is running, waiting or set aside."""
-        if row.outcome != "running":
-            return row.outcome
-        if row.set_aside:
-            return "set_aside"
+        """Returns a row's outcome; of one that has none yet, whether it runs, was stopped, waits or is set aside."""
+        if row.outcome != "running" or row.set_aside or self.holder is None:
+            return state_at_rest(row)
         return "running" if (row.kind, row.name) in self.running else "waiting"
 
     def counts(self) -> dict[str, int]:
@@ -81,28 +82,60 @@ class Overview:
         return {state: found.count(state) for state in STATES}
 
     def data(self, row: TrialRow) -> dict[str, Any]:
-        """Returns a row as plain data: that of ``row_dict`` with number, state, start, and the last epoch's number."""
-        epoch = last_epoch(folder_of(self.study_dir, row)) if self.state(row) in ("running", "waiting") else None
+        """Returns a row as plain data: that of ``row_dict`` with number, state, attempt and start."""
         return {
             "number": row.number,
-            **row_dict(row, self.best),
+            **row_dict(row, self.best, self.study_dir, self._own),
             "outcome": self.state(row),
             "attempt": row.attempt,
             "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
-            "epoch": epoch,
         }
 
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        return own_values(self.recipe, self.rows)
 
-def row_dict(row: TrialRow, best: TrialRow | None) -> dict[str, Any]:
-    """Returns a trial or baseline as plain data."""
+
+def state_at_rest(row: TrialRow) -> str:
+    """Returns a row's outcome where no search runs; of one that has none: set aside, stopped, or not begun."""
+    if row.outcome != "running":
+        return row.outcome
+    return "set_aside" if row.set_aside else "stopped" if row.attempt else "waiting"
+
+
+def own_values(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any]:
+    """Returns the values of ``train`` that trainings have where they were given no other.
+
+    Args:
+        recipe: The study's.
+        rows: Its trainings; what they or the search space name is returned, but for what is drawn on a condition.
+    """
+    own, space = recipe.train.model_dump(mode="json"), recipe.search.space
+    names = dict.fromkeys([*space, *(name for row in rows for name in row.values)])
+    left_out = {"alpha", "seed", *(name for name, parameter in space.items() if parameter.when)}
+    return {name: own[name] for name in names if name in own and name not in left_out}
+
+
+def row_dict(row: TrialRow, best: TrialRow | None, study_dir: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a trial or baseline as plain data.
+
+    Args:
+        row: The row, of a study on which no search runs (``state_at_rest``).
+        best: The best row.
+        study_dir: The study directory, for the number of the last epoch of a training that has not ended.
+        own: As of ``own_values``.
+    """
     return {
         "kind": row.kind,
         "name": row.name,
-        "values": row.values,
-        "outcome": "set_aside" if row.set_aside else row.outcome,
+        "values": row.values if row.name == ZERO_SHOT else {**own, **row.values},
+        "outcome": state_at_rest(row),
+        "epoch": last_epoch(folder_of(study_dir, row)) if row.outcome == "running" else None,
         "reason": row.reason,
         "alpha": row.alpha,
         "objective": row.objective,
+        "fitted": row.fitted,
+        "at_chance": row.at_chance,
         "metrics": row.metrics,
         "violations": violations(row.metrics),
         "on_front": row.standing > 0,
@@ -230,8 +263,8 @@ def total_trials(written: str, overview: Overview) -> int:
         return max(overview.recipe.search.trials, begun) + int(digits)
     if int(digits) < begun:
         waiting = begun - overview.num_finished
-        have = f"{overview.num_finished} finished" + (f" and {waiting} begun" if waiting else "")
-        rule = f"must be at least {begun}: the study has {have} trials"
+        have = counted(overview.num_finished, "finished trial") + (f" and {waiting} begun" if waiting else "")
+        rule = f"must be at least {begun}: the study has {have}"
         raise UsageError(Problem("--trials", rule, digits, next_step="For more trials: --trials +N."))
     return int(digits)
 
@@ -272,13 +305,15 @@ def status(overview: Overview) -> dict[str, Any]:
         ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
         "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
+        "stopped": [overview.data(row) for row in rows if overview.state(row) == "stopped"],
         "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
         "search": {
             "running": overview.holder is not None,
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
-        "budget": _budget(overview),
+        "ledger": _ledger(overview.study_dir),
+        "budget": budget(overview),
         "times": {
             "created": _created(overview.study_dir),
             "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
@@ -291,7 +326,7 @@ def status(overview: Overview) -> dict[str, Any]:
 def _failure_lines(rows: list[TrialRow]) -> list[str]:
     """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
     reasons = Counter(row.reason for row in rows if row.outcome == "error")
-    return [f"{count} of {reasons.total()} errors: {reason}" for reason, count in reasons.most_common(1)]
+    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
 def _foretold(overview: Overview) -> dict[str, Any]:
@@ -300,7 +335,17 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     return foretold(overview.recipe.search.pruner, overview.trials)
 
 
-def _budget(overview: Overview) -> dict[str, Any]:
+def _ledger(study_dir: Path) -> dict[str, Any]:
+    """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
+    try:
+        problems = check_ledger(study_dir)
+        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+    except CarftError as error:
+        reads, problems = None, list(error.problems)
+    return {"test_reads": reads, "problems": [str(problem) for problem in problems]}
+
+
+def budget(overview: Overview) -> dict[str, Any]:
     """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
     limits, folder = overview.recipe.budget, overview.study_dir
     ended = ""

@@ -8,6 +8,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.front import front_of, front_rule, points_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_row
+from carft_ray.words import counted
 
 
 def front_data(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
@@ -46,7 +47,8 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
     """Returns the front as lines of text, by rising ID accuracy; none without a front."""
     if found is None or not found["points"]:
         return []
-    count = f"{len(found['points'])} of {found['num_points']} points (alphas) of {found['num_trainings']} trainings"
+    points, trainings = counted(found["num_points"], "point"), counted(found["num_trainings"], "training")
+    count = f"{len(found['points'])} of {points} (alphas) of {trainings}"
     lines = [f"Front of ID and OOD accuracy: {count}; the best by the rule {found['rule']['words']}."]
     for point in found["points"]:
         pair = f"ID {100 * point['id_accuracy']:.1f} %, OOD {100 * point['ood_accuracy']:.1f} %"

@@ -49,13 +49,14 @@ from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
+from carft_ray.words import counted, times
 
 TEST = "test"
 _SHOWN_WINS = 5
 
 
 def study_report(view: Overview, reference: Path | None = None, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
-    """Returns the report as plain data; ``lines`` is its text.
+    """Returns the report as plain data; ``brief`` is its text, ``lines`` the text with all numbers.
 
     Args:
         view: The study.
@@ -93,20 +94,24 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
     of = "" if found_front is None else f" by {mean_words(view.recipe)}"
     against, above = _headline(spec, best, baselines, stored, of), robustness(view, best, reference)
     shared = read_shared(view.study_dir)
-    lines = [
-        *_count_lines(view.recipe.name, counts),
-        *shared_lines(shared),
-        "",
-        *worth.pop("lines"),
-        *constraint_lines(best),
-        *([] if share is None else [f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples."]),
-        *([line] if (line := curve_line(view, best)) else []),
-        *([] if against is None else ["", *against["lines"]]),
-        *(["", *robustness_lines(above)] if above else []),
-    ]
-    beside = {step: found_beside(view.study_dir, step) for step in (CONFIRM, TEST)}
-    for found in beside.values():
-        lines += ["", *found] if found else []
+    met = [] if share is None else [f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples."]
+    curve = [line] if (line := curve_line(view, best)) else []
+    forms = {}
+    for form, details in (("lines", True), ("brief", False)):
+        forms[form] = [
+            *_count_lines(view.recipe.name, counts),
+            *shared_lines(shared),
+            "",
+            *worth.pop(form),
+            *constraint_lines(best),
+            *met,
+            *(curve if details else []),
+            *([] if against is None else ["", *against["lines"][: None if details else 1]]),
+            *(["", *robustness_lines(above)] if above else []),
+        ]
+        for step in (CONFIRM, TEST):
+            found = found_beside(view.study_dir, step, details)
+            forms[form] += ["", *found] if found else []
     return {
         "study": str(view.study_dir),
         "name": view.recipe.name,
@@ -124,9 +129,9 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
         "headline": against,
         "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
-        **beside,
+        **{step: found_beside(view.study_dir, step) for step in (CONFIRM, TEST)},
         "analysis": found_analysis(view.study_dir),
-        "lines": lines,
+        **forms,
     }
 
 
@@ -176,6 +181,7 @@ def _by_one_number(
             _wins_line(wins),
             _overtuning_line(curve.absolute[-1], curve.relative[-1]),
         ],
+        "brief": _brief(best, corrected, noise, bbc_value, wins, pick, curve.absolute[-1]),
     }
 
 
@@ -194,6 +200,7 @@ def _by_front(
     rule = FrontRule(found["rule"]["best"], found["rule"]["tolerance"])
     choice = front_choice(stored.candidates, resamples, spec, rule, (best.name, best.alpha or 0.0))
     num_resamples = len(resamples.in_bag)
+    again = f"in {100 * choice.share_best:.0f} %, and on the front in {100 * choice.share_on_front:.0f} %"
     pair = f"ID {100 * best.metrics['id_accuracy']:.1f} %, OOD {100 * best.metrics['ood_accuracy']:.1f} %"
     return {
         "noise": None,
@@ -208,8 +215,15 @@ def _by_front(
             f"bbc: ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %: front and best point "
             f"chosen again on {num_resamples:,} resamples of the images and scored on the images left out. It corrects "
             "the luck of images, not that of seeds.",
-            f"In the resamples {best.name} at alpha {best.alpha or 0:.2f} is the best again in "
-            f"{100 * choice.share_best:.0f} %, and on the front in {100 * choice.share_on_front:.0f} %.",
+            f"In the resamples {best.name} at alpha {best.alpha or 0:.2f} is the best again {again}.",
+        ],
+        "brief": [
+            *front_lines(found),
+            f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, {pair}. It was chosen by these numbers, "
+            "so they are too high.",
+            f"Bootstrap (bbc): ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %. The choice "
+            "was made again on resampled images and scored on the images left out: the luck of the images is off.",
+            f"How sure the choice is: {best.name} is the best again {again} of the resamples.",
         ],
     }
 
@@ -241,8 +255,8 @@ def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
     return [
         f"{name}: trials: {states}.",
-        f"{counts['trainings']} trainings and {counts['alphas']} evaluated alphas chose on these validation images; "
-        f"test sets were read {counts['test_reads']} times.",
+        f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} chose on these "
+        f"validation images; test sets were read {times(counts['test_reads'])}.",
     ]
 
 
@@ -256,25 +270,63 @@ def _best_lines(
     constrained: bool,
 ) -> list[str]:
     covered = (
-        f"image and seed noise, the latter from {num_confirmed} confirmed configurations"
+        f"image and seed noise, the latter from {counted(num_confirmed, 'confirmed configuration')}"
         if noise.seed is not None
         else "image noise only: the luck of the seed is still in it"
     )
     included = "alpha and constraints included" if constrained else "alpha included"
     return [
-        f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %. "
-        "It was chosen by this number, which flatters it.",
+        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
+        f"{_measured(best)}. It was chosen by this number, which flatters it.",
         f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
-        f"of the best of {len(corrected.shrunk)} noisy values ({covered}).",
+        f"of the best of {counted(len(corrected.shrunk), 'noisy value')} ({covered}).",
         f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "
         "images and scored on the images left out. It corrects the luck of images, not that of seeds: nearly unbiased "
         "where seeds matter little, half the bias stays where they matter much.",
     ]
 
 
+def _brief(
+    best: TrialRow,
+    corrected: Correction,
+    noise: Noise,
+    bbc_value: float,
+    wins: list[Win],
+    pick: Pick | None,
+    lost: float,
+) -> list[str]:
+    """Returns what the best value is worth in few numbers, each with what it is and what to read from it."""
+    share = sum(win.share for win in wins if win.name == best.name)
+    of = "images alone. Quote this one until there is a confirm"
+    if noise.seed is not None:
+        of = "images and seeds. Quote the confirm where it has this trial"
+    lines = [
+        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
+        f"{_measured(best)}. It was chosen by this number, so it is too high.",
+        f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of "
+        f"{counted(len(corrected.shrunk), 'value')} is taken off, that of {of}.",
+        f"Bootstrap (bbc): {100 * bbc_value:.1f} %. The choice was made again on resampled images and scored on the "
+        "images left out. Far below the corrected value: the choice hangs on few images.",
+        f"How sure the choice is: {best.name} wins again in {100 * share:.0f} % of the resamples.",
+        f"Overtuning: {100 * lost:.1f} points. So much worse than an earlier best is the last one, on images that did "
+        "not choose; near 0 is good.",
+    ]
+    if pick is not None and (pick.name, pick.alpha) != (best.name, best.alpha):
+        lines.append(
+            f"One standard error: {pick.name} at alpha {pick.alpha:.2f} is as good within the noise and nearest to "
+            "zero-shot; take it where you want a cautious model."
+        )
+    return lines
+
+
+def _measured(best: TrialRow) -> str:
+    """Returns the objective that was measured at the chosen alpha, where the one that ranks is of the fitted curve."""
+    return f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
+
+
 def _pick_line(best: TrialRow, pick: Pick) -> str:
     others = pick.num_candidates - 1
-    share = f"{others} other candidates (trial, alpha) within one standard error of the best"
+    share = f"{counted(others, 'other candidate')} (trial, alpha) within one standard error of the best"
     if (pick.name, pick.alpha) == (best.name, best.alpha):
         moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
         return f"One standard error: {share}; the best itself {moved}."

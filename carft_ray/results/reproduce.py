@@ -29,6 +29,7 @@ from carft_ray.results.finished import Finished, open_finished
 from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import FOLDERS, read_result
 from carft_ray.search.provenance import CHANGING, differences, identity_problems, leaves
+from carft_ray.words import counted
 
 # of result.json; all but times and the machine
 COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "alpha_choice", "moved", "num_images")
@@ -262,7 +263,7 @@ def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
     if then.column_names != now.column_names:
         return [Difference("predictions", ", ".join(then.column_names), ", ".join(now.column_names), None)]
     if len(then) != len(now):
-        return [Difference("predictions", f"{len(then)} rows", f"{len(now)} rows", None)]
+        return [Difference("predictions", counted(len(then), "row"), counted(len(now), "row"), None)]
     found = []
     for name in then.column_names:
         old, new = _values(then[name]), _values(now[name])
@@ -276,7 +277,7 @@ def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
         if np.issubdtype(old.dtype, np.floating):
             gaps = np.abs(old.astype(np.float64) - new.astype(np.float64))
             first, size = int(np.argmax(gaps)), float(gaps.max())
-        what = f"predictions.{name} ({len(unequal)} of {len(old)} values)"
+        what = f"predictions.{name} ({len(unequal)} of {counted(len(old), 'value')})"
         found.append(Difference(what, str(old[first]), str(new[first]), size))
     return found
 

@@ -56,7 +56,8 @@ from carft_ray.search.ledger import (
     told,
 )
 from carft_ray.search.rows import ZERO_SHOT
-from carft_ray.search.warm_start import inherited_reads, times
+from carft_ray.search.warm_start import inherited_reads
+from carft_ray.words import times
 
 TEST_DIR, SUMMARY, ANALYSIS_SUMMARY = "test", "summary.json", "analysis.json"
 

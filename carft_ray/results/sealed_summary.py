@@ -13,11 +13,12 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.compared import Compared
-from carft_ray.results.comparison import Difference, compare, comparison_lines, row_lines
+from carft_ray.results.comparison import Difference, brief, compare, comparison_lines, row_lines
 from carft_ray.results.comparison import Row as ComparedRow
 from carft_ray.results.intervals import Interval
 from carft_ray.search.ledger import WENT_ON, Entry
 from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.words import counted, times
 
 FORMAT_VERSION = 1
 ID_TEST = "id_test"
@@ -75,6 +76,8 @@ def summarise(
         without = compare_rows(correct=fewer, label="test sets without images that stand in other roles")
     num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
     read = of_read(entry, before, number)
+    begin = [*_lines(compared, num_images, entry, number, read["searches_after_a_read"]), *shared_lines(shared)]
+    short = brief(comparison)
     return {
         "format_version": FORMAT_VERSION,
         **read,
@@ -109,11 +112,14 @@ def summarise(
         },
         "row_lines": row_lines(comparison) + ([] if without is None else row_lines(without)),
         "lines": [
-            *_lines(compared, num_images, entry, number, read["searches_after_a_read"]),
-            *shared_lines(shared),
+            *begin,
             *([] if without is None else comparison_lines(without)),
             *comparison_lines(comparison),
         ],
+        "brief": {
+            "rows": short["rows"],
+            "lines": [*begin, *([] if without is None else brief(without)["lines"]), *short["lines"]],
+        },
     }
 
 
@@ -170,14 +176,10 @@ def _lines(compared: Compared, num_images: Mapping[str, int], entry: Entry, numb
     reason = f"; reason: {entry.reason}" if entry.reason else ""
     lines = [f"Test read {number}, {entry.time} by {entry.user}{reason}."]
     if num_went_on:
-        lines.append(f"The search went on {_times(num_went_on)} after a test read.")
-    sets = f"ID: {ID_TEST} ({num_images[ID_TEST]} images)."
+        lines.append(f"The search went on {times(num_went_on)} after a test read.")
+    sets = f"ID: {ID_TEST} ({counted(num_images[ID_TEST], 'image')})."
     if ood:
         sets += f" OOD mean: over {', '.join(f'{name} ({num_images[name]})' for name in ood)}."
     lines.append(sets)
     seeds = f"{len(compared.seeds)} fresh seeds" if compared.confirmed else "one training each"
     return [*lines, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

@@ -10,28 +10,30 @@ from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.foretold import foretold
 from carft_ray.results.intervals import headline, objective_difference
-from carft_ray.results.overview import row_dict
+from carft_ray.results.overview import STATES, own_values, row_dict, state_at_rest
 from carft_ray.results.pareto import front_data, front_lines, mean_words
 from carft_ray.results.stored import predictions_path
 from carft_ray.search.best import BEST, constraint_lines
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_first
+from carft_ray.words import counted
 
 
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
     best = result.best
     trials = best_first(result.trials)
-    outcomes = ["set_aside" if row.set_aside else row.outcome for row in result.trials]
-    states = ("complete", "pruned", "diverged", "error", "running", "set_aside")
+    states = [state_at_rest(row) for row in result.trials]
+    own = own_values(recipe, [*result.baselines, *trials])
+    rows = [row_dict(row, best, result.study_dir, own) for row in (*result.baselines, *trials)]
     return {
         "study": str(result.study_dir),
-        "trials": {name: outcomes.count(name) for name in states},
+        "trials": {name: states.count(name) for name in STATES},
         "pruner": None if recipe.search.pruner.name == "none" else foretold(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),
-        "best": row_dict(best, best),
-        "rows": [row_dict(row, best) for row in (*result.baselines, *trials)],
+        "best": next(row for row in rows if row["best"]),
+        "rows": rows,
         "front": front_data(recipe, result.trials),
         "lines": _lines(recipe, result),
         "budget": {"used_up": bool(result.out_of_budget), "line": budget_line(recipe, result)},
@@ -46,13 +48,14 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
         return ""
     begun = [row.name for row in result.trials if row.outcome == "running"]
     wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
-    waiting = f", {len(begun)} have begun and left their checkpoints ({', '.join(begun)})" if begun else ""
-    return f"The search has ended early: {result.out_of_budget}. {finished} of {wanted} trials are finished{waiting}."
+    stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume goes on" if begun else ""
+    done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"
+    return f"The search has ended early: {result.out_of_budget}. {done}."
 
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
     best, front = result.best, front_data(recipe, result.trials)
-    value = f"objective {100 * (best.objective or 0):.1f} %"
+    value = f"objective {100 * (best.objective or 0):.1f} %{' (fitted)' if best.fitted else ''}"
     if front is not None:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"

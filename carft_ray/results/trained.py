@@ -30,6 +30,7 @@ from carft_ray.results.pareto import placed
 from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_row, trials
+from carft_ray.words import counted
 
 HEAD_NAME = "class_head.safetensors"  # of an export
 
@@ -156,7 +157,7 @@ def _weights_gone(study_dir: Path, run_dir: Path, recipe: Recipe, values: dict[s
     command = ["carft-ray", "train", str(study_dir / RESOLVED)]
     command += [word for setting in settings for word in ("--set", setting)]
     command += ["--out", str(study_dir.with_name(f"{study_dir.name}-{run_dir.name}"))]
-    rule = f"its weights are gone: a study keeps those of its best {recipe.search.keep_checkpoints} trials"
+    rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
     step = f"Train it again: {shlex.join(command)}"
     return Problem(str(run_dir), rule, next_step=f"{step}\n    A larger search.keep_checkpoints keeps more next time.")
 

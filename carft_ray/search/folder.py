@@ -21,6 +21,7 @@ from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, Rec
 from carft_ray.search import provenance
 from carft_ray.search.lease import LEASE, Lease, in_use, lease
 from carft_ray.search.lease import holder as live_holder
+from carft_ray.words import counted
 
 FORMAT_VERSION = 1
 JOURNAL = "study.journal"
@@ -91,7 +92,10 @@ def is_ours(name: str) -> bool:
 
 
 def check_free_or_claimed(folder: Path) -> None:
-    """Raises a ``UsageError`` when a folder holds something and is no study; looked at before a lock is left in it."""
+    """Raises a ``UsageError`` when a folder is a file, or holds something and is no study; before a lock is left."""
+    if files.exists(folder) and not folder.is_dir():
+        step = "Give the folder of a study, or one that does not exist yet."
+        raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
     with files.writing(folder):
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if not is_ours(name)]
@@ -146,7 +150,7 @@ def repair_journal(study_dir: Path) -> list[str]:
         before = torn.read_bytes() if files.exists(torn) else b""
         files.write_bytes(torn, before + content[len(kept) :] + b"\n")
         files.write_bytes(journal, kept)
-        notes.append(f"moved an incomplete last line ({len(content) - len(kept)} bytes) to {torn.name}")
+        notes.append(f"moved an incomplete last line ({counted(len(content) - len(kept), 'byte')}) to {torn.name}")
     return notes
 
 

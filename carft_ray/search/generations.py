@@ -29,6 +29,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.search.ledger import ATTRIBUTE as LEDGER
 from carft_ray.search.rows import OUTSIDE, generation_name, told
 from carft_ray.search.samplers import distribution
+from carft_ray.words import counted
 
 ENDED = "outside the search space, which was narrowed while it ran"
 
@@ -65,7 +66,7 @@ def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -
         new.add_trial(_carried(trial, recipe))
     carried = new.get_trials(deepcopy=False)
     num_inside = sum(OUTSIDE not in trial.user_attrs for trial in carried)
-    return f"the search space has changed: {num_inside} of {len(carried)} earlier trials lie inside the new one"
+    return f"the search space has changed: {num_inside} of {counted(len(carried), 'earlier trial')} inside the new one"
 
 
 def placed_trial(

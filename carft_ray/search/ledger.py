@@ -18,7 +18,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,9 @@ from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
 from carft_ray.search.identity import claim
+from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
+from carft_ray.words import counted
 
 LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
@@ -123,12 +125,13 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     known, (count, head) = copies.journal, copies.noted
     problems = []
     if count not in (len(known), len(known) - 1) or head != _head(known[:count]):
-        rule = f"must say of {LEDGER} what {JOURNAL} says: {_lines(len(known))}, or one less after a kill"
-        problems.append(Problem(str(study_dir / MANIFEST), rule, f"{_lines(count)} or another hash"))
+        rule = f"must say of {LEDGER} what {JOURNAL} says: {counted(len(known), 'line')}, or one less after a kill"
+        problems.append(Problem(str(study_dir / MANIFEST), rule, f"{counted(count, 'line')} or another hash"))
     if copies.is_ahead:
         return problems
     if copies.rest:
-        problems.append(Problem(place, "its last line must be whole", f"{len(copies.rest)} bytes without an end"))
+        rest = f"{counted(len(copies.rest), 'byte')} without an end"
+        problems.append(Problem(place, "its last line must be whole", rest))
     if copies.lines != known:
         problems += [Problem(place, text) for text in _differences(copies.lines, known)]
     elif any(_entry(line).previous != _head(known[:index]) for index, line in enumerate(known)):
@@ -233,26 +236,36 @@ def require_unread(
     study_dir = study_dir.resolve()
     if not (study_dir / JOURNAL).is_file():
         return False
-    entries = read_ledger(study_dir)
-    reads = reads_of(entries)
-    by_kind = rows_by_kind(study_dir)
-    rows = [*by_kind["trial"], *by_kind["baseline"]]
-    num_trials = sum(row.kind == "trial" for row in rows)
-    wanted = grid.num_trials(recipe)
-    if not reads or (num_trials >= wanted and all(row.outcome != "running" for row in rows)):
-        return False
-    went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
-    if any(entry.details.get("trials", 0) >= wanted for entry in went_on):
+    entries, by_kind, wanted = read_ledger(study_dir), rows_by_kind(study_dir), grid.num_trials(recipe)
+    if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
-        rule = f"its test sets were read: {told(reads[-1])}; trials that follow may be chosen by what was seen"
+        rule = f"its test sets were read: {told(reads_of(entries)[-1])}"
+        rule += "; trials that follow may be chosen by what was seen"
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
         claim(study_dir, recipe, base_dir, may)
         repair_journal(study_dir)
-        record(study_dir, recipe, WENT_ON, details={"trials": wanted, "trials_before": num_trials}, reason=reason)
+        details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
+        record(study_dir, recipe, WENT_ON, details=details, reason=reason)
     return True
+
+
+def needs_reason(entries: list[Entry], trials: Sequence[TrialRow], baselines: Sequence[TrialRow], wanted: int) -> bool:
+    """Tells whether a search would train more than a ledger allows without a reason: its test sets were read.
+
+    Args:
+        entries: The ledger.
+        trials: Of the study.
+        baselines: Of the study.
+        wanted: Trials that the study shall have; a reason for as many, given after the last read, is enough.
+    """
+    reads = reads_of(entries)
+    if not reads or (len(trials) >= wanted and all(row.outcome != "running" for row in (*trials, *baselines))):
+        return False
+    went_on = [entry for entry in entries if entry.purpose == WENT_ON and entry.number > reads[-1].number]
+    return all(entry.details.get("trials", 0) < wanted for entry in went_on)
 
 
 def check_reason(reason: str | None) -> None:
@@ -306,7 +319,7 @@ def _head(lines: list[str]) -> str:
 def _differences(lines: list[str], known: list[str]) -> list[str]:
     """Returns in what a file differs from the lines that were written, as sentences."""
     if not lines:
-        return [f"the whole file, {_lines(len(known))}, was removed"]
+        return [f"the whole file, {counted(len(known), 'line')}, was removed"]
     missing = [number for number, line in enumerate(known, start=1) if line not in lines]
     found, edited = [], set()
     for position, line in enumerate(lines, start=1):
@@ -342,10 +355,6 @@ def _number(line: str) -> int | None:
 def _short(line: str) -> str:
     entry = _entry(line)
     return f"{entry.purpose!r}, {entry.time}, by {entry.user}"
-
-
-def _lines(count: int) -> str:
-    return "1 line" if count == 1 else f"{count} lines"
 
 
 def _user() -> str:

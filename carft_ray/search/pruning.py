@@ -22,6 +22,7 @@ import numpy as np
 
 from carft_ray.recipe.schedule import END, HALVING, first_percent, num_warmup_steps, percent, rungs
 from carft_ray.recipe.schema import PrunerPart, Recipe
+from carft_ray.words import counted
 
 LOOK = "subset/objective"  # in a line of metrics.jsonl
 _SHARES = {2: "half", 3: "third", 4: "quarter"}
@@ -110,7 +111,7 @@ def _halving(ends: Sequence[int], factor: int, looks: Mapping[int, float], rival
         values = sorted([value, *(found for rival in rivals if (found := _at_rung(rival.looks, rung)) is not None)])
         if value < values[-max(1, len(values) // factor)]:
             share = _SHARES.get(factor, f"1/{factor}")
-            return f"{_shown(value)} was not among the best {share} of {len(values)} trials"
+            return f"{_shown(value)} was not among the best {share} of {counted(len(values), 'trial')}"
     return None
 
 
@@ -128,9 +129,8 @@ def _percentile(share: float, startup: int, looks: Mapping[int, float], complete
     limit, best = float(np.percentile(values, 100 - share)), max(looks.values())
     if best >= limit:
         return None
-    return (
-        f"{_shown(best)} was not among the best {share:g} % of {len(values)} complete trials, from {_shown(limit)} on"
-    )
+    of = counted(len(values), "complete trial")
+    return f"{_shown(best)} was not among the best {share:g} % of {of}, from {_shown(limit)} on"
 
 
 def _patience(patience: int, looks: Mapping[int, float]) -> str | None:

@@ -26,6 +26,7 @@ from carft_ray.search.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.provenance import PROVENANCE
 from carft_ray.search.rows import WARM_FROM, generation_name, is_training, readable, row_of, storage_of, told
+from carft_ray.words import counted, times
 
 MARKS = "warm_started"  # attribute of the Optuna study: what was taken in, by the id of the source
 KEY = "search.warm_start"
@@ -47,12 +48,8 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         StorageError: A source cannot be read.
     """
     marks: dict[str, dict[str, Any]] = dict(study.user_attrs.get(MARKS, {}))
-    done = {mark["path"] for mark in marks.values()}  # those may be gone by now
-    sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
-    if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
-        raise RecipeError(problems)
     notes = []
-    for source in sources:
+    for source in new_sources(study, study_dir, recipe):
         number = _source_id(source)
         if number in marks:
             notes.append(f"warm start: {source} is a copy of {marks[number]['path']}, which was taken in before")
@@ -62,11 +59,29 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         marks[number] = {"path": str(source), "taken": taken, "left_out": left_out, "test_reads": reads}
         study.set_user_attr(MARKS, marks)
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        note = f"warm start: {taken} of {taken + sum(left_out.values())} trials of {source} were taken in"
+        note = f"warm start: {taken} of {counted(taken + sum(left_out.values()), 'trial')} of {source} taken in"
         notes.append(f"{note}; left out: {why}" if why else note)
         if reads:
             notes.append(f"warm start: the test sets of {source} were read {times(reads)}; this counts here too")
     return notes
+
+
+def new_sources(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[Path]:
+    """Returns the studies of ``search.warm_start`` that ``take_in`` would take in, once all of them are fit for it.
+
+    Args:
+        study: As of ``take_in``, and so are the others.
+        study_dir: The study directory.
+        recipe: The recipe.
+
+    Raises:
+        RecipeError: As ``take_in``.
+    """
+    done = {mark["path"] for mark in study.user_attrs.get(MARKS, {}).values()}  # those may be gone by now
+    sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
+    if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
+        raise RecipeError(problems)
+    return sources
 
 
 def inherited_reads(study_dir: Path) -> int:
@@ -82,11 +97,6 @@ def inherited_reads(study_dir: Path) -> int:
             return 0
         marks = optuna.load_study(study_name=name, storage=storage).user_attrs.get(MARKS, {})
     return sum(mark.get("test_reads", 0) for mark in marks.values())
-
-
-def times(number: int) -> str:
-    """Returns "once" or "n times"."""
-    return "once" if number == 1 else f"{number} times"
 
 
 def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:

@@ -1,0 +1,128 @@
+"""What to run next on a study, by the state that it is in: no command that it would refuse, and none that is done."""
+
+import contextlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import CarftError, StorageError
+from carft_ray.recipe.grid import num_trials
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.confirm import CONFIRM, SUMMARY, read_plan
+from carft_ray.results.overview import Overview, budget
+from carft_ray.search.ledger import ANALYSIS, Entry, check_ledger, needs_reason, read_ledger, reads_of
+from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.search.warm_start import inherited_reads
+
+AGAIN = " --again REASON"
+BEHIND = (
+    "The best trial measures below the zero-shot model: there is nothing to export. Search milder trainings, of a "
+    "lower learning_rate, fewer epochs or a higher kl_weight."
+)
+TEST_DIR = "test"
+
+
+def next_steps(view: Overview, study: Path, after: str) -> list[str]:
+    """Returns the commands that make sense now, the most useful one first.
+
+    Args:
+        view: The study, read when the command before has ended.
+        study: Its folder as the user has written it.
+        after: Name of the command that has ended, which is not suggested again.
+
+    Raises:
+        StorageError: The study cannot be read.
+    """
+    folder = shlex.quote(str(study))
+    if view.holder is not None:
+        running = [row.name for row in view.rows if view.state(row) == "running"][:1]
+        steps = [*(f"logs {folder} {name} --follow" for name in running), f"status {folder}", f"stop {folder}"]
+    elif check_ledger(view.study_dir):
+        steps = [f"status {folder}", f"ls {folder}"]  # others are refused
+    else:
+        steps = _at_rest(view, folder, read_ledger(view.study_dir))
+    return [f"carft-ray {step}" for step in steps if step.split()[0] != after]
+
+
+def behind_zero_shot(view: Overview) -> bool:
+    """Tells whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
+    the search has measured both.
+    """
+    with contextlib.suppress(CarftError, KeyError, TypeError):  # others tell of damaged files
+        path = view.study_dir / TEST_DIR / SUMMARY
+        if path.exists():
+            return bool(files.read_json(path)["differences"][ZERO_SHOT]["objective"]["mean"] < 0)
+        path = view.study_dir / CONFIRM / SUMMARY
+        found = files.read_json(path)["baselines"] if path.exists() else []
+        for difference in found:
+            if difference["other"] == ZERO_SHOT:
+                return bool(difference["objective"]["mean"] < 0)
+    zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
+    if view.best is None or zero_shot is None or zero_shot.objective is None:
+        return False
+    return (view.best.objective or 0.0) < zero_shot.objective
+
+
+def _at_rest(view: Overview, folder: str, ledger: list[Entry]) -> list[str]:
+    """Returns the steps of a study on which no search runs, without the name of the program."""
+    reads, wanted = reads_of(ledger), num_trials(view.recipe)
+    rows = [*view.trials, *view.baselines]
+    finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
+    steps = []
+    if not finished:
+        again = AGAIN if needs_reason(ledger, view.trials, view.baselines, wanted) else ""
+        steps.append(f"resume {folder}{_more_budget(view)}{again}")
+    if view.best is None:
+        return [*steps, f"ls {folder}"]
+    steps.append(f"report {folder}")
+    if finished:
+        steps += _trust(view, folder, reads)
+    if not behind_zero_shot(view):
+        steps.append(f"export {folder} --to {_new_folder(view.recipe.name)}")
+    more = max(4, wanted // 2)
+    if finished and not reads and num_trials(_with_trials(view.recipe, wanted + more)) > wanted:
+        steps.append(f"resume {folder} --trials +{more}")
+    return [*steps, f"ls {folder}"]
+
+
+def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
+    """Returns the step that comes next in confirming the winner and reading the test sets; none when both are done."""
+    plan = None
+    with contextlib.suppress(StorageError):  # which the command itself tells
+        plan = read_plan(view.study_dir)
+    if plan is None:
+        return [] if reads else [f"confirm {folder}"]
+    first, second = plan
+    ended = {row.name for row in view.confirmations if row.outcome != "running"}
+    done = ended >= (second or first).trainings().keys()
+    best = view.best.name if view.best is not None else ""
+    if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
+        top = sum(row.role != "baseline" for row in first.rows)
+        twice = " --winner confirmed" if second is not None and first.winner == best else ""
+        return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}"]
+    if view.recipe.data.id_test is None:
+        return []
+    told = "    # opens the test sets; each read is recorded"
+    if not reads:
+        return [f"test {folder}{AGAIN if inherited_reads(view.study_dir) else ''}{told}"]
+    if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and goes on
+        return [f"test {folder}{' --all-trials' if reads[-1].purpose == ANALYSIS else ''}"]
+    return []
+
+
+def _with_trials(recipe: Recipe, trials: int) -> Recipe:
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": trials})})
+
+
+def _more_budget(view: Overview) -> str:
+    found: dict[str, Any] = budget(view)
+    return f" --set budget.gpu_hours={2 * found['gpu_hours']:g}" if "gpu_hours" in found["ended"] else ""
+
+
+def _new_folder(name: str) -> str:
+    """Returns a folder for an export that is not there yet."""
+    number, path = 1, Path("exports") / name
+    while path.exists():
+        number, path = number + 1, Path("exports") / f"{name}-{number + 1}"
+    return shlex.quote(str(path))

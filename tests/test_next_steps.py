@@ -1,0 +1,175 @@
+"""What commands suggest next: nothing that a study would refuse as it stands, nothing that is done."""
+
+import json
+import shutil
+
+import crash_host
+import pytest
+from stand_in import make_recipe
+from suggestions import check_suggestions
+from test_verbs import BASE, begin, finish, start
+
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.confirm import PlanRow, Stage, write_plan
+from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
+from carft_ray.results.overview import read_study
+from carft_ray.search.ledger import TEST, WENT_ON, record
+from carft_ray.search.study import open_study
+
+CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
+
+
+def recipe_of(trials, **search):
+    """With a test set, which is not opened."""
+    recipe = make_recipe(trials, baselines={}, **search)
+    values = recipe.model_dump(mode="json")
+    values["data"]["id_test"] = {**values["data"]["id_val"], "split": "test"}
+    return Recipe.model_validate(values)
+
+
+def make(study_dir, recipe, num_finished, objective=0.5):
+    """A study of so many finished trials, and one more that has begun where the recipe has more."""
+    with open_study(study_dir, recipe, BASE) as study:
+        begin(study_dir, recipe)
+        study.adopt()
+        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        for _ in range(num_finished):
+            finish(study, start(study), objective)
+        if not study.done():
+            start(study)
+    return study_dir
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("next")
+    return {
+        "finished": make(folder / "finished", recipe_of(2), 2),
+        "grid": make(folder / "grid", recipe_of(8, space=CHOICES, sampler={"name": "grid"}), 2),
+        "begun": make(folder / "begun", recipe_of(4), 1),
+        "worse": make(folder / "worse", recipe_of(1), 1, objective=0.2),
+        "empty": make(folder / "empty", recipe_of(4), 0),
+    }
+
+
+@pytest.fixture
+def study(originals, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda name: shutil.copytree(originals[name], tmp_path / name).relative_to(tmp_path)
+
+
+def steps(study_dir, after="status"):
+    """The suggestions without the program and the folder."""
+    lines = next_steps(read_study(study_dir), study_dir, after)
+    check_suggestions("".join(f"\n  {line}\n" for line in lines))
+    return [" ".join(line.partition("  #")[0].replace(f" {study_dir}", "").split()[1:]) for line in lines]
+
+
+def plan(study_dir, training=None):
+    best = read_study(study_dir).best
+    row = PlanRow(best.name, "winner", training, 0.5, {}, best.objective)
+    write_plan(study_dir, Stage(best.name, (11, 12), (row,)), None)
+
+
+def confirm(study_dir):
+    """What a finished confirm leaves, without its trainings."""
+    plan(study_dir)
+    (study_dir / "confirm" / "summary.json").write_text('{"lines": [], "baselines": []}')
+
+
+def read_tests(study_dir, number):
+    record(study_dir.resolve(), read_study(study_dir).recipe, TEST, ("id_test",))
+    (study_dir / "test" / f"read-{number}").mkdir(parents=True)
+    (study_dir / "test" / f"read-{number}" / "summary.json").write_text("{}")
+
+
+def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(study):
+    study_dir = study("finished")
+    export = "export --to exports/study"
+    assert steps(study_dir) == ["report", "confirm", export, "resume --trials +4", "ls"]
+    assert steps(study_dir, after="report")[0] == "confirm"
+    plan(study_dir, "its own")  # stopped before its end
+    assert steps(study_dir)[:2] == ["report", "confirm --top 1 --seeds 2"]
+    confirm(study_dir)
+    assert steps(study_dir) == ["report", "test", export, "resume --trials +4", "ls"]
+    read_tests(study_dir, 1)
+    assert steps(study_dir) == ["report", export, "ls"]  # more trials would need a reason
+    (study_dir / "test" / "read-1" / "summary.json").unlink()  # that read was killed
+    assert "test" in steps(study_dir)
+
+
+def test_a_folder_that_is_there_is_no_place_for_an_export(study, tmp_path):
+    (tmp_path / "exports" / "study").mkdir(parents=True)
+    assert "export --to exports/study-2" in steps(study("finished"))
+
+
+def test_a_grid_that_is_used_up_gives_no_more_trials(study):
+    assert not any(step.startswith("resume") for step in steps(study("grid")))
+
+
+def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
+    study_dir = study("begun")
+    assert steps(study_dir)[:2] == ["resume", "report"]
+    assert steps(study_dir, after="resume")[0] == "report"
+    read_tests(study_dir, 1)
+    assert steps(study_dir)[0] == "resume --again REASON"
+    record(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
+    assert steps(study_dir)[0] == "resume"
+    assert steps(study("empty")) == ["resume", "ls"]
+
+
+def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
+    study_dir = study("begun")
+    resolved = (study_dir / "resolved.yaml").read_text()
+    (study_dir / "resolved.yaml").write_text(resolved.replace("gpu_hours: null", "gpu_hours: 3"))
+    (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
+    assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
+
+
+def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
+    study_dir = study("worse")
+    assert behind_zero_shot(read_study(study_dir))
+    assert not any(step.startswith("export") for step in steps(study_dir))
+    assert crash_host.call(["status", str(study_dir)]) == 0
+    assert BEHIND in capsys.readouterr().err
+    better = study("finished")
+    confirm(better)
+    assert not behind_zero_shot(read_study(better))
+    found = {"other": "zero_shot", "objective": {"mean": -0.01}}  # with fresh seeds it is
+    (better / "confirm" / "summary.json").write_text(json.dumps({"lines": [], "baselines": [found]}))
+    assert behind_zero_shot(read_study(better))
+
+
+def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(study, capsys):
+    study_dir = study("finished")
+
+    def status():
+        assert crash_host.call(["status", str(study_dir)]) == 0
+        shown = capsys.readouterr()
+        assert crash_host.call(["status", str(study_dir), "--json"]) == 0
+        return shown.out, shown.err, json.loads(capsys.readouterr().out)["ledger"]
+
+    out, _, found = status()
+    assert "Test sets were read" not in out
+    assert found == {"test_reads": 0, "problems": []}
+    read_tests(study_dir, 1)
+    out, _, found = status()
+    assert "Test sets were read once." in out
+    assert found == {"test_reads": 1, "problems": []}
+    ledger = study_dir / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"test"', '"winner fixed"'))
+    out, err, found = status()
+    assert "Test sets were read" not in out
+    assert "warning: " in err
+    assert "line 1 was edited" in err
+    assert found["test_reads"] is None
+    assert "line 1 was edited" in found["problems"][0]
+    assert steps(study_dir) == ["ls"]
+
+
+def test_a_recipe_without_a_space_is_trained_and_not_searched(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["validate", str(BASE.parent / "search_spaces" / "quickstart.yaml")]
+    for more, verb in (([], "search"), (["--set", "search.space={}"], "train")):
+        assert crash_host.call([*words, *more]) == 0
+        assert f"Next:\n  carft-ray {verb} " in capsys.readouterr().err
