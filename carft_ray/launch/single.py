@@ -6,7 +6,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import note_shared, read_shared, without_shared
+from carft_ray.data.shared_images import shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
 from carft_ray.launch.fits import fitted, memory_failure
@@ -85,8 +85,9 @@ def train_once(
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
         try:
-            note_shared(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
-            recipe = without_shared(recipe, read_shared(out_dir), base_dir)
+            shared = shared_of_study(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
+            write_shared(out_dir, shared)
+            recipe = without_shared(recipe, shared, base_dir)
             found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
             if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
                 from carft_ray.launch.train import train_with_ray
