@@ -11,10 +11,15 @@ and takes the largest objective; the best is then trained with fresh seeds. Ther
 the product's own code (``results.intervals``, ``results.selection``, ``results.bootstrap``), with the naive maximum
 beside it. "Truth" is one of two: the population, or the mean over seeds on these very images.
 
+Then pairs of equal configurations, whose difference is 0, are compared with 2, 3, 5 and 10 seeds on 30, 160 and 1,000
+images: answers of two seeds that differ on 0, 1 or 5 % of the images, and seeds whose accuracy has a standard deviation
+of 0 or 1 point. Every setting must be covered, and no interval may be a point.
+
 Exit code 1 when a check misses. Synthetic throughout.
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -41,6 +46,9 @@ SHARED, OWN, REST = math.sqrt(0.90), math.sqrt(0.06), math.sqrt(0.04)
 SEED_SD, SEEDS = 0.03, 5
 EQUAL_SEED_SD = 0.012
 BBC_SEED_SD = 0.0005
+NUM_PAIRS = 2000  # per setting
+PAIR_SEEDS, PAIR_IMAGES, PAIR_FLIPS, PAIR_SEED_SDS = (2, 3, 5, 10), (30, 160, 1000), (0.0, 0.01, 0.05), (0.0, 0.03)
+PAIR_ACCURACY, PAIR_LEAST = 0.7, 0.935
 NOMINAL = (0.93, 0.97)  # what a coverage of 95 % may come to in 1,000 studies
 
 FloatArray = npt.NDArray[np.float64]
@@ -191,6 +199,50 @@ def equal_pair(rng: np.random.Generator) -> Interval:
     return crossed(paired_differences(one, two), WEIGHTS)
 
 
+def pair_intervals(
+    rng: np.random.Generator, num_pairs: int, num_seeds: int, num_images: int, flips: float, seed_sd: float
+) -> list[Interval]:
+    """Returns the paired intervals of configurations of the same accuracy.
+
+    Two seeds differ on the share ``flips`` of the images at a threshold of 0 (the correlation is then cos(pi flips),
+    Sheppard 1899); configurations and images interact with 1.5 times that variance. ``seed_sd`` is that of b; 0.03 are
+    about 1 point of accuracy.
+    """
+    rest = 1 - math.cos(math.pi * flips)
+    own = 1.5 * rest if flips else OWN**2
+    limit = quantile(PAIR_ACCURACY) * math.sqrt(1 + seed_sd**2)
+    found = []
+    for _ in range(num_pairs):
+        shared = math.sqrt(1 - own - rest) * rng.standard_normal(num_images)
+        one, two = (
+            shared
+            + math.sqrt(own) * rng.standard_normal(num_images)
+            + math.sqrt(rest) * rng.standard_normal((num_seeds, num_images))
+            < limit + seed_sd * rng.standard_normal((num_seeds, 1))
+            for _ in range(2)
+        )
+        found.append(crossed(paired_differences({"": one}, {"": two}), {"": 1.0}))
+    return found
+
+
+def pair_checks(rng: np.random.Generator, num_pairs: int) -> list[Check]:
+    """Returns, per number of seeds, the lowest coverage of 0 over the settings, and the share of intervals that are
+    points."""
+    checks, points = [], []
+    for num_seeds in PAIR_SEEDS:
+        coverages = {}
+        for setting in itertools.product(PAIR_IMAGES, PAIR_FLIPS, PAIR_SEED_SDS):
+            intervals = pair_intervals(rng, num_pairs, num_seeds, *setting)
+            coverages[setting] = float(np.mean([covers(each.images_random, 0.0) for each in intervals]))
+            ends = [each for interval in intervals for each in (interval.images_random, interval.images_fixed) if each]
+            points += [low >= high for low, high in ends]
+        worst = min(coverages, key=lambda setting: coverages[setting])
+        where = f"{worst[0]} images, {100 * worst[1]:g} % flips, seed sd {worst[2]:g}"
+        text = f"equal configurations, {num_seeds} seeds: lowest coverage in {len(coverages)} settings, % ({where})"
+        checks.append(Check(text, coverages[worst], PAIR_LEAST, 1.0))
+    return [*checks, Check("    intervals without width, %", float(np.mean(points)), 0, 0)]
+
+
 def bootstrap_study(rng: np.random.Generator, num_trials: int, num_resamples: int) -> dict[str, float]:
     """Returns the bias of the naive maximum and of ``bbc`` in a study whose seeds matter little."""
     truth = true_accuracies(rng, num_trials)
@@ -206,7 +258,11 @@ def bootstrap_study(rng: np.random.Generator, num_trials: int, num_resamples: in
 
 
 def run(
-    num_studies: int = NUM_STUDIES, num_trials: int = NUM_TRIALS, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    num_studies: int = NUM_STUDIES,
+    num_trials: int = NUM_TRIALS,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    num_pairs: int = NUM_PAIRS,
 ) -> tuple[list[Check], list[str]]:
     """Returns the checks of the simulated studies, and what stands beside them."""
     streams = np.random.SeedSequence(seed).spawn(3 * num_studies)
@@ -233,6 +289,7 @@ def run(
         Check(f"paired interval of two equal configurations covers 0, % (seed sd {EQUAL_SEED_SD})",
               float(np.mean(equal)), *NOMINAL),
     ]  # fmt: skip
+    checks += pair_checks(np.random.default_rng([seed, 1]), num_pairs)
     beside = [
         f"Beside them, the naive maximum: bias {100 * mean['naive_bias']:+.2f} points with noisy seeds, "
         f"{100 * naive:+.2f} with quiet ones.",
@@ -253,12 +310,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--studies", type=int, default=NUM_STUDIES, help=f"simulated studies ({NUM_STUDIES})")
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help=f"trials of each ({NUM_TRIALS})")
     parser.add_argument("--resamples", type=int, default=NUM_RESAMPLES, help=f"of the bootstrap ({NUM_RESAMPLES})")
+    parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"equal configurations per setting ({NUM_PAIRS})")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
     given = parser.parse_args(argv)
-    if min(given.studies, given.trials, given.resamples) < 2:
-        parser.error("--studies, --trials and --resamples must be at least 2")
+    if min(given.studies, given.trials, given.resamples, given.pairs) < 2:
+        parser.error("--studies, --trials, --resamples and --pairs must be at least 2")
     began = time.perf_counter()
-    checks, beside = run(given.studies, given.trials, given.resamples, given.seed)
+    checks, beside = run(given.studies, given.trials, given.resamples, given.seed, given.pairs)
     for check in checks:
         print(check.line())
     for line in beside:

@@ -68,9 +68,10 @@ class Study:
     def trials(self, kind: Kind = "trial") -> pa.Table:
         """Returns a row per trial (or baseline), in the order of their numbers.
 
-        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one), ``elapsed_s``,
-        ``reason``; then every hyperparameter by its name in ``train``; then every metric (``id_accuracy``,
-        ``ood_accuracy``, ``accuracy/<set>``, ...). What a row does not have is null.
+        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one), ``fitted`` (the
+        objective is of the fitted alpha curve; the metrics are measured), ``elapsed_s``, ``reason``; then every
+        hyperparameter by its name in ``train``; then every metric (``id_accuracy``, ``ood_accuracy``,
+        ``accuracy/<set>``, ...). What a row does not have is null.
 
         Args:
             kind: ``trial`` or ``baseline``.
@@ -127,6 +128,7 @@ def _table(rows: Sequence[TrialRow]) -> pa.Table:
         "outcome": pa.array([row.outcome for row in rows], pa.string()),
         "objective": pa.array([row.objective for row in rows], pa.float64()),
         "alpha": pa.array([row.alpha for row in rows], pa.float64()),
+        "fitted": pa.array([row.fitted for row in rows], pa.bool_()),
         "elapsed_s": pa.array([row.elapsed_s for row in rows], pa.float64()),
         "reason": pa.array([row.reason or None for row in rows], pa.string()),
     }

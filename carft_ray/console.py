@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -58,10 +57,13 @@ def print_json(value: Any) -> None:
 
 
 def percent(accuracy: float, num_images: int | None = None) -> str:
-    """Returns an accuracy in percent, with its binomial standard error when the number of images is given."""
+    """Returns an accuracy in percent, with Wilson's 95 % interval over images when their number is given."""
     text = f"{100 * accuracy:.1f}"
     if num_images:
-        text += f" ±{100 * math.sqrt(accuracy * (1 - accuracy) / num_images):.1f}"
+        from carft_ray.evaluation.metrics import wilson
+
+        low, high = wilson(round(accuracy * num_images), num_images)
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
     return text
 
 
@@ -87,7 +89,7 @@ def size_text(num_bytes: float) -> str:
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
-    """Returns a table of accuracies in percent with standard errors: a line per model, a column per set.
+    """Returns a table of accuracies in percent with intervals over images: a line per model, a column per set.
 
     Args:
         rows: Name of the model -> metrics (``accuracy/<set>``, ``ood_accuracy``, ``objective``).
@@ -96,7 +98,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     sets = [name for name in num_images if name != "train"]
     has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, % ±SE", no_wrap=True)
+    table.add_column("accuracy, % [95 %]", no_wrap=True)
     for name in sets:
         table.add_column("ID (id_val)" if name == "id_val" else name, justify="right")
     if has_ood:
@@ -134,12 +136,20 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+FITTED = "~: of the fitted alpha curve, not measured"
+
+
+def objective_cell(value: float | None, fitted: bool) -> str:
+    """Returns an objective for a table, in percent, marked where it is of the fitted curve; empty without one."""
+    return "" if value is None else ("~" if fitted else "") + percent(value)
+
+
 def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines under another objective.
 
     Args:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
-            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``violations``.
+            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``fitted``, ``violations``.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
@@ -154,7 +164,7 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *("" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")),
             f"{row['alpha']:.2f}",
             *("" if value is None else about + percent(value) for value in pair),
-            percent(row["objective"]),
+            objective_cell(row["objective"], row["fitted"]),
             violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()}),
             style="bold green" if row["new_rank"] == 1 else None,
         )
@@ -165,8 +175,8 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines.
 
     Args:
-        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
-            ``best``; optionally ``epoch``, ``outside`` and ``on_front``.
+        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``fitted``, ``outcome``, ``reason``,
+            ``elapsed_s``, ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -179,9 +189,11 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]
         cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
         cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
-        cells.append("" if row["objective"] is None else percent(row["objective"]))
+        cells.append(objective_cell(row["objective"], row["fitted"]))
         cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
         table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
+    if any(row["fitted"] for row in rows):
+        table.caption, table.caption_justify = FITTED, "left"
     return table
 
 
@@ -210,7 +222,8 @@ def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
         outside = "outside the space" if row.get("outside") else ""
-        return ", ".join(part for part in (standing, outside, violation_words(row["metrics"])) if part)
+        chance = "alpha 1.00 at chance" if row.get("at_chance") else ""
+        return ", ".join(part for part in (standing, outside, chance, violation_words(row["metrics"])) if part)
     outcome = str(row["outcome"]).replace("_", " ")
     if row["reason"]:
         return f"{outcome}: {row['reason']}"
@@ -369,7 +382,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
                 "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
                 "unreadable": str(one.get("num_unreadable", "")),
                 "repeated": str(one.get("num_twice", "")),
-                "zero-shot, %": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
+                "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
             }
         )
     columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]

@@ -256,7 +256,7 @@ class SearchView:
         yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
 
     def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
-        room = max(3, height - 8)  # lines but for header, bar, last lines, and one above
+        room = max(3, height - 9)  # lines but for header, notes, bar, last lines, and one above
         beside = [row for row in self._rows.values() if row.kind == "baseline"][: room // 4]
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
         best = self._ranked(min(NUM_BEST, max(1, room // 3)))
@@ -273,6 +273,8 @@ class SearchView:
             rows += [_line(row, "…" if can_star else " ") for row in latest]
             rows += [self._running_line(each) for each in shown]
             yield _fitting_table(rows, width)
+        if any(row.fitted for row in (*beside, *best, *latest)):
+            yield Text(f"  {console.FITTED}", style="dim")
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
@@ -363,7 +365,7 @@ class _Line:
     Attributes:
         name: With the mark of the best.
         values: Hyperparameters.
-        cells: Epoch, ID, OOD, objective, time.
+        cells: Epoch, ID, OOD, objective (``~``: of the fitted curve), time.
         style: Of Rich.
     """
 
@@ -376,7 +378,7 @@ class _Line:
 def _line(row: "TrialRow", mark: str) -> _Line:
     names = ("id_accuracy", "ood_accuracy")
     numbers = [console.percent(row.metrics[name]) if name in row.metrics else "" for name in names]
-    objective = "" if row.objective is None else console.percent(row.objective)
+    objective = console.objective_cell(row.objective, row.fitted)
     seconds = row.elapsed_s or 0.0
     elapsed = console.duration(seconds) if seconds >= 0.5 else ""  # zero-shot takes none
     style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
@@ -467,5 +469,7 @@ def _result(row: "TrialRow") -> str:
     ood = f", OOD {console.percent(metrics['ood_accuracy'])}" if "ood_accuracy" in metrics else ""
     at = f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     missed = f"; {words}" if (words := violation_words(metrics)) else ""
+    missed += "; alpha 1.00 at chance" if row.at_chance else ""
     accuracies = f"ID {console.percent(metrics['id_accuracy'])}{ood}"
-    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{at}{missed}"
+    fitted = " (fitted)" if row.fitted else ""
+    return f"{text}: {accuracies}, objective {console.percent(row.objective)} %{fitted}{at}{missed}"

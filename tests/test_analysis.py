@@ -132,8 +132,14 @@ def test_trials_with_weights_are_read_at_every_alpha_that_could_be_chosen(folder
     kept = [row for row in trials(study) if (study / "trials" / row.name / "fine_tuned.safetensors").exists()]
     assert (len(kept), summary["num_trials"], summary["num_complete"]) == (NUM_KEPT, NUM_KEPT, NUM_TRIALS)
     recipe = load_recipe(study / "resolved.yaml")
-    allowed = {alpha for alpha in recipe.search.alpha.grid if alpha >= recipe.search.alpha.lowest}
-    expected = {(row.name, alpha) for row in kept for alpha in {*allowed, row.alpha}}
+    results = {row.name: json.loads((study / "trials" / row.name / "result.json").read_text()) for row in kept}
+    assert all({*recipe.search.alpha.measured} <= {*result["chosen_from"]} for result in results.values())
+    expected = {
+        (name, alpha)
+        for name, result in results.items()
+        for alpha in {*result["chosen_from"], result["alpha"]}
+        if alpha >= recipe.search.alpha.lowest
+    }
     assert {(each["name"], each["alpha"]) for each in summary["candidates"]} == expected
     assert f"{NUM_KEPT} of {NUM_TRIALS} complete trials" in "\n".join(summary["lines"])
     assert f"--set search.keep_checkpoints={NUM_TRIALS}" in "\n".join(summary["lines"])

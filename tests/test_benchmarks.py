@@ -111,7 +111,7 @@ def test_effect_numbers_of_made_up_methods():
 
 def test_no_effect_fails_point_one():
     numbers = effect_numbers(effect_intervals(*methods(car_id=0.80, car_ood=0.55)))
-    assert numbers["ood_gain_low"] == 0.0
+    assert numbers["ood_gain_low"] < 0
     assert not verdicts(numbers, [THRESHOLDS[0]])[1]
 
 

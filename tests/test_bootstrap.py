@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from carft_ray.evaluation.alpha import choose_alpha, fitted_curve, neighbour_se
+from carft_ray.evaluation.alpha import choose_alpha, fitted_curve, objective_covariance
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, bbc, incumbent_values, overtuning, resample
 
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+GRID = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 SIZES = {"id_val": 40, "a": 25, "b": 30}
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 
@@ -49,7 +49,7 @@ def slow(candidates, spec, lowest, num_resamples, seed):
             if len(values) == 1:
                 in_bag[b, i], out_of_bag[b, i], alphas[b, i] = values[0], others[0], candidate.alphas[0]
                 continue
-            choice = choose_alpha(candidate.alphas, values, lowest, neighbour_se(drawn, spec))
+            choice = choose_alpha(candidate.alphas, values, lowest, objective_covariance(drawn, spec))
             in_bag[b, i], alphas[b, i], fits[b, i] = choice.value, choice.alpha, choice.fitted
             if choice.fitted:
                 out_of_bag[b, i] = fitted_curve(candidate.alphas, others, [choice.alpha])[0]

@@ -1,7 +1,9 @@
 """Names of models and weights, read without torch, against what open_clip itself says."""
 
 import json
+from pathlib import Path
 
+import crash_host
 import open_clip
 import pytest
 
@@ -76,3 +78,44 @@ def test_a_page_of_the_hub_and_a_folder_as_weights_are_checked(tmp_path):
         f"model.pretrained: must be a weights file, but got the folder {tmp_path}\n    Write model.name: "
         f"local-dir:{tmp_path}, and leave model.pretrained out."
     )
+
+
+def test_a_wrong_tag_lists_random_the_nearest_and_few_more(tmp_path):
+    (problem,) = check_model(ModelPart(name="ViT-B-32", pretrained="laion2b_s34b_b79"), tmp_path)
+    tags = pretrained_tags("ViT-B-32")
+    assert problem.nearest == "laion2b_s34b_b79k"
+    assert problem.allowed[:3] == ("random", "laion2b_s34b_b79k", tags[0])
+    assert (len(problem.allowed), problem.allowed[-1]) == (7, f"{len(tags) + 1 - 6} more")
+    assert problem.next_step == "All tags of it: carft-ray model ViT-B-32"
+    (problem,) = check_model(ModelPart(name="ViT-B-32", pretrained="rndom"), tmp_path)
+    assert problem.nearest == problem.allowed[0] == "random"
+
+
+QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
+LAYERS = "must be at most {}, the number of layers of the image tower, but got 99"
+NO_LINEAR = "must be null: the blocks of this image tower have no Linear layers, but got 4"
+# model -> what is asked of its tower, where that stands, what is wrong with it
+TOWERS = [
+    ("sandbox", ["train.freeze_layers=99"], "train.freeze_layers", LAYERS.format(6)),
+    ("sandbox", ["train.lora_rank=4"], "train.lora_rank", NO_LINEAR),
+    ("RN50-quickgelu", ["search.baselines.lora={lora_rank: 4}"], "search.baselines.lora.lora_rank", NO_LINEAR),
+    ("ViT-B-32", ["search.space.freeze_layers={low: 0, high: 99}"], "search.space.freeze_layers", LAYERS.format(14)),
+    ("ViT-B-32", ["train.lora_rank=4", "train.freeze_layers=6"], "", ""),
+    ("hugging_face", ["train.freeze_layers=99"], "train.freeze_layers", LAYERS.format(4)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "asked", "place", "rule"), TOWERS)
+def test_validate_refuses_what_the_image_tower_cannot_do(tmp_path, capsys, name, asked, place, rule):
+    words = [] if name == "sandbox" else [f"model={{name: {name}, pretrained: random}}"]
+    if name == "hugging_face":  # its configuration tells; the weights are not opened
+        vision = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2}
+        vision |= {"num_attention_heads": 4, "intermediate_size": 64}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+        (tmp_path / "model.safetensors").touch()
+        words = [f"model={{name: 'local-dir:{tmp_path}'}}"]
+    command = ["validate", str(QUICKSTART), *(word for each in (*words, *asked) for word in ("--set", each))]
+    assert crash_host.call(command) == (3 if place else 0)
+    said = capsys.readouterr().err
+    assert (f"error: {place}: {rule}" in said) == bool(place), said

@@ -257,6 +257,17 @@ def test_tensors_for_a_folder_that_is_missing_are_refused_by_the_system(tmp_path
 # files
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_of_tensors_have_the_mode_that_the_umask_gives_to_every_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "plain", "text")
+        save_tensors(tmp_path / "tensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_a_whole_file_replaces_or_nothing_does(tmp_path):
     path = tmp_path / "value.json"
     files.write_json(path, {"a": 1})

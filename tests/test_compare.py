@@ -54,7 +54,8 @@ def test_a_training_compared_with_itself_differs_in_nothing(here):
     found = compare(str(here / "run"), str(here / "run"))
     assert found["recipe"] == found["origin"] == []
     assert found["reasons"] == {}
-    assert {(each["difference"], each["low"], each["high"]) for each in found["rows"]} == {(0.0, 0.0, 0.0)}
+    assert {each["difference"] for each in found["rows"]} == {0.0}
+    assert all(each["low"] < 0 < each["high"] for each in found["rows"])  # these few images only
 
 
 def test_values_that_differ_are_named_and_differences_are_those_of_the_metrics(here):

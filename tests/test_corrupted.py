@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import crash_host
 import numpy as np
@@ -14,9 +15,10 @@ from torchvision.transforms.v2 import functional
 
 from carft_ray.data.corrupted import FIFTEEN, squared
 from carft_ray.data.corruptions import CORRUPTION_VERSION, corrupt
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.overlap import check_overlap
 from carft_ray.data.sandbox import CLASSES
-from carft_ray.data.sets import check_roles, check_sets, open_source, open_validation
+from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source, open_validation
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.recipe.advice import warnings
@@ -205,9 +207,13 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
         "id_val": skipping,
         "ood_val": {name: corrupted(skipping, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
     }
-    found = set_contents(recipe_of(**sets), tree)
+    recipe = recipe_of(**sets)
+    found = set_contents(recipe, tree)
     assert [found[name]["num_skipped"] for name in ("id_val", "weak", "strong")] == [1, 1, 1]
     assert len({found[name]["digest"] for name in ("id_val", "weak", "strong")}) == 3
+    check_overlap(recipe, tree, cache_dir(recipe, tree))
+    monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
+    assert set_contents(recipe, tree, SimpleNamespace(validation=())) == found
 
 
 @pytest.mark.slow

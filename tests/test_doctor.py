@@ -231,9 +231,13 @@ def test_quick_opens_no_image(here, monkeypatch, capsys):
         ((0.8, 0.85), ["fog: no harder than id_val for the zero-shot model: 85.0 % against 80.0 % on id_val"]),
         (
             (0.8, 0.12),
-            ["fog: zero-shot must be two standard errors above chance (10.0 %), but got 12.0 +- 1.6 % of 400 images"],
+            [
+                "fog: the 95 % interval of zero-shot must lie above chance (10.0 %), but got "
+                "12.0 % [9.2, 15.6] of 400 images"
+            ],
         ),
-        ((0.1, 0.3), ["id_val: zero-shot must be two standard errors above chance", "fog: no harder than id_val"]),
+        ((0.1, 0.3), ["id_val: the 95 % interval of zero-shot must lie above chance", "fog: no harder"]),
+        ((0.8, 0.0), ["fog: the 95 % interval of zero-shot must lie above chance (10.0 %), but got 0.0 % [0.0, 1.0] "]),
     ],
 )
 def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):

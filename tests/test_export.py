@@ -25,11 +25,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+import carft_ray
 from carft_ray.data import sandbox
+from carft_ray.data.sets import check_sets
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.evaluation.evaluate import predict
 from carft_ray.launch.single import train_once
 from carft_ray.learning import RunContext
+from carft_ray.learning.catalog import check_model
 from carft_ray.learning.clip import load_folder
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results import export as exporting
@@ -251,17 +254,37 @@ def test_the_model_card_holds_no_test_number(exports):
         assert not re.search("secret_place|id_test|ood_test", card)
 
 
-def test_the_exported_recipe_trains(exports):
-    """It is a recipe like any other, wherever it lies: all its paths are absolute."""
-    recipe = load_recipe(exports["folded"][0].folder / "recipe.yaml")
-    assert Path(recipe.data.train.path).is_dir()
-    assert recipe.model.name == f"local-dir:{Path(recipe.data.train.path).parent / 'model'}"
+def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, exports, tmp_path):
+    """The names in it are those of the folders that the training had."""
+    place = Path(trained["folded"].recipe.data.train.path).parent
+    for name in ("images", "model"):
+        (tmp_path / name).symlink_to(place / name)
+    shutil.copy(exports["folded"][0].folder / "recipe.yaml", tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.data.train.path, recipe.model.name) == ("images", "local-dir:model")
+    assert not check_model(recipe.model, tmp_path)
+    assert not check_sets(recipe, tmp_path)
+
+
+def test_an_export_holds_no_path_of_the_machine(trained, exports):
+    """Neither of its folders nor of the code that wrote it; the tiny model's own configuration names a file of it."""
+    place = Path(trained["folded"].recipe.data.train.path).parent
+    config = json.loads((place / "model" / "open_clip_config.json").read_text())
+    named = json.dumps(config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["bpe_path"]).encode()
+    code = (Path(library.__file__).parents[1] for library in (torch, carft_ray))
+    private = [os.fsencode(path) for path in (place.parent, *code)]
+    for export, _, _ in exports.values():
+        for path in export.folder.iterdir():
+            content = path.read_bytes().replace(named, b"")
+            assert [text for text in private if text in content] == [], path.name
+            assert path.stat().st_mode & 0o777 == (export.folder / "README.md").stat().st_mode & 0o777
 
 
 def test_the_model_card_names_the_licence_and_what_made_the_weights(exports):
-    export, training, _ = exports["all"]
+    export, _, _ = exports["all"]
     card = (export.folder / "README.md").read_text()
-    assert f"The weights come from `{training.recipe.model.name}`: its licence holds for them" in card
+    assert card.startswith("# short: local-dir:model fine-tuned with CAR-FT")
+    assert "The weights come from `local-dir:model`: its licence holds for them" in card
     assert re.findall("^## Use with (.*)", card, re.M) == list(LIBRARIES.values())
     assert "Images: RGB, the shorter side resized to 16 pixels, " in card
 
@@ -291,6 +314,7 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path):
     export = export_model(other, tmp_path / "export")
     assert export.largest_difference < 1e-4
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
+    assert not [path.name for path in export.folder.glob("tok*") if str(tmp_path) in path.read_text()]
     with pytest.raises(UsageError, match="a model with a tokenizer of another kind"):
         export_model(other, tmp_path / "refused", None, ("huggingface",))
 

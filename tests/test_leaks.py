@@ -8,6 +8,7 @@ words of a command (``recipe.yaml`` is put behind `validate`, `train` and `searc
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ import pytest
 import short_training
 from PIL import Image, ImageOps
 
+from carft_ray.data import bad_images
 from carft_ray.data.overlap import TOLERANCE, alike, check_overlap, distances, thumbnail
 from carft_ray.data.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
+from carft_ray.evaluation import materials
 from carft_ray.evaluation import run as evaluation
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
@@ -532,10 +535,49 @@ def test_neither_preparation_nor_training_nor_evaluation_nor_export_touches_a_te
     assert not touched & {*TESTS.values()}
 
 
-def test_train_reads_test_images_to_compare_them_and_for_nothing_else(run):
-    with watched(*TESTS.values()) as first:
-        assert run("train", "--out", "first")[0] == 0
-    with watched(*TESTS.values()) as second:
-        assert run("train", "--out", "second")[0] == 0
-    assert {path for event, path in first if event == "open"}
-    assert [path for event, path in second if event == "open"] == []  # the hashes are there, and nobody else asks
+def test_a_second_train_opens_no_image_and_one_that_was_replaced_is_noticed(run, here):
+    """Test images are read to compare them and for nothing else; the manifest's hashes are those of the comparison."""
+
+    def data_of(name, opens):
+        materials._materials.clear()  # as in a process of its own
+        with watched("images") as seen:
+            assert run("train", "--out", name, "--set", "data.pack=always")[0] == 0
+        assert {part for event, path in seen if event == "open" for part in Path(path).parts} >= {*opens}
+        assert opens or not [path for event, path in seen if event == "open"]
+        return json.loads((here / name / "manifest.json").read_text())["provenance"]["data"]
+
+    first = data_of("first", [*TESTS.values(), "photo", "sketch"])
+    assert data_of("second", []) == first
+    image, other = (here / "images" / "sketch" / "heart" / name for name in ("0.png", "1.png"))
+    image.write_bytes(other.read_bytes()[: image.stat().st_size].ljust(image.stat().st_size, b"\0"))  # of one size
+    third = data_of("third", ["sketch"])
+    assert {name for name in first if third[name] != first[name]} == {"sketch"}
+
+
+SKIP = ("--set", "data.train.on_bad_image=skip")
+
+
+def test_a_damaged_image_of_a_set_is_left_out_or_refused_whatever_was_asked_before(run, here):
+    (here / "images" / "photo" / "star" / "1.png").write_bytes(b"no image")
+    for _ in range(2):  # with nothing known of it, and with hashes in the cache
+        code, _, said = run("validate", "--deep", *SKIP)
+        assert (code, "recipe.yaml is valid." in said) == (0, True)
+        assert "1.png: must be a readable image" in run("validate", "--deep")[2]
+        shutil.rmtree(here / "cache", ignore_errors=True)
+
+
+def test_how_many_images_are_left_out_is_told_once_with_the_first_ones(run, here):
+    stars = here / "images" / "photo" / "star"
+    for index in range(4):
+        (stars / f"{index}.png").rename(stars / f"{index}_good.png")
+        (stars / f"{index}.png").write_bytes(b"no image")
+    code, _, said = run("validate", "--deep", *SKIP)
+    (line,) = (line for line in said.splitlines() if "left out" in line)
+    assert code == 0
+    assert "data.train: 4 of 24 images are left out, which cannot be decoded (on_bad_image: skip): " in line
+    assert [f"star/{index}.png: must be a readable image" in line for index in range(4)] == [True, True, True, False]
+    kept = re.search(r"; and 1 more, all named in (\S+)", line)[1]
+    assert len(json.loads(Path(kept).read_text())) == 4
+    bad_images._told.clear()  # as in a process of its own, which opens the set three times
+    code, _, said = run("train", "--out", "skipping", *SKIP)
+    assert (code, said.count("left out")) == (0, 1)

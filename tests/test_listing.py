@@ -111,11 +111,30 @@ def test_one_tree_may_be_cut_into_roles_by_parts(tree):
     assert len(open_train(recipe, tree)) + len(open_validation(recipe, tree)[0]) == 120
 
 
-@pytest.mark.parametrize("other", [{"part": [0.2, 0.4]}, {}, {"shots": 2}, {"part": [0, 0.1], "path": "images/bird"}])
-def test_parts_that_share_images_are_refused(tree, other):
+OVERLAPS = [
+    ({"part": [0.2, 0.4]}, ", part [0.2, 0.4] against [0.3, 1]: both have [0.3, 0.4]", "id_val.part: [0.2, 0.3]"),
+    ({"part": [0.4, 0.5]}, ", part [0.4, 0.5] against [0.3, 1]: both have [0.4, 0.5]", "train.part: [0.3, 0.4]"),
+    ({"part": [0.3, 1]}, "both have [0.3, 1]", "train.part: [0.3, 0.65] and data.id_val.part: [0.65, 1]"),
+    ({}, ", part [0, 1] against [0.3, 1]: both have [0.3, 1]", "id_val.part: [0, 0.3]"),
+    ({"shots": 2}, "both have [0.3, 1]", "id_val.part: [0, 0.3]"),
+    ({"part": [0, 0.1], "path": "images/bird"}, "/images/bird", ""),
+]
+
+
+@pytest.mark.parametrize(("other", "about", "step"), OVERLAPS)
+def test_parts_that_share_images_are_refused_with_what_they_share(tree, other, about, step):
     recipe = recipe_of(tree, id_val={"source": "folder", "path": "images", **other})
     (problem,) = check_roles(recipe, tree)
-    assert "must not share images with data.train" in str(problem)
+    assert str(problem).startswith("data.id_val: a set has one role and must not share images with data.train, but got")
+    assert problem.value.endswith(about)
+    assert problem.next_step == (f"Such as data.{step}." if step else "Give each role images of its own.")
+    if step:
+        parts = dict(word.split(": ") for word in problem.next_step[len("Such as ") : -1].split(" and "))
+        sets = {name: {"source": "folder", "path": "images", "part": [0.3, 1]} for name in ("train", "id_val")}
+        sets["id_val"] |= {"part": [0, 1], **other}
+        for key, part in parts.items():
+            sets[key.split(".")[1]]["part"] = json.loads(part)
+        assert check_roles(recipe_of(tree, **sets), tree) == []
 
 
 def test_a_part_without_images_is_told(tree):
@@ -130,7 +149,8 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     left = without_bad_images(source, tree / "cache")
     assert len(left) == 118
     assert [name.rsplit("images/")[1] for name in left.skipped] == ["cat/07.png", "dog/11.png"]
-    assert caplog.text.count("left out") == 2
+    assert caplog.text.count("left out") == 1
+    assert caplog.text.count("must be a readable image") == 2
     (kept,) = (tree / "cache").glob("bad-*.json")
     assert sorted(json.loads(kept.read_text())) == ["47", "91"]
     kept.write_text("{}")  # found once: the file is believed

@@ -1,12 +1,13 @@
 """The live table of a search, as a terminal of a known size shows it."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from ray import cloudpickle
 from rich.console import Console
 
-from carft_ray import progress
+from carft_ray import console, progress
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
@@ -19,6 +20,7 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
+from carft_ray.results.overview import row_dict
 from carft_ray.search.outcome import TrialRow, TrialSpec
 
 
@@ -106,6 +108,20 @@ def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer
     assert shown(view)[-1].endswith("2 at a time (2 CPUs, 1 a trial) · 1:00 elapsed · about 2:00 left")
     assert view.tell(ConcurrencyChanged(1, "memory was full")) is None
     assert shown(view)[-1].endswith("1 at a time (memory was full) · 1:00 elapsed · about 4:00 left")
+
+
+def test_an_objective_of_the_fitted_curve_is_marked_beside_what_was_measured():
+    fitted = replace(row(1, 0.57), fitted=True, at_chance=True)
+    for rows, marked in (([row(0, 0.5)], False), ([row(0, 0.5), fitted], True)):
+        table = console.trial_table([row_dict(each, rows[0]) for each in rows])
+        [objectives] = [[*column.cells] for column in table.columns if column.header == "objective, %"]
+        assert objectives == ["50.0", "~57.0"][: len(rows)]
+        assert (table.caption == console.FITTED) is marked
+        assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True][: len(rows)]
+    line = progress._line(fitted, " ")
+    assert line.cells[1:4] == ["67.0", "47.0", "~57.0"]
+    text = progress._result(fitted)
+    assert "ID 67.0, OOD 47.0, objective 57.0 % (fitted) at alpha 0.50; alpha 1.00 at chance" in text
 
 
 def test_what_must_not_be_overlooked_gets_a_line_above():

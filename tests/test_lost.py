@@ -19,7 +19,7 @@ from test_loop import largest_difference, settings
 from tiny import make_tiny_clip
 
 from carft_ray import files
-from carft_ray.errors import CarftError, DataError, MachineError, StorageError
+from carft_ray.errors import CarftError, DataError, DivergedError, MachineError, Problem, StorageError
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.lost import UNKNOWN, device_error_step, lost_rank
 from carft_ray.learning import checkpoint, loop
@@ -169,6 +169,23 @@ def start_without_the_study(context, study_dir, recipe, base_dir):
         assert failure.outcome == "lost"
         assert "not here: must be seen by every node: a trial runs on any of them, but got not on" in failure.reason
         assert "Put the study into a folder that all nodes share." in failure.reason
+
+
+def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_path):
+    def diverge(*_):
+        rule, step = "ID accuracy must be above chance", "Try a lower learning_rate."
+        raise DivergedError(Problem("alpha curve", rule, "at most 6.2 %", next_step=step))
+
+    study_dir, recipe = tmp_path / "study", stand_in.make_recipe(1, baselines={})
+    with open_study(study_dir, recipe, tmp_path):
+        runner = attempts.Runner(stand_in.prepare, diverge)
+        plan = attempts.make_plan(recipe, tmp_path, study_dir, (attempts.Node(2, 0),), runner)
+        folder = stand_in.spec(1).folder(study_dir)
+        assert not run_worker(plan, stand_in.spec(1), folder, RunContext())
+    failure = read_failure(folder, 1)
+    assert failure.outcome == "diverged"
+    assert failure.reason == "alpha curve: ID accuracy must be above chance, but got at most 6.2 %"
+    assert "Try a lower learning_rate." in (folder / "log.txt").read_text()
 
 
 def lose_the_peer(context, folder):

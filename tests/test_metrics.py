@@ -15,6 +15,7 @@ from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
 from carft_ray.evaluation.metrics import Answers, answers, answers_of_logits, bootstrap_interval, reliability
 from carft_ray.evaluation.predictions import concat, predictions_table, select
+from carft_ray.results.intervals import wilson
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
 
@@ -44,6 +45,14 @@ def both(request):
 
 def same(value):
     return pytest.approx(float(value), abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_classes", "num_images"), [(2, 10), (5, 15), (16, 2000), (1000, 5000)])
+def test_an_accuracy_is_above_chance_where_the_interval_of_wilson_is(num_classes, num_images):
+    above = [metrics.is_above_chance(k / num_images, num_classes, num_images) for k in range(num_images + 1)]
+    assert above == [wilson(k, num_images)[0] > 1 / num_classes for k in range(num_images + 1)]
+    assert above == sorted(above)
+    assert not above[num_images // num_classes]
 
 
 def test_ties_are_among_the_cases():

@@ -115,7 +115,10 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume --again REASON"
     record(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
     assert steps(study_dir)[0] == "resume"
-    assert steps(study("empty")) == ["resume", "ls"]
+    empty = study("empty")
+    assert steps(empty) == ["resume", "ls"]
+    (empty / "resolved.yaml").unlink()  # killed before it had one; its first command must be run again
+    assert steps(empty) == ["ls"]
 
 
 def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
@@ -168,6 +171,12 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     assert "line 1 was edited" in err
     assert found["test_reads"] is None
     assert "line 1 was edited" in found["problems"][0]
+    assert steps(study_dir) == ["ls"]
+    manifest = study_dir / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ledger": 7}))
+    _, err, found = status()
+    assert "must have count and head" in err
+    assert found["test_reads"] is None
     assert steps(study_dir) == ["ls"]
 
 

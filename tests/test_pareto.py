@@ -239,7 +239,7 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     _, studies = searched
     view = read_study(studies["pareto"])
     for row in view.trials:
-        assert {point["alpha"] for point in row.points} == {0.2, 0.4, 0.6, 0.8, 1.0, row.values["alpha"]}
+        assert {point["alpha"] for point in row.points} == {0.1, 0.2, 0.4, 0.6, 0.8, 1.0, row.values["alpha"]}
     best = view.best
     report = study_report(view, num_resamples=100)
     assert report["corrected"] is None

@@ -21,13 +21,14 @@ from carft_ray.recipe.loading import (
     dump_recipe,
     is_weights_path,
     load_recipe,
+    portable_paths,
     recipe_dir,
     recipe_hash,
     resolve_path,
 )
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
-from carft_ray.recipe.schema import Corruption, Recipe, TrainPart, field_kind
+from carft_ray.recipe.schema import Corruption, ModelPart, Recipe, TrainPart, field_kind
 from carft_ray.recipe.space import apply, objective_weights
 
 BASE = """\
@@ -1088,6 +1089,29 @@ def test_weights_files_are_told_from_tags():
     assert not any(map(is_weights_path, ("openai", "laion2b_s34b_b79k", "datacomp_xl_s13b_b90k", "webli")))
     assert all(map(is_weights_path, ("w.pt", "a/b", "w.safetensors")))
     assert resolve_path("w.pt", Path("/r")) == Path("/r/w.pt")
+
+
+def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path):
+    """What lies inside another folder stays inside; two of one name are told apart; the cache is the machine's."""
+    sets = {
+        "train": {"source": "folder", "path": "/a/pacs"},
+        "id_val": {"source": "folder", "path": "/a/pacs/photo"},
+        "ood_val": {"one": {"source": "folder", "path": "/b/val"}, "two": {"source": "folder", "path": "/c/d/val"}},
+        "ood_test": {"x": {"source": "table", "path": "/e/x.csv", "root": "/a/pacs/sketch"}},
+        "cache_dir": "/cache",
+    }
+    value = {"format_version": 1, "name": "x", "model": {"name": "local-dir:/m/tiny"}, "data": sets}
+    recipe = Recipe.model_validate({**value, "search": {"warm_start": ["/studies/old"]}})
+    found = portable_paths(recipe)
+    assert found.model.name == "local-dir:tiny"
+    assert (found.data.train.path, found.data.id_val.path) == ("pacs", "pacs/photo")
+    assert {name: spec.path for name, spec in found.data.ood_val.items()} == {"one": "b/val", "two": "d/val"}
+    assert (found.data.ood_test["x"].path, found.data.ood_test["x"].root) == ("x.csv", "pacs/sketch")
+    assert (found.data.cache_dir, found.search.warm_start) == (None, ("old",))
+    tagged = recipe.model_copy(update={"model": ModelPart(name="ViT-B-32", pretrained="openai")})
+    assert portable_paths(tagged).model == tagged.model
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(found))
+    assert load_recipe(tmp_path / "recipe.yaml") == found
 
 
 # ---- rules of the house

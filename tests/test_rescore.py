@@ -235,7 +235,11 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run):
     code, out, err = run("study", "--objective", "worst_domain", "--sets", "fog")
     assert code == 0, err
     head, _, columns, *rows = out.splitlines()
-    assert head == "Objective: worst_domain. OOD: mean over fog."
+    counts = "counts; the column OOD is their mean, and ID does not count."
+    assert head == f"Objective: worst_domain. The lowest accuracy of fog {counts}"
+    assert run("study", "--objective", "worst_domain")[1].startswith(
+        f"Objective: worst_domain. The lowest accuracy of sketch, fog {counts}"
+    )
     assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
     assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
     assert len(rows) == 7

@@ -214,23 +214,6 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
     assert "stopped, epoch 1 done" in run("ls", "first")[1]
 
 
-def test_tables_say_that_an_objective_is_of_the_fitted_curve_where_it_is_not_the_measured_one(run, here):
-    told = "Objectives are those of the fitted alpha curves"
-    for verb in ("status", "ls"):
-        assert told not in run(verb, "first")[1]
-    study_dir = here / "curve"
-    recipe = make_recipe(1, baselines={})
-    with open_study(study_dir, recipe, BASE) as study:
-        begin(study_dir, recipe)
-        study.adopt()
-        spec = start(study)
-        content = {"format_version": 1, "objective": 0.62, "alpha": 0.5, "metrics": {**METRICS, "objective": 0.617}}
-        (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
-        study.settle(spec)
-    for verb in ("status", "ls"):
-        assert told in run(verb, "curve")[1]
-
-
 def test_readers_never_lock_a_search_out(here):
     over = threading.Event()
 

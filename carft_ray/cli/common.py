@@ -148,10 +148,13 @@ def budget_overrides(wall_time: str | None) -> list[str]:
 
 
 def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:
-    """Loads and checks a recipe as far as that needs no torch; warnings go to standard error."""
+    """Loads and checks a recipe as far as that needs no weights; warnings go to standard error.
+
+    Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
+    """
     from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.catalog import check_model, model_warnings
+    from carft_ray.learning.catalog import asks_of_tower, check_model, model_warnings
     from carft_ray.recipe.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
@@ -165,6 +168,13 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
         raise HoldOutError(problems)
     if problems := check_sets(recipe, base_dir):
         raise DataError(problems)
+    if asks_of_tower(recipe):
+        from carft_ray.learning.opening import image_tower
+        from carft_ray.learning.tower import recipe_problems
+
+        tower = image_tower(recipe.model, base_dir)
+        if tower is not None and (problems := recipe_problems(tower, recipe)):
+            raise RecipeError(problems)
     for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
         console.warn(text)
     return recipe

@@ -49,16 +49,17 @@ def rescore(
         console.print_json(answer)
         return
     weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""
-    ood = f"OOD: mean over {', '.join(spec.ood_sets)}." if spec.ood_sets else "No OOD set: ID alone counts."
+    sets_text = ", ".join(spec.ood_sets)
+    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: ID alone counts."
+    if spec.kind == "worst_domain" and spec.ood_sets:
+        ood = f"The lowest accuracy of {sets_text} counts; the column OOD is their mean, and ID does not count."
     own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
     console.out.print(f"Objective: {spec.kind}{weight}{own}. {ood}", markup=False, soft_wrap=True)
     console.out.print()
     rows = [*answer["baselines"], *answer["trials"]]
     console.out.print(console.rescored_table(rows))
-    if not all(row["measured"] for row in rows):
-        console.say("~: read from the fitted curve; the training stored no predictions at this alpha.")
-    if any(row["fitted"] for row in rows):
-        console.say(overview.FITTED)
+    if any(row["fitted"] or not row["measured"] for row in rows):
+        console.say(f"{console.FITTED}.")
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:

@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
+from carft_ray.data.content import image_digest
 from carft_ray.data.corruptions import CORRUPTION_VERSION, EXTRA, corrupt
 from carft_ray.data.listing import sample_id
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
@@ -91,8 +92,12 @@ class CorruptedSource:
         return self.corruptions[drawn % len(self.corruptions)]
 
     def content(self, index: int) -> bytes:
-        """Returns the bytes of image ``index`` without corruption, after all that decides how it is shown."""
-        return f"{self._key}/".encode() + self.images.content(index)
+        """Returns the hash of image ``index`` without corruption, after all that decides how it is shown."""
+        return self.shown_content(image_digest(self.images.content(index)))
+
+    def shown_content(self, digest: bytes) -> bytes:
+        """Returns the ``content`` of an image whose file has this hash."""
+        return f"{self._key}/".encode() + digest
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` corrupted, uint8 [H, W, 3]; a square of ``size`` where it is larger.

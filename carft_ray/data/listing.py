@@ -156,6 +156,11 @@ class StoredSource:
         return replace(self, rows=self.rows[kept], labels=self.labels[kept], skipped=(*self.skipped, *names))
 
 
+def without_labels(source: StoredSource) -> StoredSource:
+    """Returns the same images as a set without classes, whose fingerprint is that of the files alone."""
+    return replace(source, class_names=(), labels=np.zeros(len(source), np.int64), groups=None)
+
+
 def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
     """Returns the images of a listing that belong to a set.
 

@@ -35,9 +35,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import key_of, lock
 from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
-from carft_ray.data.listing import StoredSource, unlabelled_source
+from carft_ray.data.listing import StoredSource, unlabelled_source, without_labels
 from carft_ray.data.readers import list_set
 from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source
@@ -91,7 +92,8 @@ def check_overlap(
     Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
 
     Every file of the folder sets is read once; the hashes stay in the cache, so the next call only looks at dates.
-    A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock.
+    A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock. Images of
+    training and validation that ``on_bad_image: skip`` leaves out are not compared; the log tells of them.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
@@ -110,7 +112,8 @@ def check_overlap(
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
         return
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
-    sets = [found for path, spec in specs.items() if (found := _open(spec, places[path], str(path[1]), base_dir))]
+    opened = (_open(spec, places[path], str(path[1]), base_dir, cache_dir) for path, spec in specs.items())
+    sets = [each for each in opened if each is not None]
     clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.spec.source} {each.key}' for each in sets))}.json"
     if clean.exists():
         return
@@ -146,7 +149,7 @@ def signatures(
         DataError: A file cannot be read.
         StorageError: The cache cannot be written.
     """
-    path = cache_dir / f"signatures-{_key(identity(source))}.npy"
+    path = _path(source, cache_dir, undecodable)
     if (found := _cached(path, len(source))) is not None:
         return found
     digests = np.frombuffer(b"".join(image_digests(source, on_progress)), np.uint8).reshape(-1, DIGEST_BYTES)
@@ -169,6 +172,23 @@ def signatures(
     np.save(buffer, np.concatenate([digests, thumbnails.reshape(len(source), -1)], axis=1))
     write_bytes(path, buffer.getvalue())
     return Signatures(digests, thumbnails)
+
+
+def known_digests(source: StoredSource, cache_dir: Path) -> list[bytes] | None:
+    """Returns the hashes of a set's files as ``check_overlap`` has found them, without reading one.
+
+    They are of files of the same places, sizes and dates (``StoredSource.fingerprint``); a file that has another date
+    or size since then makes it a set that is not known.
+
+    Args:
+        source: A set of training or validation.
+        cache_dir: Folder of the decoded sets.
+
+    Returns:
+        A hash per image, in order, as ``content.image_digests`` gives them; None where these files are not known.
+    """
+    found = _cached(_path(without_labels(source), cache_dir), len(source))
+    return None if found is None else [row.tobytes() for row in found.digests]
 
 
 def identity(source: Source) -> str:
@@ -304,7 +324,7 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
     return [Problem(second.place, rule, value, next_step=step)]
 
 
-def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
+def _open(spec: SetSpec, place: str, role: str, base_dir: Path, cache_dir: Path) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
     images = plain(spec)
     if not isinstance(images, StoredSet):
@@ -312,7 +332,10 @@ def _open(spec: SetSpec, place: str, role: str, base_dir: Path) -> _Set | None:
         return _Set(place, role, spec, drawn, identity(drawn), False)
     try:
         source = unlabelled_source(list_set(images, base_dir, place), images, place)
-        return _Set(place, role, spec, source, identity(source), role in TEST_ROLES or images.on_bad_image == "skip")
+        is_test = role in TEST_ROLES
+        if images.on_bad_image == "skip" and not is_test:
+            source = without_bad_images(source, cache_dir)
+        return _Set(place, role, spec, source, identity(source), is_test)
     except DataError as error:
         _pass_over(place, role, error)
         return None
@@ -340,6 +363,11 @@ def _pass_over(place: str, role: str, error: DataError) -> None:
     if role not in TEST_ROLES:
         raise error
     _log.warning("Whether %s shares images with another role is not known: %s", place, error.problems[0])
+
+
+def _path(source: Source, cache_dir: Path, undecodable: bool = False) -> Path:
+    """Returns the entry of a set; where black thumbnails may stand for damaged pictures, it is one of its own."""
+    return cache_dir / f"signatures-{_key(identity(source), *['undecodable'] * undecodable)}.npy"
 
 
 def _key(*fingerprints: str) -> str:

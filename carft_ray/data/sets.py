@@ -84,16 +84,17 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), str(path[1])
         for held in _held(plain(spec), recipe_dir):
-            others = [
-                there
+            others = {
+                there: other
                 for other, its, there, holds in seen
                 if not may_share((role, spec), (its, other))
                 and _same_images(held, holds)
                 and not _disjoint(plain(spec), plain(other))
-            ]
-            for other_place in dict.fromkeys(others):
-                rule = f"a set has one role and must not share images with {other_place}"
-                problems.append(Problem(place, rule, held, next_step="Give each role images of its own."))
+            }
+            for there, other in others.items():
+                rule = f"a set has one role and must not share images with {there}"
+                about, step = _overlap((place, spec), (there, other))
+                problems.append(Problem(place, rule, held + about, next_step=step))
             seen.append((spec, role, place, held))
     return problems
 
@@ -251,6 +252,33 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     if one.part is None or other.part is None or not _same_names(one, other):
         return False
     return one.part[1] <= other.part[0] or other.part[1] <= one.part[0]
+
+
+def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str, str]:
+    """Returns in what the parts of two sets of one source, each with its key path, meet, and what mends it."""
+    one, other = plain(here[1]), plain(there[1])
+    step = "Give each role images of its own."
+    if isinstance(one, SandboxSet) or isinstance(other, SandboxSet) or not _same_names(one, other):
+        return "", step
+    if one.part is None and other.part is None:
+        return "", step
+    ends = [one.part or (0.0, 1.0), other.part or (0.0, 1.0)]
+    keys = [f"{place}.of.part" if isinstance(spec, CorruptedSet) else f"{place}.part" for place, spec in (here, there)]
+    low, high = max(start for start, _ in ends), min(end for _, end in ends)
+    rests = [
+        (key, *rest)
+        for key, (start, end) in zip(keys, ends, strict=True)
+        for rest in ((start, low), (high, end))
+        if rest[0] < rest[1]
+    ]
+    middle = (low + high) / 2
+    apart = rests[:1] or [(keys[1], low, middle), (keys[0], middle, high)]
+    about = f", part {_part(*ends[0])} against {_part(*ends[1])}: both have {_part(low, high)}"
+    return about, "Such as " + " and ".join(f"{key}: {_part(*rest)}" for key, *rest in apart) + "."
+
+
+def _part(start: float, end: float) -> str:
+    return f"[{start:.12g}, {end:.12g}]"
 
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:

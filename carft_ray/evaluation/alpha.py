@@ -5,7 +5,9 @@ by less than their noise, so the raw maximum is too high; an *anchored cubic*
 
     J(alpha) = J(0) + c1 alpha + c2 alpha^2 + c3 alpha^3        (least squares over the grid points with alpha > 0)
 
-is fitted and the trial's objective is the fitted value at its best alpha. All objectives are fractions.
+is fitted and the trial's objective is the fitted value at its best alpha. Where the curve is no cubic, by the rule of
+``choose_alphas``, the highest measured objective counts as it is. There, and where the best measured alpha is an end of
+the curve, the points ``between`` it and its neighbours are measured, too. All objectives are fractions.
 
 Constraints are part of the choice. Of the alphas that may be chosen only those count that miss the constraints least,
 by the sum of the positive parts of their violations: where any meets them all, only alphas that do. Between evaluated
@@ -13,6 +15,7 @@ points violations are interpolated linearly. A chosen alpha between them is eval
 evaluated point when it then misses more than that one (``stepped_back``).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
 STEP = 0.05  # of the grid on which the fit is maximised
 MIN_POINTS = 4  # grid points, alpha = 0 included
-MAX_RESIDUAL = 1.5  # in paired standard errors
+MAX_SD = 1.5  # of the residuals, in paired standard errors of neighbouring points
+MAX_RESIDUAL = 3.0  # of any one, in its own paired standard errors
 
 CorrectBySet = Mapping[str, BoolArray]
 
@@ -54,25 +58,25 @@ class AlphaChoice:
 
 @dataclass(frozen=True)
 class AlphaProfile:
-    """A whole alpha curve of one training and what was chosen from it; every field goes into ``result.json``.
+    """A whole alpha curve of one training and what was chosen from it.
 
     Attributes:
-        alphas: Grid points that were evaluated, rising.
-        id_accuracies: ID accuracy per grid point.
-        ood_accuracies: Per OOD set its accuracy per grid point.
-        objectives: Objective per grid point.
-        noise_se: Paired image standard error of neighbouring grid points.
+        alphas: Those that were evaluated, rising.
+        id_accuracies: ID accuracy per alpha.
+        ood_accuracies: Per OOD set its accuracy per alpha.
+        objectives: Objective per alpha.
+        noise: Covariance of the objectives over images (``objective_covariance``), [A, A].
         choice: Alpha and objective of the trial.
         cross_fit: Objective by two halves (``cross_fit``), a diagnostic without constraints; None when a half lacks
             images of a set.
-        violations: Per constraint its violation per grid point.
+        violations: Per constraint its violation per alpha.
     """
 
     alphas: tuple[float, ...]
     id_accuracies: tuple[float, ...]
     ood_accuracies: dict[str, tuple[float, ...]]
     objectives: tuple[float, ...]
-    noise_se: float
+    noise: tuple[tuple[float, ...], ...]
     choice: AlphaChoice
     cross_fit: float | None
     violations: tuple[tuple[float, ...], ...] = ()
@@ -82,24 +86,17 @@ def choose_alpha(
     alphas: Sequence[float],
     objectives: Sequence[float],
     lowest: float,
-    noise_se: float | None,
+    noise_AA: FloatArray | None,
     violations_KA: FloatArray | None = None,
     evaluated_only: bool = False,
 ) -> AlphaChoice:
-    """Chooses alpha by the anchored cubic, or by the raw maximum where the cubic cannot be trusted.
-
-    The fit is maximised over the multiples of 0.05 from ``lowest`` to the largest alpha evaluated; of equal values
-    (within 1e-12) the smaller alpha wins. The raw maximum over the evaluated alphas from ``lowest`` on is taken, with
-    the reason, when there are fewer than four points (alpha = 0 counted), when alpha = 0 is missing, or when the
-    residual sd, sqrt(RSS / (number of points with alpha > 0 - 3)), exceeds 1.5 ``noise_se``. With four points the cubic
-    goes through all of them and nothing is left to check. With constraints the evaluated alphas from ``lowest`` on may
-    be chosen after a fit, too, and the least violating alphas alone take part.
+    """Chooses alpha of one curve by the rule of ``choose_alphas`` and says why there is no fit.
 
     Args:
         alphas: Evaluated alphas, different from each other, any order.
         objectives: Objective at each.
         lowest: Lowest alpha that may be chosen; alpha = 0 is a baseline and never a trial's objective.
-        noise_se: Paired image standard error of neighbouring points; None skips the check of the residuals.
+        noise_AA: Covariance of the objectives over images, [A, A]; None skips the check of the residuals.
         violations_KA: Violation of each of K constraints at each alpha, [K, A]; None: no constraint.
         evaluated_only: Only an evaluated alpha may be chosen, with its fitted value where there is a fit.
 
@@ -115,26 +112,44 @@ def choose_alpha(
         raise CarftError([Problem(f"alpha {alpha:g}", rule, f"{value}") for alpha, value in bad])
     order = np.argsort(alphas)
     points, values = np.asarray(alphas, np.float64)[order], np.asarray(objectives, np.float64)[order]
-    eligible = points >= lowest - 1e-9
-    if not eligible.any():
+    if not (points >= lowest - 1e-9).any():
         shown = ", ".join(f"{alpha:g}" for alpha in points)
         raise CarftError(Problem("alpha", f"at least one evaluated alpha must be {lowest:g} or more", shown))
-
+    noise = None if noise_AA is None else noise_AA[np.ix_(order, order)][None]
     violations = None if violations_KA is None else violations_KA[None][..., order]
-    reason = _no_fit_reason(points, values, noise_se)
-    fine = _fine(points, lowest, violations)
-    if not reason and not len(fine):
-        reason = f"no multiple of {STEP:g} from {lowest:g} to {points[-1]:g}"
-    at = points[eligible] if reason or evaluated_only else fine
-    curve = values[eligible] if reason else fitted_curve(points, values, at)
-    best = int(_first_best(curve[None], _totals(violations, points, at))[0])
-    return AlphaChoice(float(at[best]), float(curve[best]), not reason, reason)
+    found = choose_alphas(points.tolist(), values[None], lowest, noise, violations, evaluated_only)
+    fitted = bool(found.fitted[0])
+    reason = "" if fitted else _no_fit_reason(points, values, lowest, noise)
+    return AlphaChoice(float(found.alphas[0]), float(found.values[0]), fitted, reason)
+
+
+def between(profile: AlphaProfile, lowest: float) -> tuple[float, ...]:
+    """Returns the alphas, at most two, that are to be measured beside those of a profile.
+
+    Where there is no fit, or the best measured alpha is an end of those that may be chosen, they are the midpoints
+    between it and its neighbours, none below ``lowest`` and none in a gap of 0.05 or less; else none. More points
+    everywhere would add bias: the best of noisy values is too high.
+
+    Args:
+        profile: Of the grid.
+        lowest: Lowest alpha that may be chosen.
+    """
+    points = np.asarray(profile.alphas)
+    allowed = np.flatnonzero(points >= lowest - 1e-9)
+    violations = np.asarray(profile.violations)[None] if profile.violations else None
+    totals = _totals(violations, points, points[allowed])
+    best = int(allowed[_first_best(np.asarray(profile.objectives)[None, allowed], totals)[0]])
+    if profile.choice.fitted and best not in (allowed[0], allowed[-1]):
+        return ()
+    around = points[max(0, best - 1) : best + 2].tolist()
+    middles = [round((a + b) / 2, 9) for a, b in itertools.pairwise(around) if b - a > STEP + 1e-9]
+    return tuple(middle for middle in middles if middle >= lowest - 1e-9)
 
 
 def stepped_back(profile: AlphaProfile, measured: Mapping[str, float], lowest: float) -> AlphaChoice:
-    """Returns the choice of a profile after its alpha, which is no grid point, was evaluated.
+    """Returns the choice of a profile after its alpha, which is no point of the profile, was evaluated.
 
-    The choice stands unless it misses the constraints by more than the best grid point does; then that one is chosen.
+    The choice stands unless it misses the constraints by more than the best point does; then that one is chosen.
 
     Args:
         profile: With its choice.
@@ -145,7 +160,8 @@ def stepped_back(profile: AlphaProfile, measured: Mapping[str, float], lowest: f
     if missed == 0:
         return profile.choice
     violations = np.asarray(profile.violations)
-    back = choose_alpha(profile.alphas, profile.objectives, lowest, profile.noise_se, violations, evaluated_only=True)
+    noise = np.asarray(profile.noise)
+    back = choose_alpha(profile.alphas, profile.objectives, lowest, noise, violations, evaluated_only=True)
     there = float(np.maximum(violations[:, profile.alphas.index(back.alpha)], 0).sum())
     return back if there < missed else profile.choice
 
@@ -160,29 +176,41 @@ class AlphaChoices:
         readers: How each value is read off its curve, [B, A]: ``values = (readers * objectives).sum(axis=1)``. The same
             row reads another curve at the alpha chosen here: from its fit after a fit, else as measured.
         missed: By how much each choice misses the constraints in all, [B]; between evaluated points as interpolated.
+        fitted: Whether each value is of the fit, [B].
     """
 
     alphas: FloatArray
     values: FloatArray
     readers: FloatArray
     missed: FloatArray
+    fitted: BoolArray
 
 
 def choose_alphas(
     alphas: Sequence[float],
     objectives_BA: FloatArray,
     lowest: float,
-    noise_se_B: FloatArray,
+    noise_BAA: FloatArray | None,
     violations_BKA: FloatArray | None = None,
+    evaluated_only: bool = False,
 ) -> AlphaChoices:
-    """Does ``choose_alpha`` for many curves at once.
+    """Chooses alpha of many curves by the anchored cubic, or by the raw maximum where the cubic cannot be trusted.
+
+    The fit is maximised over the multiples of 0.05 from ``lowest`` to the largest alpha evaluated; of equal values
+    (within 1e-12) the smaller alpha wins. The raw maximum over the evaluated alphas from ``lowest`` on is taken when
+    there are fewer than four points (alpha = 0 counted), when alpha = 0 is missing, when the residual sd, sqrt(RSS /
+    (number of points with alpha > 0 - 3)), exceeds 1.5 paired standard errors of neighbouring points (root mean
+    square), or when the residual at any point exceeds three paired standard errors of its own. With four points the
+    cubic goes through all of them and nothing is left to check. With constraints the evaluated alphas from ``lowest``
+    on may be chosen after a fit, too, and the least violating alphas alone take part.
 
     Args:
         alphas: Evaluated alphas, rising, the same for all curves; at least one is ``lowest`` or more.
         objectives_BA: Objectives, [B, A], finite.
         lowest: Lowest alpha that may be chosen.
-        noise_se_B: Paired image standard error of neighbouring points per curve, [B].
+        noise_BAA: Covariance of the objectives over images per curve, [B, A, A]; None skips the check of the residuals.
         violations_BKA: Violation of each of K constraints per curve and alpha, [B, K, A]; None: no constraint.
+        evaluated_only: Only an evaluated alpha may be chosen, with its fitted value where there is a fit.
     """
     points = np.asarray(alphas, np.float64)
     allowed = np.flatnonzero(points >= lowest - 1e-9)
@@ -190,19 +218,16 @@ def choose_alphas(
     best_B = _first_best(objectives_BA[:, allowed], totals)
     raw_B, missed = allowed[best_B], _picked(totals, best_B)
     chosen, readers = points[raw_B], np.eye(len(points))[raw_B]
-    fine = _fine(points, lowest, violations_BKA)
-    if len(points) >= MIN_POINTS and points[0] == 0 and len(fine):
-        fitted_B = np.ones(len(objectives_BA), np.bool_)
-        if dof := max(0, len(points) - 1 - 3):
-            residuals_BA = objectives_BA - objectives_BA @ _fit_readers(points, points).T
-            residual_sd_B = np.sqrt((residuals_BA**2).sum(axis=1) / dof)
-            fitted_B = residual_sd_B <= MAX_RESIDUAL * noise_se_B + 1e-12
+    fitted_B: BoolArray = np.zeros(len(objectives_BA), np.bool_)
+    fine = points[allowed] if evaluated_only else _fine(points, lowest, violations_BKA)
+    if _may_fit(points) and len(fine):
+        fitted_B = ~_Residuals.of(points, objectives_BA, noise_BAA).rejected_B
         fit_readers, totals = _fit_readers(points, fine), _totals(violations_BKA, points, fine)
         best_B = _first_best(objectives_BA @ fit_readers.T, totals)
         chosen = np.where(fitted_B, fine[best_B], chosen)
         readers = np.where(fitted_B[:, None], fit_readers[best_B], readers)
         missed = np.where(fitted_B, _picked(totals, best_B), missed)
-    return AlphaChoices(chosen, (readers * objectives_BA).sum(axis=1), readers, missed)
+    return AlphaChoices(chosen, (readers * objectives_BA).sum(axis=1), readers, missed, fitted_B)
 
 
 def fitted_curve(
@@ -216,42 +241,38 @@ def fitted_curve(
     return curve
 
 
-def paired_se(
-    correct_a: CorrectBySet,
-    correct_b: CorrectBySet,
-    weights_a: Mapping[str, float],
-    weights_b: Mapping[str, float] | None = None,
-) -> float:
-    """Returns the image standard error of J(a) - J(b) for two models seen on the same images.
+def objective_covariance(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> FloatArray:
+    """Returns the covariance of the objectives of A models that saw the same images, luck of the images alone, [A, A].
 
-    sqrt(sum_j var_k(d_jk) / n_j) with ddof = 1 and d_jk = w_aj x_ajk - w_bj x_bjk; a set of one image adds nothing.
+    C_ab = sum_j cov_k(w_aj x_ajk, w_bj x_bjk) / n_j with ddof = 1, w_aj the derivative of the objective at the
+    accuracies of a. So C_aa + C_bb - 2 C_ab is the squared paired standard error of J(a) - J(b). A set of one image
+    adds nothing.
 
     Args:
-        correct_a: Per set j which images model a classifies right, bool [n_j].
-        correct_b: The same for model b, images in the same order.
-        weights_a: w_aj per set (``objective_weights``), by which the sets are chosen.
-        weights_b: w_bj; None: the same as ``weights_a`` (exact for a weighted mean).
-    """
-    variance = 0.0
-    for name, weight in weights_a.items():
-        weight_b = weight if weights_b is None else weights_b[name]
-        difference = weight * correct_a[name] - weight_b * correct_b[name]
-        if len(difference) > 1:
-            variance += float(np.var(difference, ddof=1)) / len(difference)
-    return math.sqrt(variance)
-
-
-def neighbour_se(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> float:
-    """Returns the paired image standard error of neighbouring grid points: root mean square over the pairs.
-
-    Args:
-        curve: Correctness per set, one entry per grid point, alphas rising; at least two.
-        spec: The objective; the weights of each point are its derivatives there.
+        curve: Per model its correctness per set, bool [n_j].
+        spec: The objective.
     """
     weights = [spec.weights(_accuracies(point, spec)) for point in curve]
-    pairs = range(len(curve) - 1)
-    errors = [paired_se(curve[i], curve[i + 1], weights[i], weights[i + 1]) for i in pairs]
-    return math.sqrt(sum(error**2 for error in errors) / len(errors))
+    covariance = np.zeros((len(curve), len(curve)))
+    for name in (spec.id_set, *spec.ood_sets):
+        weighted = np.stack([w[name] * point[name] for w, point in zip(weights, curve, strict=True)])
+        if (num_images := weighted.shape[1]) > 1:
+            centred = weighted - weighted.mean(axis=1, keepdims=True)
+            covariance += centred @ centred.T / (num_images - 1) / num_images
+    return covariance
+
+
+def neighbour_se(noise_BAA: FloatArray) -> FloatArray:
+    """Returns the paired standard error of neighbouring points, root mean square over the pairs, [B].
+
+    Args:
+        noise_BAA: Covariance of the objectives, alphas rising, [B, A, A]; at least two alphas.
+    """
+    variances = np.diagonal(noise_BAA, axis1=-2, axis2=-1)
+    beside = np.diagonal(noise_BAA, 1, axis1=-2, axis2=-1)
+    pairs = np.maximum(variances[..., :-1] + variances[..., 1:] - 2 * beside, 0)
+    found: FloatArray = np.sqrt(pairs.mean(axis=-1))
+    return found
 
 
 def cross_fit(
@@ -268,8 +289,8 @@ def cross_fit(
     choose worse.
 
     Args:
-        alphas: Grid points, rising.
-        curve: Correctness per set, one entry per grid point; at least two.
+        alphas: Of the curve, rising.
+        curve: Correctness per set, one entry per alpha; at least two.
         sample_ids: Ids per set, uint64 [n_j], in the order of the images in ``curve``.
         spec: The objective.
         lowest: Lowest alpha that may be chosen.
@@ -287,7 +308,7 @@ def cross_fit(
     objectives = [[spec.value(_accuracies(point, spec)) for point in half] for half in halves]
     scores = []
     for chosen_on, scored_on in ((0, 1), (1, 0)):
-        choice = choose_alpha(alphas, objectives[chosen_on], lowest, neighbour_se(halves[chosen_on], spec))
+        choice = choose_alpha(alphas, objectives[chosen_on], lowest, objective_covariance(halves[chosen_on], spec))
         if choice.fitted:
             scores.append(float(fitted_curve(alphas, objectives[scored_on], [choice.alpha])[0]))
         else:
@@ -299,10 +320,10 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
     """Makes the alpha curve of one training from its predictions and chooses alpha.
 
     Args:
-        table: Predictions of all sets of the objective at all grid points (``predictions``).
+        table: Predictions of all sets of the objective at all alphas of the curve (``predictions``).
         spec: The objective.
         lowest: Lowest alpha that may be chosen.
-        bounds: The constraints. A chosen alpha that is no grid point must be evaluated, then ``stepped_back`` asked.
+        bounds: The constraints. A chosen alpha that is no such point must be evaluated, then ``stepped_back`` asked.
 
     Raises:
         DataError: The sets were not all evaluated at the same alphas.
@@ -317,7 +338,7 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
     matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
     curve = [{name: matrices[name][i] for name in names} for i in range(len(alphas))]
     objectives = [spec.value(_accuracies(point, spec)) for point in curve]
-    noise_se = neighbour_se(curve, spec) if len(curve) > 1 else 0.0
+    noise = objective_covariance(curve, spec)
     ids = {name: predictions.sample_ids(table, name, alphas[0]) for name in names}
     accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
     violations = violation_curve(table, bounds, alphas)
@@ -326,8 +347,8 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         id_accuracies=accuracies[spec.id_set],
         ood_accuracies={name: accuracies[name] for name in spec.ood_sets},
         objectives=tuple(objectives),
-        noise_se=noise_se,
-        choice=choose_alpha(alphas, objectives, lowest, noise_se, violations if bounds else None),
+        noise=tuple(tuple(float(value) for value in row) for row in noise),
+        choice=choose_alpha(alphas, objectives, lowest, noise, violations if bounds else None),
         cross_fit=cross_fit(alphas, curve, ids, spec, lowest) if len(curve) > 1 else None,
         violations=tuple(tuple(float(value) for value in row) for row in violations),
     )
@@ -337,19 +358,51 @@ def _accuracies(point: CorrectBySet, spec: ObjectiveSpec) -> dict[str, float]:
     return {name: float(point[name].mean()) for name in (spec.id_set, *spec.ood_sets)}
 
 
-def _no_fit_reason(points: FloatArray, values: FloatArray, noise_se: float | None) -> str:
-    if len(points) < MIN_POINTS:
-        return f"fewer than {MIN_POINTS} points"
-    if points[0] != 0:
-        return "alpha 0 was not evaluated"
-    dof = len(points) - 1 - 3
-    if noise_se is None or dof < 1:
-        return ""
-    residuals = values - fitted_curve(points, values, points)
-    residual_sd = math.sqrt(float(residuals @ residuals) / dof)
-    if residual_sd > MAX_RESIDUAL * noise_se + 1e-12:
-        return f"residual sd {residual_sd:.4f} above {MAX_RESIDUAL:g} paired standard errors of {noise_se:.4f}"
-    return ""
+@dataclass(frozen=True, eq=False)
+class _Residuals:
+    """Of the fits of B curves: ``rest`` per point [B, A], ``sd`` [B], and the standard errors they are held against."""
+
+    rest: FloatArray
+    rest_se: FloatArray
+    sd: FloatArray
+    neighbour_se: FloatArray
+
+    @classmethod
+    def of(cls, points: FloatArray, objectives_BA: FloatArray, noise_BAA: FloatArray | None) -> "_Residuals":
+        unfitted = np.eye(len(points)) - _fit_readers(points, points)
+        rest, dof = objectives_BA @ unfitted.T, len(points) - 1 - 3
+        if noise_BAA is None or dof < 1:
+            endless = np.full(len(rest), np.inf)
+            return cls(rest, np.full(rest.shape, np.inf), np.zeros(len(rest)), endless)
+        variances = np.einsum("ia,bac,ic->bi", unfitted, noise_BAA, unfitted)
+        sd = np.sqrt((rest**2).sum(axis=1) / dof)
+        return cls(rest, np.sqrt(np.maximum(variances, 0)), sd, neighbour_se(noise_BAA))
+
+    @property
+    def rejected_B(self) -> BoolArray:
+        """Whether each fit is no picture of its curve."""
+        one_too_large = (np.abs(self.rest) > MAX_RESIDUAL * self.rest_se + 1e-12).any(axis=1)
+        rejected: BoolArray = (self.sd > MAX_SD * self.neighbour_se + 1e-12) | one_too_large
+        return rejected
+
+
+def _may_fit(points: FloatArray) -> bool:
+    return len(points) >= MIN_POINTS and points[0] == 0
+
+
+def _no_fit_reason(points: FloatArray, values: FloatArray, lowest: float, noise: FloatArray | None) -> str:
+    """Returns why a curve has no fit; it has none."""
+    if not _may_fit(points):
+        return f"fewer than {MIN_POINTS} points" if len(points) < MIN_POINTS else "alpha 0 was not evaluated"
+    found = _Residuals.of(points, values[None], noise)
+    if not found.rejected_B[0]:
+        return f"no multiple of {STEP:g} from {lowest:g} to {points[-1]:g}"
+    if found.sd[0] > MAX_SD * found.neighbour_se[0] + 1e-12:
+        beyond = f"above {MAX_SD:g} paired standard errors of {found.neighbour_se[0]:.4f}"
+        return f"residual sd {found.sd[0]:.4f} {beyond}"
+    at = int((np.abs(found.rest[0]) - MAX_RESIDUAL * found.rest_se[0]).argmax())
+    beyond = f"above {MAX_RESIDUAL:g} paired standard errors of {found.rest_se[0, at]:.4f}"
+    return f"residual {abs(found.rest[0, at]):.4f} at alpha {points[at]:g} {beyond}"
 
 
 def _powers(alphas: FloatArray) -> FloatArray:

@@ -5,7 +5,6 @@ the zero-shot model is measured on ``id_val`` and on each OOD validation set, si
 a shift at all, and whether class words and preprocessing are right.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, 
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads
 from carft_ray.learning.catalog import check_model, model_warnings
@@ -330,19 +330,19 @@ def _measure(
 def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     """Judges zero-shot accuracies: at chance something is wrong, and a shift should be harder than ``id_val``.
 
+    Chance must lie below Wilson's 95 % interval.
+
     Args:
         zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
     """
     id_val, findings = zero_shot["id_val"], []
 
-    def error_of(one: Mapping[str, float]) -> float:
-        return math.sqrt(one["accuracy"] * (1 - one["accuracy"]) / one["num_images"])
-
     for name, one in zero_shot.items():
-        if one["accuracy"] < one["chance"] + 2 * error_of(one):
-            rule = f"zero-shot must be two standard errors above chance ({100 * one['chance']:.1f} %)"
+        low, high = wilson(round(one["accuracy"] * one["num_images"]), int(one["num_images"]))
+        if low <= one["chance"]:
+            rule = f"the 95 % interval of zero-shot must lie above chance ({100 * one['chance']:.1f} %)"
             step = "Look at the order of the classes, the class words, and the activation of the model."
-            value = f"{100 * one['accuracy']:.1f} +- {100 * error_of(one):.1f} % of {one['num_images']} images"
+            value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {one['num_images']} images"
             findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"

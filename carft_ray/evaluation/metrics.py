@@ -307,6 +307,20 @@ def worst_domain(accuracies: Mapping[str, float]) -> tuple[str, float]:
     return min(accuracies.items(), key=lambda item: item[1])
 
 
+def is_above_chance(value: float, num_classes: int, num_images: int) -> bool:
+    """Tells whether an accuracy is above 1/C by more than the images' luck, with 97.5 % confidence.
+
+    It is where value > 1/C + 1.96 sqrt(1/C (1 - 1/C) / n), which is where the interval of Wilson lies above 1/C.
+
+    Args:
+        value: The accuracy.
+        num_classes: C.
+        num_images: n.
+    """
+    chance = 1 / num_classes
+    return value > chance + 1.96 * math.sqrt(chance * (1 - chance) / num_images)
+
+
 def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:
     """Returns the area under an alpha curve by the trapezoid rule: the mean of the metric over alpha in [0, 1].
 
@@ -323,6 +337,19 @@ def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:
     if not np.isfinite(v).all():
         raise ValueError(f"every value of the curve must be finite, but got {list(values)}")
     return float((np.diff(a) * (v[1:] + v[:-1]) / 2).sum())
+
+
+def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images.
+
+    Unlike p +- z sqrt(p (1 - p) / n) it has a width where p is 0 or 1.
+    """
+    from scipy.stats import binomtest  # takes half a second, and few commands need it
+
+    if num_images == 0:
+        return 0.0, 1.0
+    low, high = binomtest(num_correct, num_images).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
 
 
 def bootstrap_interval(

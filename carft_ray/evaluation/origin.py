@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from carft_ray import environment
-from carft_ray.data.content import image_digests, pixel_digest, set_digest
+from carft_ray.data.content import image_digest, image_digests, pixel_digest, set_digest
 from carft_ray.data.corrupted import CorruptedSource
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.sets import class_folders, open_train, open_validation
+from carft_ray.data.overlap import known_digests
+from carft_ray.data.sets import cache_dir, class_folders, open_train, open_validation
 from carft_ray.data.source import Source
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
 from carft_ray.evaluation.materials import Materials
@@ -54,8 +55,9 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
 
     ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
 
-    The digest of a set of files is that of the files, read now. Pictures of the sandbox are drawn by the package, which
-    takes long, so they are taken as ``materials`` holds them; without materials these sets are left out.
+    The digest of a set of files is that of the files. With ``materials``, files that ``check_overlap`` has read, and
+    that have kept place, size and date, are not read again; without, all are read now. Pictures of the sandbox are
+    drawn by the package, which takes long: they are taken as ``materials`` holds them; without, they are left out.
 
     Raises:
         DataError: A file cannot be read.
@@ -67,7 +69,10 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     for name, source in sources.items():
         images = source.images if isinstance(source, CorruptedSource) else source
         if isinstance(images, StoredSource):
-            digest = set_digest(source)
+            known = None if materials is None else known_digests(images, cache_dir(recipe, base_dir))
+            if known is not None and isinstance(source, CorruptedSource):
+                known = [image_digest(source.shown_content(digest)) for digest in known]
+            digest = set_digest(source, known)
         elif name in decoded:
             digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
         elif materials is not None:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.data.source import PixelArray
-from carft_ray.errors import StorageError
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, stepped_back
+from carft_ray.errors import Problem, StorageError
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
@@ -169,7 +170,7 @@ def run_training(
 
     Raises:
         StoppedRun: Stopped on request, after a checkpoint.
-        DivergedError: The loss is not finite.
+        DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
         OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
         MachineError: A rank does not see the files from which rank 0 goes on.
         CarftError: As its message says.
@@ -206,7 +207,8 @@ def run_training(
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
     start = read_predictions(prepared_dir / "zero_shot.parquet") if views_NHWC is None else at(0.0)
-    table, choice, curve = _choose(recipe, spec, bounds, start, at)
+    table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
+    at_chance = _alphas_at_chance(curve, len(materials.class_names), materials.num_images[spec.id_set])
     if context.rank == 0:
         write_predictions(out_dir / "predictions" / "validation.parquet", table)
     result = {
@@ -217,6 +219,8 @@ def run_training(
         "fine_tuned": metrics_at(table, spec, 1.0),
         "curve": curve,
         "alpha_choice": dataclasses.asdict(choice),
+        "chosen_from": chosen_from,
+        "at_chance": 1.0 in at_chance,
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": materials.num_images,
@@ -343,30 +347,57 @@ def _choose(
     bounds: Sequence[Limit],
     start: pa.Table,
     at: Callable[[float], pa.Table],
-) -> tuple[pa.Table, AlphaChoice, list[dict[str, float]]]:
-    """Evaluates the alphas that are wanted; returns their predictions, the chosen alpha, and the curve.
+) -> tuple[pa.Table, AlphaChoice, list[float], list[dict[str, float]]]:
+    """Evaluates the alphas that are wanted; returns predictions, chosen alpha, what it was chosen from, and the curve.
 
-    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid is evaluated and the
-    fitted curve decides. A Pareto search evaluates both: every point may stand on its front. Predictions at a chosen
-    alpha off the grid are added; the curve holds the points measured, with their violations of constraints.
+    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid with ``lowest`` is
+    evaluated, what ``between`` asks for beside it, and the fitted curve decides. A Pareto search evaluates fixed alpha
+    and grid: every point may stand on its front. Predictions at a chosen alpha between the points are added; the curve
+    holds the points measured, with their violations of constraints.
     """
     fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
-    wanted = set(recipe.search.alpha.grid) if fixed is None or recipe.search.objective.kind == "pareto" else {1.0}
+    is_pareto = recipe.search.objective.kind == "pareto"
+    wanted = set(recipe.search.alpha.measured) if fixed is None or is_pareto else {1.0}
     tables = {0.0: start, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
     if fixed is None:
         profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
-        choice = profile.choice
+        if further := between(profile, lowest):
+            tables |= {alpha: at(alpha) for alpha in further}
+            profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
+        choice, chosen_from = profile.choice, list(profile.alphas)
         if choice.alpha not in tables:
             tables[choice.alpha] = at(choice.alpha)
             choice = stepped_back(profile, violations_at(tables[choice.alpha], bounds, choice.alpha), lowest)
     else:
         value = metrics_at(tables[fixed], spec, fixed)["objective"]
-        choice = AlphaChoice(fixed, value, False, "alpha is fixed")
+        choice, chosen_from = AlphaChoice(fixed, value, False, "alpha is fixed"), [fixed]
     curve = [
         {"alpha": alpha, **metrics_at(tables[alpha], spec, alpha), **violations_at(tables[alpha], bounds, alpha)}
         for alpha in sorted(tables)
     ]
-    return concat([tables[alpha] for alpha in sorted(tables)]), choice, curve
+    return concat([tables[alpha] for alpha in sorted(tables)]), choice, chosen_from, curve
+
+
+def _alphas_at_chance(curve: Sequence[dict[str, float]], num_classes: int, num_images: int) -> list[float]:
+    """Returns the alphas above 0 whose ID accuracy is at chance; none where that of zero-shot is, too.
+
+    Args:
+        curve: The points measured, alpha 0 first.
+        num_classes: C.
+        num_images: Of the ID set.
+
+    Raises:
+        DivergedError: All alphas above 0 are.
+    """
+    above = {point["alpha"]: is_above_chance(point["id_accuracy"], num_classes, num_images) for point in curve}
+    if not above.pop(0.0):
+        return []
+    if not any(above.values()):
+        highest = max(point["id_accuracy"] for point in curve if point["alpha"] > 0)
+        rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
+        value = f"at most {100 * highest:.1f} % ({num_classes} classes, {num_images:,} images)"
+        raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
+    return [alpha for alpha, is_above in above.items() if not is_above]
 
 
 def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:

@@ -397,7 +397,8 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
     text = str(error).strip()
     line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
     if isinstance(error, DivergedError):
-        return Failure("diverged", text, attempt, error.exit_code)
+        reason = "; ".join(str(replace(problem, next_step="")) for problem in error.problems)
+        return Failure("diverged", reason, attempt, error.exit_code)
     rank = lost_rank(error, context)
     if rank is not None:
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line

@@ -10,7 +10,7 @@ from typing import Any
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.loading import is_weights_path, resolve_path
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.schema import ModelPart, Recipe, TrainPart
 
 SANDBOX = "sandbox"
 RANDOM = "random"  # value of `pretrained` that asks for untrained weights
@@ -27,6 +27,10 @@ TOKENIZER_NAMES = (
     "vocab.txt",
     "vocab.json",
 )
+NUM_TAGS_LISTED = 6
+# fields of `train` that an image tower may be unable to follow, alone or together
+TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
+TOWER_DEFAULTS = {name: TrainPart.model_fields[name].default for name in TOWER_FIELDS}
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 
 
@@ -160,7 +164,12 @@ def check_model(model: ModelPart, base_dir: Path) -> list[Problem]:
     if tags is None:
         return []
     rule = f"must be a tag of {model.name}, a weights file, or '{RANDOM}'"
-    return [Problem("model.pretrained", rule, repr(model.pretrained), tags, nearest(model.pretrained, tags))]
+    near = nearest(model.pretrained, (*tags, RANDOM))
+    listed = [*dict.fromkeys((RANDOM, *([near] if near else ()), *tags))]
+    more = len(listed) - NUM_TAGS_LISTED
+    allowed = (*listed[:NUM_TAGS_LISTED], *([f"{more} more"] if more > 0 else ()))
+    step = f"All tags of it: carft-ray model {model.name}"
+    return [Problem("model.pretrained", rule, repr(model.pretrained), allowed, near, step)]
 
 
 def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Problem]:
@@ -220,6 +229,13 @@ def tag_in_path(name: str, path: Path) -> str | None:
     words = "/".join(path.parts[-4:]).lower().replace("-", "_")
     tags = sorted(_tags_with_activation().get(name.removesuffix(QUICK), {}), key=len, reverse=True)
     return next((tag for tag in tags if re.search(rf"(?<![a-z0-9]){tag}(?![a-z0-9])", words)), None)
+
+
+def asks_of_tower(recipe: Recipe) -> bool:
+    """Tells whether a training of the recipe asks of the image tower what some towers cannot do."""
+    given = (recipe.train.model_dump(), recipe.search.space, *recipe.search.baselines.values())
+    fields = [name for name in TOWER_FIELDS if name != "head_lr_factor"]  # which changes nothing by itself
+    return any(name in each and each[name] != TOWER_DEFAULTS[name] for each in given for name in fields)
 
 
 def is_hugging_face_folder(folder: Path) -> bool:

@@ -53,6 +53,8 @@ def write_onnx(folder: Path, classifier: ImageClassifier, image_size: int, metad
         )
         if program is None:
             raise RuntimeError("torch.onnx.export gave nothing back")
+        for node in program.model.graph:
+            node.metadata_props.clear()  # stack traces, with the paths of this machine
         program.model.metadata_props.update(metadata)
         num_bytes = sum(tensor.nbytes for tensor in classifier.state_dict().values())
         program.save(str(folder / ONNX_NAME), external_data=num_bytes > MAX_SINGLE_FILE)

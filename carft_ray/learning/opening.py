@@ -18,7 +18,7 @@ from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.learning import hugging_face
-from carft_ray.learning.building import build_model, fetching
+from carft_ray.learning.building import build_model, fetching, quiet
 from carft_ray.learning.catalog import (
     HUB,
     LOCAL_DIR,
@@ -37,6 +37,7 @@ from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import ModelPart
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError)  # of open_clip, for its configurations
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
 
 
@@ -109,6 +110,43 @@ def open_model(
     return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
 
 
+def image_tower(part: ModelPart, base_dir: Path) -> nn.Module | None:
+    """Builds the image tower of a model from its configuration alone, without memory.
+
+    Args:
+        part: A model that has passed ``check_model``.
+        base_dir: Folder from which relative paths count.
+
+    Returns:
+        The tower on the device 'meta'; None where its configuration is on the hub, or open_clip cannot build it.
+    """
+    if part.name.startswith(HUB):
+        return None
+    if part.name == SANDBOX or part.name.startswith(LOCAL_DIR):
+        folder = resolve_path(part.name.removeprefix(LOCAL_DIR), base_dir)
+        with resources.as_file(resources.files("carft_ray.learning") / "sandbox_weights") as own:
+            config = _folder_config(own if part.name == SANDBOX else folder)
+    else:
+        config = open_clip.get_model_config(part.name.replace("/", "-"))
+    try:
+        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        with quiet(), torch.device("meta"):
+            model: Any = open_clip.CLIP(
+                config["embed_dim"], vision, {"layers": 1}, quick_gelu=config.get("quick_gelu", False)
+            )
+    except BUILD_ERRORS:
+        return None
+    return model.visual  # type: ignore[no-any-return]
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """Returns what open_clip builds the model of a folder from."""
+    if is_hugging_face_folder(folder):
+        return hugging_face.read_config(folder, "model.name")[0]
+    config: dict[str, Any] = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    return config
+
+
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
     """Returns the preprocessing that an open_clip model carries, with open_clip's defaults for what it leaves out."""
     return {**vars(PreprocessCfg()), **open_clip.get_model_preprocess_cfg(model)}
@@ -134,14 +172,14 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
             # open_clip then looks for the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
         return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
-    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
         raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule))
     try:
         with fetching(place, f"the text tower of {folder.name}", config["text_cfg"].get("hf_model_name")):
             model = build_model(f"{LOCAL_DIR}{folder.resolve()}", device)
-    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError) as error:
+    except BUILD_ERRORS as error:
         rule = "model_cfg must be one that open_clip can build"
         raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule, f"{type(error).__name__}: {error}")) from error
     return Opened(model, config, state, str(folder), place, folder)

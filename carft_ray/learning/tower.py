@@ -1,6 +1,7 @@
 """What of an image tower trains, and how it computes: layers that are frozen, LoRA, gradient checkpointing.
 
-Whether a tower can do what ``train`` asks shows only in the model: ``check_tower`` says so before a study trains.
+Whether a tower can do what ``train`` asks shows in the model alone: a command looks at one without weights where its
+configuration is known (``opening.image_tower``), and ``check_tower`` at the model itself, before a study trains.
 """
 
 import dataclasses
@@ -12,14 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.errors import Problem, RecipeError
+from carft_ray.learning.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.layers import layer_groups
 from carft_ray.learning.lora import add_corrections, matrices
 from carft_ray.recipe.schema import CategoricalParameter, Recipe, TrainPart
-
-# fields of `train` that a tower may be unable to follow, alone or together
-FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
-DEFAULTS = {name: TrainPart.model_fields[name].default for name in FIELDS}
 
 
 def shape_tower(classifier: ImageClassifier, train: TrainPart) -> None:
@@ -56,7 +54,7 @@ def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
 
 def tower_problems(visual: nn.Module, train: TrainPart) -> list[Problem]:
     """Returns what a tower cannot do of what ``train`` asks."""
-    if all(getattr(train, name) == DEFAULTS[name] for name in FIELDS[:-1]):
+    if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
         return []
     problems = []
     layers = layer_groups(visual)
@@ -145,7 +143,7 @@ def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields values over ``train`` that trainings of the recipe may have, with the key path that they stand under."""
-    searched = {name: recipe.search.space[name] for name in FIELDS if name in recipe.search.space}
+    searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
     ends: list[list[Any]] = []
     for name, parameter in searched.items():
         values = (
@@ -155,4 +153,4 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     for chosen in itertools.product(*ends):
         yield dict(zip(searched, chosen, strict=True)), "search.space"
     for name, given in recipe.search.baselines.items():
-        yield {key: value for key, value in given.items() if key in FIELDS}, f"search.baselines.{name}"
+        yield {key: value for key, value in given.items() if key in TOWER_FIELDS}, f"search.baselines.{name}"

@@ -6,7 +6,7 @@ All problems of a file are told at once, each with file, line, key path, rule, v
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,30 +163,66 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         recipe: The recipe.
         base_dir: The folder that its relative paths count from.
     """
+    return _with_paths(recipe, lambda written: str(resolve_path(written, base_dir)))
 
-    def absolute(written: str) -> str:
-        return str(resolve_path(written, base_dir))
 
-    def absolute_set(spec: Any) -> Any:
+def portable_paths(recipe: Recipe) -> Recipe:
+    """Returns the recipe without a path of this machine: each file and folder by its name, beside the recipe.
+
+    What lies inside another folder of the recipe stays there. Two of one name get names of folders around them until
+    they differ. ``data.cache_dir`` is left out: it is the machine's.
+
+    Args:
+        recipe: The recipe, with absolute paths.
+    """
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
+    written: dict[str, str] = {}
+    _with_paths(recipe, lambda text: written.setdefault(text, text))
+    paths = [Path(text) for text in written]
+    names: dict[Path, Path] = {}
+    for root in paths:
+        others = [path for path in paths if path != root and root not in path.parents]
+        if not any(path in root.parents for path in others):
+            endings = (Path(*root.parts[-length:]) for length in range(1, len(root.parts)))
+            names[root] = next(
+                (end for end in endings if not any(_ends(path, end) for path in others)), Path(root.name)
+            )
+
+    def portable(text: str) -> str:
+        path = Path(text)
+        root = next(root for root in (path, *path.parents) if root in names)
+        return str(names[root] / path.relative_to(root))
+
+    return _with_paths(recipe, portable)
+
+
+def _ends(path: Path, end: Path) -> bool:
+    return path.parts[-len(end.parts) :] == end.parts
+
+
+def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """Returns the recipe with another text for each of its paths."""
+
+    def changed_set(spec: Any) -> Any:
         if isinstance(spec, CorruptedSet):
-            return spec.model_copy(update={"of": absolute_set(spec.of)})
+            return spec.model_copy(update={"of": changed_set(spec.of)})
         if not isinstance(spec, StoredSet):
             return spec
         written = {key: getattr(spec, key) for key in spec.path_keys}
-        return spec.model_copy(update={key: absolute(path) for key, path in written.items() if isinstance(path, str)})
+        return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
 
     data, model = recipe.data, recipe.model
-    sets: dict[str, Any] = {role: absolute_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}
+    sets: dict[str, Any] = {role: changed_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}
     for role in ("ood_val", "ood_test"):
-        sets[role] = {name: absolute_set(spec) for name, spec in getattr(data, role).items()}
-    sets["cache_dir"] = None if data.cache_dir is None else absolute(data.cache_dir)
+        sets[role] = {name: changed_set(spec) for name, spec in getattr(data, role).items()}
+    sets["cache_dir"] = None if data.cache_dir is None else change(data.cache_dir)
     named = {}
     if model.pretrained is not None and is_weights_path(model.pretrained):
-        named["pretrained"] = absolute(model.pretrained)
+        named["pretrained"] = change(model.pretrained)
     if model.name.startswith("local-dir:"):
-        named["name"] = "local-dir:" + absolute(model.name.removeprefix("local-dir:"))
+        named["name"] = "local-dir:" + change(model.name.removeprefix("local-dir:"))
     search = recipe.search.model_copy(
-        update={"warm_start": tuple(absolute(source) for source in recipe.search.warm_start)}
+        update={"warm_start": tuple(change(source) for source in recipe.search.warm_start)}
     )
     return recipe.model_copy(
         update={

@@ -406,6 +406,12 @@ class AlphaPart(Part):
     grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.1  # lowest alpha that a trial may choose
 
+    @property
+    def measured(self) -> tuple[float, ...]:
+        """The alphas at which every curve is measured, rising: the grid, and the lowest one that may be chosen."""
+        there = any(abs(alpha - self.lowest) < 1e-9 for alpha in self.grid)
+        return self.grid if there else tuple(sorted((*self.grid, self.lowest)))
+
     @field_validator("grid")
     @classmethod
     def _rises(cls, grid: tuple[float, ...]) -> tuple[float, ...]:

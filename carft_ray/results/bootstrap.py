@@ -106,31 +106,31 @@ def resample(
     if not candidates:
         raise ValueError("the bootstrap needs at least one candidate")
     rng = np.random.default_rng(seed)
-    sums, errors = {}, {}
-    for name in names:
-        gaps = [candidate.gaps[name] for candidate in candidates if name in candidate.gaps]
-        *sums[name], errors[name] = _both(rng, [each.correct[name] for each in candidates], num_resamples, gaps)
+    sums = {
+        name: _sums(
+            rng, [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates],
+            num_resamples,
+        )
+        for name in names
+    }  # fmt: skip
     num_images = {name: candidates[0].correct[name].shape[1] for name in names}
-    choices, scores, accuracies, outside, missed_at, column = [], [], [], [], [], 0
+    choices, scores, accuracies, outside, missed_at = [], [], [], [], []
     for index, candidate in enumerate(candidates):
-        num_alphas = len(candidate.alphas)
-        own, pairs = slice(column, column + num_alphas), slice(column + num_alphas, column + 2 * num_alphas - 1)
-        column += 2 * num_alphas - 1
-        drawn = {name: sums[name][0][:, own] for name in names}
-        both_right = {name: sums[name][0][:, pairs] for name in names}
+        own = {name: found[index] for name, found in sums.items()}
         violations = [
-            limit.bound - drawn[limit.set_name]
+            limit.bound - own[limit.set_name].drawn
             if limit.measure == "accuracy"
-            else errors[limit.set_name][index] - limit.bound
+            else own[limit.set_name].errors - limit.bound
             for limit in bounds
         ]
-        choice = _choose(candidate, spec, lowest, drawn, both_right, num_images, violations)
-        left_out = {name: sums[name][1][:, own] for name in names}
+        choice = _choose(candidate, spec, lowest, own, num_images, violations)
+        left_out = {name: found.left_out for name, found in own.items()}
         choices.append(choice)
         scores.append((choice.readers * spec.values(left_out)).sum(axis=1))
-        accuracies.append(drawn)
+        accuracies.append({name: found.drawn for name, found in own.items()})
         outside.append(left_out)
-        missed_at.append(sum((np.maximum(each, 0) for each in violations), np.zeros_like(drawn[spec.id_set])))
+        nothing = np.zeros_like(left_out[spec.id_set])
+        missed_at.append(sum((np.maximum(each, 0) for each in violations), nothing))
     return Resamples(
         tuple(candidate.name for candidate in candidates),
         np.stack([choice.values for choice in choices], axis=1),
@@ -262,19 +262,37 @@ def overtuning(values: Sequence[float]) -> Overtuning:
     return Overtuning(tuple(values), tuple(float(lost) for lost in absolute), tuple(relative))
 
 
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Means of one candidate over the images of one set.
+
+    Attributes:
+        drawn: Accuracies on the images drawn, [B, A].
+        left_out: Accuracies on those left out, [B, A].
+        both_right: Share of the images drawn that two alphas have right, [B, A, A].
+        errors: Calibration errors on the images drawn, [B, A]; empty without gaps.
+    """
+
+    drawn: FloatArray
+    left_out: FloatArray
+    both_right: FloatArray
+    errors: FloatArray
+
+
 def _choose(
     candidate: Candidate,
     spec: ObjectiveSpec,
     lowest: float,
-    drawn: Mapping[str, FloatArray],
-    both_right: Mapping[str, FloatArray],
+    sums: Mapping[str, _Sums],
     num_images: Mapping[str, int],
     violations: Sequence[FloatArray],
 ) -> AlphaChoices:
     """Returns the alpha choices of a candidate on B resamples.
 
-    The noise of neighbouring points a, b follows from E d^2 = w_a^2 E x_a + w_b^2 E x_b - 2 w_a w_b E x_a x_b.
+    The noise is that of ``evaluation.alpha.objective_covariance``: a set adds w_a w_b (E x_a x_b - E x_a E x_b) /
+    (n - 1).
     """
+    drawn = {name: found.drawn for name, found in sums.items()}
     objectives_BA = spec.values(drawn)
     violations_BKA = np.stack(violations, axis=1) if violations else None
     if len(candidate.alphas) == 1:
@@ -282,39 +300,40 @@ def _choose(
         missed_B = np.zeros(len(alpha_B))
         if violations_BKA is not None:
             missed_B = np.maximum(violations_BKA[..., 0], 0).sum(axis=1)
-        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA), missed_B)
+        measured_B = np.zeros(len(alpha_B), np.bool_)
+        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA), missed_B, measured_B)
     slopes = spec.slopes(drawn)
-    variance = np.zeros(both_right[spec.id_set].shape)
-    for name, x in drawn.items():
-        w = slopes[name]
-        squares = w**2 * x
-        mean_square = squares[:, :-1] + squares[:, 1:] - 2 * w[:, :-1] * w[:, 1:] * both_right[name]
-        mean = (w * x)[:, :-1] - (w * x)[:, 1:]
-        variance += np.maximum(mean_square - mean**2, 0) / (num_images[name] - 1)
-    return choose_alphas(candidate.alphas, objectives_BA, lowest, np.sqrt(variance.mean(axis=1)), violations_BKA)
+    noise_BAA = np.zeros(sums[spec.id_set].both_right.shape)
+    for name, found in sums.items():
+        x, w = found.drawn, slopes[name]
+        covariance = found.both_right - x[:, :, None] * x[:, None, :]
+        noise_BAA += w[:, :, None] * w[:, None, :] * covariance / (num_images[name] - 1)
+    return choose_alphas(candidate.alphas, objectives_BA, lowest, noise_BAA, violations_BKA)
 
 
-def _both(
-    rng: np.random.Generator, correct: Sequence[BoolArray], num_resamples: int, gaps: Sequence[Gaps]
-) -> tuple[FloatArray, FloatArray, list[FloatArray]]:
-    """Returns the means over the images drawn and over those left out, [B, rows], of one set.
-
-    The rows are, candidate by candidate, its A alphas and its A - 1 pairs of neighbours (both right). Third, per
-    candidate with gaps, the calibration error on the images drawn, [B, A].
-    """
-    rows = np.concatenate([part for x_An in correct for part in (x_An, x_An[:-1] & x_An[1:])]).T.astype(np.float32)
-    num_images = len(rows)
+def _sums(
+    rng: np.random.Generator, correct: Sequence[BoolArray], gaps: Sequence[Gaps | None], num_resamples: int
+) -> list[_Sums]:
+    """Returns the means of every candidate over resamples of one set."""
+    num_images = correct[0].shape[1]
     if num_images < 2:
         raise ValueError("the bootstrap needs at least two images of every set")
-    drawn, left_out = [], []
-    errors: list[list[FloatArray]] = [[] for _ in gaps]
+    found: list[list[tuple[FloatArray, ...]]] = [[] for _ in correct]
     for counts in _counts(rng, num_images, num_resamples):
-        drawn.append((counts @ rows).astype(np.float64) / num_images)  # whole numbers below 2^24: exact
         out = (counts == 0).astype(np.float32)
-        left_out.append((out @ rows).astype(np.float64) / out.sum(axis=1, keepdims=True, dtype=np.float64))
-        for found, each in zip(errors, gaps, strict=True):
-            found.append(_calibration((counts @ each.columns()).astype(np.float64), each))
-    return np.concatenate(drawn), np.concatenate(left_out), [np.concatenate(found) for found in errors]
+        num_out = out.sum(axis=1, keepdims=True, dtype=np.float64)
+        for parts, x_An, each in zip(found, correct, gaps, strict=True):
+            first, second = np.triu_indices(len(x_An))
+            both = (x_An[first] & x_An[second]).T.astype(np.float32)
+            means = (counts @ both).astype(np.float64) / num_images  # whole numbers below 2^24: exact
+            both_right = np.zeros((len(counts), len(x_An), len(x_An)))
+            both_right[:, first, second] = both_right[:, second, first] = means
+            left_out = (out @ x_An.T.astype(np.float32)).astype(np.float64) / num_out
+            errors = np.zeros((len(counts), 0))
+            if each is not None:
+                errors = _calibration((counts @ each.columns()).astype(np.float64), each)
+            parts.append((means[:, first == second], left_out, both_right, errors))
+    return [_Sums(*(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
 
 
 def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:

@@ -27,7 +27,7 @@ from carft_ray.results.intervals import (
     paired_differences,
     values_by_seed,
 )
-from carft_ray.results.selection import ID_MARGIN, holm, keeps_id
+from carft_ray.results.selection import ID_MARGIN, holm, keeps_id, seed_variances
 from carft_ray.words import counted
 
 BoolArray = npt.NDArray[np.bool_]
@@ -83,7 +83,8 @@ class Optimism:
     Attributes:
         searched: J of the search.
         value: J - mean.
-        se: s sqrt(1 + 1 / r), s the pooled sd between seeds within a configuration; None with one seed.
+        se: s sqrt(1 + 1 / r), s the pooled sd between seeds within a configuration, at least that of their
+            residual (``selection.seed_variances``); None with one seed.
     """
 
     searched: float
@@ -268,12 +269,12 @@ def _last_lines(comparison: Comparison) -> list[str]:
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
-    ood = {each: correct[each] for each in spec.ood_sets}
+    ood = [correct[each] for each in spec.ood_sets]
     return Row(
         name,
         objective_interval(spec, correct),
         accuracy_interval(correct[spec.id_set]),
-        crossed(ood, dict.fromkeys(ood, 1 / len(ood))) if ood else None,
+        accuracy_interval(*ood) if ood else None,
         {each: accuracy_interval(correct[each]) for each in (spec.id_set, *spec.ood_sets)},
     )
 
@@ -302,14 +303,8 @@ def _holm_by_set(sets: Mapping[str, Interval]) -> dict[str, float]:
 
 
 def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
-    total, dof = 0.0, 0
-    for by_set in correct.values():
-        values = values_by_seed(spec, by_set)
-        if len(values) > 1:
-            total += (len(values) - 1) * float(np.var(values, ddof=1))
-            dof += len(values) - 1
-    own = values_by_seed(spec, correct[winner])
-    se = math.sqrt(total / dof * (1 + 1 / len(own))) if dof else None
+    own, pooled = values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
+    se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
     return Optimism(searched, searched - float(np.mean(own)), se)
 
 

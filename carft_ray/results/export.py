@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
 from carft_ray.learning.hugging_face_files import misfits, write_huggingface
 from carft_ray.learning.onnx_files import write_onnx
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.loading import dump_recipe, portable_paths
 from carft_ray.results.model_card import model_card
 from carft_ray.results.trained import HEAD_NAME, Trained
 
@@ -49,6 +49,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
 }
 DEFAULT_FORMATS = ("open_clip",)
+RECIPE_HEAD = (
+    "# Paths of the machine that trained are left out. To repeat the training, put images and weights beside this\n"
+    "# file under the names below, or give their places with --set.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,11 @@ def export_model(
     about = {"class_names": json.dumps(trained.materials.class_names), "form": "folded", "alpha": repr(alpha)}
     with new_folder(out_dir) as folder:
         save_tensors(folder / HEAD_NAME, head, about)
-        fixed = trained.recipe.model_copy(update={"train": trained.recipe.train.model_copy(update={"alpha": alpha})})
-        write_text(folder / "recipe.yaml", dump_recipe(fixed))
-        write_text(folder / "README.md", model_card(trained, alpha, formats, "class_bias" in head))
+        recipe = portable_paths(trained.recipe)
+        fixed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"alpha": alpha})})
+        write_text(folder / "recipe.yaml", RECIPE_HEAD + dump_recipe(fixed))
+        card = model_card(replace(trained, recipe=recipe), alpha, formats, "class_bias" in head)
+        write_text(folder / "README.md", card)
         _write(folder, trained.materials.clip, classifier, formats, about)
         for path in folder.iterdir():
             fsync_file(path)

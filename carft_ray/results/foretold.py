@@ -21,9 +21,10 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
         rows: The trials.
 
     Returns:
-        ``name``, ``trials`` (complete ones that were looked at), ``rank_correlation`` (Spearman's, of the last look at
-        which a training could have been cut with its final objective; None where it is not defined), ``lines``, and
-        ``warning`` (None, or a sentence).
+        ``name``, ``num_cut``, ``num_late`` (complete trials that would have been cut, but had ended by then),
+        ``trials`` (complete ones that were looked at), ``rank_correlation`` (Spearman's, of the last look at which a
+        training could have been cut with its final objective; None where it is not defined), ``lines``, and ``warning``
+        (None, or a sentence).
     """
     pairs = [
         (look, row.objective)
@@ -34,10 +35,12 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
     ]
     value = rank_correlation([look for look, _ in pairs], [objective for _, objective in pairs])
     num_cut = sum(row.outcome == "pruned" for row in rows)
+    num_late = sum(bool(row.late_cut) for row in rows)
+    late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
     told = "not known yet" if value is None else f"{value:.2f}"
     line = (
-        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut; rank correlation of the last look before the end with "
-        f"the final objective: {told} ({counted(len(pairs), 'complete trial')})."
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last look before the "
+        f"end with the final objective: {told} ({counted(len(pairs), 'complete trial')})."
     )
     warning = None
     if value is not None and value < WEAK and len(pairs) >= ENOUGH:
@@ -47,6 +50,8 @@ def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
         )
     return {
         "name": pruner.name,
+        "num_cut": num_cut,
+        "num_late": num_late,
         "trials": len(pairs),
         "rank_correlation": value,
         "warning": warning,

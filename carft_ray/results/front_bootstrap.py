@@ -10,7 +10,7 @@ import numpy as np
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, FloatArray, Resamples
-from carft_ray.search.front import FrontRule, non_dominated
+from carft_ray.search.front import TIE, FrontRule, non_dominated
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def front_choice(
     missed_BP = np.concatenate(resamples.missed_at, axis=1)
     scores, again, on_front = [], 0, 0
     for pairs_P2, left_out_P2, missed_P in zip(inside, outside, missed_BP, strict=True):
-        taking_part = np.flatnonzero(missed_P <= missed_P.min() + 1e-12)
+        taking_part = np.flatnonzero(missed_P <= missed_P.min() + TIE)
         front = taking_part[non_dominated(pairs_P2[taking_part])]
         pick = front[rule.index(pairs_P2[front])]
         scores.append(left_out_P2[pick])

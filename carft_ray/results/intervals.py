@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 
 OVER_SEEDS = "over seeds, these images"
@@ -38,6 +39,7 @@ class Interval:
         mean: m, the mean over seeds.
         num_seeds: r.
         seed_variance: V_seed, of the mean; 0 with one seed.
+        residual_variance: V_res, of the mean; what V_seed is at least in expectation; 0 with one seed.
         image_variance: V_image, of the mean.
         images_fixed: Ends of the interval ``OVER_SEEDS``; None with one seed.
         images_random: Ends of the interval ``OVER_SEEDS_AND_IMAGES`` (with one seed: ``OVER_IMAGES``).
@@ -49,6 +51,7 @@ class Interval:
     mean: float
     num_seeds: int
     seed_variance: float
+    residual_variance: float
     image_variance: float
     images_fixed: tuple[float, float] | None
     images_random: tuple[float, float]
@@ -63,8 +66,8 @@ class Interval:
 
     @property
     def standard_error(self) -> float:
-        """sqrt(V_seed + V_image)."""
-        return math.sqrt(self.seed_variance + self.image_variance)
+        """sqrt(max(V_seed, V_res) + V_image)."""
+        return math.sqrt(max(self.seed_variance, self.residual_variance) + self.image_variance)
 
 
 def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequence[float] | None = None) -> Interval:
@@ -76,16 +79,25 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
         MS_I_j  = r sum_k (x_j.k - x_j..)^2 / (n_j - 1)
         MS_E_j  = sum_qk (x_jqk - x_jq. - x_j.k + x_j..)^2 / ((n_j - 1)(r - 1))
         V_image = sum_j w_j^2 max(0, (MS_I_j - MS_E_j) / r) / n_j
-        images fixed   m +- t(0.975, r - 1) sqrt(V_seed)
-        images random  V = V_seed + V_image,  m +- t(0.975, dof) sqrt(V),
-                       dof = V^2 / (V_seed^2 / (r - 1) + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
+        V_res   = sum_j w_j^2 MS_E_j / (r n_j)
+        images fixed   m +- t(0.975, d) sqrt(V_s)
+        images random  V = V_s + V_image,  m +- t(0.975, dof) sqrt(V),
+                       dof = V^2 / (V_s^2 / d + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
 
-    One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and the normal distribution, images only. Variances that
-    vanish give a narrower interval or a point, never not-a-number: with V = 0 the p-value is 1 where m = 0, else 0.
+    each with V_s = V_seed, d = r - 1, and where V_seed < V_res also with V_s = V_res, d = (r - 1)(min_j n_j - 1): the
+    widest interval and the largest p-value count. V_res is a part of what V_seed estimates, so V_seed falls below it
+    by chance only: without it, few seeds whose means agree by chance would give a point. The interval over seeds and
+    images is never narrower than the one over seeds: where V_seed is small by chance, ``dof`` is too large, and two or
+    three seeds would cover 88 to 92 % (`python -m benchmarks.selection`).
+
+    One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and the normal distribution, images only. Where nothing
+    varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j: of N_j
+    images (images fixed: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
+    -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. The p-value inverts it: exp(-|m| / max_j(|w_j| / N_j)).
 
     Args:
-        values: Per set j an array [r, n_j]: correctness of one configuration, or paired differences of two (same
-            images, seeds paired by index).
+        values: Per set j an array [r, n_j] of numbers from -1 to 1: correctness of one configuration, or paired
+            differences of two (same images, seeds paired by index).
         weights: w_j per set, the same sets; sets of weight 0 change nothing.
         seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
             at the mean accuracies.
@@ -101,33 +113,37 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     mean = float(y.mean())
     used = {name: array for name, array in arrays.items() if weights[name] != 0}
     notes = [f"{name} has one image: its image variance is not covered" for name in used if used[name].shape[1] == 1]
-    image_variance = sum(weights[name] ** 2 * _image_variance(array) for name, array in used.items())
-    image_variance = image_variance if image_variance > _ZERO**2 else 0.0
+    image_variance = _or_zero(sum(weights[name] ** 2 * _image_variance(array) for name, array in used.items()))
+    # of one image in N without any change: what a mean may be off by
+    per_image = max((abs(weights[name]) / array.shape[1] for name, array in used.items()), default=0.0)
     if num_seeds == 1:
-        half = stats.norm.ppf((1 + LEVEL) / 2) * math.sqrt(image_variance)
-        p_value = _p_value(mean, image_variance, math.inf)
+        half, p_value = _half_and_p(mean, image_variance, math.inf, per_image)
         notes.append("one training: seeds not covered")
-        return Interval(mean, 1, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
+        return Interval(mean, 1, 0.0, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
 
     if num_seeds == 2:
         notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
-    seed_variance = float(y.var(ddof=1)) / num_seeds
-    seed_variance = seed_variance if seed_variance > _ZERO**2 else 0.0
-    variance = seed_variance + image_variance
-    dof = float(num_seeds - 1)
-    if variance > 0:
-        image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
-        seed_share, image_share = seed_variance / variance, image_variance / variance
-        dof = 1 / (seed_share**2 / (num_seeds - 1) + image_share**2 / image_dof)
+    seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
+    residuals = (weights[name] ** 2 * residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
+    residual_variance = _or_zero(sum(residuals))
+    image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
+    sources = [(seed_variance, float(num_seeds - 1))]
+    if seed_variance < residual_variance:
+        sources.append((residual_variance, float((num_seeds - 1) * image_dof)))
+    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1))
+    half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image)
+    if half < fixed:
+        half, dof = fixed, dof_fixed
     return Interval(
         mean,
         num_seeds,
         seed_variance,
+        residual_variance,
         image_variance,
-        _around(mean, stats.t.ppf((1 + LEVEL) / 2, num_seeds - 1) * math.sqrt(seed_variance)),
-        _around(mean, stats.t.ppf((1 + LEVEL) / 2, dof) * math.sqrt(variance)),
+        _around(mean, fixed),
+        _around(mean, half),
         dof,
-        _p_value(mean, variance, dof),
+        max(p_fixed, p_value),
         tuple(notes),
     )
 
@@ -155,7 +171,7 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
         correct: Correctness per set, bool [r, n_j].
     """
     accuracies = mean_accuracies(correct)
-    interval = crossed(_sets_of(spec, correct), spec.weights(accuracies), values_by_seed(spec, correct))
+    interval = _within_unit(crossed(_sets_of(spec, correct), spec.weights(accuracies), values_by_seed(spec, correct)))
     return _with_notes(interval, _worst_domain_notes(spec, correct))
 
 
@@ -163,7 +179,8 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
     """Returns the paired interval of the objective of configuration a minus that of b.
 
     For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
-    w_aj x_ajqk - w_bj x_bjqk with the derivatives at each configuration's own mean accuracies.
+    (w_aj x_ajqk - w_bj x_bjqk) / w_j with the derivatives at each configuration's own mean accuracies and w_j the
+    larger of the two.
 
     Args:
         spec: The objective and its sets.
@@ -171,14 +188,14 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
         correct_b: Correctness of b, the same images in the same order, seeds paired by index.
     """
     weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
-    names = [name for name in weights_a if weights_a[name] or weights_b[name]]
+    weights = {name: max(w, weights_b[name]) for name, w in weights_a.items() if w or weights_b[name]}
     differences = {
-        name: weights_a[name] * np.asarray(correct_a[name], np.float64)
-        - weights_b[name] * np.asarray(correct_b[name], np.float64)
-        for name in names
+        name: weights_a[name] / w * np.asarray(correct_a[name], np.float64)
+        - weights_b[name] / w * np.asarray(correct_b[name], np.float64)
+        for name, w in weights.items()
     }
     pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
-    interval = crossed(differences, dict.fromkeys(names, 1.0), [a - b for a, b in pairs])
+    interval = crossed(differences, weights, [a - b for a, b in pairs])
     notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
     return _with_notes(interval, list(notes))
 
@@ -190,23 +207,17 @@ def values_by_seed(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
     return [spec.value({name: float(values[q]) for name, values in per_seed.items()}) for q in range(num_seeds)]
 
 
-def accuracy_interval(correct: npt.NDArray[np.bool_]) -> Interval:
-    """Returns the interval of one accuracy, correct [r, n]; with one seed the interval of Wilson."""
-    interval = crossed({"": correct}, {"": 1.0})
-    if interval.num_seeds > 1:
+def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
+    """Returns the interval of an accuracy, or of the mean over sets, correct [r, n] per set.
+
+    One set with one seed, or without any variation, gets the interval of Wilson.
+    """
+    sets = {f"set {number}": array for number, array in enumerate(correct)}
+    interval = _within_unit(crossed(sets, dict.fromkeys(sets, 1 / len(sets))))
+    varies = interval.standard_error > 0
+    if len(correct) > 1 or (interval.num_seeds > 1 and varies):
         return interval
-    return replace(interval, images_random=wilson(int(correct.sum()), correct.shape[1]))
-
-
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images."""
-    if num_images == 0:
-        return 0.0, 1.0
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    share = num_correct / num_images
-    centre = (share + z**2 / (2 * num_images)) / (1 + z**2 / num_images)
-    spread = math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2)) / (1 + z**2 / num_images)
-    return max(0.0, centre - z * spread), min(1.0, centre + z * spread)
+    return replace(interval, images_random=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
 
 
 def binomial_se(accuracy: float, num_images: int) -> float:
@@ -287,14 +298,46 @@ def _image_variance(array_rn: FloatArray) -> float:
     return max(0.0, (ms_image - residual_mean_square(array_rn)) / num_seeds) / num_images
 
 
-def _p_value(mean: float, variance: float, dof: float) -> float:
+def _widest(
+    mean: float, sources: Sequence[tuple[float, float]], image_variance: float, image_dof: int, per_image: float
+) -> tuple[float, float, float]:
+    """Returns the largest half-width over the V_s and d given, its degrees of freedom, and the largest p-value."""
+    found = []
+    for variance, dof in [each for each in sources if each[0] + image_variance > 0] or sources[:1]:
+        total = variance + image_variance
+        if total > 0:
+            dof = 1 / ((variance / total) ** 2 / dof + (image_variance / total) ** 2 / image_dof)
+        found.append((*_half_and_p(mean, total, dof, per_image), dof))
+    half, _, dof = max(found)
+    return half, dof, max(p for _, p, _ in found)
+
+
+def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> tuple[float, float]:
+    """Returns half-width and p-value of mean = 0: Student's t (normal with infinite ``dof``), or the rule of three."""
     if variance == 0:
-        return 1.0 if abs(mean) < _ZERO else 0.0
-    return 2 * float(stats.t.sf(abs(mean) / math.sqrt(variance), dof))
+        off = -math.log(1 - LEVEL) * per_image
+        return off, 1.0 if abs(mean) < _ZERO or per_image == 0 else math.exp(-abs(mean) / per_image)
+    error = math.sqrt(variance)
+    return float(stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
+
+
+def _or_zero(variance: float) -> float:
+    """Returns the variance, or 0 where it is rounding."""
+    return variance if variance > _ZERO**2 else 0.0
 
 
 def _around(mean: float, half: float) -> tuple[float, float]:
     return float(mean - half), float(mean + half)
+
+
+def _within_unit(interval: Interval) -> Interval:
+    """Returns the interval of a number from 0 to 1, its ends no further."""
+
+    def cut(ends: tuple[float, float]) -> tuple[float, float]:
+        return max(0.0, ends[0]), min(1.0, ends[1])
+
+    fixed = None if interval.images_fixed is None else cut(interval.images_fixed)
+    return replace(interval, images_fixed=fixed, images_random=cut(interval.images_random))
 
 
 def _sets_of(spec: ObjectiveSpec, values: ValuesBySet) -> dict[str, npt.NDArray[np.generic]]:

@@ -28,7 +28,6 @@ from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted
 
-FITTED = "Objectives are those of the fitted alpha curves; ID and OOD accuracy are measured at the chosen alpha."
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
 
 
@@ -135,6 +134,8 @@ def row_dict(row: TrialRow, best: TrialRow | None, study_dir: Path, own: Mapping
         "reason": row.reason,
         "alpha": row.alpha,
         "objective": row.objective,
+        "fitted": row.fitted,
+        "at_chance": row.at_chance,
         "metrics": row.metrics,
         "violations": violations(row.metrics),
         "on_front": row.standing > 0,
@@ -279,11 +280,6 @@ def last_epoch(folder: Path) -> int | None:
     return int(rows[-1].get("epoch", 0)) or None if rows else None
 
 
-def fitted_lines(rows: Sequence[TrialRow]) -> list[str]:
-    """Returns what must be said of the objectives of a table whose ID and OOD accuracies do not give them."""
-    return [FITTED] if any(row.is_fitted for row in rows) else []
-
-
 def status(overview: Overview) -> dict[str, Any]:
     """Returns what `status` tells, as plain data."""
     best, rows = overview.best, overview.rows
@@ -305,7 +301,6 @@ def status(overview: Overview) -> dict[str, Any]:
         "lines": [
             *front_lines(front_data(overview.recipe, overview.trials)),
             *constraint_lines(best),
-            *fitted_lines([*overview.baselines, *overview.trials]),
             *_failure_lines(overview.trials),
         ],
         "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
@@ -317,7 +312,7 @@ def status(overview: Overview) -> dict[str, Any]:
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
-        "ledger": _ledger(overview.study_dir),
+        "ledger": ledger(overview.study_dir),
         "budget": budget(overview),
         "times": {
             "created": _created(overview.study_dir),
@@ -340,7 +335,7 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     return foretold(overview.recipe.search.pruner, overview.trials)
 
 
-def _ledger(study_dir: Path) -> dict[str, Any]:
+def ledger(study_dir: Path) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
         problems = check_ledger(study_dir)
@@ -377,7 +372,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     return {
         "study": str(overview.study_dir),
         "num_trials": len(rows),
-        "lines": [*constraint_lines(overview.best), *fitted_lines([*overview.baselines, *overview.trials])],
+        "lines": constraint_lines(overview.best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "trials": [overview.data(row) for row in rows[:limit]],
     }

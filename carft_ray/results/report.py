@@ -316,8 +316,8 @@ def _brief(
 
 
 def _measured(best: TrialRow) -> str:
-    """Returns the objective that was measured at the chosen alpha, where that of the fitted curve is another."""
-    return f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.is_fitted else ""
+    """Returns the objective that was measured at the chosen alpha, where the one that ranks is of the fitted curve."""
+    return f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
 
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:

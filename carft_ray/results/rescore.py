@@ -33,7 +33,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.results.pareto import study_limits
 from carft_ray.search.folder import PREPARED
-from carft_ray.search.outcome import TrialRow
+from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_first
 
 NOTE = (
@@ -176,8 +176,8 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
 def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> Rescored:
     """Returns one finished trial or baseline under an objective, the way its training chose alpha.
 
-    A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays; else the curve over the recipe's grid
-    decides. Predictions at a chosen alpha off the grid, which the training added, are no point of the curve.
+    A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays; else the alphas decide that the training
+    chose from. Predictions at a chosen alpha between them, which the training added, are no point of the curve.
 
     Args:
         view: The study.
@@ -196,9 +196,10 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     if fixed is not None and not (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
         by_set, missed = _accuracies(table, spec, fixed), violations_at(table, bounds, fixed)
         return _rescored(AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed"), by_set, spec, missed)
-    grid, lowest = view.recipe.search.alpha.grid, view.recipe.search.alpha.lowest
-    on_grid = table.filter(np.isin(table["alpha"].to_numpy(), grid))
-    profile = alpha_profile(on_grid, spec, lowest, bounds)
+    lowest, measured = view.recipe.search.alpha.lowest, view.recipe.search.alpha.measured
+    result = {} if fixed is not None else read_result(folder_of(view.study_dir, row)) or {}
+    among = table.filter(np.isin(table["alpha"].to_numpy(), result.get("chosen_from", measured)))
+    profile = alpha_profile(among, spec, lowest, bounds)
     choice = profile.choice
     stored = set.intersection(*({*predictions.alphas(table, name)} for name in (spec.id_set, *spec.ood_sets)))
     if choice.alpha in stored:

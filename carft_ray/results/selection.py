@@ -8,7 +8,7 @@ Shape letters: N trials, n images of one set, r seeds, K candidates (trial, alph
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,6 +100,19 @@ def ranking_noise(
     upper = upper if len(upper) > 1 else np.arange(len(values))
     names = (spec.id_set, *spec.ood_sets)
     image = _residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in names})
+    pooled = seed_variances(spec, confirmed)
+    return Noise(image, max(0.0, pooled[0] - pooled[1]) if pooled else None)
+
+
+def seed_variances(spec: ObjectiveSpec, confirmed: Iterable[ValuesBySet]) -> tuple[float, float] | None:
+    """Returns the variance of J between seeds and its part sum_j w_j^2 MS_E_j / n_j, pooled over configurations.
+
+    By chance the first may be the smaller one. None where no configuration has two seeds.
+
+    Args:
+        spec: The objective.
+        confirmed: Per configuration its correctness over seeds, bool [r, n] per set.
+    """
     total = residual = dof = 0.0
     for by_set in confirmed:
         y = values_by_seed(spec, by_set)
@@ -107,7 +120,7 @@ def ranking_noise(
             total += (len(y) - 1) * float(np.var(y, ddof=1))
             residual += (len(y) - 1) * _residual_variance(spec, by_set)
             dof += len(y) - 1
-    return Noise(image, max(0.0, (total - residual) / dof) if dof else None)
+    return (total / dof, residual / dof) if dof else None
 
 
 def correct_best(objectives: Sequence[float], variance: float, num_draws: int = NUM_DRAWS, seed: int = 0) -> Correction:

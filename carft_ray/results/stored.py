@@ -3,7 +3,7 @@
 Shape letters: A alphas, r seeds, n images of one set; images are ordered by sample id, the same in every array.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,15 @@ def read_stored(
     rows = [*trials, *baselines]
     tables = [read_predictions(predictions_path(study_dir, row)) for row in rows]
     stored = [alphas(table, spec.id_set) for table in tables]
+    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
+    among = [
+        _choices(recipe, row, found, results[row.name]) if row.kind == "trial" else ()
+        for row, found in zip(rows, stored, strict=True)
+    ]
     asked = [
         (table, alpha)
-        for row, table, found in zip(rows, tables, stored, strict=True)
-        for alpha in (*(_choices(recipe, row, found) if row.kind == "trial" else ()), row.alpha or 0.0)
+        for row, table, choices in zip(rows, tables, among, strict=True)
+        for alpha in (*choices, row.alpha or 0.0)
     ]
     matrices = {name: correct_matrix(asked, name) for name in (spec.id_set, *spec.ood_sets)}
     calibrated = [limit.set_name for limit in bounds if limit.measure == "ece"]
@@ -89,14 +94,12 @@ def read_stored(
         return Candidate(name, of_alphas, correct, {each: found.take(taken) for each, found in gaps.items()})
 
     candidates, chosen, start = [], {}, 0
-    for row, found in zip(rows, stored, strict=True):
-        choices = _choices(recipe, row, found) if row.kind == "trial" else ()
+    for row, choices in zip(rows, among, strict=True):
         if choices:
             candidates.append(part(row.name, choices, start))
         chosen[row.name] = part(row.name, (row.alpha or 0.0,), start + len(choices))
         start += len(choices) + 1
     trained = [found for row, found in zip(rows, stored, strict=True) if row.name != ZERO_SHOT]
-    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
     moved = {name: float(result["moved"]) for name, result in results.items() if "moved" in result}
     return Stored(tuple(candidates), chosen, sum(alpha > 0 for found in trained for alpha in found), moved)
 
@@ -163,7 +166,7 @@ def found_analysis(study_dir: Path) -> dict[str, Any] | None:
     return content
 
 
-def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[float, ...]:
+def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float], result: Mapping[str, Any]) -> tuple[float, ...]:
     """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
 
     In a Pareto search they are all points of the training that may be on the front.
@@ -172,4 +175,4 @@ def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float]) -> tuple[flo
         return tuple(alpha for alpha in found if alpha >= recipe.search.alpha.lowest - 1e-9)
     if "alpha" in row.values or recipe.train.alpha is not None:
         return (row.alpha or 0.0,)
-    return tuple(alpha for alpha in found if alpha in recipe.search.alpha.grid)
+    return tuple(result.get("chosen_from", [alpha for alpha in found if alpha in recipe.search.alpha.measured]))

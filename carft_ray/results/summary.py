@@ -10,7 +10,7 @@ from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.foretold import foretold
 from carft_ray.results.intervals import headline, objective_difference
-from carft_ray.results.overview import STATES, fitted_lines, own_values, row_dict, state_at_rest
+from carft_ray.results.overview import STATES, own_values, row_dict, state_at_rest
 from carft_ray.results.pareto import front_data, front_lines, mean_words
 from carft_ray.results.stored import predictions_path
 from carft_ray.search.best import BEST, constraint_lines
@@ -55,11 +55,11 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
     best, front = result.best, front_data(recipe, result.trials)
-    value = f"objective {100 * (best.objective or 0):.1f} %"
+    value = f"objective {100 * (best.objective or 0):.1f} %{' (fitted)' if best.fitted else ''}"
     if front is not None:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
-    lines = [*front_lines(front), *constraint_lines(best), *fitted_lines([*result.baselines, *result.trials])]
+    lines = [*front_lines(front), *constraint_lines(best)]
     lines.append(f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.")
     rivals = [row for row in result.baselines if row.objective is not None]
     if rivals:

@@ -1,4 +1,4 @@
-"""The Pareto front of ID and OOD accuracy: points that no other one beats in both, and which of them is the best.
+"""The Pareto front of ID and OOD accuracy: points that no other one beats, and which of them is the best.
 
 A training has several points, one per evaluated alpha. The front of a study is over all points of all its complete
 trainings. Only points that meet all constraints take part; where none does, those that miss them least.
@@ -20,6 +20,7 @@ from carft_ray.search.outcome import TrialRow
 from carft_ray.words import counted
 
 FRONT = "front"  # user attribute of the Optuna study of a Pareto search: its ``FrontRule``
+TIE = 1e-12  # accuracies that differ by no more are of the same counts of images
 MAX_TOLD = 4  # further points of a training that the sampler is told of
 
 FloatArray = npt.NDArray[np.float64]
@@ -27,16 +28,29 @@ IntArray = npt.NDArray[np.int64]
 
 
 def non_dominated(points_N2: FloatArray) -> IntArray:
-    """Returns the indices of the points that no other one beats, by rising ID accuracy; of equal points the first.
+    """Returns the indices of the points that no other one beats, by rising ID accuracy, equal points by index.
 
-    A point is beaten by one that is at least as high in both and higher in one.
+    A point is beaten by one that is at least as high in both and higher in one; equal points do not beat each other.
+    Accuracies within 1e-12 are equal: equal counts of images differ by some 1e-16 when they come to their mean over
+    several sets in another way, and one image more by far more than 1e-12.
     """
     points_N2 = np.asarray(points_N2, np.float64).reshape(-1, 2)
-    kept: list[int] = []
-    for index in np.lexsort((np.arange(len(points_N2)), -points_N2[:, 1], -points_N2[:, 0])):
-        if not kept or points_N2[index, 1] > points_N2[kept[-1], 1]:
-            kept.append(int(index))
-    return np.asarray(kept[::-1], np.int64)
+    if not len(points_N2):
+        return np.zeros(0, np.int64)
+    ids_N, oods_N = _ranks(points_N2[:, 0]), _ranks(points_N2[:, 1])
+    highest = np.full(ids_N.max() + 2, -1)  # OOD rank per ID rank; the last one stands for none
+    np.maximum.at(highest, ids_N, oods_N)
+    beyond = np.maximum.accumulate(highest[::-1])[::-1]  # of this ID rank or a higher one
+    kept = np.flatnonzero((oods_N == beyond[ids_N]) & (oods_N > beyond[ids_N + 1]))
+    return kept[np.argsort(ids_N[kept], kind="stable")]
+
+
+def _ranks(values_N: FloatArray) -> IntArray:
+    """Returns the rank of each value among the different ones, 0 the lowest; neighbours within ``TIE`` are the same."""
+    order = np.argsort(values_N, kind="stable")
+    ranks = np.zeros(len(values_N), np.int64)
+    ranks[order[1:]] = np.cumsum(np.diff(values_N[order]) > TIE)
+    return ranks
 
 
 def knee(front_F2: FloatArray) -> int:
@@ -54,6 +68,8 @@ def knee(front_F2: FloatArray) -> int:
     if len(front_F2) < 3:
         return 0
     low, high = front_F2.min(axis=0), front_F2.max(axis=0)
+    if (high - low <= TIE).any():  # all points are equal
+        return 0
     distances = ((front_F2 - low) / (high - low)).sum(axis=1)
     return int(np.flatnonzero(distances >= distances.max() - 1e-12)[0])
 
@@ -151,7 +167,8 @@ def front_of(rows: Iterable[TrialRow]) -> list[Point]:
     """Returns the front over all points of the complete trainings, by rising ID accuracy; see the module."""
     points = points_of(rows)
     missed = [total_violation(point.metrics) for point in points]
-    taking_part = [point for point, each in zip(points, missed, strict=True) if each <= min(missed)]
+    least = min(missed, default=0.0) + TIE
+    taking_part = [point for point, each in zip(points, missed, strict=True) if each <= least]
     return [taking_part[index] for index in non_dominated(_pairs(taking_part))]
 
 

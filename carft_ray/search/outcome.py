@@ -7,6 +7,7 @@ all. A worker writes them, the driver reads them before it tells the study.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -30,6 +31,7 @@ CUT = "cut.json"  # the driver's word that the pruner has cut the training; it r
 ALIVE = "alive.json"  # while an attempt runs: its process and nodes; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
+_LONG_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{5,}(?:[eE][-+]?\d+)?(?![\w.])")
 FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
@@ -62,10 +64,13 @@ class TrialRow:
     """A training of a study as tables show it. Accuracies and objective are fractions.
 
     Attributes:
+        fitted: The objective is that of the fitted alpha curve; the metrics are measured.
+        at_chance: The fine-tuned weights alone, alpha 1, are at chance; others of the curve are above.
         outside: The search space has changed since, and the sampler looks at this trial no more.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``search.front``).
+        late_cut: Of a complete training that the pruner would have cut, but that had ended by then: why.
     """
 
     kind: Kind
@@ -84,17 +89,14 @@ class TrialRow:
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
     looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    fitted: bool = False
+    at_chance: bool = False
     set_aside: bool = (
         False  # its attempts were lost without advancing, so it is left to the next search; see ``reason``
     )
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether its objective is that of the fitted alpha curve and not the one measured at its alpha, in 0.1 %."""
-        measured = self.metrics.get("objective", self.objective)
-        return None not in (measured, self.objective) and f"{measured:.3f}" != f"{self.objective:.3f}"
+    late_cut: str = ""
 
     @cached_property
     def violation(self) -> float:
@@ -136,7 +138,7 @@ class Failure:
             device or disk failed, and another attempt follows. ``memory`` is none: the micro-batch was too large for
             the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe are at fault
             and every other trial would end the same way, so the search stops.
-        reason: One line.
+        reason: One line; written with its numbers ``rounded``.
         attempt: The attempt that failed.
         exit_code: Of the error.
         details: Of ``lost``: tracebacks of the workers that were left, for the log.
@@ -174,6 +176,16 @@ def trial_name(number: int, values: Mapping[str, Any]) -> str:
     return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
+def rounded(text: str) -> str:
+    """Returns text with its long decimal numbers rounded to four digits, as a line for a table has them."""
+    return _LONG_NUMBER.sub(lambda found: _short(found[0]), text)
+
+
+def _short(number: str) -> str:
+    value = float(number)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Returns the content of ``result.json`` when it is there and valid: known version, finite objective."""
     content = _read(folder / RESULT)
@@ -203,7 +215,8 @@ def write_failure(folder: Path, failure: Failure, details: str = "") -> None:
         StorageError: The folder cannot be written.
     """
     if failure.outcome != "lost":
-        append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{details.rstrip()}")
+        line = f"attempt {failure.attempt}: {failure.outcome}: {rounded(failure.reason)}"
+        append_log(folder, f"{line}\n{details.rstrip()}")
     if read_failure(folder, failure.attempt) is None:
         replace_failure(folder, failure)
 
@@ -214,7 +227,8 @@ def replace_failure(folder: Path, failure: Failure) -> None:
     Raises:
         StorageError: The folder cannot be written.
     """
-    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **asdict(failure)})
+    content = {**asdict(failure), "reason": rounded(failure.reason)}
+    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **content})
 
 
 def progress_of(folder: Path) -> list[int]:

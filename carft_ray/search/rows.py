@@ -23,6 +23,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told 
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
+LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 
@@ -145,6 +146,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
         alpha=attributes.get("alpha"),
+        fitted=attributes.get("fitted", False),
+        at_chance=attributes.get("at_chance", False),
         metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
@@ -153,6 +156,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         looks=looks_of(trial),
         spent_s=seconds_of(attributes),
         gpu_s=gpu_seconds_of(attributes),
+        late_cut=attributes.get(LATE_CUT, ""),
         set_aside=not finished and bool(attributes.get(SET_ASIDE)),
     )
 

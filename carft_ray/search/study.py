@@ -7,7 +7,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
-| not finite; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
+| not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | stopped; driver killed | running | nothing: RUNNING until it is adopted |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
@@ -64,10 +64,12 @@ from carft_ray.search.outcome import (
     read_cut,
     read_failure,
     read_result,
+    rounded,
     trial_name,
     write_cut,
 )
 from carft_ray.search.rows import (
+    LATE_CUT,
     LOOK_ATTRIBUTE,
     SET_ASIDE,
     TRAINING_OF,
@@ -227,7 +229,8 @@ class Study:
         """Notes a look at a running trial, and decides whether its training is cut there.
 
         The decision lies in the trial's folder before the look is in the study, so a kill in between loses neither. A
-        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut. Of a
+        training that has ended, the study notes that the cut would have come too late (``LATE_CUT``).
 
         Args:
             spec: The attempt; trainings beside the search are never cut.
@@ -247,17 +250,22 @@ class Study:
         cut = read_cut(folder)
         if cut is not None and percent > cut.percent:
             return None
-        mine, reason = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None
-        if cut is None and not files.exists(folder / RESULT):
+        mine, reason, late = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None, None
+        if cut is None:
             others = [trial for trial in known.values() if trial.number != spec.number]
             reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            if reason is not None and files.exists(folder / RESULT):
+                reason, late = None, reason
             if reason is not None:
                 write_cut(folder, Cut(spec.attempt, percent, reason))
+        trial = self._trials[spec.kind, spec.number]
         with self._writing():
+            if late is not None and LATE_CUT not in trial.user_attrs:
+                trial.set_user_attr(LATE_CUT, late)
             if len(study.directions) == 1:
-                self._trials[spec.kind, spec.number].report(value, percent)
+                trial.report(value, percent)
             else:  # Optuna takes no intermediate values of a trial with two objectives
-                self._trials[spec.kind, spec.number].set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
+                trial.set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
         known[spec.number] = mine
         return reason
 
@@ -290,7 +298,10 @@ class Study:
         if result is not None:
             self._check_measured(spec, result)
             lowest = self.recipe.search.alpha.lowest if spec.kind == "trial" and self._rule else None
-            return self._tell(spec, TrialState.COMPLETE, result_attributes(result, lowest), result["objective"])
+            found = result_attributes(result, lowest)
+            if (cut := read_cut(folder)) is not None:
+                found[LATE_CUT] = cut.reason
+            return self._tell(spec, TrialState.COMPLETE, found, result["objective"])
         cut = read_cut(folder)
         if cut is not None:
             return self._tell(spec, TrialState.PRUNED, {"outcome": "pruned", "reason": cut.reason})
@@ -334,7 +345,7 @@ class Study:
         Returns:
             Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
-        folder, trial = spec.folder(self.study_dir), self._trials[spec.kind, spec.number]
+        folder, trial, reason = spec.folder(self.study_dir), self._trials[spec.kind, spec.number], rounded(reason)
         append_log(folder, "\n".join([f"attempt {spec.attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
         before, now = trial.user_attrs.get(LOST) or {}, progress_of(folder)
         advanced = now > before.get("progress", [0, 0])
