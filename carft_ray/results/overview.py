@@ -312,7 +312,7 @@ def status(overview: Overview) -> dict[str, Any]:
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
-        "ledger": _ledger(overview.study_dir),
+        "ledger": ledger(overview.study_dir),
         "budget": budget(overview),
         "times": {
             "created": _created(overview.study_dir),
@@ -335,7 +335,7 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     return foretold(overview.recipe.search.pruner, overview.trials)
 
 
-def _ledger(study_dir: Path) -> dict[str, Any]:
+def ledger(study_dir: Path) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
         problems = check_ledger(study_dir)
