@@ -677,7 +677,7 @@ def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(s
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    for folder in (tmp_path / "file", tmp_path / "file" / "study", Path("/proc/study")):
+    for folder in (tmp_path / "file" / "study", Path("/proc/study")):
         with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe(), BASE):
             pass
         assert caught.value.exit_code == 5
