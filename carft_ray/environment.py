@@ -128,10 +128,16 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
 
 def hardware() -> dict[str, Any]:
     """Returns ``platform``, ``cpu`` (the model) and ``cores`` of this machine."""
-    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": os.cpu_count()}
+    return {"platform": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count()}
 
 
-def _cpu_model() -> str:
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """Returns the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux

@@ -24,13 +24,13 @@ from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
+from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
 from carft_ray.learning.catalog import check_model, model_warnings
 from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
 from carft_ray.learning.tower import num_trained, recipe_problems, training_bytes
@@ -226,14 +226,15 @@ def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagno
 
 
 def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+    recipe = on_all_cores(recipe)
     torch.set_num_threads(num_threads(recipe))
     materials = None if quick else load_materials(recipe, base_dir)
     clip = load_clip(recipe.model, base_dir) if materials is None else materials.clip
     words = class_names(recipe, base_dir)
     prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
     _judge_words(clip, words, prompts, found)
-    say(f"embedding {len(words) * len(prompts)} sentences for the heads")
-    class_head_CD, context_head_TD = build_heads(clip.model, clip.tokenizer, words, prompts)
+    heads = cached_heads(recipe, base_dir, clip, words, prompts, device_of(recipe), say)
+    class_head_CD, context_head_TD = heads["class_head"], heads["context_head"]
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())
     impossible = recipe_problems(visual, recipe)

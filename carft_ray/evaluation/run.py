@@ -20,12 +20,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
+from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
@@ -35,7 +36,6 @@ from carft_ray.evaluation.scalars import EventFile
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
@@ -67,6 +67,12 @@ def device_of(recipe: Recipe) -> torch.device:
 def num_threads(recipe: Recipe) -> int:
     """Returns the torch threads of a worker."""
     return recipe.resources.threads_per_worker
+
+
+def on_all_cores(recipe: Recipe) -> Recipe:
+    """Returns the recipe for what runs alone on a machine: with a torch thread for each core that it may use."""
+    threads = environment.usable_cores()
+    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": threads})})
 
 
 def prepare(
@@ -104,13 +110,8 @@ def prepare(
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
-        say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
         clip, device = materials.clip, device_of(recipe)
-        class_head_CD, context_head_TD = build_heads(
-            clip.model.to(device), clip.tokenizer, materials.class_names, materials.templates
-        )
-        clip.model.to("cpu")
-        heads = {"class_head": class_head_CD.cpu(), "context_head": context_head_TD.cpu()}
+        heads = cached_heads(recipe, base_dir, clip, materials.class_names, materials.templates, device, say)
         with files.new_file(folder / "heads.safetensors") as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
