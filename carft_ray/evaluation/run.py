@@ -1,6 +1,6 @@
 """One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
 
-    out_dir/{metrics.jsonl, tensorboard/, checkpoint/, fine_tuned.safetensors,
+    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard), checkpoint/, fine_tuned.safetensors,
              predictions/validation.parquet, result.json}
 
 ``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
@@ -32,7 +32,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.scalars import EventFile
+from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.context import RunContext
@@ -49,7 +49,6 @@ __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_trai
 RESULT_VERSION = 1
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 WEIGHTS = "fine_tuned.safetensors"
 # A look during a training is the best of these: at alpha 1 alone it told nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
@@ -260,7 +259,7 @@ def _train(
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
     told = told_with_numbers(recipe.train, materials.clip.image_size, device, context.world_size)
-    with told, _recorder(out_dir, context) as recorded:
+    with told, _recorder(out_dir, run_folder(out_dir, recipe), context) as recorded:
         state = fine_tune(
             materials.clip,
             heads["class_head"],
@@ -282,18 +281,18 @@ def _train(
 
 
 @contextlib.contextmanager
-def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
-    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
+def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
+    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, all to TensorBoard."""
     opened: list[EventFile] = []
     metrics_path = out_dir / METRICS
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
         if not opened:  # what a killed attempt wrote from this step on is void
-            opened.append(EventFile(out_dir / TENSORBOARD, purge_step=step))
+            opened.append(EventFile(events_dir, purge_step=step))
         for name, value in row.items():
             if name not in ("step", "num_steps"):
-                opened[0].scalar(f"train/{name}", value, step)
+                opened[0].scalar(tag_of(name), value, step)
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
@@ -304,7 +303,7 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
         files.append_line(metrics_path, json.dumps(row))
         for name, value in row.items():
             if name.startswith("subset/"):
-                opened[0].scalar(name, value, int(row["step"]))
+                opened[0].scalar(tag_of(name), value, int(row["step"]))
         context.report(row)
 
     try:
@@ -332,7 +331,7 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
     rows = files.read_json_lines(out_dir / METRICS)
-    events = EventFile(out_dir / TENSORBOARD)
+    events = EventFile(run_folder(out_dir, recipe))
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
