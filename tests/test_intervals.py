@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.intervals import (
     OVER_IMAGES,
@@ -21,7 +22,6 @@ from carft_ray.results.intervals import (
     paired_differences,
     rank_correlation,
     regret,
-    wilson,
 )
 
 FIXTURE = {

@@ -18,6 +18,7 @@ from suggestions import check_suggestions
 
 from carft_ray.data.arrays import image_set
 from carft_ray.data.sets import class_folders, open_source
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, read_predictions
 from carft_ray.evaluation.run import run_training
 from carft_ray.learning.context import RunContext
@@ -25,7 +26,6 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.confirm import PlanRow, Stage, training_name, write_plan
 from carft_ray.results.confirmed import summarise
-from carft_ray.results.intervals import wilson
 from carft_ray.results.trained import open_trained
 from carft_ray.search.folder import study_lock
 from carft_ray.search.ledger import read_ledger, require_unread

@@ -300,7 +300,7 @@ def _compare(first: _Set, mine: Signatures, second: _Set, theirs: Signatures) ->
     examples = "; ".join(f"{one} and {other}" for one, other in pairs)
     rule = f"a set has one role and must not share images with {first.place}"
     value = f"{len(shared)} of {len(theirs.digests)} images in both ({how}): {examples}"
-    step = "Give each role images of its own: remove the shared ones from one of the two sets."
+    step = f"Give each role images of its own: remove the shared ones from {first.place} or from {second.place}."
     return [Problem(second.place, rule, value, next_step=step)]
 
 

@@ -93,7 +93,10 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
             ]
             for other_place in dict.fromkeys(others):
                 rule = f"a set has one role and must not share images with {other_place}"
-                problems.append(Problem(place, rule, held, next_step="Give each role images of its own."))
+                step = (
+                    f"Give {place} images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1]."
+                )
+                problems.append(Problem(place, rule, held, next_step=step))
             seen.append((spec, role, place, held))
     return problems
 
@@ -300,7 +303,8 @@ def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
 def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
-        problems.append(Problem("data.train", "there must be at least two classes", str(len(classes))))
+        step = "Classes are the folders below the domains: look whether data.train.path is one level too deep."
+        problems.append(Problem("data.train", "there must be at least two classes", str(len(classes)), next_step=step))
     spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
         size = spec.num_per_class * len(classes)

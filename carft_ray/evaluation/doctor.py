@@ -5,7 +5,6 @@ the zero-shot model is measured on ``id_val`` and on each OOD validation set, si
 a shift at all, and whether class words and preprocessing are right.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
 from carft_ray.learning.catalog import check_model, model_warnings
@@ -42,6 +42,11 @@ from carft_ray.recipe.text import dotted
 Level = Literal["error", "warning", "note"]
 
 FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
+TRY_FIRST = (
+    "Try first: prompts.class_names (words that a caption would have; in the order of the labels, which is that of the "
+    "class folders), prompts.templates (sentences that fit the images), and `carft-ray model NAME` (its own "
+    "normalisation and activation)."
+)
 SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
 
 
@@ -155,7 +160,10 @@ def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
         "versions": environment.versions(),
     }
     if not os.access(there, os.W_OK):
-        found.add("error", Problem("data.cache_dir", "must be a folder that may be written", str(cache)))
+        step = "Name another one in data.cache_dir."
+        found.add(
+            "error", Problem("data.cache_dir", "must be a folder that may be written", str(cache), next_step=step)
+        )
 
 
 def _class_list(recipe: Recipe, base_dir: Path) -> tuple[str, ...] | None:
@@ -210,13 +218,14 @@ def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagno
     if checkup.num_unreadable:
         skipped = on_bad_image == "skip"
         rule = "every image must be readable"
-        step = "They will be skipped." if skipped else "Mend or remove them, or write on_bad_image: skip."
+        step = "They will be skipped." if skipped else f"Mend or remove them, or write {place}.on_bad_image: skip."
         first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable)
         value = f"{checkup.num_unreadable} of {checkup.num_images} that are not, such as {first}"
         found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
     if checkup.contradictions:
         value = f"the same image under two labels: {checkup.contradictions[0]}"
-        found.add("warning", Problem(place, "an image must have one label", value))
+        step = "Remove the one that is wrong."
+        found.add("warning", Problem(place, "an image must have one label", value, next_step=step))
     if checkup.num_twice:
         value = f"{checkup.num_twice} of {checkup.num_images} images that repeat an earlier one"
         found.add("note", Problem(place, "an image counts as often as it is there", value))
@@ -258,7 +267,8 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
     memory = found.machine["memory_gb"]
     if found.machine["device"] == "cpu" and found.model["training_memory_gb"] > memory:
         value = f"{found.model['training_memory_gb']} GB for the weights alone, of {memory} GB"
-        found.add("error", Problem("model.name", "a training must fit into memory", value))
+        step = "Take a smaller model, or train less of it: train.freeze_layers or train.lora_rank."
+        found.add("error", Problem("model.name", "a training must fit into memory", value, next_step=step))
     sizes = {place: one["short_side"] for place, one in found.sets.items() if one.get("short_side")}
     small = [place for place, size in sizes.items() if size["median"] < clip.image_size / 2]
     if small:
@@ -274,7 +284,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
     for word, labels in same_words(words).items():
         rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot tell apart: labels {labels}"
-        found.add("note", Problem("prompts.class_names", rule))
+        found.add("note", Problem("prompts.class_names", rule, next_step="Give them words that differ."))
     # what is cut off makes no difference: a sentence that is whole differs from itself with a word more
     longest = sorted(words, key=len)[-3:]
     cut = [
@@ -286,7 +296,9 @@ def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found
     if cut:
         length = clip.tokenizer(["x"]).shape[1]
         rule = f"sentences must be shorter than the {length} tokens that the model reads"
-        found.add("warning", Problem("prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}"))
+        step = "Shorten prompts.templates or prompts.class_names."
+        value = f"{len(cut)} that are cut off, such as {cut[0]!r}"
+        found.add("warning", Problem("prompts", rule, value, next_step=step))
 
 
 def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found: Diagnosis) -> None:
@@ -335,16 +347,13 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
         zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
     """
     id_val, findings = zero_shot["id_val"], []
-
-    def error_of(one: Mapping[str, float]) -> float:
-        return math.sqrt(one["accuracy"] * (1 - one["accuracy"]) / one["num_images"])
-
     for name, one in zero_shot.items():
-        if one["accuracy"] < one["chance"] + 2 * error_of(one):
-            rule = f"zero-shot must be two standard errors above chance ({100 * one['chance']:.1f} %)"
-            step = "Look at the order of the classes, the class words, and the activation of the model."
-            value = f"{100 * one['accuracy']:.1f} +- {100 * error_of(one):.1f} % of {one['num_images']} images"
-            findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
+        number = int(one["num_images"])
+        low, high = wilson(round(one["accuracy"] * number), number)
+        if low <= one["chance"]:
+            rule = f"zero-shot must be above chance ({100 * one['chance']:.1f} %)"
+            value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {number} images"
+            findings.append(Finding("warning", Problem(name, rule, value, next_step=TRY_FIRST)))
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
             rule = f"no harder than id_val for the zero-shot model: {numbers}"

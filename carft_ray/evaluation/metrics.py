@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import stats
 
 from carft_ray.data.source import IntArray
 from carft_ray.errors import DataError, Problem
@@ -358,3 +359,14 @@ def bootstrap_interval(
     ]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images."""
+    if num_images == 0:
+        return 0.0, 1.0
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    share = num_correct / num_images
+    centre = (share + z**2 / (2 * num_images)) / (1 + z**2 / num_images)
+    spread = math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2)) / (1 + z**2 / num_images)
+    return max(0.0, centre - z * spread), min(1.0, centre + z * spread)

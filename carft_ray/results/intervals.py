@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 
 OVER_SEEDS = "over seeds, these images"
@@ -196,17 +197,6 @@ def accuracy_interval(correct: npt.NDArray[np.bool_]) -> Interval:
     if interval.num_seeds > 1:
         return interval
     return replace(interval, images_random=wilson(int(correct.sum()), correct.shape[1]))
-
-
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """Returns the 95 % score interval of a proportion (Wilson 1927); (0, 1) without images."""
-    if num_images == 0:
-        return 0.0, 1.0
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    share = num_correct / num_images
-    centre = (share + z**2 / (2 * num_images)) / (1 + z**2 / num_images)
-    spread = math.sqrt(share * (1 - share) / num_images + z**2 / (4 * num_images**2)) / (1 + z**2 / num_images)
-    return max(0.0, centre - z * spread), min(1.0, centre + z * spread)
 
 
 def binomial_se(accuracy: float, num_images: int) -> float:
