@@ -160,6 +160,8 @@ SICK = [
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "error", "data.ood_test.secret: a set has one role and must not share images with data.train"),
+    (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
+    (None, ("data.cache_dir=/proc/cache",), "error", "data.cache_dir: must be a folder that may be written, but got"),
     (None, ("data.id_val.domains=[vla]",), "error", "data.id_val: a domain must be a folder of"),
     (None, ("data.ood_val.fog.domains=[val]",), "error", "must not share images with data.id_val"),
     (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
@@ -192,7 +194,7 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
     assert bool(found.errors) == (level == "error")
     for problem in found.errors:  # the way on: a step, names that would do, or the key itself that is wrong
         keys = re.findall(
-            r"\b(?:data|model|train|prompts)(?:\.[a-z_]+)+|Rename|Add images|carft-ray", problem.next_step
+            r"\b(?:data|model|train|prompts)(?:\.[a-z_]+)+|classes: some|Rename|Add images|carft-ray", problem.next_step
         )
         assert keys or problem.allowed or problem.place.startswith(("train.", "prompts.", "model.")), str(problem)
 

@@ -78,5 +78,8 @@ def _tell(found: Any, console: Any) -> None:
         elif finding.level == "warning":
             console.warn(str(finding.problem))
     if not found.errors:
-        counts = [sum(one.level == level for one in found.findings) for level in ("warning", "note")]
-        console.say(f"No error, {counts[0]} warnings, {counts[1]} notes.")
+        levels = [finding.level for finding in found.findings]
+        counts = [
+            f"{levels.count(level)} {level}{'' if levels.count(level) == 1 else 's'}" for level in ("warning", "note")
+        ]
+        console.say(f"No error, {counts[0]}, {counts[1]}.")

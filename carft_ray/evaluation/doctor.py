@@ -7,6 +7,7 @@ a shift at all, and whether class words and preprocessing are right.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ def examine(
 
 def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
     cache = cache_dir(recipe, base_dir)
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     found.machine = {
         "device": str(device_of(recipe)),
@@ -159,11 +160,12 @@ def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
         "cache_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
         "versions": environment.versions(),
     }
-    if not os.access(there, os.W_OK):
-        step = "Name another one in data.cache_dir."
-        found.add(
-            "error", Problem("data.cache_dir", "must be a folder that may be written", str(cache), next_step=step)
-        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()  # a system may forbid what the rights of a folder allow
+    except OSError as error:
+        rule, step = "must be a folder that may be written", "Name another one in data.cache_dir."
+        found.add("error", Problem("data.cache_dir", rule, f"{cache}: {error.strerror}", next_step=step))
 
 
 def _class_list(recipe: Recipe, base_dir: Path) -> tuple[str, ...] | None:
@@ -276,7 +278,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
         rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {sides}"
         found.add("note", Problem("model", rule))
     if materials is not None:
-        say(f"measuring the zero-shot model on {num_images} images of each validation set")
+        say(f"measuring the zero-shot model on up to {num_images} images of each validation set")
         _measure(recipe, materials, class_head_CD, context_head_TD, num_images, found)
     _judge_contexts(context_head_TD, prompts, found)
 
