@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,13 @@ def source_digest(folder: Path = PACKAGE_DIR) -> str:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and of the libraries on which numbers depend; None for one that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    return {"python": platform.python_version(), **versions_of(LIBRARIES)}
+
+
+def versions_of(libraries: Sequence[str]) -> dict[str, str | None]:
+    """Returns the versions of libraries; None for one that is missing."""
+    found: dict[str, str | None] = {}
+    for name in libraries:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

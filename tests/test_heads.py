@@ -140,6 +140,18 @@ def test_of_two_that_ask_at_once_one_embeds_and_both_get_the_heads(tmp_path, wor
     assert torch.equal(found[0]["class_head"], found[1]["class_head"])
 
 
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_second_pass(tmp_path, words, tiny_clip, caplog):
+    (tmp_path / "cache").write_text("no folder")
+    found = kept(tmp_path, tiny_clip)
+    assert words.passes == len(TEMPLATES)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "The heads are not kept for the next command"
+    ]
+    assert torch.equal(
+        found["class_head"], build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)[0]
+    )
+
+
 def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip, capsys):
     kept(tmp_path, tiny_clip)
     (entry,) = list_entries(tmp_path / "cache")

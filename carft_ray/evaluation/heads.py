@@ -5,10 +5,10 @@ templates and class words), the device, its threads and its precision, and the v
 """
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from carft_ray import environment
 from carft_ray.data import cache
 from carft_ray.data.sets import cache_dir
+from carft_ray.errors import StorageError
 from carft_ray.evaluation.origin import device_name
 from carft_ray.files import fsync_file
 from carft_ray.learning.clip import Clip
@@ -28,9 +29,9 @@ from carft_ray.recipe.schema import Recipe
 
 FORMAT_VERSION = 1
 IN_CACHE = "the heads are in the cache"  # what is told then
-LIBRARIES = ("torch", "open_clip_torch", "transformers", "timm")
 FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # how far the embedding is, is told
 
+_log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
@@ -56,20 +57,23 @@ def cached_heads(
         device: Where they are embedded, with the threads that torch has now.
         say: Told what is done, and how long it will take where it takes more than a moment.
 
-    Raises:
-        StorageError: The cache cannot be written.
+    Returns:
+        The heads. Where the cache cannot be written, they are embedded for this call alone, after a warning.
     """
     number = len(templates) * len(class_names)
-    embedded: list[bool] = []
+    embedded: dict[str, Tensor] = {}
+
+    def embed() -> dict[str, Tensor]:
+        if not embedded:
+            say(f"embedding {number} sentences for the heads")
+            told = told_time_left(say)
+            heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress=told)
+            clip.model.to("cpu")
+            embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())
+        return embedded
 
     def build(path: Path) -> dict[str, Any]:
-        embedded.append(True)
-        say(f"embedding {number} sentences for the heads")
-        heads = build_heads(
-            clip.model.to(device), clip.tokenizer, class_names, templates, on_progress=told_time_left(say)
-        )
-        clip.model.to("cpu")
-        rows_MD = torch.cat(heads).cpu().numpy()
+        rows_MD = torch.cat(list(embed().values())).numpy()
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows_MD.reshape(-1)), rows_MD.shape[1])
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema({"row": column.type})) as writer:
             writer.write_batch(pa.record_batch({"row": column}))
@@ -84,7 +88,11 @@ def cached_heads(
         return {"class_head": rows_MD[: len(class_names)].clone(), "context_head": rows_MD[len(class_names) :].clone()}
 
     folder = cache_dir(recipe, base_dir)
-    heads = cache.entry(folder, _key(clip, class_names, templates, device), read, build, recipe.data.cache_gb)
+    try:
+        heads = cache.entry(folder, _key(clip, class_names, templates, device), read, build, recipe.data.cache_gb)
+    except StorageError as error:  # a cache that others have filled may be only read
+        _log.warning("The heads are not kept for the next command: %s", error)
+        return embed()
     if not embedded:
         say(f"{IN_CACHE}: {number} sentences")
     return heads
@@ -98,19 +106,10 @@ def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], devic
     computed = [device_name(device), torch.get_float32_matmul_precision(), BATCH_SIZE]
     if device.type == "cpu":
         computed += [environment.cpu_model(), torch.get_num_threads()]
+    versions = environment.versions_of(("torch", "open_clip_torch", "transformers", "timm"))
     # neither the architecture's options nor its modules tell everything: an activation may be in one of them alone
     model = [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
-    return cache.key_of(["heads", FORMAT_VERSION, model, tokens.hexdigest(), computed, _versions()])
-
-
-def _versions() -> list[str]:
-    found = []
-    for name in LIBRARIES:
-        try:
-            found.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            found.append("")
-    return found
+    return cache.key_of(["heads", FORMAT_VERSION, model, tokens.hexdigest(), computed, versions])
 
 
 def told_time_left(say: Say, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:

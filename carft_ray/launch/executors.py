@@ -187,9 +187,11 @@ def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> d
     room = plan.capacity
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     path, told = plan.study_dir / RAY_FILES / DOING, ""
+    shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
-        pending = task.remote(plan)
-        while not ray.wait([pending], timeout=STOP_CHECK_S)[0]:
+        pending, ended = task.remote(plan), False
+        while not ended:
+            ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
                 if (text := path.read_text()) != told:
                     told = text

@@ -91,7 +91,7 @@ def train_once(
                 from carft_ray.launch.train import train_with_ray
 
                 say(f"training with {recipe.resources.num_workers} Ray Train workers")
-                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
+                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report, say=say)
                 zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
