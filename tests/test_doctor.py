@@ -221,6 +221,12 @@ def test_several_errors_are_told_at_once_with_exit_code_4_and_no_traceback(here,
     assert "train" in told.out
 
 
+def test_where_no_set_can_be_read_there_is_no_table(here, capsys):
+    shutil.rmtree(here / "images")
+    assert call(["doctor", "r.yaml"]) == 4
+    assert capsys.readouterr().out == ""
+
+
 def test_json_is_one_document_in_sickness_and_in_health(here, capsys):
     assert call(["doctor", "r.yaml", "--json"]) == 0
     healthy = json.loads(capsys.readouterr().out)

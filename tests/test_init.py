@@ -196,6 +196,8 @@ WRONG = [
     ),
     (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out, but got 'x'"),
     (["--preset", "pacs", "--train", "x"], 2, "--train: belongs to --from"),
+    (["--preset", "pacs", "--model", "sandbox"], 2, "--model: belongs to --from"),
+    (["--preset", "pacs", "--pretrained", "openai"], 2, "--pretrained: belongs to --from"),
     (["--from", "nowhere"], 4, "nowhere: must be a folder that can be read"),
     (["--from", "tree", "--train", "foto"], 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
     (["--from", "tree", "--to", "r.yaml", "--model", "ViT-B-33"], 2, "--model: must be 'sandbox', 'local-dir:FOLDER'"),

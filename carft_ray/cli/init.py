@@ -48,7 +48,9 @@ def init(
     from carft_ray import console
     from carft_ray.recipe.presets import preset_text, presets
 
-    _check_options(from_, preset, list_, hold_out, {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test})
+    of_folder: dict[str, object] = {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test}
+    of_folder |= {"--model": model if model != MODEL else None, "--pretrained": pretrained}
+    _check_options(from_, preset, list_, hold_out, of_folder)
     if list_:
         if json_:
             console.print_json(presets())
@@ -100,7 +102,7 @@ def init(
 
 
 def _check_options(
-    from_: Path | None, preset: str | None, list_: bool, hold_out: str | None, roles: dict[str, object]
+    from_: Path | None, preset: str | None, list_: bool, hold_out: str | None, of_folder: dict[str, object]
 ) -> None:
     """Raises a ``UsageError`` for options that do not go together."""
     if sum((from_ is not None, preset is not None, list_)) != 1:
@@ -110,7 +112,7 @@ def _check_options(
     if hold_out is not None and preset is None:
         problems.append(Problem("--hold-out", "belongs to --preset"))
     if from_ is None:
-        problems += [Problem(option, "belongs to --from") for option, given in roles.items() if given]
+        problems += [Problem(option, "belongs to --from") for option, given in of_folder.items() if given]
     if problems:
         raise UsageError(problems)
 
