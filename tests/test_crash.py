@@ -91,7 +91,7 @@ def metrics(folder):
 def files(folder):
     """Names of all that a training leaves, but for TensorBoard's files: each attempt has its own."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
-    return {str(name) for name in names if name.parts[1] != "tensorboard"}
+    return {str(name) for name in names if "events.out.tfevents" not in name.name}
 
 
 def differences(folder, other):

@@ -588,6 +588,12 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
     result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
     with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as caught:
         open_trained(study_dir, row.name)
+    for written in ("0", "t0", "t0000"):  # as other commands take them
+        with pytest.raises(StorageError) as by_number:
+            open_trained(study_dir, written)
+        assert str(by_number.value) == str(caught.value)
+    with pytest.raises(UsageError, match="--trial: must be the number or name of a trial or baseline, but got '7'"):
+        open_trained(study_dir, "7")
     step = str(caught.value).splitlines()[1].strip()
     words = shlex.split(step.removeprefix("Train it again: carft-ray train "))
     given = typer.main.get_command(app).commands["train"].make_context("train", words).params

@@ -167,7 +167,7 @@ def _run(
     """Prepares and trains; returns which limit of the budget ended it, if one did."""
     plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
     on_event(Preparing())
-    metrics = run_prepare(plan)
+    metrics = run_prepare(plan, lambda text: on_event(Preparing(text)))
     record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)

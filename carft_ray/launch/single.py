@@ -8,7 +8,7 @@ from carft_ray import files
 from carft_ray.data.sets import cache_dir
 from carft_ray.data.shared_images import shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
+from carft_ray.evaluation.run import RESULT, WEIGHTS, on_all_cores, prepare, run_training
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -70,7 +70,7 @@ def train_once(
         HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
-    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    base_dir, out_dir, alone = base_dir.resolve(), out_dir.resolve(), on_all_cores(recipe)
     _check_folder(out_dir, resume)
     is_new = not files.exists(out_dir / MANIFEST)
     with (
@@ -93,11 +93,11 @@ def train_once(
                 from carft_ray.launch.train import train_with_ray
 
                 say(f"training with {recipe.resources.num_workers} Ray Train workers")
-                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
-                zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report, say=say)
+                zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
-            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
