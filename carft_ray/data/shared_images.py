@@ -140,7 +140,7 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
 
     def told(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
         done = LEAVES if _key(image) in leaving else STAYS
-        return image.place, image.name, int(image.source.sample_ids[image.index]), done
+        return image.place, image.name, image.sample_id, done
 
     return [
         SharedRow(*told(pair.first), *told(pair.second), pair.how, round(float(pair.distance), 4)) for pair in pairs
