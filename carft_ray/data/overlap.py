@@ -65,8 +65,8 @@ LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be kn
 NUM_EXAMPLES = 2
 CHANGED = "re-encoded, resized, cropped or marked"
 STEP = (
-    "Give each role images of its own: remove the shared ones from one of the two sets. "
-    "carft-ray doctor RECIPE --pairs pairs.html shows all."
+    "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
+    "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
 TOLD_EVERY_S = 10.0
 BORDER_SIDE = 192  # pixels of the shorter side from which on borders are looked for in a smaller picture
