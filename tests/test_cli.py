@@ -248,7 +248,7 @@ MISTAKES = [
         ["validate", "--set", "data.id_test={source: folder, path: images, domains: [photo]}"],
         8,
         "data.id_test: a set has one role and must not share images with data.train, but got {here}/images/photo\n"
-        "    Give each role images of its own.",
+        "    Give data.id_test images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1].",
     ),
     (
         ["train", "--out", "new", "--resume"],
