@@ -257,7 +257,7 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
 def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str, str]:
     """Returns in what the parts of two sets of one source, each with its key path, meet, and what mends it."""
     one, other = plain(here[1]), plain(there[1])
-    step = "Give each role images of its own."
+    step = f"Give {here[0]} images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1]."
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet) or not _same_names(one, other):
         return "", step
     if one.part is None and other.part is None:
