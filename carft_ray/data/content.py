@@ -4,13 +4,18 @@
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from carft_ray.data.source import PixelArray, Source
 
 DIGEST_BYTES = 16
-THREADS = 4  # reading files waits for the disk
+
+
+def num_threads() -> int:
+    """Returns the cores that this process may use, and at least 4: reading files waits for the disk."""
+    return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def image_digests(source: Source, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[bytes]:
@@ -28,7 +33,7 @@ def image_digests(source: Source, on_progress: Callable[[int, int], None] = lamb
         return image_digest(source.content(index))
 
     digests: list[bytes] = []
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(num_threads()) as pool:
         for number, value in enumerate(pool.map(digest, range(len(source))), start=1):
             digests.append(value)
             if number % 1000 == 0 or number == len(source):

@@ -73,14 +73,24 @@ def inside_border(grey: PixelArray) -> Box:
     """
     box: list[float] = []
     for lines in (grey.T, grey):
-        widths = []
-        for ordered in (lines, lines[::-1]):
-            near = np.abs(ordered.astype(np.int16) - int(np.median(ordered[0]))) <= FLAT
-            widths.append(int(np.argmin(np.append(near.mean(1) >= 0.98, False))))
+        widths = [_border_width(lines), _border_width(lines[::-1])]
         if sum(widths) > len(lines) / 2:
             return WHOLE
         box += [widths[0] / len(lines), 1 - widths[1] / len(lines)]
     return box[0], box[1], box[2], box[3]
+
+
+def _border_width(lines: PixelArray) -> int:
+    """Returns how many lines from the first on have one colour, up to 2 % of their pixels."""
+    ordered = np.sort(lines[0])
+    middle = (int(ordered[(len(ordered) - 1) // 2]) + int(ordered[len(ordered) // 2])) // 2
+
+    def of_one_colour(some: PixelArray) -> npt.NDArray[np.bool_]:
+        return np.asarray((np.abs(some.astype(np.int16) - middle) <= FLAT).mean(1) >= 0.98)
+
+    if not of_one_colour(lines[:1])[0]:
+        return 0  # as in most pictures: the others need not be looked at
+    return int(np.argmin(np.append(of_one_colour(lines), False)))
 
 
 def picture_distance(first: Look, second: Look) -> float:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 
 from carft_ray import environment
-from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
+from carft_ray.data.checkup import IMBALANCE, NUM_EXAMPLES, Checkup, as_data, check_up, class_counts, same_words
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.overlap import SharedPair, shared_pairs
 from carft_ray.data.readers import reader_of
+from carft_ray.data.records import records
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.shared_images import decide, shared_lines, without_shared
@@ -121,16 +122,16 @@ def examine(
     say("looking at the machine")
     _look_at_machine(recipe, base_dir, found)
     wrong = {problem.place for problem in problems}
-    classes = _class_list(recipe, base_dir)
+    classes, cache = _class_list(recipe, base_dir), cache_dir(recipe, base_dir)
     for path, spec in named_sets(recipe).items() if classes is not None else ():
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _look_at_set(spec, place, classes, base_dir, quick, found, progress(place))
+            _look_at_set(spec, place, classes, base_dir, quick, cache, found, progress(place))
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
-            found.pairs = shared_pairs(recipe, base_dir, cache_dir(recipe, base_dir), say)
+            found.pairs = shared_pairs(recipe, base_dir, cache, say)
             rows = decide(recipe, found.pairs)
             found.add("note", [Problem("", line) for line in shared_lines(rows)])
             recipe = without_shared(recipe, rows, base_dir)
@@ -178,6 +179,7 @@ def _look_at_set(
     classes: tuple[str, ...] | None,
     base_dir: Path,
     quick: bool,
+    cache: Path,
     found: Diagnosis,
     on_progress: Callable[[int, int], None],
 ) -> None:
@@ -190,7 +192,7 @@ def _look_at_set(
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)
         if isinstance(source, StoredSource) and not quick:
-            checkup = check_up(source, role not in TEST_ROLES, on_progress)
+            checkup = check_up(source, records(source, cache, role in TEST_ROLES, on_progress))
             found.sets[place] |= as_data(checkup)
             _judge_images(place, spec.on_bad_image, checkup, found)
     except CarftError as error:
@@ -213,12 +215,12 @@ def _judge_classes(place: str, role: str, told: Mapping[str, Any], num_classes: 
 
 
 def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagnosis) -> None:
-    if checkup.num_unreadable:
+    if checkup.unreadable:
         skipped = on_bad_image == "skip"
         rule = "every image must be readable"
         step = "They will be skipped." if skipped else "Mend or remove them, or write on_bad_image: skip."
-        first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable)
-        value = f"{checkup.num_unreadable} of {checkup.num_images} that are not, such as {first}"
+        first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable[:NUM_EXAMPLES])
+        value = f"{len(checkup.unreadable)} of {checkup.num_images} that are not, such as {first}"
         found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
     if checkup.contradictions:
         value = f"the same image under two labels: {checkup.contradictions[0]}"
