@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import decoders, effect, engine, loader, overhead, photos, startup
+from benchmarks import decoders, effect, engine, loader, overhead, pairs, photos, startup
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -250,7 +251,7 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
     assert "benchmarks.effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [decoders.main, effect.main, loader.main, overhead.main, startup.main])
+@pytest.mark.parametrize("main", [decoders.main, effect.main, loader.main, overhead.main, pairs.main, startup.main])
 def test_help_says_what_it_is(main, capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -348,6 +349,23 @@ def test_decoders_are_compared_with_pillow(capsys):
         assert len(shown) == len(decoders.SIZES)
         assert all(line.endswith("x Pillow  same") for line in shown)
     assert any(line.endswith("another size") for line in lines)
+
+
+def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by_labels(tmp_path, capsys):
+    for index in range(3):
+        path = tmp_path / "images" / "photo" / "cat" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photos.jpeg(index, 120, 90))
+    Image.open(tmp_path / "images/photo/cat/0.jpg").save(tmp_path / "images/photo/cat/again.png")
+    command = [str(tmp_path / "images"), "--copies", "2"]
+    assert pairs.main(command) == 0
+    told = capsys.readouterr().out
+    assert "PASS  small watermark: 100.0 % found, at least 95.0 %" in told
+    assert "photo/cat/0.jpg and photo/cat/again.png: look at them" in told
+    assert "0 of copies, 1 not judged" in told
+    (tmp_path / "labels.csv").write_text("first,second,same_picture\nphoto/cat/again.png,photo/cat/0.jpg,no\n")
+    assert pairs.main([*command, "--labels", str(tmp_path / "labels.csv")]) == 1
+    assert "FAIL  1 pairs of different pictures among 4 images, at most 0" in capsys.readouterr().out
 
 
 def test_a_pass_of_each_side_gives_every_image(tmp_path):
