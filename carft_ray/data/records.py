@@ -48,7 +48,8 @@ CHUNK = 16  # images of a task
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
-SHORT_SIDE = 80  # pixels of which thumbnails are made: a multiple of what views leave out and of their tiles
+SHORT_SIDE = 80  # pixels of the shorter side that are enough for views of a picture without a border
+BORDER_SIDE = 192  # pixels of the shorter side from which on borders are looked for in a smaller picture
 NUM_NAMED = 3  # images that a warning names
 
 OnProgress = Callable[[int, int], None]
@@ -185,16 +186,17 @@ def thumbnails_of(pixels: PixelArray) -> PixelArray:
         uint8 [4, 8, 8, 3].
     """
     image = Image.fromarray(pixels)
-    image = image.reduce(max(1, min(image.size) // SHORT_SIDE))
+    image = image.reduce(max(1, min(image.size) // BORDER_SIDE))
     inside = inside_border(np.asarray(image.convert("L")))
     views = [_view(image, box) for box in VIEWS]
-    return np.stack([*views, views[0] if inside == WHOLE else _view(image, inside)])
+    views.append(views[0] if inside == WHOLE else _view(image, inside))
+    return np.frombuffer(b"".join(views), np.uint8).reshape(_SHAPE)
 
 
-def _view(image: Image.Image, box: Box) -> PixelArray:
+def _view(image: Image.Image, box: Box) -> bytes:
     left, right, top, bottom = box
     pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, pixels))
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX, pixels).tobytes()
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -221,7 +223,8 @@ def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) ->
                     rows += found
                     on_progress(start + len(rows), len(source))
                 table = pa.Table.from_pylist(rows, schema)
-                _keep(parts[-1], table)
+                if len(source) > PART:
+                    _keep(parts[-1], table)
             tables.append(table)
     whole = pa.concat_tables(tables).combine_chunks()
     if _keep(path, whole):
@@ -258,11 +261,15 @@ def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
     try:
         if isinstance(source, StoredSource):
             pixels, (height, width), mode = source.small(index, content, SHORT_SIDE)
+            thumbnails = thumbnails_of(pixels)
+            if pixels.shape[:2] != (height, width) and (thumbnails[0] != thumbnails[-1]).any():
+                thumbnails = thumbnails_of(source.decode(content, index))  # where a border ends takes all pixels
         else:
+            thumbnails = thumbnails_of(pixels)
             (height, width), mode = pixels.shape[:2], "RGB"
     except DataError as error:
         return {**known, "problem": None if is_test else _as_text(error), **not_decoded}
-    known["thumbnails"] = thumbnails_of(pixels).tobytes()
+    known["thumbnails"] = thumbnails.tobytes()
     return {**known, "height": height, "width": width, "mode": mode.encode().ljust(_MODE_BYTES, b"\0")}
 
 

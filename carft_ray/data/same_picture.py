@@ -18,6 +18,7 @@ a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/data.md tell
 Shape letters: S = 128 pixels of a look, N of a grid, B = 64 blocks.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,15 +83,12 @@ def inside_border(grey: PixelArray) -> Box:
 
 def _border_width(lines: PixelArray) -> int:
     """Returns how many lines from the first on have one colour, up to 2 % of their pixels."""
-    ordered = np.sort(lines[0])
-    middle = (int(ordered[(len(ordered) - 1) // 2]) + int(ordered[len(ordered) // 2])) // 2
-
-    def of_one_colour(some: PixelArray) -> npt.NDArray[np.bool_]:
-        return np.asarray((np.abs(some.astype(np.int16) - middle) <= FLAT).mean(1) >= 0.98)
-
-    if not of_one_colour(lines[:1])[0]:
+    first = sorted(lines[0].tolist())
+    middle = (first[(len(first) - 1) // 2] + first[len(first) // 2]) // 2
+    if bisect_right(first, middle + FLAT) - bisect_left(first, middle - FLAT) < 0.98 * len(first):
         return 0  # as in most pictures: the others need not be looked at
-    return int(np.argmin(np.append(of_one_colour(lines), False)))
+    near = np.abs(lines.astype(np.int16) - middle) <= FLAT
+    return int(np.argmin(np.append(near.mean(1) >= 0.98, False)))
 
 
 def picture_distance(first: Look, second: Look) -> float:
