@@ -322,14 +322,14 @@ def fact_table(facts: Mapping[str, str]) -> Table:
 
 
 def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of the entries of the image cache.
+    """Returns the table of the entries of the cache.
 
     Args:
         rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
             ``last_used`` (seconds since 1970), ``in_use``.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("set", no_wrap=True)
+    table.add_column("set or model", no_wrap=True)
     table.add_column("kind")
     table.add_column("source")
     for name in ("images", "pixels", "size", "built", "last used"):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,13 @@ def source_digest(folder: Path = PACKAGE_DIR) -> str:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and of the libraries on which numbers depend; None for one that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    return {"python": platform.python_version(), **versions_of(LIBRARIES)}
+
+
+def versions_of(libraries: Sequence[str]) -> dict[str, str | None]:
+    """Returns the versions of libraries; None for one that is missing."""
+    found: dict[str, str | None] = {}
+    for name in libraries:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -128,10 +134,16 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
 
 def hardware() -> dict[str, Any]:
     """Returns ``platform``, ``cpu`` (the model) and ``cores`` of this machine."""
-    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": os.cpu_count()}
+    return {"platform": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count()}
 
 
-def _cpu_model() -> str:
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """Returns the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:  # not Linux

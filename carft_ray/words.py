@@ -6,10 +6,11 @@ def counted(number: float, noun: str) -> str:
 
     Args:
         number: A count, or an amount.
-        noun: In the singular; its plural takes an s.
+        noun: In the singular; its plural takes an s, or ies for a y.
     """
     text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-    return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
+    plural = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{text} {noun if number == 1 else plural}"
 
 
 def times(number: int) -> str:

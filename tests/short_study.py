@@ -1,7 +1,7 @@
 """A study of short trainings made in this process, as a search makes it, without Ray: seconds instead of a minute."""
 
 from carft_ray import files
-from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.evaluation.run import on_all_cores, prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.space import apply
@@ -14,7 +14,7 @@ def search(study_dir, recipe, base_dir, num_attempts=None):
     with open_study(study_dir, recipe, base_dir) as study:
         files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe, base_dir))
         study.adopt()
-        found = prepare(recipe, base_dir, study_dir / "prepared")
+        found = prepare(on_all_cores(recipe), base_dir, study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
         study.tell_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:

@@ -294,7 +294,7 @@ def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(
     assert code == 0
     assert re.search(r"id_val +decoded +folder +15 +16 x 16 +\S+ kB", out)
     assert re.search(r"train +packed +folder +20 ", out)
-    assert f"{tmp_path / 'own' / 'carft-ray'}: 3 sets, " in err
+    assert f"{tmp_path / 'own' / 'carft-ray'}: 3 entries, " in err
     listed = json.loads(run("data", "ls", "--json")[1])
     assert sorted(entry["name"] for entry in listed["entries"]) == ["id_val", "sketch", "train"]
     assert listed["num_bytes"] == answer["num_bytes"] == sum(entry["num_bytes"] for entry in listed["entries"])
@@ -303,7 +303,7 @@ def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(
 def test_ls_of_an_empty_cache_says_how_to_fill_it(run):
     code, out, err = run("data", "ls")
     assert (code, out) == (0, "")
-    assert "0 sets, 0 kB." in err
+    assert "0 entries, 0 kB." in err
     assert "carft-ray data add" in err
 
 
@@ -350,8 +350,8 @@ def test_clean_leaves_what_is_in_use_and_says_so(run, filled):
     held = decoded(filled, 0)
     code, _, err = run("data", "clean", "--cache", filled, "--all", "--yes")
     assert code == 0
-    assert "Removed 2 sets, " in err
-    assert "1 set in use: not removed." in err
+    assert "Removed 2 entries, " in err
+    assert "1 entry in use: not removed." in err
     assert f"carft-ray data ls --cache {filled}" in err
     assert len(held) == 12
 
@@ -366,7 +366,7 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer.startswith("y"))
     code, out, err = run("data", "clean", "--cache", filled, "--all")
     assert code == 0
-    assert out == "Remove 3 sets and 1 file of notes?\n"
+    assert out == "Remove 3 entries and 1 file of notes?\n"
     assert len(cache.list_entries(filled)) == kept
     assert ("Nothing was removed." in err) is (kept == 3)
 

@@ -155,6 +155,8 @@ def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
     other = make_study(tmp_path / "other", objective={"kind": "weighted_mean", "id_weight": 0.9})
     with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
         first_stage(view, 1, 2, [other])
+    with pytest.raises(UsageError, match="must be another study, but got this one"):
+        first_stage(view, 1, 2, [view])
 
 
 def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):

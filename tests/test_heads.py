@@ -1,16 +1,26 @@
 """Class head and context head against NumPy and against open_clip's own zero-shot classifier."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import open_clip
 import pytest
+import short_training
 import torch
 from conftest import CLASS_WORDS, TEMPLATES
+from crash_host import call
 from tiny import make_tiny_clip
 
+from carft_ray.data.cache import list_entries
 from carft_ray.data.facts import load_facts
+from carft_ray.evaluation.doctor import examine
+from carft_ray.evaluation.heads import cached_heads, told_time_left
+from carft_ray.launch.single import train_once
 from carft_ray.learning import build_heads
 from carft_ray.learning.clip import templates
-from carft_ray.recipe.schema import PromptsPart
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import PromptsPart, Recipe
 
 
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
@@ -50,3 +60,125 @@ def test_templates_are_those_of_the_benchmark_that_is_named():
     assert templates(PromptsPart(templates=mine), ()) == mine
     assert templates(PromptsPart(templates="dtd"), ()) == load_facts("dtd").templates
     assert templates(PromptsPart(templates="imagenet"), ()) == templates(PromptsPart(templates="openai"), ())
+
+
+# ---- heads in the cache
+
+
+class Words:
+    """Counts the passes through a text tower, and tells what is said."""
+
+    def __init__(self, monkeypatch):
+        self.passes, self.said = 0, []
+        encode = open_clip.CLIP.encode_text
+
+        def counted(model, *args, **kwargs):
+            self.passes += 1
+            return encode(model, *args, **kwargs)
+
+        monkeypatch.setattr(open_clip.CLIP, "encode_text", counted)
+
+
+@pytest.fixture
+def words(monkeypatch):
+    return Words(monkeypatch)
+
+
+def kept(tmp_path, clip, class_names=CLASS_WORDS, prompts=TEMPLATES, say=str):
+    one = {"source": "folder", "path": "images"}
+    recipe = Recipe.model_validate({"name": "x", "data": {"cache_dir": "cache", "train": one, "id_val": one}})
+    return cached_heads(recipe, tmp_path, clip, class_names, prompts, torch.device("cpu"), say)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_from_the_cache_are_the_very_bits_and_are_embedded_once(tmp_path, words, dtype):
+    clip = make_tiny_clip(dtype=dtype)
+    expected = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    before = words.passes
+    for times in (1, 2):
+        found = kept(tmp_path, clip, say=words.said.append)
+        assert words.passes == before + len(TEMPLATES)
+        for name, tensor in zip(("class_head", "context_head"), expected, strict=True):
+            assert found[name].dtype == tensor.dtype == dtype
+            assert torch.equal(found[name], tensor), (name, times)
+    assert words.said == ["embedding 25 sentences for the heads", "the heads are in the cache: 25 sentences"]
+
+
+def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_clip):
+    def embeds(*args, clip=tiny_clip):
+        before = words.passes
+        kept(tmp_path, clip, *args)
+        return words.passes > before
+
+    assert embeds()
+    assert not embeds()
+    assert embeds(("circle", "square", "star", "heart", "bow"))
+    assert embeds(tuple(reversed(CLASS_WORDS)))
+    assert embeds(CLASS_WORDS, ("a {}", *TEMPLATES[1:]))
+    assert embeds(CLASS_WORDS, tuple(reversed(TEMPLATES)))
+    assert embeds(clip=make_tiny_clip(seed=1))
+    shorter = dataclasses.replace(tiny_clip, tokenizer=open_clip.SimpleTokenizer(context_length=15))
+    with pytest.raises(RuntimeError):  # another length is looked for under another name, and does not fit this model
+        embeds(clip=shorter)
+    quick = {**tiny_clip.config, "model_cfg": {**tiny_clip.config["model_cfg"], "quick_gelu": True}}
+    assert embeds(clip=dataclasses.replace(tiny_clip, config=quick))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # last bits may differ
+    try:
+        assert embeds()
+    finally:
+        torch.set_num_threads(threads)
+    assert not embeds()
+
+
+def test_of_two_that_ask_at_once_one_embeds_and_both_get_the_heads(tmp_path, words, tiny_clip):
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: kept(tmp_path, tiny_clip), range(2)))
+    assert torch.get_num_threads() == threads
+    assert words.passes == len(TEMPLATES)
+    assert torch.equal(found[0]["class_head"], found[1]["class_head"])
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_second_pass(tmp_path, words, tiny_clip, caplog):
+    (tmp_path / "cache").write_text("no folder")
+    found = kept(tmp_path, tiny_clip)
+    assert words.passes == len(TEMPLATES)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "The heads are not kept for the next command"
+    ]
+    assert torch.equal(
+        found["class_head"], build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)[0]
+    )
+
+
+def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip, capsys):
+    kept(tmp_path, tiny_clip)
+    (entry,) = list_entries(tmp_path / "cache")
+    assert (entry.kind, entry.source, entry.in_use) == ("heads", "25 sentences", False)
+    assert call(["data", "clean", "--all", "--yes", "--cache", str(tmp_path / "cache")]) == 0
+    assert "Removed 1 entry, " in capsys.readouterr().err
+    assert list_entries(tmp_path / "cache") == []
+
+
+def test_how_long_the_embedding_takes_is_told_after_a_moment_and_not_too_often():
+    said, now = [], [0.0]
+    on_progress = told_time_left(said.append, lambda: now[0])
+    for done in range(1, 41):
+        now[0] = float(done)
+        on_progress(7 * done, 280)
+    assert said[0] == "embedding sentences: 21 of 280, about 37 s left"
+    assert [line.split()[2] for line in said] == ["21", "91", "161", "231"]
+
+
+@pytest.mark.slow
+def test_the_doctor_embeds_for_the_training_that_follows(tmp_path, words):
+    recipe = load_recipe(
+        short_training.make(tmp_path), ["data.cache_dir=cache", "train.epochs=1", "resources.threads=1"]
+    )
+    assert not examine(recipe, tmp_path).errors
+    assert words.passes > 0
+    words.passes = 0
+    train_once(recipe, tmp_path, tmp_path / "out", False, "", words.said.append, lambda row: None, lambda row: None)
+    assert words.passes == 0
+    assert "the heads are in the cache: 15 sentences" in words.said

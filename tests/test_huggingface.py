@@ -234,6 +234,6 @@ def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, 
     )
     assert crash_host.call(["validate", "r.yaml", "--deep"]) == 0
     assert crash_host.call(["validate", "r.yaml", "--deep", "--set", "data.id_val.split=train"]) == 8
-    assert "12 of 12 images in both (12 with the same file content)" in capsys.readouterr().err
+    assert "stand in another role too (data.shared_limit), but got 12 of 12 images" in capsys.readouterr().err
     assert crash_host.call(["validate", "r.yaml", "--set", "data.id_val.split=test"]) == 4
     assert "data.id_val.split: must be a split of the data set" in capsys.readouterr().err

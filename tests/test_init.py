@@ -7,8 +7,8 @@ import pytest
 from crash_host import call
 from PIL import Image
 
-from carft_ray.data.draft import choose_roles, draft
-from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.draft import choose_roles, draft, readable
+from carft_ray.data.sets import check_roles, check_sets, class_folders, class_names, open_train
 from carft_ray.data.survey import survey
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe import text
@@ -61,6 +61,55 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders, expec
     assert check_roles(recipe, tmp_path) == []
     assert check_sets(recipe, tmp_path) == []
     assert recipe.data.ood_val
+
+
+READABLE = {
+    "animals-nature": "animals nature",
+    "animals_nature": "animals nature",
+    "animalsNature": "animals nature",
+    "grey wolf": "grey wolf",
+    "t-shirt": "t-shirt",
+    "012.Black_footed_Albatross": "Black footed Albatross",
+    "McDonald": "McDonald",
+    "TV": "TV",
+    "747-400": "747-400",
+    "n12345678": "n12345678",
+    "__": "__",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), READABLE.items())
+def test_a_class_folder_becomes_words(name, words):
+    assert readable(name) == words
+
+
+def drafted(tmp_path, classes):
+    """The recipe for a tree of these classes, and its text."""
+    write_tree(tmp_path / "tree", ["photo", "art"], classes, images=5)
+    found = survey(tmp_path / "tree")
+    roles = choose_roles(found, "photo", None, None)
+    (tmp_path / "r.yaml").write_text(written := draft("x", "tree", found, roles, "ViT-B-16", "openai", 2))
+    return load_recipe(tmp_path / "r.yaml"), written
+
+
+def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
+    folders = ("animalsNature", "city-street", "old_town")
+    recipe, written = drafted(tmp_path, folders)
+    assert class_names(recipe, tmp_path) == ("animals nature", "city street", "old town")
+    assert class_folders(recipe, tmp_path) == folders
+    assert "NO WORDS" not in written
+    without = load_recipe(tmp_path / "r.yaml", ["prompts.class_names=null"])
+    ids, same = (open_train(each, tmp_path).sample_ids.tolist() for each in (recipe, without))
+    assert ids == same
+
+
+def test_ids_of_imagenet_get_its_words_and_other_ids_a_word_of_warning(tmp_path):
+    recipe, written = drafted(tmp_path / "known", ("n01440764", "n01443537"))
+    assert class_names(recipe, tmp_path / "known") == ("tench", "goldfish")
+    assert "NO WORDS" not in written
+    recipe, written = drafted(tmp_path / "other", ("n01440764", "n99999999"))
+    assert recipe.prompts.class_names is None
+    assert "THESE FOLDER NAMES ARE NO WORDS" in written
 
 
 def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
@@ -147,8 +196,13 @@ WRONG = [
     ),
     (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out, but got 'x'"),
     (["--preset", "pacs", "--train", "x"], 2, "--train: belongs to --from"),
+    (["--preset", "pacs", "--model", "sandbox"], 2, "--model: belongs to --from"),
+    (["--preset", "pacs", "--pretrained", "openai"], 2, "--pretrained: belongs to --from"),
     (["--from", "nowhere"], 4, "nowhere: must be a folder that can be read"),
     (["--from", "tree", "--train", "foto"], 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
+    (["--from", "tree", "--to", "r.yaml", "--model", "ViT-B-33"], 2, "--model: must be 'sandbox', 'local-dir:FOLDER'"),
+    (["--from", "tree", "--to", "r.yaml", "--model", "ViT-B-32"], 2, "--pretrained: must name the weights"),
+    (["--from", "tree", "--pretrained", "opnai"], 2, "--pretrained: must be a tag of ViT-B-16-quickgelu, a weights"),
     (["--from", "tree", "--to", "tree"], 2, "--to: must be a new file, but got tree"),
     (
         ["--from", "tree", "--to", "r.yaml", "--train", "art", "--ood-val", "art"],

@@ -115,7 +115,10 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume --again REASON"
     record(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
     assert steps(study_dir)[0] == "resume"
-    assert steps(study("empty")) == ["resume", "ls"]
+    empty = study("empty")
+    assert steps(empty) == ["resume", "ls"]
+    (empty / "resolved.yaml").unlink()  # killed before it had one; its first command must be run again
+    assert steps(empty) == ["ls"]
 
 
 def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
@@ -133,6 +136,10 @@ def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     assert crash_host.call(["status", str(study_dir)]) == 0
     assert BEHIND in capsys.readouterr().err
     better = study("finished")
+    view = read_study(better)
+    for measured, behind in ((0.2, True), (0.3, False)):  # that of the fitted curve, 0.5, does not count
+        view.best.metrics["objective"] = measured
+        assert behind_zero_shot(view) == behind
     confirm(better)
     assert not behind_zero_shot(read_study(better))
     found = {"other": "zero_shot", "objective": {"mean": -0.01}}  # with fresh seeds it is
@@ -164,6 +171,12 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     assert "line 1 was edited" in err
     assert found["test_reads"] is None
     assert "line 1 was edited" in found["problems"][0]
+    assert steps(study_dir) == ["ls"]
+    manifest = study_dir / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ledger": 7}))
+    _, err, found = status()
+    assert "must have count and head" in err
+    assert found["test_reads"] is None
     assert steps(study_dir) == ["ls"]
 
 

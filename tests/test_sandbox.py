@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from crash_host import call
 from PIL import Image
 
 from carft_ray.data import sandbox
@@ -216,6 +217,12 @@ def test_pretraining_refuses_a_folder_with_files_and_too_few_steps(tmp_path):
     with pytest.raises(UsageError):
         pretrain.pretrain(tmp_path / "new", num_steps=2)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_too_few_steps_are_refused_by_the_option_that_asks_for_them(tmp_path, capsys):
+    assert call(["sandbox", "build", "--to", str(tmp_path / "new"), "--steps", "9"]) == 2
+    assert "--steps" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_captions_name_the_class_its_group_or_another_of_the_group():

@@ -11,11 +11,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.run import _recorder
-from carft_ray.evaluation.scalars import EventFile
+from carft_ray.evaluation.scalars import EventFile, run_folder
 from carft_ray.launch.single import train_once
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 
+RUN = "lr=0.01 kl=1"
 NOTHING = (str, lambda row: None, lambda row: None)
 
 
@@ -54,39 +55,78 @@ def training(tmp_path_factory):
     overrides = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2", "search.baselines.soft={label_smoothing: 0.1}"]
     recipe = load_recipe(short_training.make(folder), overrides)
     result, _ = train_once(recipe, folder, folder / "out", False, "", *NOTHING)
-    once = len(list((folder / "out" / "tensorboard").iterdir()))
+    once = len(list((folder / "out" / RUN).iterdir()))
     train_once(recipe, folder, folder / "out", True, "", *NOTHING)
-    assert len(list((folder / "out" / "tensorboard").iterdir())) == once
+    assert len(list((folder / "out" / RUN).iterdir())) == once
     (folder / "out" / "result.json").unlink()
     train_once(recipe, folder, folder / "out", True, "", *NOTHING)
-    assert len(list((folder / "out" / "tensorboard").iterdir())) == once + 1
+    assert len(list((folder / "out" / RUN).iterdir())) == once + 1
     return folder / "out", recipe, result
 
 
 def test_a_training_is_one_run_of_tensorboard(training):
     out, _, _ = training
     folders = {path.parent for path in out.rglob("events.out.tfevents.*")}
-    assert folders == {out / "tensorboard"}
+    assert folders == {out / RUN}
 
 
 def test_steps_and_epochs_are_curves(training):
     out, recipe, _ = training
-    events = read(out / "tensorboard")
-    scalars = events.Tags()["scalars"]
-    assert {"train/loss", "train/ce", "train/kl", "train/learning_rate", "subset/id_accuracy"} <= set(scalars)
-    assert len(events.Scalars("subset/id_accuracy")) == recipe.train.epochs
-    assert [point.step for point in events.Scalars("subset/objective")] == [3, 6]
+    events = read(out / RUN)
+    assert len(events.Scalars("epochs/1_id_accuracy")) == recipe.train.epochs
+    assert [point.step for point in events.Scalars("epochs/3_objective")] == [3, 6]
+    assert len(events.Scalars("curves/1_loss")) >= 1
+
+
+def test_tensorboard_shows_the_curves_first_and_the_last_numbers_after_them(training):
+    out, _, _ = training
+    shown = sorted(read(out / RUN).Tags()["scalars"])  # as TensorBoard sorts them
+    curves = [f"curves/{name}" for name in ("1_loss", "2_ce", "3_kl", "4_learning_rate")]
+    epochs = [f"epochs/{name}" for name in ("1_id_accuracy", "2_ood_accuracy", "3_objective", "4_alpha")]
+    assert shown[:8] == curves + epochs
+    assert [tag.split("/")[0] for tag in shown[8:]] == sorted(tag.split("/")[0] for tag in shown[8:])
+    assert shown[8].startswith("final/")
+
+
+NAMED = [
+    ({}, [], "lr=1e-5 kl=1"),
+    ({}, ["train.learning_rate=1.234567e-5", "train.kl_weight=0.5"], "lr=1.23e-5 kl=0.5"),
+    ({"weight_decay": "{low: 0.0, high: 0.2}"}, [], "lr=1e-5 kl=1 wd=0.1"),
+    (
+        {"batch_size": "{choices: [64, 256]}", "epochs": "{low: 1, high: 9}"},
+        ["train.batch_size=64"],
+        "lr=1e-5 kl=1 batch_size=64 epochs=10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("space", "overrides", "name"), NAMED, ids=[row[2] for row in NAMED])
+def test_a_run_is_named_by_the_values_that_the_search_varies(tmp_path, space, overrides, name):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\ndata: {train: {source: folder, path: a}, id_val: {source: folder, path: b}}\n")
+    searched = [f"search.space.{key}={value}" for key, value in space.items()]
+    recipe = load_recipe(
+        path, ["train.learning_rate=1e-5", "train.kl_weight=1", "train.weight_decay=0.1", *searched, *overrides]
+    )
+    assert run_folder(tmp_path / "t0003-3f9c", recipe) == tmp_path / "t0003-3f9c" / name
+
+
+def test_an_attempt_that_goes_on_has_the_name_of_the_first_whatever_is_searched_by_then(training):
+    out, recipe, _ = training
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 0.5})})
+    assert run_folder(out, other) == out / RUN
+    assert run_folder(out / "new", other).name == "lr=0.5 kl=1"
 
 
 def test_the_hparams_table_has_what_the_search_varies_and_how_the_training_ended(training):
     out, recipe, result = training
-    values, metrics = hparams(out / "tensorboard")
+    values, metrics = hparams(out / RUN)
     train = recipe.train
     expected = {"learning_rate": train.learning_rate, "kl_weight": train.kl_weight, "label_smoothing": 0.0}
     assert values == pytest.approx(expected)
     names = {"final/objective", "final/id_accuracy", "final/ood_accuracy", "final/alpha"}
     assert set(metrics) == names
-    events = read(out / "tensorboard")
+    events = read(out / RUN)
     for name in names:
         last = events.Scalars(name)[-1]
         expected = {**result["metrics"], **result}[name.removeprefix("final/")]
@@ -105,7 +145,7 @@ def test_what_a_killed_attempt_wrote_after_its_checkpoint_is_void(tmp_path):
 
 def record(folder, num_steps, error=None):
     """Tells the recorder of a training so many steps; ends with the error."""
-    with _recorder(folder, RunContext()) as context:
+    with _recorder(folder, folder / "run", RunContext()) as context:
         for step in range(num_steps):
             context.progress({"step": step, "num_steps": 9, "loss": 0.5})
         if error:

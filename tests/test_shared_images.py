@@ -14,11 +14,12 @@ from carft_ray.data.sets import check_sets, open_source, open_train, open_valida
 from carft_ray.data.shared_images import (
     SHARED_IMAGES,
     find_shared,
-    note_shared,
     read_shared,
     shared_counts,
     shared_lines,
+    shared_of_study,
     without_shared,
+    write_shared,
 )
 from carft_ray.errors import DataError, HoldOutError, StorageError
 from carft_ray.recipe.loading import load_recipe
@@ -195,7 +196,7 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     study.mkdir()
     copy(here, "val/cat/0.png", "train/cat/x.png")
     told = []
-    note_shared(recipe, here, here / "cache", study, told.append)
+    write_shared(study, shared_of_study(recipe, here, here / "cache", study, told.append))
     assert told[-1] == "data.train: 1 image left out, also in data.id_val"
     rows = read_shared(study)
     smaller = without_shared(recipe, rows, here)
@@ -204,15 +205,14 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     assert before.fingerprint != after.fingerprint
     assert not check_sets(smaller, here)
     copy(here, "val/cat/1.png", "train/cat/y.png")
-    note_shared(recipe, here, here / "cache", study)
-    assert read_shared(study) == rows
+    assert shared_of_study(recipe, here, here / "cache", study) == rows
     with (study / SHARED_IMAGES).open() as file:
         assert [row["found_by"] for row in csv.DictReader(file)] == ["same bytes"]
 
 
 def test_a_study_without_shared_images_keeps_an_empty_list(here, tmp_path):
     (tmp_path / "study").mkdir()
-    note_shared(loaded(here), here, here / "cache", tmp_path / "study")
+    write_shared(tmp_path / "study", shared_of_study(loaded(here), here, here / "cache", tmp_path / "study"))
     assert (tmp_path / "study" / SHARED_IMAGES).exists()
     assert read_shared(tmp_path / "study") == read_shared(tmp_path) == []
 

@@ -475,7 +475,9 @@ def test_the_first_word_of_an_attempt_stands(tmp_path):
     [
         ("loss 23.923758908177817; gradient norm inf", "loss 23.92; gradient norm inf"),
         ("0.00001234567, 1.23456789e-07 and 1234567.891011", "1.235e-05, 1.235e-07 and 1234568"),
+        ("it was -0.123456789.", "it was -0.1235."),
         ("torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs", "torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs"),
+        ("runs/lr-0.0012345/1.234567/log.txt", "runs/lr-0.0012345/1.234567/log.txt"),
     ],
 )
 def test_numbers_in_a_reason_have_four_digits_and_the_log_keeps_the_rest(tmp_path, reason, shown):
@@ -588,6 +590,12 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
     result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
     with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as caught:
         open_trained(study_dir, row.name)
+    for written in ("0", "t0", "t0000"):  # as other commands take them
+        with pytest.raises(StorageError) as by_number:
+            open_trained(study_dir, written)
+        assert str(by_number.value) == str(caught.value)
+    with pytest.raises(UsageError, match="--trial: must be the number or name of a trial or baseline, but got '7'"):
+        open_trained(study_dir, "7")
     step = str(caught.value).splitlines()[1].strip()
     words = shlex.split(step.removeprefix("Train it again: carft-ray train "))
     given = typer.main.get_command(app).commands["train"].make_context("train", words).params
@@ -677,7 +685,7 @@ def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(s
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    for folder in (tmp_path / "file", tmp_path / "file" / "study", Path("/proc/study")):
+    for folder in (tmp_path / "file" / "study", Path("/proc/study")):
         with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe(), BASE):
             pass
         assert caught.value.exit_code == 5

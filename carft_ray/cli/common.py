@@ -70,7 +70,10 @@ NotifyUrlOption = Annotated[
 AlphaOption = Annotated[
     float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
 ]
-TrialOption = Annotated[str | None, typer.Option("--trial", help="Name of a trial of the study; without it the best.")]
+TrialOption = Annotated[
+    str | None,
+    typer.Option("--trial", help="Number or name of a trial of the study, or name of a baseline; without it the best."),
+]
 
 
 def _show_version(asked: bool) -> None:

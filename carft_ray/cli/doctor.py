@@ -49,7 +49,8 @@ def doctor(
     else:
         with console.counting_several() as progress:
             found = examine(value, base_dir, images, quick, console.say, progress)
-        console.out.print(console.checkup_table(found.sets, found.zero_shot))
+        if found.sets:
+            console.out.print(console.checkup_table(found.sets, found.zero_shot))
         for line in _model_lines(found.model, found.machine):
             console.say(line)
         _tell(found, console)

@@ -1,4 +1,4 @@
-"""The cache of images: what is in it, filling it ahead, clearing it."""
+"""The cache of images and heads: what is in it, filling it ahead, clearing it."""
 
 import dataclasses
 import shlex
@@ -22,7 +22,7 @@ CacheOption = Annotated[
 
 @data_app.command("ls", epilog="Example:  carft-ray data ls")
 def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the sets in the cache: images, size, when they were built and last used. Nothing is written."""
+    """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
     from carft_ray import console
     from carft_ray.data.cache import list_entries, notes
 
@@ -37,7 +37,7 @@ def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOp
     if entries:
         console.out.print(console.cache_table([vars(entry) for entry in entries]))
     more = f", and {console.size_text(sum(others.values()))} of notes about images" if others else ""
-    console.say(f"{folder}: {counted(len(entries), 'set')}, {console.size_text(total)}{more}.")
+    console.say(f"{folder}: {counted(len(entries), 'entry')}, {console.size_text(total)}{more}.")
     if entries:
         console.next_step(f"carft-ray data clean --older-than 30d{_option(cache)}")
     else:
@@ -88,10 +88,10 @@ def data_add(
 
 @data_app.command("clean", epilog="Example:  carft-ray data clean --older-than 30d")
 def data_clean(
-    all_: Annotated[bool, typer.Option("--all", help="Remove all sets, and the notes about images.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[
         str | None,
-        typer.Option("--older-than", metavar="TIME", help="Remove sets not used for so long, such as 12h or 30d."),
+        typer.Option("--older-than", metavar="TIME", help="Remove what was not used for so long, such as 12h or 30d."),
     ] = None,
     to_gb: Annotated[
         float | None,
@@ -104,7 +104,7 @@ def data_clean(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Remove sets from the cache, but none in use. What is needed again is built again."""
+    """Remove sets and heads from the cache, but none in use. What is needed again is built again."""
     from carft_ray import console
     from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
@@ -138,9 +138,11 @@ def data_clean(
         console.print_json({**answer, "num_dead_builds": num_dead, **left})
         return
     dead = " What killed builds had left is gone too." if num_dead else ""
-    console.say(f"Removed {counted(len(removed), 'set')}, {console.size_text(freed)}, from {folder}.{dead}")
+    console.say(f"Removed {counted(len(removed), 'entry')}, {console.size_text(freed)}, from {folder}.{dead}")
     if in_use:
-        console.say(f"{counted(in_use, 'set')} in use: not removed." if all_ else f"{counted(in_use, 'set')} in use.")
+        console.say(
+            f"{counted(in_use, 'entry')} in use: not removed." if all_ else f"{counted(in_use, 'entry')} in use."
+        )
     console.next_step(f"carft-ray data ls{_option(cache)}")
 
 
@@ -172,7 +174,7 @@ def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
         raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
     console.err.print(console.cache_table([vars(each) for each in going]))
     more = f" and {counted(len(others), 'file')} of notes" if others else ""
-    if not typer.confirm(f"Remove {counted(len(going), 'set')}{more}?", err=True):
+    if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):
         console.say("Nothing was removed.")
         raise typer.Exit
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,9 @@ def init(
     from carft_ray import console
     from carft_ray.recipe.presets import preset_text, presets
 
-    _check_options(from_, preset, list_, hold_out, {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test})
+    of_folder: dict[str, object] = {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test}
+    of_folder |= {"--model": model if model != MODEL else None, "--pretrained": pretrained}
+    _check_options(from_, preset, list_, hold_out, of_folder)
     if list_:
         if json_:
             console.print_json(presets())
@@ -71,6 +74,7 @@ def init(
         found = survey(root)
         roles = choose_roles(found, train, ood_val, ood_test)
         weights = PRETRAINED if pretrained is None and model == MODEL else pretrained
+        _check_model(model, weights, to)
         text = draft(
             set_name(root.resolve().name), _written(root, to), found, roles, model, weights, os.cpu_count() or 1
         )
@@ -81,7 +85,7 @@ def init(
     from carft_ray.recipe.loading import load_recipe
 
     write_text(to.absolute(), text)
-    load_recipe(to)
+    written = load_recipe(to)
     if json_:
         roots = [] if found is None else [{**vars(one), "num_images": one.num_images} for one in found]
         console.print_json({"recipe": str(to), "preset": preset, "found": roots})
@@ -93,12 +97,12 @@ def init(
     console.next_step(
         f"carft-ray doctor {shlex.quote(str(to))}",
         f"carft-ray plan {shlex.quote(str(to))}",
-        f"carft-ray search {shlex.quote(str(to))} --study studies/{to.stem}",
+        f"carft-ray search {shlex.quote(str(to))} --study studies/{written.name}",
     )
 
 
 def _check_options(
-    from_: Path | None, preset: str | None, list_: bool, hold_out: str | None, roles: dict[str, object]
+    from_: Path | None, preset: str | None, list_: bool, hold_out: str | None, of_folder: dict[str, object]
 ) -> None:
     """Raises a ``UsageError`` for options that do not go together."""
     if sum((from_ is not None, preset is not None, list_)) != 1:
@@ -108,9 +112,21 @@ def _check_options(
     if hold_out is not None and preset is None:
         problems.append(Problem("--hold-out", "belongs to --preset"))
     if from_ is None:
-        problems += [Problem(option, "belongs to --from") for option, given in roles.items() if given]
+        problems += [Problem(option, "belongs to --from") for option, given in of_folder.items() if given]
     if problems:
         raise UsageError(problems)
+
+
+def _check_model(model: str, pretrained: str | None, to: Path | None) -> None:
+    """Raises a ``UsageError`` for a model or weights that no recipe may name; nothing is loaded."""
+    from carft_ray.learning.catalog import check_model
+    from carft_ray.recipe.schema import ModelPart
+
+    base_dir = Path.cwd() if to is None else to.absolute().parent
+    options = {"model.name": "--model", "model.pretrained": "--pretrained"}
+    problems = check_model(ModelPart(name=model, pretrained=pretrained), base_dir)
+    if problems:
+        raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
 
 
 def _written(root: Path, to: Path | None) -> str:

@@ -63,7 +63,7 @@ def rescore(
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:
-        console.say(f"Not finished: {counted(answer['unfinished'], 'more trial')}.")
+        console.say(f"Without a result: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")
     first, folder = answer["trials"][0], shlex.quote(str(study))
     steps = [f"carft-ray ls {folder}"]

@@ -13,7 +13,7 @@ from carft_ray.cli.common import DebugOption, JsonOption, sandbox_app
 def sandbox_build(
     to: Annotated[Path, typer.Option("--to", help="Folder of the model; must be new or empty.")],
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Pre-training steps; fewer make a weaker model.")
+        int | None, typer.Option("--steps", min=10, help="Pre-training steps; fewer make a weaker model.")
     ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,

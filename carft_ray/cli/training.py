@@ -83,6 +83,7 @@ def train(
             console.warn("--address has no effect: one worker trains in this process")
     from carft_ray.launch.single import train_once
     from carft_ray.progress import training_shown
+    from carft_ray.results.next_steps import export_folder
 
     with training_shown(not json_) as (progress, report):
         say = (lambda text: None) if json_ else console.say
@@ -102,7 +103,7 @@ def train(
     folder = shlex.quote(str(out))
     console.next_step(
         f"carft-ray evaluate {folder}",
-        f"carft-ray export {folder} --to exports/{value.name}",
+        f"carft-ray export {folder} --to {export_folder(value.name)}",
         f"tensorboard --logdir {folder}",
     )
 
@@ -124,6 +125,7 @@ def evaluate(
     if head not in ("fine_tuned", "zero_shot"):
         heads = ("fine_tuned", "zero_shot")
         raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
+    from carft_ray.results.next_steps import export_folder
     from carft_ray.results.trained import evaluate_by_set, open_trained
 
     trained = open_trained(folder, trial)
@@ -137,9 +139,8 @@ def evaluate(
     console.out.print()
     console.out.print(console.set_table(by_set))
     chosen = f" --trial {shlex.quote(trial)}" if trial is not None else ""
-    console.next_step(
-        f"carft-ray export {shlex.quote(str(folder))}{chosen} --to exports/{trained.recipe.name} --alpha {used:g}"
-    )
+    words = f"{shlex.quote(str(folder))}{chosen} --to {export_folder(trained.recipe.name)} --alpha {used:g}"
+    console.next_step(f"carft-ray export {words}")
 
 
 @app.command(

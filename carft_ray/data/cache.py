@@ -1,4 +1,4 @@
-"""The cache of images: entries that one process builds and all processes of the machine share.
+"""The cache of images and heads: entries that one process builds and all processes of the machine share.
 
 An entry is a folder ``<key>/`` with ``set.arrow``, an Arrow file that is mapped into memory, and ``entry.json``, which
 says for people what it holds. The key is a hash of what the content depends on; an entry is never changed, only built,
@@ -45,9 +45,9 @@ class Entry:
 
     Attributes:
         key: Name of its folder.
-        kind: ``decoded`` or ``packed``; ``unknown``, where ``entry.json`` is missing or damaged.
-        name: Name of the set for which it was built; the same images may serve others.
-        source: Kind of the source.
+        kind: ``decoded``, ``packed`` or ``heads``; ``unknown``, where ``entry.json`` is missing or damaged.
+        name: Name of the set for which it was built; the same images may serve others. Of heads, the model.
+        source: Kind of the source; of heads, how many sentences.
         num_images: Images; 0 where that is unknown.
         image_size: ``width x height`` in pixels; empty where images differ.
         transform: What was applied to every image.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from carft_ray.data.benchmarks import benchmark_words
 from carft_ray.data.survey import ClassRoot
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.recipe.backbones import ranges_for
@@ -16,6 +17,7 @@ from carft_ray.recipe.backbones import ranges_for
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
 SEVERITY = 3
+IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
 WEATHER = ("fog", "frost", "gaussian_noise", "defocus_blur", "jpeg_compression")
 
 
@@ -220,12 +222,23 @@ def _size(found: Sequence[ClassRoot], domain: str) -> int:
 
 
 def _words(classes: Sequence[str]) -> list[str]:
-    """Returns the class words as a comment of YAML, with a word of warning where the folder names are no words."""
-    if all(re.search(r"[^\W\d_]{2}", name) and not re.fullmatch(r"n\d{8}", name) for name in classes):
-        lead = "  # class_names: "
-    else:
-        lead = "  # THESE FOLDER NAMES ARE NO WORDS: replace them and remove the '#'.\n  # class_names: "
-    return [lead + "[" + ", ".join(_text(name.replace("_", " ")) for name in classes) + "]"]
+    """Returns ``class_names``: ImageNet's for its ids, else readable folder names; a comment where these are none."""
+    if set(classes) <= benchmark_words(IDS).keys():
+        return [f"  class_names: {IDS}             # its words for the ids that the folders are named by"]
+    words = [readable(name) for name in classes]
+    listed = "[" + ", ".join(_text(word) for word in words) + "]"
+    if all(re.search(r"[^\W\d_]{2}", word) and not re.fullmatch(r"n\d{8}", word) for word in words):
+        return [f"  class_names: {listed}"]
+    return ["  # THESE FOLDER NAMES ARE NO WORDS: replace them and remove the '#'.", f"  # class_names: {listed}"]
+
+
+def readable(name: str) -> str:
+    """Returns the name of a class folder as words: ``animals-nature``, ``animals_nature`` and ``animalsNature`` as two,
+    ``012.Black_footed_Albatross`` without its number; ``t-shirt`` and what is no word stay as they are."""
+    word = re.sub(r"^\d+[ ._-]+(?=.*[^\W\d_]{2})", "", name)
+    word = re.sub(r"(?<=[^\W\d_]{2})-(?=[^\W\d_]{2})", " ", word.replace("_", " "))
+    word = re.sub(r"(?<=[a-z]{2})([A-Z])(?=[a-z])", lambda found: f" {found[1].lower()}", word)
+    return " ".join(word.split()) or name
 
 
 def set_name(domain: str) -> str:

@@ -202,7 +202,8 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     chosen = _part_and_shots(listing, spec)
     rows = _not_excluded(listing, chosen)
     if not len(rows):
-        raise DataError(Problem(name, "there must be at least one image", f"none of {len(listing)} in the part"))
+        value, step = f"none of {len(listing)} in the part", "Widen its `part`."
+        raise DataError(Problem(name, "there must be at least one image", value, next_step=step))
     label_of = {normal(class_name): label for label, class_name in enumerate(wanted)}
     members = _members(listing, spec)
     groups_of = {own: tuple(sorted(label_of[normal(target)] for target in targets)) for own, targets in members.items()}
@@ -289,7 +290,8 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
         near = nearest(missing[0], unknown)
         problems.append(Problem(place, rule, f"none for {_some(missing)}", nearest=near, next_step=step))
     if empty:
-        problems.append(Problem(place, "every class must have an image", f"none in {_some(empty)}"))
+        step = "Add images, or remove the empty folders."
+        problems.append(Problem(place, "every class must have an image", f"none in {_some(empty)}", next_step=step))
     if spec.shots is not None and not problems:
         counts = Counter(listing.classes[row] for row in _part_and_shots(listing, spec).tolist())
         few = sorted(own for own in set(listing.classes) if counts[own] < spec.shots)

@@ -93,6 +93,11 @@ class SharedImage:
         """Name for messages, such as the path of its file."""
         return self.source.place(self.index)
 
+    @property
+    def sample_id(self) -> int:
+        """Its stable id."""
+        return int(self.source.sample_ids[self.index])
+
 
 @dataclass(frozen=True)
 class SharedPair:

@@ -15,7 +15,7 @@ from carft_ray.data.same_picture import LIMIT
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import write_text
 
-COLUMNS = ("first_set", "first", "second_set", "second", "how", "distance")
+COLUMNS = ("set", "image", "sample_id", "other_set", "other_image", "other_sample_id", "found_by", "distance")
 ENDINGS = (".csv", ".html")
 MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
 SIDE = 240  # pixels of a shown picture
@@ -56,8 +56,8 @@ def _table(pairs: Sequence[SharedPair]) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for pair in pairs:
-        names = (pair.first.place, pair.first.name, pair.second.place, pair.second.name)
-        rows.writerow((*names, pair.how, f"{pair.distance:.3f}"))
+        images = [(each.place, each.name, each.sample_id) for each in (pair.first, pair.second)]
+        rows.writerow((*images[0], *images[1], pair.how, f"{pair.distance:.3f}"))
     return text.getvalue()
 
 

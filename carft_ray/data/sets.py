@@ -328,7 +328,8 @@ def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
 def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
-        problems.append(Problem("data.train", "there must be at least two classes", str(len(classes))))
+        step = "Classes are the folders below the domains: look whether data.train.path is one level too deep."
+        problems.append(Problem("data.train", "there must be at least two classes", str(len(classes)), next_step=step))
     spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
         size = spec.num_per_class * len(classes)

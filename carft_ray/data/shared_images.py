@@ -73,37 +73,37 @@ class SharedRow:
 COLUMNS = [field.name for field in fields(SharedRow)]
 
 
-def note_shared(
+def shared_of_study(
     recipe: Recipe, base_dir: Path, cache_dir: Path, study_dir: Path, say: Callable[[str], None] = lambda text: None
-) -> None:
-    """Finds the shared images of a new study, does with them what the recipe says, and keeps the list.
+) -> list[SharedRow]:
+    """Returns the list of a study, or finds the shared images of a new one; ``write_shared`` keeps them.
 
-    A study that has its list keeps it; nothing is compared again.
+    Where a study has its list, nothing is compared again.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
         base_dir: Folder that relative paths count from.
         cache_dir: Folder of the decoded sets; made when missing.
-        study_dir: Folder of the study or training, which is locked.
+        study_dir: Folder of the study or training.
         say: Told what is being done where that takes time, and what was done.
 
     Raises:
         HoldOutError: Roles share images, and the recipe refuses that; or so many that the roles are likely wrong.
         DataError: An image of training or validation cannot be read.
-        StorageError: The cache or the list cannot be written.
+        StorageError: The cache cannot be written, or the list is damaged.
     """
     if files.exists(study_dir / SHARED_IMAGES):
-        return
+        return read_shared(study_dir)
     rows = find_shared(recipe, base_dir, cache_dir, say)
     for line in shared_lines(rows):
         say(line)
-    write_shared(study_dir, rows)
+    return rows
 
 
 def find_shared(
     recipe: Recipe, base_dir: Path, cache_dir: Path, say: Callable[[str], None] = lambda text: None
 ) -> list[SharedRow]:
-    """Returns the shared images of a recipe and what is done with each; arguments and errors as ``note_shared``."""
+    """Returns the shared images of a recipe and what is done with each; arguments and errors as above."""
     if problems := check_roles(recipe, base_dir):
         raise HoldOutError(problems)
     return decide(recipe, shared_pairs(recipe, base_dir, cache_dir, say))
@@ -140,7 +140,7 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
 
     def told(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
         done = LEAVES if _key(image) in leaving else STAYS
-        return image.place, image.name, int(image.source.sample_ids[image.index]), done
+        return image.place, image.name, image.sample_id, done
 
     return [
         SharedRow(*told(pair.first), *told(pair.second), pair.how, round(float(pair.distance), 4)) for pair in pairs

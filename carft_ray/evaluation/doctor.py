@@ -7,6 +7,7 @@ a shift at all, and whether class words and preprocessing are right.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +26,14 @@ from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, 
 from carft_ray.data.shared_images import decide, shared_lines, without_shared
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
+from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
 from carft_ray.learning.catalog import check_model, model_warnings
 from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
 from carft_ray.learning.tower import num_trained, recipe_problems, training_bytes
@@ -44,6 +45,11 @@ from carft_ray.recipe.text import dotted
 Level = Literal["error", "warning", "note"]
 
 FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
+TRY_FIRST = (
+    "Try first: prompts.class_names (words that a caption would have; in the order of the labels, which is that of the "
+    "class folders), prompts.templates (sentences that fit the images), and `carft-ray model NAME` (its own "
+    "normalisation and activation)."
+)
 SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
 
 
@@ -150,7 +156,7 @@ def examine(
 
 def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
     cache = cache_dir(recipe, base_dir)
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     found.machine = {
         "device": str(device_of(recipe)),
@@ -161,8 +167,12 @@ def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
         "cache_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
         "versions": environment.versions(),
     }
-    if not os.access(there, os.W_OK):
-        found.add("error", Problem("data.cache_dir", "must be a folder that may be written", str(cache)))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()  # a system may forbid what the rights of a folder allow
+    except OSError as error:
+        rule, step = "must be a folder that may be written", "Name another one in data.cache_dir."
+        found.add("error", Problem("data.cache_dir", rule, f"{cache}: {error.strerror}", next_step=step))
 
 
 def _class_list(recipe: Recipe, base_dir: Path) -> tuple[str, ...] | None:
@@ -218,13 +228,14 @@ def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagno
     if checkup.unreadable:
         skipped = on_bad_image == "skip"
         rule = "every image must be readable"
-        step = "They will be skipped." if skipped else "Mend or remove them, or write on_bad_image: skip."
+        step = "They will be skipped." if skipped else f"Mend or remove them, or write {place}.on_bad_image: skip."
         first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable[:NUM_EXAMPLES])
         value = f"{len(checkup.unreadable)} of {checkup.num_images} that are not, such as {first}"
         found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
     if checkup.contradictions:
         value = f"the same image under two labels: {checkup.contradictions[0]}"
-        found.add("warning", Problem(place, "an image must have one label", value))
+        step = "Remove the one that is wrong."
+        found.add("warning", Problem(place, "an image must have one label", value, next_step=step))
     if checkup.num_twice:
         value = f"{checkup.num_twice} of {checkup.num_images} images that repeat an earlier one"
         found.add("note", Problem(place, "an image counts as often as it is there", value))
@@ -234,14 +245,15 @@ def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagno
 
 
 def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+    recipe = on_all_cores(recipe)
     torch.set_num_threads(num_threads(recipe))
     materials = None if quick else load_materials(recipe, base_dir)
     clip = load_clip(recipe.model, base_dir) if materials is None else materials.clip
     words = class_names(recipe, base_dir)
     prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
     _judge_words(clip, words, prompts, found)
-    say(f"embedding {len(words) * len(prompts)} sentences for the heads")
-    class_head_CD, context_head_TD = build_heads(clip.model, clip.tokenizer, words, prompts)
+    heads = cached_heads(recipe, base_dir, clip, words, prompts, device_of(recipe), say)
+    class_head_CD, context_head_TD = heads["class_head"], heads["context_head"]
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())
     impossible = recipe_problems(visual, recipe)
@@ -265,7 +277,8 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
     memory = found.machine["memory_gb"]
     if found.machine["device"] == "cpu" and found.model["training_memory_gb"] > memory:
         value = f"{found.model['training_memory_gb']} GB for the weights alone, of {memory} GB"
-        found.add("error", Problem("model.name", "a training must fit into memory", value))
+        step = "Take a smaller model, or train less of it: train.freeze_layers or train.lora_rank."
+        found.add("error", Problem("model.name", "a training must fit into memory", value, next_step=step))
     sizes = {place: one["short_side"] for place, one in found.sets.items() if one.get("short_side")}
     small = [place for place, size in sizes.items() if size["median"] < clip.image_size / 2]
     if small:
@@ -273,7 +286,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
         rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {sides}"
         found.add("note", Problem("model", rule))
     if materials is not None:
-        say(f"measuring the zero-shot model on {num_images} images of each validation set")
+        say(f"measuring the zero-shot model on up to {num_images} images of each validation set")
         _measure(recipe, materials, class_head_CD, context_head_TD, num_images, found)
     _judge_contexts(context_head_TD, prompts, found)
 
@@ -281,7 +294,7 @@ def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool,
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
     for word, labels in same_words(words).items():
         rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot tell apart: labels {labels}"
-        found.add("note", Problem("prompts.class_names", rule))
+        found.add("note", Problem("prompts.class_names", rule, next_step="Give them words that differ."))
     # what is cut off makes no difference: a sentence that is whole differs from itself with a word more
     longest = sorted(words, key=len)[-3:]
     cut = [
@@ -293,7 +306,9 @@ def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found
     if cut:
         length = clip.tokenizer(["x"]).shape[1]
         rule = f"sentences must be shorter than the {length} tokens that the model reads"
-        found.add("warning", Problem("prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}"))
+        step = "Shorten prompts.templates or prompts.class_names."
+        value = f"{len(cut)} that are cut off, such as {cut[0]!r}"
+        found.add("warning", Problem("prompts", rule, value, next_step=step))
 
 
 def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found: Diagnosis) -> None:
@@ -344,14 +359,13 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
         zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
     """
     id_val, findings = zero_shot["id_val"], []
-
     for name, one in zero_shot.items():
-        low, high = wilson(round(one["accuracy"] * one["num_images"]), int(one["num_images"]))
+        number = int(one["num_images"])
+        low, high = wilson(round(one["accuracy"] * number), number)
         if low <= one["chance"]:
-            rule = f"the 95 % interval of zero-shot must lie above chance ({100 * one['chance']:.1f} %)"
-            step = "Look at the order of the classes, the class words, and the activation of the model."
-            value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {one['num_images']} images"
-            findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
+            rule = f"zero-shot must be above chance ({100 * one['chance']:.1f} %)"
+            value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {number} images"
+            findings.append(Finding("warning", Problem(name, rule, value, next_step=TRY_FIRST)))
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
             rule = f"no harder than id_val for the zero-shot model: {numbers}"

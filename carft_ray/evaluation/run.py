@@ -1,6 +1,6 @@
 """One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
 
-    out_dir/{metrics.jsonl, tensorboard/, checkpoint/, fine_tuned.safetensors,
+    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard), checkpoint/, fine_tuned.safetensors,
              predictions/validation.parquet, result.json}
 
 ``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
@@ -20,23 +20,23 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
+from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.scalars import EventFile
+from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
@@ -50,7 +50,6 @@ __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_trai
 RESULT_VERSION = 1
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 WEIGHTS = "fine_tuned.safetensors"
 # A look during a training is the best of these: at alpha 1 alone it told nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
@@ -68,6 +67,12 @@ def device_of(recipe: Recipe) -> torch.device:
 def num_threads(recipe: Recipe) -> int:
     """Returns the torch threads of a worker."""
     return recipe.resources.threads_per_worker
+
+
+def on_all_cores(recipe: Recipe) -> Recipe:
+    """Returns the recipe for what runs alone on a machine: with a torch thread for each core that it may use."""
+    threads = environment.usable_cores()
+    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": threads})})
 
 
 def prepare(
@@ -105,13 +110,8 @@ def prepare(
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
-        say(f"embedding {len(materials.templates) * len(materials.class_names)} sentences for the heads")
         clip, device = materials.clip, device_of(recipe)
-        class_head_CD, context_head_TD = build_heads(
-            clip.model.to(device), clip.tokenizer, materials.class_names, materials.templates
-        )
-        clip.model.to("cpu")
-        heads = {"class_head": class_head_CD.cpu(), "context_head": context_head_TD.cpu()}
+        heads = cached_heads(recipe, base_dir, clip, materials.class_names, materials.templates, device, say)
         with files.new_file(folder / "heads.safetensors") as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
@@ -263,7 +263,7 @@ def _train(
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
     told = told_with_numbers(recipe.train, materials.clip.image_size, device, context.world_size)
-    with told, _recorder(out_dir, context) as recorded:
+    with told, _recorder(out_dir, run_folder(out_dir, recipe), context) as recorded:
         state = fine_tune(
             materials.clip,
             heads["class_head"],
@@ -285,18 +285,18 @@ def _train(
 
 
 @contextlib.contextmanager
-def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
-    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, steps to TensorBoard."""
+def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
+    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, all to TensorBoard."""
     opened: list[EventFile] = []
     metrics_path = out_dir / METRICS
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
         if not opened:  # what a killed attempt wrote from this step on is void
-            opened.append(EventFile(out_dir / TENSORBOARD, purge_step=step))
+            opened.append(EventFile(events_dir, purge_step=step))
         for name, value in row.items():
             if name not in ("step", "num_steps"):
-                opened[0].scalar(f"train/{name}", value, step)
+                opened[0].scalar(tag_of(name), value, step)
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
@@ -307,7 +307,7 @@ def _recorder(out_dir: Path, context: RunContext) -> Iterator[RunContext]:
         files.append_line(metrics_path, json.dumps(row))
         for name, value in row.items():
             if name.startswith("subset/"):
-                opened[0].scalar(name, value, int(row["step"]))
+                opened[0].scalar(tag_of(name), value, int(row["step"]))
         context.report(row)
 
     try:
@@ -335,7 +335,7 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
     rows = files.read_json_lines(out_dir / METRICS)
-    events = EventFile(out_dir / TENSORBOARD)
+    events = EventFile(run_folder(out_dir, recipe))
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()

@@ -6,6 +6,7 @@ that goes on. Here it is a ``StorageError`` of the training.
 
 import itertools
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -17,9 +18,53 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from carft_ray import files
+from carft_ray.recipe.schema import Recipe
 
 FLUSH_EVERY_S = 5.0
+# TensorBoard shows groups, and plots inside them, in the order of their names: curves, epochs, final, other
+TAGS = {
+    "loss": "curves/1_loss",
+    "ce": "curves/2_ce",
+    "kl": "curves/3_kl",
+    "learning_rate": "curves/4_learning_rate",
+    "subset/id_accuracy": "epochs/1_id_accuracy",
+    "subset/ood_accuracy": "epochs/2_ood_accuracy",
+    "subset/objective": "epochs/3_objective",
+    "subset/alpha": "epochs/4_alpha",
+}
+SHORT = {"learning_rate": "lr", "kl_weight": "kl", "weight_decay": "wd"}  # in names of runs
+EVENTS = "events.out.tfevents."
+LONGEST_NAME = 120  # bytes; of 255 that file systems allow
 _count = itertools.count()
+
+
+def tag_of(name: str) -> str:
+    """Returns the tag of a number of a training: of a step (``loss``), or of an epoch (``subset/id_accuracy``)."""
+    return TAGS.get(name, f"other/{name.removeprefix('subset/')}")
+
+
+def run_folder(out_dir: Path, recipe: Recipe) -> Path:
+    """Returns the folder of a training's event files; its name, which TensorBoard shows, tells what the search varies.
+
+    An earlier attempt's stays: the same recipe may search more, or have other baselines, when it goes on.
+
+    Args:
+        out_dir: Folder of the training.
+        recipe: ``train`` holds its values.
+    """
+    with files.writing(out_dir):
+        if there := sorted(out_dir.glob(f"*/{EVENTS}*")):
+            return there[0].parent
+    names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space))
+    values = {name: value for name in names if (value := getattr(recipe.train, name, None)) is not None}
+    words = [f"{SHORT.get(name, name)}={_short(value)}" for name, value in values.items()]
+    return out_dir / " ".join(words)[:LONGEST_NAME].strip()
+
+
+def _short(value: Any) -> str:
+    """Returns a value in three digits, with such letters alone as every file system takes."""
+    text = re.sub(r"e([+-])0+", r"e\1", f"{value:.3g}") if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.replace("e+", "e"))
 
 
 class EventFile:
@@ -34,7 +79,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"
+        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"
         self.path = folder / name
         self._flushed = time.monotonic()
         with files.writing(self.path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ray
 
-from carft_ray import files
+from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
@@ -125,7 +125,7 @@ def _short_temp_dir() -> str:
 
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = environment.usable_cores()
     # only this process and its children know the token; without it Ray would write one into the home folder
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:

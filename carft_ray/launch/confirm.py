@@ -87,7 +87,8 @@ def run_confirm(
                 plan = make_plan(recipe, base_dir, study.study_dir, nodes, runner or Runner())
                 on_event(Preparing())
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
-                    run_prepare(replace(plan, recipe=apply(plan.recipe, {"seed": seed})))
+                    seeded = replace(plan, recipe=apply(plan.recipe, {"seed": seed}))
+                    run_prepare(seeded, lambda text: on_event(Preparing(text)))
                 room = plan.capacity
                 on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
                 if run_trainings(study, plan, on_event):

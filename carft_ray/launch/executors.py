@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import math
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -67,6 +68,7 @@ STOP_CHECK_S = 0.5
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 RAY_FILES = "_tune"
+DOING = "preparing.txt"  # in it: what the preparation does at the moment
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
@@ -79,14 +81,25 @@ def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
     """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder)
+    return run.prepare(recipe, base_dir, folder, tells_driver(folder))
 
 
 def prepare_single(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
     """``prepare`` for one training, which shares no targets with others."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder, share_targets=False)
+    return run.prepare(recipe, base_dir, folder, tells_driver(folder), share_targets=False)
+
+
+def tells_driver(folder: Path) -> Callable[[str], None]:
+    """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process."""
+    path = folder.parent / RAY_FILES / DOING
+
+    def say(text: str) -> None:
+        with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
+            files.write_text(path, text)
+
+    return say
 
 
 def train(
@@ -166,22 +179,37 @@ def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     return should_stop
 
 
-def run_prepare(plan: Plan) -> dict[str, Any]:
+def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Runs the preparation in a Ray task. It asks for what a worker gets, and uses all cores of its node.
+
+    Args:
+        plan: Of the search.
+        say: Told what the preparation does, as it goes on.
 
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room = plan.capacity
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
+    path, told = plan.study_dir / RAY_FILES / DOING, ""
+    shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
-        metrics: dict[str, Any] = ray.get(task.remote(plan))
+        pending, ended = task.remote(plan), False
+        while not ended:
+            ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
+            with contextlib.suppress(OSError):
+                if (text := path.read_text()) != told:
+                    told = text
+                    say(told)
+        metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
         if isinstance(cause, CarftError):
             raise cause from None
         step = "Run it again with --debug to see where."
         raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
+    finally:
+        shutil.rmtree(path.parent, ignore_errors=True)
     return metrics
 
 

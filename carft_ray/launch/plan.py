@@ -33,7 +33,7 @@ from carft_ray.data.shared_images import find_shared, without_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Event, TrialFinished
-from carft_ray.launch.executors import Plan, Runner, make_plan, run_prepare
+from carft_ray.launch.executors import Plan, Runner, make_plan, run_prepare, tells_driver
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
@@ -199,7 +199,7 @@ def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any
     """``evaluation.probe.probe_prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import probe
 
-    return probe.probe_prepare(recipe, base_dir, folder)
+    return probe.probe_prepare(recipe, base_dir, folder, tells_driver(folder))
 
 
 def probe_training(
@@ -246,7 +246,7 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         files.write_json(study_dir / PROBE, given)
         say("preparing for a share of the sets")
         began = time.monotonic()
-        prepared = run_prepare(plan)
+        prepared = run_prepare(plan, say)
         prepared_s = time.monotonic() - began
         study.adopt_confirm(dict.fromkeys(names, values))
         say(f"training a little, {room.concurrency} at a time ({room.reason})")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import note_shared
+from carft_ray.data.shared_images import shared_of_study, write_shared
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
@@ -120,11 +120,12 @@ def run_search(
                 stop_path = study_dir / STOP
                 with interruptions_as(lambda: _interrupted(study, address), stop_path):
                     cache = cache_dir(recipe, base_dir)
-                    note_shared(recipe, base_dir, cache, study_dir, lambda text: on_event(Preparing(text)))
+                    shared = shared_of_study(recipe, base_dir, cache, study_dir, lambda text: on_event(Preparing(text)))
                 with (
                     interruptions_as(lambda: _interrupted(study, address), stop_path),
                     running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
                 ):
+                    write_shared(study_dir, shared)
                     ended = _run(study, base_dir, nodes, on_event, runner or Runner(), address, began)
             elapsed_s = time.monotonic() - began
         rows = study.rows()
@@ -166,7 +167,7 @@ def _run(
     """Prepares and trains; returns which limit of the budget ended it, if one did."""
     plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
     on_event(Preparing())
-    metrics = run_prepare(plan)
+    metrics = run_prepare(plan, lambda text: on_event(Preparing(text)))
     record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)

@@ -6,9 +6,9 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import note_shared, read_shared, without_shared
+from carft_ray.data.shared_images import shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
+from carft_ray.evaluation.run import RESULT, WEIGHTS, on_all_cores, prepare, run_training
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -70,7 +70,7 @@ def train_once(
         HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
-    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    base_dir, out_dir, alone = base_dir.resolve(), out_dir.resolve(), on_all_cores(recipe)
     _check_folder(out_dir, resume)
     is_new = not files.exists(out_dir / MANIFEST)
     with (
@@ -85,18 +85,19 @@ def train_once(
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
         try:
-            note_shared(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
-            recipe = without_shared(recipe, read_shared(out_dir), base_dir)
+            shared = shared_of_study(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
+            write_shared(out_dir, shared)
+            recipe = without_shared(recipe, shared, base_dir)
             found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
             if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
                 from carft_ray.launch.train import train_with_ray
 
                 say(f"training with {recipe.resources.num_workers} Ray Train workers")
-                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report)
-                zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report, say=say)
+                zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
-            zero_shot = found or prepare(recipe, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))

@@ -56,6 +56,7 @@ def train_with_ray(
     on_epoch: Callable[[dict[str, float]], None] = _ignore,
     runner: Runner | None = None,
     lost: tuple[int, list[int]] = (0, [0, 0]),
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or goes on with one.
 
@@ -68,6 +69,7 @@ def train_with_ray(
         on_epoch: Given the metrics of every epoch.
         runner: What is trained; by default ``evaluation.run``.
         lost: Attempts in a row that a machine has ended without advancing, and how far they came (``progress_of``).
+        say: Told what the preparation does.
 
     Returns:
         Content of ``result.json``.
@@ -90,7 +92,7 @@ def train_with_ray(
             running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes,
         ):
             plan = make_plan(recipe, base_dir, out_dir, nodes, runner or Runner(prepare=prepare_single))
-            run_prepare(plan)
+            run_prepare(plan, say)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
                 task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
@@ -102,7 +104,7 @@ def train_with_ray(
         return result
     failure = read_failure(out_dir, attempt)
     if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
-        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner)
+        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, say=say)
     if failure is not None and failure.outcome != "lost":
         raise failure_error(failure, "train", out_dir)
     if files.seen(out_dir / STOP):
@@ -113,7 +115,7 @@ def train_with_ray(
     has_begun = failure is not None or read_alive(out_dir, attempt) is not None
     if has_begun and number < LOST_ATTEMPTS:
         logger.warning("the training gets another attempt: %s", reason)
-        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, (number, now))
+        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, (number, now), say)
     step = f"Details are in {out_dir / LOG}."
     raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
 

@@ -11,13 +11,16 @@ from torch.nn import functional
 
 from carft_ray.learning.losses import at_least_float32
 
+BATCH_SIZE = 512  # sentences; another one may change last bits
+
 
 def build_heads(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
     class_names: Sequence[str],
     templates: Sequence[str],
-    batch_size: int = 512,
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(class_head [C, D], context_head [T, D])``, unit rows, float32 or wider.
 
@@ -31,18 +34,22 @@ def build_heads(
         class_names: C words; equal ones are allowed (ImageNet has two such pairs).
         templates: T sentences, each with ``{}`` for the class.
         batch_size: Sentences per pass through the text tower.
+        on_progress: Told the number of sentences done and in all, after each pass.
     """
     if not class_names or not templates:
         raise ValueError("build_heads needs at least one template and one class")
     device = next(model.parameters()).device
-    class_sums_CD, context_rows_D = torch.zeros(()), []
+    class_sums_CD = torch.zeros(())
+    context_rows_D: list[Tensor] = []
     with torch.no_grad():
         for template in templates:
             sentences = [template.replace("{}", name) for name in class_names]
-            parts = [
-                at_least_float32(model.encode_text(tokenizer(sentences[i : i + batch_size]).to(device)))  # type: ignore[operator]  # open_clip is untyped
-                for i in range(0, len(sentences), batch_size)
-            ]
+            parts = []
+            for i in range(0, len(sentences), batch_size):
+                tokens = tokenizer(sentences[i : i + batch_size]).to(device)
+                parts.append(at_least_float32(model.encode_text(tokens)))  # type: ignore[operator]  # open_clip is untyped
+                before = len(context_rows_D) * len(sentences)
+                on_progress(before + min(i + batch_size, len(sentences)), len(templates) * len(sentences))
             text_CD = functional.normalize(torch.cat(parts), dim=-1)
             class_sums_CD = class_sums_CD.to(text_CD) + text_CD
             context_rows_D.append(text_CD.mean(0))

@@ -291,6 +291,8 @@ def _at_alpha_one(view: Overview, row: TrialRow) -> float | None:
 
 def _rival(view: Overview, other: Overview) -> PlanRow:
     """Returns the winner of another study as a baseline of this one."""
+    if other.study_dir == view.study_dir:
+        raise UsageError(Problem(f"--against {other.study_dir}", "must be another study", "this one"))
     theirs = _shared(other.recipe)
     differing = [key for key, value in _shared(view.recipe).items() if value != theirs[key]]
     if differing:

@@ -91,38 +91,71 @@ def _resampling(clip: Clip) -> str:
 
 
 def _code(name: str, clip: Clip, bias: str) -> list[str]:
+    """Returns a whole program, which prints the class of each image; its first lines are for the reader to change."""
+    given = ['folder = "FOLDER"  # that of this file', 'paths = ["image.jpg"]', ""]
+    head = [
+        'with safe_open(f"{folder}/class_head.safetensors", "pt") as file:',
+        "    head = {key: file.get_tensor(key) for key in file.keys()}",
+        '    class_names = json.loads(file.metadata()["class_names"])',
+    ]
+    images = ["images = [Image.open(path) for path in paths]"]
+    told = ["for path, index in zip(paths, logits.argmax(1)):", "    print(path, class_names[index])"]
     if name == "open_clip":
         return [
-            "import open_clip",
-            "from safetensors.torch import load_file",
+            "import json",
             "",
-            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")',
-            'head = load_file("FOLDER/class_head.safetensors")',
-            f'logits = model.eval().encode_image(images, normalize=True) @ head["class_head"].T{bias}',
+            "import open_clip",
+            "import torch",
+            "from PIL import Image",
+            "from safetensors import safe_open",
+            "",
+            *given,
+            'model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")',
+            "model.eval()",
+            *head,
+            *images,
+            "with torch.inference_mode():",
+            "    features = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)",
+            f'    logits = features @ head["class_head"].T{bias}',
+            *told,
         ]
     if name == "huggingface":
         return [
+            "import json",
+            "",
             "import torch",
-            "from safetensors.torch import load_file",
+            "from PIL import Image",
+            "from safetensors import safe_open",
             "from transformers import CLIPModel, CLIPProcessor",
             "",
-            'model = CLIPModel.from_pretrained("FOLDER").eval()',
-            'processor = CLIPProcessor.from_pretrained("FOLDER", backend="pil")',
-            'head = load_file("FOLDER/class_head.safetensors")',
-            'inputs = processor(images=images, return_tensors="pt")',
-            "features = torch.nn.functional.normalize(model.get_image_features(**inputs).pooler_output, dim=-1)",
-            f'logits = features @ head["class_head"].T{bias}',
+            *given,
+            "model = CLIPModel.from_pretrained(folder).eval()",
+            'processor = CLIPProcessor.from_pretrained(folder, backend="pil")',
+            *head,
+            *images,
+            "with torch.inference_mode():",
+            '    inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")',
+            "    features = torch.nn.functional.normalize(model.get_image_features(**inputs).pooler_output, dim=-1)",
+            f'    logits = features @ head["class_head"].T{bias}',
+            *told,
         ]
     return [
+        "import json",
+        "",
         "import numpy as np",
         "import onnxruntime",
         "from PIL import Image",
         "",
+        *given,
         "def pixels(image):",
         *(f"    {line}" for line in _resize_code(clip)),
         "",
-        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+        "",
+        'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")',
+        'class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])',
+        *images,
         'logits = session.run(["logits"], {"pixels": np.stack([pixels(image) for image in images])})[0]',
+        *told,
     ]
 
 
@@ -151,15 +184,12 @@ def _resize_code(clip: Clip) -> list[str]:
 
 _NOTES = {
     "open_clip": (
-        "`images` is a batch of preprocessed images. Zero-shot classification with prompts works as with any model of",
-        "open_clip, and so does `clip_benchmark eval --model local-dir:FOLDER`.",
+        "Zero-shot classification with prompts works as with any model of open_clip, and so does",
+        "`clip_benchmark eval --model local-dir:FOLDER`.",
     ),
-    "huggingface": (
-        "`images` is a list of PIL images. Without `backend` the library resizes by torchvision, which rounds some",
-        "pixels otherwise.",
-    ),
+    "huggingface": ("Without `backend` the library resizes by torchvision, which rounds some pixels otherwise.",),
     "onnx": (
-        "`images` is a list of PIL images. The input `pixels` is uint8 [batch, height, width, 3], RGB, of any batch;",
-        "division by 255, mean and standard deviation are inside. `image_features` is a second output.",
+        "The input `pixels` is uint8 [batch, height, width, 3], RGB, of any batch; division by 255, mean and standard",
+        "deviation are inside. `image_features` is a second output.",
     ),
 }

@@ -10,8 +10,9 @@ from carft_ray.errors import CarftError, StorageError
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirm import CONFIRM, SUMMARY, read_plan
-from carft_ray.results.overview import Overview, budget
-from carft_ray.search.ledger import ANALYSIS, Entry, check_ledger, needs_reason, read_ledger, reads_of
+from carft_ray.results.overview import Overview, budget, ledger
+from carft_ray.search.folder import RESOLVED
+from carft_ray.search.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
 
@@ -38,7 +39,7 @@ def next_steps(view: Overview, study: Path, after: str) -> list[str]:
     if view.holder is not None:
         running = [row.name for row in view.rows if view.state(row) == "running"][:1]
         steps = [*(f"logs {folder} {name} --follow" for name in running), f"status {folder}", f"stop {folder}"]
-    elif check_ledger(view.study_dir):
+    elif ledger(view.study_dir)["problems"]:
         steps = [f"status {folder}", f"ls {folder}"]  # others are refused
     else:
         steps = _at_rest(view, folder, read_ledger(view.study_dir))
@@ -61,17 +62,26 @@ def behind_zero_shot(view: Overview) -> bool:
     zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
     if view.best is None or zero_shot is None or zero_shot.objective is None:
         return False
-    return (view.best.objective or 0.0) < zero_shot.objective
+    measured = view.best.metrics.get("objective", view.best.objective or 0.0)  # not that of the fitted curve
+    return measured < zero_shot.objective
 
 
-def _at_rest(view: Overview, folder: str, ledger: list[Entry]) -> list[str]:
+def export_folder(name: str) -> str:
+    """Returns a folder for an export of that name that is not there yet, as a word of a command line."""
+    number, path = 1, Path("exports") / name
+    while path.exists():
+        number, path = number + 1, Path("exports") / f"{name}-{number + 1}"
+    return shlex.quote(str(path))
+
+
+def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
     """Returns the steps of a study on which no search runs, without the name of the program."""
-    reads, wanted = reads_of(ledger), num_trials(view.recipe)
+    reads, wanted = reads_of(entries), num_trials(view.recipe)
     rows = [*view.trials, *view.baselines]
     finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
     steps = []
-    if not finished:
-        again = AGAIN if needs_reason(ledger, view.trials, view.baselines, wanted) else ""
+    if not finished and (view.study_dir / RESOLVED).is_file():  # without it, resume has no recipe
+        again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted) else ""
         steps.append(f"resume {folder}{_more_budget(view)}{again}")
     if view.best is None:
         return [*steps, f"ls {folder}"]
@@ -79,7 +89,7 @@ def _at_rest(view: Overview, folder: str, ledger: list[Entry]) -> list[str]:
     if finished:
         steps += _trust(view, folder, reads)
     if not behind_zero_shot(view):
-        steps.append(f"export {folder} --to {_new_folder(view.recipe.name)}")
+        steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
     more = max(4, wanted // 2)
     if finished and not reads and num_trials(_with_trials(view.recipe, wanted + more)) > wanted:
         steps.append(f"resume {folder} --trials +{more}")
@@ -118,11 +128,3 @@ def _with_trials(recipe: Recipe, trials: int) -> Recipe:
 def _more_budget(view: Overview) -> str:
     found: dict[str, Any] = budget(view)
     return f" --set budget.gpu_hours={2 * found['gpu_hours']:g}" if "gpu_hours" in found["ended"] else ""
-
-
-def _new_folder(name: str) -> str:
-    """Returns a folder for an export that is not there yet."""
-    number, path = 1, Path("exports") / name
-    while path.exists():
-        number, path = number + 1, Path("exports") / f"{name}-{number + 1}"
-    return shlex.quote(str(path))

@@ -312,7 +312,7 @@ def status(overview: Overview) -> dict[str, Any]:
             "holder": overview.holder,
             "stopping": overview.stopping,
         },
-        "ledger": _ledger(overview.study_dir),
+        "ledger": ledger(overview.study_dir),
         "budget": budget(overview),
         "times": {
             "created": _created(overview.study_dir),
@@ -335,7 +335,7 @@ def _foretold(overview: Overview) -> dict[str, Any]:
     return foretold(overview.recipe.search.pruner, overview.trials)
 
 
-def _ledger(study_dir: Path) -> dict[str, Any]:
+def ledger(study_dir: Path) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
         problems = check_ledger(study_dir)
@@ -409,8 +409,13 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def find_row(rows: Sequence[TrialRow], written: str) -> TrialRow:
+def find_row(rows: Sequence[TrialRow], written: str, place: str = "TRIAL") -> TrialRow:
     """Returns the trial or baseline that a user means: ``7``, ``t7``, ``t0007``, or the full name.
+
+    Args:
+        rows: Of the study.
+        written: What the user wrote.
+        place: Where, for the message.
 
     Raises:
         UsageError: There is none, or several.
@@ -428,7 +433,7 @@ def find_row(rows: Sequence[TrialRow], written: str) -> TrialRow:
         return begun[0]
     names = tuple(by_name)
     near = nearest(written, names) or nearest(written, [f"t{row.number:04d}" for row in rows if row.kind == "trial"])
-    raise UsageError(Problem("TRIAL", "must be the number or name of a trial or baseline", repr(written), names, near))
+    raise UsageError(Problem(place, "must be the number or name of a trial or baseline", repr(written), names, near))
 
 
 def search_began(study_dir: Path) -> float | None:

@@ -131,6 +131,7 @@ def reproduce(
         InterruptedRunError: Stopped on request.
     """
     out_dir = out_dir.resolve()
+    files.require_new(out_dir, "--out")
     kept = finished.provenance
     if (
         "data" not in kept
@@ -162,7 +163,6 @@ def reproduce(
         return found
 
     if finished.is_zero_shot:
-        files.require_new(out_dir, "--out")
         metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
         now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         table = read_predictions(out_dir / "zero_shot.parquet")

@@ -26,10 +26,11 @@ from carft_ray.learning.mixing import mix_weights
 from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
+from carft_ray.results.overview import find_row
 from carft_ray.results.pareto import placed
 from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import best_row, trials
+from carft_ray.search.rows import baselines, best_row, trials
 from carft_ray.words import counted
 
 HEAD_NAME = "class_head.safetensors"  # of an export
@@ -76,7 +77,7 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
 
     Args:
         folder: What `train --out` or `search --study` was given.
-        trial: Name of a trial of the study; None: the best one.
+        trial: Number or name of a trial of the study, or name of a baseline; None: the best one.
 
     Raises:
         UsageError: The folder is neither, or the trial does not exist.
@@ -98,7 +99,7 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     run_dir, name, row = folder, folder.name, None
     if (folder / JOURNAL).exists():
         rows = trials(folder)
-        name = trial or _best(folder, rows)
+        name = find_row([*rows, *baselines(folder)], trial, "--trial").name if trial else _best(folder, rows)
         run_dir = _trial_dir(folder, name)
         row = next((each for each in rows if each.name == name), None)
     elif trial is not None:

@@ -31,7 +31,7 @@ CUT = "cut.json"  # the driver's word that the pruner has cut the training; it r
 ALIVE = "alive.json"  # while an attempt runs: its process and nodes; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
-_LONG_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{5,}(?:[eE][-+]?\d+)?(?![\w.])")
+_LONG_NUMBER = re.compile(r"(?<![\w./-])-?\d+\.\d{5,}(?:[eE][-+]?\d+)?(?!\w|\.\d|/)")  # none in a path or version
 FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
