@@ -177,6 +177,8 @@ def selection(source: StoredSource) -> StoredSource:
     Its fingerprint is that of the files alone.
     """
     rows = source.rows if source.selection is None else source.selection
+    if rows is source.rows and not source.class_names:
+        return source  # it may know its fingerprint
     return StoredSource(source.name, source.listing, rows, (), np.zeros(len(rows), np.int64))
 
 

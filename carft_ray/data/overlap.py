@@ -17,8 +17,9 @@ of all this is found, measured on real images and on the sandbox.
 Not found are mirrored or rotated copies, larger or one-sided crops, strong changes of colours, large marks, other
 photos of the same scene, neighbouring frames of a video, and re-encoded copies of pictures that are all but one colour.
 
-This is the one module besides `test` that reads test images. It sees neither labels nor a model, and nothing leaves it
-but names and pictures of images that stand in two roles.
+Before `test`, test images are read by ``data.records`` alone, for hashes and thumbnails, and by this module, for the
+candidates. It sees neither labels nor a model, and nothing leaves it but names and pictures of images that stand in two
+roles.
 
 Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K pairs.
 """
@@ -134,8 +135,8 @@ def shared_pairs(
 
     Every stored file is read once (``data.records``), and candidates once more; what was found stays in the cache, so
     the next call only looks at dates. A test set that cannot be read is passed over, with a warning in the log: it may
-    be kept under lock.
-    Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the log tells of them.
+    be kept under lock. Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the
+    log tells of them.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
@@ -159,20 +160,12 @@ def shared_pairs(
     sets = [each for each in opened if each is not None]
     key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.key}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
-    with lock(cache_dir / "overlap.lock"):
-        if (kept := _kept(path)) is not None:
-            return [_pair(sets[a], sets[b], found) for a, b, *found in kept]
-        for left in cache_dir.glob(".overlap-*.tmp"):
-            left.unlink(missing_ok=True)  # of a process that was killed
-        known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, cache_dir, say))]
-        rows = []
-        for (a, mine), (b, theirs) in itertools.combinations(known, 2):
-            first, second = sets[a], sets[b]
-            with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
-            if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
-                rows += [(a, b, *found) for found in _compare(first, mine, second, theirs, say)]
-        if len(known) == len(sets):
-            write_json(path, {"format_version": FORMAT_VERSION, "pairs": rows})
+    rows = _kept(path)
+    if rows is None:
+        with lock(path.with_suffix(".lock")):
+            rows = _kept(path)
+            if rows is None:
+                rows = _found(sets, path, say)
     return [_pair(sets[a], sets[b], found) for a, b, *found in rows]
 
 
@@ -320,6 +313,22 @@ def _features(thumbnails: PixelArray) -> tuple[_Floats, _Floats]:
 def _centred(part: _Floats) -> _Floats:
     centred: _Floats = part - part.mean(1, keepdims=True)
     return centred
+
+
+def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[tuple[Any, ...]]:
+    """Compares the sets of different roles, and keeps the pairs where all sets can be read."""
+    for left in path.parent.glob(f".{path.stem}.*.tmp"):
+        left.unlink(missing_ok=True)  # of a process that was killed
+    known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, path.parent, say))]
+    rows: list[tuple[Any, ...]] = []
+    for (a, mine), (b, theirs) in itertools.combinations(known, 2):
+        first, second = sets[a], sets[b]
+        with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
+        if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
+            rows += [(a, b, *found) for found in _compare(first, mine, second, theirs, say)]
+    if len(known) == len(sets):
+        write_json(path, {"format_version": FORMAT_VERSION, "pairs": rows})
+    return rows
 
 
 def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Callable[[str], None]) -> list[_Found]:
