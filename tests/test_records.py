@@ -105,6 +105,7 @@ records.records(source, records.Path(sys.argv[2]), on_progress=lambda done, tota
 """
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_killed_goes_on_from_its_last_whole_part(root):
     words = [sys.executable, "-c", KILLED, str(root / "images"), str(root / "cache")]
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
@@ -178,7 +179,7 @@ def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
     assert more == []
 
 
-def test_a_border_in_a_large_jpeg_is_seen_in_all_its_pixels(root):
+def test_where_a_border_ends_is_seen_in_the_whole_of_a_jpeg(root):
     framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
     path = root / "images" / "cat" / "0.jpg"
     Image.fromarray(framed).save(path, quality=95)

@@ -48,8 +48,8 @@ CHUNK = 16  # images of a task
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
-SHORT_SIDE = 80  # pixels of the shorter side that are enough for views of a picture without a border
-BORDER_SIDE = 192  # pixels of the shorter side from which on borders are looked for in a smaller picture
+SHORT_SIDE = 128  # pixels of the shorter side that are enough for views of a picture without a border
+BORDER_SIDE = 192  # and with one, which must be cut off where it ends
 NUM_NAMED = 3  # images that a warning names
 
 OnProgress = Callable[[int, int], None]
@@ -176,26 +176,35 @@ def identity(source: Source) -> str:
     return f"{source.fingerprint} {source.home}"
 
 
-def thumbnails_of(pixels: PixelArray) -> PixelArray:
+def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> PixelArray:
     """Returns the mean colours of 8 x 8 tiles of each view of a picture.
 
     Args:
         pixels: uint8 [H, W, 3].
+        size: Height and width of the picture where ``pixels`` are so many eighths of it (``images.small_image``), so
+            that the last row and column may be a part of one.
 
     Returns:
         uint8 [4, 8, 8, 3].
     """
-    image = Image.fromarray(pixels)
-    image = image.reduce(max(1, min(image.size) // BORDER_SIDE))
-    inside = inside_border(np.asarray(image.convert("L")))
-    views = [_view(image, box) for box in VIEWS]
-    views.append(views[0] if inside == WHOLE else _view(image, inside))
+    whole = Image.fromarray(pixels)
+    height, width = pixels.shape[:2] if size is None else size
+    eighths = next(k for k in range(1, 9) if (-(-height * k // 8), -(-width * k // 8)) == pixels.shape[:2])
+    for side in (SHORT_SIDE, BORDER_SIDE):
+        factor = max(1, min(whole.size) // side)
+        image = whole.reduce(factor)
+        inside = inside_border(np.asarray(image.convert("L")))
+        if inside == WHOLE:
+            break
+    sides = (width * eighths / 8 / factor, height * eighths / 8 / factor)  # in pixels of the smaller picture
+    views = [_view(image, sides, box) for box in VIEWS]
+    views.append(views[0] if inside == WHOLE else _view(image, sides, inside))
     return np.frombuffer(b"".join(views), np.uint8).reshape(_SHAPE)
 
 
-def _view(image: Image.Image, box: Box) -> bytes:
+def _view(image: Image.Image, sides: tuple[float, float], box: Box) -> bytes:
     left, right, top, bottom = box
-    pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+    pixels = (left * sides[0], top * sides[1], right * sides[0], bottom * sides[1])
     return image.resize((SIDE, SIDE), Image.Resampling.BOX, pixels).tobytes()
 
 
@@ -261,9 +270,9 @@ def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
     try:
         if isinstance(source, StoredSource):
             pixels, (height, width), mode = source.small(index, content, SHORT_SIDE)
-            thumbnails = thumbnails_of(pixels)
+            thumbnails = thumbnails_of(pixels, (height, width))
             if pixels.shape[:2] != (height, width) and (thumbnails[0] != thumbnails[-1]).any():
-                thumbnails = thumbnails_of(source.decode(content, index))  # where a border ends takes all pixels
+                thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
         else:
             thumbnails = thumbnails_of(pixels)
             (height, width), mode = pixels.shape[:2], "RGB"
