@@ -48,7 +48,7 @@ CHUNK = 16  # images of a task
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
-SHORT_SIDE = 128  # pixels of the shorter side that are enough for views of a picture without a border
+SHORT_SIDE = 80  # pixels of the shorter side that are enough for views of a picture without a border
 BORDER_SIDE = 192  # and with one, which must be cut off where it ends
 NUM_NAMED = 3  # images that a warning names
 
@@ -189,7 +189,7 @@ def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> Pi
     """
     whole = Image.fromarray(pixels)
     height, width = pixels.shape[:2] if size is None else size
-    eighths = next(k for k in range(1, 9) if (-(-height * k // 8), -(-width * k // 8)) == pixels.shape[:2])
+    eighths = next(k for k in range(8, 0, -1) if (-(-height * k // 8), -(-width * k // 8)) == pixels.shape[:2])
     for side in (SHORT_SIDE, BORDER_SIDE):
         factor = max(1, min(whole.size) // side)
         image = whole.reduce(factor)
