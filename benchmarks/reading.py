@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.photos import write_tree
-from carft_ray.data.content import num_threads
+from carft_ray.data.content import reading_threads
 from carft_ray.data.images import read_image
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
@@ -41,7 +41,7 @@ def plain_loop(source: StoredSource) -> None:
         for path in some:
             read_image(path)
 
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         list(pool.map(decode, [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]))
 
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if min(arguments.files, arguments.turns) < 1:
         parser.error("--files and --turns must be at least 1")
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {num_threads()} threads; synthetic pictures")
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {reading_threads()} threads; synthetic pictures")
     ratios = []
     for width, height in SIZES:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from carft_ray.data.source import PixelArray, Source
 DIGEST_BYTES = 16
 
 
-def num_threads() -> int:
+def reading_threads() -> int:
     """Returns the cores that this process may use, and at least 4: reading files waits for the disk."""
     return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -23,7 +23,7 @@ def image_digests(source: Source) -> list[bytes]:
     Raises:
         DataError: A file cannot be read.
     """
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         return list(pool.map(lambda index: image_digest(source.content(index)), range(len(source))))
 
 

@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray.data.cache import key_of, lock
-from carft_ray.data.content import num_threads
+from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, OnProgress, Records, identity, records, without_bad_images
@@ -342,7 +342,7 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
     found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
     maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
     on_progress = _progress(f"comparing {first.place} and {second.place}, pictures that may be the same", say)
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
             on_progress(number, len(maybe))
             if distance <= LIMIT:

@@ -34,7 +34,7 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.cache import key_of, lock
-from carft_ray.data.content import DIGEST_BYTES, image_digest, num_threads
+from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
 from carft_ray.data.index import open_table, write_table
 from carft_ray.data.listing import StoredSource, selection
@@ -220,7 +220,7 @@ def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) ->
         left.unlink(missing_ok=True)  # of a process that was killed
     schema = pa.schema(_KNOWN if is_test else _KNOWN + _SEEN)
     tables, parts = [schema.empty_table()], []
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(reading_threads()) as pool:
         for start in range(0, len(source), PART):
             indices = range(start, min(start + PART, len(source)))
             parts.append(path.with_suffix(f".{start}.part"))
