@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.folder import folders, is_image
 from carft_ray.data.images import decode_image
-from carft_ray.data.overlap import Signatures, candidates, distances, thumbnails_of
+from carft_ray.data.overlap import candidates, distances
+from carft_ray.data.records import Records, thumbnails_of
 from carft_ray.data.same_picture import LIMIT, look, picture_distance
 from carft_ray.data.sandbox import DOMAINS, sandbox_source
 from carft_ray.data.source import PixelArray
@@ -108,14 +109,14 @@ def folder_domains(root: Path) -> Iterator[tuple[str, list[str], list[PixelArray
         yield domain, names, [decode_image(path.read_bytes(), str(path)) for path in paths]
 
 
-def signed(pictures: Sequence[PixelArray], seed: int) -> Signatures:
-    """Returns the signatures of pictures; each has bytes of its own, so that copies are found by what they show."""
+def signed(pictures: Sequence[PixelArray], seed: int) -> Records:
+    """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
     digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
-    return Signatures(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
+    return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
 
 
 def pairs_of(
-    first: Sequence[PixelArray], mine: Signatures, second: Sequence[PixelArray], theirs: Signatures
+    first: Sequence[PixelArray], mine: Records, second: Sequence[PixelArray], theirs: Records
 ) -> tuple[set[tuple[int, int]], int]:
     """Returns the pairs of two sets, as a search finds them, and the number of candidates."""
     maybe = candidates(mine, theirs).tolist()

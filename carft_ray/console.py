@@ -365,7 +365,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     """Returns the table of what the doctor found in the sets: a line per set.
 
     Args:
-        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.as_data`` returns.
+        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.image_facts`` returns.
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
     """
     rows = []
@@ -425,7 +425,8 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def counting_several() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Gives a function from the name of a task to a callback (done, in all); the tasks are bars on a terminal."""
-    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=err, transient=True)
 
     def begin(what: str) -> Callable[[int, int], None]:
         task = bars.add_task(what, total=None, visible=err.is_terminal)

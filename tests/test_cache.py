@@ -315,7 +315,7 @@ def filled(tmp_path):
         decoded(folder, number)
         aged(folder, days)
     (folder / f".{'0' * 32}.9-host.tmp").mkdir()
-    (folder / "signatures-0.npy").write_bytes(b"hashes")
+    (folder / "records-0.arrow").write_bytes(b"hashes")
     (folder / "studies").mkdir()
     (folder / "notes.txt").write_text("mine")
     return folder
@@ -343,7 +343,7 @@ def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
     assert [name for name in os.listdir(filled) if name.startswith(".")] == []
     assert (filled / "studies").is_dir()
     assert (filled / "notes.txt").exists()
-    assert (filled / "signatures-0.npy").exists() is (words != ["--all"])
+    assert (filled / "records-0.arrow").exists() is (words != ["--all"])
 
 
 def test_clean_leaves_what_is_in_use_and_says_so(run, filled):

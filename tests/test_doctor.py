@@ -80,17 +80,14 @@ def test_a_healthy_recipe_has_no_error_and_every_number(here):
     assert json.loads(json.dumps(as_plain_data(found), allow_nan=False))["healthy"]
 
 
-def test_a_test_set_is_counted_and_hashed_and_never_decoded_or_measured(here, monkeypatch):
-    from carft_ray.data.listing import StoredSource
-
-    decoded, decode = set(), StoredSource.decode
-    monkeypatch.setattr(StoredSource, "decode", lambda self, *what: decoded.add(self.name) or decode(self, *what))
-    monkeypatch.setattr("carft_ray.evaluation.doctor.shared_pairs", lambda *args: [])  # which makes thumbnails
+def test_a_test_set_is_counted_and_hashed_and_nothing_is_told_of_its_pictures(here):
+    (here / "images" / "secret" / "star" / "03.png").write_bytes(b"no image")
     found = diagnose(here)
-    assert decoded == {"data.train", "data.id_val", "data.ood_val.fog", "id_val", "fog"}
     secret = found.sets["data.ood_test.secret"]
     assert secret["digest"]
     assert (secret["num_images"], secret["short_side"], secret["modes"]) == (36, None, {})
+    assert (secret["num_unreadable"], secret["unreadable"], texts(found, "error")) == (0, [], [])
+    assert set(found.zero_shot) == {"id_val", "fog"}
 
 
 def spoil_image(here):

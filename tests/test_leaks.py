@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import crash_host
@@ -24,8 +25,9 @@ from strict_roles import check_overlap
 
 from benchmarks.pairs import COPIES as MADE
 from benchmarks.pairs import signed
-from carft_ray.data import bad_images
-from carft_ray.data.overlap import TOLERANCE, alike, candidates, distances, thumbnails_of
+from carft_ray.data import records
+from carft_ray.data.overlap import TOLERANCE, alike, candidates, distances
+from carft_ray.data.records import thumbnails_of
 from carft_ray.data.same_picture import LIMIT, look, picture_distance
 from carft_ray.data.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
@@ -486,11 +488,11 @@ def test_a_second_look_reads_no_image_and_damaged_hashes_are_made_again(here):
     with watched("images") as seen:
         check_overlap(recipe, here, cache)
     assert [path for event, path in seen if event == "open"] == []
-    entries = {path: path.read_bytes() for path in cache.glob("signatures-*.npy")}
+    entries = {path: path.read_bytes() for path in cache.glob("records-*.arrow")}
     assert len(entries) == 5
     for path in cache.glob("*"):
         path.write_bytes(b"damaged") if path in entries else path.unlink()
-    (cache / ".signatures-x.npy.7.tmp").write_bytes(b"of a process that was killed")
+    (cache / f".{next(iter(entries)).stem}.arrow.7.tmp").write_bytes(b"of a process that was killed")
     check_overlap(recipe, here, cache)
     assert {path: path.read_bytes() for path in entries} == entries
     assert not list(cache.glob(".*"))
@@ -573,6 +575,26 @@ def test_a_second_train_opens_no_image_and_one_that_was_replaced_is_noticed(run,
     assert {name for name in first if third[name] != first[name]} == {"sketch"}
 
 
+def test_images_are_opened_once_by_all_commands_but_for_what_a_model_sees(run, here):
+    def opens(*words):
+        materials._materials.clear()  # as in a process of its own
+        with watched("images") as seen:
+            assert run(*words)[0] == 0
+        return Counter(Path(path).relative_to(here / "images") for event, path in seen if event == "open")
+
+    cache = here / "cache"
+    first = opens("doctor", "recipe.yaml", "--set", f"data.cache_dir={cache}")
+    seen_by_model = {path for path in first if path.parts[0] in ("photo_val", "sketch")}
+    assert {*first.values()} <= {1, 2}
+    assert {path for path, number in first.items() if number == 2} <= seen_by_model  # zero-shot, into the cache
+    assert {path.parts[0] for path in first} == {"photo", "photo_val", "sketch", *TESTS.values()}
+    assert len(first) == sum(path.is_file() for path in (here / "images").rglob("*"))
+    assert not opens("validate", "--deep", "--set", f"data.cache_dir={cache}")
+    second = opens("train", "--out", "second", "--set", f"data.cache_dir={cache}")
+    assert {path.parts[0] for path in second} == {"photo"}
+    assert {*second.values()} == {1}  # of the one epoch
+
+
 SKIP = ("--set", "data.train.on_bad_image=skip")
 
 
@@ -595,8 +617,9 @@ def test_how_many_images_are_left_out_is_told_once_with_the_first_ones(run, here
     assert code == 0
     assert "data.train: 4 of 24 images are left out, which cannot be decoded (on_bad_image: skip): " in line
     assert [f"star/{index}.png: must be a readable image" in line for index in range(4)] == [True, True, True, False]
-    kept = re.search(r"; and 1 more, all named in (\S+)", line)[1]
-    assert len(json.loads(Path(kept).read_text())) == 4
-    bad_images._told.clear()  # as in a process of its own, which opens the set three times
+    assert "; and 1 more (carft-ray doctor RECIPE --json names all of training and validation)" in line
+    named = json.loads(run("doctor", "recipe.yaml", "--json", *SKIP)[1])["sets"]["data.train"]["unreadable"]
+    assert [f"star/{index}.png" in text for index, text in enumerate(named)] == [True] * 4
+    records._told.clear()  # as in a process of its own, which opens the set three times
     code, _, said = run("train", "--out", "skipping", *SKIP)
     assert (code, said.count("left out")) == (0, 1)

@@ -16,15 +16,13 @@ from carft_ray.data.overlap import (
     TOLERANCE,
     SharedImage,
     SharedPair,
-    Signatures,
     candidates,
     distances,
     same_bytes,
     shared_problems,
-    signatures,
-    thumbnails_of,
 )
 from carft_ray.data.pairs_file import write_pairs
+from carft_ray.data.records import Records, thumbnails_of
 from carft_ray.data.same_picture import LIMIT, WHOLE, inside_border, look, picture_distance
 from carft_ray.errors import DataError, UsageError
 
@@ -91,23 +89,13 @@ def test_what_lies_inside_a_border_is_found():
     assert inside_border(np.pad(grey, 200)) == WHOLE  # more border than picture
 
 
-class Undecodable(ArraySource):
-    def content(self, index):
-        return b"no image, number %d" % index
-
-    def pixels(self, index):
-        raise DataError("must be a readable image")
-
-
-def test_the_same_bytes_are_found_where_nothing_can_be_decoded(tmp_path):
-    made = signatures(Undecodable(num_images=3), tmp_path, undecodable=True)
-    assert same_bytes(made, made).tolist() == [[0, 0], [1, 1], [2, 2]]
-    assert candidates(made, made).tolist() == []
+def undecodable(index):
+    raise DataError("must be a readable image")
 
 
 def test_of_many_files_with_the_same_bytes_each_stands_in_a_pair():
     digests = [np.repeat(np.array(rows, np.uint8)[:, None], 16, axis=1) for rows in ((7, 1, 7, 7), (2, 7, 7))]
-    mine, theirs = (Signatures(each, np.zeros((len(each), 4, 8, 8, 3), np.uint8)) for each in digests)
+    mine, theirs = (Records(each, np.zeros((len(each), 4, 8, 8, 3), np.uint8)) for each in digests)
     pairs = same_bytes(mine, theirs)
     assert {*pairs[:, 0].tolist()} == {0, 2, 3}
     assert {*pairs[:, 1].tolist()} == {1, 2}
@@ -170,7 +158,7 @@ def test_pairs_are_written_as_a_table(tmp_path):
 
 def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
     pairs = shared()
-    pairs[0].second.source.pixels = Undecodable().pixels
+    pairs[0].second.source.pixels = undecodable
     write_pairs(tmp_path / "pairs.html", pairs)
     page = (tmp_path / "pairs.html").read_text()
     assert page.count("<article>") == 3

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from carft_ray.data import overlap
 from carft_ray.data.excluded import excluded_ids
-from carft_ray.data.listing import sample_id
+from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.sets import check_sets, open_source, open_train, open_validation
 from carft_ray.data.shared_images import (
     SHARED_IMAGES,
@@ -133,6 +134,19 @@ def test_test_sets_lose_no_image(here):
     rows = found(here)
     assert leaving(rows) == []
     assert shared_counts(rows) == {"data.id_test": {"stays": 1}, "data.ood_test.paint": {"stays": 1}}
+
+
+def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
+    copy(here, "test/cat/0.png", "train/cat/a.png")
+    copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
+    monkeypatch.setattr(overlap, "TOLD_EVERY_S", 0)
+    said = []
+    rows = find_shared(loaded(here), here, here / "cache", said.append)
+    assert len(rows) == 2
+    for name, count in {"train": 49, "id_val": 41, "ood_val.sketch": 40, "id_test": 40}.items():
+        assert f"reading the images of data.{name}: 32 of {count}, about 1 minute left" in said
+    monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
+    assert find_shared(loaded(here), here, here / "cache", said.append) == rows
 
 
 def test_a_corrupted_set_may_show_id_val_and_both_stay(here):

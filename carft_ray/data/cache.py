@@ -33,8 +33,7 @@ GB = 10**9  # bytes
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
-# of ``data.overlap``, ``data.bad_images`` and ``data.index``
-_NOTES = ("signatures-*.npy", "overlap-*.json", "bad-*.json", "index/*.arrow")
+_NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/*.arrow")  # of ``data.records`` and others
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -167,7 +166,7 @@ def list_entries(cache_dir: Path) -> list[Entry]:
 
 
 def notes(cache_dir: Path) -> dict[Path, int]:
-    """Returns the files that hold what is known of images (hashes, which are damaged), with their sizes in bytes."""
+    """Returns the files that hold what is known of images (hashes, thumbnails, sizes), with their sizes in bytes."""
     return {path: path.stat().st_size for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))}
 
 

@@ -4,36 +4,27 @@
 """
 
 import hashlib
-from collections.abc import Callable
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 from carft_ray.data.source import PixelArray, Source
 
 DIGEST_BYTES = 16
-THREADS = 4  # reading files waits for the disk
 
 
-def image_digests(source: Source, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[bytes]:
+def reading_threads() -> int:
+    """Returns the cores that this process may use, and at least 4: reading files waits for the disk."""
+    return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def image_digests(source: Source) -> list[bytes]:
     """Returns a hash per image, in order: of the file's bytes, or of the pixels where there is no file.
-
-    Args:
-        source: The set.
-        on_progress: Told the number of images done and in all, now and then.
 
     Raises:
         DataError: A file cannot be read.
     """
-
-    def digest(index: int) -> bytes:
-        return image_digest(source.content(index))
-
-    digests: list[bytes] = []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for number, value in enumerate(pool.map(digest, range(len(source))), start=1):
-            digests.append(value)
-            if number % 1000 == 0 or number == len(source):
-                on_progress(number, len(source))
-    return digests
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        return list(pool.map(lambda index: image_digest(source.content(index)), range(len(source))))
 
 
 def pixel_digest(pixels: PixelArray) -> bytes:

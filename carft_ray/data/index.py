@@ -15,7 +15,7 @@ import pyarrow as pa
 from carft_ray.data.cache import key_of, lock
 from carft_ray.data.images import unreadable
 from carft_ray.errors import DataError
-from carft_ray.files import write_bytes
+from carft_ray.files import fsync_file, new_file
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file
 _END = 1 << 16  # bytes
@@ -82,23 +82,32 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     """
     key = key_of([FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)])
     entry = user_cache_dir() / "index" / f"{key}.arrow"
-    if (found := _open(entry)) is not None:
+    if (found := open_table(entry)) is not None:
         return found
     with lock(entry.parent / f"{key[:2]}.lock"):
-        if (found := _open(entry)) is not None:
+        if (found := open_table(entry)) is not None:
             return found
         made = make()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, made.schema) as writer:
-            writer.write_table(made)
-        write_bytes(entry, sink.getvalue())
+        write_table(entry, made)
         return made
 
 
-def _open(entry: Path) -> pa.Table | None:
-    """Opens an entry; None when it is missing or damaged."""
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a table as an Arrow file that appears whole.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    with new_file(path) as temporary:
+        with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            writer.write_table(table)
+        fsync_file(temporary)
+
+
+def open_table(path: Path) -> pa.Table | None:
+    """Maps an Arrow file into memory; None when it is missing or damaged."""
     try:
-        with pa.memory_map(str(entry)) as file:
+        with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowException):
         return None

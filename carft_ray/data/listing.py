@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from carft_ray.data.images import decode_image
+from carft_ray.data.images import decode_image, small_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema import StoredSet
@@ -81,6 +81,7 @@ class StoredSource:
         labels: Label of every image, int64 [N].
         groups: See ``ImageSet``.
         skipped: Names of images that were left out because they cannot be decoded.
+        selection: Positions of part and shots in the listing, of which ``rows`` are those that were not left out.
     """
 
     name: str
@@ -90,6 +91,7 @@ class StoredSource:
     labels: IntArray
     groups: tuple[tuple[int, ...], ...] | None = None
     skipped: tuple[str, ...] = field(default=())
+    selection: IntArray | None = None
 
     @cached_property
     def sample_ids(self) -> IdArray:
@@ -151,6 +153,17 @@ class StoredSource:
             return decode_image(content, self.listing.place(row))
         return self.listing.decode(content, row)
 
+    def small(self, index: int, content: bytes, side: int) -> tuple[PixelArray, tuple[int, int], str]:
+        """Returns image ``index`` for thumbnails from its bytes: ``images.small_image``.
+
+        Raises:
+            DataError: They are no image.
+        """
+        if self.listing.decode is None:
+            return small_image(content, self.place(index), side)
+        pixels = self.decode(content, index)
+        return pixels, (pixels.shape[0], pixels.shape[1]), "RGB"
+
     def without(self, unwanted: Sequence[int]) -> "StoredSource":
         """Returns the source without the images at these indices, which it names as skipped."""
         kept = np.setdiff1d(np.arange(len(self)), np.asarray(unwanted, np.int64))
@@ -158,9 +171,15 @@ class StoredSource:
         return replace(self, rows=self.rows[kept], labels=self.labels[kept], skipped=(*self.skipped, *names))
 
 
-def without_labels(source: StoredSource) -> StoredSource:
-    """Returns the same images as a set without classes, whose fingerprint is that of the files alone."""
-    return replace(source, class_names=(), labels=np.zeros(len(source), np.int64), groups=None)
+def selection(source: StoredSource) -> StoredSource:
+    """Returns all images of the part and shots of a set, also those that were left out of it, and without classes.
+
+    Its fingerprint is that of the files alone.
+    """
+    rows = source.rows if source.selection is None else source.selection
+    if rows is source.rows and not source.class_names:
+        return source  # it may know its fingerprint
+    return StoredSource(source.name, source.listing, rows, (), np.zeros(len(rows), np.int64))
 
 
 def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
@@ -182,7 +201,8 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     if len(np.unique(listing.ids)) < len(listing):
         rule = "names of images must differ, also after Unicode normalisation"
         raise DataError(Problem(f"{name}: {listing.home}", rule))
-    rows = selected_rows(listing, spec)
+    chosen = _part_and_shots(listing, spec)
+    rows = _not_excluded(listing, chosen)
     if not len(rows):
         value, step = f"none of {len(listing)} in the part", "Widen its `part`."
         raise DataError(Problem(name, "there must be at least one image", value, next_step=step))
@@ -193,7 +213,7 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     groups = None
     if listing.within is not None or spec.classes == "some":
         groups = tuple(sorted(set(groups_of.values())))
-    return StoredSource(name, listing, rows, wanted, labels, groups)
+    return StoredSource(name, listing, rows, wanted, labels, groups, selection=chosen)
 
 
 def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
@@ -204,8 +224,9 @@ def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSou
     """
     if listing.problems:
         raise DataError(listing.problems)
-    rows = selected_rows(listing, spec)
-    return StoredSource(name, listing, rows, (), np.zeros(len(rows), np.int64))
+    chosen = _part_and_shots(listing, spec)
+    rows = _not_excluded(listing, chosen)
+    return StoredSource(name, listing, rows, (), np.zeros(len(rows), np.int64), selection=chosen)
 
 
 def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
@@ -215,7 +236,10 @@ def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
     The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
     a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
     """
-    rows = _part_and_shots(listing, spec)
+    return _not_excluded(listing, _part_and_shots(listing, spec))
+
+
+def _not_excluded(listing: Listing, rows: IntArray) -> IntArray:
     return rows[~np.isin(listing.ids[rows], listing.excluded)] if len(listing.excluded) else rows
 
 

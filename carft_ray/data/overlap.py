@@ -17,14 +17,14 @@ of all this is found, measured on real images and on the sandbox.
 Not found are mirrored or rotated copies, larger or one-sided crops, strong changes of colours, large marks, other
 photos of the same scene, neighbouring frames of a video, and re-encoded copies of pictures that are all but one colour.
 
-This is the one module besides `test` that reads test images. It sees neither labels nor a model, and nothing leaves it
-but names and pictures of images that stand in two roles.
+Before `test`, test images are read by ``data.records`` alone, for hashes and thumbnails, and by this module, for the
+candidates. It sees neither labels nor a model, and nothing leaves it but names and pictures of images that stand in two
+roles.
 
 Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K pairs.
 """
 
 import functools
-import io
 import itertools
 import logging
 import math
@@ -33,29 +33,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import key_of, lock
-from carft_ray.data.content import DIGEST_BYTES, THREADS, image_digests
-from carft_ray.data.listing import StoredSource, unlabelled_source, without_labels
+from carft_ray.data.content import reading_threads
+from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
-from carft_ray.data.same_picture import LIMIT, WHOLE, Box, Look, inside_border, look, picture_distance
+from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, OnProgress, Records, identity, records, without_bad_images
+from carft_ray.data.same_picture import LIMIT, Look, look, picture_distance
 from carft_ray.data.sets import TEST_ROLES, may_share, open_source, plain_place
 from carft_ray.data.source import IntArray, PixelArray, Source
-from carft_ray.errors import DataError, Problem
-from carft_ray.files import write_bytes, write_json
+from carft_ray.errors import DataError, Problem, StorageError
+from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
+from carft_ray.words import counted
 
-FORMAT_VERSION = 2  # rises when other hashes or thumbnails are made, or other limits decide
-SIDE = 8  # pixels of a thumbnail
-VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
-NUM_VIEWS = len(VIEWS) + 1
+FORMAT_VERSION = 3  # rises when other pairs are found in the same records
 INSIDE = len(VIEWS)
 MATCHED = ((0, 0), (0, 1), (1, 0), (2, 2), (0, INSIDE), (INSIDE, 0), (INSIDE, INSIDE))  # views of two images
 TOLERANCE = 0.25  # largest distance of two thumbnails of candidates, relative to their contrast
@@ -69,27 +66,13 @@ STEP = (
     "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
 TOLD_EVERY_S = 10.0
-BORDER_SIDE = 192  # pixels of the shorter side from which on borders are looked for in a smaller picture
 LOOKS_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
 
 _Floats = npt.NDArray[np.float32]
 _BLOCK = 2048  # rows compared at a time
-_SHAPE = (NUM_VIEWS, SIDE, SIDE, 3)
-
-
-@dataclass(frozen=True, eq=False)
-class Signatures:
-    """What the images of a set are known by.
-
-    Attributes:
-        digests: Hash of every file (of the pixels where there is none), uint8 [N, 16].
-        thumbnails: Of each view, uint8 [N, 4, 8, 8, 3]; black where a picture cannot be decoded.
-    """
-
-    digests: PixelArray
-    thumbnails: PixelArray
+_Found = tuple[int, int, Literal["same bytes", "same picture"], float]  # index of both images, how, distance
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,6 @@ class _Set:
     spec: SetSpec
     source: Source
     key: str
-    may_be_damaged: bool  # pictures that cannot be decoded are known by their bytes alone
 
 
 def shared_pairs(
@@ -151,9 +133,10 @@ def shared_pairs(
 
     Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
 
-    Every file of the folder sets is read once; the hashes stay in the cache, so the next call only looks at dates and
-    at candidates. A test set that cannot be read is passed over, with a warning in the log: it may be kept under lock.
-    Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the log tells of them.
+    Every stored file is read once (``data.records``), and candidates once more; what was found stays in the cache, so
+    the next call only looks at dates. A test set that cannot be read is passed over, with a warning in the log: it may
+    be kept under lock. Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the
+    log tells of them.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
@@ -173,23 +156,17 @@ def shared_pairs(
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
         return []
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
-    opened = (_open(spec, places[path], str(path[1]), base_dir, cache_dir) for path, spec in specs.items())
+    opened = (_open(spec, places[path], str(path[1]), base_dir, cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
-    clean = cache_dir / f"overlap-{_key(*(f'{each.role} {each.spec.source} {each.key}' for each in sets))}.json"
-    if clean.exists():
-        return []
-    pairs: list[SharedPair] = []
-    with lock(cache_dir / "overlap.lock"):
-        for left in (*cache_dir.glob(".signatures-*.tmp"), *cache_dir.glob(".overlap-*.tmp")):
-            left.unlink(missing_ok=True)  # of a process that was killed
-        known = [(each, made) for each in sets if (made := _signatures(each, cache_dir, say)) is not None]
-        for (first, mine), (second, theirs) in itertools.combinations(known, 2):
-            with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
-            if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
-                pairs += _compare(first, mine, second, theirs, say)
-        if not pairs and len(known) == len(sets):
-            write_json(clean, {"format_version": FORMAT_VERSION, "shared_images": 0})
-    return pairs
+    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.key}" for each in sets)])
+    path = cache_dir / f"overlap-{key}.json"
+    rows = _kept(path)
+    if rows is None:
+        with lock(path.with_suffix(".lock")):
+            rows = _kept(path)
+            if rows is None:
+                rows = _found(sets, path, say)
+    return [_pair(sets[a], sets[b], found) for a, b, *found in rows]
 
 
 def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
@@ -211,90 +188,7 @@ def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
     return problems
 
 
-def signatures(
-    source: Source,
-    cache_dir: Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    undecodable: bool = False,
-) -> Signatures:
-    """Returns the hashes and thumbnails of a set, from the cache or made now.
-
-    Args:
-        source: The set.
-        cache_dir: Folder of the decoded sets; made when missing.
-        on_progress: Told the number of images done and in all, now and then; first for the hashes, then the thumbnails.
-        undecodable: Take a black thumbnail for a picture that cannot be decoded, instead of raising.
-
-    Raises:
-        DataError: A file cannot be read.
-        StorageError: The cache cannot be written.
-    """
-    path = _path(source, cache_dir, undecodable)
-    if (found := _cached(path, len(source))) is not None:
-        return found
-    digests = np.frombuffer(b"".join(image_digests(source, on_progress)), np.uint8).reshape(-1, DIGEST_BYTES)
-
-    def views_of(index: int) -> PixelArray:
-        try:
-            return thumbnails_of(source.pixels(index))
-        except DataError:
-            if not undecodable:
-                raise
-            return np.zeros(_SHAPE, np.uint8)
-
-    thumbnails = np.empty((len(source), *_SHAPE), np.uint8)
-    with ThreadPoolExecutor(THREADS) as pool:
-        for index, pixels in enumerate(pool.map(views_of, range(len(source)))):
-            thumbnails[index] = pixels
-            if (index + 1) % 1000 == 0:
-                on_progress(index + 1, len(source))
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate([digests, thumbnails.reshape(len(source), -1)], axis=1))
-    write_bytes(path, buffer.getvalue())
-    return Signatures(digests, thumbnails)
-
-
-def known_digests(source: StoredSource, cache_dir: Path) -> list[bytes] | None:
-    """Returns the hashes of a set's files as ``check_overlap`` has found them, without reading one.
-
-    They are of files of the same places, sizes and dates (``StoredSource.fingerprint``); a file that has another date
-    or size since then makes it a set that is not known.
-
-    Args:
-        source: A set of training or validation.
-        cache_dir: Folder of the decoded sets.
-
-    Returns:
-        A hash per image, in order, as ``content.image_digests`` gives them; None where these files are not known.
-    """
-    found = _cached(_path(without_labels(source), cache_dir), len(source))
-    return None if found is None else [row.tobytes() for row in found.digests]
-
-
-def identity(source: Source) -> str:
-    """Returns the fingerprint of a set and where its files are: archives give many files one date and one size."""
-    return f"{source.fingerprint} {source.home}"
-
-
-def thumbnails_of(pixels: PixelArray) -> PixelArray:
-    """Returns the mean colours of 8 x 8 tiles of each view of a picture.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-
-    Returns:
-        uint8 [4, 8, 8, 3].
-    """
-    image = Image.fromarray(pixels)
-    inside = inside_border(np.asarray(image.convert("L").reduce(max(1, min(image.size) // BORDER_SIDE))))
-    views = []
-    for left, right, top, bottom in (*VIEWS, inside):
-        box = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-        views.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, box)))
-    return np.stack(views)
-
-
-def same_bytes(first: Signatures, second: Signatures) -> IntArray:
+def same_bytes(first: Records, second: Records) -> IntArray:
     """Returns pairs of indices of images with the same bytes, int64 [K, 2], each of them at least once."""
     mine = {row.tobytes(): index for index, row in reversed(list(enumerate(first.digests)))}
     theirs = {row.tobytes(): index for index, row in reversed(list(enumerate(second.digests)))}
@@ -305,7 +199,7 @@ def same_bytes(first: Signatures, second: Signatures) -> IntArray:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def candidates(first: Signatures, second: Signatures) -> IntArray:
+def candidates(first: Records, second: Records) -> IntArray:
     """Returns pairs of indices of images that may show one picture, and differ in their bytes.
 
     Returns:
@@ -421,9 +315,23 @@ def _centred(part: _Floats) -> _Floats:
     return centred
 
 
-def _compare(
-    first: _Set, mine: Signatures, second: _Set, theirs: Signatures, say: Callable[[str], None]
-) -> list[SharedPair]:
+def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[tuple[Any, ...]]:
+    """Compares the sets of different roles, and keeps the pairs where all sets can be read."""
+    for left in path.parent.glob(f".{path.stem}.*.tmp"):
+        left.unlink(missing_ok=True)  # of a process that was killed
+    known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, path.parent, say))]
+    rows: list[tuple[Any, ...]] = []
+    for (a, mine), (b, theirs) in itertools.combinations(known, 2):
+        first, second = sets[a], sets[b]
+        with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
+        if with_files and not may_share((first.role, first.spec), (second.role, second.spec)):
+            rows += [(a, b, *found) for found in _compare(first, mine, second, theirs, say)]
+    if len(known) == len(sets):
+        write_json(path, {"format_version": FORMAT_VERSION, "pairs": rows})
+    return rows
+
+
+def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Callable[[str], None]) -> list[_Found]:
     @functools.lru_cache(LOOKS_KEPT)
     def look_at(is_second: bool, index: int) -> Look:
         return look((second if is_second else first).source.pixels(index))
@@ -431,56 +339,77 @@ def _compare(
     def second_look(pair: tuple[int, int]) -> float:
         return picture_distance(look_at(False, pair[0]), look_at(True, pair[1]))
 
-    def shared(pair: tuple[int, int], how: Literal["same bytes", "same picture"], distance: float) -> SharedPair:
-        one = SharedImage(first.place, first.source, pair[0])
-        return SharedPair(one, SharedImage(second.place, second.source, pair[1]), how, distance)
-
-    found = [shared((i, j), "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
+    found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
     maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
-    on_progress = _progress(f"{first.place} and {second.place}, pictures that may be the same", say)
-    with ThreadPoolExecutor(THREADS) as pool:
+    on_progress = _progress(f"comparing {first.place} and {second.place}, pictures that may be the same", say)
+    with ThreadPoolExecutor(reading_threads()) as pool:
         for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
             on_progress(number, len(maybe))
             if distance <= LIMIT:
-                found.append(shared(pair, "same picture", distance))
+                found.append((*pair, "same picture", distance))
     return found
 
 
-def _open(spec: SetSpec, place: str, role: str, base_dir: Path, cache_dir: Path) -> _Set | None:
+def _kept(path: Path) -> list[Any] | None:
+    """Returns the pairs that were found before; None where that is not known."""
+    try:
+        rows: list[Any] = read_json(path)["pairs"]
+    except StorageError:
+        return None
+    return rows
+
+
+def _pair(first: _Set, second: _Set, found: Sequence[Any]) -> SharedPair:
+    i, j, how, distance = found
+    one = SharedImage(first.place, first.source, i)
+    return SharedPair(one, SharedImage(second.place, second.source, j), how, distance)
+
+
+def _open(
+    spec: SetSpec, place: str, role: str, base_dir: Path, cache_dir: Path, say: Callable[[str], None]
+) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
     images = plain(spec)
     if not isinstance(images, StoredSet):
         drawn = open_source(images, place, None, base_dir)
-        return _Set(place, role, spec, drawn, identity(drawn), False)
+        return _Set(place, role, spec, drawn, identity(drawn))
     try:
         source = unlabelled_source(list_set(images, base_dir, place), images, place)
-        is_test = role in TEST_ROLES
-        if images.on_bad_image == "skip" and not is_test:
-            source = without_bad_images(source, cache_dir)
-        return _Set(place, role, spec, source, identity(source), is_test)
+        if images.on_bad_image == "skip" and role not in TEST_ROLES:
+            source = without_bad_images(source, cache_dir, _progress(f"reading the images of {place}", say))
+        return _Set(place, role, spec, source, identity(source))
     except DataError as error:
         _pass_over(place, role, error)
         return None
 
 
-def _signatures(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Signatures | None:
-    """Returns the signatures of a set; None for a test set with files that cannot be read."""
+def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records | None:
+    """Returns what is known of a set; None for a test set with files that cannot be read."""
     try:
-        return signatures(each.source, cache_dir, _progress(each.place, say), undecodable=each.may_be_damaged)
+        on_progress = _progress(f"reading the images of {each.place}", say)
+        found = records(each.source, cache_dir, each.role in TEST_ROLES, on_progress)
+        if found.problems:
+            raise DataError(list(found.problems.values())[:NUM_NAMED])
     except DataError as error:
         _pass_over(each.place, each.role, error)
         return None
+    return found
 
 
-def _progress(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Returns what tells of images done and in all, now and then."""
-    told = time.monotonic()
+def _progress(what: str, say: Callable[[str], None]) -> OnProgress:
+    """Returns what tells of images done and in all, and the time left, now and then."""
+    began = told = time.monotonic()
+    before = 0  # images that were done when it began
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= TOLD_EVERY_S:
-            told = time.monotonic()
-            say(f"comparing the images of the roles: {what}, {done} of {total}")
+        nonlocal began, told, before
+        now = time.monotonic()
+        if not before:
+            began, before = now, done
+        if now - told >= TOLD_EVERY_S and done > before:
+            told = now
+            minutes = math.ceil((now - began) / (done - before) * (total - done) / 60)
+            say(f"{what}: {done:,} of {total:,}, about {counted(minutes, 'minute')} left")
 
     return on_progress
 
@@ -490,23 +419,3 @@ def _pass_over(place: str, role: str, error: DataError) -> None:
     if role not in TEST_ROLES:
         raise error
     _log.warning("Whether %s shares images with another role is not known: %s", place, error.problems[0])
-
-
-def _path(source: Source, cache_dir: Path, undecodable: bool = False) -> Path:
-    """Returns the entry of a set; where black thumbnails may stand for damaged pictures, it is one of its own."""
-    return cache_dir / f"signatures-{_key(identity(source), *['undecodable'] * undecodable)}.npy"
-
-
-def _key(*fingerprints: str) -> str:
-    return key_of([FORMAT_VERSION, *fingerprints])
-
-
-def _cached(path: Path, num_images: int) -> Signatures | None:
-    """Opens an entry of the cache; None when it is missing or damaged."""
-    try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    if rows.dtype != np.uint8 or rows.shape != (num_images, DIGEST_BYTES + math.prod(_SHAPE)):
-        return None
-    return Signatures(rows[:, :DIGEST_BYTES], rows[:, DIGEST_BYTES:].reshape(num_images, *_SHAPE))

@@ -18,6 +18,7 @@ a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/data.md tell
 Shape letters: S = 128 pixels of a look, N of a grid, B = 64 blocks.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,14 +74,21 @@ def inside_border(grey: PixelArray) -> Box:
     """
     box: list[float] = []
     for lines in (grey.T, grey):
-        widths = []
-        for ordered in (lines, lines[::-1]):
-            near = np.abs(ordered.astype(np.int16) - int(np.median(ordered[0]))) <= FLAT
-            widths.append(int(np.argmin(np.append(near.mean(1) >= 0.98, False))))
+        widths = [_border_width(lines), _border_width(lines[::-1])]
         if sum(widths) > len(lines) / 2:
             return WHOLE
         box += [widths[0] / len(lines), 1 - widths[1] / len(lines)]
     return box[0], box[1], box[2], box[3]
+
+
+def _border_width(lines: PixelArray) -> int:
+    """Returns how many lines from the first on have one colour, up to 2 % of their pixels."""
+    first = sorted(lines[0].tolist())
+    middle = (first[(len(first) - 1) // 2] + first[len(first) // 2]) // 2
+    if bisect_right(first, middle + FLAT) - bisect_left(first, middle - FLAT) < 0.98 * len(first):
+        return 0  # as in most pictures: the others need not be looked at
+    near = np.abs(lines.astype(np.int16) - middle) <= FLAT
+    return int(np.argmin(np.append(near.mean(1) >= 0.98, False)))
 
 
 def picture_distance(first: Look, second: Look) -> float:

@@ -7,11 +7,11 @@ only whether its folders exist. ``open_source`` is for the one command that open
 from collections.abc import Iterator
 from pathlib import Path
 
-from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.benchmarks import benchmark_words
 from carft_ray.data.index import user_cache_dir
 from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
 from carft_ray.data.readers import first_problems, list_set, reader_of
+from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.loading import resolve_path

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 
 from carft_ray import environment
-from carft_ray.data.checkup import IMBALANCE, Checkup, as_data, check_up, class_counts, same_words
+from carft_ray.data.checkup import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.overlap import SharedPair, shared_pairs
 from carft_ray.data.readers import reader_of
+from carft_ray.data.records import records
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.shared_images import decide, shared_lines, without_shared
@@ -127,16 +128,17 @@ def examine(
     say("looking at the machine")
     _look_at_machine(recipe, base_dir, found)
     wrong = {problem.place for problem in problems}
-    classes = _class_list(recipe, base_dir)
+    classes, cache = _class_list(recipe, base_dir), cache_dir(recipe, base_dir)
+    quick = quick or any(problem.place == "data.cache_dir" for problem in found.errors)  # what is found is kept there
     for path, spec in named_sets(recipe).items() if classes is not None else ():
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _look_at_set(spec, place, classes, base_dir, quick, found, progress(place))
+            _look_at_set(spec, place, classes, base_dir, quick, cache, found, progress(place))
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
-            found.pairs = shared_pairs(recipe, base_dir, cache_dir(recipe, base_dir), say)
+            found.pairs = shared_pairs(recipe, base_dir, cache, say)
             rows = decide(recipe, found.pairs)
             found.add("note", [Problem("", line) for line in shared_lines(rows)])
             recipe = without_shared(recipe, rows, base_dir)
@@ -188,6 +190,7 @@ def _look_at_set(
     classes: tuple[str, ...] | None,
     base_dir: Path,
     quick: bool,
+    cache: Path,
     found: Diagnosis,
     on_progress: Callable[[int, int], None],
 ) -> None:
@@ -200,9 +203,9 @@ def _look_at_set(
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)
         if isinstance(source, StoredSource) and not quick:
-            checkup = check_up(source, role not in TEST_ROLES, on_progress)
-            found.sets[place] |= as_data(checkup)
-            _judge_images(place, spec.on_bad_image, checkup, found)
+            known = records(source, cache, role in TEST_ROLES, on_progress)
+            found.sets[place] |= image_facts(source, known)
+            _judge_images(place, spec.on_bad_image, found.sets[place], found)
     except CarftError as error:
         found.add("error", error.problems)
         return
@@ -222,23 +225,23 @@ def _judge_classes(place: str, role: str, told: Mapping[str, Any], num_classes: 
         found.add("warning", Problem(place, rule, next_step="Accuracy is of images: the small classes count little."))
 
 
-def _judge_images(place: str, on_bad_image: str, checkup: Checkup, found: Diagnosis) -> None:
-    if checkup.num_unreadable:
+def _judge_images(place: str, on_bad_image: str, told: Mapping[str, Any], found: Diagnosis) -> None:
+    if told["unreadable"]:
         skipped = on_bad_image == "skip"
         rule = "every image must be readable"
         step = "They will be skipped." if skipped else f"Mend or remove them, or write {place}.on_bad_image: skip."
-        first = "; ".join(str(problem).splitlines()[0] for problem in checkup.unreadable)
-        value = f"{checkup.num_unreadable} of {checkup.num_images} that are not, such as {first}"
+        first = "; ".join(text.splitlines()[0] for text in told["unreadable"][:NUM_EXAMPLES])
+        value = f"{told['num_unreadable']} of {told['num_images']} that are not, such as {first}"
         found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
-    if checkup.contradictions:
-        value = f"the same image under two labels: {checkup.contradictions[0]}"
+    if told["contradictions"]:
+        value = f"the same image under two labels: {told['contradictions'][0]}"
         step = "Remove the one that is wrong."
         found.add("warning", Problem(place, "an image must have one label", value, next_step=step))
-    if checkup.num_twice:
-        value = f"{checkup.num_twice} of {checkup.num_images} images that repeat an earlier one"
+    if told["num_twice"]:
+        value = f"{told['num_twice']} of {told['num_images']} images that repeat an earlier one"
         found.add("note", Problem(place, "an image counts as often as it is there", value))
-    if len(checkup.modes) > 1:
-        words = ", ".join(f"{count} {mode}" for mode, count in checkup.modes.items())
+    if len(told["modes"]) > 1:
+        words = ", ".join(f"{count} {mode}" for mode, count in told["modes"].items())
         found.add("note", Problem(place, f"images of several modes are made RGB (docs/data.md): {words}"))
 
 

@@ -13,7 +13,7 @@ from carft_ray import environment
 from carft_ray.data.content import image_digest, image_digests, pixel_digest, set_digest
 from carft_ray.data.corrupted import CorruptedSource
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.overlap import known_digests
+from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, class_folders, open_train, open_validation
 from carft_ray.data.source import Source
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
@@ -55,8 +55,8 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
 
     ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
 
-    The digest of a set of files is that of the files. With ``materials``, files that ``shared_pairs`` has read, and
-    that have kept place, size and date, are not read again; without, all are read now. Pictures of the sandbox are
+    The digest of a set of files is that of the files. With ``materials``, files that are known (``data.records``) are
+    not read again; without, all are read now. Pictures of the sandbox are
     drawn by the package, which takes long: they are taken as ``materials`` holds them; without, they are left out.
 
     Raises:
@@ -69,7 +69,7 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     for name, source in sources.items():
         images = source.images if isinstance(source, CorruptedSource) else source
         if isinstance(images, StoredSource):
-            known = None if materials is None else known_digests(images, cache_dir(recipe, base_dir))
+            known = None if materials is None else records(images, cache_dir(recipe, base_dir)).hashes()
             if known is not None and isinstance(source, CorruptedSource):
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)

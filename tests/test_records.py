@@ -1,0 +1,217 @@
+"""What is known of the images of a set: found in one reading, kept, and read again only when the set is another one."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import open_set
+
+from benchmarks.photos import photo
+from carft_ray.data import records as module
+from carft_ray.data.content import image_digest
+from carft_ray.data.images import decode_image, small_image
+from carft_ray.data.overlap import candidates, distances, same_bytes
+from carft_ray.data.records import SHORT_SIDE, records, thumbnails_of, without_bad_images
+from carft_ray.errors import DataError, Problem
+
+NAMES = [f"{name}/{index}.{ending}" for name in ("bird", "cat") for index, ending in enumerate(("jpg", "png") * 6)]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Twenty-four images of two classes, of several sizes and modes; records are kept every 7."""
+    monkeypatch.setattr(module, "PART", 7)
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(NAMES):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + number, 90 - number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("L" if number % 3 else "RGB").save(path)
+    return tmp_path
+
+
+def opened(root, read=None, **selection):
+    """The set, and the names of its files, as they are read."""
+    source, seen = open_set(None, source="folder", path=str(root / "images"), **selection), []
+    files = source.listing.read
+
+    def reading(row):
+        seen.append(source.listing.names[row])
+        return (read or files)(row)
+
+    return replace(source, listing=replace(source.listing, read=reading)), seen
+
+
+def test_one_reading_finds_what_plain_decoding_finds_and_a_second_call_reads_nothing(root):
+    (root / "images" / "cat" / "3.png").write_bytes(b"no image")
+    source, seen = opened(root)
+    for _ in range(2):
+        found = records(source, root / "cache")
+        for index in range(len(source)):
+            path = Path(source.place(index))
+            content = path.read_bytes()
+            assert found.digests[index].tobytes() == image_digest(content)
+            assert found.num_bytes[index] == len(content)
+            if path.match("cat/3.png"):
+                assert list(found.problems) == [index]
+                assert str(found.problems[index]).startswith(f"{path}: must be a readable image")
+                assert not found.thumbnails[index].any()
+                continue
+            pixels = decode_image(content, "x")
+            assert (found.heights[index], found.widths[index]) == pixels.shape[:2]
+            with Image.open(path) as file:
+                assert found.modes[index].decode() == file.mode
+            assert found.thumbnails[index].tobytes() == thumbnails_of(pixels).tobytes()  # none is decoded smaller
+    assert Counter(seen) == Counter(source.listing.names)
+    (kept,) = (root / "cache").glob("records-*.arrow")
+    assert not found.digests.flags.owndata
+    kept.write_bytes(b"damaged")
+    assert records(source, root / "cache").digests.tobytes() == found.digests.tobytes()
+    assert len(seen) == 2 * len(source)
+    assert {path.suffix for path in (root / "cache").iterdir()} == {".arrow", ".lock"}
+
+
+def test_of_a_test_set_nothing_is_kept_but_hashes_sizes_of_files_and_thumbnails(root):
+    for name in ("cat/3.png", "cat/5.png"):
+        (root / "images" / name).write_bytes(b"no image")
+    source, _ = opened(root)
+    found = records(source, root / "cache", is_test=True)
+    assert (found.problems, len(found.heights), len(found.widths), len(found.modes)) == ({}, 0, 0, 0)
+    bad = [index for index in range(len(source)) if not found.thumbnails[index].any()]
+    assert len(bad) == 2
+    (kept,) = (root / "cache").glob("records-*.arrow")
+    table = module.open_table(kept)
+    assert table.column_names == ["digest", "num_bytes", "thumbnails", "problem"]
+    assert table["problem"].null_count == len(source)
+    assert {*bad} <= {*same_bytes(found, found)[:, 0].tolist()}
+    assert not {*bad} & {*candidates(found, found).ravel().tolist()}
+    assert records(source, root / "cache").problems.keys() == {*bad}  # in another role it is another set
+
+
+KILLED = """
+import os, sys
+from carft_ray.data import records
+from sources import open_set
+records.PART = 7
+source = open_set(None, source="folder", path=sys.argv[1])
+records.records(source, records.Path(sys.argv[2]), on_progress=lambda done, total: done > 14 and os._exit(9))
+"""
+
+
+@pytest.mark.slow
+def test_a_pass_that_was_killed_goes_on_from_its_last_whole_part(root):
+    words = [sys.executable, "-c", KILLED, str(root / "images"), str(root / "cache")]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    assert subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}).returncode == 9
+    (root / "cache" / ".records-x.7.part.1-host.tmp").write_bytes(b"of another set")
+    source, seen = opened(root)
+    told = []
+    found = records(source, root / "cache", on_progress=lambda *counts: told.append(counts))
+    assert {*seen} == {*source.listing.names[14:]}
+    assert len(seen) == len(source) - 14
+    assert (told[0][0] > 14, told[-1]) == (True, (24, 24))
+    assert found.digests.tobytes() == records(source, root / "elsewhere").digests.tobytes()
+    assert not list((root / "cache").glob("*.part"))
+
+
+def test_of_two_that_ask_at_once_one_reads_and_the_other_waits(root):
+    source, seen = opened(root)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(records(source, root / "cache"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(seen) == Counter(source.listing.names)
+    assert len({found.digests.tobytes() for found in answers}) == 1
+
+
+def test_a_file_that_is_replaced_in_place_is_noticed_by_its_date_alone(root):
+    path = root / "images" / "cat" / "1.png"
+    state = path.stat()
+    before = records(opened(root)[0], root / "cache").hashes()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert records(opened(root)[0], root / "cache").hashes() == before  # as the documents say
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    after = records(opened(root)[0], root / "cache").hashes()
+    assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
+
+
+def test_a_file_that_cannot_be_read_is_told_and_its_part_is_tried_again(root):
+    def broken(row):
+        if row == 9:
+            raise DataError(Problem("there", "must be readable", "Input/output error"))
+        return files(row)
+
+    files = opened(root)[0].listing.read
+    found = records(opened(root, broken)[0], root / "cache")
+    assert list(found.problems) == [9]
+    with pytest.raises(DataError, match="must be readable, but got Input/output error"):
+        found.hashes()
+    source, seen = opened(root)
+    assert records(source, root / "cache").problems == {}
+    assert {*seen} == {*source.listing.names[7:14]}
+
+
+def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
+    (root / "images" / "bird" / "3.png").write_bytes(b"no image")
+    source, seen = opened(root, on_bad_image="skip", part=[0, 0.8])
+    left = without_bad_images(source, root / "cache")
+    assert len(left) == len(source) - 1
+    fewer = left.without([0, 4])
+    (root / "leave.csv").write_text("sample_id\n" + "".join(f"{sample_id}\n" for sample_id in source.sample_ids[:3]))
+    excluding, more = opened(root, part=[0, 0.8], exclude=str(root / "leave.csv"))
+    for images in (left, fewer, excluding):
+        found = records(images, root / "cache")
+        assert found.hashes() == [image_digest(Path(images.place(index)).read_bytes()) for index in range(len(images))]
+        assert [str(problem.place) for problem in found.problems.values()] == [
+            images.place(index) for index in range(len(images)) if images.place(index).endswith("bird/3.png")
+        ]
+    assert Counter(seen) == Counter(source.listing.names[row] for row in source.rows)
+    assert more == []
+
+
+def test_where_a_border_ends_is_seen_in_the_whole_of_a_jpeg(root):
+    framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
+    path = root / "images" / "cat" / "0.jpg"
+    Image.fromarray(framed).save(path, quality=95)
+    source, _ = opened(root)
+    index = source.listing.names.index("cat/0.jpg")
+    found = records(source, root / "cache").thumbnails[index]
+    assert found.tobytes() == thumbnails_of(decode_image(path.read_bytes(), "x")).tobytes()
+    assert distances(found[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05
+
+
+def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wrong(root):
+    path = root / "photo.jpg"
+    rng = np.random.default_rng(0)
+    for width, height in ((500, 375), (224, 224), (320, 700)):
+        whole = photo(1, width, height)
+        Image.fromarray(whole).save(path, quality=90)
+        content = path.read_bytes()
+        pixels, size, mode = small_image(content, "x", SHORT_SIDE)
+        assert (size, mode) == ((height, width), "RGB")
+        assert SHORT_SIDE <= min(pixels.shape[:2]) < min(width, height)
+        smaller, whole = thumbnails_of(pixels, size), thumbnails_of(decode_image(content, "x"))
+        assert max(distances(smaller, whole)) < 0.05  # the limit of candidates is 0.25
+    for number in range(60):
+        damaged = bytearray(content)
+        for at in rng.integers(2, len(content), 1 + number % 3):
+            damaged[at] = rng.integers(256)
+        damaged = bytes(damaged if number % 2 else damaged[: rng.integers(2, len(content))])
+        told = []
+        for decode in (decode_image, lambda *what: small_image(*what, SHORT_SIDE)):
+            try:
+                decode(damaged, "x")
+                told.append("")
+            except DataError as error:
+                told.append(str(error))
+        assert told[0] == told[1]
