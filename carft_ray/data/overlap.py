@@ -179,8 +179,8 @@ def shared_pairs(
     if clean.exists():
         return []
     pairs: list[SharedPair] = []
-    with lock(cache_dir / "overlap.lock"):
-        for left in (*cache_dir.glob(".signatures-*.tmp"), *cache_dir.glob(".overlap-*.tmp")):
+    with lock(cache_dir / "overlap.lock") as alone:
+        for left in (*cache_dir.glob(".signatures-*.tmp"), *cache_dir.glob(".overlap-*.tmp")) if alone else ():
             left.unlink(missing_ok=True)  # of a process that was killed
         known = [(each, made) for each in sets if (made := _signatures(each, cache_dir, say)) is not None]
         for (first, mine), (second, theirs) in itertools.combinations(known, 2):
