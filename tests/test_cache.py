@@ -477,4 +477,4 @@ def test_add_of_a_recipe_with_a_bad_image_is_a_data_error_and_the_mended_command
     bad.write_bytes(whole)
     code, _, err = run("data", "add", "recipe.yaml")
     assert code == 0
-    assert "id_val: 15 images, decoded, was there\nsketch: 10 images, decoded, built" in err
+    assert "id_val: 15 images, decoded, built\nsketch: 10 images, decoded, built" in err

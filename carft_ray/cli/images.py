@@ -54,9 +54,14 @@ def data_add(
     from carft_ray.data.decoded import DecodedSource
     from carft_ray.data.packed import PackedSource
     from carft_ray.data.sets import cache_dir
+    from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.materials import load_materials
 
     value, base_dir = load(recipe, set_), recipe.absolute().parent
+    folder = cache_dir(value, base_dir)
+    shared = find_shared(value, base_dir, folder, console.say)
+    for line in shared_lines(shared):
+        console.say(line)
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
     with console.counting_several() as begin:
 
@@ -65,8 +70,7 @@ def data_add(
                 built[name] = begin(name)
             built[name](done, total)
 
-        materials = load_materials(value, base_dir, on_image)
-    folder = cache_dir(value, base_dir)
+        materials = load_materials(without_shared(value, shared, base_dir), base_dir, on_image)
     kinds = dict.fromkeys(materials.num_images, "decoded")
     kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
     sets: list[dict[str, Any]] = [

@@ -302,7 +302,8 @@ def _alone(path: Path) -> Iterator[bool | None]:
 
     Gives None on a disk without locks.
     """
-    handle, free = None, None
+    handle: int | None = None
+    free: bool | None
     try:
         try:
             handle = os.open(path, os.O_RDWR)

@@ -457,6 +457,8 @@ def _open(spec: SetSpec, place: str, role: str, base_dir: Path, cache_dir: Path)
         is_test = role in TEST_ROLES
         if images.on_bad_image == "skip" and not is_test:
             source = without_bad_images(source, cache_dir)
+        if not len(source):
+            raise DataError(Problem(place, "must have an image"))
         return _Set(place, role, spec, source, identity(source), is_test)
     except DataError as error:
         _pass_over(place, role, error)
