@@ -326,7 +326,7 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
-            ``last_used`` (seconds since 1970), ``in_use``.
+            ``last_used`` (seconds since 1970), ``in_use`` (None: not known).
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("set or model", no_wrap=True)
@@ -346,7 +346,7 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             size_text(row["num_bytes"]),
             days[0] if row["created"] else "",
             days[1],
-            "in use" if row["in_use"] else "",
+            {True: "in use", False: "", None: "may be in use"}[row["in_use"]],
         )
     return table
 

@@ -29,6 +29,7 @@ MACHINE_ERRNOS: tuple[int, ...] = tuple(
     )
     if hasattr(errno, name)
 )
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
 

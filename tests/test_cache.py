@@ -1,5 +1,6 @@
 """The cache of images: what is held, what goes, what it says of itself; packed sets; the verbs `data ls|add|clean`."""
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from carft_ray.data.arrays import image_set
 from carft_ray.data.content import set_digest
 from carft_ray.data.listing import Listing
 from carft_ray.data.packed import PackedSource, pays
-from carft_ray.errors import DataError
+from carft_ray.errors import DataError, StorageError
 
 cache_builds.import_everything()
 
@@ -82,6 +83,61 @@ def test_opening_an_entry_makes_it_the_last_used(tmp_path):
     aged(tmp_path, 1)  # clocks of files may tick slowly
     decoded(tmp_path, 0)
     assert cache.list_entries(tmp_path)[0].key == first
+
+
+# ---- disks without locks
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    monkeypatch.setattr("fcntl.flock", cache_builds.no_locks)
+    monkeypatch.setattr(cache, "_told", set())
+
+
+def test_a_disk_without_locks_has_a_cache_that_warns_once_and_removes_nothing(tmp_path, no_locks, caplog):
+    first, again, second = (decoded(tmp_path, number, limit_gb=1e-9) for number in (0, 0, 1))
+    np.testing.assert_array_equal(first.images_NHWC, again.images_NHWC)
+    assert len(second) == 12
+    entries = cache.list_entries(tmp_path)
+    assert [entry.in_use for entry in entries] == [None, None]
+    assert cache.surplus(entries, 0) == []
+    assert not cache.remove(tmp_path, entries[0].key)
+    assert len(keys(tmp_path)) == 2
+    (warning,) = caplog.messages
+    assert "this disk has no locks" in warning
+
+
+def test_an_entry_that_another_process_has_built_meanwhile_is_taken_where_there_are_no_locks(tmp_path, no_locks):
+    theirs = decoded(tmp_path / "theirs", 0).images_NHWC
+    (key,) = keys(tmp_path / "theirs")
+    folder = tmp_path / "mine"
+
+    class Slow(Pictures):
+        def pixels(self, index):
+            if not (folder / key).exists():
+                (tmp_path / "theirs" / key).rename(folder / key)
+            return super().pixels(index)
+
+    mine = image_set(Slow(None, 12, fingerprint="pictures-1/0"), None, "as-is", folder, None)
+    np.testing.assert_array_equal(mine.images_NHWC, theirs)
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [key]
+
+
+def test_a_damaged_entry_is_built_again_where_there_are_no_locks(tmp_path, no_locks):
+    decoded(tmp_path, 0)
+    (key,) = keys(tmp_path)
+    (tmp_path / key / "set.arrow").write_bytes(b"damaged")
+    assert len(decoded(tmp_path, 0)) == 12
+    assert keys(tmp_path) == {key}
+
+
+def test_another_fault_of_a_lock_is_an_error(tmp_path, monkeypatch):
+    def broken(handle, operation):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("fcntl.flock", broken)
+    with pytest.raises(StorageError):
+        decoded(tmp_path, 0)
 
 
 # ---- what goes
@@ -356,6 +412,23 @@ def test_clean_leaves_what_is_in_use_and_says_so(run, filled):
     assert len(held) == 12
 
 
+@pytest.mark.parametrize(("words", "kept"), [(["--all"], 3), (["--to-gb", "0"], 3), (["--older-than", "30d"], 2)])
+def test_clean_of_a_disk_without_locks_removes_only_what_is_older_than_a_time(run, filled, no_locks, words, kept):
+    dead = filled / f".{'0' * 32}.9-host.tmp"
+    os.utime(dead, (0, 0))
+    (filled / f"{'0' * 32}.lock").touch()
+    code, out, _ = run("data", "clean", "--cache", filled, *words, "--yes", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["num_kept"], answer["num_in_use"], answer["num_use_unknown"]) == (kept, 0, kept)
+    assert dead.exists() is (words[0] != "--older-than")
+    code, _, err = run("data", "clean", "--cache", filled, *words, "--yes")
+    assert "Removed 0 entries" in err
+    assert f"{kept} entries that may be in use" in err
+    code, out, _ = run("data", "ls", "--cache", filled)
+    assert out.count("may be in use") == kept
+
+
 @pytest.mark.parametrize(("answer", "kept"), [("y\n", 0), ("n\n", 3), ("\n", 3)])
 def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     class Terminal:
@@ -404,4 +477,4 @@ def test_add_of_a_recipe_with_a_bad_image_is_a_data_error_and_the_mended_command
     bad.write_bytes(whole)
     code, _, err = run("data", "add", "recipe.yaml")
     assert code == 0
-    assert "id_val: 15 images, decoded, was there\nsketch: 10 images, decoded, built" in err
+    assert "id_val: 15 images, decoded, built\nsketch: 10 images, decoded, built" in err

@@ -39,6 +39,18 @@ def test_eight_processes_that_ask_at_once_build_a_set_once(host, kind):
     assert len({process for process, _ in lines}) == 1
 
 
+@pytest.mark.parametrize("kind", ["decoded", "packed"])
+def test_eight_processes_that_build_at_once_on_a_disk_without_locks_leave_one_entry(host, kind):
+    name = f"no-locks-{kind}"
+    place, (answer,) = host([{"name": name, "commands": [{"argv": ["builders", ".", kind, "no-locks"]}]}])[name]
+    assert answer["code"] == 0, answer["log"]
+    sums = json.loads(answer["log"].splitlines()[-1])
+    assert len(sums) == NUM_PROCESSES
+    assert len(set(sums)) == 1
+    assert answer["remains"] == []
+    assert len(names(place)) == 1
+
+
 def test_eight_readers_share_one_copy_in_memory(host):
     _, (answer,) = host([{"name": "readers", "commands": [{"argv": ["readers", "."]}]}])["readers"]
     assert answer["code"] == 0, answer["log"]

@@ -1,13 +1,19 @@
 """Every recipe that ships passes the doctor on sets in the true layouts, with a tiny model in place of its own."""
 
 import functools
+import io
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from layouts import make_layout
+from PIL import Image
 from short_training import write_image, write_model
 from test_search_spaces import FOLDER, RECIPES
 
+from carft_ray.data.facts import load_facts
+from carft_ray.data.sets import open_source
 from carft_ray.evaluation.doctor import examine
 from carft_ray.recipe.loading import load_recipe, resolve_path
 from carft_ray.recipe.rules import named_sets
@@ -25,6 +31,17 @@ TINY = (
     "resources.gpus_per_worker=0",
 )
 
+TASKS = {
+    "dtd": "split: train | split: val | split: test",
+    "stanford-cars": "split: train, part: [0.1, 1] | split: train, part: [0, 0.1] | split: test",
+    "cifar10": "split: train, part: [0.1, 1] | split: train, part: [0, 0.1] | split: test",
+    "oxford-pets": "split: trainval, part: [0.1, 1] | split: trainval, part: [0, 0.1] | split: test",
+    "sun397": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
+    "caltech101": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
+}  # of downstream.yaml, for each of its lines: what stands for train, id_val and id_test
+NAMES = [path.stem for path in RECIPES] + [f"downstream:{task}" for task in TASKS]
+FEW_CLASSES = 110  # up to so many, four images of each
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
@@ -32,22 +49,68 @@ def workshop(tmp_path_factory):
     root = tmp_path_factory.mktemp("workshop")
     shutil.copytree(FOLDER, root / "search_spaces")
     write_model(root / "search_spaces" / "clip")
-    return root / "search_spaces", functools.cache(make_layout)
+    return root / "search_spaces", functools.cache(make_benchmark)
+
+
+def make_benchmark(name, root):
+    make_layout(name, root, per_class=4 if len(load_facts(name).classes) <= FEW_CLASSES else 1)
 
 
 def make_folders(root, domains):
     """Writes noise with a mark of its class; the class folders of all trees are the same."""
     for number, domain in enumerate(domains):
         for label, name in enumerate(("cat", "dog", "hen")):
-            for index in range(12):
-                write_image(root / domain / name / f"{index}.png", label, 100 * number + index)
+            for index in range(160 if domain == "photo" else 24):  # of which a tenth is a role of one-gpu.yaml
+                write_image(root / domain / name / f"{index}.png", label, 1000 * number + index)
 
 
-@pytest.mark.parametrize("name", [path.name for path in RECIPES])
-def test_every_recipe_passes_the_doctor_on_its_layouts(workshop, name, monkeypatch):
+def write_recipe(folder, name):
+    """Returns the path of a recipe; ``downstream:TASK`` is downstream.yaml changed as it says to another task."""
+    if ":" not in name:
+        return folder / f"{name}.yaml"
+    task = name.split(":")[1]
+    text = (folder / "downstream.yaml").read_text().replace("flowers102", task)
+    for split, words in zip(("train", "val", "test"), TASKS[task].split(" | "), strict=True):
+        text = text.replace(f"{task}, split: {split}}}", f"{task}, {words}}}")
+    (folder / f"downstream-{task}.yaml").write_text(text)
+    return folder / f"downstream-{task}.yaml"
+
+
+def plant(recipe, folder):
+    """Puts copies into the sets: of two images of `train` in `id_val`, and of `id_val` in the first test set; the one
+    byte for byte, the other saved again.
+
+    Returns:
+        Pairs of sets and how each is the same.
+    """
+    sets = {".".join(path): spec for path, spec in named_sets(recipe).items() if path[1] != "ood_val"}
+    places = list(sets)[:3]
+    sources = [open_source(sets[place], place, None, folder) for place in places]
+    planted = set()
+    for number in range(2):
+        for index, how in enumerate(("same bytes", "same picture"), start=2 * number):
+            one, other = (Path(sources[number + step].place(index)) for step in (0, 1))
+            if one.is_file():
+                put(one, index, 95)
+                put(other, index, 95 if how == "same bytes" else 80)
+                planted.add((*places[number : number + 2], how))
+    return planted
+
+
+def put(path, seed, quality):
+    """Writes smooth hills of colour, as a photo has, as a JPEG under whatever name."""
+    hills = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    hills.resize((40, 40), Image.Resampling.BICUBIC).save(content, "JPEG", quality=quality)
+    if path.read_bytes() != content.getvalue():
+        path.write_bytes(content.getvalue())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_roles(workshop, name, monkeypatch):
     folder, make = workshop
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-    recipe = load_recipe(folder / name, () if name == "quickstart.yaml" else TINY)
+    recipe = load_recipe(write_recipe(folder, name), () if name == "quickstart" else TINY)
     specs = [plain(spec) for spec in named_sets(recipe).values()]
     for spec in specs:
         if isinstance(spec, BenchmarkSet):
@@ -56,7 +119,13 @@ def test_every_recipe_passes_the_doctor_on_its_layouts(workshop, name, monkeypat
     for tree in trees:
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
         make_folders(resolve_path(tree, folder), sorted(domains))
+    planted = set() if name == "quickstart" else plant(recipe, folder)
     found = examine(recipe, folder, num_images=50)
     assert [str(problem) for problem in found.errors] == []
     assert set(found.zero_shot) == {"id_val", *recipe.data.ood_val}
     assert set(found.sets) == {".".join(path) for path in named_sets(recipe)}
+    pairs = {(pair.first.place, pair.second.place, pair.how) for pair in found.pairs}
+    assert {pair for pair in pairs if "data.ood_val" not in "".join(pair)} == planted
+    done = "left out" if trees else "kept"
+    notes = [str(one.problem) for one in found.findings if one.level == "note"]
+    assert any(f" {done}, also in " in note for note in notes) is bool(planted)

@@ -189,6 +189,14 @@ def test_so_many_shared_images_mean_wrong_roles(here):
     assert "--pairs" in str(error.value)
 
 
+def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
+    for path in (here / "images" / "test").glob("*/*.png"):
+        path.unlink()
+    copy(here, "paint/cat/0.png", "train/cat/a.png")
+    assert leaving(found(here)) == [("data.train", "train/cat/a.png")]
+    assert "data.id_test: must have an image" in caplog.text
+
+
 def test_a_class_of_which_all_images_would_leave_is_refused(here):
     for path in sorted((here / "images" / "train" / "cat").glob("*.png"))[1:]:
         path.unlink()

@@ -54,9 +54,14 @@ def data_add(
     from carft_ray.data.decoded import DecodedSource
     from carft_ray.data.packed import PackedSource
     from carft_ray.data.sets import cache_dir
+    from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.materials import load_materials
 
     value, base_dir = load(recipe, set_), recipe.absolute().parent
+    folder = cache_dir(value, base_dir)
+    shared = find_shared(value, base_dir, folder, console.say)
+    for line in shared_lines(shared):
+        console.say(line)
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
     with console.counting_several() as begin:
 
@@ -65,8 +70,7 @@ def data_add(
                 built[name] = begin(name)
             built[name](done, total)
 
-        materials = load_materials(value, base_dir, on_image)
-    folder = cache_dir(value, base_dir)
+        materials = load_materials(without_shared(value, shared, base_dir), base_dir, on_image)
     kinds = dict.fromkeys(materials.num_images, "decoded")
     kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
     sets: list[dict[str, Any]] = [
@@ -120,21 +124,23 @@ def data_clean(
     if to_gb is not None:
         going = surplus(entries, to_gb * GB)
     else:
-        going = [each for each in entries if (all_ or each.last_used < (before or 0)) and not each.in_use]
+        may_go = [each for each in entries if each.in_use is False or (each.in_use is None and before is not None)]
+        going = [each for each in may_go if all_ or each.last_used < (before or 0)]
     others = notes(folder) if all_ else {}
     if (going or others) and not yes:
         _ask(going, others, json_)
-    removed = [each for each in going if remove(folder, each.key)]
+    removed = [each for each in going if remove(folder, each.key, unknown=before is not None)]
     for path in others:
         with writing(path):
             path.unlink(missing_ok=True)
-    num_dead = remove_dead(folder)
+    num_dead = remove_dead(folder, before)
     freed = sum(each.num_bytes for each in removed)
     kept = list_entries(folder)
-    in_use = sum(each.in_use for each in kept)
+    in_use, unknown = (sum(each.in_use is state for each in kept) for state in (True, None))
     if json_:
         answer = {"cache": str(folder), "removed": [each.key for each in removed], "num_bytes_freed": freed}
         left = {"num_kept": len(kept), "num_bytes_kept": sum(each.num_bytes for each in kept), "num_in_use": in_use}
+        left["num_use_unknown"] = unknown
         console.print_json({**answer, "num_dead_builds": num_dead, **left})
         return
     dead = " What killed builds had left is gone too." if num_dead else ""
@@ -142,6 +148,11 @@ def data_clean(
     if in_use:
         console.say(
             f"{counted(in_use, 'entry')} in use: not removed." if all_ else f"{counted(in_use, 'entry')} in use."
+        )
+    if unknown:
+        console.say(
+            f"{counted(unknown, 'entry')} that may be in use: this disk has no locks, so only --older-than removes "
+            "sets there. Give a time longer than any training."
         )
     console.next_step(f"carft-ray data ls{_option(cache)}")
 

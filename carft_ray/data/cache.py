@@ -5,6 +5,9 @@ says for people what it holds. The key is a hash of what the content depends on;
 replaced when it is damaged, and removed. Whoever has one open holds a shared lock on ``set.arrow`` for as long as its
 arrays live, however the process ends: an entry in use is not removed. When it was last opened is the date of
 ``entry.json``.
+
+Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the first rename
+decides: what two have built is the same. Which entries are in use is not known there, so none goes by itself.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import discard_folder, new_folder, read_json, write_json, writing
+from carft_ray.files import NO_FLOCK, discard_folder, new_folder, read_json, write_json, writing
 
 FILE = "set.arrow"
 ABOUT = "entry.json"
@@ -36,6 +39,7 @@ _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
 _NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/*.arrow")  # of ``data.records`` and others
 
 _log = logging.getLogger(__name__)
+_told: set[int] = set()  # disks without locks, of which a warning has told
 T = TypeVar("T")
 
 
@@ -54,7 +58,8 @@ class Entry:
         created: When it was built, seconds since 1970; 0 where that is unknown.
         last_used: When it was last opened, seconds since 1970.
         num_bytes: Size on disk.
-        in_use: Whether a process has it open, or it belongs to another user.
+        in_use: Whether a process has it open, or it belongs to another user; None where a disk without locks does not
+            tell.
     """
 
     key: str
@@ -67,7 +72,7 @@ class Entry:
     created: float
     last_used: float
     num_bytes: int
-    in_use: bool
+    in_use: bool | None
 
 
 def key_of(parts: list[Any]) -> str:
@@ -94,7 +99,7 @@ def entry(
             a file that is not what it should be.
         build: Writes and flushes the file, and returns what ``entry.json`` says.
         limit_gb: Largest size of the cache in 10^9 bytes. With a new entry, those that were not used for longest go
-            until all fit, but none in use; None: no limit.
+            until all fit, but none in use; None: no limit. A disk without locks has none.
 
     Returns:
         What ``read`` returns.
@@ -105,18 +110,23 @@ def entry(
     folder = cache_dir / key
     if (found := _open(folder, read)) is not None:
         return found
-    with lock(cache_dir / f"{key}.lock"):
+    with lock(cache_dir / f"{key}.lock") as alone:
         if (found := _open(folder, read)) is not None:
             return found
-        _remove_remains(folder)
-        with new_folder(folder) as temporary:
-            about = build(temporary / FILE)
-            write_json(temporary / ABOUT, {"format_version": 1, **about, "created": time.time()})
-            found = _open(temporary, read)  # before others see it: nobody can remove what is open
-            if found is None:
-                raise StorageError(Problem(str(folder), "an entry of the cache must be readable once it is written"))
-            if limit_gb is not None:
-                _make_room(cache_dir, limit_gb, (temporary / FILE).stat().st_size)
+        _remove_remains(folder, alone)
+        try:
+            with new_folder(folder) as temporary:
+                about = build(temporary / FILE)
+                write_json(temporary / ABOUT, {"format_version": 1, **about, "created": time.time()})
+                found = _open(temporary, read)  # before others see it: nobody can remove what is open
+                if found is None:
+                    rule = "an entry of the cache must be readable once it is written"
+                    raise StorageError(Problem(str(folder), rule))
+                if limit_gb is not None and alone:
+                    _make_room(cache_dir, limit_gb, (temporary / FILE).stat().st_size)
+        except StorageError:
+            if alone or (found := _open(folder, read)) is None:
+                raise  # else another process was quicker
     return found
 
 
@@ -129,7 +139,7 @@ def _open(folder: Path, read: Callable[[Any], T]) -> T | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
+            _flock(handle, fcntl.LOCK_SH, path)
             if not os.fstat(handle).st_nlink:
                 return None  # it was removed while this process waited
             content = mmap.mmap(handle, 0, access=mmap.ACCESS_READ) if os.fstat(handle).st_size else b""
@@ -146,17 +156,37 @@ def _open(folder: Path, read: Callable[[Any], T]) -> T | None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays."""
+def lock(path: Path) -> Iterator[bool]:
+    """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays.
+
+    Gives False on a disk without locks: others may do the same at once, and must not lose what they are writing.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with writing(path):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            alone = _flock(handle, fcntl.LOCK_EX, path)
+        yield alone
     finally:
         os.close(handle)
+
+
+def _flock(handle: int, operation: int, path: Path) -> bool:
+    """Takes a lock; returns False, after one warning, on a disk without locks."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        device = os.fstat(handle).st_dev
+        if device not in _told:
+            _told.add(device)
+            text = "%s: this disk has no locks (flock), so several processes may build the same at once, data.cache_gb "
+            text += "has no effect, and only `carft-ray data clean --older-than` removes sets"
+            _log.warning(text, path.parent)
+        return False
+    return True
 
 
 def list_entries(cache_dir: Path) -> list[Entry]:
@@ -177,28 +207,37 @@ def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
     """
     size, gone = sum(each.num_bytes for each in entries), []
     for each in sorted(entries, key=lambda each: each.last_used):
-        if size > max_bytes and not each.in_use:
+        if size > max_bytes and each.in_use is False:
             gone.append(each)
             size -= each.num_bytes
     return gone
 
 
-def remove(cache_dir: Path, key: str) -> bool:
+def remove(cache_dir: Path, key: str, unknown: bool = False) -> bool:
     """Removes an entry unless it is in use; tells whether it did.
+
+    Args:
+        cache_dir: Folder of all entries.
+        key: Name of the entry.
+        unknown: Remove it, too, where a disk without locks does not tell whether it is in use.
 
     Raises:
         StorageError: It cannot be removed.
     """
     folder = cache_dir / key
     with _alone(folder / FILE) as free:
-        if free:
+        if goes := free or (free is None and unknown):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 discard_folder(folder)
-        return free
+        return goes
 
 
-def remove_dead(cache_dir: Path) -> int:
+def remove_dead(cache_dir: Path, before: float | None = None) -> int:
     """Removes what builds that died have left; returns their number. A build that runs is left alone.
+
+    Args:
+        cache_dir: Folder of all entries.
+        before: On a disk without locks, what was begun before it goes, seconds since 1970; None: nothing does.
 
     Raises:
         StorageError: Something cannot be removed.
@@ -207,7 +246,7 @@ def remove_dead(cache_dir: Path) -> int:
     for path in _folders(cache_dir, _REMAINS):
         key = path.name.split(".")[1]
         with _alone(cache_dir / f"{key}.lock") as free:
-            if free:
+            if free or (free is None and before is not None and path.stat().st_mtime < before):
                 with writing(path), contextlib.suppress(FileNotFoundError):  # somebody else does the same
                     shutil.rmtree(path)
                 count += 1
@@ -252,34 +291,37 @@ def _entry(folder: Path) -> Entry:
             about.get("created", 0.0),
             last_used,
             num_bytes,
-            not free,
+            None if free is None else not free,
         )
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Tells whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free."""
-    handle = None
+def _alone(path: Path) -> Iterator[bool | None]:
+    """Tells whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
+
+    Gives None on a disk without locks.
+    """
+    handle: int | None = None
+    free: bool | None
     try:
         try:
             handle = os.open(path, os.O_RDWR)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path) or None
         except FileNotFoundError:
             free = True
         except OSError:  # held by somebody, or not ours to write
             free = False
-        else:
-            free = True
         yield free
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _remove_remains(folder: Path) -> None:
-    """Removes a damaged entry and what builds that died have left. Only the holder of the lock may."""
-    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
+def _remove_remains(folder: Path, alone: bool) -> None:
+    """Removes a damaged entry, and what builds that died have left: that only the holder of the lock may."""
+    for path in folder.parent.glob(f".{folder.name}.*.tmp") if alone else ():
         with writing(path):
             shutil.rmtree(path)
-    if folder.exists():
-        discard_folder(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process did the same
+        if folder.exists():
+            discard_folder(folder)

@@ -377,6 +377,8 @@ def _open(
         source = unlabelled_source(list_set(images, base_dir, place), images, place)
         if images.on_bad_image == "skip" and role not in TEST_ROLES:
             source = without_bad_images(source, cache_dir, _progress(f"reading the images of {place}", say))
+        if not len(source):
+            raise DataError(Problem(place, "must have an image"))
         return _Set(place, role, spec, source, identity(source))
     except DataError as error:
         _pass_over(place, role, error)

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -14,6 +15,7 @@ from carft_ray.data.overlap import SharedImage, SharedPair
 from carft_ray.data.same_picture import LIMIT
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import write_text
+from carft_ray.words import counted
 
 COLUMNS = ("set", "image", "sample_id", "other_set", "other_image", "other_sample_id", "found_by", "distance")
 ENDINGS = (".csv", ".html")
@@ -23,13 +25,25 @@ SIDE = 240  # pixels of a shown picture
 STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1a1a1a; }
 h1 { font-size: 1.4rem; }
-article { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; border-top: 1px solid #bbb; padding: .8rem 0;
-  break-inside: avoid; }
-article h2 { grid-column: 1 / -1; font-size: 1rem; margin: 0 0 .5rem; }
-figure { margin: 0; }
-figure img { width: 240px; height: 240px; object-fit: contain; background: #e4e4e4; display: block; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; margin-top: .3rem; }
-@media print { body { margin: 0; max-width: none; font-size: 11pt; } figure img { width: 5cm; height: 5cm; } }
+article { display: grid; grid-template-columns: 240px 240px 1fr; gap: .6rem; border-top: 1px solid #bbb;
+  padding: .8rem 0; break-inside: avoid; }
+article img, article > p { width: 240px; height: 240px; object-fit: contain; background: #eee; margin: 0; }
+article div { margin-left: .4rem; }
+h2 { font-size: 1rem; margin: 0 0 .5rem; }
+dl { font-size: .9rem; margin: 0; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .6rem; overflow-wrap: anywhere; }
+small { color: #555; font-size: .85em; }
+@media (max-width: 46rem) {
+  article { grid-template-columns: 1fr 1fr; }
+  article img, article > p { width: 100%; height: auto; aspect-ratio: 1; }
+  article div { grid-column: 1 / -1; margin: 0; }
+}
+@media print {
+  body { margin: 0; max-width: none; font-size: 10pt; }
+  article { grid-template-columns: 4.5cm 4.5cm 1fr; }
+  article img, article > p { width: 4.5cm; height: 4.5cm; print-color-adjust: exact; }
+}
 """
 
 
@@ -62,11 +76,20 @@ def _table(pairs: Sequence[SharedPair]) -> str:
 
 
 def _page(pairs: Sequence[SharedPair]) -> str:
-    title = f"Images in two roles: {len(pairs):,} pairs"
-    counts = Counter((pair.first.place, pair.second.place, pair.how) for pair in pairs)
-    lines = [f"<li>{escape(one)} and {escape(two)}: {n:,} with the {how}</li>" for (one, two, how), n in counts.items()]
-    shown = "\n".join(_article(number, pair) for number, pair in enumerate(pairs[:MOST_SHOWN], start=1))
+    title = f"Images in two roles: {counted(len(pairs), 'pair')}"
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for pair in pairs:
+        counts.setdefault((pair.first.place, pair.second.place), Counter())[pair.how] += 1
+    lines = [
+        f"<li>{escape(one)} and {escape(two)}: {', '.join(f'{n:,} with the {how}' for how, n in found.items())}</li>"
+        for (one, two), found in counts.items()
+    ]
+    names = [image.name for pair in pairs for image in (pair.first, pair.second)]
+    prefix = os.path.commonprefix(names)  # noqa: RUF071  (not every name is a path)
+    common = prefix[: prefix.rfind("/") + 1]
+    shown = "\n".join(_article(number, pair, common) for number, pair in enumerate(pairs[:MOST_SHOWN], start=1))
     rest = f"<p>The first {MOST_SHOWN:,} are shown; a .csv file has all.</p>" if len(pairs) > MOST_SHOWN else ""
+    below = f"<p>All names count from {_breakable(common)}</p>" if common else ""
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
@@ -79,10 +102,11 @@ def _page(pairs: Sequence[SharedPair]) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>Distance: the share of the picture, by contrast, that differs, 0 to 1; a pair up to {LIMIT:g}.</p>
 <ul>
 {"".join(lines)}
 </ul>
+<p>Distance: the share of the picture, by contrast, that differs, from 0 to 1; the same picture up to {LIMIT:g}.</p>
+{below}
 {rest}
 {shown}
 </body>
@@ -90,19 +114,28 @@ def _page(pairs: Sequence[SharedPair]) -> str:
 """
 
 
-def _article(number: int, pair: SharedPair) -> str:
-    heading = f"{number}: {pair.how}, distance {pair.distance:.3f}"
-    return f"<article><h2>{heading}</h2>{_figure(pair.first)}{_figure(pair.second)}</article>"
+def _article(number: int, pair: SharedPair, common: str) -> str:
+    apart = "" if pair.how == "same bytes" else f", distance {pair.distance:.3f}"
+    pictures, words = zip(*(_shown(image, common) for image in (pair.first, pair.second)), strict=True)
+    heading = f"<h2>{number}: {pair.how}{apart}</h2>"
+    return f"<article>{''.join(pictures)}<div>{heading}<dl>{''.join(words)}</dl></div></article>"
 
 
-def _figure(image: SharedImage) -> str:
-    caption = f"<figcaption><b>{escape(image.place)}</b><br>{escape(image.name)}</figcaption>"
+def _shown(image: SharedImage, common: str) -> tuple[str, str]:
+    """Returns the picture of an image, and its set, its name without the common folder, and its size in pixels."""
+    words = f"<dt>{escape(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
     try:
         picture = Image.fromarray(image.source.pixels(image.index))
     except DataError:
-        return f"<figure><p>This file cannot be decoded.</p>{caption}</figure>"
+        return "<p>This file cannot be decoded.</p>", f"{words}</dd>"
+    size = f"{picture.width} x {picture.height} pixels"
     picture.thumbnail((SIDE, SIDE))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=85)
     encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<figure><img alt="" src="data:image/jpeg;base64,{encoded}">{caption}</figure>'
+    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', f"{words}<br><small>{size}</small></dd>"
+
+
+def _breakable(name: str) -> str:
+    """Returns a path that may be broken behind its slashes."""
+    return escape(name).replace("/", "/<wbr>")

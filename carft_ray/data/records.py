@@ -130,7 +130,10 @@ def records(
     path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole)])}.arrow"
     table = _opened(path, len(whole))
     if table is None:
-        with lock(path.with_suffix(".lock")):
+        with lock(path.with_suffix(".lock")) as alone:
+            if alone:
+                for left in path.parent.glob(f".{path.stem}.*.tmp"):
+                    left.unlink(missing_ok=True)  # of a process that was killed
             table = _opened(path, len(whole))
             if table is None:
                 table = _read(whole, path, is_test, on_progress)
@@ -216,8 +219,6 @@ def _opened(path: Path, num_images: int) -> pa.Table | None:
 
 def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) -> pa.Table:
     """Reads the files of a set, part by part; what earlier passes have read is not read again."""
-    for left in path.parent.glob(f".{path.stem}.*.tmp"):
-        left.unlink(missing_ok=True)  # of a process that was killed
     schema = pa.schema(_KNOWN if is_test else _KNOWN + _SEEN)
     tables, parts = [schema.empty_table()], []
     with ThreadPoolExecutor(reading_threads()) as pool:

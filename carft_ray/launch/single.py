@@ -1,12 +1,12 @@
 """One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import shared_of_study, without_shared, write_shared
+from carft_ray.data.shared_images import SharedRow, shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import RESULT, WEIGHTS, on_all_cores, prepare, run_training
 from carft_ray.launch.fits import fitted, memory_failure
@@ -44,6 +44,7 @@ def train_once(
     report: Callable[[Row], None],
     address: str | None = None,
     prepare_first: Callable[[Path], dict[str, Any]] | None = None,
+    shared: Sequence[SharedRow] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs one training to its end, or goes on with one.
 
@@ -60,6 +61,7 @@ def train_once(
         report: Given the metrics of every epoch (one worker, in this process).
         address: Ray cluster to attach to when there are several workers.
         prepare_first: Makes what the training shares with others in the folder given; by default it shares nothing.
+        shared: Images that stand in two roles; None: they are found now.
 
     Returns:
         Content of ``result.json``, and what ``prepare`` found of zero-shot.
@@ -70,7 +72,7 @@ def train_once(
         HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
-    base_dir, out_dir, alone = base_dir.resolve(), out_dir.resolve(), on_all_cores(recipe)
+    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
     _check_folder(out_dir, resume)
     is_new = not files.exists(out_dir / MANIFEST)
     with (
@@ -85,9 +87,11 @@ def train_once(
         files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
         (out_dir / STOP).unlink(missing_ok=True)
         try:
-            shared = shared_of_study(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
+            if shared is None:
+                shared = shared_of_study(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
             write_shared(out_dir, shared)
             recipe = without_shared(recipe, shared, base_dir)
+            alone = on_all_cores(recipe)
             found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
             if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
                 from carft_ray.launch.train import train_with_ray

@@ -168,10 +168,9 @@ def reproduce(
         table = read_predictions(out_dir / "zero_shot.parquet")
         return _compared(finished, finished.result, now, then, table, None)
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
-    was = without_shared(was, rows, Path("/"))
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
-        train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first)
+        train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first, rows)
     except InterruptedRunError:
         step = f"Run the same command again; {out_dir} is of no further use."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None

@@ -5,7 +5,6 @@ _tune/}
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -32,7 +31,6 @@ PREPARED = "prepared"
 DYING_LOOKS = 50
 STOP = "stop"  # asks running trainings to write a checkpoint and end
 BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
-NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks; there the lease must do
 
 
 @contextlib.contextmanager
@@ -56,7 +54,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
             holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             raise StorageError(in_use(study_dir, holder)) from None
         except OSError as error:
-            if error.errno not in NO_FLOCK:
+            if error.errno not in files.NO_FLOCK:  # else the lease must do
                 raise files.storage_error(path, error) from error
         with contextlib.ExitStack() as stack:
             try:
