@@ -137,8 +137,8 @@ def test_no_resumed_training_shows_a_traceback_or_a_warning(killed):
 @pytest.mark.parametrize(
     ("name", "part", "numbers", "says", "keeps"),
     [
-        ("polite", "/photo/", [65], "stopped on request at step 30 of 60; the checkpoint is written", 2),
-        ("impatient", "/photo/", [65, 66], "stopped at once; what was written before is kept", 1),
+        ("polite", "/photo/", [45], "stopped on request at step 30 of 60; the checkpoint is written", 2),
+        ("impatient", "/photo/", [45, 46], "stopped at once; what was written before is kept", 1),
         ("early", "/photo_val/", [3], "stopped at once; what was written before is kept", 0),
     ],
 )
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
 ):
     """The first Ctrl-C in the middle of an epoch waits for a checkpoint; a second one, or one outside, does not.
 
-    Before the training each of the 20 images is opened twice, for the comparison of roles.
+    Before the training each of the 20 images is opened once, for its records.
     """
     train = [*train, *SMALL_BATCHES]
     place, (answer,) = host([{"name": name, "commands": [{"argv": train, "interrupt": (part, numbers)}]}])[name]
