@@ -248,7 +248,7 @@ MISTAKES = [
         ["validate", "--set", "data.id_test={source: folder, path: images, domains: [photo]}"],
         8,
         "data.id_test: a set has one role and must not share images with data.train, but got {here}/images/photo\n"
-        "    Give each role images of its own.",
+        "    Give each role images of its own: change data.train or data.id_test.",
     ),
     (
         ["train", "--out", "new", "--resume"],

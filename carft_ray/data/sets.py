@@ -257,7 +257,7 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
 def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str, str]:
     """Returns in what the parts of two sets of one source, each with its key path, meet, and what mends it."""
     one, other = plain(here[1]), plain(there[1])
-    step = "Give each role images of its own."
+    step = f"Give each role images of its own: change {there[0]} or {here[0]}."
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet) or not _same_names(one, other):
         return "", step
     if one.part is None and other.part is None:
