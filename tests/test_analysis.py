@@ -251,7 +251,7 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
 
 def without_place(out):
     answer = json.loads(out)
-    for key in ("study", "name", "times", "written", "folder"):
+    for key in ("study", "name", "times", "written", "folder", "ledger"):
         answer.pop(key, None)
     return answer
 
