@@ -241,6 +241,8 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
             told = [out.split("\nAnalysis")[0].replace("were read once", "were read 0 times") for _, out, _ in found]
         else:
             told = [without_place(out) for _, out, _ in found]
+        if words[0] == "status":
+            assert [json.loads(out)["ledger"]["test_reads"] for _, out, _ in found] == [1, 0]
         assert told[0] == told[1]
     recipe = load_recipe(again / "resolved.yaml")
     with open_study(again, recipe, Path("/")) as study:

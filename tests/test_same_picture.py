@@ -135,7 +135,8 @@ def test_problems_count_the_images_of_the_second_set_once():
 
 
 def test_pairs_are_written_as_a_table(tmp_path):
-    write_pairs(tmp_path / "pairs.csv", shared())
+    pairs = shared()
+    write_pairs(tmp_path / "pairs.csv", pairs)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "pairs.csv").read_text())))
     assert [(row["found_by"], row["distance"]) for row in rows] == [
         ("same bytes", "0.000"),
@@ -145,15 +146,16 @@ def test_pairs_are_written_as_a_table(tmp_path):
     assert rows[2] == {
         "set": "data.train",
         "image": "set 0/<b>, 1.png",
-        "sample_id": rows[2]["sample_id"],
+        "sample_id": str(pairs[0].first.source.sample_ids[1]),
         "other_set": "data.id_test",
         "other_image": "set 1/<b>, 2.png",
-        "other_sample_id": rows[2]["other_sample_id"],
+        "other_sample_id": str(pairs[0].second.source.sample_ids[2]),
         "found_by": "same picture",
         "distance": "0.123",
     }
     write_pairs(tmp_path / "none.csv", [])
-    assert (tmp_path / "none.csv").read_text().count("\n") == 1
+    header = "set,image,sample_id,other_set,other_image,other_sample_id,found_by,distance\n"
+    assert (tmp_path / "none.csv").read_text() == header
 
 
 def test_pairs_are_written_as_a_page_of_its_own(tmp_path):

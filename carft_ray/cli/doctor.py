@@ -58,7 +58,7 @@ def doctor(
         console.warn(f"{pairs} is not written: images are compared when nothing else is wrong with the data.")
     elif pairs is not None and found.pairs is not None:
         write_pairs(pairs, found.pairs)
-        console.say(f"{pairs}: {len(found.pairs)} pairs of images in two roles")
+        console.say(f"{pairs}: {counted(len(found.pairs), 'pair')} of images in two roles")
     if found.errors:
         if json_:
             raise typer.Exit(DataError.exit_code)

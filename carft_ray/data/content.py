@@ -4,9 +4,9 @@
 """
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 
+from carft_ray import environment
 from carft_ray.data.source import PixelArray, Source
 
 DIGEST_BYTES = 16
@@ -14,7 +14,7 @@ DIGEST_BYTES = 16
 
 def reading_threads() -> int:
     """Returns the cores that this process may use, and at least 4: reading files waits for the disk."""
-    return max(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(4, environment.usable_cores())
 
 
 def image_digests(source: Source) -> list[bytes]:

@@ -22,6 +22,7 @@ from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, plain_place
 from carft_ray.errors import HoldOutError, Problem, StorageError
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import CorruptedSet, Recipe
+from carft_ray.words import counted
 
 SHARED_IMAGES = "shared_images.csv"
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
@@ -223,9 +224,8 @@ def shared_lines(rows: Sequence[SharedRow]) -> list[str]:
     for place, counts in shared_counts(rows).items():
         for done, count in counts.items():
             others = {image[3] for row in rows for image in row.images if image[0] == place and image[2] == done}
-            images = "1 image" if count == 1 else f"{count} images"
             also = f"also in {' and '.join(sorted(others))}"
-            lines.append(f"{place}: {images} {'left out' if done == LEAVES else 'kept'}, {also}")
+            lines.append(f"{place}: {counted(count, 'image')} {'left out' if done == LEAVES else 'kept'}, {also}")
     return lines
 
 

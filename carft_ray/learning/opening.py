@@ -136,7 +136,7 @@ def image_tower(part: ModelPart, base_dir: Path) -> nn.Module | None:
             )
     except BUILD_ERRORS:
         return None
-    return model.visual  # type: ignore[no-any-return]
+    return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:

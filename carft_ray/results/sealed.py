@@ -57,7 +57,7 @@ from carft_ray.search.ledger import (
 )
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
-from carft_ray.words import times
+from carft_ray.words import counted, times
 
 TEST_DIR, SUMMARY, ANALYSIS_SUMMARY = "test", "summary.json", "analysis.json"
 
@@ -160,7 +160,7 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     for sets in dict.fromkeys((row.set, row.other_set) for row in new):
         rows = [row for row in new if (row.set, row.other_set) == sets]
         rule = f"must not share images with {sets[0]}, and does; it could not be read when the study began"
-        value = f"{len(rows)} pairs, such as {rows[0].image} and {rows[0].other_image}"
+        value = f"{counted(len(rows), 'pair')}, such as {rows[0].image} and {rows[0].other_image}"
         problems.append(Problem(sets[1], rule, value))
     step = (
         "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
