@@ -18,7 +18,6 @@ from suggestions import check_suggestions
 from carft_ray.data import cache, packed
 from carft_ray.data.arrays import image_set
 from carft_ray.data.content import set_digest
-from carft_ray.data.listing import Listing
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import DataError, StorageError
 
@@ -301,12 +300,12 @@ sshfs /far fuse.sshfs rw 0 0
     ],
 )
 def test_packing_pays_for_files_on_network_disks_with_a_cache_on_others(home, cache_dir, expected):
-    assert pays(Listing("", home), cache_dir, MOUNTS) is expected
-    assert pays(Listing("", home, in_order=True), cache_dir, MOUNTS)
+    assert pays(home, False, cache_dir, MOUNTS) is expected
+    assert pays(home, True, cache_dir, MOUNTS)
 
 
 def test_packing_does_not_pay_here_where_all_is_on_one_disk(tmp_path):
-    assert not pays(Listing("", str(tmp_path)), tmp_path / "cache")
+    assert not pays(str(tmp_path), False, tmp_path / "cache")
 
 
 # ---- the verbs

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from carft_ray.data.corrupted import FIFTEEN, squared
 from carft_ray.data.corruptions import CORRUPTION_VERSION, corrupt
+from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sandbox import CLASSES
 from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source, open_validation
@@ -212,8 +213,9 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
     assert [found[name]["num_skipped"] for name in ("id_val", "weak", "strong")] == [1, 1, 1]
     assert len({found[name]["digest"] for name in ("id_val", "weak", "strong")}) == 3
     check_overlap(recipe, tree, cache_dir(recipe, tree))
+    sources = open_sets(recipe, tree)
     monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
-    assert set_contents(recipe, tree, SimpleNamespace(validation=())) == found
+    assert set_contents(recipe, tree, SimpleNamespace(validation=(), sources=sources)) == found
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def test_a_share_is_ten_steps_of_the_largest_batch(source):
 
     from carft_ray.evaluation.materials import Materials
 
-    whole = Materials(SimpleNamespace(), (), (), source, (), "key")
+    whole = Materials(SimpleNamespace(), (), (), source, (), {}, "key")
     share = share_of(whole, make_recipe(2), 3)
     assert len(share.train) == 30
     assert share.key != whole.key

@@ -96,6 +96,9 @@ def options(
     """Holds what may stand before any command; the text of the help is the app's own."""
     if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
         require_versions()
+        from carft_ray.data.readers import listing_once
+
+        context.with_resource(listing_once())
 
 
 def require_versions(extra: str = "") -> None:

@@ -5,6 +5,7 @@ Hidden files, hidden folders, other files and deeper folders are ignored. Images
 so neither the order of the domains in a recipe nor the file system's order matters.
 """
 
+import functools
 import os
 import stat
 from collections.abc import Sequence
@@ -76,8 +77,9 @@ def file_listing(
         classes=classes,
         found=tuple(found),
         read=lambda index: read_bytes(root / paths[index]),
-        stamp=lambda index: told_stamp(root / paths[index]),
+        stamp=functools.cache(lambda index: told_stamp(root / paths[index])),
         place=lambda index: str(root / paths[index]),
+        are_files=True,
         problems=tuple(problems),
     )
 

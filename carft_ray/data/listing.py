@@ -40,6 +40,7 @@ class Listing:
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
         is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
         in_order: Whether images are read quickly in their order alone.
+        are_files: Whether each image is a file of its own, whose path is its ``place``.
         excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
         problems: What is missing. With problems the rest may be empty.
     """
@@ -56,6 +57,7 @@ class Listing:
     within: Mapping[str, tuple[str, ...]] | None = None
     is_sparse: bool = False
     in_order: bool = False
+    are_files: bool = False
     excluded: IdArray = field(default_factory=lambda: np.empty(0, np.uint64))
     problems: tuple[Problem, ...] = ()
 
@@ -102,6 +104,16 @@ class StoredSource:
     def home(self) -> str:
         """Where the images are, a resolved path."""
         return self.listing.home
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of the images that were left out because they cannot be decoded."""
+        return len(self.skipped)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the images are read quickly in their order alone."""
+        return self.listing.in_order
 
     @cached_property
     def fingerprint(self) -> str:

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from carft_ray.data import cache
 from carft_ray.data.arrays import OnImage, about, check_same
-from carft_ray.data.listing import Listing, StoredSource
+from carft_ray.data.listed_sets import ListedSource
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem
 
@@ -65,7 +66,11 @@ class PackedSource:
     """
 
     def __init__(
-        self, source: StoredSource, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
+        self,
+        source: StoredSource | ListedSource,
+        cache_dir: Path,
+        on_image: OnImage | None = None,
+        limit_gb: float | None = None,
     ) -> None:
         def read(reader: Any) -> pa.Table:
             table = reader.read_all()
@@ -112,18 +117,19 @@ class PackedSource:
         return content
 
 
-def pays(listing: Listing, cache_dir: Path, mounts: str | None = None) -> bool:
+def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) -> bool:
     """Tells whether images are worth packing.
 
     They are where they can be read quickly in their order alone, or lie on another machine's disks and the cache does
     not.
 
     Args:
-        listing: The images.
+        home: Where the images are.
+        in_order: Whether they are read quickly in their order alone.
         cache_dir: Folder of the cache; it need not exist.
         mounts: The system's table of mounts; None: that of now, where there is one (Linux).
     """
-    if listing.in_order:
+    if in_order:
         return True
     if mounts is None:
         try:
@@ -131,7 +137,7 @@ def pays(listing: Listing, cache_dir: Path, mounts: str | None = None) -> bool:
                 mounts = file.read()
         except OSError:
             return False
-    return _is_remote(listing.home, mounts) and not _is_remote(os.path.realpath(cache_dir), mounts)
+    return _is_remote(home, mounts) and not _is_remote(os.path.realpath(cache_dir), mounts)
 
 
 def _is_remote(path: str, mounts: str) -> bool:
@@ -145,7 +151,7 @@ def _is_remote(path: str, mounts: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-def _build(source: StoredSource, path: Path, on_image: OnImage | None) -> None:
+def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | None) -> None:
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
     with open(path, "wb") as file:

@@ -3,7 +3,8 @@
 A new kind of set is a class in ``recipe/schema.py``, a file with its reader's functions, and a row here.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,34 @@ READERS: dict[type[StoredSet], Reader] = {
 }
 
 
+_TAKES = {"part", "shots", "shots_seed", "on_bad_image", "exclude"}  # which images of a listing a set takes
+_kept: dict[str, Listing] | None = None  # while ``listing_once`` is in force
+
+
 def reader_of(spec: StoredSet) -> Reader:
     """Returns the reader of a set."""
     return READERS[type(spec)]
+
+
+@contextlib.contextmanager
+def listing_once() -> Iterator[None]:
+    """Has ``list_set`` list each tree once until the block ends: a command asks for its sets several times.
+
+    Sets that differ only in which images of the tree they take share a listing, with sizes and dates of its files.
+    """
+    global _kept
+    before = _kept
+    _kept = {} if before is None else before
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def forget_listings() -> None:
+    """Frees what ``listing_once`` holds: a search that trains for days lists nothing more."""
+    if _kept is not None:
+        _kept.clear()
 
 
 def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
@@ -91,7 +117,7 @@ def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
         base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    listing = reader_of(spec).listing(spec, base_dir, place)
+    listing = _listing(spec, base_dir, place)
     if spec.exclude is None or listing.problems:
         return listing
     excluded, problems = excluded_ids(spec.exclude, base_dir, f"{place}.exclude")
@@ -102,6 +128,16 @@ def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
             Problem(f"{place}.exclude", "must name images of the set by their sample ids", value, next_step=step)
         ]
     return replace(listing, excluded=excluded, problems=tuple(problems))
+
+
+def _listing(spec: StoredSet, base_dir: Path, place: str) -> Listing:
+    key = f"{base_dir.absolute()} {spec.model_dump_json(exclude=_TAKES)}"
+    if _kept is not None and key in _kept:
+        return _kept[key]
+    listing = reader_of(spec).listing(spec, base_dir, place)
+    if _kept is not None and not listing.problems:  # problems name the set
+        _kept[key] = listing
+    return listing
 
 
 def first_problems(spec: StoredSet, base_dir: Path, place: str) -> list[Problem]:

@@ -192,7 +192,15 @@ def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
     Raises:
         DataError: The words do not go with the class list, or the folders of the training set are missing.
     """
-    folders = class_folders(recipe, recipe_dir)
+    return class_words(recipe, class_folders(recipe, recipe_dir))
+
+
+def class_words(recipe: Recipe, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns ``class_names`` where the class list is known.
+
+    Raises:
+        DataError: The words do not go with the class list.
+    """
     if problems := _word_problems(recipe, folders):
         raise DataError(problems)
     words = recipe.prompts.class_names

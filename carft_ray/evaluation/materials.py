@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from carft_ray.data.arrays import image_set
 from carft_ray.data.decoded import DecodedSource
+from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
-from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
+from carft_ray.data.sets import cache_dir, class_words
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
@@ -31,6 +32,7 @@ class Materials:
         templates: Prompts, each with ``{}``; also the contexts.
         train: The training set.
         validation: ``id_val`` first, then the OOD validation sets, decoded.
+        sources: All these sets by name, ``train`` first, as they are stored.
         key: Changes whenever any of this changes.
     """
 
@@ -39,6 +41,7 @@ class Materials:
     templates: tuple[str, ...]
     train: Source
     validation: tuple[ImageSet, ...]
+    sources: Mapping[str, Source]
     key: str
 
     @property
@@ -51,7 +54,10 @@ _materials: dict[str, Materials] = {}  # of the last recipe: a process that runs
 
 
 def load_materials(
-    recipe: Recipe, base_dir: Path, on_image: Callable[[str, int, int], None] = lambda name, done, total: None
+    recipe: Recipe,
+    base_dir: Path,
+    on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
+    prepared_dir: Path | None = None,
 ) -> Materials:
     """Opens model, training set and validation sets; test roles are never touched.
 
@@ -59,6 +65,7 @@ def load_materials(
         recipe: The recipe.
         base_dir: Folder that relative paths count from.
         on_image: Called with (set, images done, images in all) while a set is built into the cache.
+        prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
 
     Raises:
         RecipeError, DataError: The model or a set cannot be opened.
@@ -68,23 +75,24 @@ def load_materials(
     if asked not in _materials:
         clip = load_clip(recipe.model, base_dir)
         folder, limit_gb = cache_dir(recipe, base_dir), recipe.data.cache_gb
-        train = open_train(recipe, base_dir)
+        sources = open_sets(recipe, base_dir, prepared_dir)
+        train = sources[TRAIN]
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
-        elif isinstance(train, StoredSource) and (
-            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.listing, folder))
+        elif isinstance(train, StoredSource | ListedSource) and (
+            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))
         ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
-        id_val, ood_val = open_validation(recipe, base_dir)
         validation = tuple(
             dataclasses.replace(
                 image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb), name=name
             )
-            for name, source in {ID_SET: id_val, **ood_val}.items()
+            for name, source in sources.items()
+            if name != TRAIN
         )
-        names, prompts = class_names(recipe, base_dir), templates(recipe.prompts, SANDBOX_TEMPLATES)
-        sources = [source.fingerprint for source in (train, id_val, *ood_val.values())]
-        key = json.dumps([clip.weights_hash, names, prompts, sources])
+        names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
+        fingerprints = [source.fingerprint for source in sources.values()]
+        key = json.dumps([clip.weights_hash, names, prompts, fingerprints])
         _materials.clear()
-        _materials[asked] = Materials(clip, names, prompts, train, validation, key)
+        _materials[asked] = Materials(clip, names, prompts, train, validation, sources, key)
     return _materials[asked]

@@ -12,10 +12,10 @@ import torch
 from carft_ray import environment
 from carft_ray.data.content import image_digest, image_digests, pixel_digest, set_digest
 from carft_ray.data.corrupted import CorruptedSource
+from carft_ray.data.listed_sets import ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
-from carft_ray.data.sets import cache_dir, class_folders, open_train, open_validation
-from carft_ray.data.source import Source
+from carft_ray.data.sets import cache_dir
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
 from carft_ray.evaluation.materials import Materials
 from carft_ray.recipe.schema import Recipe
@@ -33,7 +33,7 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
     clip = materials.clip
     return {
         "data": set_contents(recipe, base_dir, materials),
-        "classes": list(class_folders(recipe, base_dir)),
+        "classes": list(materials.train.class_names),
         "class_names": list(materials.class_names),
         "templates": list(materials.templates),
         "augmentation": {
@@ -62,14 +62,17 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     Raises:
         DataError: A file cannot be read.
     """
-    id_val, ood_val = open_validation(recipe, base_dir)
-    sources: dict[str, Source] = {"train": open_train(recipe, base_dir), "id_val": id_val, **ood_val}
+    sources = open_sets(recipe, base_dir) if materials is None else materials.sources
     decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         images = source.images if isinstance(source, CorruptedSource) else source
-        if isinstance(images, StoredSource):
-            known = None if materials is None else records(images, cache_dir(recipe, base_dir)).hashes()
+        known: list[bytes] | None = None
+        if isinstance(images, StoredSource | ListedSource):
+            if isinstance(images, ListedSource):
+                known = images.hashes()
+            elif materials is not None:
+                known = records(images, cache_dir(recipe, base_dir)).hashes()
             if known is not None and isinstance(source, CorruptedSource):
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)
@@ -80,8 +83,8 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
         else:
             continue
         contents[name] = {"digest": digest, "num_images": len(source)}
-        if isinstance(images, StoredSource) and images.skipped:
-            contents[name]["num_skipped"] = len(images.skipped)
+        if isinstance(images, StoredSource | ListedSource) and images.num_skipped:
+            contents[name]["num_skipped"] = images.num_skipped
     return contents
 
 

@@ -90,13 +90,13 @@ def probe_prepare(
         images; ``num_train``, ``num_validation``, ``num_contexts``, ``cache_bytes``.
     """
     began = time.perf_counter()
-    materials = load_materials(recipe, base_dir)  # may decode sets into the cache, which stay there
+    materials = load_materials(recipe, base_dir, prepared_dir=folder)  # sets that it decodes stay in the cache
     clip, device = materials.clip, device_of(recipe)
     torch.set_num_threads(num_threads(recipe))
     cached_heads(recipe, base_dir, clip, materials.class_names, materials.templates, device, say)  # and so do the heads
     opened_materials._materials.clear()
     again = time.perf_counter()
-    materials = load_materials(recipe, base_dir)
+    materials = load_materials(recipe, base_dir, prepared_dir=folder)
     open_s = time.perf_counter() - again
     shared_origin(recipe, base_dir, materials, device_of(recipe))
     origin_s = time.perf_counter() - again - open_s
@@ -156,7 +156,7 @@ def probe_training(
         StoppedRun, DivergedError, CarftError: As ``run_training``.
     """
     asked = files.read_json(prepared_dir.parent / PROBE)
-    share = share_of(load_materials(recipe, base_dir), recipe, asked["largest_batch"])
+    share = share_of(load_materials(recipe, base_dir, prepared_dir=prepared_dir), recipe, asked["largest_batch"])
     if context.rank == 0:
         _meet(out_dir, asked["peers"])
     began = time.perf_counter()

@@ -104,7 +104,7 @@ def prepare(
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
-    materials = opened or load_materials(recipe, base_dir)
+    materials = opened or load_materials(recipe, base_dir, prepared_dir=folder)
     check_tower(materials.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / "prepared.json"
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
@@ -186,7 +186,7 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
-    materials = opened or load_materials(recipe, base_dir)
+    materials = opened or load_materials(recipe, base_dir, prepared_dir=prepared_dir)
     heads = load_tensors(prepared_dir / "heads.safetensors")
     num_batches = recipe.train.recalibrate_batches
     views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None

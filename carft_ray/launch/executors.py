@@ -24,6 +24,7 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import files
+from carft_ray.data.listed_sets import write_sets
 from carft_ray.data.shared_images import read_shared, without_shared
 from carft_ray.errors import (
     CarftError,
@@ -190,6 +191,7 @@ def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> d
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room = plan.capacity
+    write_sets(plan.recipe, plan.base_dir, plan.study_dir / PREPARED)  # listed once, here; tasks and trials map it
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     path, told = plan.study_dir / RAY_FILES / DOING, ""
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
+from carft_ray.data.listed_sets import write_sets
 from carft_ray.data.sets import cache_dir
 from carft_ray.data.shared_images import SharedRow, shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
@@ -92,8 +93,11 @@ def train_once(
             write_shared(out_dir, shared)
             recipe = without_shared(recipe, shared, base_dir)
             alone = on_all_cores(recipe)
+            with_ray = recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1
+            if not with_ray:
+                write_sets(recipe, base_dir, out_dir / PREPARED)
             found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
-            if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
+            if with_ray:
                 from carft_ray.launch.train import train_with_ray
 
                 say(f"training with {recipe.resources.num_workers} Ray Train workers")

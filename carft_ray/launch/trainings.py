@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem
 from carft_ray.launch.causes import root_cause
 from carft_ray.launch.events import Event
@@ -38,6 +39,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
     Raises:
         CarftError: What ended the run before its time (``StudySearcher.failure``); a ``ClusterError`` when it was Ray.
     """
+    forget_listings()
     study_dir, room = study.study_dir, plan.capacity
     budget, gpus = None if began is None else study.recipe.budget, room.num_workers * room.gpus_per_worker
     searcher = StudySearcher(study, room.concurrency, on_event, gpus, budget, began)
