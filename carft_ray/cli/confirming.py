@@ -129,7 +129,6 @@ def _fix_and_train(
             run_confirm(
                 recipe,
                 study_dir,
-                study_dir,
                 lambda study: confirming.fix(study_dir, recipe, first, second, stage),
                 command,
                 address,

@@ -33,7 +33,8 @@ def model(
 ) -> None:
     """Show what a model is: input, tokens, s, layers by depth, memory, known weights. No weights are loaded."""
     from carft_ray import console
-    from carft_ray.learning.catalog import LOCAL_DIR, RANDOM, SANDBOX, check_model, model_warnings
+    from carft_ray.learning.catalog import RANDOM, SANDBOX, check_model, model_warnings
+    from carft_ray.recipe.loading import LOCAL_DIR, load_recipe
     from carft_ray.recipe.schema import ModelPart
 
     is_recipe = name.endswith(RECIPES)
@@ -42,23 +43,21 @@ def model(
     if set_ and not is_recipe:
         raise UsageError(Problem("--set", "needs a recipe in place of the name of a model"))
     if is_recipe:
-        from carft_ray.recipe.loading import load_recipe
-
-        recipe, base_dir = load_recipe(Path(name), set_ or ()), Path(name).absolute().parent
+        recipe = load_recipe(Path(name), set_ or ())
         part, train = recipe.model, recipe.train
     else:
         has_own = name == SANDBOX or ":" in name
         if not has_own and Path(name).is_dir():
             name, has_own = f"{LOCAL_DIR}{name}", True
         weights = pretrained if pretrained is not None or has_own else RANDOM
-        part, train, base_dir = ModelPart(name=name, pretrained=weights), None, Path.cwd()
-    if problems := check_model(part, base_dir):  # before torch is loaded
+        part, train = ModelPart(name=name, pretrained=weights), None
+    if problems := check_model(part):  # before torch is loaded
         raise RecipeError(problems)
-    for text in model_warnings(part, base_dir):
+    for text in model_warnings(part):
         console.warn(text)
     from carft_ray.learning.describe import describe
 
-    found = describe(part, base_dir, train)
+    found = describe(part, train)
     if json_:
         console.print_json(found)
         return

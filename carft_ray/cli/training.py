@@ -48,8 +48,7 @@ def validate(
         from carft_ray.data.sets import cache_dir
         from carft_ray.data.shared_images import find_shared, shared_lines
 
-        base_dir = recipe.absolute().parent
-        for line in shared_lines(find_shared(value, base_dir, cache_dir(value, base_dir), console.say)):
+        for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)
     if json_:
         console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
@@ -87,9 +86,7 @@ def train(
 
     with training_shown(not json_) as (progress, report):
         say = (lambda text: None) if json_ else console.say
-        result, zero_shot = train_once(
-            value, recipe.absolute().parent, out, resume, f"{command} --resume", say, progress, report, address
-        )
+        result, zero_shot = train_once(value, out, resume, f"{command} --resume", say, progress, report, address)
     if json_:
         console.print_json({"folder": str(out), "zero_shot": zero_shot, **result})
         return

@@ -130,7 +130,7 @@ class ListedSource:
         return decode_image(content, self.place(index)) if self.are_files else self._images.decode(content, index)
 
 
-def write_sets(recipe: Recipe, base_dir: Path, folder: Path) -> None:
+def write_sets(recipe: Recipe, folder: Path) -> None:
     """Lists the sets of training and validation, and keeps what was found in a folder.
 
     Files that no command has read yet are read now, for their hashes (``data.records``). Sets that the sandbox draws
@@ -138,26 +138,24 @@ def write_sets(recipe: Recipe, base_dir: Path, folder: Path) -> None:
 
     Args:
         recipe: The recipe, without the images that are left out (``without_shared``).
-        base_dir: Folder that relative paths count from.
         folder: Of the preparation.
 
     Raises:
         DataError: A set cannot be opened, or a file not be read.
         StorageError: The folder or the cache cannot be written.
     """
-    for name, source in open_sets(recipe, base_dir).items():
+    for name, source in open_sets(recipe).items():
         images = source.images if isinstance(source, CorruptedSource) else source
         if isinstance(images, StoredSource):
-            digests = records(images, cache_dir(recipe, base_dir)).hashes()
-            write_table(folder / FOLDER / f"{name}.arrow", _table(images, digests, _key(recipe, base_dir, name)))
+            digests = records(images, cache_dir(recipe)).hashes()
+            write_table(folder / FOLDER / f"{name}.arrow", _table(images, digests, _key(recipe, name)))
 
 
-def open_sets(recipe: Recipe, base_dir: Path, folder: Path | None = None) -> dict[str, Source]:
+def open_sets(recipe: Recipe, folder: Path | None = None) -> dict[str, Source]:
     """Returns the sets of training and validation: ``train``, ``id_val``, then the OOD sets by name.
 
     Args:
         recipe: The recipe.
-        base_dir: Folder that relative paths count from.
         folder: Of a preparation whose sets are taken without listing them; None: they are listed now.
 
     Raises:
@@ -168,15 +166,15 @@ def open_sets(recipe: Recipe, base_dir: Path, folder: Path | None = None) -> dic
         classes = recipe.data.classes
         sources: dict[str, Source] = {}
         for name, spec in specs.items():
-            kept = None if folder is None else _read(recipe, base_dir, folder, name, spec)
-            sources[name] = kept or open_source(spec, name, classes, base_dir, cache_dir(recipe, base_dir))
+            kept = None if folder is None else _read(recipe, folder, name, spec)
+            sources[name] = kept or open_source(spec, name, classes, cache_dir(recipe))
             classes = sources[TRAIN].class_names  # of training first
     return sources
 
 
-def _key(recipe: Recipe, base_dir: Path, name: str) -> str:
+def _key(recipe: Recipe, name: str) -> str:
     """Returns what the listing of a set depends on besides its files."""
-    return json.dumps([FORMAT_VERSION, name, str(base_dir.resolve()), recipe.data.model_dump(mode="json")])
+    return json.dumps([FORMAT_VERSION, name, recipe.data.model_dump(mode="json")])
 
 
 def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
@@ -197,13 +195,13 @@ def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
     return pa.table(arrays, schema=_SCHEMA.with_metadata({"about": json.dumps(about)}))
 
 
-def _read(recipe: Recipe, base_dir: Path, folder: Path, name: str, spec: SetSpec) -> Source | None:
+def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | None:
     """Returns a set that was kept; None where there is none, or it is of another recipe."""
     table = open_table(folder / FOLDER / f"{name}.arrow")
     if table is None:
         return None
     about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])
-    if about.pop("key") != _key(recipe, base_dir, name):
+    if about.pop("key") != _key(recipe, name):
         return None
     groups = about.pop("groups")
     classes = tuple(about.pop("class_names"))
@@ -212,6 +210,6 @@ def _read(recipe: Recipe, base_dir: Path, folder: Path, name: str, spec: SetSpec
         class_names=classes,
         groups=None if groups is None else tuple(map(tuple, groups)),
         table=table,
-        open_again=partial(open_source, plain(spec), name, classes, base_dir, cache_dir(recipe, base_dir)),
+        open_again=partial(open_source, plain(spec), name, classes, cache_dir(recipe)),
     )
     return corrupted_source(listed, spec) if isinstance(spec, CorruptedSet) else listed

@@ -6,7 +6,6 @@ A new kind of set is a class in ``recipe/schema.py``, a file with its reader's f
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, Sto
 
 @dataclass(frozen=True)
 class Reader:
-    """How one kind of set is read. Every function gets the set and the folder that relative paths count from.
+    """How one kind of set is read. Every function gets the set.
 
     Attributes:
-        listing: Lists the images; the third argument is where the set is named, for messages.
+        listing: Lists the images; the second argument is where the set is named, for messages.
         problems: What is missing at the first look, without listing: all that is asked of a test set by anybody but
-            the command that opens the seal. The third argument as above.
+            the command that opens the seal. The second argument as above.
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless they are ``disjoint``.
         disjoint: Whether two sets of one place share no image all the same, such as those of two splits.
@@ -33,9 +32,9 @@ class Reader:
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
-    listing: Callable[[Any, Path, str], Listing]
-    problems: Callable[[Any, Path, str], list[Problem]]
-    places: Callable[[Any, Path], list[str]]
+    listing: Callable[[Any, str], Listing]
+    problems: Callable[[Any, str], list[Problem]]
+    places: Callable[[Any], list[str]]
     disjoint: Callable[[Any, Any], bool] = lambda one, other: False
     naming: Callable[[Any], object] = lambda spec: None
     num_expected: Callable[[Any], int | None] = lambda spec: None
@@ -109,18 +108,17 @@ def forget_listings() -> None:
         _kept.clear()
 
 
-def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
+def list_set(spec: StoredSet, place: str) -> Listing:
     """Lists the images of a set without opening one; those that ``exclude`` names are noted.
 
     Args:
         spec: The set.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    listing = _listing(spec, base_dir, place)
+    listing = _listing(spec, place)
     if spec.exclude is None or listing.problems:
         return listing
-    excluded, problems = excluded_ids(spec.exclude, base_dir, f"{place}.exclude")
+    excluded, problems = excluded_ids(spec.exclude, f"{place}.exclude")
     if not problems and not np.isin(excluded, listing.ids).any():
         step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
         value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
@@ -130,16 +128,16 @@ def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
     return replace(listing, excluded=excluded, problems=tuple(problems))
 
 
-def _listing(spec: StoredSet, base_dir: Path, place: str) -> Listing:
-    key = f"{base_dir.absolute()} {spec.model_dump_json(exclude=_TAKES)}"
+def _listing(spec: StoredSet, place: str) -> Listing:
+    key = spec.model_dump_json(exclude=_TAKES)
     if _kept is not None and key in _kept:
         return _kept[key]
-    listing = reader_of(spec).listing(spec, base_dir, place)
+    listing = reader_of(spec).listing(spec, place)
     if _kept is not None and not listing.problems:  # problems name the set
         _kept[key] = listing
     return listing
 
 
-def first_problems(spec: StoredSet, base_dir: Path, place: str) -> list[Problem]:
+def first_problems(spec: StoredSet, place: str) -> list[Problem]:
     """Returns what is missing at the first look; nothing is listed."""
-    return reader_of(spec).problems(spec, base_dir, place)
+    return reader_of(spec).problems(spec, place)

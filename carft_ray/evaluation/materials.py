@@ -55,7 +55,6 @@ _materials: dict[str, Materials] = {}  # of the last recipe: a process that runs
 
 def load_materials(
     recipe: Recipe,
-    base_dir: Path,
     on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
     prepared_dir: Path | None = None,
 ) -> Materials:
@@ -63,7 +62,6 @@ def load_materials(
 
     Args:
         recipe: The recipe.
-        base_dir: Folder that relative paths count from.
         on_image: Called with (set, images done, images in all) while a set is built into the cache.
         prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
 
@@ -71,11 +69,11 @@ def load_materials(
         RecipeError, DataError: The model or a set cannot be opened.
     """
     parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "prompts")}
-    asked = json.dumps({**parts, "base_dir": str(base_dir.resolve())}, sort_keys=True)
+    asked = json.dumps(parts, sort_keys=True)
     if asked not in _materials:
-        clip = load_clip(recipe.model, base_dir)
-        folder, limit_gb = cache_dir(recipe, base_dir), recipe.data.cache_gb
-        sources = open_sets(recipe, base_dir, prepared_dir)
+        clip = load_clip(recipe.model)
+        folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
+        sources = open_sets(recipe, prepared_dir)
         train = sources[TRAIN]
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)

@@ -4,7 +4,6 @@
 training to its ``result.json``. Test sets are never opened.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from carft_ray.evaluation.materials import Materials
 from carft_ray.recipe.schema import Recipe
 
 
-def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: torch.device) -> dict[str, Any]:
+def shared_origin(recipe: Recipe, materials: Materials, device: torch.device) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data.
 
     ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
@@ -32,7 +31,7 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
     """
     clip = materials.clip
     return {
-        "data": set_contents(recipe, base_dir, materials),
+        "data": set_contents(recipe, materials),
         "classes": list(materials.train.class_names),
         "class_names": list(materials.class_names),
         "templates": list(materials.templates),
@@ -50,7 +49,7 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
     }
 
 
-def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
+def set_contents(recipe: Recipe, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
     """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
 
     ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
@@ -62,7 +61,7 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     Raises:
         DataError: A file cannot be read.
     """
-    sources = open_sets(recipe, base_dir) if materials is None else materials.sources
+    sources = open_sets(recipe) if materials is None else materials.sources
     decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
@@ -72,7 +71,7 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
             if isinstance(images, ListedSource):
                 known = images.hashes()
             elif materials is not None:
-                known = records(images, cache_dir(recipe, base_dir)).hashes()
+                known = records(images, cache_dir(recipe)).hashes()
             if known is not None and isinstance(source, CorruptedSource):
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)

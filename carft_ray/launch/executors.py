@@ -74,22 +74,22 @@ DOING = "preparing.txt"  # in it: what the preparation does at the moment
 HEAD_ONLY = {"node:__internal_head__": 0.001}
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 
-Prepare = Callable[[Recipe, Path, Path], dict[str, Any]]
-Train = Callable[[Recipe, Path, Path, Path, RunContext, int], dict[str, Any]]
+Prepare = Callable[[Recipe, Path], dict[str, Any]]
+Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
 
 
-def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder, tells_driver(folder))
+    return run.prepare(recipe, folder, tells_driver(folder))
 
 
-def prepare_single(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def prepare_single(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """``prepare`` for one training, which shares no targets with others."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder, tells_driver(folder), share_targets=False)
+    return run.prepare(recipe, folder, tells_driver(folder), share_targets=False)
 
 
 def tells_driver(folder: Path) -> Callable[[str], None]:
@@ -103,13 +103,11 @@ def tells_driver(folder: Path) -> Callable[[str], None]:
     return say
 
 
-def train(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
-) -> dict[str, Any]:
+def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """``evaluation.run.run_training``, imported where it runs."""
     from carft_ray.evaluation import run
 
-    return run.run_training(recipe, base_dir, out_dir, prepared_dir, context, attempt)
+    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,12 @@ class Plan:
 
     Attributes:
         recipe: With ``gpus_per_worker`` resolved.
-        base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory, seen by every node.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
     """
 
     recipe: Recipe
-    base_dir: Path
     study_dir: Path
     capacity: Capacity
     runner: Runner
@@ -151,7 +147,7 @@ class Plan:
         return {"CPU": self.capacity.cpus_per_worker, **gpus}
 
 
-def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
+def make_plan(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
     """Returns the plan of a search (or of one training) on these nodes; its sets are without what the list of shared
     images leaves out.
 
@@ -160,8 +156,8 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
     """
     room = capacity(recipe, nodes)
     resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
-    recipe = without_shared(recipe, read_shared(study_dir), base_dir)
-    return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
+    recipe = without_shared(recipe, read_shared(study_dir))
+    return Plan(recipe.model_copy(update={"resources": resources}), study_dir, room, runner)
 
 
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
@@ -191,7 +187,7 @@ def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> d
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room = plan.capacity
-    write_sets(plan.recipe, plan.base_dir, plan.study_dir / PREPARED)  # listed once, here; tasks and trials map it
+    write_sets(plan.recipe, plan.study_dir / PREPARED)  # listed once, here; tasks and trials map it
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     path, told = plan.study_dir / RAY_FILES / DOING, ""
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
@@ -221,7 +217,7 @@ def _prepare(plan: Plan) -> dict[str, Any]:
     num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     resources = plan.recipe.resources.model_copy(update={"threads": max(1, int(num_cpus))})
     recipe = plan.recipe.model_copy(update={"resources": resources})
-    return plan.runner.prepare(recipe, plan.base_dir, plan.study_dir / PREPARED)
+    return plan.runner.prepare(recipe, plan.study_dir / PREPARED)
 
 
 def _check_visible(plan: Plan) -> None:
@@ -304,7 +300,7 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
         recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
         with _alive(folder, spec.attempt, context, gpus, nodes, plan.recipe.resources.hang_timeout_s) as context:
-            result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
+            result = plan.runner.train(recipe, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
     except OutOfMemoryError as error:

@@ -17,10 +17,11 @@ from carft_ray.recipe import text
 from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
+from carft_ray.recipe.schema import CorruptedSet, ModelPart, Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
+LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
 # stands in for a set with a mistake, while the rules look for further mistakes elsewhere
 _STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
@@ -34,7 +35,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last.
 
     Returns:
-        The recipe. Relative paths in it are as written: they count from ``recipe_dir(path)``.
+        The recipe, with absolute paths: relative ones count from the folder of the file.
 
     Raises:
         RecipeError: The file is missing or unreadable, or breaks rules; holds all problems, in the order of the file.
@@ -61,7 +62,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = [finding.at(places.place(finding.path)) for finding in found] + problems
     if problems or recipe is None:
         raise RecipeError(problems)
-    return recipe
+    return absolute_paths(recipe, recipe_dir(path))
 
 
 def _read(path: Path) -> str:
@@ -166,6 +167,11 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     return _with_paths(recipe, lambda written: str(resolve_path(written, base_dir)))
 
 
+def absolute_model(model: ModelPart, base_dir: Path) -> ModelPart:
+    """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
+    return _model_with_paths(model, lambda written: str(resolve_path(written, base_dir)))
+
+
 def portable_paths(recipe: Recipe) -> Recipe:
     """Returns the recipe without a path of this machine: each file and folder by its name, beside the recipe.
 
@@ -211,36 +217,35 @@ def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
         written = {key: getattr(spec, key) for key in spec.path_keys}
         return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
 
-    data, model = recipe.data, recipe.model
+    data = recipe.data
     sets: dict[str, Any] = {role: changed_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}
     for role in ("ood_val", "ood_test"):
         sets[role] = {name: changed_set(spec) for name, spec in getattr(data, role).items()}
     sets["cache_dir"] = None if data.cache_dir is None else change(data.cache_dir)
-    named = {}
-    if model.pretrained is not None and is_weights_path(model.pretrained):
-        named["pretrained"] = change(model.pretrained)
-    if model.name.startswith("local-dir:"):
-        named["name"] = "local-dir:" + change(model.name.removeprefix("local-dir:"))
     search = recipe.search.model_copy(
         update={"warm_start": tuple(change(source) for source in recipe.search.warm_start)}
     )
     return recipe.model_copy(
         update={
             "data": data.model_copy(update=sets),
-            "model": model.model_copy(update=named),
+            "model": _model_with_paths(recipe.model, change),
             "search": search,
         }
     )
 
 
-def dump_recipe(recipe: Recipe, base_dir: Path | None = None) -> str:
-    """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value.
+def _model_with_paths(model: ModelPart, change: Callable[[str], str]) -> ModelPart:
+    named = {}
+    if model.pretrained is not None and is_weights_path(model.pretrained):
+        named["pretrained"] = change(model.pretrained)
+    if model.name.startswith(LOCAL_DIR):
+        named["name"] = LOCAL_DIR + change(model.name.removeprefix(LOCAL_DIR))
+    return model.model_copy(update=named)
 
-    Args:
-        recipe: The recipe.
-        base_dir: When given, relative paths are made absolute from this folder, for a file that is written elsewhere.
-    """
-    return text.dump((recipe if base_dir is None else absolute_paths(recipe, base_dir)).model_dump(mode="json"))
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value."""
+    return text.dump(recipe.model_dump(mode="json"))
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, RecipeError, StorageError
-from carft_ray.recipe.loading import absolute_paths, is_weights_path
+from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
 from carft_ray.recipe.schema import CorruptedSet, Parameter, Recipe, StoredSet, plain
@@ -221,7 +221,7 @@ def table_key(path: KeyPath) -> str:
     raise KeyError(dotted(path))
 
 
-def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direction] = ()) -> Claim:
+def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Claim:
     """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
 
     Of a study nothing is written: ``record_recipe`` does that, once the journal is ready for it.
@@ -229,7 +229,6 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
     Args:
         study_dir: An empty folder, or a study.
         recipe: The recipe of the search.
-        base_dir: Folder from which the recipe's relative paths count.
         may: How the space may change.
 
     Raises:
@@ -238,21 +237,20 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
         StorageError: The manifest cannot be read or written.
     """
     path = study_dir / MANIFEST
-    wanted = absolute_paths(recipe, base_dir)
     if not files.exists(path):
         check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": wanted.model_dump(mode="json")}
+        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
         files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
-        return Claim(True, wanted, wanted)
+        return Claim(True, recipe, recipe)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
-    found = list(recipe_differences(kept, wanted))
+    found = list(recipe_differences(kept, recipe))
     refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
-    refused += list(_moved_apart(kept, wanted))
+    refused += list(_moved_apart(kept, recipe))
     space = [one for one in found if class_of(one.path) == "space"]
     names = dict.fromkeys(str(one.path[2]) for one in space)
-    how = {name: _how(name, kept, wanted) for name in names}
+    how = {name: _how(name, kept, recipe) for name in names}
     unasked = [one for one in space if not _asked(how[str(one.path[2])], may)]
     if refused or unasked:
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
@@ -260,7 +258,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
         last = problems.pop()
         raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
-    return Claim(False, wanted, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
+    return Claim(False, recipe, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 
 def record_recipe(study_dir: Path, claimed: Claim) -> None:
