@@ -64,10 +64,10 @@ def read(folder: Path, kind: str) -> dict[str, float]:
     """Reads one kind twice over: first in order, then at random."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     spec: Any = TypeAdapter(SetSpec).validate_python(KINDS[kind])
-    stored_source(list_set(spec, folder, "set"), spec, None, "set")  # makes the index
+    stored_source(list_set(spec, "set"), spec, None, "set")  # makes the index
     before = private_megabytes()
     started = time.perf_counter()
-    source = stored_source(list_set(spec, folder, "set"), spec, None, "set")
+    source = stored_source(list_set(spec, "set"), spec, None, "set")
     opened = time.perf_counter()
     highest = 0.0
     for index in range(len(source)):

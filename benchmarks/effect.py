@@ -266,7 +266,7 @@ def run(out: Path, figure_dir: Path, processes: int) -> bool:
     """Runs what is missing, prints and writes everything; returns whether all thresholds are reached."""
     began = time.monotonic()
     recipe = load_recipe(RECIPE, ["evaluate.every_epochs=0"])
-    bench = open_bench(recipe, RECIPE.parent, out)
+    bench = open_bench(recipe, out)
     plans = first_plan(recipe)
     confirm_cost = 2 * len(CONFIRM_SEEDS) * Planned("", {"alpha": 1.0}, (1.0,)).cost
     clock = Clock(sum(planned.cost for part in plans.values() for planned in part) + confirm_cost)

@@ -77,18 +77,16 @@ def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
 # ---------------------------------------------------------------------------------------------- trainings of nothing
 
 
-def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Stands in for ``evaluation.run.prepare``."""
-    del recipe, base_dir
+    del recipe
     folder.mkdir(parents=True, exist_ok=True)
     return metrics_of(0.5)
 
 
-def train(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
-) -> dict[str, Any]:
+def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """Stands in for ``evaluation.run.run_training``: writes a result and trains nothing."""
-    del base_dir, prepared_dir, attempt
+    del prepared_dir, attempt
     context.should_stop()
     return finish(out_dir, objective_of(recipe.train.learning_rate))
 
@@ -130,8 +128,8 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
         sampler: Of the recipe.
     """
     recipe = recipe_of(num_trials, sampler)
-    with open_study(study_dir, recipe, study_dir.parent) as study:
-        files.write_text(study_dir / RESOLVED, dump_recipe(recipe, study_dir.parent))
+    with open_study(study_dir, recipe) as study:
+        files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
         study.adopt()
         study.tell_zero_shot(metrics_of(0.5))
         spec = study.next()
@@ -228,7 +226,7 @@ def study_cost(
     recipe = recipe_of(num_trials + num_asked)
     asked, told = [], []
     began = time.perf_counter()
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         open_s = time.perf_counter() - began
         for _ in range(num_asked):
@@ -301,7 +299,7 @@ def driver_cost(
     view = SearchView(num_seconds, trials(study_dir))
     looks, draws, look_cpu, draw_cpu = [], [], 0.0, 0.0
     told: list[str | None] = []
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         searcher = StudySearcher(study, num_live, lambda event: told.append(view.tell(event)))
         watcher = Watcher(searcher, 3600.0)
@@ -374,7 +372,7 @@ def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
         started.extend([event] if isinstance(event, Started) else [])
 
     runner = Runner(engine.prepare, engine.train)
-    result = run_search(recipe_of(num_trials), study_dir.parent, study_dir, on_event=on_event, runner=runner)
+    result = run_search(recipe_of(num_trials), study_dir, on_event=on_event, runner=runner)
     ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/{RESULT}"))
     return Throughput(num_trials, started[0].concurrency, (len(ends) - 1) / (ends[-1] - ends[0]), result.elapsed_s)
 

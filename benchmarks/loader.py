@@ -139,7 +139,7 @@ def run(folder: Path, num_images: int, batch_size: int, repeats: int, target: fl
         size = write_tree(root / "photo", num_images, width, height)
         print(f"\n{num_images} pictures of {width} x {height} pixels, {size / num_images / 1000:.1f} kB on average")
         spec = FolderSet(source="folder", path=str(root), domains=("photo",))
-        source = stored_source(list_set(spec, folder, "train"), spec, CLASSES, "train")
+        source = stored_source(list_set(spec, "train"), spec, CLASSES, "train")
         to_input = transforms.Compose([transforms.Resize(SIDE, interpolation=_BICUBIC), transforms.CenterCrop(SIDE)])
         began = time.perf_counter()
         images = image_set(source, to_input, "benchmark", folder / f"cache-{width}")

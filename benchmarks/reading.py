@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             size = write_tree(Path(folder), arguments.files, width, height)
             spec = FolderSet(source="folder", path=folder)
-            source = unlabelled_source(list_set(spec, Path(folder), "set"), spec, "set")
+            source = unlabelled_source(list_set(spec, "set"), spec, "set")
             plain, whole, ratio = measure(source, arguments.turns)
         ratios.append(ratio)
         print(

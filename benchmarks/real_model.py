@@ -81,7 +81,7 @@ def run(num_workers: int) -> dict[str, float]:
         write_imagenet(here / "data" / "imagenet")
         command = [sys.executable, "-m", "carft_ray.cli", "train", str(recipe), "--out", str(here / "run"), "--json"]
         chosen = settings(num_workers)
-        num_images = len(open_train(load_recipe(recipe, chosen), recipe.parent))
+        num_images = len(open_train(load_recipe(recipe, chosen)))
         chosen.append(f"train.batch_size={math.ceil(num_images / STEPS)}")
         command += [word for one in chosen for word in ("--set", one)]
         environment = {**os.environ, "XDG_CACHE_HOME": str(here / "cache"), "PYTHONPATH": str(ROOT)}

@@ -51,7 +51,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
     rng = np.random.default_rng(seed)
     with (
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
-        open_study(Path(folder) / "study", recipe, RECIPE.parent) as study,
+        open_study(Path(folder) / "study", recipe) as study,
     ):
         study.adopt()
         while (spec := study.next()) is not None:

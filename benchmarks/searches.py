@@ -94,7 +94,7 @@ def replayed(
     rng, num_epochs = np.random.default_rng(seed), 0
     with (
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
-        open_study(study_dir or Path(folder) / "study", recipe, RECIPE.parent) as study,
+        open_study(study_dir or Path(folder) / "study", recipe) as study,
     ):
         study.adopt()
         while (spec := study.next()) is not None:

@@ -96,7 +96,7 @@ def _bits(training: Finished, alpha: float, sets: Sequence[str]) -> bytes:
 def run(out: Path, table_path: Path, num_points: int, processes: int) -> None:
     """Runs what is missing and writes the table."""
     recipe = load_recipe(RECIPE, ["evaluate.every_epochs=1", "evaluate.subset=200"])
-    bench = open_bench(recipe, RECIPE.parent, out)
+    bench = open_bench(recipe, out)
     points = list(enumerate(design(num_points)))
     points += [(index, {**values, "seed": seed}) for index, values in points[:NUM_REPEATED] for seed in REPEAT_SEEDS]
     plans = [Planned(f"point {index}", values) for index, values in points]

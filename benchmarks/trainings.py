@@ -84,7 +84,6 @@ class Bench:
     """Where the trainings of a benchmark live and what they share; goes to worker processes."""
 
     recipe: Recipe
-    base_dir: Path
     folder: Path
 
     @property
@@ -142,22 +141,21 @@ class Finished:
         return read_predictions(_test_path(self.folder))
 
 
-def open_bench(recipe: Recipe, base_dir: Path, out: Path) -> Bench:
+def open_bench(recipe: Recipe, out: Path) -> Bench:
     """Prepares what all trainings share, reads zero-shot on the test sets, and returns where everything lives.
 
     Args:
         recipe: With ``id_test`` and ``ood_test``.
-        base_dir: Folder from which the recipe's relative paths count.
         out: Folder of the benchmark; git ignores what is in it.
     """
     torch.set_num_threads(1)
-    materials = load_materials(recipe, base_dir)
-    tests = _test_sets(recipe, base_dir, materials)
+    materials = load_materials(recipe)
+    tests = _test_sets(recipe, materials)
     parts = [materials.key, *(getattr(recipe, part).model_dump(mode="json") for part in ("data", "train", "search"))]
-    bench = Bench(recipe, base_dir, out / _digest(parts))
+    bench = Bench(recipe, out / _digest(parts))
     bench.folder.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
-    prepare(recipe, base_dir, bench.prepared_dir, lambda text: print(text, file=sys.stderr))
+    prepare(recipe, bench.prepared_dir, lambda text: print(text, file=sys.stderr))
     if not bench.zero_shot_test_path.exists():
         heads = load_tensors(bench.prepared_dir / "heads.safetensors")
         classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
@@ -228,7 +226,7 @@ def _run(bench: Bench, planned: Planned) -> bool:
     attempt = 1 + len(list((folder / "checkpoint").glob("attempt-*")))
     context = RunContext(should_stop=bench.stop_path.exists)
     try:
-        run_training(recipe, bench.base_dir, folder, bench.prepared_dir, context, attempt)
+        run_training(recipe, folder, bench.prepared_dir, context, attempt)
     except StoppedRun:
         return False
     except DivergedError as error:
@@ -241,24 +239,24 @@ def _run(bench: Bench, planned: Planned) -> bool:
 
 
 def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
-    materials = load_materials(recipe, bench.base_dir)
+    materials = load_materials(recipe)
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
     classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
     zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
-    tests, tables = _test_sets(recipe, bench.base_dir, materials), []
+    tests, tables = _test_sets(recipe, materials), []
     for alpha in alphas:
         batch_size = recipe.evaluate.batch_size
         tables.append(predict_mixed(classifier, zero_shot, fine_tuned, alpha, tests, batch_size, RunContext()))
     return concat(tables)
 
 
-def _test_sets(recipe: Recipe, base_dir: Path, materials: Materials) -> list[ImageSet]:
+def _test_sets(recipe: Recipe, materials: Materials) -> list[ImageSet]:
     """Opens the test sets, ``id_test`` first, from the cache of decoded sets that all trainings share."""
     if recipe.data.id_test is None or not recipe.data.ood_test:
         raise ValueError("the recipe must have id_test and ood_test")
-    clip, folder, classes = materials.clip, cache_dir(recipe, base_dir), class_folders(recipe, base_dir)
+    clip, folder, classes = materials.clip, cache_dir(recipe), class_folders(recipe)
     specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
-    sources = {name: open_source(spec, name, classes, base_dir) for name, spec in specs.items()}
+    sources = {name: open_source(spec, name, classes) for name, spec in specs.items()}
     return [
         replace(image_set(source, clip.to_input, clip.input_key, folder), name=name) for name, source in sources.items()
     ]

@@ -76,8 +76,8 @@ def limited(megabytes):
     return Runner(run.prepare, partial(capped, megabytes))
 
 
-def plan_of(study, base_dir, runner=STAND_IN):
-    return make_plan(study.recipe, base_dir, study.study_dir, (Node(2, 0),), runner)
+def plan_of(study, runner=STAND_IN):
+    return make_plan(study.recipe, study.study_dir, (Node(2, 0),), runner)
 
 
 def start(plan, spec):
@@ -100,11 +100,11 @@ def _attempt(plan, spec):
     os._exit(0)
 
 
-def search(study_dir, recipe, base_dir, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
+def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
     """Runs a search; returns its Searcher and what it told."""
     events, running = [], {}
-    with open_study(study_dir, recipe, base_dir) as study:
-        plan = plan_of(study, base_dir, runner)
+    with open_study(study_dir, recipe) as study:
+        plan = plan_of(study, runner)
         study.adopt()
         searcher = StudySearcher(study, at_a_time, events.append)
         watcher = Watcher(searcher, recipe.resources.hang_timeout_s, end=lambda alive: os.kill(alive.pid, 9))

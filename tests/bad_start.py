@@ -30,8 +30,8 @@ def _import():
         raise ImportError("libnever.so.9: cannot open shared object file")
 
 
-def prepare(recipe, base_dir, folder):
-    prepared = stand_in.prepare(recipe, base_dir, folder)
+def prepare(recipe, folder):
+    prepared = stand_in.prepare(recipe, folder)
     Path(os.environ["BAD_START_FROM"]).touch()
     del sys.modules["bad_start"]  # Ray uses the process again
     return prepared

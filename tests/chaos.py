@@ -88,7 +88,7 @@ def check(study_dir, num_trials, seed):
     return Counter(row.outcome for row in rows)
 
 
-def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+def train(recipe, out_dir, prepared_dir, context, attempt):
     micro_batch = recipe.train.micro_batch or 32 // context.world_size
     if micro_batch > FITS:
         raise OutOfMemoryError(
@@ -142,7 +142,7 @@ def main(study_dir, num_trials, seed, resources):
 
     recipe = make_recipe(int(num_trials), int(seed), json.loads(resources))
     try:
-        run_search(recipe, Path(study_dir).parent, Path(study_dir), None, show, Runner(stand_in.prepare, train))
+        run_search(recipe, Path(study_dir), None, show, Runner(stand_in.prepare, train))
     except CarftError as error:
         print(error, flush=True)
         return error.exit_code

@@ -72,12 +72,12 @@ def write_result(study, spec):
     files.write_json(folder / "result.json", result_of(recipe, study.study_dir))
 
 
-def prepare(recipe, base_dir, folder):
+def prepare(recipe, folder):
     folder.mkdir(parents=True, exist_ok=True)
     return {**ZERO_SHOT, "num_images": {"id_val": 64, "sketch": 64}}
 
 
-def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+def train(recipe, out_dir, prepared_dir, context, attempt):
     files.write_bytes(out_dir / "fine_tuned.safetensors", b"weights")
     result = result_of(recipe, prepared_dir.parent)
     files.write_json(out_dir / "result.json", result)
@@ -108,7 +108,7 @@ def call(argv):
     sampler = {"name": "tpe", "startup_trials": 2}
     recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
     try:
-        with open_study(Path(argv[0]), recipe, Path(argv[0]).parent) as study:
+        with open_study(Path(argv[0]), recipe) as study:
             study.adopt()
             study.tell_zero_shot(ZERO_SHOT)
             run_all(study)

@@ -22,6 +22,7 @@ from pathlib import Path
 import killed_searches as searches
 import short_sealed
 import short_training
+import stand_in
 
 from carft_ray.search.rows import baselines, confirmations, trials
 
@@ -36,9 +37,9 @@ def main(kills, times, seed):
     rows = []
     with tempfile.TemporaryDirectory(prefix="carft-kills-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
-        searches.write_modes(folder / "base", seconds=0.5)
+        stand_in.tell(folder, seconds=0.5)
         began = time.monotonic()
-        struck = searches.kill_at_random(folder / "random", folder / "base", 12, kills, random.Random(seed))
+        struck = searches.kill_at_random(folder / "random", 12, kills, random.Random(seed))
         rows.append(row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began))
         for executor, event, delay_s, done in struck:
             print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
@@ -63,16 +64,16 @@ def main(kills, times, seed):
         print(rows[-1], flush=True)
         for executor, at_a_time in AT_A_TIME.items():
             began, study_dir = time.monotonic(), folder / f"nodes-{executor}"
-            searches.write_modes(folder / "base", seconds=0.1)
-            searches.lose_nodes(executor, study_dir, folder / "base", at_a_time, at_a_time * 5 // 4)
+            stand_in.tell(folder, seconds=0.1)
+            searches.lose_nodes(executor, study_dir, at_a_time, at_a_time * 5 // 4)
             what = f"two of four nodes with {at_a_time // 2} of {at_a_time} trainings, twice"
             rows.append(row(what, executor, 1, [study_dir], began))
             print(rows[-1], flush=True)
             began, study_dir = time.monotonic(), folder / f"aside-{executor}"
-            searches.set_one_aside(executor, study_dir, folder / "base")
+            searches.set_one_aside(executor, study_dir)
             rows.append(row("one trial at each start: set aside, then resumed", executor, 1, [study_dir], began))
             print(rows[-1], flush=True)
-        searches.write_modes(folder / "base", seconds=0.5)
+        stand_in.tell(folder, seconds=0.5)
         with searches.cluster() as cluster:
             for what, executor, name in (
                 ("training", "inline", "process of a training"),
@@ -84,7 +85,7 @@ def main(kills, times, seed):
                 began, studies = time.monotonic(), []
                 for number in range(times):
                     studies.append(folder / f"{what}-{executor}-{number}")
-                    searches.kill_one(what, executor, studies[-1], folder / "base", cluster)
+                    searches.kill_one(what, executor, studies[-1], cluster)
                 rows.append(row(name, executor, times, studies, began))
                 print(rows[-1], flush=True)
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))

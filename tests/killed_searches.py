@@ -18,6 +18,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import chaos
+import stand_in
 
 from carft_ray.search.ledger import read_ledger
 from carft_ray.search.rows import baselines, confirmations, trials
@@ -51,14 +52,8 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def write_modes(base_dir, **modes):
-    base_dir.mkdir(exist_ok=True)
-    (base_dir / "modes.json").write_text(json.dumps(modes))
-
-
 def driver(
     study_dir,
-    base_dir,
     num_trials,
     executor="inline",
     address=None,
@@ -68,7 +63,7 @@ def driver(
     **resources,
 ):
     """Starts a search in a process group of its own."""
-    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
+    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
     command += [json.dumps({**RESOURCES[executor], **resources}), address or "", json.dumps(dict(search)), training]
     surroundings = environment(**(auth or {}))
     process = subprocess.Popen(
@@ -202,7 +197,7 @@ def kill_workers(folder, num_kills, rng):
     """
     plan, study_dir = write_strikes(folder / "base", num_kills, rng), folder / "study"
     print(*plan, sep="\n", flush=True)
-    process = driver(study_dir, folder / "base", 1, "ray-train", search=STRUCK, training="struck")
+    process = driver(study_dir, 1, "ray-train", search=STRUCK, training="struck")
     code, output = finish(process, TIMEOUT_S + 60 * num_kills)
     assert code == 0, output
     [row], calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
@@ -354,7 +349,7 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def kill_one(what, executor, study_dir, base_dir, cluster):
+def kill_one(what, executor, study_dir, cluster):
     """Searches for one trial and a baseline on a Ray that stays alive, kills one process, and checks what follows.
 
     Args:
@@ -362,20 +357,19 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
             "driver".
         executor: Runs the trainings.
         study_dir: A new study.
-        base_dir: Folder of the stand-in's modes.
         cluster: What ``cluster`` gives.
 
     Returns:
         What the search printed that came to the end.
     """
-    process = driver(study_dir, base_dir, 1, executor, *cluster)
+    process = driver(study_dir, 1, executor, *cluster)
     pid = wait_until(lambda: running_pids(study_dir) or ended(process), "a training runs")[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
         process.communicate()
         wait_for_no_groups(*cluster)
-        process = driver(study_dir, base_dir, 1, executor, *cluster)
+        process = driver(study_dir, 1, executor, *cluster)
     else:
         os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
     code, output = finish(process)
@@ -385,10 +379,10 @@ def kill_one(what, executor, study_dir, base_dir, cluster):
     return output
 
 
-def set_one_aside(executor, study_dir, base_dir):
+def set_one_aside(executor, study_dir):
     """Searches for four trials, one of which dies at each start; the same command again, without the fault, ends it."""
-    write_modes(base_dir, seconds=0.05, **{"1": "die"})
-    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    stand_in.tell(study_dir.parent, seconds=0.05, **{"1": "die"})
+    code, output = finish(driver(study_dir, 4, executor))
     assert code == 5, output
     rows = trials(study_dir)
     assert [row.outcome for row in rows] == ["complete", "running", "complete", "complete"], output
@@ -396,19 +390,19 @@ def set_one_aside(executor, study_dir, base_dir):
     assert f"{rows[1].name}: is set aside: {rows[1].reason}" in output
     assert "did not advance" in rows[1].reason
     before = results(study_dir)
-    write_modes(base_dir, seconds=0.05)
-    code, output = finish(driver(study_dir, base_dir, 4, executor))
+    stand_in.tell(study_dir.parent, seconds=0.05)
+    code, output = finish(driver(study_dir, 4, executor))
     assert code == 0, output
     check(study_dir, 4, before)
 
 
-def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
+def lose_nodes(executor, study_dir, at_a_time, num_trials):
     """Searches on four nodes, half of which are killed twice; checks what follows.
 
     The trainings wait for one another in their second epoch. Two new nodes join after the first loss, none after the
     second.
     """
-    (base_dir / "hold").touch()
+    (study_dir.parent / "base" / "hold").touch()
     slots = at_a_time // 4  # of a node
     temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
     with temporary as folder, cluster(0, **SOON_LOST) as reached, contextlib.ExitStack() as at_end:
@@ -417,7 +411,7 @@ def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
         cpus = "ray.cluster_resources().get('CPU', 0)"
         wait_until(lambda: asked(cpus, *reached) == at_a_time, "the nodes join")
         resources = {"num_workers": 1, "cpus_per_worker": 1}
-        process = driver(study_dir, base_dir, num_trials, executor, *reached, **resources)
+        process = driver(study_dir, num_trials, executor, *reached, **resources)
         all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
         half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
         for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
@@ -426,7 +420,7 @@ def lose_nodes(executor, study_dir, base_dir, at_a_time, num_trials):
                 kill_group(node)
             wait_until(half_run, f"{at_a_time // 2} trainings are lost")
             join(new, slots, folder, *reached)
-        (base_dir / "hold").unlink()
+        (study_dir.parent / "base" / "hold").unlink()
         code, output = finish(process, TIMEOUT_S + 10 * num_trials)
         assert code == 0, output
         check(study_dir, num_trials)
@@ -481,7 +475,7 @@ def kill_confirm(finished_study, folder, num_kills, rng):
     assert list(killed.rglob("*.tmp")) == []
 
 
-def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
+def kill_at_random(study_dir, num_trials, num_kills, rng):
     """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
 
     The kills go through the course of a search, inline and with Ray Train in turn: each comes a random while after an
@@ -493,7 +487,7 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
     kills, before, first = [], {}, rng.randrange(len(RESOURCES) * NUM_MOMENTS)
     for number in range(first, first + num_kills):
         executor, done_events = tuple(RESOURCES)[number % len(RESOURCES)], COURSE[: number % NUM_MOMENTS]
-        process = driver(study_dir, base_dir, num_trials, executor)
+        process = driver(study_dir, num_trials, executor)
         for event in done_events:
             while not (line := process.stdout.readline()).startswith(event):
                 assert line, f"the search has ended before {event}"
@@ -507,9 +501,9 @@ def kill_at_random(study_dir, base_dir, num_trials, num_kills, rng):
         before = now
         kills.append((executor, done_events[-1] if done_events else "start", delay_s, len(now)))
     for wanted in (num_trials, num_trials + 4):
-        code, output = finish(driver(study_dir, base_dir, wanted))
+        code, output = finish(driver(study_dir, wanted))
         if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
-            code, output = finish(driver(study_dir, base_dir, wanted))
+            code, output = finish(driver(study_dir, wanted))
         assert code == 0, output
         check(study_dir, wanted, before)
         before = results(study_dir)

@@ -19,7 +19,7 @@ def install(monkeypatch):
 
 
 def _prepare(plan, say):
-    return plan.runner.prepare(on_all_cores(plan.recipe), plan.base_dir, plan.study_dir / PREPARED)
+    return plan.runner.prepare(on_all_cores(plan.recipe), plan.study_dir / PREPARED)
 
 
 def _train(study, plan, on_event, began=None):
@@ -27,6 +27,6 @@ def _train(study, plan, on_event, began=None):
         folder = spec.folder(study.study_dir)
         folder.mkdir(parents=True, exist_ok=True)
         recipe, prepared = apply(plan.recipe, spec.values), study.study_dir / PREPARED
-        plan.runner.train(recipe, plan.base_dir, folder, prepared, RunContext(), spec.attempt)
+        plan.runner.train(recipe, folder, prepared, RunContext(), spec.attempt)
         study.settle(spec)
     return ""

@@ -26,13 +26,13 @@ def show(event):
     print(type(event).__name__, *told, flush=True)
 
 
-def main(study_dir, base_dir, trials, resources="{}", address="", search="{}", training="stand_in"):
+def main(study_dir, trials, resources="{}", address="", search="{}", training="stand_in"):
     search = {"epochs": 4, **json.loads(search)}
     recipe = stand_in.make_recipe(int(trials), resources=json.loads(resources), **search)
     module = importlib.import_module(training)
     runner = Runner(module.prepare, module.train)
     try:
-        result = run_search(recipe, Path(base_dir), Path(study_dir), address or None, show, runner)
+        result = run_search(recipe, Path(study_dir), address or None, show, runner)
         if result.set_aside:
             raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:

@@ -36,16 +36,16 @@ def import_everything():
 
 
 def call(argv):
-    """Searches in a folder: ``[STUDY_DIR, BASE_DIR, TRIALS]``; returns the exit code."""
-    study_dir, base_dir, num_trials = Path(argv[0]), Path(argv[1]), int(argv[2])
+    """Searches in a folder: ``[STUDY_DIR, TRIALS]``; returns the exit code."""
+    study_dir, num_trials = Path(argv[0]), int(argv[1])
     recipe = stand_in.make_recipe(num_trials, epochs=EPOCHS, **SEARCH)
     try:
-        with open_study(study_dir, recipe, base_dir) as study:
+        with open_study(study_dir, recipe) as study:
             told = study.adopt()
             prepared = study.study_dir / "prepared"
-            study.tell_zero_shot(stand_in.prepare(recipe, base_dir, prepared))
+            study.tell_zero_shot(stand_in.prepare(recipe, prepared))
             while (spec := study.next()) is not None:
-                attempt(study, spec, base_dir, prepared)
+                attempt(study, spec, prepared)
                 row = study.settle(spec)
                 assert row is not None
                 told.append(row)
@@ -57,7 +57,7 @@ def call(argv):
     return 0
 
 
-def attempt(study, spec, base_dir, prepared):
+def attempt(study, spec, prepared):
     """One training, as a worker runs it, and what the driver does meanwhile: it looks, and the worker sees a cut."""
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def attempt(study, spec, base_dir, prepared):
 
     context = RunContext(should_stop=should_stop)
     try:
-        stand_in.train(apply(study.recipe, spec.values), base_dir, folder, prepared, context, spec.attempt)
+        stand_in.train(apply(study.recipe, spec.values), folder, prepared, context, spec.attempt)
     except InterruptedRunError:
         return
     except DivergedError as error:

@@ -16,7 +16,7 @@ def make(folder, short_training, *overrides, trials=2):
                 image = folder / "images" / domain / name / f"{index}.png"
                 short_training.write_image(image, label, offset + index)
     recipe = load_recipe(path, [*settings(folder, trials), *overrides])
-    search(folder / "study", recipe, folder)
+    search(folder / "study", recipe)
     return folder / "study"
 
 

@@ -9,19 +9,19 @@ from carft_ray.search.provenance import record_provenance
 from carft_ray.search.study import open_study
 
 
-def search(study_dir, recipe, base_dir, num_attempts=None):
+def search(study_dir, recipe, num_attempts=None):
     """Does what ``run_search`` does; with ``num_attempts`` it ends early, as a search that was stopped."""
-    with open_study(study_dir, recipe, base_dir) as study:
-        files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe, base_dir))
+    with open_study(study_dir, recipe) as study:
+        files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe))
         study.adopt()
-        found = prepare(on_all_cores(recipe), base_dir, study_dir / "prepared")  # as a search does
+        found = prepare(on_all_cores(recipe), study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
         study.tell_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
             values = apply(recipe, spec.values)
-            run_training(values, base_dir, folder, study_dir / "prepared", RunContext(), spec.attempt)
+            run_training(values, folder, study_dir / "prepared", RunContext(), spec.attempt)
             study.settle(spec)
             num_attempts = None if num_attempts is None else num_attempts - 1
     return study_dir

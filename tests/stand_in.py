@@ -1,6 +1,6 @@
 """A training without torch for the tests of search and launch; workers import it by name.
 
-Objective and failures depend on nothing but values and trial number. ``modes.json`` in the recipe's folder says which
+Objective and failures depend on nothing but values and trial number. ``base/modes.json`` beside the study says which
 trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes. While a file ``hold`` is beside it
 no training gets further than its first epoch.
 """
@@ -42,20 +42,34 @@ def objective(train):
     return 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2) - 0.01 * math.log10(train.kl_weight + 1) ** 2
 
 
+def scripts(prepared_dir):
+    """Returns the nearest folder ``base`` beside the study or above: what the trainings are told to do."""
+    found = (parent / "base" for parent in prepared_dir.parents)
+    return next((base for base in found if base.is_dir()), prepared_dir)
+
+
+def tell(folder, **modes):
+    """Says what the trainings of the studies in a folder are to do; gives where it stands."""
+    base = folder / "base"
+    base.mkdir(exist_ok=True)
+    (base / "modes.json").write_text(json.dumps(modes))
+    return base
+
+
 def look(train, epoch):
     """The objective on the way, which rises to the final one in the same order for all."""
     return objective(train) * (0.5 + 0.5 * epoch / train.epochs)
 
 
-def prepare(recipe, base_dir, folder):
+def prepare(recipe, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    if (base_dir / "no_data").exists():
+    if (scripts(folder) / "no_data").exists():
         raise DataError("there is no data")
     return {"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2, "num_images": {"id_val": 64}}
 
 
-def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
-    modes_path = base_dir / "modes.json"
+def train(recipe, out_dir, prepared_dir, context, attempt):
+    modes_path = scripts(prepared_dir) / "modes.json"
     modes = json.loads(modes_path.read_text()) if modes_path.exists() else {}
     number = out_dir.name[1:5].lstrip("0") or "0"
     mode = modes.get(number) if out_dir.parent.name == "trials" else None
@@ -75,7 +89,7 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
-        while epoch > 1 and (base_dir / "hold").exists() and not context.should_stop():
+        while epoch > 1 and (scripts(prepared_dir) / "hold").exists() and not context.should_stop():
             time.sleep(0.1)
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}

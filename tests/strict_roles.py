@@ -3,7 +3,7 @@
 from carft_ray.data.shared_images import find_shared
 
 
-def check_overlap(recipe, base_dir, cache_dir):
+def check_overlap(recipe, cache_dir):
     """Raises a ``HoldOutError`` where two roles of a recipe share images, whatever it says of them."""
     data = recipe.data.model_copy(update={"shared_images": "fail"})
-    find_shared(recipe.model_copy(update={"data": data}), base_dir, cache_dir)
+    find_shared(recipe.model_copy(update={"data": data}), cache_dir)

@@ -15,6 +15,8 @@ import threading
 from collections import Counter
 from unittest import mock
 
+import stand_in
+
 from carft_ray.launch import executors
 
 prepare = executors.prepare
@@ -25,12 +27,12 @@ PLACES = {
 }
 
 
-def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
+def train(recipe, out_dir, prepared_dir, context, attempt):
     calls, state = Counter(), {"evaluated": "curve"}
 
     def at(place):
         calls[place] += 1
-        path = min((base_dir / "strikes").glob("*.json"), default=None)
+        path = min((stand_in.scripts(prepared_dir) / "strikes").glob("*.json"), default=None)
         if path is None or int(path.stem) > attempt or out_dir.parent.name != "trials":
             return
         strike = json.loads(path.read_text())
@@ -75,4 +77,4 @@ def train(recipe, base_dir, out_dir, prepared_dir, context, attempt):
         patches.enter_context(replaced("carft_ray.evaluation.run.predict_mixed", counted(lambda: state["evaluated"])))
         patches.enter_context(replaced("carft_ray.evaluation.run.fine_tune", fine_tuning))
         patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
-        return executors.train(recipe, base_dir, out_dir, prepared_dir, context, attempt)
+        return executors.train(recipe, out_dir, prepared_dir, context, attempt)

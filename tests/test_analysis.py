@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import crash_host
 import numpy as np
@@ -182,7 +181,7 @@ def test_it_counts_as_a_read_for_every_command(run, again, read):
         assert "its test sets were read" in err
         assert "--again REASON" in err
     recipe = load_recipe(again / "resolved.yaml", ["search.trials=4"])
-    assert require_unread(again, recipe, again, "it shall go on")
+    assert require_unread(again, recipe, "it shall go on")
     code, out, err = run("test", "study", "--again", "winner and baselines")
     assert code == 0, err
     assert "Test read 2" in err
@@ -245,7 +244,7 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
             assert [json.loads(out)["ledger"]["test_reads"] for _, out, _ in found] == [1, 0]
         assert told[0] == told[1]
     recipe = load_recipe(again / "resolved.yaml")
-    with open_study(again, recipe, Path("/")) as study:
+    with open_study(again, recipe) as study:
         study.adopt()
         assert best_row(study.rows()) == best_row(trials(folder / "study"))
         assert study.done()

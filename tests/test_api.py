@@ -29,7 +29,7 @@ def original(tmp_path_factory):
         "search.baselines={fine_tuning: {kl_weight: 0}, bf16: {precision: bf16}}",
     ]
     recipe = load_recipe(short_training.make(here), overrides)
-    return short_study.search(here / "studies" / "quickstart", recipe, here)
+    return short_study.search(here / "studies" / "quickstart", recipe)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Nodes that are left out, with a real Ray of two nodes."""
 
-import json
 import os
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def two_nodes(monkeypatch):
 def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_nodes, executor):
     address, (left_out, other) = two_nodes
     monkeypatch.setattr(BadNodes, "left_out", lambda self: [left_out])
-    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 1}))
+    stand_in.tell(tmp_path, seconds=1)
     resources = {"executor": executor, "num_workers": 1, "gpus_per_worker": 0}
     recipe = stand_in.make_recipe(3, baselines={}, concurrency=1, resources=resources)
     ran = []
@@ -42,5 +41,5 @@ def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_
         if isinstance(event, TrialEpoch) and (alive := read_alive(event.spec.folder(tmp_path / "study"), 1)):
             ran.append(alive.node_id)  # of a training that still runs when its epoch is seen
 
-    run_search(recipe, tmp_path, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))
+    run_search(recipe, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))
     assert set(ran) == {other}

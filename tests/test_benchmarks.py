@@ -196,7 +196,7 @@ def test_a_changed_plan_is_a_new_training():
 
 
 def test_finished_trainings_are_not_run_again(recipe, tmp_path):
-    bench = Bench(recipe, tmp_path, tmp_path)
+    bench = Bench(recipe, tmp_path)
     plans = [Planned("only validation", {"seed": 1}), Planned("with test", {"seed": 2}, (1.0,))]
     for planned in plans:
         bench.training_dir(planned).mkdir(parents=True)
@@ -214,7 +214,7 @@ def finish(bench, planned, objective, alpha):
 
 
 def test_tuned_methods_get_equal_budgets_and_fresh_seeds(recipe, tmp_path):
-    bench = Bench(recipe, tmp_path, tmp_path)
+    bench = Bench(recipe, tmp_path)
     plans = effect.first_plan(recipe)
     group = {
         "rates": [finish(bench, planned, 0.6 + 0.01 * (i == 2), 0.4) for i, planned in enumerate(plans["rates"])],
@@ -228,7 +228,7 @@ def test_tuned_methods_get_equal_budgets_and_fresh_seeds(recipe, tmp_path):
 
 
 def test_what_diverged_is_left_out_of_the_random_points_and_nowhere_else(recipe, tmp_path, capsys):
-    bench = Bench(recipe, tmp_path, tmp_path)
+    bench = Bench(recipe, tmp_path)
     good, bad = Planned("good", {"seed": 1}), Planned("bad", {"seed": 2}, (1.0,))
     finish(bench, good, 0.5, 1.0)
     bench.training_dir(bad).mkdir(parents=True)
@@ -371,7 +371,7 @@ def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by
 def test_a_pass_of_each_side_gives_every_image(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 16, 40, 30)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
-    source = stored_source(list_set(spec, tmp_path, "train"), spec, photos.CLASSES, "train")
+    source = stored_source(list_set(spec, "train"), spec, photos.CLASSES, "train")
     images = image_set(source, None, "as-is", tmp_path / "cache")
     root = tmp_path / "images" / "photo"
     passes = [loader.folder_pass(root, 5, 0, training, to_floats) for training in (0, 1) for to_floats in (0, 1)]
@@ -383,7 +383,7 @@ def test_a_pass_of_each_side_gives_every_image(tmp_path):
 def test_bytes_are_read_from_files_and_packed(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 8, 20, 20)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
-    source = stored_source(list_set(spec, tmp_path, "train"), spec, photos.CLASSES, "train")
+    source = stored_source(list_set(spec, "train"), spec, photos.CLASSES, "train")
     times = loader.read_times(source, tmp_path / "cache", 1)
     assert list(times) == ["files, disk", "files, memory", "packed, disk", "packed, memory"]
     assert all(value > 0 for value in times.values())

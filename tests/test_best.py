@@ -44,7 +44,7 @@ def in_study(study_dir):
 
 
 def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
-    with open_study(study_dir, stand_in.make_recipe(6), tmp_path) as study:
+    with open_study(study_dir, stand_in.make_recipe(6)) as study:
         study.adopt()
         for objective in (0.9, 0.2, 0.3, 0.1, 0.5, 0.5, 0.4):  # that of the baseline first, which is no trial
             assert (study_dir / BEST).exists() == bool(study.rows() and study.rows()[0].outcome == "complete")
@@ -60,7 +60,7 @@ def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
 
 
 def test_only_a_better_trial_changes_it(study_dir, tmp_path):
-    with open_study(study_dir, stand_in.make_recipe(3, baselines={}), tmp_path) as study:
+    with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         study.adopt()
         first, second, third = study.next(), study.next(), study.next()
         write_result(study_dir, second, 0.5)
@@ -71,7 +71,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         third.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6), "")
         study.settle(third)
-    with open_study(study_dir, stand_in.make_recipe(3, baselines={}), tmp_path) as study:
+    with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         study.adopt()
     assert (study_dir / BEST).stat() == before
 
@@ -79,7 +79,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
 @pytest.mark.parametrize("left", ["nothing", "the one before"])
 def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp_path, left):
     recipe = stand_in.make_recipe(2, baselines={})
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         for objective in (0.3, 0.6):
             before = (study_dir / BEST).read_bytes() if (study_dir / BEST).exists() else b""
@@ -91,27 +91,27 @@ def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp
     else:
         (study_dir / BEST).write_bytes(before)
         assert in_file(study_dir) != in_study(study_dir)
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
     assert in_file(study_dir) == in_study(study_dir)
 
 
 def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir, tmp_path):
     recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
         while curve_stand_in.run_all(study, 1):
             seen.append(in_file(study_dir))
             assert seen[-1] == in_study(study_dir)
     assert len(set(seen)) > 1
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, tmp_path))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     shown = status(read_study(study_dir))["best"]
     assert (shown["name"], shown["alpha"]) == in_file(study_dir)
 
 
 def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(study_dir, tmp_path):
-    with open_study(study_dir, curve_stand_in.make_recipe(2, baselines={}), tmp_path) as study:
+    with open_study(study_dir, curve_stand_in.make_recipe(2, baselines={})) as study:
         study.adopt()
         first, second = study.next(), study.next()
         for spec in (second, first):
@@ -122,10 +122,10 @@ def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(st
     assert (first.folder(study_dir) / "fine_tuned.safetensors").exists()
 
 
-def finished(study_dir, base_dir, num=3):
+def finished(study_dir, num=3):
     """A finished study of a curve that can be drawn, without best.yaml and figure."""
     recipe = curve_stand_in.make_recipe(num, baselines={})
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
         curve_stand_in.run_all(study)
@@ -138,17 +138,17 @@ def figures(study_dir):
 
 
 def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path):
-    recipe = finished(study_dir, tmp_path)
+    recipe = finished(study_dir)
     assert figures(study_dir) == set()
-    result = run_search(recipe, tmp_path, study_dir)  # nothing is left to do
+    result = run_search(recipe, study_dir)  # nothing is left to do
     assert in_file(study_dir) == (result.best.name, result.best.alpha)
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
 
 
 @pytest.mark.parametrize("error", [InterruptedRunError("stopped"), ValueError("a bug"), KeyboardInterrupt()])
 def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
-    recipe = finished(study_dir, tmp_path)
-    with open_study(study_dir, recipe, tmp_path) as study:
+    recipe = finished(study_dir)
+    with open_study(study_dir, recipe) as study:
         with pytest.raises(type(error)) as raised, figure_at_the_end(study, 0):
             raise error
         assert raised.value is error
@@ -156,9 +156,9 @@ def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
 
 
 def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(study_dir, tmp_path):
-    recipe = finished(study_dir, tmp_path)
+    recipe = finished(study_dir)
     (study_dir / FIGURE_PNG).mkdir()
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")
         with pytest.raises(StorageError, match=FIGURE_PNG), figure_at_the_end(study, 0):
@@ -166,7 +166,7 @@ def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(
 
 
 def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
-    with open_study(study_dir, stand_in.make_recipe(2), tmp_path) as study:
+    with open_study(study_dir, stand_in.make_recipe(2)) as study:
         study.adopt()
         with figure_at_the_end(study, 0):
             pass
@@ -174,8 +174,8 @@ def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
 
 
 def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
-    recipe = finished(study_dir, tmp_path)
-    with open_study(study_dir, recipe, tmp_path) as study:
+    recipe = finished(study_dir)
+    with open_study(study_dir, recipe) as study:
         (study_dir / LEASE).write_text(json.dumps({"host": "another", "pid": 1}))
         with pytest.raises(StorageError, match="was taken over"):
             study.adopt()

@@ -11,7 +11,7 @@ import ray
 import stand_in
 from ray.tune.search import Searcher
 from stand_in import make_recipe
-from test_searcher import BASE, Tune
+from test_searcher import Tune
 
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
@@ -61,7 +61,7 @@ def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
 @pytest.fixture
 def tune(tmp_path):
     """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
-    with open_study(tmp_path / "study", make_recipe(6), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(6)) as study:
         study.adopt()
 
         def begin(began=None, **budget):
@@ -135,7 +135,7 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
 
 def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
     study_dir, recipe = tmp_path / "study", make_recipe(2)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
     folder = spec.folder(study_dir)
@@ -145,7 +145,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     (folder / ALIVE).write_text(json.dumps(alive))
     os.utime(folder / ALIVE, (now - 100, now - 100))
     for _ in range(2):  # once only
-        with open_study(study_dir, recipe, BASE) as study:
+        with open_study(study_dir, recipe) as study:
             study.adopt()
             assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
 
@@ -153,7 +153,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
 def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, monkeypatch, capsys):
     study_dir = tmp_path / "study"
     recipe = budgeted(make_recipe(2), gpu_hours=3)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.spend(study.next(), 1800, 2.0)
     (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
@@ -172,14 +172,14 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     monkeypatch.setattr("carft_ray.launch.searcher.time", clock)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.4}))
+    stand_in.tell(tmp_path, seconds=0.4)
     study_dir, runner = tmp_path / "study", Runner(stand_in.prepare, stand_in.train)
     recipe = make_recipe(400, epochs=3, concurrency=2)
 
     def used(event):
         ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
 
-    result = run_search(budgeted(recipe, wall_time=3600), tmp_path, study_dir, None, used, runner)
+    result = run_search(budgeted(recipe, wall_time=3600), study_dir, None, used, runner)
     assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert result.best.outcome == "complete"
     finished = [row for row in result.trials if row.outcome == "complete"]
@@ -190,9 +190,9 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     view = overview.status(overview.read_study(study_dir))
     assert view["budget"]["ended"] == result.out_of_budget
 
-    (tmp_path / "modes.json").write_text(json.dumps({"seconds": 0.01}))
+    stand_in.tell(tmp_path, seconds=0.01)
     fewer = recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials)})})
-    again = run_search(fewer, tmp_path, study_dir, None, runner=runner)
+    again = run_search(fewer, study_dir, None, runner=runner)
     assert again.out_of_budget == ""
     assert {row.outcome for row in trials(study_dir)} == {"complete"}
     assert not (study_dir / "stop").exists()
@@ -201,14 +201,14 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
 def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)
     with pytest.raises(BudgetError, match="1 GPU hours are used") as nothing:
-        run_search(recipe, BASE, study_dir, None)
+        run_search(recipe, study_dir, None)
     assert nothing.value.exit_code == 7
     assert "no trial is complete" in str(nothing.value)
     assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)

@@ -226,7 +226,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
     recipe = stand_in.make_recipe(2, baselines={}, concurrency=1, resources={"executor": executor})
     study_dir = tmp_path / "study"
     with pytest.raises(ClusterError) as caught:
-        run_search(recipe, tmp_path, study_dir, None, runner=runner)
+        run_search(recipe, study_dir, None, runner=runner)
     assert cause in str(caught.value)
     check_told(str(caught.value))
     [row] = [row for row in trials(study_dir) if row.set_aside]
@@ -249,14 +249,14 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
 def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start, executor):
     recipe = stand_in.make_recipe(1, baselines={}, resources={"executor": executor})
     with pytest.raises(ClusterError) as caught:
-        run_search(recipe, tmp_path, tmp_path / "study", None, runner=bad_start("pickle", in_preparation=True))
+        run_search(recipe, tmp_path / "study", None, runner=bad_start("pickle", in_preparation=True))
     assert str(caught.value).startswith(f"preparation: must run to its end, but got {LOCK}\n")
     check_told(str(caught.value))
     assert not (tmp_path / "study").exists()
 
     (tmp_path / "begins").unlink()
     with pytest.raises(ClusterError) as caught:  # after the preparation, when Tune pickles it
-        run_search(recipe, tmp_path, tmp_path / "study", None, runner=bad_start("pickle"))
+        run_search(recipe, tmp_path / "study", None, runner=bad_start("pickle"))
     assert str(caught.value).startswith(f"search: Ray must run it to its end, but got {LOCK}\n")
     check_told(str(caught.value))
     assert not (tmp_path / "study" / "_tune").exists()
@@ -279,7 +279,7 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
         monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", "bad_start.conda")
     recipe = stand_in.make_recipe(1)  # both executors prepare in a task of Ray
     with pytest.raises(ClusterError, match="preparation: must run to its end, but got ") as caught:
-        run_search(recipe, tmp_path, tmp_path / "study", None, runner=runner)
+        run_search(recipe, tmp_path / "study", None, runner=runner)
     assert cause in str(caught.value)
     check_told(str(caught.value))
     assert not (tmp_path / "study").exists()
@@ -288,9 +288,9 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
 @pytest.mark.slow
 def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
     recipe = stand_in.make_recipe(resources={"executor": "ray-train"})
-    claim(tmp_path / "one", recipe, tmp_path)
+    claim(tmp_path / "one", recipe)
     with pytest.raises(ClusterError) as caught:
-        train_with_ray(recipe, tmp_path, tmp_path / "one", runner=bad_start("raise_worker"))
+        train_with_ray(recipe, tmp_path / "one", runner=bad_start("raise_worker"))
     assert str(caught.value).startswith(f"train: its workers must stay alive, but got {NEVER}\n")
     check_told(str(caught.value))
     assert f"attempt 1: lost: {NEVER}" in (tmp_path / "one" / "log.txt").read_text()

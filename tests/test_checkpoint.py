@@ -358,7 +358,7 @@ def stopped(tmp_path_factory):
     recipe = load_recipe(recipe_path, [f"data.cache_dir={folder / 'cache'}"])
 
     def train(out, report):
-        return train_once(recipe, folder, folder / out, False, "the same command", str, lambda row: None, report)
+        return train_once(recipe, folder / out, False, "the same command", str, lambda row: None, report)
 
     def stop_after_two(row):
         if row["epoch"] == 2:

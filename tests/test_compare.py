@@ -27,7 +27,7 @@ def quiet(*words):
 
 def training(here, name, *overrides):
     recipe = load_recipe(here / "recipe.yaml", [f"data.cache_dir={here / 'cache'}", "train.epochs=1", *overrides])
-    train_once(recipe, here, here / name, False, "", quiet, quiet, quiet)
+    train_once(recipe, here / name, False, "", quiet, quiet, quiet)
     return here / name
 
 
@@ -36,7 +36,7 @@ def here(tmp_path_factory):
     """Trainings ``run`` (twice a study's kind of data) and ``faster``, and a study of two trials."""
     folder = tmp_path_factory.mktemp("here")
     recipe = load_recipe(short_training.make(folder), [f"data.cache_dir={folder / 'cache'}", "train.epochs=1"])
-    short_study.search(folder / "study", recipe, folder)
+    short_study.search(folder / "study", recipe)
     training(folder, "run")
     training(folder, "faster", "train.learning_rate=0.05", "train.seed=3")
     return folder

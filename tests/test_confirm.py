@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import crash_host
 import pytest
@@ -31,8 +30,6 @@ from carft_ray.results.overview import read_study
 from carft_ray.search.rows import confirmations, trials
 from carft_ray.search.study import open_study
 
-BASE = Path(__file__).parent
-
 
 def finish(study, spec, objective, alpha=0.5):
     folder = spec.folder(study.study_dir)
@@ -46,8 +43,8 @@ def finish(study, spec, objective, alpha=0.5):
 def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     """A finished study: the baseline ``plain`` has the first objective, the trials have the others."""
     recipe = make_recipe(len(objectives) - 1, **search)
-    with open_study(study_dir, recipe, BASE) as study:
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    with open_study(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
         study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in objectives:
@@ -115,7 +112,7 @@ def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_o
     first, *_ = plan(view, 1, 3)
     fix(view.study_dir, view.recipe, first, None, first)
     recipe = make_recipe(4)
-    with open_study(view.study_dir, recipe, BASE) as study:
+    with open_study(view.study_dir, recipe) as study:
         study.adopt()
         finish(study, study.next(), 0.9)
     now, _, [note] = plan(read_study(view.study_dir), 1, 3)
@@ -161,8 +158,8 @@ def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
 
 def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):
     recipe = make_recipe(2)
-    with open_study(tmp_path / "study", recipe, BASE) as study:
-        (tmp_path / "study" / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    with open_study(tmp_path / "study", recipe) as study:
+        (tmp_path / "study" / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
     with pytest.raises(NoSuccessfulTrialError, match="must have a finished trial"):
         first_stage(read_study(tmp_path / "study"), 1, 2)
@@ -171,7 +168,7 @@ def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):
 def test_the_cost_counts_what_is_missing(view):
     stage = first_stage(view, 1, 2)
     assert cost(view, stage) == "2 configurations x 2 fresh seeds: 4 trainings to run of about 7 s each."
-    with open_study(view.study_dir, view.recipe, BASE) as study:
+    with open_study(view.study_dir, view.recipe) as study:
         study.adopt_confirm(stage.trainings())
         for _ in range(3):
             finish(study, study.next(), 0.5)
@@ -185,12 +182,12 @@ def test_the_cost_counts_what_is_missing(view):
 def run_confirm(study_dir, recipe, trainings, num_attempts=None):
     """A confirm without Ray; returns the names of what was trained."""
     trained = []
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt_confirm(trainings)
         while num_attempts != len(trained) and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            stand_in.train(apply(recipe, spec.values), BASE, folder, study_dir / "prepared", RunContext(), spec.attempt)
+            stand_in.train(apply(recipe, spec.values), folder, study_dir / "prepared", RunContext(), spec.attempt)
             assert study.settle(spec).outcome == "complete"
             trained.append(spec.name)
         assert study.done() == (num_attempts is None)
@@ -212,7 +209,7 @@ def test_a_confirm_trains_each_once_and_asks_the_sampler_for_nothing(view):
 def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_adopted(view):
     trainings = first_stage(view, 1, 3).trainings()
     run_confirm(view.study_dir, view.recipe, trainings, num_attempts=2)
-    with open_study(view.study_dir, view.recipe, BASE) as study:
+    with open_study(view.study_dir, view.recipe) as study:
         study.adopt_confirm(trainings)
         spec = study.next()  # and the process is killed here
     rest = run_confirm(view.study_dir, view.recipe, trainings)
@@ -230,7 +227,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
         on_event(Started(4, 1, 2, "2 CPUs, 1 a trial"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
 
-    def stopped(recipe, base_dir, study_dir, fix, command, address, on_event):
+    def stopped(recipe, study_dir, fix, command, address, on_event):
         on_event(Started(6, 6, 2, "2 CPUs, 1 a trial"))
         raise InterruptedRunError("stopped")
 
@@ -246,12 +243,12 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
     trainings = first_stage(view, 1, 2).trainings()
-    with open_study(view.study_dir, recipe, BASE) as study:
+    with open_study(view.study_dir, recipe) as study:
         study.adopt()
         waiting = study.next()
     run_confirm(view.study_dir, recipe, trainings, num_attempts=1)
     assert trials(view.study_dir)[waiting.number].outcome == "running"
-    with open_study(view.study_dir, recipe, BASE) as study:
+    with open_study(view.study_dir, recipe) as study:
         study.adopt()
         assert study.next().name == waiting.name
         new = study.next()

@@ -214,7 +214,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
     recipe = make_recipe(
         2, **PROFILE, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}, constraints={"id_drop": drops}
     )
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot(ZERO_SHOT)
         plain, other = study.next(), study.next()
@@ -231,7 +231,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
 
 def test_an_adopted_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first = study.next()
         study.lost(first, "killed")
@@ -245,7 +245,7 @@ def test_an_adopted_trial_waits_too_and_a_baseline_gets_its_second_attempt_first
 
 def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     sampler = {"name": "random"}
     constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
@@ -291,7 +291,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
 
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
@@ -306,7 +306,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
 
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
     recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"ece": {"id_val": 0.1}})
-    with open_study(study_dir, recipe, tmp_path) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
         folder = spec.folder(study_dir)

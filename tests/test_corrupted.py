@@ -23,7 +23,7 @@ from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source,
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.recipe.advice import warnings
-from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.loading import absolute_paths, absolute_set
 from carft_ray.recipe.schema import Recipe, SetSpec
 from carft_ray.search.identity import class_of
 
@@ -36,12 +36,13 @@ def corrupted(of, **keys):
 
 
 def opened(spec, base_dir=Path("/"), classes=None):
-    return open_source(TypeAdapter(SetSpec).validate_python(spec), "x", classes, base_dir)
+    return open_source(absolute_set(TypeAdapter(SetSpec).validate_python(spec), base_dir), "x", classes)
 
 
 @pytest.fixture
-def tree(tmp_path):
+def tree(tmp_path, monkeypatch):
     """Four folders, each with three classes of six images."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for folder in ("train", "val", "test", "other"):
         for name in NAMES:
@@ -54,7 +55,7 @@ def tree(tmp_path):
 
 def recipe_of(**sets):
     data = {"train": folder("train"), "id_val": folder("val"), **sets}
-    return Recipe.model_validate({"data": data, "train": {"batch_size": 4}})
+    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}}), Path.cwd())
 
 
 def folder(name, **keys):
@@ -147,10 +148,10 @@ def test_a_set_of_some_classes_stays_one(tree):
 )
 def test_only_validation_with_validation_and_test_with_test_may_share_images(sets, shared, tree):
     recipe = recipe_of(**sets)
-    problems = check_roles(recipe, tree)
+    problems = check_roles(recipe)
     if shared is None:
-        assert problems == check_sets(recipe, tree) == []
-        check_overlap(recipe, tree, tree / "cache")
+        assert problems == check_sets(recipe) == []
+        check_overlap(recipe, tree / "cache")
     else:
         assert [f"must not share images with {shared}" in str(problem) for problem in problems] == [True]
 
@@ -159,17 +160,17 @@ def test_copies_are_found_below_a_corruption(tree):
     shutil.copy(tree / "train" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
     sets = {"id_val": folder("other"), "ood_val": {"noise": corrupted(folder("val"))}}
     with pytest.raises(HoldOutError, match=r"data\.ood_val\.noise\.of: .* must not share images with data\.train"):
-        check_overlap(recipe_of(**sets), tree, tree / "cache")
+        check_overlap(recipe_of(**sets), tree / "cache")
     shutil.copy(tree / "other" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
-    check_overlap(recipe_of(**sets), tree, tree / "cache")
+    check_overlap(recipe_of(**sets), tree / "cache")
 
 
 def test_a_copy_between_plain_validation_sets_is_still_found_after_a_corrupted_one_was_allowed(tree):
     shown, plain = ({"ood_val": {"x": spec}} for spec in (corrupted(folder("copy")), folder("copy")))
     shutil.copytree(tree / "val", tree / "copy")
-    check_overlap(recipe_of(**shown), tree, tree / "cache")
+    check_overlap(recipe_of(**shown), tree / "cache")
     with pytest.raises(HoldOutError, match=r"data\.ood_val\.x: .* must not share images with data\.id_val"):
-        check_overlap(recipe_of(**plain), tree, tree / "cache")
+        check_overlap(recipe_of(**plain), tree / "cache")
 
 
 # ---- the recipe
@@ -177,10 +178,10 @@ def test_a_copy_between_plain_validation_sets_is_still_found_after_a_corrupted_o
 
 def test_what_is_wrong_with_the_images_is_told_at_their_key(tree):
     recipe = recipe_of(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
-    places = [problem.place for problem in check_sets(recipe, tree)]
+    places = [problem.place for problem in check_sets(recipe)]
     assert places == ["data.ood_val.x.of", "data.ood_test.y.of"]
     with pytest.raises(DataError, match="the root of the image tree must be a folder"):
-        open_validation(recipe, tree)
+        open_validation(recipe)
 
 
 def test_paths_of_the_images_become_absolute_and_may_move(tree):
@@ -209,13 +210,13 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
         "ood_val": {name: corrupted(skipping, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
     }
     recipe = recipe_of(**sets)
-    found = set_contents(recipe, tree)
+    found = set_contents(recipe)
     assert [found[name]["num_skipped"] for name in ("id_val", "weak", "strong")] == [1, 1, 1]
     assert len({found[name]["digest"] for name in ("id_val", "weak", "strong")}) == 3
-    check_overlap(recipe, tree, cache_dir(recipe, tree))
-    sources = open_sets(recipe, tree)
+    check_overlap(recipe, cache_dir(recipe))
+    sources = open_sets(recipe)
     monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
-    assert set_contents(recipe, tree, SimpleNamespace(validation=(), sources=sources)) == found
+    assert set_contents(recipe, SimpleNamespace(validation=(), sources=sources)) == found
 
 
 @pytest.mark.slow

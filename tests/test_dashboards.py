@@ -36,13 +36,13 @@ def study_dir(tmp_path_factory):
     """A finished study of real trainings, made as a search makes it, without Ray."""
     folder = tmp_path_factory.mktemp("dashboards")
     recipe = load_recipe(short_training.make(folder), [*OVERRIDES, f"data.cache_dir={folder / 'cache'}"])
-    with open_study(folder / "study", recipe, folder) as study:
+    with open_study(folder / "study", recipe) as study:
         study.adopt()
         prepared = study.study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, folder, prepared))
+        study.tell_zero_shot(prepare(recipe, prepared))
         while (spec := study.next()) is not None:
             value = apply(recipe, spec.values)
-            run_training(value, folder, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt)
+            run_training(value, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt)
             assert study.settle(spec) is not None
     return study.study_dir
 

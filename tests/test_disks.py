@@ -18,7 +18,6 @@ from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.search.outcome import TrialSpec, read_alive, read_failure, read_result
 from carft_ray.search.study import open_study
 
-BASE = Path(__file__).parent
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
 
 
@@ -115,7 +114,7 @@ def alive(folder):
 
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
-    with open_study(tmp_path / "study", make_recipe(2, baselines={}), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         study.adopt()
         searcher = StudySearcher(study, 1, events.append)
         watcher = Watcher(searcher)
@@ -137,13 +136,13 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
 
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
     recipe = make_recipe(2, baselines={})
-    with open_study(tmp_path / "study", recipe, BASE) as study:
+    with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         name = study.next().name
     before = (tmp_path / "study" / "manifest.json").read_bytes()
     disk("manifest.json", 5)
     disk("study", 1)
-    with open_study(tmp_path / "study", recipe, BASE) as study:
+    with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         assert study.next().name == name
     assert (tmp_path / "study" / "manifest.json").read_bytes() == before

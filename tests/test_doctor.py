@@ -60,7 +60,7 @@ def here(made, tmp_path, monkeypatch):
 
 
 def diagnose(here, *overrides, **options):
-    return examine(load_recipe(here / "r.yaml", overrides), here, **options)
+    return examine(load_recipe(here / "r.yaml", overrides), **options)
 
 
 def texts(found, level):

@@ -41,7 +41,7 @@ def trained(tmp_path_factory):
     for way, settings in WAYS.items():
         recipe = load_recipe(RECIPE, SETTINGS + settings)
         epochs, said = [], []
-        result, _ = train_once(recipe, RECIPE.parent, folder / way, False, "", said.append, ignore, epochs.append)
+        result, _ = train_once(recipe, folder / way, False, "", said.append, ignore, epochs.append)
         assert any(text.startswith(("evaluating zero-shot", "the heads are")) for text in said), way
         assert [row["epoch"] for row in epochs] == [1]
         assert not (folder / way / "_tune").exists()

@@ -112,7 +112,7 @@ def trained(tmp_path_factory):
     ]
     for name, overrides in FORMS.items():
         recipe = load_recipe(path, [*always, *overrides])
-        train_once(recipe, folder, folder / name, False, "", str, lambda row: None, lambda row: None)
+        train_once(recipe, folder / name, False, "", str, lambda row: None, lambda row: None)
     return {name: open_trained(folder / name) for name in FORMS}
 
 
@@ -255,8 +255,8 @@ def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, exp
     shutil.copy(exports["folded"][0].folder / "recipe.yaml", tmp_path)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.data.train.path, recipe.model.name) == ("images", "local-dir:model")
-    assert not check_model(recipe.model, tmp_path)
-    assert not check_sets(recipe, tmp_path)
+    assert not check_model(recipe.model)
+    assert not check_sets(recipe)
 
 
 def test_an_export_holds_no_path_of_the_machine(trained, exports):
@@ -437,7 +437,7 @@ def of_sandbox(tmp_path_factory):
         f"data.cache_dir={folder}/cache",
     ]
     recipe = load_recipe(Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml", overrides)
-    train_once(recipe, folder, folder / "out", False, "", str, lambda row: None, lambda row: None)
+    train_once(recipe, folder / "out", False, "", str, lambda row: None, lambda row: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "QUICKSTART_SETS", {"id_val": {"photo": few}})
         sandbox.export_images(folder / "png")

@@ -148,17 +148,17 @@ def test_a_forward_pass_holds_the_micro_batch_at_most_the_part_of_a_worker(
 def prepared(tmp_path_factory):
     """A folder with what the trainings of ``sandbox_recipe`` share."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(attempts.sandbox_recipe(), folder, folder / "prepared", share_targets=False)
+    prepare(attempts.sandbox_recipe(), folder / "prepared", share_targets=False)
     return folder / "prepared"
 
 
 def sandbox_search(folder, prepared, recipe, megabytes):
     folder.mkdir()
     (folder / "study").mkdir()
-    with open_study(folder / "study", recipe, folder):
+    with open_study(folder / "study", recipe):
         pass
     os.symlink(prepared, folder / "study" / "prepared")
-    return attempts.search(folder / "study", recipe, folder, attempts.limited(megabytes), at_a_time=1)
+    return attempts.search(folder / "study", recipe, attempts.limited(megabytes), at_a_time=1)
 
 
 @pytest.mark.slow
@@ -194,13 +194,13 @@ def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_
     recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
     tight = Runner(stand_in.prepare, attempts.without_memory)
-    searcher, events = attempts.search(tmp_path / "study", recipe, tmp_path, tight, at_a_time=1)
+    searcher, events = attempts.search(tmp_path / "study", recipe, tight, at_a_time=1)
     assert searcher.failure.exit_code == 5
     assert "1 image of 32 x 32 pixels at a time must fit into memory, but got " in str(searcher.failure)
     assert [row.outcome for row in trials(tmp_path / "study")] == ["running"]
     assert len(notes(events)) == 3  # 8, 4, 2
     (tmp_path / "study" / "stop").unlink()
-    searcher, _ = attempts.search(tmp_path / "study", recipe, tmp_path, at_a_time=1)
+    searcher, _ = attempts.search(tmp_path / "study", recipe, at_a_time=1)
     assert searcher.failure is None
     assert [row.outcome for row in trials(tmp_path / "study")] == ["complete", "complete"]
 
@@ -235,11 +235,9 @@ def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
 @pytest.mark.slow
 def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_failed(tmp_path):
     """Each training dies until one runs at a time: two of the first three are killed, none twice in a row for ever."""
-    base_dir = tmp_path / "base"
-    base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"0": "die_once", "1": "die_once"}))
+    stand_in.tell(tmp_path, **{"0": "die_once", "1": "die_once"})
     recipe = stand_in.make_recipe(4, baselines={}, resources={"gpus_per_worker": 0})
-    searcher, events = attempts.search(tmp_path / "study", recipe, base_dir, at_a_time=3, died=MONITOR_NOW)
+    searcher, events = attempts.search(tmp_path / "study", recipe, at_a_time=3, died=MONITOR_NOW)
     assert searcher.failure is None
     assert searcher.concurrency == 1
     changes = [event for event in events if isinstance(event, ConcurrencyChanged)]
@@ -253,11 +251,9 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
 
 @pytest.mark.slow
 def test_a_training_for_which_there_is_never_memory_is_set_aside(tmp_path):
-    base_dir = tmp_path / "base"
-    base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"1": "die"}))
+    stand_in.tell(tmp_path, **{"1": "die"})
     recipe = stand_in.make_recipe(3, baselines={}, resources={"gpus_per_worker": 0})
-    searcher, _ = attempts.search(tmp_path / "study", recipe, base_dir, died=MONITOR_NOW)
+    searcher, _ = attempts.search(tmp_path / "study", recipe, died=MONITOR_NOW)
     assert searcher.failure is None
     rows = trials(tmp_path / "study")
     found = [(row.outcome, row.set_aside) for row in rows]
@@ -271,14 +267,13 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     """A real Ray that takes any machine for full: every process of a trial is ended."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BASE.parent), str(BASE)]))
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
-    base_dir, events = tmp_path / "base", []
-    base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"seconds": 100}))
+    events = []
+    stand_in.tell(tmp_path, seconds=100)
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(tmp_path / "study", recipe, base_dir) as study:
+    with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         with running_ray(None, tmp_path / "ray.log") as there:
-            plan = make_plan(recipe, base_dir, study.study_dir, there, attempts.STAND_IN)
+            plan = make_plan(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
             run_trainings(study, plan, events.append)
         [row] = study.rows()
@@ -313,11 +308,9 @@ def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
 
 @pytest.mark.slow
 def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_path):
-    base_dir = tmp_path / "base"
-    base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"0": "hang_once", "seconds": 0.6}))
+    stand_in.tell(tmp_path, **{"0": "hang_once", "seconds": 0.6})
     recipe = stand_in.make_recipe(2, epochs=8, baselines={}, resources={"gpus_per_worker": 0, "hang_timeout_s": 4})
-    searcher, events = attempts.search(tmp_path / "study", recipe, base_dir)
+    searcher, events = attempts.search(tmp_path / "study", recipe)
     assert searcher.failure is None
     hung, well = trials(tmp_path / "study")
     assert (hung.outcome, hung.attempt, well.attempt) == ("complete", 2, 1)
@@ -364,13 +357,12 @@ def _new_folder(path):
 @pytest.mark.slow
 def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_ends(tmp_path):
     """The first process is stopped in the middle of its second epoch, and woken in the middle of the next attempt."""
-    base_dir, study_dir = tmp_path / "base", tmp_path / "study"
-    base_dir.mkdir()
-    (base_dir / "modes.json").write_text(json.dumps({"seconds": 0.4, "tell_pid": True}))
+    study_dir = tmp_path / "study"
+    stand_in.tell(tmp_path, seconds=0.4, tell_pid=True)
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
-        plan = attempts.plan_of(study, base_dir)
+        plan = attempts.plan_of(study)
         first = study.next()
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
@@ -471,7 +463,7 @@ def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
 
 def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
     recipe = stand_in.make_recipe(2, epochs=3)
-    plan = make_plan(recipe, tmp_path, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
+    plan = make_plan(recipe, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
     files.write_json(plan.study_dir / "manifest.json", {})
     folders = []
     for attempt, step in ((1, 0), (2, 10), (3, 0)):

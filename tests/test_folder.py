@@ -171,7 +171,7 @@ def test_a_missing_root_is_told_with_the_layout(tmp_path):
 
 def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
     spec = FolderSet.model_construct(source="folder", path=str(tree), domains=("photos", "../tree", "art", "art", ""))
-    text = "\n".join(str(problem) for problem in list_folder_set(spec, tree, "data.id_val").problems)
+    text = "\n".join(str(problem) for problem in list_folder_set(spec, "data.id_val").problems)
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
     assert "not a path, but got '../tree'" in text
     assert "a domain must be listed once, but got 'art'" in text

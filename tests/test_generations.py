@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
-from test_study import BASE, fail, optuna_study, run_all, write_result
+from test_study import fail, optuna_study, run_all, write_result
 
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
@@ -47,8 +47,8 @@ def study_dir(tmp_path):
 
 def begin(study_dir, recipe, num_trials=6, looks=False):
     """Runs trials whose objective is that of the stand-in; every third diverges."""
-    with open_study(study_dir, recipe, BASE) as study:
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    with open_study(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
         for _ in range(num_trials):
             spec = study.next()
@@ -141,9 +141,9 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), looks=True)
     narrow = recipe_of(10, learning_rate=NARROW)
-    with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow, BASE):
+    with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow):
         pass
-    with open_study(study_dir, narrow, BASE, ("narrow",)) as study:
+    with open_study(study_dir, narrow, ("narrow",)) as study:
         study.adopt()
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
@@ -173,7 +173,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
 def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study_dir):
     begin(study_dir, recipe_of())
     wide = recipe_of(8, weight_decay={"low": 0.3, "high": 0.9})  # which its own value is not in
-    with open_study(study_dir, wide, BASE, ("widen", "narrow")) as study:
+    with open_study(study_dir, wide, ("widen", "narrow")) as study:
         study.adopt()
         run_all(study)
     rows = trials(study_dir)
@@ -187,9 +187,9 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
 def test_widening_again_makes_the_trials_what_they_were(study_dir):
     begin(study_dir, recipe_of(), looks=True)
     kept = [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
-    with open_study(study_dir, recipe_of(learning_rate=NARROW), BASE, ("narrow",)):
+    with open_study(study_dir, recipe_of(learning_rate=NARROW), ("narrow",)):
         pass
-    with open_study(study_dir, recipe_of(), BASE, ("widen",)):
+    with open_study(study_dir, recipe_of(), ("widen",)):
         pass
     again = optuna_study(study_dir, "search-3").trials
     assert [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in again] == kept
@@ -203,13 +203,13 @@ def test_widening_again_makes_the_trials_what_they_were(study_dir):
 def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
     before = begin(study_dir, recipe_of())
     wider = recipe_of(8, weight_decay={"low": 0.01, "high": 1.0, "log": True})
-    with open_study(study_dir, wider, BASE, ("widen",)) as study:
+    with open_study(study_dir, wider, ("widen",)) as study:
         study.adopt()
         rows = study.rows()
         assert [row.values for row in rows] == [{**row.values, "weight_decay": 0.1} for row in before]
         assert shown(rows) == shown(before)
         assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
-    with open_study(study_dir, recipe_of(9), BASE, ("narrow",)) as study:  # removed: those with other values go
+    with open_study(study_dir, recipe_of(9), ("narrow",)) as study:  # removed: those with other values go
         study.adopt()
         assert [row.outside for row in study.rows()] == [False] * 6 + [True] * 2
         assert [spec.number for spec in run_all(study)] == [8]
@@ -219,16 +219,16 @@ def test_mixed_changes_need_both_options(study_dir):
     begin(study_dir, recipe_of())
     mixed = recipe_of(learning_rate=NARROW, kl_weight={"low": 0.01, "high": 10, "log": True})
     for may in ((), ("narrow",), ("widen",)):
-        with pytest.raises(RecipeError, match="give --narrow --widen"), open_study(study_dir, mixed, BASE, may):
+        with pytest.raises(RecipeError, match="give --narrow --widen"), open_study(study_dir, mixed, may):
             pass
-    with open_study(study_dir, mixed, BASE, ("narrow", "widen")):
+    with open_study(study_dir, mixed, ("narrow", "widen")):
         pass
     assert sum(row.outside for row in trials(study_dir)) > 0
 
 
 def test_running_trials_are_adopted_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
     recipe = recipe_of(12)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         specs = [study.next() for _ in range(8)]
         outside = [spec for spec in specs if not 1e-4 <= spec.values["learning_rate"] <= 1e-3]
@@ -237,7 +237,7 @@ def test_running_trials_are_adopted_inside_and_ended_outside_and_finished_ones_a
         assert inside
         write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
         (outside[1].folder(study_dir) / "checkpoint").mkdir(parents=True)
-    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), BASE, ("narrow",)) as study:
+    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), ("narrow",)) as study:
         study.adopt()
         rows = study.rows()
         assert (rows[outside[0].number].outcome, rows[outside[0].number].objective) == ("complete", 0.9)
@@ -254,7 +254,7 @@ def test_running_trials_are_adopted_inside_and_ended_outside_and_finished_ones_a
 
 def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypatch, capsys):
     before = begin(study_dir, recipe_of())
-    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), BASE, ("narrow",)) as study:
+    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), ("narrow",)) as study:
         assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
         study.adopt()
         run_all(study, lambda spec: 0.01)
@@ -276,7 +276,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     begin(tmp_path / "source", recipe_of(2), 2)
     narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
     notes = []
-    result = run_search(narrow, BASE, study_dir, on_event=notes.append, may=("narrow",))
+    result = run_search(narrow, study_dir, on_event=notes.append, may=("narrow",))
     assert (result.num_new, len(result.trials)) == (0, 6)
     assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
     assert load_recipe(study_dir / "resolved.yaml") == narrow
@@ -288,10 +288,10 @@ def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
         record(study_dir, recipe_of(), TEST, ("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
-        require_unread(study_dir, narrow, BASE, None, ("narrow",))
-    assert require_unread(study_dir, narrow, BASE, "a smaller space", ("narrow",))
+        require_unread(study_dir, narrow, None, ("narrow",))
+    assert require_unread(study_dir, narrow, "a smaller space", ("narrow",))
     assert "generation" not in (study_dir / "manifest.json").read_text()
-    with open_study(study_dir, narrow, BASE, ("narrow",)):
+    with open_study(study_dir, narrow, ("narrow",)):
         pass
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
     assert "ledger" not in optuna_study(study_dir, "search-2").user_attrs
@@ -299,7 +299,7 @@ def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
 
 def test_an_option_without_a_change_of_the_space_is_told(study_dir):
     for may in (("narrow",), ("narrow", "widen")):
-        with open_study(study_dir, recipe_of(), BASE, may) as study:
+        with open_study(study_dir, recipe_of(), may) as study:
             assert study.notes == [
                 f"{' '.join('--' + one for one in may)} has no effect: the space is that of the study"
             ]
@@ -324,7 +324,7 @@ def call(argv):
     space = test_generations.NARROW if kind == "new" else test_generations.WIDE
     recipe = test_generations.recipe_of(8, learning_rate=space)
     try:
-        with open_study(study_dir, recipe, Path(test_generations.BASE), argv[2:]) as study:
+        with open_study(study_dir, recipe, argv[2:]) as study:
             study.adopt()
             print(len(study.rows()))
     except CarftError as error:
@@ -337,7 +337,7 @@ def call(argv):
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path):
     begin(tmp_path / "original", recipe_of())
-    with open_study(tmp_path / "original", recipe_of(8), BASE) as study:
+    with open_study(tmp_path / "original", recipe_of(8)) as study:
         study.adopt()
         study.next()
     before = shown(trials(tmp_path / "original"))

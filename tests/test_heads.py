@@ -86,8 +86,10 @@ def words(monkeypatch):
 
 def kept(tmp_path, clip, class_names=CLASS_WORDS, prompts=TEMPLATES, say=str):
     one = {"source": "folder", "path": "images"}
-    recipe = Recipe.model_validate({"name": "x", "data": {"cache_dir": "cache", "train": one, "id_val": one}})
-    return cached_heads(recipe, tmp_path, clip, class_names, prompts, torch.device("cpu"), say)
+    recipe = Recipe.model_validate(
+        {"name": "x", "data": {"cache_dir": str(tmp_path / "cache"), "train": one, "id_val": one}}
+    )
+    return cached_heads(recipe, clip, class_names, prompts, torch.device("cpu"), say)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -176,9 +178,9 @@ def test_the_doctor_embeds_for_the_training_that_follows(tmp_path, words):
     recipe = load_recipe(
         short_training.make(tmp_path), ["data.cache_dir=cache", "train.epochs=1", "resources.threads=1"]
     )
-    assert not examine(recipe, tmp_path).errors
+    assert not examine(recipe).errors
     assert words.passes > 0
     words.passes = 0
-    train_once(recipe, tmp_path, tmp_path / "out", False, "", words.said.append, lambda row: None, lambda row: None)
+    train_once(recipe, tmp_path / "out", False, "", words.said.append, lambda row: None, lambda row: None)
     assert words.passes == 0
     assert "the heads are in the cache: 15 sentences" in words.said

@@ -43,7 +43,7 @@ def make_folder(folder, text=None, vision=None, **saved):
 
 
 def load(folder):
-    return load_clip(ModelPart(name=f"local-dir:{folder}"), folder)
+    return load_clip(ModelPart(name=f"local-dir:{folder}"))
 
 
 def logits_of_both(clip, model):

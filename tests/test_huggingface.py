@@ -11,6 +11,7 @@ from sources import open_set
 
 from carft_ray.data.sets import check_roles, check_sets
 from carft_ray.errors import DataError
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 
 datasets = pytest.importorskip("datasets")
@@ -33,6 +34,7 @@ def written(tmp_path_factory):
 def base(written, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(written, tmp_path / "hf")
+    monkeypatch.chdir(tmp_path / "hf")
     return tmp_path / "hf"
 
 
@@ -215,15 +217,14 @@ def test_images_without_a_label_are_told(base):
 def test_splits_may_have_two_roles_and_one_split_may_not(base):
     def recipe(**id_val):
         spec = {"source": "huggingface", "path": "saved", "split": "train"}
-        return Recipe.model_validate(
-            {"data": {"train": spec, "id_val": {**spec, **id_val}}, "train": {"batch_size": 2}}
-        )
+        data = {"train": spec, "id_val": {**spec, **id_val}}
+        return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}}), base)
 
     apart = recipe(split="validation")
-    assert check_roles(apart, base) == check_sets(apart, base) == []
-    assert check_roles(recipe(path="hub", split="validation"), base) == []
+    assert check_roles(apart) == check_sets(apart) == []
+    assert check_roles(recipe(path="hub", split="validation")) == []
     for shared in ({}, {"path": "saved/train", "split": None}):
-        assert "must not share images with data.train" in str(check_roles(recipe(**shared), base)[0])
+        assert "must not share images with data.train" in str(check_roles(recipe(**shared))[0])
 
 
 def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, capsys, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import crash_host
 import pytest
@@ -12,7 +11,7 @@ from test_search_spaces import FOLDER, _fields, _rows, base_of, source_of
 from test_study import run_all
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.finished import read_manifest
 from carft_ray.results.overview import study_recipe
@@ -21,7 +20,6 @@ from carft_ray.search.identity import CLASSES, claim, class_of, record_recipe
 from carft_ray.search.rows import baselines, trials
 from carft_ray.search.study import open_study
 
-BASE = Path(__file__).parent
 KEYS = [key for key, _ in _fields() if key != "format_version"]  # which has one value
 # where the example of the README is what the quickstart has already, or is refused for another reason
 VALUES = {
@@ -88,7 +86,7 @@ def studies(tmp_path_factory):
         if source not in found:
             path = folder / f"{source}.yaml"
             path.write_text(dump_recipe(load_recipe(FOLDER / f"{name}.yaml", BEFORE if source == "sandbox" else first)))
-            with open_study(folder / source, load_recipe(path), folder):
+            with open_study(folder / source, load_recipe(path)):
                 pass
             found[source] = (path, folder / source)
     return found
@@ -109,10 +107,10 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     shutil.copytree(study, study_dir)
     before = (study_dir / "manifest.json").read_bytes()
     if kind == "running":
-        with open_study(study_dir, recipe, path.parent) as found:
+        with open_study(study_dir, recipe) as found:
             assert found.recipe == recipe
         return
-    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe, path.parent):
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe):
         pass
     assert caught.value.exit_code == 3
     assert (study_dir / "manifest.json").read_bytes() == before
@@ -122,11 +120,11 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     assert f"as in {study_dir}" in message
     assert ("--narrow" in message or "--widen" in message) == (kind == "space")
     if kind == "space":
-        with open_study(study_dir, recipe, path.parent, ("narrow", "widen")) as found:
+        with open_study(study_dir, recipe, ("narrow", "widen")) as found:
             assert found.recipe == recipe
         assert read_manifest(study_dir)[0].search.space == recipe.search.space
     else:
-        with pytest.raises(RecipeError), open_study(study_dir, recipe, path.parent, ("narrow", "widen")):
+        with pytest.raises(RecipeError), open_study(study_dir, recipe, ("narrow", "widen")):
             pass
         assert (study_dir / "manifest.json").read_bytes() == before
 
@@ -146,11 +144,11 @@ def test_keys_below_a_key_of_the_table_have_its_class():
 
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         study.adopt()
         run_all(study)
     more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
-    with open_study(study_dir, make_recipe(2, baselines=more), BASE) as study:
+    with open_study(study_dir, make_recipe(2, baselines=more)) as study:
         study.adopt()
         assert [spec.name for spec in run_all(study)] == ["strong"]
     assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
@@ -158,7 +156,7 @@ def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     for other in ({"strong": {"kl_weight": 9}}, {**more, "strong": {"kl_weight": 8}}):
         with (
             pytest.raises(RecipeError, match=r"search\.baselines\.(plain|strong)"),
-            open_study(study_dir, make_recipe(2, baselines=other), BASE),
+            open_study(study_dir, make_recipe(2, baselines=other)),
         ):
             pass
 
@@ -166,13 +164,13 @@ def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
 def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifest(tmp_path):
     study_dir = tmp_path / "study"
     old, new = make_recipe(2), make_recipe(2, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
-    with open_study(study_dir, old, BASE):
+    with open_study(study_dir, old):
         pass
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7), BASE))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
     with study_lock(study_dir):
-        record_recipe(study_dir, claim(study_dir, new, BASE))
+        record_recipe(study_dir, claim(study_dir, new))
     assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9), BASE))  # by hand: is refused later
+    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
     assert study_recipe(study_dir).train.epochs == 9
 
 
@@ -186,7 +184,7 @@ def write_tree(folder):
             (folder / "images" / name / word / "1.png").write_bytes(f"{name} {word}".encode())
 
 
-def folder_recipe(**data):
+def folder_recipe(base, **data):
     spec = {"source": "folder", "path": "images"}
     sets = {
         "train": {**spec, "domains": ["train"]},
@@ -194,19 +192,19 @@ def folder_recipe(**data):
         "id_test": {**spec, "domains": ["test"]},
         **data,
     }
-    return Recipe.model_validate({**make_recipe(2).model_dump(), "data": sets})
+    return absolute_paths(Recipe.model_validate({**make_recipe(2).model_dump(), "data": sets}), base)
 
 
 def test_a_project_that_was_moved_goes_on(tmp_path):
     write_tree(tmp_path / "old")
-    with open_study(tmp_path / "old" / "study", folder_recipe(), tmp_path / "old") as study:
+    with open_study(tmp_path / "old" / "study", folder_recipe(tmp_path / "old")) as study:
         study.adopt()
         run_all(study)
     (tmp_path / "old").rename(tmp_path / "new")
     study_dir = tmp_path / "new" / "study"
     assert len(trials(study_dir)) == 2
-    recipe = folder_recipe().model_copy(update={"search": make_recipe(3).search})
-    with open_study(study_dir, recipe, tmp_path / "new") as study:
+    recipe = folder_recipe(tmp_path / "new").model_copy(update={"search": make_recipe(3).search})
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         assert [spec.number for spec in run_all(study)] == [2]
     assert read_manifest(study_dir)[0].data.id_test.path == str(tmp_path / "new" / "images")
@@ -216,44 +214,44 @@ def test_a_project_that_was_moved_goes_on(tmp_path):
 
 def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_path):
     write_tree(tmp_path)
-    with open_study(tmp_path / "study", folder_recipe(), tmp_path) as study:
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(), tmp_path))
+    with open_study(tmp_path / "study", folder_recipe(tmp_path)) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(tmp_path)))
         study.adopt()
         run_all(study)
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(tmp_path / "study", copy)
-    with open_study(copy, load_recipe(copy / "resolved.yaml"), copy) as study:
+    with open_study(copy, load_recipe(copy / "resolved.yaml")) as study:
         assert study.adopt() == []
         assert study.done()
 
 
 def test_test_images_move_only_together_with_the_training_images(tmp_path):
-    with open_study(tmp_path / "study", folder_recipe(), tmp_path):
+    with open_study(tmp_path / "study", folder_recipe(tmp_path)):
         pass
     other = {"source": "folder", "path": "others", "domains": ["test"]}
     with (
         pytest.raises(RecipeError, match=r"data\.id_test\.path: must be .*images"),
-        open_study(tmp_path / "study", folder_recipe(id_test=other), tmp_path),
+        open_study(tmp_path / "study", folder_recipe(tmp_path, id_test=other)),
     ):
         pass
 
 
 def test_the_files_of_a_test_table_move_only_together_with_the_training_images(tmp_path):
     spec = {"source": "table", "path": "images/test.csv", "class_names": "images/names.txt"}
-    with open_study(tmp_path / "study", folder_recipe(id_test=spec), tmp_path):
+    with open_study(tmp_path / "study", folder_recipe(tmp_path, id_test=spec)):
         pass
     for key, place in (("class_names", "other/names.txt"), ("root", "images"), ("path", "test.csv")):
         with (
             pytest.raises(RecipeError, match=rf"^data\.id_test\.{key}: must be "),
-            open_study(tmp_path / "study", folder_recipe(id_test={**spec, key: place}), tmp_path),
+            open_study(tmp_path / "study", folder_recipe(tmp_path, id_test={**spec, key: place})),
         ):
             pass
     (tmp_path / "moved").mkdir()
-    with open_study(tmp_path / "study", folder_recipe(id_test=spec), tmp_path / "moved"):
+    with open_study(tmp_path / "study", folder_recipe(tmp_path / "moved", id_test=spec)):
         pass
     with (
         pytest.raises(RecipeError, match=r"data\.id_test\.class_names: must be "),
-        open_study(tmp_path / "study", folder_recipe(id_test={**spec, "class_names": ["a", "b"]}), tmp_path / "moved"),
+        open_study(tmp_path / "study", folder_recipe(tmp_path / "moved", id_test={**spec, "class_names": ["a", "b"]})),
     ):
         pass
 
@@ -263,8 +261,8 @@ def test_the_files_of_a_test_table_move_only_together_with_the_training_images(t
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    with open_study(tmp_path / "first", load_recipe(FOLDER / "quickstart.yaml"), FOLDER) as study:
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe, FOLDER))
+    with open_study(tmp_path / "first", load_recipe(FOLDER / "quickstart.yaml")) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -58,8 +58,8 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders, expec
     (tmp_path / "r.yaml").write_text(draft("tree", "tree", found, roles, "sandbox", None, 2))
     recipe = load_recipe(tmp_path / "r.yaml")
     assert check_searchable(recipe) == []
-    assert check_roles(recipe, tmp_path) == []
-    assert check_sets(recipe, tmp_path) == []
+    assert check_roles(recipe) == []
+    assert check_sets(recipe) == []
     assert recipe.data.ood_val
 
 
@@ -95,17 +95,17 @@ def drafted(tmp_path, classes):
 def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
     folders = ("animalsNature", "city-street", "old_town")
     recipe, written = drafted(tmp_path, folders)
-    assert class_names(recipe, tmp_path) == ("animals nature", "city street", "old town")
-    assert class_folders(recipe, tmp_path) == folders
+    assert class_names(recipe) == ("animals nature", "city street", "old town")
+    assert class_folders(recipe) == folders
     assert "NO WORDS" not in written
     without = load_recipe(tmp_path / "r.yaml", ["prompts.class_names=null"])
-    ids, same = (open_train(each, tmp_path).sample_ids.tolist() for each in (recipe, without))
+    ids, same = (open_train(each).sample_ids.tolist() for each in (recipe, without))
     assert ids == same
 
 
 def test_ids_of_imagenet_get_its_words_and_other_ids_a_word_of_warning(tmp_path):
     recipe, written = drafted(tmp_path / "known", ("n01440764", "n01443537"))
-    assert class_names(recipe, tmp_path / "known") == ("tench", "goldfish")
+    assert class_names(recipe) == ("tench", "goldfish")
     assert "NO WORDS" not in written
     recipe, written = drafted(tmp_path / "other", ("n01440764", "n99999999"))
     assert recipe.prompts.class_names is None
@@ -147,7 +147,7 @@ def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.train.domains == ("no",)
     assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
-    assert check_sets(recipe, tmp_path) == []
+    assert check_sets(recipe) == []
     assert len(warnings(recipe)) == 1  # that the test shows the same shift, as the comment in the recipe says too
 
 

@@ -9,6 +9,7 @@ import secrets
 
 import killed_searches as searches
 import pytest
+import stand_in
 
 from carft_ray.search.rows import baselines, trials
 
@@ -21,10 +22,9 @@ def no_driver_is_left():
     searches.kill_drivers()
 
 
-@pytest.fixture
-def base_dir(tmp_path):
-    searches.write_modes(tmp_path / "base", seconds=0.5)
-    return tmp_path / "base"
+@pytest.fixture(autouse=True)
+def half_a_second_an_epoch(tmp_path):
+    stand_in.tell(tmp_path, seconds=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def seed():
     return drawn
 
 
-def test_a_study_killed_at_every_stage_is_finished_and_extended(tmp_path, base_dir, seed):
+def test_a_study_killed_at_every_stage_is_finished_and_extended(tmp_path, seed):
     """From the start of Ray to the end of trainings, inline and with Ray Train in turn; all of it is killed at once."""
-    kills = searches.kill_at_random(tmp_path / "study", base_dir, 6, 5, random.Random(seed))
+    kills = searches.kill_at_random(tmp_path / "study", 6, 5, random.Random(seed))
     print(*kills, sep="\n")
     assert {event for _, event, _, _ in kills} == {"start", *searches.COURSE}
     assert {executor for executor, _, _, _ in kills} == {"inline", "ray-train"}
@@ -58,10 +58,10 @@ def test_trials_of_all_fates_end_with_the_counts_of_their_seed_though_the_driver
     [("training", "inline"), ("training", "ray-train"), ("trial", "ray-train"), ("driver", "ray-train")],
 )
 def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(
-    tmp_path, base_dir, cluster, what, executor
+    tmp_path, cluster, what, executor
 ):
     study_dir = tmp_path / "study"
-    output = searches.kill_one(what, executor, study_dir, base_dir, cluster)
+    output = searches.kill_one(what, executor, study_dir, cluster)
     attempts = sorted(row.attempt for row in trials(study_dir) + baselines(study_dir))
     if what == "driver":  # with it goes all that runs, and its end is no failure of a training
         assert set(attempts) <= {1, 2}
@@ -71,12 +71,12 @@ def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group
         assert output.count("gets another attempt") == 1
 
 
-def test_workers_that_do_not_start_name_the_cause(tmp_path, base_dir, cluster):
+def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
     """Something else holds the cluster: room for the preparation is left, but not for two workers."""
     address, auth = cluster
     with searches.occupied(1.5, *cluster):
         auth = {**auth, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
-        process = searches.driver(tmp_path / "study", base_dir, 1, "ray-train", address, auth)
+        process = searches.driver(tmp_path / "study", 1, "ray-train", address, auth)
         try:
             told = next(line for line in process.stdout if "gets another attempt" in line)
         finally:
@@ -85,10 +85,10 @@ def test_workers_that_do_not_start_name_the_cause(tmp_path, base_dir, cluster):
     assert told.endswith(f" gets another attempt: {why}: is the cluster full?\n")
 
 
-def test_a_training_that_hangs_is_ended_and_named(tmp_path, base_dir, cluster):
-    searches.write_modes(base_dir, seconds=0.05, **{"1": "hang_once"})
+def test_a_training_that_hangs_is_ended_and_named(tmp_path, cluster):
+    stand_in.tell(tmp_path, seconds=0.05, **{"1": "hang_once"})
     study_dir = tmp_path / "study"
-    process = searches.driver(study_dir, base_dir, 2, "inline", *cluster, hang_timeout_s=10)
+    process = searches.driver(study_dir, 2, "inline", *cluster, hang_timeout_s=10)
     code, output = searches.finish(process)
     assert code == 0, output
     name = trials(study_dir)[1].name
@@ -96,10 +96,10 @@ def test_a_training_that_hangs_is_ended_and_named(tmp_path, base_dir, cluster):
     searches.check(study_dir, 2)
 
 
-def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path, base_dir):
-    searches.write_modes(base_dir, seconds=0.1)
-    searches.lose_nodes("inline", tmp_path / "study", base_dir, 8, 10)
+def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path):
+    stand_in.tell(tmp_path, seconds=0.1)
+    searches.lose_nodes("inline", tmp_path / "study", 8, 10)
 
 
-def test_a_trial_that_never_advances_is_set_aside_and_the_same_command_again_trains_it(tmp_path, base_dir):
-    searches.set_one_aside("inline", tmp_path / "study", base_dir)
+def test_a_trial_that_never_advances_is_set_aside_and_the_same_command_again_trains_it(tmp_path):
+    searches.set_one_aside("inline", tmp_path / "study")

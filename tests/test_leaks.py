@@ -434,12 +434,12 @@ def test_pictures_of_one_colour_are_known_by_their_files_only(here):
     """Their thumbnails say nothing: two different blank pages are not one picture."""
     for role, ending in (("sketch", ".png"), ("photo_test", ".bmp")):
         Image.new("RGB", (32, 32), (200, 200, 200)).save(here / "images" / role / "star" / f"blank{ending}")
-    check_overlap(load_recipe(Path("recipe.yaml")), here, here / "cache")
+    check_overlap(load_recipe(Path("recipe.yaml")), here / "cache")
     shutil.copy("images/sketch/star/blank.png", "images/painting/heart/blank.png")
     with pytest.raises(
         HoldOutError, match=r"data\.ood_test\.painting: .* got 1 of 11 images in both \(1 with the same f"
     ):
-        check_overlap(load_recipe(Path("recipe.yaml")), here, here / "cache")
+        check_overlap(load_recipe(Path("recipe.yaml")), here / "cache")
 
 
 def test_exported_sandbox_pictures_are_those_of_the_sandbox(here):
@@ -452,7 +452,7 @@ def test_exported_sandbox_pictures_are_those_of_the_sandbox(here):
     words += [f"data.ood_val={{x: {a_set('png')}}}", f"data.ood_test={{y: {sandbox_set('sketch')}}}"]
     recipe = load_recipe(Path("recipe.yaml"), words)
     with pytest.raises(HoldOutError) as caught:
-        check_overlap(recipe, here, here / "cache")
+        check_overlap(recipe, here / "cache")
     (problem,) = caught.value.problems
     assert str(problem).startswith(told("ood_val.x", 32, 64, PICTURE, "ood_test.y").replace("{here}", str(here)))
 
@@ -460,7 +460,7 @@ def test_exported_sandbox_pictures_are_those_of_the_sandbox(here):
 def test_sandbox_sets_alone_are_not_looked_at(here):
     sets = {"train": sandbox_set(split="train"), "id_val": sandbox_set(split="val"), "id_test": sandbox_set()}
     words = [*(f"data.{role}={text}" for role, text in sets.items()), "data.ood_val={}", "data.ood_test={}"]
-    check_overlap(load_recipe(Path("recipe.yaml"), words), here, here / "nothing")
+    check_overlap(load_recipe(Path("recipe.yaml"), words), here / "nothing")
     assert not (here / "nothing").exists()
 
 
@@ -469,56 +469,56 @@ def test_two_sets_of_one_role_may_share_images_and_every_pair_of_roles_is_told(h
         shutil.copytree(here / "images" / "photo_test", here / "images" / name)
     options = [f"data.ood_val={{one: {a_set('one')}, other: {a_set('other')}}}"]
     with pytest.raises(HoldOutError) as caught:
-        check_overlap(load_recipe(Path("recipe.yaml"), options), here, here / "cache")
+        check_overlap(load_recipe(Path("recipe.yaml"), options), here / "cache")
     assert [str(problem).split(", but")[0] for problem in caught.value.problems] == [
         f"data.id_test: {ONE_ROLE} data.ood_val.one",
         f"data.id_test: {ONE_ROLE} data.ood_val.other",
     ]
-    check_overlap(load_recipe(Path("recipe.yaml"), [*options, "data.id_test=null"]), here, here / "cache")
+    check_overlap(load_recipe(Path("recipe.yaml"), [*options, "data.id_test=null"]), here / "cache")
 
 
 def test_a_second_look_reads_no_image_and_damaged_hashes_are_made_again(here):
     recipe, cache = load_recipe(Path("recipe.yaml")), here / "hashes"
-    check_overlap(recipe, here, cache)
+    check_overlap(recipe, cache)
     with watched("images") as seen:
-        check_overlap(recipe, here, cache)
+        check_overlap(recipe, cache)
     assert [path for event, path in seen if event == "open"] == []
     for path in cache.glob("overlap-*"):
         path.unlink()
     with watched("images") as seen:
-        check_overlap(recipe, here, cache)
+        check_overlap(recipe, cache)
     assert [path for event, path in seen if event == "open"] == []
     entries = {path: path.read_bytes() for path in cache.glob("records-*.arrow")}
     assert len(entries) == 5
     for path in cache.glob("*"):
         path.write_bytes(b"damaged") if path in entries else path.unlink()
     (cache / f".{next(iter(entries)).stem}.arrow.7.tmp").write_bytes(b"of a process that was killed")
-    check_overlap(recipe, here, cache)
+    check_overlap(recipe, cache)
     assert {path: path.read_bytes() for path in entries} == entries
     assert not list(cache.glob(".*"))
 
 
 def test_a_changed_set_is_looked_at_again(here):
     recipe, cache = load_recipe(Path("recipe.yaml")), here / "cache"
-    check_overlap(recipe, here, cache)
+    check_overlap(recipe, cache)
     shutil.copy("images/photo_test/star/1.png", "images/sketch/star/1.png")
     with pytest.raises(HoldOutError, match=r"1 of 10 images in both"):
-        check_overlap(recipe, here, cache)
+        check_overlap(recipe, cache)
 
 
 def test_a_test_set_that_cannot_be_read_is_passed_over_and_another_set_is_not(here, caplog):
     recipe = load_recipe(Path("recipe.yaml"))
     (here / "images" / "photo_test" / "star" / "1.png").write_bytes(b"no image")
-    check_overlap(recipe, here, here / "cache")
+    check_overlap(recipe, here / "cache")
     assert caplog.text == ""  # its bytes are compared all the same
     shutil.rmtree("images/photo_test")
-    check_overlap(recipe, here, here / "cache")
+    check_overlap(recipe, here / "cache")
     assert (
         "Whether data.id_test shares images with another role is not known: data.id_test: a domain must" in caplog.text
     )
     (here / "images" / "photo" / "star" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="must be a readable image"):
-        check_overlap(recipe, here, here / "cache")
+        check_overlap(recipe, here / "cache")
 
 
 # who reads test images
@@ -548,8 +548,8 @@ def watched(*folders):
 def test_neither_preparation_nor_training_nor_evaluation_nor_export_touches_a_test_set(here, run):
     recipe = load_recipe(Path("recipe.yaml"), [f"data.cache_dir={here / 'cache'}"])
     with watched(*TESTS.values(), "photo_val") as seen:
-        evaluation.prepare(recipe, here, here / "prepared")
-        evaluation.run_training(recipe, here, here / "trained", here / "prepared", RunContext())
+        evaluation.prepare(recipe, here / "prepared")
+        evaluation.run_training(recipe, here / "trained", here / "prepared", RunContext())
         assert run("evaluate", "done")[0] == run("export", "done", "--to", "exported")[0] == 0
     touched = {part for _, path in seen for part in Path(path).parts}
     assert "photo_val" in touched

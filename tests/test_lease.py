@@ -20,8 +20,6 @@ from carft_ray.search.lease import LEASE, READERS_STALE_AFTER_S, STALE_AFTER_S, 
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 
-BASE = Path(__file__).parent
-
 
 def leave(study_dir, age_s=0.0, **changes):
     """Writes the lease that a search leaves when it is killed: of this process, but for the changes."""
@@ -52,7 +50,7 @@ def test_a_live_search_of_another_machine_is_left_alone(study_dir):
     before = path.read_text()
     with (
         pytest.raises(StorageError, match="is in use: two searches") as caught,
-        open_study(study_dir, make_recipe(), BASE),
+        open_study(study_dir, make_recipe()),
     ):
         pass
     assert caught.value.exit_code == 5
@@ -64,7 +62,7 @@ def test_a_live_search_of_another_machine_is_left_alone(study_dir):
 
 def test_a_search_of_another_machine_without_a_heartbeat_is_taken_over_with_a_note(study_dir):
     leave(study_dir, age_s=STALE_AFTER_S + 5, host="node7", boot="another", pid=12, since="noon")
-    with open_study(study_dir, make_recipe(1), BASE) as study:
+    with open_study(study_dir, make_recipe(1)) as study:
         assert study.notes == ["took over from process 12 on node7, since noon, which is gone"]
 
 
@@ -108,7 +106,7 @@ def test_a_damaged_lease_counts_by_its_age(study_dir, content):
 
 def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_EVERY_S", 0.05)
-    with open_study(study_dir, make_recipe(1), BASE) as study:
+    with open_study(study_dir, make_recipe(1)) as study:
         study.adopt()
         journal = (study_dir / "study.journal").stat()
         for _ in range(3):
@@ -120,7 +118,7 @@ def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypat
 
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
-    with open_study(study_dir, make_recipe(3), BASE) as study:
+    with open_study(study_dir, make_recipe(3)) as study:
         study.adopt()
         study.next()
         assert not study.taken_over

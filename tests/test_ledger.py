@@ -17,7 +17,6 @@ from carft_ray.search.ledger import check_ledger, mend, read_ledger, reads_of, r
 from carft_ray.search.rows import baselines, trials
 from carft_ray.search.study import open_study
 
-HERE = Path(__file__).parent
 RECIPE = stand_in.make_recipe(2)
 
 
@@ -25,11 +24,11 @@ RECIPE = stand_in.make_recipe(2)
 def searched(tmp_path_factory):
     """A study whose search has ended: two trials, a baseline, zero-shot."""
     folder = tmp_path_factory.mktemp("studies")
-    with open_study(folder / "study", RECIPE, folder) as study:
+    with open_study(folder / "study", RECIPE) as study:
         study.adopt()
-        study.tell_zero_shot(stand_in.prepare(RECIPE, folder, study.study_dir / "prepared"))
+        study.tell_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
         while (spec := study.next()) is not None:
-            attempt(study, spec, folder, study.study_dir / "prepared")
+            attempt(study, spec, study.study_dir / "prepared")
             study.settle(spec)
     return folder / "study"
 
@@ -101,17 +100,17 @@ def test_a_ledger_is_read_back_and_a_study_without_one_is_fine(study_dir, fresh)
 def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
     assert trials(study_dir) == trials(searched)
     assert baselines(study_dir) == baselines(searched)
-    with open_study(study_dir, RECIPE, HERE) as study:
+    with open_study(study_dir, RECIPE) as study:
         study.adopt()
         assert study.done()
 
 
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
-    with open_study(fresh, larger(3), fresh.parent) as study:
+    with open_study(fresh, larger(3)) as study:
         study.adopt()
         record(study.study_dir, RECIPE, "winner fixed", details={"winner": "t0000"})
         spec = study.next()
-        attempt(study, spec, fresh.parent, study.study_dir / "prepared")
+        attempt(study, spec, study.study_dir / "prepared")
         study.settle(spec)
     assert [entry.purpose for entry in read_ledger(fresh)] == ["winner fixed"]
     assert len(trials(fresh)) == 3
@@ -284,54 +283,49 @@ def larger(trials):
     return stand_in.make_recipe(trials)
 
 
-def base_of(study_dir):
-    return study_dir.parent
-
-
 def test_without_a_read_a_search_needs_no_reason(fresh, tmp_path):
-    assert require_unread(tmp_path / "new", RECIPE, tmp_path, None) is False
-    assert require_unread(fresh, larger(9), tmp_path, None) is False
+    assert require_unread(tmp_path / "new", RECIPE, None) is False
+    assert require_unread(fresh, larger(9), None) is False
     write(fresh, "winner fixed")
-    assert require_unread(fresh, larger(9), tmp_path, "because") is False
+    assert require_unread(fresh, larger(9), "because") is False
     assert len(read_ledger(fresh)) == 1
 
 
 def test_after_a_read_more_trials_need_a_reason_that_is_written_down(study_dir):
-    base = base_of(study_dir)
-    assert require_unread(study_dir, RECIPE, base, None) is False  # nothing to train
+    assert require_unread(study_dir, RECIPE, None) is False  # nothing to train
     with pytest.raises(HoldOutError, match=r"its test sets were read: .* by .*\(line 3 of ledger.jsonl\)") as caught:
-        require_unread(study_dir, larger(4), base, None)
+        require_unread(study_dir, larger(4), None)
     assert "--again REASON" in str(caught.value)
     assert len(read_ledger(study_dir)) == 3
-    assert require_unread(study_dir, larger(4), base, "a wider range") is True
+    assert require_unread(study_dir, larger(4), "a wider range") is True
     last = read_ledger(study_dir)[-1]
     assert (last.purpose, last.reason, last.details) == (
         "search went on",
         "a wider range",
         {"trials": 4, "trials_before": 2},
     )
-    assert require_unread(study_dir, larger(4), base, None) is False  # the same search, resumed
+    assert require_unread(study_dir, larger(4), None) is False  # the same search, resumed
     with pytest.raises(HoldOutError):
-        require_unread(study_dir, larger(5), base, None)
+        require_unread(study_dir, larger(5), None)
     write(study_dir, reason="once more")
     with pytest.raises(HoldOutError):
-        require_unread(study_dir, larger(4), base, None)
+        require_unread(study_dir, larger(4), None)
 
 
 @pytest.mark.parametrize("reason", ["", "  "])
 def test_a_reason_must_say_something(study_dir, reason):
     with pytest.raises(UsageError, match="--again: must give a reason"):
-        require_unread(study_dir, larger(4), base_of(study_dir), reason)
+        require_unread(study_dir, larger(4), reason)
 
 
 def test_the_recipe_of_another_study_is_not_written_down(study_dir):
     other = stand_in.make_recipe(9, epochs=7)
     with pytest.raises(RecipeError, match=r"train\.epochs"):
-        require_unread(study_dir, other, base_of(study_dir), "because")
+        require_unread(study_dir, other, "because")
     assert len(read_ledger(study_dir)) == 3
 
 
 def test_a_search_on_a_damaged_ledger_is_refused(study_dir):
     put(study_dir, lines_of(study_dir)[:2])
     with pytest.raises(HoldOutError, match="line 3, the last, was removed"):
-        require_unread(study_dir, larger(4), base_of(study_dir), "because")
+        require_unread(study_dir, larger(4), "because")

@@ -93,19 +93,19 @@ def test_sets_that_share_a_tree_share_its_listing_while_that_is_asked_for(tmp_pa
     recipe = load_recipe(tmp_path / "recipe.yaml", ["data.train.part=[0, 0.5]"])
     spec = recipe.data.train
     with listing_once():
-        first = list_set(spec, tmp_path, "one")
-        other = list_set(spec.model_copy(update={"part": (0.5, 1.0)}), tmp_path, "other")
+        first = list_set(spec, "one")
+        other = list_set(spec.model_copy(update={"part": (0.5, 1.0)}), "other")
         assert other is first
     next((tmp_path / "images" / "photo").glob("*/*.png")).unlink()
-    assert len(list_set(spec, tmp_path, "one")) == len(first) - 1
+    assert len(list_set(spec, "one")) == len(first) - 1
 
 
 @pytest.mark.parametrize("kind", SETS)
 def test_a_set_that_was_listed_before_is_the_same_set(here, tmp_path, monkeypatch, kind):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe = load_recipe(here / "folder.yaml", sets(*[kind] * 3))
-    write_sets(recipe, here, tmp_path / "prepared")
-    listed, opened = open_sets(recipe, here, tmp_path / "prepared"), open_sets(recipe, here)
+    write_sets(recipe, tmp_path / "prepared")
+    listed, opened = open_sets(recipe, tmp_path / "prepared"), open_sets(recipe)
     assert list(listed) == list(opened)
     for name, source in opened.items():
         mapped = listed[name]
@@ -118,13 +118,13 @@ def test_a_set_that_was_listed_before_is_the_same_set(here, tmp_path, monkeypatc
         assert mapped.content(3) == source.content(3)
         assert (mapped.pixels(3) == source.pixels(3)).all()
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"pack": "always"})})
-    assert not isinstance(open_sets(other, here, tmp_path / "prepared")["train"], ListedSource)  # of another recipe
+    assert not isinstance(open_sets(other, tmp_path / "prepared")["train"], ListedSource)  # of another recipe
 
 
 def test_a_container_that_changes_in_use_is_told(here, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe = load_recipe(here / "folder.yaml", sets(*["bytes"] * 3))
-    write_sets(recipe, here, tmp_path / "prepared")
-    mapped = replace(open_sets(recipe, here, tmp_path / "prepared")["train"], fingerprint="of before")
+    write_sets(recipe, tmp_path / "prepared")
+    mapped = replace(open_sets(recipe, tmp_path / "prepared")["train"], fingerprint="of before")
     with pytest.raises(DataError, match="must not change while a command uses it"):
         mapped.content(0)

@@ -1,6 +1,7 @@
 """Which images of a tree belong to a set: parts, shots, masks of classes, and images that cannot be decoded."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,16 @@ from carft_ray.data.sets import check_roles, check_sets, open_source, open_train
 from carft_ray.errors import DataError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.evaluation.predictions import predictions_table
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 
 CLASSES = ("bird", "cat", "dog")
 
 
 @pytest.fixture
-def tree(tmp_path):
+def tree(tmp_path, monkeypatch):
     """Three classes of forty images, without domains."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name in CLASSES:
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -37,7 +40,7 @@ def chosen(tree, names=None, **selection):
 def recipe_of(tree, **sets):
     whole = {"source": "folder", "path": "images"}
     data = {"train": {**whole, "part": [0.3, 1]}, "id_val": {**whole, "part": [0, 0.3]}, **sets}
-    return Recipe.model_validate({"data": data, "train": {"batch_size": 4}})
+    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}}), Path.cwd())
 
 
 def test_a_tree_without_domains_has_its_classes_at_the_root(tree):
@@ -106,9 +109,9 @@ def test_masked_predictions_are_those_of_the_logits_of_the_groups_alone():
 
 def test_one_tree_may_be_cut_into_roles_by_parts(tree):
     recipe = recipe_of(tree)
-    assert check_roles(recipe, tree) == check_sets(recipe, tree) == []
-    check_overlap(recipe, tree, tree / "cache")
-    assert len(open_train(recipe, tree)) + len(open_validation(recipe, tree)[0]) == 120
+    assert check_roles(recipe) == check_sets(recipe) == []
+    check_overlap(recipe, tree / "cache")
+    assert len(open_train(recipe)) + len(open_validation(recipe)[0]) == 120
 
 
 OVERLAPS = [
@@ -124,7 +127,7 @@ OVERLAPS = [
 @pytest.mark.parametrize(("other", "about", "step"), OVERLAPS)
 def test_parts_that_share_images_are_refused_with_what_they_share(tree, other, about, step):
     recipe = recipe_of(tree, id_val={"source": "folder", "path": "images", **other})
-    (problem,) = check_roles(recipe, tree)
+    (problem,) = check_roles(recipe)
     assert str(problem).startswith("data.id_val: a set has one role and must not share images with data.train, but got")
     assert problem.value.endswith(about)
     otherwise = "Give data.id_val images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1]."
@@ -135,7 +138,7 @@ def test_parts_that_share_images_are_refused_with_what_they_share(tree, other, a
         sets["id_val"] |= {"part": [0, 1], **other}
         for key, part in parts.items():
             sets[key.split(".")[1]]["part"] = json.loads(part)
-        assert check_roles(recipe_of(tree, **sets), tree) == []
+        assert check_roles(recipe_of(tree, **sets)) == []
 
 
 def test_a_part_without_images_is_told(tree):
@@ -162,9 +165,9 @@ def test_skipped_images_are_counted_in_the_manifest_and_fail_is_the_default(tree
     (tree / "images" / "cat" / "07.png").write_bytes(b"no image")
     whole = {"source": "folder", "path": "images", "on_bad_image": "skip"}
     recipe = recipe_of(tree, train={**whole, "part": [0.3, 1]}, id_val={**whole, "part": [0, 0.3]})
-    found = set_contents(recipe, tree)
+    found = set_contents(recipe)
     assert [found[name].get("num_skipped", 0) for name in ("train", "id_val")] in ([1, 0], [0, 1])
-    strict = open_source(recipe_of(tree).data.train.model_copy(update={"part": None}), "train", None, tree)
+    strict = open_source(recipe_of(tree).data.train.model_copy(update={"part": None}), "train", None)
     with pytest.raises(DataError, match=r"07\.png: must be a readable image"):
         strict.pixels(47)
 

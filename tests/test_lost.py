@@ -105,7 +105,7 @@ def _join(rank, port, function, *args):
     function(RunContext(rank=rank, world_size=2), *args)
 
 
-def agree(context, study_dir, recipe, base_dir, folder):
+def agree(context, study_dir, recipe, folder):
     assert gather(context, context.rank) == [0, 1]
     assert from_rank_0(context, lambda: f"made on {context.rank}") == "made on 0"
     with pytest.raises(StorageError, match="not by rank 0"):
@@ -121,7 +121,7 @@ def agree(context, study_dir, recipe, base_dir, folder):
         on_all_ranks(context, missing)
     assert caught.value.rank == 1
     resume_with_different_listings(context, folder)
-    start_without_the_study(context, study_dir, recipe, base_dir)
+    start_without_the_study(context, study_dir, recipe)
     lose_the_peer(context, folder)
 
 
@@ -155,9 +155,9 @@ def resume_with_different_listings(context, folder):
     assert max(seconds) < 600  # the time-out of a collective is 1800 s
 
 
-def start_without_the_study(context, study_dir, recipe, base_dir):
+def start_without_the_study(context, study_dir, recipe):
     """Rank 1 runs on a node without the study: its message arrives, by the rank that can write."""
-    with_study = attempts.make_plan(recipe, base_dir, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
+    with_study = attempts.make_plan(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
     plan = replace(with_study, study_dir=study_dir / "not here") if context.rank == 1 else with_study
     spec = stand_in.spec(1)
     if context.rank == 1:
@@ -177,9 +177,9 @@ def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_p
         raise DivergedError(Problem("alpha curve", rule, "at most 6.2 %", next_step=step))
 
     study_dir, recipe = tmp_path / "study", stand_in.make_recipe(1, baselines={})
-    with open_study(study_dir, recipe, tmp_path):
+    with open_study(study_dir, recipe):
         runner = attempts.Runner(stand_in.prepare, diverge)
-        plan = attempts.make_plan(recipe, tmp_path, study_dir, (attempts.Node(2, 0),), runner)
+        plan = attempts.make_plan(recipe, study_dir, (attempts.Node(2, 0),), runner)
         folder = stand_in.spec(1).folder(study_dir)
         assert not run_worker(plan, stand_in.spec(1), folder, RunContext())
     failure = read_failure(folder, 1)
@@ -205,7 +205,7 @@ def lose_the_peer(context, folder):
 @pytest.mark.slow
 def test_ranks_agree_on_what_they_resume_from_or_end_at_once_with_one_message(tmp_path):
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(tmp_path / "study", recipe, tmp_path):
+    with open_study(tmp_path / "study", recipe):
         pass
     codes = gloo(agree, tmp_path / "study", recipe, tmp_path, tmp_path / "checkpoints")
     assert codes == [0, -signal.SIGKILL]

@@ -33,7 +33,7 @@ print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF)
 @pytest.mark.parametrize("kind", ["openai-vit", "openai-resnet", "siglip", "mobileclip2"])
 def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
     folder = make_folder(FAMILIES[kind], tmp_path)
-    found, clip = describe(ModelPart(name=f"local-dir:{folder}"), tmp_path), load_folder(folder)
+    found, clip = describe(ModelPart(name=f"local-dir:{folder}")), load_folder(folder)
     visual = clip.model.visual
     assert found["input"]["size"] == clip.image_size
     assert (tuple(found["input"]["mean"]), tuple(found["input"]["std"])) == (clip.mean, clip.std)
@@ -51,13 +51,13 @@ def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
 
 
 def test_what_is_told_of_known_names():
-    found = describe(ModelPart(name="RN50-quickgelu", pretrained="openai"), Path())
+    found = describe(ModelPart(name="RN50-quickgelu", pretrained="openai"))
     assert found["weights"] == "not on this machine"
     assert found["logit_scale"] is None
     assert found["activations"] == {"image": "ReLU", "text": "QuickGELU"}
     assert found["widths"] == {"image": 2048, "text": 512, "embedding": 1024}
     assert {"tag": "openai", "name": "RN50-quickgelu", "quick_gelu": True} in found["tags"]
-    found = describe(ModelPart(name="ViT-L-14", pretrained="random"), Path())
+    found = describe(ModelPart(name="ViT-L-14", pretrained="random"))
     assert found["preprocessing_differs"]
     assert {tag["name"] for tag in found["tags"]} == {"ViT-L-14", "ViT-L-14-quickgelu"}
     assert [tag["tag"] for tag in found["tags"]] == open_clip.list_pretrained_tags_by_model("ViT-L-14")
@@ -78,12 +78,12 @@ def test_weights_that_do_not_fit_are_told_without_loading_them(tmp_path):
     with pytest.raises(
         DataError, match=r"the tensors of open_clip_model\.safetensors must be those of the model, but got"
     ):
-        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)), tmp_path)
+        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)))
     file.write_bytes(b"\x00" * 100)
     with pytest.raises(DataError, match="must be a weights file that can be read"):
-        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)), tmp_path)
+        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)))
     with pytest.raises(RecipeError, match="did you mean 'ViT-B-32'"):
-        describe(ModelPart(name="ViT-B-33"), tmp_path)
+        describe(ModelPart(name="ViT-B-33"))
 
 
 def run(*words):
@@ -136,9 +136,9 @@ def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     (page / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     part = ModelPart(name="hf-hub:nobody/clip")
-    clip = load_clip(part, tmp_path)
+    clip = load_clip(part)
     assert clip.weights_hash == load_folder(page / "snapshots" / ("a" * 40)).weights_hash
-    assert describe(part, tmp_path)["logit_scale"] == pytest.approx(clip.logit_scale)
+    assert describe(part)["logit_scale"] == pytest.approx(clip.logit_scale)
     assert torch.is_tensor(clip.tokenizer(["a"]))
 
 

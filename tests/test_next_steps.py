@@ -29,7 +29,7 @@ def recipe_of(trials, **search):
 
 def make(study_dir, recipe, num_finished, objective=0.5):
     """A study of so many finished trials, and one more that has begun where the recipe has more."""
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         study.adopt()
         study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})

@@ -55,7 +55,7 @@ def told(study_dir):
 
 
 def make_study(study_dir, recipe):
-    with open_study(study_dir, recipe, study_dir.parent) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.tell_zero_shot(ZERO_SHOT)
         return run_all(study)
@@ -71,17 +71,17 @@ def test_trainings_and_points_are_counted_apart(study_dir):
     assert len(search.trials) > 8
     assert [row.number for row in rows] != list(range(5))  # the points between have numbers, too
     assert [trial.number for trial in search.trials if is_training(trial)] == [row.number for row in rows]
-    with open_study(study_dir, make_recipe(5), study_dir.parent) as study:
+    with open_study(study_dir, make_recipe(5)) as study:
         study.adopt()
         assert study.done()
     assert total_trials("+2", read_study_with_recipe(study_dir, make_recipe(5))) == 7
-    with open_study(study_dir, make_recipe(7), study_dir.parent) as study:
+    with open_study(study_dir, make_recipe(7)) as study:
         study.adopt()
         assert len(run_all(study)) == 2
 
 
 def read_study_with_recipe(study_dir, recipe):
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, study_dir.parent))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     return read_study(study_dir)
 
 
@@ -147,7 +147,7 @@ def test_weights_of_all_trainings_on_the_front_stay(study_dir):
 
 
 def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(study_dir):
-    with open_study(study_dir, make_recipe(6, baselines={}), study_dir.parent) as study:
+    with open_study(study_dir, make_recipe(6, baselines={})) as study:
         study.adopt()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
@@ -228,9 +228,9 @@ def searched(tmp_path_factory):
     pareto = load_recipe(path, cache)
     studies = {name: (folder / name).resolve() for name in ("pareto", "constrained")}
     for name, recipe in (("pareto", pareto), ("constrained", constrained)):
-        with open_study(studies[name], recipe, folder):
+        with open_study(studies[name], recipe):
             pass
-        short_study.search(studies[name], recipe, folder)
+        short_study.search(studies[name], recipe)
     return folder, studies
 
 
@@ -279,7 +279,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
     def search(num_trials, points_of_new):
         recipe = make_recipe(num_trials, objective=objective, baselines={})
-        with open_study(study_dir, recipe, study_dir.parent) as study:
+        with open_study(study_dir, recipe) as study:
             study.adopt()
             study.tell_zero_shot(ZERO_SHOT)
             spec = study.next()
@@ -292,7 +292,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         first, second, notes = plan(view, 1, 2)
         said = [*notes, cost(view, first)]
         wanted, trained = fix(study_dir, view.recipe, first, second, first), []
-        with open_study(study_dir, view.recipe, study_dir.parent) as study:
+        with open_study(study_dir, view.recipe) as study:
             study.adopt_confirm(wanted)
             while (spec := study.next()) is not None:
                 curve_stand_in.write_result(study, spec)
@@ -327,16 +327,16 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
 @pytest.mark.slow
 def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand(searched, tmp_path):
-    folder, studies = searched
+    _, studies = searched
     study_dir = Path(shutil.copytree(studies["pareto"], tmp_path / "study")).resolve()
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
-    with open_study(study_dir, view.recipe, folder) as study:
+    with open_study(study_dir, view.recipe) as study:
         study.adopt_confirm(fix(study_dir, view.recipe, first, None, first))
         while (spec := study.next()) is not None:
             recipe, place = apply(view.recipe, spec.values), spec.folder(study_dir)
-            prepare(recipe, folder, study_dir / "prepared")
-            run_training(recipe, folder, place, study_dir / "prepared", RunContext(), spec.attempt)
+            prepare(recipe, study_dir / "prepared")
+            run_training(recipe, place, study_dir / "prepared", RunContext(), spec.attempt)
             study.settle(spec)
     best = view.best
     for point in best.points:
@@ -392,7 +392,6 @@ def test_a_pareto_search_over_ray(tmp_path, monkeypatch):
     try:
         result = run_search(
             recipe,
-            tmp_path,
             tmp_path / "study",
             None,
             events.append,

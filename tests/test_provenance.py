@@ -45,8 +45,8 @@ def here(tmp_path_factory):
         "search.sampler.seed=11",
     ]
     recipe = load_recipe(path, always)
-    train_once(recipe, folder, folder / "run", False, "", quiet, quiet, quiet)
-    short_study.search(folder / "study", recipe, folder)
+    train_once(recipe, folder / "run", False, "", quiet, quiet, quiet)
+    short_study.search(folder / "study", recipe)
     return folder, recipe
 
 
@@ -57,13 +57,14 @@ def as_a_new_process(recipe, cache_dir):
 
 def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
     folder, recipe = here
-    claim(tmp_path, recipe, folder)
+    claim(tmp_path, recipe)
     found = manifest(tmp_path)["provenance"]
     assert found["seeds"] == {"sampler": 11, "train": 0}
     assert found["code"] == environment.code()
     assert found["versions"] == environment.versions()
     assert found["hardware"]["threads"] == 1
-    assert found["test_sets"] == {"id_test": {"source": "folder", "path": "images", "domains": ["secret"]}}
+    secret = {"source": "folder", "path": str(folder / "images"), "domains": ["secret"]}
+    assert found["test_sets"] == {"id_test": secret}
     assert "data" not in found
 
 
@@ -78,7 +79,7 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     assert found["data"] == expected
     assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
     assert found["templates"] == list(recipe.prompts.templates)
-    assert found["model"] == {"weights_hash": load_materials(recipe, folder).clip.weights_hash}
+    assert found["model"] == {"weights_hash": load_materials(recipe).clip.weights_hash}
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
     assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores()}
     assert found["hardware"]["gpus"] == []
@@ -88,7 +89,7 @@ def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
     folder, recipe = here
     read, content_of = set(), StoredSource.content
     monkeypatch.setattr(StoredSource, "content", lambda self, index: read.add(self.name) or content_of(self, index))
-    found = set_contents(recipe, folder)
+    found = set_contents(recipe)
     assert found == manifest(folder / "run")["provenance"]["data"]
     assert read == set(found) == {"train", "id_val", "sketch"}
 
@@ -105,17 +106,17 @@ def test_a_result_says_on_what_it_was_computed(here):
 def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):
     folder, recipe = here
     before = (folder / "study" / "manifest.json").read_bytes()
-    short_study.search(folder / "study", recipe, folder)
+    short_study.search(folder / "study", recipe)
     assert (folder / "study" / "manifest.json").read_bytes() == before
 
 
 def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_first(here, monkeypatch):
     folder, recipe = here
-    study_dir = short_study.search(folder / "moved", recipe, folder, num_attempts=0)
+    study_dir = short_study.search(folder / "moved", recipe, num_attempts=0)
     first = manifest(study_dir)["provenance"]
     for number, version in enumerate(("9.8", "9.8", "9.9"), start=1):
         monkeypatch.setattr(environment, "versions", lambda version=version: {**first["versions"], "torch": version})
-        short_study.search(study_dir, recipe, folder, num_attempts=0)
+        short_study.search(study_dir, recipe, num_attempts=0)
         history = manifest(study_dir)["provenance"]["history"]
         assert [entry["versions"]["torch"] for entry in history] == ["9.8", "9.9"][: max(1, number - 1)]
     now = manifest(study_dir)["provenance"]
@@ -125,13 +126,13 @@ def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_firs
 
 def test_a_study_does_not_go_on_with_other_images(here):
     folder, recipe = here
-    study_dir = short_study.search(folder / "changed", recipe, folder, num_attempts=1)
+    study_dir = short_study.search(folder / "changed", recipe, num_attempts=1)
     image = folder / "images" / "sketch" / "star" / "0.png"
     kept, times = image.read_bytes(), image.stat()
     short_training.write_image(image, 4, 12345)
     try:
         with pytest.raises(DataError, match=r"data\.ood_val\.sketch: the contents"):
-            short_study.search(study_dir, as_a_new_process(recipe, folder / "cache2"), folder)
+            short_study.search(study_dir, as_a_new_process(recipe, folder / "cache2"))
     finally:
         image.write_bytes(kept)
         os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -150,35 +151,35 @@ def test_a_study_does_not_go_on_with_other_names_of_the_classes():
 
 def test_images_may_move_and_are_no_others(here):
     folder, recipe = here
-    study_dir = short_study.search(folder / "moving", recipe, folder, num_attempts=1)
+    study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)
     shutil.copytree(folder / "images", folder / "another")
 
     def elsewhere(cache):
-        text = dump_recipe(as_a_new_process(recipe, folder / cache)).replace("path: images", "path: another")
+        text = dump_recipe(as_a_new_process(recipe, folder / cache)).replace(f"{folder}/images", f"{folder}/another")
         (folder / "moved.yaml").write_text(text)
         return load_recipe(folder / "moved.yaml")
 
-    short_study.search(study_dir, elsewhere("cache4"), folder, num_attempts=0)
+    short_study.search(study_dir, elsewhere("cache4"), num_attempts=0)
     assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
     short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
     with pytest.raises(DataError, match=r"data\.id_val: the contents"):
-        short_study.search(study_dir, elsewhere("cache5"), folder, num_attempts=0)
+        short_study.search(study_dir, elsewhere("cache5"), num_attempts=0)
 
 
 def test_a_file_that_was_only_touched_is_no_other_image(here):
     folder, recipe = here
-    study_dir = short_study.search(folder / "touched", recipe, folder, num_attempts=0)
+    study_dir = short_study.search(folder / "touched", recipe, num_attempts=0)
     before = manifest(study_dir)
     os.utime(folder / "images" / "photo" / "star" / "0.png")
     prepared = (study_dir / "prepared" / "prepared.json").read_bytes()
-    short_study.search(study_dir, as_a_new_process(recipe, folder / "cache3"), folder, num_attempts=0)
+    short_study.search(study_dir, as_a_new_process(recipe, folder / "cache3"), num_attempts=0)
     assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
     assert manifest(study_dir) == before
 
 
 def test_without_findings_nothing_is_recorded(here, tmp_path):
-    folder, recipe = here
-    claim(tmp_path, recipe, folder)
+    _, recipe = here
+    claim(tmp_path, recipe)
     before = manifest(tmp_path)
     record_provenance(tmp_path, recipe, None)
     assert manifest(tmp_path) == before
@@ -192,12 +193,12 @@ def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
         f"  cache_dir: {tmp_path}\ntrain: {{batch_size: 8}}\n"
     )
     recipe = load_recipe(recipe_path)
-    found = set_contents(recipe, tmp_path, load_materials(recipe, tmp_path))
+    found = set_contents(recipe, load_materials(recipe))
     from carft_ray.data.sandbox import sandbox_source
 
     for name, split in (("train", "train"), ("id_val", "val")):
         assert found[name]["digest"] == content.set_digest(sandbox_source("photo", split, 1, name))
-    assert set_contents(recipe, tmp_path) == {}
+    assert set_contents(recipe) == {}
 
 
 def git(folder, *words):

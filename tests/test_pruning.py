@@ -1,7 +1,6 @@
 """Pruning: the rules against Optuna's own, looks that count, cuts that survive kills, recipes that cannot cut."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -28,7 +27,6 @@ from carft_ray.search.pruning import Looked, cut_reason, deciding_look, look_of
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 
-BASE = Path(__file__).parent
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
 
@@ -188,7 +186,7 @@ def frozen(study_dir, number):
 
 
 def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first, second = begin(study), begin(study)
         assert study.report(first, row(2, 0.6)) is None
@@ -222,7 +220,7 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
 
 
 def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
@@ -236,7 +234,7 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
 
 
 def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training_are_noted(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first, second = begin(study), begin(study)
         write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
@@ -256,13 +254,13 @@ def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training
 
 
 def test_a_decided_cut_is_told_at_adoption_and_not_run_again(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it looked
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         assert [(told.number, told.outcome) for told in study.adopt()] == [(1, "pruned"), (2, "pruned")]
         again = study.next()
         assert (again.number, again.attempt) == (0, 2)
@@ -277,7 +275,7 @@ def test_adopted_trials_keep_their_rungs_and_brackets(study_dir, name):
     def told(folder, reopen):
         recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner={"name": name})
         found = []
-        with open_study(folder, recipe, BASE) as study:
+        with open_study(folder, recipe) as study:
             study.adopt()
             specs = [begin(study) for _ in range(8)]
             if not reopen:
@@ -287,7 +285,7 @@ def test_adopted_trials_keep_their_rungs_and_brackets(study_dir, name):
         if reopen:
             for rung, epoch in enumerate((2, 4)):
                 for spec in specs:
-                    with open_study(folder, recipe, BASE) as study:
+                    with open_study(folder, recipe) as study:
                         study._take_over("trial")
                         if (spec.kind, spec.number) not in study._trials:
                             found.append(None)
@@ -302,18 +300,18 @@ def test_adopted_trials_keep_their_rungs_and_brackets(study_dir, name):
 
 
 def test_looks_at_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE):
+    with open_study(study_dir, recipe):
         pass
     (study_dir / "study.journal").unlink()
     storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
     optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         assert study.settle(second).outcome == "pruned"
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         _, third = begin(study), begin(study)
         assert study.report(third, row(2, 0.55))
@@ -337,8 +335,8 @@ def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=hyperband"]
     recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
-    prepare(recipe, tmp_path, tmp_path / "prepared", share_targets=False)
-    run_training(recipe, tmp_path, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
+    prepare(recipe, tmp_path / "prepared", share_targets=False)
+    run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
     assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
     assert [look[0] for line in lines if (look := look_of(recipe, {}, line))] == [33, 67]
 
@@ -375,7 +373,7 @@ def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end()
 
 
 def test_status_holds_the_pruner(study_dir, recipe):
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
     assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
 
@@ -413,7 +411,7 @@ def test_a_pruner_that_could_cut_nothing_is_refused(place, arguments):
 def test_a_warm_up_that_covers_all_looks_is_refused(warmup, refused):
     recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, looks after 3 and 6 epochs
     train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
-    problems = check_sets(recipe.model_copy(update={"train": train}), BASE)
+    problems = check_sets(recipe.model_copy(update={"train": train}))
     assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])
 
 

@@ -85,7 +85,7 @@ def plant(recipe, folder):
     """
     sets = {".".join(path): spec for path, spec in named_sets(recipe).items() if path[1] != "ood_val"}
     places = list(sets)[:3]
-    sources = [open_source(sets[place], place, None, folder) for place in places]
+    sources = [open_source(sets[place], place, None) for place in places]
     planted = set()
     for number in range(2):
         for index, how in enumerate(("same bytes", "same picture"), start=2 * number):
@@ -120,7 +120,7 @@ def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_r
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
         make_folders(resolve_path(tree, folder), sorted(domains))
     planted = set() if name == "quickstart" else plant(recipe, folder)
-    found = examine(recipe, folder, num_images=50)
+    found = examine(recipe, num_images=50)
     assert [str(problem) for problem in found.errors] == []
     assert set(found.zero_shot) == {"id_val", *recipe.data.ood_val}
     assert set(found.sets) == {".".join(path) for path in named_sets(recipe)}

@@ -75,8 +75,8 @@ def write_training(folder, table, objective, alpha):
 def make_study(study_dir, recipe, alpha=0.65):
     rng = np.random.default_rng(0)
     stored = sorted({*GRID, alpha})
-    with open_study(study_dir, recipe, BASE) as study:
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    with open_study(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
         study.tell_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
         write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
@@ -242,8 +242,8 @@ def test_confirmed_configurations_give_the_seed_noise(study_dir):
 
 def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
     recipe = make_recipe()
-    with open_study(tmp_path / "new", recipe, BASE):
-        (tmp_path / "new" / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    with open_study(tmp_path / "new", recipe):
+        (tmp_path / "new" / "resolved.yaml").write_text(dump_recipe(recipe))
     code, _, err = run(capsys, tmp_path / "new")
     assert code == 6
     assert "must have a finished trial" in err

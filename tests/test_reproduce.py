@@ -55,8 +55,8 @@ def original(tmp_path_factory):
         "search.baselines={fine_tuning: {kl_weight: 0}, longer: {epochs: 3}}",
     ]
     recipe = load_recipe(short_training.make(here), overrides)
-    short_study.search(here / "study", recipe, here)
-    train_once(recipe, here, here / "run", False, "", quiet, quiet, quiet)
+    short_study.search(here / "study", recipe)
+    train_once(recipe, here / "run", False, "", quiet, quiet, quiet)
     return here
 
 
@@ -87,7 +87,7 @@ def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
     """It is a training like a trial, with a seed of its own and no stored targets."""
     name = next((here / "study" / "trials").iterdir()).name
     recipe = load_recipe(original / "study" / "resolved.yaml", ["train.seed=5"])
-    train_once(recipe, original, here / "seed5", False, "", quiet, quiet, quiet)
+    train_once(recipe, here / "seed5", False, "", quiet, quiet, quiet)
     shutil.copytree(here / "seed5", here / "study" / "confirm" / f"{name}-seed5")
     assert again(here / "study", f"confirm/{name}-seed5").same
     with pytest.raises(UsageError, match=f"did you mean 'confirm/{name}-seed5'"):

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import crash_host
 import numpy as np
@@ -56,14 +55,14 @@ def searched(folder, mode, num_trials):
         path, [f"data.cache_dir={folder / 'cache'}", f"search.trials={num_trials}", "search.keep_checkpoints=1"]
     )
     study_dir = folder / "study"
-    with open_study(study_dir, recipe, folder) as study:
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
+    with open_study(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
         prepared = study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, folder, prepared, lambda text: None))
+        study.tell_zero_shot(prepare(recipe, prepared, lambda text: None))
         while (spec := study.next()) is not None:
             out = spec.folder(study_dir)
-            run_training(apply(recipe, spec.values), folder, out, prepared, RunContext(), spec.attempt)
+            run_training(apply(recipe, spec.values), out, prepared, RunContext(), spec.attempt)
             study.settle(spec)
     return study_dir
 
@@ -205,7 +204,7 @@ def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_ane
     (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
     with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 2, but got 1"):
         rescore(view, objective_spec(view.recipe))
-    again = prepare(view.recipe, view.study_dir, prepared, lambda text: None)
+    again = prepare(view.recipe, prepared, lambda text: None)
     assert read_predictions(path).equals(table)
     assert again["objective"] == content["metrics"]["objective"]
 
@@ -288,8 +287,8 @@ def test_a_mistake_gives_one_message_and_its_exit_code(run, words, code, message
 
 def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, capsys):
     recipe = stand_in.make_recipe(2)
-    with open_study(tmp_path / "empty", recipe, Path(__file__).parent) as study:
-        (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe, Path(__file__).parent))
+    with open_study(tmp_path / "empty", recipe) as study:
+        (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
     monkeypatch.chdir(tmp_path)
     assert crash_host.call(["rescore", "empty"]) == 6

@@ -482,7 +482,7 @@ def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
     assert grid_size(recipe.search.space) == num_trials(recipe) == size
     study_dir = tmp_path / "study"
     for _ in range(3):  # opened again in the middle, and at the end
-        with open_study(study_dir, recipe, BASE) as study:
+        with open_study(study_dir, recipe) as study:
             study.adopt()
             begun = [study.next() for _ in range(9)]
             for spec in filter(None, begun):
@@ -547,11 +547,11 @@ def test_points_are_tried_first_in_their_order_and_once(tmp_path):
     points = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"train": {"learning_rate": 1e-4}}, {"kl_weight": 10}]
     recipe = make_recipe(6, baselines={}, points=points)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with open_study(whole, recipe, BASE) as study:
+    with open_study(whole, recipe) as study:
         study.adopt()
         run_all(study)
     for _ in range(7):
-        with open_study(parts, recipe, BASE) as study:
+        with open_study(parts, recipe) as study:
             study.adopt()
             spec = study.next()
             if spec is not None:
@@ -749,7 +749,7 @@ def cmaes_study(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     study_dir, recipe = tmp_path / "study", make_recipe(6, baselines={}, sampler={"name": "cmaes"})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         for _ in range(3):
             spec = study.next()
@@ -775,7 +775,7 @@ def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
     study_dir, recipe, trace = cmaes_study
     token = (study_dir / "token").read_text().strip()
     assert [path.name for path in (study_dir.parent / "cache/carft-ray/studies").iterdir()] == [token]
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         study.next()
     assert trace.exists()
@@ -797,22 +797,22 @@ def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_st
     elif token == "a path":
         (study_dir / "token").write_text("../../other")
     before = (study_dir / "study.journal").read_bytes()
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         with pytest.raises(UsageError) as caught:
             study.adopt()
         assert len(caught.value.problems) == 1
         assert "add --trust" in str(caught.value)
-    with open_study(study_dir, recipe, BASE) as study, pytest.raises(UsageError, match="add --trust"):
+    with open_study(study_dir, recipe) as study, pytest.raises(UsageError, match="add --trust"):
         study._spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
     assert not trace.exists()
     assert (study_dir / "study.journal").read_bytes() == before
     assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing
     assert not trace.exists()
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt(trusted=True)
         study.next()
     assert trace.exists()
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()  # it counts as the user's own now
 
 
@@ -820,7 +820,7 @@ def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch
     study_dir, recipe, trace = cmaes_study
     monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
     data = recipe.data.model_copy(update={"cache_dir": str(study_dir.parent / "cache/carft-ray")})
-    with open_study(study_dir, recipe.model_copy(update={"data": data}), BASE) as study, pytest.raises(UsageError):
+    with open_study(study_dir, recipe.model_copy(update={"data": data})) as study, pytest.raises(UsageError):
         study.adopt()
     assert not trace.exists()
 
@@ -835,7 +835,7 @@ def test_a_study_without_a_pickle_may_go_on_with_cmaes(tmp_path, monkeypatch):
 
 def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with open_study(tmp_path / "study", make_recipe(2, baselines={}), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         study.adopt()
     assert not (tmp_path / "study" / "token").exists()
     assert not (tmp_path / "cache").exists()
@@ -845,7 +845,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
     import carft_ray.launch.search
 
     study_dir, recipe, trace = cmaes_study
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
     commands = (["resume", study_dir], ["search", study_dir / "resolved.yaml", "--study", study_dir])
     for command in commands:
@@ -874,7 +874,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
 
 def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
-    with open_study(tmp_path / "study", recipe, BASE) as study:
+    with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         run_all(study)
     rows = trials(tmp_path / "study")

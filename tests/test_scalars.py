@@ -54,12 +54,12 @@ def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scalars")
     overrides = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2", "search.baselines.soft={label_smoothing: 0.1}"]
     recipe = load_recipe(short_training.make(folder), overrides)
-    result, _ = train_once(recipe, folder, folder / "out", False, "", *NOTHING)
+    result, _ = train_once(recipe, folder / "out", False, "", *NOTHING)
     once = len(list((folder / "out" / RUN).iterdir()))
-    train_once(recipe, folder, folder / "out", True, "", *NOTHING)
+    train_once(recipe, folder / "out", True, "", *NOTHING)
     assert len(list((folder / "out" / RUN).iterdir())) == once
     (folder / "out" / "result.json").unlink()
-    train_once(recipe, folder, folder / "out", True, "", *NOTHING)
+    train_once(recipe, folder / "out", True, "", *NOTHING)
     assert len(list((folder / "out" / RUN).iterdir())) == once + 1
     return folder / "out", recipe, result
 

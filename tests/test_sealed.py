@@ -97,7 +97,7 @@ def right(study, name, domain, alpha):
     trained = open_trained(study, name)
     recipe, clip = trained.recipe, trained.materials.clip
     spec = recipe.data.id_test if domain == "photo_test" else recipe.data.ood_test[domain]
-    source = open_source(spec, domain, class_folders(recipe, Path("/")), Path("/"))
+    source = open_source(spec, domain, class_folders(recipe))
     classifier = trained.classifier(0.0)
     zero_shot = {key: tensor.clone() for key, tensor in classifier.state().items()}
     mixed = {
@@ -321,7 +321,7 @@ def confirmed(here):
         for seed in stage.seeds:
             chosen = apply(recipe, {**row.values, "alpha": row.alpha, "seed": seed})
             folder = study / "confirm" / training_name(row.name, seed)
-            run_training(chosen, Path("/"), folder, study / "prepared", RunContext())
+            run_training(chosen, folder, study / "prepared", RunContext())
     summarise(study, recipe, stage, None)
     return study
 
@@ -376,9 +376,9 @@ def test_a_study_without_test_sets_is_told_to_begin_another(run, here, folder):
 
 def test_a_study_without_a_finished_trial_is_told(run, here, folder):
     recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1"])
-    with open_study(here / "empty", recipe, here) as study:
+    with open_study(here / "empty", recipe) as study:
         study.adopt()
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe, here))
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     code, _, err = run("test", "empty")
     assert code == 6
     assert "must have a finished trial" in err
@@ -468,8 +468,8 @@ def test_after_a_read_resume_with_nothing_to_do_needs_no_reason(run, again):
 
 def test_a_read_after_the_search_went_on_says_so(run, again):
     recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
-    assert require_unread(again, recipe, again, "a wider range")
-    short_sealed.search(again, recipe, again)
+    assert require_unread(again, recipe, "a wider range")
+    short_sealed.search(again, recipe)
     assert len(trials(again)) == 3
     code, out, err = run("test", "study", "--again", "after a wider range", "--json")
     assert code == 0, err

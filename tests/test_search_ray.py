@@ -39,19 +39,8 @@ def workers_find_the_stand_in(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
 
 
-@pytest.fixture
-def base_dir(tmp_path):
-    folder = tmp_path / "base"
-    folder.mkdir()
-    return folder
-
-
-def modes(base_dir, **of_trials):
-    (base_dir / "modes.json").write_text(json.dumps(of_trials))
-
-
-def driver(study_dir, base_dir, num_trials, **search):
-    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(base_dir), str(num_trials)]
+def driver(study_dir, num_trials, **search):
+    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
     command += ["{}", "", json.dumps(search)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -68,10 +57,12 @@ def read_until(process, words):
 
 
 @pytest.mark.slow
-def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path, base_dir):
-    modes(base_dir, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once", "6": "slow_end"})
+def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path):
+    stand_in.tell(
+        tmp_path, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once", "6": "slow_end"}
+    )
     study_dir = tmp_path / "study"
-    process = driver(study_dir, base_dir, 8)
+    process = driver(study_dir, 8)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
     assert errors == ""  # nothing of Ray's reaches the terminal
@@ -89,17 +80,17 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ray, "init", None)  # nothing is left to do, so no Ray is started
-        again = run_search(stand_in.make_recipe(8, epochs=4), base_dir, study_dir, None, runner=RUNNER)
+        again = run_search(stand_in.make_recipe(8, epochs=4), study_dir, None, runner=RUNNER)
     assert again.num_new == 0
     assert again.trials == rows
     assert {row.name for row in again.baselines} == {"zero_shot", "plain"}
 
 
 @pytest.mark.slow
-def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp_path, base_dir):
-    modes(base_dir, seconds=0.5, slow_stop=3)  # seconds that a stopped training cleans up; Tune would give it 2
+def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp_path):
+    stand_in.tell(tmp_path, seconds=0.5, slow_stop=3)  # seconds that a stopped training cleans up; Tune would give it 2
     study_dir = tmp_path / "study"
-    process = driver(study_dir, base_dir, 6)
+    process = driver(study_dir, 6)
     read_until(process, ["TrialFinished"])
     read_until(process, ["TrialEpoch"])  # of another one, which is in the middle of its training
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
@@ -116,13 +107,13 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
     assert (study_dir / "figure.png").exists()
 
-    process = driver(study_dir, base_dir, 6)
+    process = driver(study_dir, 6)
     lines = read_until(process, ["TrialFinished", "TrialStarted"])
     process.kill()
     output, _ = process.communicate(timeout=600)
     assert not any(f"TrialStarted {name} " in line for name in done for line in lines)
 
-    process = driver(study_dir, base_dir, 6)
+    process = driver(study_dir, 6)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
     rows = trials(study_dir)
@@ -137,9 +128,9 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
 
 
 @pytest.mark.slow
-def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_however_they_end(tmp_path, base_dir):
+def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_however_they_end(tmp_path):
     """One is trained to its end, one is cut at a rung, one diverges."""
-    modes(base_dir, seconds=1.5, **{"2": "diverge"})
+    stand_in.tell(tmp_path, seconds=1.5, **{"2": "diverge"})
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
     recipe = stand_in.make_recipe(3, epochs=4, resources=resources, **HALVING)
     left, seen = [], []
@@ -151,7 +142,7 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_howe
             groups = [group for group in groups if "CPU" in str(group["bundles"])]  # Tune's own holds none
             left.extend(group for group in groups if group["state"] != "REMOVED")
 
-    result = run_search(recipe, base_dir, tmp_path / "study", None, on_event, RUNNER)
+    result = run_search(recipe, tmp_path / "study", None, on_event, RUNNER)
     assert not ray.is_initialized()
     assert left == []
     assert [event.reason for event in seen if isinstance(event, Started)] == ["search.concurrency"]
@@ -166,12 +157,12 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_howe
 
 
 @pytest.mark.slow
-def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path, base_dir):
+def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path):
     """Inline, one at a time, so that the order is that of the numbers."""
-    modes(base_dir, seconds=0.8)
+    stand_in.tell(tmp_path, seconds=0.8)
 
     def finished(study_dir):
-        process = driver(study_dir, base_dir, 3, **HALVING)
+        process = driver(study_dir, 3, **HALVING)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, output + errors
         assert errors == ""
@@ -181,7 +172,7 @@ def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(
     assert {outcome for _, _, outcome, _, _ in expected} == {"complete", "pruned"}
 
     study_dir = tmp_path / "killed"
-    process = driver(study_dir, base_dir, 3, **HALVING)
+    process = driver(study_dir, 3, **HALVING)
     while not any(row.looks.keys() >= {25} and row.number for row in begun(study_dir)):  # a later trial, first rung
         assert process.poll() is None
         time.sleep(0.3)
@@ -196,12 +187,12 @@ def begun(study_dir):
 
 
 @pytest.mark.slow
-def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path, base_dir):
+def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path):
     """Inline, one at a time: both run in the same process, which Tune reuses."""
-    modes(base_dir, **{"0": "slow_end"}, tell_pid=True)
+    stand_in.tell(tmp_path, **{"0": "slow_end"}, tell_pid=True)
     recipe = stand_in.make_recipe(2, baselines={}, concurrency=1)
     seen = []
-    result = run_search(recipe, base_dir, tmp_path / "study", None, seen.append, RUNNER)
+    result = run_search(recipe, tmp_path / "study", None, seen.append, RUNNER)
     assert len({row.metrics["pid"] for row in result.trials}) == 1
     assert result.elapsed_s > 5
     assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1)] * 2
@@ -209,19 +200,19 @@ def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path, base_dir):
-    (base_dir / "no_data").touch()
+def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path):
+    (stand_in.tell(tmp_path) / "no_data").touch()
     with pytest.raises(DataError, match="there is no data"):
-        run_search(stand_in.make_recipe(2), base_dir, tmp_path / "study", None, runner=RUNNER)
+        run_search(stand_in.make_recipe(2), tmp_path / "study", None, runner=RUNNER)
     assert not ray.is_initialized()
     assert not (tmp_path / "study").exists()  # free for the mended recipe
 
 
 @pytest.mark.slow
-def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path, base_dir):
-    modes(base_dir, **{"1": "no_data"})
+def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
+    stand_in.tell(tmp_path, **{"1": "no_data"})
     with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
-        run_search(stand_in.make_recipe(4, concurrency=1), base_dir, tmp_path / "study", None, runner=RUNNER)
+        run_search(stand_in.make_recipe(4, concurrency=1), tmp_path / "study", None, runner=RUNNER)
     assert caught.value.exit_code == 4
     assert "trial t0001-" in str(caught.value)
     complete, failed = trials(tmp_path / "study")
@@ -230,29 +221,29 @@ def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path, base_di
     assert (tmp_path / "study" / "figure.png").exists()
 
 
-def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path, base_dir):
+def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
     recipe = stand_in.make_recipe(3, baselines={})
-    with open_study(tmp_path / "study", recipe, base_dir) as study:
+    with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         while (spec := study.next()) is not None:
             spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
             write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "")
             study.settle(spec)
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
-        run_search(recipe, base_dir, tmp_path / "study", runner=RUNNER)
+        run_search(recipe, tmp_path / "study", runner=RUNNER)
     assert caught.value.exit_code == 6
     assert not ray.is_initialized()
 
 
-def test_a_second_search_and_one_of_another_recipe_are_refused_before_ray_starts(tmp_path, base_dir):
+def test_a_second_search_and_one_of_another_recipe_are_refused_before_ray_starts(tmp_path):
     recipe = stand_in.make_recipe(3)
     with (
-        open_study(tmp_path / "study", recipe, base_dir),
+        open_study(tmp_path / "study", recipe),
         pytest.raises(StorageError, match="is in use: two searches on one study would spoil it"),
     ):
-        run_search(recipe, base_dir, tmp_path / "study", runner=RUNNER)
+        run_search(recipe, tmp_path / "study", runner=RUNNER)
     with pytest.raises(RecipeError, match=r"train\.epochs: must be 2 as in"):
-        run_search(stand_in.make_recipe(3, epochs=5), base_dir, tmp_path / "study", runner=RUNNER)
+        run_search(stand_in.make_recipe(3, epochs=5), tmp_path / "study", runner=RUNNER)
     assert not ray.is_initialized()
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +29,6 @@ from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
 from carft_ray.search.rows import trials
 from carft_ray.search.study import LOST_ATTEMPTS, open_study
-
-BASE = Path(__file__).parent
 
 
 class Tune:
@@ -88,7 +85,7 @@ class Tune:
 def tune(tmp_path):
     """A search of 6 trials, 2 at a time."""
     events = []
-    with open_study(tmp_path / "study", make_recipe(6), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(6)) as study:
         study.adopt()
         tune = Tune(StudySearcher(study, 2, events.append))
         tune.events = events
@@ -355,7 +352,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
 
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
-    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"}), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
         study.adopt()
         tune = Tune(StudySearcher(study, 32, lambda event: None))
         live = [tune.start() for _ in range(32)]

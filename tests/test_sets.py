@@ -20,6 +20,7 @@ from carft_ray.data.sets import (
     open_validation,
 )
 from carft_ray.errors import DataError
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 
 ROLES = ("train", "id_val", "sketch_val", "id_test", "sketch_test")
@@ -53,7 +54,8 @@ def folder_recipe(data=None, **parts):
         "id_test": folder_set("id_test"),
         "ood_test": {"other": folder_set("sketch_test")},
     }
-    return Recipe.model_validate({"data": sets | (data or {}), "train": {"batch_size": 4}, **parts})
+    recipe = Recipe.model_validate({"data": sets | (data or {}), "train": {"batch_size": 4}, **parts})
+    return absolute_paths(recipe, Path.cwd())
 
 
 def sandbox_recipe(data=None, **parts):
@@ -64,11 +66,13 @@ def sandbox_recipe(data=None, **parts):
         "id_test": sandbox_set(split="test"),
         "ood_test": {"other": sandbox_set("cartoon", "test")},
     }
-    return Recipe.model_validate({"data": sets | (data or {}), "train": {"batch_size": 4}, **parts})
+    recipe = Recipe.model_validate({"data": sets | (data or {}), "train": {"batch_size": 4}, **parts})
+    return absolute_paths(recipe, Path.cwd())
 
 
 @pytest.fixture
-def base(tmp_path):
+def base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "images")
     return tmp_path
 
@@ -82,9 +86,9 @@ def texts(problems):
 
 def test_folders_open_with_the_classes_of_train(base):
     recipe = folder_recipe()
-    assert check_sets(recipe, base) == []
-    train = open_train(recipe, base)
-    id_val, ood_val = open_validation(recipe, base)
+    assert check_sets(recipe) == []
+    train = open_train(recipe)
+    id_val, ood_val = open_validation(recipe)
     assert (train.name, id_val.name, list(ood_val)) == ("train", "id_val", ["sketch"])
     for source in (train, id_val, *ood_val.values()):
         assert source.class_names == ("bird", "fire_truck")
@@ -94,20 +98,21 @@ def test_folders_open_with_the_classes_of_train(base):
 
 def test_data_classes_gives_the_label_order(base):
     recipe = folder_recipe({"classes": ["fire_truck", "bird"]})
-    assert check_sets(recipe, base) == []
-    assert open_train(recipe, base).class_names == ("fire_truck", "bird")
-    assert open_validation(recipe, base)[0].labels.tolist() == [1, 1, 1, 0, 0, 0]
+    assert check_sets(recipe) == []
+    assert open_train(recipe).class_names == ("fire_truck", "bird")
+    assert open_validation(recipe)[0].labels.tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_sandbox_sets_open(tmp_path):
     recipe = sandbox_recipe()
-    assert check_sets(recipe, tmp_path) == []
-    id_val, ood_val = open_validation(recipe, tmp_path)
-    assert len(open_train(recipe, tmp_path)) == len(id_val) == len(ood_val["sketch"]) == 2 * len(sandbox.CLASSES)
-    assert class_folders(recipe, tmp_path) == id_val.class_names == sandbox.CLASSES
+    assert check_sets(recipe) == []
+    id_val, ood_val = open_validation(recipe)
+    assert len(open_train(recipe)) == len(id_val) == len(ood_val["sketch"]) == 2 * len(sandbox.CLASSES)
+    assert class_folders(recipe) == id_val.class_names == sandbox.CLASSES
 
 
-def test_sandbox_pictures_saved_as_a_tree_are_the_sandbox_set(tmp_path):
+def test_sandbox_pictures_saved_as_a_tree_are_the_sandbox_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     drawn = sandbox.sandbox_source("sketch", "val", 2, "ood_val")
     for index in range(len(drawn)):
         folder = tmp_path / "images" / "sketch" / drawn.class_names[drawn.labels[index]]
@@ -115,7 +120,7 @@ def test_sandbox_pictures_saved_as_a_tree_are_the_sandbox_set(tmp_path):
         image = Image.fromarray(drawn.pixels(index))
         image.convert("RGBA" if index % 2 else "RGB").save(folder / f"{index:04d}.png")
     Image.new("L", (32, 32), 77).save(folder / "grey.png")
-    read = open_source(folder_recipe({"train": folder_set("sketch")}).data.train, "train", None, tmp_path)
+    read = open_source(folder_recipe({"train": folder_set("sketch")}).data.train, "train", None)
     assert read.class_names == drawn.class_names == sandbox.CLASSES
     assert read.labels.tolist() == [*drawn.labels.tolist(), len(sandbox.CLASSES) - 1]
     for index in range(len(drawn)):
@@ -124,28 +129,27 @@ def test_sandbox_pictures_saved_as_a_tree_are_the_sandbox_set(tmp_path):
 
 
 def test_words_for_the_prompts(base):
-    assert class_names(folder_recipe(), base) == ("bird", "fire truck")
-    assert class_names(folder_recipe(prompts={"class_names": ["a", "b"]}), base) == ("a", "b")
+    assert class_names(folder_recipe()) == ("bird", "fire truck")
+    assert class_names(folder_recipe(prompts={"class_names": ["a", "b"]})) == ("a", "b")
     with pytest.raises(DataError, match=r"prompts\.class_names: there must be one text per class"):
-        class_names(folder_recipe(prompts={"class_names": ["a"]}), base)
+        class_names(folder_recipe(prompts={"class_names": ["a"]}))
 
 
 def test_an_absolute_path_and_the_home_folder_are_understood(base, monkeypatch):
     monkeypatch.setenv("HOME", str(base))
     for path in (str(base / "images"), "~/images"):
-        source = open_source(
-            folder_recipe({"train": folder_set("train", path=path)}).data.train, "train", None, Path("/")
-        )
+        source = open_source(folder_recipe({"train": folder_set("train", path=path)}).data.train, "train", None)
         assert len(source) == 6
 
 
 def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_dir(sandbox_recipe()) == tmp_path / ".cache" / "carft-ray"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert cache_dir(sandbox_recipe()) == tmp_path / "other" / "carft-ray"
-    assert cache_dir(sandbox_recipe({"cache_dir": "decoded"}), tmp_path) == tmp_path / "decoded"
+    assert cache_dir(sandbox_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
 
 
 # check_sets: everything at once, each with its key path
@@ -159,7 +163,7 @@ def test_check_names_every_missing_folder_at_once(base):
             "ood_test": {"other": folder_set("none")},
         }
     )
-    missing_domain, missing_root, missing_test = texts(check_sets(recipe, base))
+    missing_domain, missing_root, missing_test = texts(check_sets(recipe))
     assert missing_domain.startswith("data.id_val: a domain must be a folder of")
     assert "'id_vall'; did you mean 'id_val'?" in missing_domain
     assert missing_root.startswith(f"data.ood_val.sketch: the root of the image tree must be a folder, but got {base}")
@@ -168,7 +172,7 @@ def test_check_names_every_missing_folder_at_once(base):
 
 def test_check_compares_the_class_folders_of_every_set(base):
     (base / "images" / "id_val" / "bird").rename(base / "images" / "id_val" / "birds")
-    unknown, missing = texts(check_sets(folder_recipe(), base))
+    unknown, missing = texts(check_sets(folder_recipe()))
     assert unknown.startswith(
         "data.id_val: every class of a set must be in the class list, but got 'birds'; did you mean 'bird'"
     )
@@ -176,13 +180,13 @@ def test_check_compares_the_class_folders_of_every_set(base):
 
 
 def test_check_without_training_folders_does_not_compare_classes(base):
-    (problem,) = texts(check_sets(folder_recipe({"train": folder_set("trian")}), base))
+    (problem,) = texts(check_sets(folder_recipe({"train": folder_set("trian")})))
     assert problem.startswith("data.train: a domain must be a folder")
 
 
 def test_check_compares_with_data_classes_where_training_folders_are_missing(base):
     recipe = folder_recipe({"train": folder_set("trian"), "classes": ["bird", "lorry"]})
-    found = texts(check_sets(recipe, base))
+    found = texts(check_sets(recipe))
     assert [text.split(":")[0] for text in found] == ["data.train", *["data.id_val"] * 2, *["data.ood_val.sketch"] * 2]
 
 
@@ -194,14 +198,14 @@ def test_check_refuses_a_batch_larger_than_the_training_set_wherever_it_stands(b
             "baselines": {"big": {"batch_size": 64}, "plain": {"kl_weight": 0.0}},
         },
     )
-    found = texts(check_sets(recipe, base))
+    found = texts(check_sets(recipe))
     rule = "must be at most the size of the training set, 6 images, but got"
     assert found == [
         f"train.batch_size: {rule} 7",
         f"search.space.batch_size: {rule} 8",
         f"search.baselines.big.batch_size: {rule} 64",
     ]
-    assert texts(check_sets(sandbox_recipe(train={"batch_size": 33}), base)) == [
+    assert texts(check_sets(sandbox_recipe(train={"batch_size": 33}))) == [
         "train.batch_size: must be at most the size of the training set, 32 images, but got 33"
     ]
 
@@ -210,7 +214,7 @@ def test_check_names_an_unknown_sandbox_domain_with_the_nearest(tmp_path):
     recipe = sandbox_recipe(
         {"ood_val": {"sketch": sandbox_set("skech", "val")}, "id_test": sandbox_set("foto", "test")}
     )
-    first, second = texts(check_sets(recipe, tmp_path))
+    first, second = texts(check_sets(recipe))
     assert first.startswith("data.ood_val.sketch.domain: must be a domain of the sandbox, but got 'skech'")
     assert "did you mean 'sketch'?" in first
     assert second.startswith("data.id_test.domain: ")
@@ -218,18 +222,17 @@ def test_check_names_an_unknown_sandbox_domain_with_the_nearest(tmp_path):
 
 def test_check_refuses_other_classes_for_sandbox_sets(tmp_path):
     recipe = sandbox_recipe({"classes": ["hart", *sandbox.CLASSES[1:]]})
-    found = texts(check_sets(recipe, tmp_path))
+    found = texts(check_sets(recipe))
     assert len(found) == 5
     assert "but got 'hart'; did you mean 'heart'?" in found[0]
     with pytest.raises(DataError, match="did you mean 'heart'"):
-        open_train(recipe, tmp_path)
+        open_train(recipe)
 
 
-def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(tmp_path):
+def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "images", classes=("bird",))
-    words, single = texts(
-        check_sets(folder_recipe(prompts={"class_names": ["a", "b"]}, train={"batch_size": 2}), tmp_path)
-    )
+    words, single = texts(check_sets(folder_recipe(prompts={"class_names": ["a", "b"]}, train={"batch_size": 2})))
     assert words.startswith("prompts.class_names: there must be one text per class, in label order (1: bird")
     assert single.startswith("data.train: there must be at least two classes, but got 1")
 
@@ -246,13 +249,13 @@ def test_what_the_checks_let_through_opens_and_what_opens_not_they_report(base):
     for damage in damages:
         damage()
         try:
-            open_train(recipe, base)
-            open_validation(recipe, base)
+            open_train(recipe)
+            open_validation(recipe)
             opened = True
         except DataError:
             opened = False
         outcomes.append(opened)
-        assert opened == (check_sets(recipe, base) == [])
+        assert opened == (check_sets(recipe) == [])
     assert outcomes == [True, False, False]
 
 
@@ -260,15 +263,15 @@ def test_what_the_checks_let_through_opens_and_what_opens_not_they_report(base):
 
 
 def test_sets_without_common_images_pass(base):
-    assert check_roles(folder_recipe(), base) == []
-    assert check_roles(sandbox_recipe(), base) == []
+    assert check_roles(folder_recipe()) == []
+    assert check_roles(sandbox_recipe()) == []
 
 
 @pytest.mark.parametrize("path", ["images", "images/../images", "linked"])
 def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
     (base / "linked").symlink_to(base / "images")
     recipe = folder_recipe({"ood_test": {"again": folder_set("sketch_val", path=path)}})
-    (problem,) = texts(check_roles(recipe, base))
+    (problem,) = texts(check_roles(recipe))
     assert problem.startswith(
         "data.ood_test.again: a set has one role and must not share images with data.ood_val.sketch"
     )
@@ -277,40 +280,41 @@ def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
 
 def test_a_link_to_a_domain_is_the_domain(base):
     (base / "images" / "fresh").symlink_to(base / "images" / "train")
-    (problem,) = texts(check_roles(folder_recipe({"id_val": folder_set("fresh")}), base))
+    (problem,) = texts(check_roles(folder_recipe({"id_val": folder_set("fresh")})))
     assert problem.startswith("data.id_val: a set has one role and must not share images with data.train")
 
 
 def test_a_sandbox_split_in_two_roles_is_told(base):
     recipe = sandbox_recipe({"id_test": sandbox_set(split="val", num_per_class=9), "id_val": sandbox_set()})
-    (problem,) = texts(check_roles(recipe, base))
+    (problem,) = texts(check_roles(recipe))
     assert "data.id_val: a set has one role" in problem
     assert "sandbox domain photo, split train" in problem
     recipe = sandbox_recipe({"id_test": sandbox_set(split="val", num_per_class=9)})
-    assert len(check_roles(recipe, base)) == 1
+    assert len(check_roles(recipe)) == 1
 
 
 def test_two_sets_of_one_role_may_share_images(base):
     recipe = folder_recipe({"ood_val": {"one": folder_set("sketch_val"), "both": folder_set("sketch_val")}})
-    assert check_roles(recipe, base) == []
+    assert check_roles(recipe) == []
 
 
 # test roles
 
 
 OPENS_ALL_BUT_TESTS = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_sets import *
 seen = []
 sys.addaudithook(lambda event, args: seen.append((event, str(args[0]))) if event in EVENTS else None)
-base = Path(sys.argv[2])
+os.chdir(sys.argv[2])
 recipe = folder_recipe()
-print(check_roles(recipe, base), check_sets(recipe, base))
-train = open_train(recipe, base)
-id_val, ood_val = open_validation(recipe, base)
-class_names(recipe, base)
+print(check_roles(recipe), check_sets(recipe))
+train = open_train(recipe)
+id_val, ood_val = open_validation(recipe)
+class_names(recipe)
 for source in (train, id_val, *ood_val.values()):
     source.fingerprint
     for index in range(len(source)):
@@ -344,7 +348,7 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
     recipe = folder_recipe({"ood_test": {"other": folder_set("sketch_test", path="hidden")}})
     hidden.chmod(0o000)
     try:
-        assert check_sets(recipe, base) == []
+        assert check_sets(recipe) == []
     finally:
         hidden.chmod(0o700)
 

@@ -79,7 +79,7 @@ def loaded(here, *options):
 
 
 def found(here, *options):
-    return find_shared(loaded(here, *options), here, here / "cache")
+    return find_shared(loaded(here, *options), here / "cache")
 
 
 def leaving(rows):
@@ -141,31 +141,31 @@ def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monk
     copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
     monkeypatch.setattr(overlap, "TOLD_EVERY_S", 0)
     said = []
-    rows = find_shared(loaded(here), here, here / "cache", said.append)
+    rows = find_shared(loaded(here), here / "cache", said.append)
     assert len(rows) == 2
     for name, count in {"train": 49, "id_val": 41, "ood_val.sketch": 40, "id_test": 40}.items():
         assert f"reading the images of data.{name}: 32 of {count}, about 1 minute left" in said
     monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
-    assert find_shared(loaded(here), here, here / "cache", said.append) == rows
+    assert find_shared(loaded(here), here / "cache", said.append) == rows
 
 
 def test_a_corrupted_set_may_show_id_val_and_both_stay(here):
     copy(here, "val/cat/0.png", "train/cat/x.png")
     noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
     recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    rows = find_shared(recipe, here, here / "cache")
+    rows = find_shared(recipe, here / "cache")
     assert leaving(rows) == [("data.train", "train/cat/x.png")]
-    smaller = without_shared(recipe, rows, here)
+    smaller = without_shared(recipe, rows)
     assert smaller.data.ood_val == recipe.data.ood_val
-    assert len(open_train(smaller, here)) == 48
+    assert len(open_train(smaller)) == 48
 
 
 def test_corrupted_images_leave_the_set_that_is_shown(here):
     copy(here, "test/cat/0.png", "val/cat/x.png")
     noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
     recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    smaller = without_shared(recipe, find_shared(recipe, here, here / "cache"), here)
-    id_val, ood_val = open_validation(smaller, here)
+    smaller = without_shared(recipe, find_shared(recipe, here / "cache"))
+    id_val, ood_val = open_validation(smaller)
     assert len(id_val) == len(ood_val["noise"]) == 40
 
 
@@ -218,23 +218,23 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     study.mkdir()
     copy(here, "val/cat/0.png", "train/cat/x.png")
     told = []
-    write_shared(study, shared_of_study(recipe, here, here / "cache", study, told.append))
+    write_shared(study, shared_of_study(recipe, here / "cache", study, told.append))
     assert told[-1] == "data.train: 1 image left out, also in data.id_val"
     rows = read_shared(study)
-    smaller = without_shared(recipe, rows, here)
-    before, after = open_train(recipe, here), open_train(smaller, here)
+    smaller = without_shared(recipe, rows)
+    before, after = open_train(recipe), open_train(smaller)
     assert set(before.sample_ids.tolist()) - set(after.sample_ids.tolist()) == {sample_id("train/cat/x.png")}
     assert before.fingerprint != after.fingerprint
-    assert not check_sets(smaller, here)
+    assert not check_sets(smaller)
     copy(here, "val/cat/1.png", "train/cat/y.png")
-    assert shared_of_study(recipe, here, here / "cache", study) == rows
+    assert shared_of_study(recipe, here / "cache", study) == rows
     with (study / SHARED_IMAGES).open() as file:
         assert [row["found_by"] for row in csv.DictReader(file)] == ["same bytes"]
 
 
 def test_a_study_without_shared_images_keeps_an_empty_list(here, tmp_path):
     (tmp_path / "study").mkdir()
-    write_shared(tmp_path / "study", shared_of_study(loaded(here), here, here / "cache", tmp_path / "study"))
+    write_shared(tmp_path / "study", shared_of_study(loaded(here), here / "cache", tmp_path / "study"))
     assert (tmp_path / "study" / SHARED_IMAGES).exists()
     assert read_shared(tmp_path / "study") == read_shared(tmp_path) == []
 
@@ -254,9 +254,9 @@ def test_excluded_images_leave_after_part_and_shots(here):
     (here / "list.txt").write_text(f"{ids[0]}\n\n{ids[1]}\n")
     (here / "list.csv").write_text(f"why,sample_id\nblurred,{ids[0]}\ntwice,{ids[1]}\n")
     for written in (f"[{ids[0]}, {ids[1]}]", "list.txt", "list.csv"):
-        source = open_train(loaded(here, f"data.train.exclude={written}"), here)
-        assert set(open_train(loaded(here), here).sample_ids.tolist()) - set(source.sample_ids.tolist()) == set(ids)
-    all_shots = open_train(loaded(here, "data.train.shots=24", "data.train.exclude=list.txt"), here)
+        source = open_train(loaded(here, f"data.train.exclude={written}"))
+        assert set(open_train(loaded(here)).sample_ids.tolist()) - set(source.sample_ids.tolist()) == set(ids)
+    all_shots = open_train(loaded(here, "data.train.shots=24", "data.train.exclude=list.txt"))
     assert len(all_shots) == 46
 
 
@@ -269,5 +269,5 @@ def test_what_is_wrong_with_exclude_is_told(here):
     }.items():
         recipe = loaded(here, f"data.train.exclude={written}")
         with pytest.raises(DataError, match=message):
-            open_source(recipe.data.train, "data.train", None, here)
-    assert len(excluded_ids((3, 4), here, "x")[0]) == 2
+            open_source(recipe.data.train, "data.train", None)
+    assert len(excluded_ids((3, 4), "x")[0]) == 2

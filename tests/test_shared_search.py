@@ -57,7 +57,7 @@ def made(tmp_path_factory):
     path = short_training.make(folder)
     images_of(folder)
     recipe = load_recipe(path, [*SHORT, f"data.cache_dir={folder / 'cache'}"])
-    path.write_text(dump_recipe(recipe, folder))
+    path.write_text(dump_recipe(recipe))
     return folder
 
 

@@ -65,7 +65,7 @@ def study_dir(tmp_path):
 
 
 def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study_dir):
-    with open_study(study_dir, make_recipe(5), BASE) as study:
+    with open_study(study_dir, make_recipe(5)) as study:
         assert study.adopt() == []
         specs = run_all(study)
         assert study.done()
@@ -79,7 +79,7 @@ def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study
 
 
 def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
-    with open_study(study_dir, make_recipe(3), BASE) as study:
+    with open_study(study_dir, make_recipe(3)) as study:
         study.adopt()
         study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "num_images": {"id_val": 64}})
         assert study.tell_zero_shot({"objective": 0.9}) is None  # once
@@ -103,7 +103,7 @@ def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
 
 
 def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_comes_back(study_dir):
-    with open_study(study_dir, make_recipe(3, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(3, baselines={})) as study:
         study.adopt()
         first, second = study.next(), study.next()
         fail(study_dir, first, "diverged", "loss not finite")
@@ -125,7 +125,7 @@ def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_come
 def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
     limit = 3e-4
     recipe = make_recipe(40, baselines={})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         while (spec := study.next()) is not None:
             if spec.values["learning_rate"] > limit:
@@ -143,7 +143,7 @@ def advance(study_dir, spec, step):
 
 
 def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the_next_search(study_dir):
-    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(2, baselines={})) as study:
         study.adopt()
         for attempt in range(1, LOST_ATTEMPTS + 1):
             spec = study.next()
@@ -166,7 +166,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
     assert (trial.state, trial.constraints) == (TrialState.RUNNING, {})
     log = (spec.folder(study_dir) / "log.txt").read_text()
     assert log.index("attempt 1: lost: the process died") < log.index("Traceback of the other rank")
-    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(2, baselines={})) as study:
         study.adopt()
         assert study.set_aside() == []
         again = study.next()
@@ -175,7 +175,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
 
 
 def test_lost_attempts_that_advance_have_no_limit(study_dir):
-    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.adopt()
         for attempt in range(1, 4 * LOST_ATTEMPTS):
             spec = study.next()
@@ -195,7 +195,7 @@ def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(s
             assert study.settle(spec) is None
         return study.lost(spec, failure.reason) if row is None else (row.outcome, row.reason)
 
-    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.adopt()
         told = [lose(study, step) for step in (7, 12, None, 12)]
         assert told == ["repeated"] * 4
@@ -204,26 +204,26 @@ def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(s
 
 def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
     recipe = make_recipe(1, baselines={})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
         fail(study_dir, spec, "fatal", "a file is gone")
         with pytest.raises(CarftError, match="a file is gone") as caught:
             study.settle(spec)
         assert caught.value.exit_code == 4
-    with open_study(study_dir, recipe, BASE) as study:  # mended meanwhile
+    with open_study(study_dir, recipe) as study:  # mended meanwhile
         study.adopt()
         assert study.next().attempt == 2
 
 
 def test_an_interrupted_search_adopts_its_running_trials_with_number_and_values(study_dir):
     recipe = make_recipe(4)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         baseline, first, second = study.next(), study.next(), study.next()
         write_result(study_dir, second, 0.8)  # finished, but the driver died before it could tell
     assert [row.outcome for row in trials(study_dir)] == ["running", "running"]
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         [told] = study.adopt()
         assert (told.number, told.objective) == (second.number, 0.8)
         specs = run_all(study)
@@ -235,15 +235,15 @@ def test_an_interrupted_search_adopts_its_running_trials_with_number_and_values(
 
 
 def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         study.adopt()
         run_all(study)
     before = trials(study_dir)
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         study.adopt()
         assert study.done()
         assert study.next() is None
-    with open_study(study_dir, make_recipe(4), BASE) as study:
+    with open_study(study_dir, make_recipe(4)) as study:
         study.adopt()
         assert [spec.number for spec in run_all(study)] == [2, 3]
     after = trials(study_dir)
@@ -253,11 +253,11 @@ def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
 
 def test_values_that_a_kill_has_cut_off_are_drawn_at_adoption(study_dir):
     recipe = make_recipe(1, baselines={})
-    with open_study(study_dir, recipe, BASE):
+    with open_study(study_dir, recipe):
         pass
     trial = optuna_study(study_dir).ask()
     rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         spec = study.next()
     assert spec.values["learning_rate"] == rate
@@ -297,14 +297,14 @@ def test_optuna_lets_a_running_trial_be_adopted(tmp_path):
 
 @pytest.mark.parametrize("tail", [b'{"op_code":5,"work', b'{"op_code":5,"work\n', b"\0\0\0\n"])
 def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, tail):
-    with open_study(study_dir, make_recipe(3), BASE) as study:
+    with open_study(study_dir, make_recipe(3)) as study:
         study.adopt()
         spec = study.next()
     journal = study_dir / "study.journal"
     with open(journal, "ab") as file:
         file.write(tail)
     whole = journal.read_bytes().removesuffix(tail)
-    with open_study(study_dir, make_recipe(3), BASE) as study:
+    with open_study(study_dir, make_recipe(3)) as study:
         assert any("incomplete last line" in note for note in study.notes)
         assert journal.read_bytes() == whole
         assert (study_dir / "study.journal.torn").read_bytes() == tail + b"\n"
@@ -314,10 +314,10 @@ def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, t
 
 
 def test_the_lock_of_a_dead_optuna_is_removed(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
     os.symlink("gone", study_dir / "study.journal.lock")  # its target is missing: Optuna would spin for ever
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         assert any("study.journal.lock" in note for note in study.notes)
         study.adopt()
         run_all(study)
@@ -335,7 +335,7 @@ def test_two_searches_on_one_study_are_refused(study_dir):
     other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(StorageError, match="is in use") as caught, open_study(study_dir, make_recipe(), BASE):
+        with pytest.raises(StorageError, match="is in use") as caught, open_study(study_dir, make_recipe()):
             pass
         assert f"process {other.pid} on " in str(caught.value)
         assert caught.value.exit_code == 5
@@ -348,12 +348,12 @@ def test_two_searches_on_one_study_are_refused(study_dir):
 
 
 def test_a_study_of_another_recipe_is_refused_and_the_differing_keys_are_named(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
     other = make_recipe(2, epochs=7)
     space = {**other.search.space, "learning_rate": other.search.space["learning_rate"].model_copy(update={"high": 1})}
     other = other.model_copy(update={"search": other.search.model_copy(update={"space": space})})
-    with pytest.raises(RecipeError) as caught, open_study(study_dir, other, BASE):
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, other):
         pass
     message = str(caught.value)
     assert "train.epochs: must be 2 as in " in message
@@ -364,17 +364,17 @@ def test_a_study_of_another_recipe_is_refused_and_the_differing_keys_are_named(s
 
 
 def test_where_and_how_long_a_search_runs_may_change(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
     changed = make_recipe(9, concurrency=1, resources={"num_workers": 3, "executor": "ray-train"})
-    with open_study(study_dir, changed, BASE) as study:
+    with open_study(study_dir, changed) as study:
         assert study.recipe.search.trials == 9
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     told = r"must be a study or empty, but got thesis\.tex"
-    with pytest.raises(UsageError, match=told), open_study(tmp_path, make_recipe(), BASE):
+    with pytest.raises(UsageError, match=told), open_study(tmp_path, make_recipe()):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
@@ -390,10 +390,10 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_journal_is_one_message(study_dir, content, told):
-    with open_study(study_dir, make_recipe(), BASE):
+    with open_study(study_dir, make_recipe()):
         pass
     (study_dir / "study.journal").write_bytes(content)
-    with pytest.raises(StorageError, match=told) as caught, open_study(study_dir, make_recipe(), BASE):
+    with pytest.raises(StorageError, match=told) as caught, open_study(study_dir, make_recipe()):
         pass
     assert caught.value.exit_code == 5
     with pytest.raises(StorageError, match=told):
@@ -407,7 +407,7 @@ def test_a_folder_that_is_no_study_has_no_trials(tmp_path):
 
 
 def test_reading_leaves_no_trace(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         study.adopt()
         study.next()
         before = {path.name: path.read_bytes() for path in study_dir.iterdir() if path.is_file()}
@@ -426,7 +426,7 @@ def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
     }
     search = {**recipe.search.model_dump(), "space": space, "alpha": {"mode": "sample"}}
     recipe = type(recipe).model_validate({**recipe.model_dump(), "search": search})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         drawn = [spec.values for spec in run_all(study)]
     assert {values["epochs"] for values in drawn} == {2, 5, 8}
@@ -442,9 +442,7 @@ def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
 def test_the_same_seed_draws_the_same_values(tmp_path, name):
     drawn = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        with open_study(
-            tmp_path / folder, make_recipe(8, baselines={}, sampler={"name": name, "seed": seed}), BASE
-        ) as study:
+        with open_study(tmp_path / folder, make_recipe(8, baselines={}, sampler={"name": name, "seed": seed})) as study:
             study.adopt()
             drawn.append([spec.values for spec in run_all(study, lambda spec: spec.values["kl_weight"])])
     assert drawn[0] == drawn[1]
@@ -498,7 +496,7 @@ def test_a_full_disk_is_one_message(study_dir):
         from carft_ray.search.study import open_study
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})
-        with open_study(study_dir, make_recipe(), Path(".")) as study:
+        with open_study(study_dir, make_recipe()) as study:
             study.adopt()
             size = (study_dir / "study.journal").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
@@ -512,7 +510,7 @@ def test_a_full_disk_is_one_message(study_dir):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=True
     )
     assert "study.journal: must be writable, but got File too large" in done.stdout
-    with open_study(study_dir, make_recipe(2), BASE) as study:  # with space again, nothing is lost
+    with open_study(study_dir, make_recipe(2)) as study:  # with space again, nothing is lost
         study.adopt()
         run_all(study)
     assert len(trials(study_dir)) == 2
@@ -542,7 +540,7 @@ def run_with_weights(study, value):
 def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, order):
     values = {"rising": lambda n: n, "falling": lambda n: -n, "equal": lambda n: 0.5, "mixed": lambda n: (7 * n) % 5}
     recipe = make_recipe(8, keep_checkpoints=3, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         ranked = run_with_weights(study, lambda spec: values[order](spec.number) if spec.kind == "trial" else -100)
     assert weights(study_dir) == {"plain", "other", *ranked[:3]}
@@ -555,7 +553,7 @@ def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
 
     for num_trials, keep in ((6, 4), (6, 2), (9, 3)):
         recipe = make_recipe(num_trials, keep_checkpoints=keep, baselines={})
-        with open_study(study_dir, recipe, BASE) as study:
+        with open_study(study_dir, recipe) as study:
             study.adopt()
             ranked = run_with_weights(study, value)
             assert weights(study_dir) <= set(ranked[:keep])
@@ -563,7 +561,7 @@ def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
 
 
 def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
-    with open_study(study_dir, make_recipe(2, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(2, baselines={})) as study:
         study.adopt()
         for outcome in ("diverged", "error"):
             for _ in range({"diverged": 1, "error": 2}[outcome]):
@@ -580,10 +578,10 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
 
 def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):
     recipe = make_recipe(3, keep_checkpoints=1, baselines={})
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         run_with_weights(study, lambda spec: spec.number)
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         row = study.rows()[0]
     result_path = study_dir / "trials" / row.name / "result.json"
     values = {**recipe.train.model_dump(mode="json"), **row.values}
@@ -605,41 +603,41 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
 
 def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
     for error in (DataError, RecipeError):
-        with pytest.raises(error), open_study(study_dir, make_recipe(2), BASE):
+        with pytest.raises(error), open_study(study_dir, make_recipe(2)):
             raise error("unfit")
         assert not study_dir.exists()
-    with open_study(study_dir, make_recipe(3, epochs=7), BASE) as study:  # the mended recipe takes the same folder
+    with open_study(study_dir, make_recipe(3, epochs=7)) as study:  # the mended recipe takes the same folder
         study.adopt()
         study.next()
-    with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7), BASE):
+    with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7)):
         raise DataError("unfit")
     assert len(baselines(study_dir)) == 1
 
 
 def test_a_study_of_another_recipe_is_not_removed_even_when_nothing_has_begun(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
-    with pytest.raises(RecipeError), open_study(study_dir, make_recipe(2, epochs=7), BASE):
+    with pytest.raises(RecipeError), open_study(study_dir, make_recipe(2, epochs=7)):
         pass
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
 
 
 def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         pass
     folder = study_dir / "trials" / "t0000-1234"
     (folder / ".step-3.77.tmp").mkdir(parents=True)
     (study_dir / ".study.journal.77.tmp").write_text("half")
-    with open_study(study_dir, make_recipe(2), BASE):
+    with open_study(study_dir, make_recipe(2)):
         assert list(study_dir.rglob("*.tmp")) == []
 
 
 def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
-    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.adopt()
         study._add("baseline", "zero_shot", {"alpha": 0.0})
-    with open_study(study_dir, make_recipe(1, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.adopt()
         assert study.next().kind == "trial"
         assert study.tell_zero_shot({"objective": 0.25}).objective == 0.25
@@ -650,11 +648,11 @@ def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(st
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_drawn(tmp_path, name):
     recipe = make_recipe(8, sampler={"name": name, "startup_trials": 3})
-    with open_study(tmp_path / "whole", recipe, BASE) as study:
+    with open_study(tmp_path / "whole", recipe) as study:
         study.adopt()
         run_all(study, lambda spec: objective(apply(recipe, spec.values).train))
     for _ in range(9):
-        with open_study(tmp_path / "parts", recipe, BASE) as study:
+        with open_study(tmp_path / "parts", recipe) as study:
             study.adopt()
             spec = study.next()
             write_result(study.study_dir, spec, objective(apply(recipe, spec.values).train))
@@ -666,14 +664,14 @@ def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_d
 
 @pytest.mark.parametrize("garbage", [b"\0" * 300 + b"\n", b"{half a li", b"no json\n"])
 def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(study_dir, garbage):
-    with open_study(study_dir, make_recipe(2), BASE) as study:
+    with open_study(study_dir, make_recipe(2)) as study:
         study.adopt()
         run_all(study)
     journal = study_dir / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     spoilt = b"".join([*lines[:9], garbage, *lines[9:]])
     journal.write_bytes(spoilt)
-    for use in (lambda: open_study(study_dir, make_recipe(2), BASE).__enter__(), lambda: trials(study_dir)):
+    for use in (lambda: open_study(study_dir, make_recipe(2)).__enter__(), lambda: trials(study_dir)):
         with pytest.raises(StorageError, match="must be an Optuna journal") as caught:
             use()
         assert caught.value.exit_code == 5
@@ -686,7 +684,7 @@ def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(s
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for folder in (tmp_path / "file" / "study", Path("/proc/study")):
-        with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe(), BASE):
+        with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe()):
             pass
         assert caught.value.exit_code == 5
         assert len(caught.value.problems) == 1

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("searches")
-    (folder / "modes.json").write_text(json.dumps({"seconds": 0, str(DIVERGES): "diverge"}))
+    stand_in.tell(folder, **{"seconds": 0, str(DIVERGES): "diverge"})
     return folder
 
 
@@ -35,7 +35,7 @@ def host(folder):
 
 @pytest.fixture(scope="module")
 def search(folder):
-    return ["study", str(folder), str(NUM_TRIALS)]
+    return ["study", str(NUM_TRIALS)]
 
 
 @pytest.fixture(scope="module")

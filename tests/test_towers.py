@@ -450,7 +450,7 @@ def train_once_with(folder, recipe_path, **values):
     always = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2"]
     recipe = load_recipe(recipe_path, [*always, *(f"train.{key}={value}" for key, value in values.items())])
     out = folder / "-".join(values)
-    train_once(recipe, recipe_path.parent, out, False, "", str, lambda row: None, lambda row: None)
+    train_once(recipe, out, False, "", str, lambda row: None, lambda row: None)
     return open_trained(out)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import crash_host
 import pytest
+import stand_in
 from stand_in import make_recipe
 from suggestions import check_suggestions
 
@@ -33,7 +34,7 @@ METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
 
 def begin(study_dir, recipe):
     """What a search does first, under the lock."""
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe, BASE))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
 
 
 def start(study, name=None):
@@ -59,7 +60,7 @@ def fail(study, spec, outcome, reason):
 def make_study(study_dir, num_trials=8):
     """A study of a search that was killed: three trials finished, one diverged, one begun."""
     recipe = make_recipe(num_trials)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         study.adopt()
         study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
@@ -193,7 +194,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
 
     assert counts() == ({"stopped": 1}, False, [])
     recipe = make_recipe(8)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         time.sleep(0.02)
         begin(study_dir, recipe)
         study.adopt()
@@ -230,7 +231,7 @@ def test_readers_never_lock_a_search_out(here):
 
 def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
     recipe = make_recipe(1, baselines={})
-    with open_study(here / "done", recipe, BASE) as study:
+    with open_study(here / "done", recipe) as study:
         begin(here / "done", recipe)
         study.adopt()
         finish(study, start(study), 0.4)
@@ -241,7 +242,7 @@ def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
 
 
 def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
-    with open_study(here / "new", make_recipe(4), BASE):
+    with open_study(here / "new", make_recipe(4)):
         pass
     (here / "new" / "study.journal").write_bytes(b"")  # killed before it held anything
     code, out, _ = run("status", "new", "--json")
@@ -321,7 +322,7 @@ def test_a_trial_without_a_log_is_no_error(run, here):
 
 def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(run, here):
     study_dir, recipe = here / "first", make_recipe(8)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         study.adopt()
         spec = start(study)
@@ -341,7 +342,7 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
 
 def test_follow_ends_with_a_training_that_diverges(run, here):
     study_dir, recipe = here / "first", make_recipe(8)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         study.adopt()
         spec = start(study)
@@ -359,7 +360,7 @@ def test_follow_ends_with_a_training_that_diverges(run, here):
 def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
     study_dir = here / "first"
     with contextlib.ExitStack() as held:
-        held.enter_context(open_study(study_dir, make_recipe(8), BASE))
+        held.enter_context(open_study(study_dir, make_recipe(8)))
         with meanwhile(lambda: ended_by_its_stop_file(study_dir, held)):
             code, out, err = run("stop", "first")
     assert (code, out) == (0, "")
@@ -369,7 +370,7 @@ def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
 
 
 def test_stop_without_waiting_returns_at_once(run, here):
-    with open_study(here / "first", make_recipe(8), BASE):
+    with open_study(here / "first", make_recipe(8)):
         answer = json.loads(run("stop", "first", "--no-wait", "--json")[1])
         assert answer["ended"] is False
         assert answer["asked"].startswith("process ")
@@ -389,7 +390,7 @@ def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
 
 def test_stop_asks_a_training_too(run, here):
     (here / "one").mkdir()
-    claim(here / "one", make_recipe(8), BASE)
+    claim(here / "one", make_recipe(8))
     with contextlib.ExitStack() as held:
         held.enter_context(study_lock(here / "one"))
         with meanwhile(lambda: ended_by_its_stop_file(here / "one", held)):
@@ -399,7 +400,7 @@ def test_stop_asks_a_training_too(run, here):
 
 
 def test_ctrl_c_ends_the_waiting_only(run, here):
-    with open_study(here / "first", make_recipe(8), BASE), meanwhile(lambda: interrupted(here / "first" / "stop")):
+    with open_study(here / "first", make_recipe(8)), meanwhile(lambda: interrupted(here / "first" / "stop")):
         code, _, err = run("stop", "first")
     assert code == 130
     assert err.endswith("no longer waiting; it stops by itself\n    See: carft-ray status first\n")
@@ -416,7 +417,7 @@ def test_a_lock_of_a_dead_process_is_none(here):
 
 @pytest.mark.slow
 def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
-    (here / "modes.json").write_text('{"seconds": 4}')
+    stand_in.tell(here, seconds=4)
     command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), str(here), "6"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
     with subprocess.Popen(
@@ -458,11 +459,11 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     monkeypatch.setattr(search_commands, "_search", lambda *given: asked.append(given))
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == 0
-    [(recipe, base_dir, study, address, *_, json_, may, notify)] = asked
+    [(recipe, study, address, *_, json_, may, notify)] = asked
     assert (may, notify) == ([], (None, None))
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
-    assert (base_dir, study, address, json_) == (here / "first", Path("first"), "auto", True)
+    assert (study, address, json_) == (Path("first"), "auto", True)
 
 
 # mistakes: words, the beginning of the message
@@ -506,7 +507,7 @@ MISTAKES = [
 def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
     (here / "empty").mkdir()
     (here / "one").mkdir()
-    claim(here / "one", make_recipe(8), BASE)
+    claim(here / "one", make_recipe(8))
     before = everything(here)
     code, out, err = run(*words)
     assert (code, out) == (2, ""), err

@@ -10,11 +10,11 @@ import pytest
 from optuna.trial import TrialState
 from stand_in import SANDBOX_SET
 from test_generations import begin, recipe_of
-from test_study import BASE, optuna_study, run_all, write_result
+from test_study import optuna_study, run_all, write_result
 
 from carft_ray.errors import RecipeError
 from carft_ray.launch.search import run_search
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.loading import absolute_paths, dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import read_study
 from carft_ray.search.ledger import record
@@ -30,7 +30,7 @@ def original(tmp_path_factory):
     """A study of 12 trials, every third diverged, and one that is begun."""
     folder = tmp_path_factory.mktemp("sources") / "first"
     begin(folder, recipe_of(13), 12, looks=True)
-    with open_study(folder, recipe_of(13), BASE) as study:
+    with open_study(folder, recipe_of(13)) as study:
         study.adopt()
         study.next()
     return folder
@@ -57,13 +57,13 @@ def taken_in(study_dir):
 
 
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
-    with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
+    with open_study(study_dir, warm(recipe_of(3), first)) as study:
         study.adopt()
         assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
         assert best_row(study.rows()) is None
         specs = run_all(study, lambda spec: -1.0)
-        (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe, BASE))
+        (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
     assert [spec.number for spec in specs] == [12, 13, 14]  # three trials of its own were wanted
     assert [row.name for row in trials(study_dir)] == [spec.name for spec in specs]
     assert read_study(study_dir).num_finished == 3
@@ -80,17 +80,17 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
 
 def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
     recipe = warm(recipe_of(1), first)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
-    with open_study(first, recipe_of(14), BASE) as study:  # has more by now
+    with open_study(first, recipe_of(14)) as study:  # has more by now
         study.adopt()
         run_all(study)
     shutil.copytree(first, tmp_path / "copy")
     shutil.rmtree(first)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
         assert study.notes == []
-    with open_study(study_dir, warm(recipe_of(1), first, tmp_path / "copy"), BASE) as study:
+    with open_study(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
         study.adopt()
         assert study.notes == [
             f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before",
@@ -101,7 +101,7 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
 def test_it_may_be_added_to_a_study_later(study_dir, first):
     begin(study_dir, recipe_of(3), 3)
     before = trials(study_dir)
-    with open_study(study_dir, warm(recipe_of(4), first), BASE) as study:
+    with open_study(study_dir, warm(recipe_of(4), first)) as study:
         study.adopt()
         assert study.rows() == before
         assert [spec.number for spec in run_all(study)] == [15]
@@ -109,19 +109,19 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
 
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     record(first, recipe_of(13), "test", ("id_test",), {}, "")
-    with open_study(study_dir, warm(recipe_of(3), first), BASE) as study:
+    with open_study(study_dir, warm(recipe_of(3), first)) as study:
         study.adopt()
         assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")
     assert inherited_reads(study_dir) == 1
     third = tmp_path / "third"
-    with open_study(third, warm(recipe_of(4), study_dir), BASE) as study:
+    with open_study(third, warm(recipe_of(4), study_dir)) as study:
         study.adopt()
     assert inherited_reads(third) == 1
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     recipe = recipe_of(1, train={"batch_size": 64}, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with open_study(study_dir, warm(recipe, first), BASE) as study:
+    with open_study(study_dir, warm(recipe, first)) as study:
         study.adopt()
         [note] = study.notes
         counts = re.fullmatch(
@@ -133,7 +133,7 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     assert taken_in(study_dir) == []
     other = study_dir.with_name("other")
     recipe = recipe_of(1, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with open_study(other, warm(recipe, first), BASE) as study:
+    with open_study(other, warm(recipe, first)) as study:
         study.adopt()
     rates = [trial.params["learning_rate"] for trial in taken_in(other)]
     assert 0 < len(rates) < 12
@@ -144,7 +144,7 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
 
 
 def refused(recipe, study_dir):
-    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe, BASE) as study:
+    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe) as study:
         study.adopt()
     assert caught.value.exit_code == 3
     assert not study_dir.exists()  # the mended recipe may use the name
@@ -172,7 +172,7 @@ def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_
 def test_a_source_with_another_weight_is_refused(tmp_path, study_dir):
     sketch = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "val"}}
     source = tmp_path / "source"
-    with open_study(source, other_objective(ood_val=sketch), BASE):
+    with open_study(source, other_objective(ood_val=sketch)):
         pass
     told = refused(warm(other_objective(objective={"id_weight": 0.3}, ood_val=sketch), source), study_dir)
     assert "search.objective.id_weight of this one, 0.3: other objectives do not compare, but got 0.5" in told
@@ -187,10 +187,10 @@ def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir,
 
 def test_a_refused_source_is_not_kept_in_the_recipe_of_the_study(study_dir, first, tmp_path):
     begin(study_dir, recipe_of(2), 2)
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe_of(2), BASE))
+    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe_of(2)))
     before = (study_dir / "resolved.yaml").read_bytes()
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
-        run_search(warm(recipe_of(2), tmp_path / "nowhere"), BASE, study_dir)
+        run_search(warm(recipe_of(2), tmp_path / "nowhere"), study_dir)
     assert (study_dir / "resolved.yaml").read_bytes() == before
 
 
@@ -200,7 +200,7 @@ def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
     for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
         with (
             pytest.raises(RecipeError, match=f"must be another study, but got {told}"),
-            open_study(study_dir, warm(recipe_of(2), source), BASE) as study,
+            open_study(study_dir, warm(recipe_of(2), source)) as study,
         ):
             study.adopt()
 
@@ -210,7 +210,7 @@ def test_the_sampler_begins_with_what_is_known(study_dir, first):
 
     def proposals(folder, sources):
         search = {"sampler": {"name": "tpe", "startup_trials": 8}}
-        with open_study(folder, warm(recipe_of(8, search=search), *sources), BASE) as study:
+        with open_study(folder, warm(recipe_of(8, search=search), *sources)) as study:
             study.adopt()
             drawn = []
             while (spec := study.next()) is not None:
@@ -228,7 +228,7 @@ def test_the_sampler_begins_with_what_is_known(study_dir, first):
 def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
     """Every append is the last one of a search, which then begins again."""
     recipe = warm(recipe_of(1), first)
-    with open_study(study_dir, recipe, BASE) as study:
+    with open_study(study_dir, recipe) as study:
         study.adopt()
     whole = [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)]
     journal = study_dir / "study.journal"
@@ -236,7 +236,7 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
     begun = next(number for number, line in enumerate(lines) if b"warm_from" in line)
     for number in range(begun, len(lines)):
         journal.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
-        with open_study(study_dir, recipe, BASE) as study:
+        with open_study(study_dir, recipe) as study:
             study.adopt()
             assert any("12 of 13 trials" in note for note in study.notes)
         assert [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)] == whole
@@ -244,12 +244,12 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
 
 
 def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
-    with open_study(study_dir, warm(recipe_of(2), first), BASE) as study:
+    with open_study(study_dir, warm(recipe_of(2), first)) as study:
         study.adopt()
         run_all(study)
     names = [row.name for row in trials(study_dir)]
     narrow = warm(recipe_of(3, learning_rate=NARROW), first)
-    with open_study(study_dir, narrow, BASE, ("narrow",)) as study:
+    with open_study(study_dir, narrow, ("narrow",)) as study:
         study.adopt()
         assert [row.name for row in study.rows()] == names
         assert [spec.number for spec in run_all(study)] == [14]
@@ -272,5 +272,5 @@ def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_
     words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
     assert crash_host.call(words) == 0, capsys.readouterr().err
     assert asked[0][0].search.warm_start == (str(first.resolve()), str(first.parent.resolve() / "second"))
-    recipe = recipe_of(2, search={"warm_start": ["../first"]})
-    assert f"- {(study_dir.parent.parent / 'first').resolve()}" in dump_recipe(recipe, study_dir.parent)
+    recipe = absolute_paths(recipe_of(2, search={"warm_start": ["../first"]}), study_dir.parent)
+    assert recipe.search.warm_start == (str((study_dir.parent.parent / "first").resolve()),)

@@ -30,7 +30,7 @@ ROOT = BASE.parent
 def fill(study, num_finished):
     """Finishes trials of an open study, every seventh badly, and leaves two that run."""
     study_dir = study.study_dir
-    (study_dir / RESOLVED).write_text(dump_recipe(study.recipe, BASE))
+    (study_dir / RESOLVED).write_text(dump_recipe(study.recipe))
     study.adopt()
     study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
     for number in range(num_finished):
@@ -59,7 +59,7 @@ def fill(study, num_finished):
 def large(tmp_path_factory):
     """A study of 200 trials that runs: 195 ended, two train."""
     study_dir = tmp_path_factory.mktemp("large") / "study"
-    with open_study(study_dir, make_recipe(200, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(200, baselines={})) as study:
         fill(study, 195)
         yield study_dir
 
@@ -118,7 +118,7 @@ def ended(process):
 @pytest.mark.slow
 def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(9, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(9, baselines={})) as study:
         fill(study, 5)
         watcher = cli("status", study_dir, "--watch", "--every", "0.5")
         impatient = cli("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
@@ -151,7 +151,7 @@ def shown_trials(port, number):
 @pytest.mark.slow
 def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(9, baselines={}), BASE) as study:
+    with open_study(study_dir, make_recipe(9, baselines={})) as study:
         fill(study, 3)
         dashboard = cli("dashboard", study_dir, "--port", "0")
         try:
@@ -202,7 +202,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
 
     from carft_ray.search.dashboard import _ReadOnlyJournal
 
-    with open_study(tmp_path / "study", make_recipe(2), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(2)) as study:
         study.adopt()
         before = (tmp_path / "study" / JOURNAL).read_bytes()
         storage = JournalStorage(_ReadOnlyJournal(str(tmp_path / "study" / JOURNAL)))
@@ -215,7 +215,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
 
 def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
-    with open_study(tmp_path / "study", make_recipe(2), BASE) as study:
+    with open_study(tmp_path / "study", make_recipe(2)) as study:
         study.adopt()
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "carft_ray.cli", "dashboard", str(tmp_path / "study")]

@@ -16,6 +16,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from carft_ray.data.content import image_digests, set_digest
 from carft_ray.data.sets import check_roles, check_sets
 from carft_ray.errors import DataError
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 
 IMAGES = pictures()
@@ -25,6 +26,8 @@ TRAIN = "set/train"
 @pytest.fixture(autouse=True)
 def base(tmp_path, monkeypatch):
     """A folder with shards as clip_benchmark writes them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_shards(tmp_path / TRAIN, IMAGES)
     return tmp_path
@@ -290,7 +293,7 @@ def test_shards_may_be_cut_into_roles_by_parts_or_by_shards(base):
     def found(**id_val):
         sets = {"train": {**spec, "path": f"{TRAIN}/{{000..001}}.tar", "part": [0.5, 1]}, "id_val": {**spec, **id_val}}
         recipe = Recipe.model_validate({"data": sets, "train": {"batch_size": 2}})
-        return check_roles(recipe, base)
+        return check_roles(absolute_paths(recipe, base))
 
     assert found(path=f"{TRAIN}/002.tar") == found(path=f"{TRAIN}/{{000..001}}.tar", part=[0, 0.5]) == []
     for shared in ({}, {"path": f"{TRAIN}/{{001..002}}.tar"}, {"path": f"{TRAIN}/*1.tar"}):
@@ -303,7 +306,7 @@ def test_of_a_test_set_no_shard_is_opened(base):
     recipe = Recipe.model_validate(
         {"data": {**sets, "id_test": {"source": "webdataset", "path": "bad.tar"}}, "train": {"batch_size": 2}}
     )
-    assert check_sets(recipe, base) == []
+    assert check_sets(recipe) == []
 
 
 def test_validate_ends_with_code_4_for_shards_and_3_for_the_recipe(base, capsys, monkeypatch):

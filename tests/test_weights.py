@@ -61,7 +61,7 @@ def listed(monkeypatch):
 
 
 def load(path, name=NAME):
-    return load_clip(ModelPart(name=name, pretrained=str(path)), path.parent)
+    return load_clip(ModelPart(name=name, pretrained=str(path)))
 
 
 def message(path, name=NAME, error=DataError):
@@ -281,7 +281,7 @@ def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
 )
 def test_a_bare_file_gets_a_warning_that_names_the_trap(name, path, start, tmp_path):
     written = None if path is None else str(tmp_path / path) if "." in path else path
-    found = model_warnings(ModelPart(name=name, pretrained=written), tmp_path)
+    found = model_warnings(ModelPart(name=name, pretrained=written))
     assert [text.startswith(f"model.pretrained: {start}") for text in found] == ([] if start is None else [True])
 
 
@@ -294,7 +294,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkey
         (ModelPart(name="hf-hub:nobody/nothing"), "hf-hub:nobody/nothing"),
     ):
         with pytest.raises(DataError) as caught:
-            load_clip(part, tmp_path)
+            load_clip(part)
         text = str(caught.value)
         assert f"{what} must be in the hub's cache or fetched (" in text
         assert "but got not in the cache, and no connection to the hub\n    Without a network: " in text

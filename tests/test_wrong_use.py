@@ -29,8 +29,8 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong") / "here"
     short_training.make(folder)
     recipe = load_recipe(folder / "recipe.yaml", ["search.trials=4"])
-    with open_study(folder / "study", recipe, folder) as study:
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe, folder))
+    with open_study(folder / "study", recipe) as study:
+        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.adopt()
         study.tell_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
@@ -232,7 +232,7 @@ def test_a_manifest_of_another_version(refused, here):
 @pytest.mark.parametrize("error", [RecipeError, DataError, HoldOutError, ClusterError])
 def test_a_new_study_that_could_not_begin_leaves_no_folder(here, error):
     recipe = load_recipe(here / "recipe.yaml")
-    with pytest.raises(error), open_study(here / "new", recipe, here):
+    with pytest.raises(error), open_study(here / "new", recipe):
         raise error("unfit")
     assert not (here / "new").exists()
 
@@ -244,15 +244,15 @@ def prepared_and_then(study_dir, error):
 
 def test_what_is_prepared_stays_when_ray_goes(here):
     recipe = load_recipe(here / "recipe.yaml")
-    with pytest.raises(ClusterError), open_study(here / "new", recipe, here):
+    with pytest.raises(ClusterError), open_study(here / "new", recipe):
         raise prepared_and_then(here / "new", ClusterError("its head is gone"))
     assert (here / "new" / "prepared").exists()
 
 
 def test_a_study_that_was_there_stays_when_ray_cannot_be_had(here):
     recipe = load_recipe(here / "recipe.yaml")
-    with open_study(here / "new", recipe, here):
+    with open_study(here / "new", recipe):
         pass
-    with pytest.raises(ClusterError), open_study(here / "new", recipe, here):
+    with pytest.raises(ClusterError), open_study(here / "new", recipe):
         raise ClusterError("no Ray answers")
     assert (here / "new" / "study.journal").exists()

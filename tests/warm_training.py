@@ -13,8 +13,8 @@ def _train():
     recipe = attempts.sandbox_recipe(batch_size=64, epochs=1)
     with tempfile.TemporaryDirectory(prefix="carft-") as folder:
         folder = Path(folder)
-        run.prepare(recipe, folder, folder / "prepared", share_targets=False)
-        run.run_training(recipe, folder, folder / "training", folder / "prepared", RunContext())
+        run.prepare(recipe, folder / "prepared", share_targets=False)
+        run.run_training(recipe, folder / "training", folder / "prepared", RunContext())
 
 
 _train()

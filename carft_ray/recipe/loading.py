@@ -164,11 +164,19 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         recipe: The recipe.
         base_dir: The folder that its relative paths count from.
     """
-    return _with_paths(recipe, lambda written: str(resolve_path(written, base_dir)))
+    whole = recipe.model_copy(update={"model": absolute_model(recipe.model, base_dir)})
+    return _with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
+
+
+def absolute_set(spec: Any, base_dir: Path) -> Any:
+    """Returns a set of a recipe, or None, with absolute paths; arguments as ``absolute_paths``."""
+    return _set_with_paths(spec, lambda written: str(resolve_path(written, base_dir)))
 
 
 def absolute_model(model: ModelPart, base_dir: Path) -> ModelPart:
     """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
+    if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():
+        model = model.model_copy(update={"pretrained": str(path)})  # a file without an ending that tells it
     return _model_with_paths(model, lambda written: str(resolve_path(written, base_dir)))
 
 
@@ -209,18 +217,12 @@ def _ends(path: Path, end: Path) -> bool:
 def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """Returns the recipe with another text for each of its paths."""
 
-    def changed_set(spec: Any) -> Any:
-        if isinstance(spec, CorruptedSet):
-            return spec.model_copy(update={"of": changed_set(spec.of)})
-        if not isinstance(spec, StoredSet):
-            return spec
-        written = {key: getattr(spec, key) for key in spec.path_keys}
-        return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
-
     data = recipe.data
-    sets: dict[str, Any] = {role: changed_set(getattr(data, role)) for role in ("train", "id_val", "id_test")}
+    sets: dict[str, Any] = {
+        role: _set_with_paths(getattr(data, role), change) for role in ("train", "id_val", "id_test")
+    }
     for role in ("ood_val", "ood_test"):
-        sets[role] = {name: changed_set(spec) for name, spec in getattr(data, role).items()}
+        sets[role] = {name: _set_with_paths(spec, change) for name, spec in getattr(data, role).items()}
     sets["cache_dir"] = None if data.cache_dir is None else change(data.cache_dir)
     search = recipe.search.model_copy(
         update={"warm_start": tuple(change(source) for source in recipe.search.warm_start)}
@@ -232,6 +234,15 @@ def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
             "search": search,
         }
     )
+
+
+def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(spec, CorruptedSet):
+        return spec.model_copy(update={"of": _set_with_paths(spec.of, change)})
+    if not isinstance(spec, StoredSet):
+        return spec
+    written = {key: getattr(spec, key) for key in spec.path_keys}
+    return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
 
 
 def _model_with_paths(model: ModelPart, change: Callable[[str], str]) -> ModelPart:
