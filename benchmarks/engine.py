@@ -284,12 +284,11 @@ def driver_cost(
         num_seconds: Seconds played.
     """
     import io
-    from types import SimpleNamespace
 
     from rich.console import Console
 
+    from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
-    from carft_ray.launch.searcher import LOOK_EVERY_S, StudySearcher, Watcher
     from carft_ray.progress import REFRESH_PER_S, SearchView
     from carft_ray.search.rows import trials
 
@@ -301,29 +300,27 @@ def driver_cost(
     told: list[str | None] = []
     with open_study(study_dir, recipe) as study:
         study.adopt()
-        searcher = StudySearcher(study, num_live, lambda event: told.append(view.tell(event)))
-        watcher = Watcher(searcher, 3600.0)
+        driver = Driver(study, num_live, lambda event: told.append(view.tell(event)), hang_timeout_s=3600.0)
         view.tell(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []
         for index in range(num_live):
-            config = searcher.suggest(f"id{index}")
-            assert isinstance(config, dict)
-            folder = TrialSpec(**config["spec"]).folder(study_dir)
+            spec = driver.propose(f"id{index}")
+            assert spec is not None
+            folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ALIVE).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
             lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
             (folder / METRICS).write_text("".join(lines))
-            watcher.on_trial_start(0, [], SimpleNamespace(trial_id=f"id{index}", config=config))
+            driver.started(f"id{index}")
             folders.append(folder)
         for second in range(1, num_seconds + 1):
             for folder in folders:
                 with (folder / METRICS).open("a") as out:
                     out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
                 os.utime(folder / ALIVE)
-            for _ in range(round(1 / LOOK_EVERY_S)):
-                watcher._next_look = 0.0  # both looks, though it looks less often where one takes long
+            for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
-                watcher.on_step_begin(0, [])
+                driver.poll(at_once=True)  # though it looks less often where one look takes long
                 looks.append(time.perf_counter() - began)
                 look_cpu += time.process_time() - cpu
             for _ in range(REFRESH_PER_S):

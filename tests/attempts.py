@@ -11,22 +11,20 @@ import time
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import stand_in
 import torch
-from ray.tune.search import Searcher
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.evaluation import run
+from carft_ray.launch.causes import explained
 from carft_ray.launch.cluster import Node
+from carft_ray.launch.driver import Driver
 from carft_ray.launch.executors import Runner, make_plan, run_worker, stop_reader
-from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import micro_batch_of, shortage
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import TrialSpec
 from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
@@ -101,29 +99,24 @@ def _attempt(plan, spec):
 
 
 def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
-    """Runs a search; returns its Searcher and what it told."""
+    """Runs a search; returns its driver and what it told."""
     events, running = [], {}
     with open_study(study_dir, recipe) as study:
         plan = plan_of(study, runner)
         study.adopt()
-        searcher = StudySearcher(study, at_a_time, events.append)
-        watcher = Watcher(searcher, recipe.resources.hang_timeout_s, end=lambda alive: os.kill(alive.pid, 9))
-        for number in range(10_000):
-            watcher.on_step_begin(number, [trial for trial, _ in running.values()])
-            answer = searcher.suggest(f"id{number}")
-            if answer == Searcher.FINISHED:
-                break
-            if answer is not None:
-                spec = TrialSpec(**answer["spec"])
-                trial = SimpleNamespace(trial_id=f"id{number}", config=answer, status="RUNNING")
-                trial.get_pickled_error = lambda: RuntimeError(died)
-                watcher.on_trial_start(number, [], trial)
-                running[trial.trial_id] = trial, start(plan, spec)
+        limit_s = recipe.resources.hang_timeout_s
+        driver = Driver(
+            study, at_a_time, events.append, hang_timeout_s=limit_s, end_process=lambda alive: os.kill(alive.pid, 9)
+        )
+        for key in map(str, range(10_000)):
+            driver.poll()
+            if spec := driver.propose(key):
+                driver.started(key)
+                running[key] = start(plan, spec)
                 continue
+            if not driver.live:
+                break
             time.sleep(0.02)
-            for trial_id in [name for name, (_, process) in running.items() if not process.is_alive()]:
-                trial, process = running[trial_id]
-                searcher.tune_trials = [trial]
-                searcher.on_trial_complete(trial_id, {"lost": ""}, error=process.exitcode != 0)
-                del running[trial_id]
-    return searcher, events
+            for ended in [name for name, process in running.items() if not process.is_alive()]:
+                driver.ended(ended, explained(RuntimeError(died)) if running.pop(ended).exitcode else "")
+    return driver, events

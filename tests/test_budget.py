@@ -11,15 +11,15 @@ import ray
 import stand_in
 from ray.tune.search import Searcher
 from stand_in import make_recipe
-from test_searcher import Tune
+from test_driver import Tune
 
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
+from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
-from carft_ray.launch.searcher import StudySearcher
 from carft_ray.recipe.schema import BudgetPart
 from carft_ray.results import overview
 from carft_ray.search.outcome import ALIVE
@@ -66,7 +66,7 @@ def tune(tmp_path):
 
         def begin(began=None, **budget):
             events = []
-            driven = Tune(StudySearcher(study, 2, events.append, 2.0, BudgetPart(**budget), began))
+            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetPart(**budget), began))
             driven.events = events
             return driven
 
@@ -77,26 +77,26 @@ def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tu
     tune = tune(wall_time=3600)
     first, second = tune.start(), tune.start()
     tune.finish(first)
-    tune.searcher._began_search -= 3600
+    tune.driver._began -= 3600
     assert tune.start() is None
-    study_dir = tune.searcher.study.study_dir
+    study_dir = tune.driver.study.study_dir
     assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
     [told] = [event for event in tune.events if isinstance(event, Stopping)]
     assert (told.num_running, told.reason) == (1, "the wall time is used up (budget.wall_time, 3600 s)")
     tune.end(second)  # it has written its checkpoint
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.stopped
-    assert tune.searcher.out_of_budget
-    assert tune.searcher.failure is None
+    assert tune.driver.check_stop()
+    assert tune.driver.out_of_budget
+    assert tune.driver.failure is None
 
 
 def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
     tune = tune(wall_time=3600)
     tune.start()
-    (tune.searcher.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
-    tune.searcher._began_search -= 3600
-    assert tune.searcher.stopped
-    assert tune.searcher.out_of_budget == ""
+    (tune.driver.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
+    tune.driver._began -= 3600
+    assert tune.driver.check_stop()
+    assert tune.driver.out_of_budget == ""
 
 
 def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
@@ -107,19 +107,18 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
     os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     tune.finish(first)
-    assert 99 < tune.searcher.longest_end_s < 200  # 100, and what passed meanwhile
-    tune.searcher._began_search -= 3600 - LEAST_MARGIN_S - 98
-    assert tune.searcher.stopped
+    tune.driver._began -= 3600 - LEAST_MARGIN_S - 98
+    assert tune.driver.check_stop()
 
 
 def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_next_search(tune):
     first_search = tune(gpu_hours=1)
     trial, other = first_search.start(), first_search.start()
     for trial_id in (trial.trial_id, other.trial_id):
-        first_search.searcher._began[trial_id] -= 600
+        first_search.driver._attempts[trial_id].began -= 600
     first_search.finish(trial)
     first_search.die(other)  # it gets another attempt, but its time is gone
-    study = first_search.searcher.study
+    study = first_search.driver.study
     assert 2 * 2 * 600 <= study.gpu_seconds() < 2 * 2 * 650  # and what passed meanwhile
     read = overview.read_study(study.study_dir)
     assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
@@ -128,9 +127,9 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
     second = tune(gpu_hours=1)
     again = second.start()
     assert again is not None
-    second.searcher._began[again.trial_id] -= 601  # 20 minutes on 2 GPUs are left
+    second.driver._attempts[again.trial_id].began -= 601  # 20 minutes on 2 GPUs are left
     assert second.start() is None
-    assert second.searcher.out_of_budget.startswith("1 GPU hours are used")
+    assert second.driver.out_of_budget.startswith("1 GPU hours are used")
 
 
 def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
@@ -170,7 +169,7 @@ def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, mo
 def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_by_another(tmp_path, monkeypatch):
     ahead = [0]  # seconds that the clock of the search is set ahead once a trial is complete
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
-    monkeypatch.setattr("carft_ray.launch.searcher.time", clock)
+    monkeypatch.setattr("carft_ray.launch.driver.time", clock)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     stand_in.tell(tmp_path, seconds=0.4)
     study_dir, runner = tmp_path / "study", Runner(stand_in.prepare, stand_in.train)

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from stand_in import make_recipe
@@ -12,8 +11,8 @@ from stand_in import make_recipe
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import executors
+from carft_ray.launch.driver import Driver
 from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.search.outcome import TrialSpec, read_alive, read_failure, read_result
 from carft_ray.search.study import open_study
@@ -116,22 +115,20 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         study.adopt()
-        searcher = StudySearcher(study, 1, events.append)
-        watcher = Watcher(searcher)
-        trial = SimpleNamespace(trial_id="one", config=searcher.suggest("one"), status="RUNNING")
-        folder = TrialSpec(**trial.config["spec"]).folder(study.study_dir)
+        driver = Driver(study, 1, events.append)
+        folder = driver.propose("one").folder(study.study_dir)
         alive(folder)
-        watcher.on_trial_start(0, [trial], trial)
+        driver.started("one")
         (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         (study.study_dir / "stop").write_text("asked")
         for name in ("stop", "alive.json", "metrics.jsonl"):
             disk(name, FOREVER, errno.EHOSTDOWN)
-        watcher.on_step_begin(0, [trial])
-        assert not searcher.stopped
+        driver.poll()
+        assert not driver.is_stopping
         for name in ("stop", "alive.json", "metrics.jsonl"):
             disk(name, 0)
-        assert searcher.stopped
-        assert searcher.failure is None
+        assert driver.check_stop()
+        assert driver.failure is None
 
 
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):

@@ -135,6 +135,11 @@ class Plan:
     runner: Runner
 
     @property
+    def in_process(self) -> bool:
+        """Whether trainings run in the driver's own process, without Ray."""
+        return self.recipe.resources.executor == "debug"
+
+    @property
     def nested(self) -> bool:
         """Whether trainings run as a Ray Train group."""
         executor = self.recipe.resources.executor

@@ -12,9 +12,9 @@ from carft_ray.data.shared_images import shared_of_study, write_shared
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
+from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import Runner, make_plan, run_prepare
-from carft_ray.launch.searcher import no_successful_trial
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.study_figure import figure_at_the_end
 from carft_ray.launch.trainings import STOPPED, run_trainings

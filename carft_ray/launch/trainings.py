@@ -1,5 +1,10 @@
-"""Trainings of an open study on a running Ray: the loop of Tune that a search and a confirm share."""
+"""Trainings of an open study: what a search and a confirm share. Ray Tune runs them, or this process (``debug``).
 
+Both ask the ``Driver`` what comes next and tell it what has ended. Tune gets no metric: a report without it would end
+the whole run. It saves nothing of this; the study on disk is the truth.
+"""
+
+import dataclasses
 import functools
 import os
 import shutil
@@ -7,18 +12,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
 from carft_ray.data.readers import forget_listings
-from carft_ray.errors import CarftError, ClusterError, Problem
-from carft_ray.launch.causes import root_cause
+from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
+from carft_ray.launch.causes import error_of, explained, root_cause
+from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
-from carft_ray.launch.executors import RAY_FILES, Plan, tune_trainable
+from carft_ray.launch.executors import RAY_FILES, Plan, end_process, run_worker, stop_reader, tune_trainable
 from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.searcher import StudySearcher, Watcher
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.launch.waiting import why_waiting
+from carft_ray.learning.context import RunContext
 from carft_ray.search.folder import STOP
+from carft_ray.search.outcome import TrialSpec
 from carft_ray.search.study import Study
 
 STOPPED = "stopped on request"
@@ -37,17 +45,58 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
         What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
 
     Raises:
-        CarftError: What ended the run before its time (``StudySearcher.failure``); a ``ClusterError`` when it was Ray.
+        CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
     """
     forget_listings()
-    study_dir, room = study.study_dir, plan.capacity
-    budget, gpus = None if began is None else study.recipe.budget, room.num_workers * room.gpus_per_worker
-    searcher = StudySearcher(study, room.concurrency, on_event, gpus, budget, began)
-    leaks = Leaks(study_dir) if plan.nested else None
-    watcher = Watcher(searcher, study.recipe.resources.hang_timeout_s, leaks, functools.partial(why_waiting, room))
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room.concurrency)  # else actors start one after the other
-    ray_files = study_dir / RAY_FILES
+    room = plan.capacity
+    driver = Driver(
+        study,
+        room.concurrency,
+        on_event,
+        room.num_workers * room.gpus_per_worker,
+        None if began is None else study.recipe.budget,
+        began,
+        hang_timeout_s=None if plan.in_process else study.recipe.resources.hang_timeout_s,
+        end_process=end_process,
+        why_waiting=functools.partial(why_waiting, room),
+        leaks=Leaks(study.study_dir) if plan.nested else None,
+    )
+    with stop_file_on_signal(study.study_dir / STOP):
+        (_run_here if plan.in_process else _run_with_tune)(driver, plan)
+    if driver.failure is not None:
+        raise driver.failure
+    return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
+
+
+def _run_here(driver: Driver, plan: Plan) -> None:
+    """Runs one training after the other in this process."""
+    number = 0
+    while (spec := driver.propose(str(number))) is not None:
+        driver.started(str(number))
+        folder = spec.folder(plan.study_dir)
+        run_worker(plan, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(plan.study_dir, folder))))
+        driver.poll(at_once=True)  # its last epochs
+        driver.ended(str(number))
+        number += 1
+
+
+def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    def look() -> bool:
+        try:
+            driver.poll()
+        except StorageError:  # the driver keeps it: another search runs in the same folders
+            return True
+        return should_stop()
+
+    return look
+
+
+def _run_with_tune(driver: Driver, plan: Plan) -> None:
+    """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)  # else actors start one after the other
+    ray_files = plan.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
+    searcher = DriverSearcher(driver)
     try:
         tuner = tune.Tuner(
             tune_trainable(plan),
@@ -58,22 +107,85 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
                 trial_name_creator=_tune_name,
                 trial_dirname_creator=_tune_name,
             ),
-            run_config=tune.RunConfig(name="search", storage_path=str(ray_files), verbose=0, callbacks=[watcher]),
+            run_config=tune.RunConfig(
+                name="search", storage_path=str(ray_files), verbose=0, callbacks=[DriverCallback(driver, searcher)]
+            ),
         )
-        with stop_file_on_signal(study_dir / STOP), one_trial_dies():
+        with one_trial_dies():
             tuner.fit()
     except Exception as error:
-        if searcher.failure is None and not isinstance(error, CarftError):
-            step = "Run it again with --debug to see where."
-            problem = Problem("search", "Ray must run it to its end", root_cause(error), next_step=step)
-            searcher.failure = ClusterError(problem)
-            searcher.failure.__cause__ = error
-        searcher.failure = searcher.failure or error
-    if not study.taken_over:
+        driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
+    if not driver.study.taken_over:
         shutil.rmtree(ray_files, ignore_errors=True)
-    if searcher.failure is not None:
-        raise searcher.failure
-    return searcher.out_of_budget or (STOPPED if searcher.stopped else "")
+
+
+def _ray_error(error: Exception) -> ClusterError:
+    step = "Run it again with --debug to see where."
+    told = ClusterError(Problem("search", "Ray must run it to its end", root_cause(error), next_step=step))
+    told.__cause__ = error
+    return told
+
+
+class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
+    """Answers Tune from the driver. Concurrency and the end of the search are the driver's, too."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self._driver = driver
+        self._trials: list[Any] = []
+
+    def see(self, trials: list[Any]) -> None:
+        """Takes Tune's list of its trials."""
+        self._trials = trials
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Returns what to run next; None to be asked again; ``FINISHED`` at the end. Never None with nothing live."""
+        for trial in self._trials:  # what has ended without a word: a reused actor that could not be reset
+            if trial.status in ("TERMINATED", "ERROR") and self._driver.holds(trial.trial_id):
+                self.on_trial_complete(trial.trial_id, error=True)
+        spec = self._driver.propose(trial_id)
+        if spec is None:
+            return None if self._driver.live else Searcher.FINISHED
+        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the driver."""
+        gone = str((result or {}).get("lost", ""))
+        if error:
+            trial = next((trial for trial in self._trials if trial.trial_id == trial_id), None)
+            gone = "" if trial is None else explained(error_of(trial))
+        self._driver.ended(trial_id, gone)
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Says that the limit is ours."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes nothing: the study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Reads nothing."""
+
+
+class DriverCallback(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
+    """Has the driver look at what runs, in Tune's loop."""
+
+    def __init__(self, driver: Driver, searcher: DriverSearcher) -> None:
+        self._driver = driver
+        self._searcher = searcher
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Looks at the files."""
+        self._searcher.see(trials)
+        self._driver.poll()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tells that a training begins."""
+        self._driver.started(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Suspects that a trial whose process died has left a placement group."""
+        self._driver.died(TrialSpec(**trial.config["spec"]))
 
 
 def _tune_name(tune_trial: Any) -> str:

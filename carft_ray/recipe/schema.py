@@ -498,7 +498,8 @@ class SearchPart(Part):
 class ResourcesPart(Part):
     """What one trial gets."""
 
-    executor: Literal["auto", "inline", "ray-train"] = "auto"  # auto: one worker inline, more workers ray-train
+    # auto: one worker inline, more workers ray-train; debug: without Ray, one after the other, in this process
+    executor: Literal["auto", "inline", "ray-train", "debug"] = "auto"
     num_workers: Count = 1
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative | None = None  # None: 1 where the cluster has GPUs, else 0

@@ -1,4 +1,4 @@
-"""The Searcher, driven by hand as Tune drives it; no Ray runs."""
+"""The driver, asked and told as Tune does it; no Ray runs."""
 
 import itertools
 import json
@@ -15,6 +15,7 @@ from stand_in import make_recipe
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
 from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.cluster import Node, capacity
+from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
     Note,
@@ -25,24 +26,25 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.leaks import Leaks
-from carft_ray.launch.searcher import StudySearcher, Watcher
+from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.search.outcome import Failure, TrialSpec, write_failure
 from carft_ray.search.rows import trials
 from carft_ray.search.study import LOST_ATTEMPTS, open_study
 
 
 class Tune:
-    """Asks and tells like Tune's controller, with a list of its trials for the Watcher."""
+    """Asks and tells like Tune's controller, with a list of its trials."""
 
-    def __init__(self, searcher):
-        self.searcher = searcher
-        self.watcher = Watcher(searcher)
+    def __init__(self, driver):
+        self.driver = driver
+        self.searcher = DriverSearcher(driver)
+        self.callback = DriverCallback(driver, self.searcher)
         self.trials = []
         self.look()
 
     def look(self):
-        self.watcher._next_look = 0
-        self.watcher.on_step_begin(0, self.trials)
+        self.searcher.see(self.trials)
+        self.driver.poll(at_once=True)
 
     def start(self):
         trial_id = f"id{len(self.trials)}"
@@ -51,7 +53,7 @@ class Tune:
             return answer
         trial = SimpleNamespace(trial_id=trial_id, config=answer, status="RUNNING", get_pickled_error=lambda: None)
         self.trials.append(trial)
-        self.watcher.on_trial_start(0, self.trials, trial)
+        self.callback.on_trial_start(0, self.trials, trial)
         return trial
 
     def finish(self, trial, objective=0.5):
@@ -78,18 +80,33 @@ class Tune:
         self.searcher.on_trial_complete(trial.trial_id, error=True)
 
     def folder(self, trial):
-        return TrialSpec(**trial.config["spec"]).folder(self.searcher.study.study_dir)
+        return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)
 
 
 @pytest.fixture
-def tune(tmp_path):
-    """A search of 6 trials, 2 at a time."""
-    events = []
+def study(tmp_path):
     with open_study(tmp_path / "study", make_recipe(6)) as study:
         study.adopt()
-        tune = Tune(StudySearcher(study, 2, events.append))
+        yield study
+
+
+@pytest.fixture
+def search(study):
+    """Gives a function that makes a search of 6 trials, 2 at a time, with further arguments for its driver."""
+
+    def make(**how):
+        events = []
+        tune = Tune(Driver(study, 2, events.append, **how))
         tune.events = events
-        yield tune
+        return tune
+
+    return make
+
+
+@pytest.fixture
+def tune(search):
+    """A search of 6 trials, 2 at a time."""
+    return search()
 
 
 def kinds(events):
@@ -113,12 +130,12 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
         else:
             live.append(answer)
     assert num_finished == 7
-    assert [row.outcome for row in trials(tune.searcher.study.study_dir)] == ["complete"] * 6
+    assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["complete"] * 6
     assert kinds(tune.events).count(TrialFinished) == 6
     assert kinds(tune.events).count(BaselineFinished) == 1
     best = [event.row.objective for event in tune.events if isinstance(event, TrialFinished) and event.is_best]
     assert best == sorted(best)
-    assert tune.searcher.failure is None
+    assert tune.driver.failure is None
 
 
 def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
@@ -126,7 +143,7 @@ def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_go
     (tune.folder(second) / "checkpoint" / "attempt-1" / "step-00000030").mkdir(parents=True)
     lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
     (tune.folder(second) / "metrics.jsonl").write_text(lines)
-    study_dir = tune.searcher.study.study_dir
+    study_dir = tune.driver.study.study_dir
     (study_dir / "stop").write_text("asked by `carft-ray stop`\n")
     for trial in (first, second):
         tune.end(trial)
@@ -141,7 +158,7 @@ def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     again = tune.start()
     assert again.config["spec"]["name"] == first.config["spec"]["name"]
     assert again.config["spec"]["attempt"] == 2
-    assert tune.searcher.live == [TrialSpec(**trial.config["spec"]) for trial in (second, again)]
+    assert tune.driver.live == [TrialSpec(**trial.config["spec"]) for trial in (second, again)]
 
 
 def test_it_never_waits_with_nothing_running(tune):
@@ -179,8 +196,8 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     for _ in range(5):
         tune.finish(tune.start())
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.failure is None
-    assert [row.name for row in tune.searcher.study.set_aside()] == [name]
+    assert tune.driver.failure is None
+    assert [row.name for row in tune.driver.study.set_aside()] == [name]
 
 
 def test_messages_about_strangers_are_ignored(tune):
@@ -196,7 +213,7 @@ def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(t
     for reason in ("too high", "no memory", "too high", "too high", "no memory"):
         tune.fail(tune.start(), "diverged", reason)
     assert tune.start() == Searcher.FINISHED
-    failure = tune.searcher.failure
+    failure = tune.driver.failure
     assert isinstance(failure, NoSuccessfulTrialError)
     assert failure.exit_code == 6
     assert "3 of 5 failed in this way: too high" in str(failure)
@@ -209,19 +226,19 @@ def test_failures_beside_successes_do_not_end_the_search(tune):
     for _ in range(5):
         tune.fail(tune.start(), "diverged")
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.failure is None
+    assert tune.driver.failure is None
 
 
 def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
     first, second = tune.start(), tune.start()
     tune.fail(first, "fatal", "images are gone", exit_code=4)
     assert tune.start() is None  # the second one still writes its checkpoint
-    assert (tune.searcher.study.study_dir / "stop").exists()
+    assert (tune.driver.study.study_dir / "stop").exists()
     tune.look()
     tune.end(second)
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.failure.exit_code == 4
-    assert "images are gone" in str(tune.searcher.failure)
+    assert tune.driver.failure.exit_code == 4
+    assert "images are gone" in str(tune.driver.failure)
 
 
 def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, monkeypatch):
@@ -230,34 +247,34 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     def broken(spec):
         raise StorageError("no space left")
 
-    monkeypatch.setattr(tune.searcher.study, "settle", broken)
+    monkeypatch.setattr(tune.driver.study, "settle", broken)
     tune.finish(first)
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.failure.exit_code == 5
+    assert tune.driver.failure.exit_code == 5
 
 
 def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
     trial = tune.start()
-    study_dir = tune.searcher.study.study_dir
+    study_dir = tune.driver.study.study_dir
     (study_dir / "lease.json").write_text(json.dumps({"host": "node7", "pid": 12}))
     tune.finish(trial)
     assert tune.start() == Searcher.FINISHED
     assert not (study_dir / "stop").exists()
     with pytest.raises(StorageError, match="was taken over by another search"):
         tune.look()
-    assert tune.searcher.failure.exit_code == 5
+    assert tune.driver.failure.exit_code == 5
 
 
 def test_a_stop_leaves_running_trials_to_the_next_search(tune):
     first, second = tune.start(), tune.start()
-    (tune.searcher.study.study_dir / "stop").write_text("")
+    (tune.driver.study.study_dir / "stop").write_text("")
     tune.end(first)  # its worker has seen the file before the driver looks
     assert tune.events[-1] == Stopping(1)
     assert tune.start() is None
     tune.end(second)
     assert tune.start() == Searcher.FINISHED
-    assert tune.searcher.failure is None
-    assert [row.outcome for row in trials(tune.searcher.study.study_dir)] == ["running"]
+    assert tune.driver.failure is None
+    assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["running"]
 
 
 def test_epochs_are_told_from_the_files_of_the_training(tune):
@@ -288,12 +305,12 @@ def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
     os.utime(path, (last_step, last_step))
 
 
-def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(tune):
+def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(search):
     ended = []
+    tune = search(hang_timeout_s=0.2, end_process=ended.append)
     tune.finish(tune.start())
     trial = tune.start()
     name = trial.config["spec"]["name"]
-    tune.watcher = Watcher(tune.searcher, 0.2, end=ended.append)
     write_alive(tune, trial)
     for step in range(4):  # each look sees another step
         write_alive(tune, trial, step)
@@ -315,9 +332,9 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     assert again.config["spec"]["attempt"] == 2
 
 
-def test_without_a_limit_nothing_is_ended(tune):
+def test_without_a_limit_nothing_is_ended(search):
     ended = []
-    tune.watcher = Watcher(tune.searcher, None, end=ended.append)
+    tune = search(end_process=ended.append)
     write_alive(tune, tune.start())
     for _ in range(3):
         tune.look()
@@ -325,7 +342,7 @@ def test_without_a_limit_nothing_is_ended(tune):
 
 
 def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.searcher.WAIT_TOLD_S", 0)
+    monkeypatch.setattr("carft_ray.launch.driver.WAIT_TOLD_S", 0)
     trial = tune.start()
     for _ in range(4):
         tune.look()
@@ -340,11 +357,11 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
         tune.end(tune.start(), lost="no route to node7")
     tune.fail(tune.start(), "diverged")  # a verdict: the machines are well
     for number in range(12):
-        assert tune.searcher.failure is None
+        assert tune.driver.failure is None
         trial = tune.start()
         tune.fail(trial, "error", "no GPU") if number == 3 else tune.end(trial, lost="no route to node7")
     assert tune.start() == Searcher.FINISHED
-    failure = tune.searcher.failure
+    failure = tune.driver.failure
     assert failure.exit_code == 6  # one of them has ended with an exception
     assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
     assert "run the same command again" in str(failure)
@@ -354,17 +371,17 @@ def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
         study.adopt()
-        tune = Tune(StudySearcher(study, 32, lambda event: None))
+        tune = Tune(Driver(study, 32, lambda event: None))
         live = [tune.start() for _ in range(32)]
         for _ in range(3):
             for trial in live[:16]:
                 tune.end(trial, lost="its node is gone")
             live = live[16:] + [tune.start() for _ in range(16)]
         for _ in range(6 * 32 - 3 * 16):
-            assert tune.searcher.failure is None
+            assert tune.driver.failure is None
             tune.end(live.pop(0), lost="no route to node7")
             live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]
-        assert isinstance(tune.searcher.failure, ClusterError)
+        assert isinstance(tune.driver.failure, ClusterError)
 
 
 def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
@@ -374,13 +391,13 @@ def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
         spec = TrialSpec(**trial.config["spec"])
         (tune.folder(trial) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
         tune.end(trial, lost="the node was taken away")
-    assert tune.searcher.failure is None
+    assert tune.driver.failure is None
 
 
 def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):
     now = [0.0]
     nodes = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
-    bad_nodes = tune.searcher.bad_nodes = BadNodes(lambda: nodes, lambda: now[0])
+    bad_nodes = tune.driver.bad_nodes = BadNodes(lambda: nodes, lambda: now[0])
     tune.finish(tune.start())
 
     def run(node, end):
@@ -401,25 +418,25 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
     assert bad_nodes.left_out() == []
 
 
-def leaking(tune):
-    """Gives the groups of the job, with whether each has its resources, and those that were removed."""
+def leaking(search):
+    """Gives a search, the groups of the job, with whether each has its resources, and those that were removed."""
     groups, removed = {}, []
 
     def remove(name):
         removed.append(name)
         del groups[name]
 
-    tune.watcher = Watcher(tune.searcher, None, Leaks(tune.searcher.study.study_dir, lambda: dict(groups), remove))
-    return groups, removed
+    study_dir = search().driver.study.study_dir
+    return search(leaks=Leaks(study_dir, lambda: dict(groups), remove)), groups, removed
 
 
 def kill(tune, trial):
-    tune.watcher.on_trial_error(0, tune.trials, trial)
+    tune.callback.on_trial_error(0, tune.trials, trial)
     tune.die(trial)
 
 
-def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune):
-    groups, removed = leaking(tune)
+def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(search):
+    tune, groups, removed = leaking(search)
     groups |= {"g1": True, "g2": True}
     first, second = tune.start(), tune.start()
     kill(tune, first)
@@ -436,8 +453,8 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(tune
     tune.end(third)
 
 
-def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(tune):
-    groups, removed = leaking(tune)
+def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(search):
+    tune, groups, removed = leaking(search)
     first, second = tune.start(), tune.start()
     groups |= {"g1": True, "g2": False}  # the second one waits for what the first one holds
     write_alive(tune, first, group="g1")
@@ -543,14 +560,14 @@ def test_a_trial_that_fits_nowhere_is_refused():
 def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
     """It takes a tenth of the time at most, however slow the file system is."""
     clock = {"now": 100.0, "took": 0.01}
-    monkeypatch.setattr("carft_ray.launch.searcher.time", SimpleNamespace(monotonic=lambda: clock["now"]))
+    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: clock["now"]))
 
     def slow_look():
         clock["now"] += clock["took"]
 
-    monkeypatch.setattr(tune.watcher, "_look", slow_look)
+    monkeypatch.setattr(tune.driver, "_look", slow_look)
     tune.look()
-    assert tune.watcher._next_look == pytest.approx(100.5)  # twice a second
+    assert tune.driver._next_poll == pytest.approx(100.5)  # twice a second
     clock.update(now=200.0, took=3.0)
     tune.look()
-    assert tune.watcher._next_look - 200.0 == pytest.approx(30.0)
+    assert tune.driver._next_poll - 200.0 == pytest.approx(30.0)
