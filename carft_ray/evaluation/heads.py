@@ -112,12 +112,15 @@ def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], devic
     return cache.key_of(["heads", FORMAT_VERSION, model, tokens.hexdigest(), computed, versions])
 
 
-def told_time_left(say: Say, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
-    """Returns a callback (sentences done, in all) that tells how long the rest will take, at most every ten seconds.
+def told_time_left(
+    say: Say, clock: Callable[[], float] = time.monotonic, what: str = "embedding sentences"
+) -> Callable[[int, int], None]:
+    """Returns a callback (done, in all) that tells how long the rest will take, at most every ten seconds.
 
     Args:
         say: Told a line; nothing in the first three seconds.
         clock: Seconds.
+        what: What is done.
     """
     began = clock()
     next_at = began + FIRST_AFTER_S
@@ -127,7 +130,7 @@ def told_time_left(say: Say, clock: Callable[[], float] = time.monotonic) -> Cal
         now = clock()
         if now >= next_at and done < total:
             left_s = (now - began) * (total - done) / done
-            say(f"embedding sentences: {done} of {total}, about {left_s:.0f} s left")
+            say(f"{what}: {done:,} of {total:,}, about {left_s:.0f} s left")
             next_at = now + THEN_EVERY_S
 
     return on_progress
