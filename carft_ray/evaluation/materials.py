@@ -14,13 +14,13 @@ from carft_ray.data.packed import PackedSource, pays
 from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_names, open_train, open_validation
 from carft_ray.data.source import ImageSet, Source
-from carft_ray.evaluation.heads import told_time_left
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe, SandboxSet, plain
+from carft_ray.words import told_time_left
 
 __all__ = ["ID_SET", "Materials", "fill_cache", "load_materials", "materials_of_worker"]
 
@@ -112,10 +112,10 @@ def fill_cache(recipe: Recipe, base_dir: Path, say: Callable[[str], None]) -> No
         if not done:
             if name not in told:
                 say(f"waiting for another process that builds {name} into the cache")
-            told[name] = told_time_left(say, what=f"building {name} into the cache")
+            told[name] = told_time_left(say, f"building {name} into the cache")
             return
         if name not in told:
-            told[name] = told_time_left(say, what=f"building {name} into the cache")
+            told[name] = told_time_left(say, f"building {name} into the cache")
         told[name](done, total)
 
     load_materials(recipe, base_dir, on_image)

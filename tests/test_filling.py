@@ -1,0 +1,129 @@
+"""Caches of nodes: filled on all of them before the first trial, and by trials that find them empty. With a real Ray."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import slow_builds
+from PIL import Image
+from ray.cluster_utils import Cluster
+
+from carft_ray.errors import DataError
+from carft_ray.launch.events import Note, Preparing, TrialStarted
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.recipe.schema import Recipe
+
+HERE = Path(__file__).parent
+SIZES = {"object_store_memory": 10**8}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Two trials at a time, of one step each, on a folder of images whose files are packed."""
+    rng = np.random.default_rng(0)
+    for role, number in (("train", slow_builds.NUM_TRAIN // 2), ("val", 8)):
+        for name in slow_builds.CLASSES:
+            folder = tmp_path / "images" / role / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    images = {"source": "folder", "path": "images"}
+    return Recipe.model_validate(
+        {
+            "data": {
+                "train": {**images, "domains": ["train"]},
+                "id_val": {**images, "domains": ["val"]},
+                "pack": "always",
+            },
+            "train": {"epochs": 1, "batch_size": slow_builds.NUM_TRAIN, "kl_weight": 0.0},
+            "search": {
+                "trials": 2,
+                "space": {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}},
+                "baselines": {},
+                "alpha": {"grid": [0, 0.5, 1]},
+            },
+            "resources": {"threads": 1, "gpus_per_worker": 0, "hang_timeout_s": slow_builds.HANG_TIMEOUT_S},
+        }
+    )
+
+
+@pytest.fixture
+def two_nodes(tmp_path, monkeypatch):
+    """A cluster of two nodes with a cache each, ``one`` and ``two``, whose head has no CPU; gives its address."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZES})
+    for name in ("one", "two"):
+        cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(tmp_path / name)}, **SIZES)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def searched(recipe, base_dir, address, runner):
+    """Runs a search; returns its result, what it told of the preparation, and its notes."""
+    told, noted, trials_at_start = [], [], []
+
+    def on_event(event):
+        if isinstance(event, Preparing):
+            told.append(event.what)
+        if isinstance(event, Note):
+            noted.append(event.text)
+        if isinstance(event, TrialStarted):
+            trials_at_start.append(event.spec.name)
+
+    result = run_search(recipe, base_dir, base_dir / "study", address, on_event, runner)
+    assert [row.outcome for row in result.trials] == ["complete", "complete"], result.trials
+    assert [row.attempt for row in result.trials] == [1, 1]
+    assert [text for text in noted if "hangs" in text] == []
+    return told
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir() if path.is_dir() and len(path.name) == 32)
+
+
+def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_trial(tmp_path, recipe, two_nodes):
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
+    told = searched(recipe, tmp_path, two_nodes, runner)
+    notes = slow_builds.notes(tmp_path)
+    assert [note["what"] for note in notes] == ["begins", "begins", "ends", "ends"]
+    assert {note["cache"] for note in notes[:2]} == {"one", "two"}
+    assert {note["trials"] for note in notes} == {0}
+    assert any("building train into the cache: " in text and " s left; " in text for text in told), told
+    for name in ("one", "two"):
+        kinds = entries(tmp_path / name / "carft-ray")
+        assert len(kinds) >= 2  # train and id_val; on one of them the heads, too
+
+
+def test_a_process_that_dies_while_it_fills_a_cache_ends_no_search(tmp_path, recipe, two_nodes):
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
+    told = searched(recipe, tmp_path, two_nodes, runner)
+    assert any("could not fill its cache, which its trials will do" in text for text in told), told
+
+
+def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, recipe, two_nodes):
+    path = tmp_path / "images" / "val" / "circle" / "003.png"
+    path.write_bytes(b"no image")
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
+    with pytest.raises(DataError, match="must be a readable image") as caught:
+        searched(recipe, tmp_path, two_nodes, runner)
+    assert str(path) in str(caught.value)
+    assert list((tmp_path / "study" / "trials").glob("*")) == []
+
+
+def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for_it_live(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    data = recipe.data.model_copy(update={"cache_dir": "cache"})
+    resources = recipe.resources.model_copy(update={"cpus_per_worker": 0.5})
+    recipe = recipe.model_copy(update={"data": data, "resources": resources})
+    search = recipe.search.model_copy(update={"concurrency": 2})
+    runner = Runner(slow_builds.prepare_and_empty, slow_builds.train)
+    searched(recipe.model_copy(update={"search": search}), tmp_path, None, runner)
+    notes = slow_builds.notes(tmp_path)
+    assert sorted(note["what"] for note in notes if note["what"] != "waits") == ["begins", "ends"]
+    waits = [note for note in notes if note["what"] == "waits"]
+    assert {note["pid"] for note in waits}.isdisjoint(note["pid"] for note in notes if note["what"] == "begins")
+    assert waits[-1]["at"] - waits[0]["at"] > slow_builds.HANG_TIMEOUT_S
