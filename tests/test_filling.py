@@ -1,8 +1,9 @@
-"""Caches of nodes: filled on all of them before the first trial, and by trials that find them empty. With a real Ray."""
+"""Caches of nodes: filled on all of them before the first trial, or by trials that find them empty. With a real Ray."""
 
 import os
 from pathlib import Path
 
+import attempts
 import numpy as np
 import pytest
 import slow_builds
@@ -10,15 +11,18 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from carft_ray.errors import DataError
-from carft_ray.launch.events import Note, Preparing, TrialStarted
+from carft_ray.evaluation.materials import materials_of_worker
+from carft_ray.launch import executors
+from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import ALIVE
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -51,28 +55,28 @@ def recipe(tmp_path):
     )
 
 
-@pytest.fixture
-def two_nodes(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
     """A cluster of two nodes with a cache each, ``one`` and ``two``, whose head has no CPU; gives its address."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZES})
-    for name in ("one", "two"):
-        cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(tmp_path / name)}, **SIZES)
+    caches = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SIZES})
+        for name in ("one", "two"):
+            cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(caches / name)}, **SIZES)
     yield cluster.address
     cluster.shutdown()
 
 
 def searched(recipe, base_dir, address, runner):
-    """Runs a search; returns its result, what it told of the preparation, and its notes."""
-    told, noted, trials_at_start = [], [], []
+    """Runs a search, whose trials must all end well at the first attempt; returns what it told of the preparation."""
+    told, noted = [], []
 
     def on_event(event):
         if isinstance(event, Preparing):
             told.append(event.what)
         if isinstance(event, Note):
             noted.append(event.text)
-        if isinstance(event, TrialStarted):
-            trials_at_start.append(event.spec.name)
 
     result = run_search(recipe, base_dir, base_dir / "study", address, on_event, runner)
     assert [row.outcome for row in result.trials] == ["complete", "complete"], result.trials
@@ -81,10 +85,7 @@ def searched(recipe, base_dir, address, runner):
     return told
 
 
-def entries(cache):
-    return sorted(path.name for path in cache.iterdir() if path.is_dir() and len(path.name) == 32)
-
-
+@pytest.mark.slow
 def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_trial(tmp_path, recipe, two_nodes):
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
     told = searched(recipe, tmp_path, two_nodes, runner)
@@ -93,17 +94,9 @@ def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_tr
     assert {note["cache"] for note in notes[:2]} == {"one", "two"}
     assert {note["trials"] for note in notes} == {0}
     assert any("building train into the cache: " in text and " s left; " in text for text in told), told
-    for name in ("one", "two"):
-        kinds = entries(tmp_path / name / "carft-ray")
-        assert len(kinds) >= 2  # train and id_val; on one of them the heads, too
 
 
-def test_a_process_that_dies_while_it_fills_a_cache_ends_no_search(tmp_path, recipe, two_nodes):
-    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
-    told = searched(recipe, tmp_path, two_nodes, runner)
-    assert any("could not fill its cache, which its trials will do" in text for text in told), told
-
-
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, recipe, two_nodes):
     path = tmp_path / "images" / "val" / "circle" / "003.png"
     path.write_bytes(b"no image")
@@ -114,6 +107,16 @@ def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, r
     assert list((tmp_path / "study" / "trials").glob("*")) == []
 
 
+@pytest.mark.slow
+def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
+    tmp_path, recipe, two_nodes
+):  # the last of these two nodes
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
+    told = searched(recipe, tmp_path, two_nodes, runner)
+    assert any("is gone: the search goes on without it" in text for text in told), told
+
+
+@pytest.mark.slow
 def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for_it_live(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     data = recipe.data.model_copy(update={"cache_dir": "cache"})
@@ -127,3 +130,26 @@ def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for
     waits = [note for note in notes if note["what"] == "waits"]
     assert {note["pid"] for note in waits}.isdisjoint(note["pid"] for note in notes if note["what"] == "begins")
     assert waits[-1]["at"] - waits[0]["at"] > slow_builds.HANG_TIMEOUT_S
+
+
+def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(tmp_path):
+    asked = []
+    recipe = attempts.sandbox_recipe()
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path)})})
+    context = RunContext(should_stop=lambda: asked.append(1) or len(asked) == 7)
+    with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
+        materials_of_worker(recipe, tmp_path, context)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert len(materials_of_worker(recipe, tmp_path, RunContext()).train) == 512
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(executors, "STEP_TOLD_S", 0.0)
+    path = tmp_path / ALIVE
+    path.write_text("{}")
+    nodes = (("node", "address"), ("node", "address"))
+    with executors._alive(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
+        os.utime(path, (1, 1))
+        assert not context.should_stop()
+        assert path.stat().st_mtime > 1

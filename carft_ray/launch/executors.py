@@ -239,7 +239,7 @@ def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
     told, longest_s = "", 0.0
     while pending:
         for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
-            address, reason = nodes[pending.pop(done)], ""
+            node_id, reason = pending.pop(done), ""
             try:
                 seconds, reason = ray.get(done)
                 longest_s = max(longest_s, seconds)
@@ -249,7 +249,10 @@ def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
                     raise cause from None
                 reason = root_cause(error)
             if reason:
-                say(f"{address} could not fill its cache, which its trials will do: {reason}")
+                say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+        alive = _nodes_for_trainings(plan.capacity)
+        for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
+            say(f"{nodes[pending.pop(lost)]} is gone: the search goes on without it")
         texts = {}
         for node_id in pending.values():
             with contextlib.suppress(OSError):
