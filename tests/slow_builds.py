@@ -16,6 +16,7 @@ from unittest import mock
 from carft_ray.data import packed
 from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
 from carft_ray.launch import executors
+from carft_ray.search.folder import STOP
 
 SECONDS = 8.0
 HANG_TIMEOUT_S = 5.0
@@ -74,6 +75,12 @@ def fill_or_die(recipe, base_dir, say):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(1000)  # this process does not notice before the cluster's end, as Ray does not of a lost machine
     return executors.fill(recipe, base_dir, say)
+
+
+def fill_and_ask_to_stop(recipe, base_dir, say):
+    """Asks for a stop of the search as another process does, in the middle of a long build."""
+    (base_dir / "study" / STOP).touch()
+    time.sleep(1000)
 
 
 def prepare(recipe, base_dir, folder):

@@ -7,10 +7,11 @@ import attempts
 import numpy as np
 import pytest
 import slow_builds
+import stand_in
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from carft_ray.errors import DataError
+from carft_ray.errors import DataError, InterruptedRunError
 from carft_ray.evaluation.materials import materials_of_worker
 from carft_ray.launch import executors
 from carft_ray.launch.events import Note, Preparing
@@ -130,6 +131,15 @@ def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for
     waits = [note for note in notes if note["what"] == "waits"]
     assert {note["pid"] for note in waits}.isdisjoint(note["pid"] for note in notes if note["what"] == "begins")
     assert waits[-1]["at"] - waits[0]["at"] > slow_builds.HANG_TIMEOUT_S
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    runner = Runner(stand_in.prepare, stand_in.train, slow_builds.fill_and_ask_to_stop)
+    with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
+        run_search(stand_in.make_recipe(3), tmp_path, tmp_path / "study", runner=runner)
+    assert not (tmp_path / "study" / "_tune").exists()
 
 
 def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(tmp_path):

@@ -224,13 +224,13 @@ def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
         The seconds that the slowest node took.
 
     Raises:
-        CarftError: A set or the model cannot be opened.
+        CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
     """
     if plan.runner.fill is None:
         return 0.0
-    # a process without GPUs is never given one later: it would keep model and sets in memory for nothing
-    max_calls = 1 if plan.capacity.gpus_per_worker else 0
     nodes = _nodes_for_trainings(plan.capacity)
+    # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
+    max_calls = 1 if plan.capacity.gpus_per_worker or len(nodes) > 1 else 0
     pending = {}
     for node_id in nodes:
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
@@ -238,6 +238,7 @@ def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
         pending[task.remote(plan)] = node_id
     told, longest_s = "", 0.0
     while pending:
+        _check_not_stopped(plan)
         for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
             node_id, reason = pending.pop(done), ""
             try:
@@ -261,6 +262,12 @@ def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
             told = text
             say(told)
     return longest_s
+
+
+def _check_not_stopped(plan: Plan) -> None:
+    """Raises where the study's stop file is there, which tells the caller that it was no fault (``signals``)."""
+    if files.seen(plan.study_dir / STOP):
+        raise ClusterError(Problem("preparation", "was stopped on request"))
 
 
 def _nodes_for_trainings(room: Capacity) -> dict[str, str]:
@@ -327,6 +334,7 @@ def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> d
         fill_nodes(plan, say)
         pending, ended = task.remote(plan), False
         while not ended:
+            _check_not_stopped(plan)
             ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
                 if (text := path.read_text()) != told:
