@@ -1,6 +1,7 @@
 """Caches of nodes: filled on all of them before the first trial, or by trials that find them empty. With a real Ray."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import attempts
@@ -10,9 +11,10 @@ import slow_builds
 import stand_in
 from PIL import Image
 from ray.cluster_utils import Cluster
+from test_lost import gloo
 
 from carft_ray.errors import DataError, InterruptedRunError
-from carft_ray.evaluation.materials import materials_of_worker
+from carft_ray.evaluation import materials
 from carft_ray.launch import executors
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.executors import Runner
@@ -148,9 +150,9 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path)})})
     context = RunContext(should_stop=lambda: asked.append(1) or len(asked) == 7)
     with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
-        materials_of_worker(recipe, tmp_path, context)
+        materials.materials_of_worker(recipe, tmp_path, context)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    assert len(materials_of_worker(recipe, tmp_path, RunContext()).train) == 512
+    assert len(materials.materials_of_worker(recipe, tmp_path, RunContext()).train) == 512
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -163,3 +165,21 @@ def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, r
         os.utime(path, (1, 1))
         assert not context.should_stop()
         assert path.stat().st_mtime > 1
+
+
+def stop_together(context, base_dir):
+    """Rank 0 finds all sets in its cache, and rank 1 is asked to stop while it builds them."""
+    recipe = attempts.sandbox_recipe()
+    data = recipe.data.model_copy(update={"cache_dir": str(base_dir / str(context.rank))})
+    recipe = recipe.model_copy(update={"data": data})
+    if context.rank == 0:
+        materials.load_materials(recipe, base_dir)
+        materials._materials.clear()
+    context = replace(context, should_stop=lambda: context.rank == 1)
+    with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
+        materials.materials_of_worker(recipe, base_dir, context)
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_is_asked_to_while_it_builds(tmp_path):
+    assert gloo(stop_together, tmp_path) == [0, 0]
