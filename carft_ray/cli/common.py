@@ -164,21 +164,20 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
     asked = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
     recipe = load_recipe(path, asked)
-    base_dir = path.absolute().parent
-    if problems := check_model(recipe.model, base_dir):
+    if problems := check_model(recipe.model):
         raise RecipeError(problems)
-    if problems := check_roles(recipe, base_dir):
+    if problems := check_roles(recipe):
         raise HoldOutError(problems)
-    if problems := check_sets(recipe, base_dir):
+    if problems := check_sets(recipe):
         raise DataError(problems)
     if asks_of_tower(recipe):
         from carft_ray.learning.opening import image_tower
         from carft_ray.learning.tower import recipe_problems
 
-        tower = image_tower(recipe.model, base_dir)
+        tower = image_tower(recipe.model)
         if tower is not None and (problems := recipe_problems(tower, recipe)):
             raise RecipeError(problems)
-    for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
+    for text in (*warnings(recipe), *model_warnings(recipe.model)):
         console.warn(text)
     return recipe
 

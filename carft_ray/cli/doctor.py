@@ -42,13 +42,13 @@ def doctor(
         check_pairs_path(pairs)
         if quick:
             raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
-    value, base_dir = load_recipe(recipe, set_ or ()), recipe.absolute().parent
+    value = load_recipe(recipe, set_ or ())
     if json_:
-        found = examine(value, base_dir, images, quick)
+        found = examine(value, images, quick)
         console.print_json(as_plain_data(found))
     else:
         with console.counting_several() as progress:
-            found = examine(value, base_dir, images, quick, console.say, progress)
+            found = examine(value, images, quick, console.say, progress)
         if found.sets:
             console.out.print(console.checkup_table(found.sets, found.zero_shot))
         for line in _model_lines(found.model, found.machine):

@@ -57,9 +57,9 @@ def data_add(
     from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.materials import load_materials
 
-    value, base_dir = load(recipe, set_), recipe.absolute().parent
-    folder = cache_dir(value, base_dir)
-    shared = find_shared(value, base_dir, folder, console.say)
+    value = load(recipe, set_)
+    folder = cache_dir(value)
+    shared = find_shared(value, folder, console.say)
     for line in shared_lines(shared):
         console.say(line)
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
@@ -72,7 +72,7 @@ def data_add(
                 built[name] = begin(name)
             built[name](done, total)
 
-        materials = load_materials(without_shared(value, shared, base_dir), base_dir, on_image)
+        materials = load_materials(without_shared(value, shared), on_image)
     kinds = dict.fromkeys(materials.num_images, "decoded")
     kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
     sets: list[dict[str, Any]] = [

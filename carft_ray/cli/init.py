@@ -124,7 +124,7 @@ def _check_model(model: str, pretrained: str | None, to: Path | None) -> None:
 
     base_dir = Path.cwd() if to is None else to.absolute().parent
     options = {"model.name": "--model", "model.pretrained": "--pretrained"}
-    problems = check_model(ModelPart(name=model, pretrained=pretrained), base_dir)
+    problems = check_model(ModelPart(name=model, pretrained=pretrained))
     if problems:
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
 

@@ -52,13 +52,13 @@ def model(
             name, has_own = f"{LOCAL_DIR}{name}", True
         weights = pretrained if pretrained is not None or has_own else RANDOM
         part, train, base_dir = ModelPart(name=name, pretrained=weights), None, Path.cwd()
-    if problems := check_model(part, base_dir):  # before torch is loaded
+    if problems := check_model(part):  # before torch is loaded
         raise RecipeError(problems)
-    for text in model_warnings(part, base_dir):
+    for text in model_warnings(part):
         console.warn(text)
     from carft_ray.learning.describe import describe
 
-    found = describe(part, base_dir, train)
+    found = describe(part, train)
     if json_:
         console.print_json(found)
         return

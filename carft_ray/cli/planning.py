@@ -57,14 +57,14 @@ def plan(
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "must stand without --price-per-gpu-hour: give one price"))
-    value, base_dir = load(recipe, set_, executor, num_workers), recipe.absolute().parent
+    value = load(recipe, set_, executor, num_workers)
     if problems := check_searchable(value):
         raise RecipeError(problems)
     say = (lambda text: None) if json_ else console.say
-    measured = measure_by_study(value, base_dir, study, address) if study is not None and is_study(study) else None
+    measured = measure_by_study(value, study, address) if study is not None and is_study(study) else None
     if measured is None:
         beside = study.absolute().parent if study is not None else None
-        measured = measure_by_probe(value, base_dir, address, beside, say)
+        measured = measure_by_probe(value, address, beside, say)
     found = forecast(value, *measured)
     if price_per_gpu_hour is not None and not found["gpus_per_worker"]:
         step = "Give --price-per-hour, of the whole machine."

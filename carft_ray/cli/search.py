@@ -125,7 +125,6 @@ def _warm(value: Any, sources: list[Path] | None) -> Any:
 
 def _search(
     value: Any,
-    base_dir: Path,
     study: Path,
     address: str | None,
     again: str | None,
@@ -142,7 +141,7 @@ def _search(
         raise RecipeError(problems)
     from carft_ray.search.ledger import require_unread
 
-    if not require_unread(study, value, base_dir, again, may) and again is not None:
+    if not require_unread(study, value, again, may) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.search.trust import unpickles
 
@@ -157,7 +156,7 @@ def _search(
         notifying(*notify, value.name, study, console.warn) as beside,
         search_shown(not json_, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, base_dir, study, address, beside(on_event), trusted=trust, may=may)
+        result = run_search(value, study, address, beside(on_event), trusted=trust, may=may)
     summary = study_summary(value, result)
     if json_:
         console.print_json(summary)

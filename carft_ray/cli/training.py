@@ -48,8 +48,7 @@ def validate(
         from carft_ray.data.sets import cache_dir
         from carft_ray.data.shared_images import find_shared, shared_lines
 
-        base_dir = recipe.absolute().parent
-        for line in shared_lines(find_shared(value, base_dir, cache_dir(value, base_dir), console.say)):
+            for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)
     if json_:
         console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})

@@ -18,7 +18,6 @@ from carft_ray.data.layouts import KIND, STEP, Lister
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import BenchmarkSet
 
 
@@ -92,18 +91,17 @@ def known_facts(name: str) -> Facts:
     return replace(facts, classes=tuple(differ))
 
 
-def list_benchmark(spec: BenchmarkSet, base_dir: Path, place: str) -> Listing:
+def list_benchmark(spec: BenchmarkSet, place: str) -> Listing:
     """Lists the images of a benchmark. A name is the file's path from the benchmark's root, or file and row of CIFAR.
 
     Args:
         spec: The set.
-        base_dir: Folder that a relative path counts from.
         place: Where the set is named, for the problems.
     """
-    problems = benchmark_problems(spec, base_dir, place)
+    problems = benchmark_problems(spec, place)
     if problems:
-        return Listing(KIND, str(resolve_path(spec.path, base_dir)), problems=tuple(problems))
-    root, facts = _root(spec, base_dir), known_facts(spec.name)
+        return Listing(KIND, str(Path(spec.path)), problems=tuple(problems))
+    root, facts = _root(spec), known_facts(spec.name)
     try:
         listing = LAYOUTS[spec.name].list(root, spec, facts, place)
     except DataError as error:
@@ -114,15 +112,15 @@ def list_benchmark(spec: BenchmarkSet, base_dir: Path, place: str) -> Listing:
     return replace(_in_class_list(listing, spec, facts), problems=tuple(problems))
 
 
-def benchmark_problems(spec: BenchmarkSet, base_dir: Path, place: str) -> list[Problem]:
+def benchmark_problems(spec: BenchmarkSet, place: str) -> list[Problem]:
     """Returns a problem for a path without the benchmark's folders and lists; nothing is listed."""
-    facts, path = known_facts(spec.name), resolve_path(spec.path, base_dir)
+    facts, path = known_facts(spec.name), Path(spec.path)
     if facts.domains and BENCHMARKS[spec.name].has_domains:
         wrong = [domain for domain in spec.domains or () if domain not in facts.domains]
         key, rule = f"{place}.domains", f"must be a domain of {facts.title}"
         if wrong:
             return [Problem(key, rule, repr(one), facts.domains, nearest(one, facts.domains)) for one in wrong]
-    root = _root(spec, base_dir)
+    root = _root(spec)
     absent = [pattern for pattern in _needed(spec) if not _is_there(root, pattern)]
     if not absent:
         return []
@@ -130,9 +128,9 @@ def benchmark_problems(spec: BenchmarkSet, base_dir: Path, place: str) -> list[P
     return [Problem(f"{place}.path", rule, f"none in {root}" if root.is_dir() else str(path), next_step=STEP)]
 
 
-def benchmark_places(spec: BenchmarkSet, base_dir: Path) -> list[str]:
+def benchmark_places(spec: BenchmarkSet) -> list[str]:
     """Returns the folders that hold the images of a set, links resolved."""
-    root = _root(spec, base_dir)
+    root = _root(spec)
     return [os.path.realpath(root / images) for images in _images(spec)]
 
 
@@ -211,9 +209,9 @@ def _in_class_list(listing: Listing, spec: BenchmarkSet, facts: Facts) -> Listin
     return replace(listing, classes=[name_of.get(name, name) for name in listing.classes], found=found, within=within)
 
 
-def _root(spec: BenchmarkSet, base_dir: Path) -> Path:
+def _root(spec: BenchmarkSet) -> Path:
     """Returns the root of a set: the first of its layout's folders that holds all it needs, else the likeliest."""
-    path = resolve_path(spec.path, base_dir)
+    path = Path(spec.path)
     roots = [path / folder for folder in LAYOUTS[spec.name].folders]
     whole = [root for root in roots if all(_is_there(root, pattern) for pattern in _needed(spec))]
     return next(iter([*whole, *(root for root in roots if root.is_dir())]), path)

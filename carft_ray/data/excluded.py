@@ -9,23 +9,21 @@ import numpy as np
 
 from carft_ray.data.source import IdArray
 from carft_ray.errors import Problem
-from carft_ray.recipe.loading import resolve_path
 
 COLUMN = "sample_id"
 NUM_EXAMPLES = 3
 
 
-def excluded_ids(written: tuple[int, ...] | str, base_dir: Path, place: str) -> tuple[IdArray, list[Problem]]:
+def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, list[Problem]]:
     """Returns the sample ids that ``exclude`` names, uint64 [K], and what is wrong with its file.
 
     Args:
         written: The ids, or the path of a text file with one per line or of a CSV file with a column ``sample_id``.
-        base_dir: Folder that a relative path counts from.
         place: Where it is written, for the problems.
     """
     if not isinstance(written, str):
         return np.array(written, np.uint64), []
-    path = resolve_path(written, base_dir)
+    path = Path(written)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             found = [(number, text.strip()) for number, text in _texts(file) if text.strip()]

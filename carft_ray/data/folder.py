@@ -14,23 +14,21 @@ from carft_ray.data.images import IMAGE_ENDINGS, read_bytes
 from carft_ray.data.index import told_stamp
 from carft_ray.data.listing import Listing, normal
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import FolderSet
 
 KIND = "folder-2"
 _LAYOUT = "Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."
 
 
-def list_folder_set(spec: FolderSet, base_dir: Path, place: str) -> Listing:
+def list_folder_set(spec: FolderSet, place: str) -> Listing:
     """Lists the images of a tree. The names are ``domain/class/file``, or ``class/file`` without domains.
 
     Args:
         spec: The set.
-        base_dir: Folder that a relative path counts from.
         place: Where the set is named, for the problems.
     """
-    root = resolve_path(spec.path, base_dir)
-    problems = folder_set_problems(spec, base_dir, place)
+    root = Path(spec.path)
+    problems = folder_set_problems(spec, place)
     rows: list[tuple[str, str]] = []
     found: set[str] = set()
     for domain in [] if problems else (["."] if spec.domains is None else sorted(spec.domains)):
@@ -82,12 +80,12 @@ def file_listing(
     )
 
 
-def folder_set_problems(spec: FolderSet, base_dir: Path, place: str) -> list[Problem]:
+def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
     """Returns a problem for a missing root and for every domain that is not a folder of it.
 
     Nothing below the domains is looked at. A folder that may not be entered is not a problem here.
     """
-    root, domains = resolve_path(spec.path, base_dir), spec.domains or ()
+    root, domains = Path(spec.path), spec.domains or ()
     if not may_be_folder(root):
         return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=_LAYOUT)]
     problems = []
@@ -105,9 +103,9 @@ def folder_set_problems(spec: FolderSet, base_dir: Path, place: str) -> list[Pro
     return problems
 
 
-def folder_set_places(spec: FolderSet, base_dir: Path) -> list[str]:
+def folder_set_places(spec: FolderSet) -> list[str]:
     """Returns the folders that hold the images of a set, links resolved."""
-    root = resolve_path(spec.path, base_dir)
+    root = Path(spec.path)
     return [os.path.realpath(root / domain) for domain in spec.domains or (".",)]
 
 

@@ -17,7 +17,6 @@ from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
 from carft_ray.data.tables import list_rows, names_problems
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import HuggingFaceSet
 from carft_ray.words import counted
 
@@ -26,52 +25,51 @@ _PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[
 _STEP = "Expected are a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
 
 
-def list_huggingface_set(spec: HuggingFaceSet, base_dir: Path, place: str) -> Listing:
+def list_huggingface_set(spec: HuggingFaceSet, place: str) -> Listing:
     """Lists the rows of a data set.
 
     Args:
         spec: The set.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    home = os.path.realpath(resolve_path(spec.path, base_dir))
+    home = os.path.realpath(Path(spec.path))
     try:
-        files = _files(spec, base_dir, place)
+        files = _files(spec, place)
     except DataError as error:
         return Listing(KIND, home, problems=error.problems)
     except PermissionError as error:
         return Listing(KIND, home, problems=(unreadable(f"{place}: {error.filename}", error),))
-    return list_rows(KIND, home, files, spec, base_dir, place)
+    return list_rows(KIND, home, files, spec, place)
 
 
-def huggingface_set_problems(spec: HuggingFaceSet, base_dir: Path, place: str) -> list[Problem]:
+def huggingface_set_problems(spec: HuggingFaceSet, place: str) -> list[Problem]:
     """Returns what is missing of the files and class names; no file of rows is opened."""
     try:
-        _files(spec, base_dir, place)
+        _files(spec, place)
     except DataError as error:
         return list(error.problems)
     except PermissionError:
         return []
-    return names_problems(spec, base_dir, place)
+    return names_problems(spec, place)
 
 
-def huggingface_set_places(spec: HuggingFaceSet, base_dir: Path) -> list[str]:
+def huggingface_set_places(spec: HuggingFaceSet) -> list[str]:
     """Returns the files that hold the rows of a set, links resolved."""
     try:
-        files = _files(spec, base_dir, "")
+        files = _files(spec, "")
     except (DataError, PermissionError):
         files = []
-    return [os.path.realpath(file) for file in files or [resolve_path(spec.path, base_dir)]]
+    return [os.path.realpath(file) for file in files or [Path(spec.path)]]
 
 
-def _files(spec: HuggingFaceSet, base_dir: Path, place: str) -> list[Path]:
+def _files(spec: HuggingFaceSet, place: str) -> list[Path]:
     """Returns the files of a set, in order.
 
     Raises:
         DataError: The layout is another one, or the split or a file is missing.
         PermissionError: A folder may not be looked into.
     """
-    root = resolve_path(spec.path, base_dir)
+    root = Path(spec.path)
     names = set(os.listdir(root)) if root.is_dir() else set()
     if "dataset_dict.json" in names:
         splits = _read(root / "dataset_dict.json").get("splits")

@@ -7,17 +7,15 @@ from typing import Any
 
 from carft_ray.data.listing import normal
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 
 NAMES_STEP = "Name the classes, in the order of the numbers: class_names: [cat, dog], or a text file with one per line."
 
 
-def read_class_names(written: tuple[str, ...] | str, base_dir: Path, place: str) -> tuple[str, ...]:
+def read_class_names(written: tuple[str, ...] | str, place: str) -> tuple[str, ...]:
     """Returns the class names of a set in the order of the labels: a list, or the lines of a text file.
 
     Args:
         written: The list, or the path of the file.
-        base_dir: Folder that a relative path counts from.
         place: Where they are named, for the problems.
 
     Raises:
@@ -25,7 +23,7 @@ def read_class_names(written: tuple[str, ...] | str, base_dir: Path, place: str)
     """
     if not isinstance(written, str):
         return written
-    path = resolve_path(written, base_dir)
+    path = Path(written)
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError) as error:  # of which UnicodeDecodeError is one

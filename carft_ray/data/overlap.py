@@ -126,9 +126,7 @@ class _Set:
     key: str
 
 
-def shared_pairs(
-    recipe: Recipe, base_dir: Path, cache_dir: Path, say: Callable[[str], None] = lambda text: None
-) -> list[SharedPair]:
+def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
     """Returns the images that two roles share. Two sets of one role may, and sandbox sets are told by name.
 
     Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
@@ -140,7 +138,6 @@ def shared_pairs(
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
-        base_dir: Folder that relative paths count from.
         cache_dir: Folder of the decoded sets; made when missing.
         say: Told what is being done where that takes time.
 
@@ -156,7 +153,7 @@ def shared_pairs(
     if not any(isinstance(plain(spec), StoredSet) for spec in specs.values()):
         return []
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
-    opened = (_open(spec, places[path], str(path[1]), base_dir, cache_dir, say) for path, spec in specs.items())
+    opened = (_open(spec, places[path], str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
     key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.key}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
@@ -365,16 +362,14 @@ def _pair(first: _Set, second: _Set, found: Sequence[Any]) -> SharedPair:
     return SharedPair(one, SharedImage(second.place, second.source, j), how, distance)
 
 
-def _open(
-    spec: SetSpec, place: str, role: str, base_dir: Path, cache_dir: Path, say: Callable[[str], None]
-) -> _Set | None:
+def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[str], None]) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
     images = plain(spec)
     if not isinstance(images, StoredSet):
-        drawn = open_source(images, place, None, base_dir)
+        drawn = open_source(images, place, None)
         return _Set(place, role, spec, drawn, identity(drawn))
     try:
-        source = unlabelled_source(list_set(images, base_dir, place), images, place)
+        source = unlabelled_source(list_set(images, place), images, place)
         if images.on_bad_image == "skip" and role not in TEST_ROLES:
             source = without_bad_images(source, cache_dir, _progress(f"reading the images of {place}", say))
         if not len(source):

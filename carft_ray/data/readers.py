@@ -83,18 +83,17 @@ def reader_of(spec: StoredSet) -> Reader:
     return READERS[type(spec)]
 
 
-def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
+def list_set(spec: StoredSet, place: str) -> Listing:
     """Lists the images of a set without opening one; those that ``exclude`` names are noted.
 
     Args:
         spec: The set.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    listing = reader_of(spec).listing(spec, base_dir, place)
+    listing = reader_of(spec).listing(spec, place)
     if spec.exclude is None or listing.problems:
         return listing
-    excluded, problems = excluded_ids(spec.exclude, base_dir, f"{place}.exclude")
+    excluded, problems = excluded_ids(spec.exclude, f"{place}.exclude")
     if not problems and not np.isin(excluded, listing.ids).any():
         step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
         value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
@@ -104,6 +103,6 @@ def list_set(spec: StoredSet, base_dir: Path, place: str) -> Listing:
     return replace(listing, excluded=excluded, problems=tuple(problems))
 
 
-def first_problems(spec: StoredSet, base_dir: Path, place: str) -> list[Problem]:
+def first_problems(spec: StoredSet, place: str) -> list[Problem]:
     """Returns what is missing at the first look; nothing is listed."""
-    return reader_of(spec).problems(spec, base_dir, place)
+    return reader_of(spec).problems(spec, place)

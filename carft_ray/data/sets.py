@@ -14,7 +14,6 @@ from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema import (
@@ -33,7 +32,7 @@ from carft_ray.recipe.text import KeyPath, dotted
 TEST_ROLES = ("id_test", "ood_test")
 
 
-def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
+def check_sets(recipe: Recipe) -> list[Problem]:
     """Returns everything wrong with the sets of a recipe, without decoding an image.
 
     Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
@@ -43,7 +42,6 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
 
     Args:
         recipe: The recipe.
-        recipe_dir: Folder that relative paths count from.
     """
     problems: list[Problem] = []
     listings: dict[str, Listing] = {}
@@ -52,9 +50,9 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
         if isinstance(spec, SandboxSet):
             problems += _sandbox_problems(spec, place)
         elif path[1] in TEST_ROLES:
-            problems += first_problems(spec, recipe_dir, place)
+            problems += first_problems(spec, place)
         else:
-            listings[place] = list_set(spec, recipe_dir, place)
+            listings[place] = list_set(spec, place)
             problems += listings[place].problems
     train = listings.get(sets["data", "train"][0])
     if recipe.data.classes is None and train is not None and train.problems:
@@ -68,7 +66,7 @@ def check_sets(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
     return problems + _count_problems(recipe, classes, train)
 
 
-def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
+def check_roles(recipe: Recipe) -> list[Problem]:
     """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
@@ -77,13 +75,12 @@ def check_roles(recipe: Recipe, recipe_dir: Path) -> list[Problem]:
 
     Args:
         recipe: The recipe.
-        recipe_dir: Folder that relative paths count from.
     """
     problems = []
     seen: list[tuple[SetSpec, str, str, str]] = []  # set, role, place in the recipe, what it holds
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), str(path[1])
-        for held in _held(plain(spec), recipe_dir):
+        for held in _held(plain(spec)):
             others = {
                 there: other
                 for other, its, there, holds in seen
@@ -115,16 +112,13 @@ def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
     return len(roles) == 1 or (corrupted and roles in ({"id_val", "ood_val"}, {"id_test", "ood_test"}))
 
 
-def open_source(
-    spec: SetSpec, name: str, classes: tuple[str, ...] | None, recipe_dir: Path, cache_dir: Path | None = None
-) -> Source:
+def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache_dir: Path | None = None) -> Source:
     """Opens one set.
 
     Args:
         spec: The set as the recipe describes it.
         name: Role or name of the set, for messages.
         classes: Class folders in label order; None: those of the set.
-        recipe_dir: Folder that relative paths count from.
         cache_dir: Folder of the decoded sets, which keeps what images cannot be decoded; None: the user's.
 
     Raises:
@@ -133,9 +127,9 @@ def open_source(
     if isinstance(spec, CorruptedSet):
         from carft_ray.data.corrupted import corrupted_source
 
-        return corrupted_source(open_source(spec.of, name, classes, recipe_dir, cache_dir), spec)
+        return corrupted_source(open_source(spec.of, name, classes, cache_dir), spec)
     if isinstance(spec, StoredSet):
-        source = stored_source(list_set(spec, recipe_dir, name), spec, classes, name)
+        source = stored_source(list_set(spec, name), spec, classes, name)
         if spec.on_bad_image == "fail":
             return source
         return without_bad_images(source, cache_dir or user_cache_dir())
@@ -146,16 +140,16 @@ def open_source(
     return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
 
 
-def open_train(recipe: Recipe, recipe_dir: Path) -> Source:
+def open_train(recipe: Recipe) -> Source:
     """Opens the training set.
 
     Raises:
         DataError: As ``open_source``.
     """
-    return open_source(recipe.data.train, "train", recipe.data.classes, recipe_dir, cache_dir(recipe, recipe_dir))
+    return open_source(recipe.data.train, "train", recipe.data.classes, cache_dir(recipe))
 
 
-def open_validation(recipe: Recipe, recipe_dir: Path) -> tuple[Source, dict[str, Source]]:
+def open_validation(recipe: Recipe) -> tuple[Source, dict[str, Source]]:
     """Opens the validation sets; no test set is touched.
 
     Returns:
@@ -164,13 +158,13 @@ def open_validation(recipe: Recipe, recipe_dir: Path) -> tuple[Source, dict[str,
     Raises:
         DataError: As ``open_source``.
     """
-    classes, cache = class_folders(recipe, recipe_dir), cache_dir(recipe, recipe_dir)
-    id_val = open_source(recipe.data.id_val, "id_val", classes, recipe_dir, cache)
+    classes, cache = class_folders(recipe), cache_dir(recipe)
+    id_val = open_source(recipe.data.id_val, "id_val", classes, cache)
     ood_val = recipe.data.ood_val.items()
-    return id_val, {name: open_source(spec, name, classes, recipe_dir, cache) for name, spec in ood_val}
+    return id_val, {name: open_source(spec, name, classes, cache) for name, spec in ood_val}
 
 
-def class_folders(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
+def class_folders(recipe: Recipe) -> tuple[str, ...]:
     """Returns the class list in label order: ``data.classes``, else the classes of the training set in its order.
 
     Raises:
@@ -178,13 +172,13 @@ def class_folders(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
     """
     listing, train = None, plain(recipe.data.train)
     if recipe.data.classes is None and isinstance(train, StoredSet):
-        listing = list_set(train, recipe_dir, plain_place(("data", "train"), recipe.data.train))
+        listing = list_set(train, plain_place(("data", "train"), recipe.data.train))
         if listing.problems:
             raise DataError(listing.problems)
     return _class_list(recipe, listing)
 
 
-def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
+def class_names(recipe: Recipe) -> tuple[str, ...]:
     """Returns the words for the classes in label order, as ``prompts.class_names`` says.
 
     Without it they are those of the benchmark that is trained on, else the folders with '_' as a space.
@@ -192,7 +186,7 @@ def class_names(recipe: Recipe, recipe_dir: Path) -> tuple[str, ...]:
     Raises:
         DataError: The words do not go with the class list, or the folders of the training set are missing.
     """
-    folders = class_folders(recipe, recipe_dir)
+    folders = class_folders(recipe)
     if problems := _word_problems(recipe, folders):
         raise DataError(problems)
     words = recipe.prompts.class_names
@@ -208,15 +202,14 @@ def train_benchmark(recipe: Recipe) -> str | None:
     return train.name if isinstance(train, BenchmarkSet) else None
 
 
-def cache_dir(recipe: Recipe, recipe_dir: Path | None = None) -> Path:
+def cache_dir(recipe: Recipe) -> Path:
     """Returns the absolute path of the folder for decoded sets; it need not exist.
 
     Args:
         recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
-        recipe_dir: Folder that a relative ``data.cache_dir`` counts from; None: the working directory.
     """
     if recipe.data.cache_dir is not None:
-        return resolve_path(recipe.data.cache_dir, recipe_dir or Path())
+        return Path(recipe.data.cache_dir, recipe_dir or Path())
     return user_cache_dir()
 
 
@@ -230,11 +223,11 @@ def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     return sandbox.CLASSES
 
 
-def _held(spec: PlainSet, recipe_dir: Path) -> list[str]:
+def _held(spec: PlainSet) -> list[str]:
     """Returns what holds a set's images, as words for a message: folders and files, or a domain of the sandbox."""
     if isinstance(spec, SandboxSet):
         return [f"sandbox domain {spec.domain}, split {spec.split}"]
-    return reader_of(spec).places(spec, recipe_dir)
+    return reader_of(spec).places(spec)
 
 
 def _same_images(one: str, other: str) -> bool:

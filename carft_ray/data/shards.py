@@ -12,21 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.words import counted
 
 MOST_FILES = 100_000  # of a count in braces
 _COUNT, _LIST = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
-def find_files(
-    written: str, base_dir: Path, endings: tuple[str, ...], place: str, step: str
-) -> tuple[list[Path], list[Problem]]:
+def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> tuple[list[Path], list[Problem]]:
     """Returns the files that a path means, sorted where a folder or a pattern is looked through.
 
     Args:
         written: The path, as the recipe has it.
-        base_dir: Folder that a relative path counts from.
         endings: Endings of the files that are meant, in small letters.
         place: Where the path is named, for the problems.
         step: What to do when nothing is there.
@@ -34,7 +30,7 @@ def find_files(
     Raises:
         PermissionError: A folder may not be looked into.
     """
-    path = resolve_path(written, base_dir)
+    path = Path(written)
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
         names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_file())
@@ -69,9 +65,9 @@ def find_files(
     return files, []
 
 
-def folder_of(written: str, base_dir: Path) -> Path:
+def folder_of(written: str) -> Path:
     """Returns the folder that holds the files of a path: itself where it is a folder."""
-    path = resolve_path(written, base_dir)
+    path = Path(written)
     if os.path.isdir(path):
         return path
     return next(parent for parent in path.parents if not re.search(r"[{*?\[]", str(parent)) or parent.is_dir())

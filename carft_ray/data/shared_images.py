@@ -75,7 +75,7 @@ COLUMNS = [field.name for field in fields(SharedRow)]
 
 
 def shared_of_study(
-    recipe: Recipe, base_dir: Path, cache_dir: Path, study_dir: Path, say: Callable[[str], None] = lambda text: None
+    recipe: Recipe, cache_dir: Path, study_dir: Path, say: Callable[[str], None] = lambda text: None
 ) -> list[SharedRow]:
     """Returns the list of a study, or finds the shared images of a new one; ``write_shared`` keeps them.
 
@@ -83,7 +83,6 @@ def shared_of_study(
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
-        base_dir: Folder that relative paths count from.
         cache_dir: Folder of the decoded sets; made when missing.
         study_dir: Folder of the study or training.
         say: Told what is being done where that takes time, and what was done.
@@ -95,19 +94,17 @@ def shared_of_study(
     """
     if files.exists(study_dir / SHARED_IMAGES):
         return read_shared(study_dir)
-    rows = find_shared(recipe, base_dir, cache_dir, say)
+    rows = find_shared(recipe, cache_dir, say)
     for line in shared_lines(rows):
         say(line)
     return rows
 
 
-def find_shared(
-    recipe: Recipe, base_dir: Path, cache_dir: Path, say: Callable[[str], None] = lambda text: None
-) -> list[SharedRow]:
+def find_shared(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedRow]:
     """Returns the shared images of a recipe and what is done with each; arguments and errors as above."""
-    if problems := check_roles(recipe, base_dir):
+    if problems := check_roles(recipe):
         raise HoldOutError(problems)
-    return decide(recipe, shared_pairs(recipe, base_dir, cache_dir, say))
+    return decide(recipe, shared_pairs(recipe, cache_dir, say))
 
 
 def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
@@ -181,13 +178,12 @@ def write_shared(study_dir: Path, rows: Iterable[SharedRow]) -> None:
     files.write_text(study_dir / SHARED_IMAGES, buffer.getvalue())
 
 
-def without_shared(recipe: Recipe, rows: Iterable[SharedRow], base_dir: Path) -> Recipe:
+def without_shared(recipe: Recipe, rows: Iterable[SharedRow]) -> Recipe:
     """Returns the recipe whose sets leave out what the list of a study leaves out.
 
     Args:
         recipe: The recipe.
         rows: The list (``read_shared``).
-        base_dir: Folder that relative paths count from.
     """
     leaving: dict[str, set[int]] = {}
     for row in rows:
@@ -200,7 +196,7 @@ def without_shared(recipe: Recipe, rows: Iterable[SharedRow], base_dir: Path) ->
             return spec.model_copy(update={"of": smaller(f"{place}.of", spec.of)})
         if place not in leaving:
             return spec
-        before = [] if spec.exclude is None else excluded_ids(spec.exclude, base_dir, place)[0].tolist()
+        before = [] if spec.exclude is None else excluded_ids(spec.exclude, place)[0].tolist()
         return spec.model_copy(update={"exclude": tuple(sorted({*before, *leaving[place]}))})
 
     data = recipe.data

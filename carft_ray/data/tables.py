@@ -28,7 +28,6 @@ from carft_ray.data.listing import Listing, first_repeat, normal
 from carft_ray.data.shards import find_files, folder_of
 from carft_ray.data.table_rows import ENDINGS, READ_ERRORS, Rows, is_text_format, open_rows, read_columns, read_schema
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import ColumnSet, TableSet
 
 KIND = "table-1"
@@ -39,50 +38,49 @@ Spot = Callable[[int], str]  # index -> where the row stands, for messages
 Found = TypeVar("Found")
 
 
-def list_table_set(spec: TableSet, base_dir: Path, place: str) -> Listing:
+def list_table_set(spec: TableSet, place: str) -> Listing:
     """Lists the rows of a table.
 
     Args:
         spec: The set.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    home = os.path.realpath(resolve_path(spec.path, base_dir))
+    home = os.path.realpath(Path(spec.path))
     try:
-        files, problems = find_files(spec.path, base_dir, ENDINGS, place, _STEP)
+        files, problems = find_files(spec.path, ENDINGS, place, _STEP)
     except PermissionError as error:
         files, problems = [], [unreadable(f"{place}: {error.filename}", error)]
     if problems:
         return Listing(KIND, home, problems=tuple(problems))
-    return list_rows(KIND, home, files, spec, base_dir, place)
+    return list_rows(KIND, home, files, spec, place)
 
 
-def table_set_problems(spec: TableSet, base_dir: Path, place: str) -> list[Problem]:
+def table_set_problems(spec: TableSet, place: str) -> list[Problem]:
     """Returns a problem where there is no file, or the class names cannot be read; no table is opened."""
     try:
-        problems = find_files(spec.path, base_dir, ENDINGS, place, _STEP)[1]
+        problems = find_files(spec.path, ENDINGS, place, _STEP)[1]
     except PermissionError:
         return []
-    return problems + names_problems(spec, base_dir, place)
+    return problems + names_problems(spec, place)
 
 
-def names_problems(spec: ColumnSet, base_dir: Path, place: str) -> list[Problem]:
+def names_problems(spec: ColumnSet, place: str) -> list[Problem]:
     """Returns what is wrong with the class names of a set."""
     try:
         if spec.class_names is not None:
-            read_class_names(spec.class_names, base_dir, f"{place}.class_names")
+            read_class_names(spec.class_names, f"{place}.class_names")
     except DataError as error:
         return list(error.problems)
     return []
 
 
-def table_set_places(spec: TableSet, base_dir: Path) -> list[str]:
+def table_set_places(spec: TableSet) -> list[str]:
     """Returns the files of a table, links resolved; images that its paths name are told by what they hold."""
     try:
-        files, _ = find_files(spec.path, base_dir, ENDINGS, "", "")
+        files, _ = find_files(spec.path, ENDINGS, "", "")
     except PermissionError:
         files = []
-    return [os.path.realpath(file) for file in files or [resolve_path(spec.path, base_dir)]]
+    return [os.path.realpath(file) for file in files or [Path(spec.path)]]
 
 
 def rows_disjoint(one: ColumnSet, other: ColumnSet) -> bool:
@@ -96,7 +94,7 @@ def naming(spec: ColumnSet) -> tuple[str | None, ...]:
     return spec.image, spec.id, spec.root
 
 
-def list_rows(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, base_dir: Path, place: str) -> Listing:
+def list_rows(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, place: str) -> Listing:
     """Lists the rows of files with equal columns.
 
     Args:
@@ -104,12 +102,11 @@ def list_rows(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, base
         home: Where the set is, a resolved path.
         files: The files, in order; at least one.
         spec: The set: columns, rows, class names.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    root = folder_of(spec.path, base_dir) if spec.root is None else resolve_path(spec.root, base_dir)
+    root = folder_of(spec.path) if spec.root is None else Path(spec.root)
     try:
-        return _listing(kind, home, files, spec, base_dir, root, place)
+        return _listing(kind, home, files, spec, root, place)
     except DataError as error:
         return Listing(kind, home, problems=error.problems)
 
@@ -124,13 +121,11 @@ class _Columns:
     class_names: tuple[str, ...] | None  # as the file itself names them
 
 
-def _listing(
-    kind: str, home: str, files: Sequence[Path], spec: ColumnSet, base_dir: Path, root: Path, place: str
-) -> Listing:
+def _listing(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, root: Path, place: str) -> Listing:
     columns = _columns(files, spec, place)
     names = columns.class_names
     if spec.class_names is not None:
-        names = read_class_names(spec.class_names, base_dir, f"{place}.class_names")
+        names = read_class_names(spec.class_names, f"{place}.class_names")
     wanted = [columns.label, *spec.where]
     wanted += [columns.image] if columns.has_paths else []
     wanted += [] if spec.id is None else [spec.id]

@@ -25,7 +25,6 @@ from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
 from carft_ray.data.listing import Listing, first_repeat
 from carft_ray.data.shards import find_files, folder_of
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import WebDatasetSet
 
 KIND = "webdataset-1"
@@ -41,28 +40,27 @@ _LARGEST_LABEL = 2**20  # bytes
 Spot = Callable[[int], str]
 
 
-def list_webdataset(spec: WebDatasetSet, base_dir: Path, place: str) -> Listing:
+def list_webdataset(spec: WebDatasetSet, place: str) -> Listing:
     """Lists the samples of all shards.
 
     Args:
         spec: The set.
-        base_dir: Folder that relative paths count from.
         place: Where the set is named, for the problems.
     """
-    home = os.path.realpath(resolve_path(spec.path, base_dir))
+    home = os.path.realpath(Path(spec.path))
     try:
-        return _listing(home, _shards(spec, base_dir, place), spec, base_dir, place)
+        return _listing(home, _shards(spec, place), spec, place)
     except PermissionError as error:
         return Listing(KIND, home, problems=(unreadable(f"{place}: {error.filename}", error),))
     except DataError as error:
         return Listing(KIND, home, problems=error.problems)
 
 
-def webdataset_problems(spec: WebDatasetSet, base_dir: Path, place: str) -> list[Problem]:
+def webdataset_problems(spec: WebDatasetSet, place: str) -> list[Problem]:
     """Returns what is missing of shards and class names; no shard is opened."""
     try:
-        _shards(spec, base_dir, place)
-        _class_names(spec, base_dir, place)
+        _shards(spec, place)
+        _class_names(spec, place)
     except PermissionError:
         return []
     except DataError as error:
@@ -70,13 +68,13 @@ def webdataset_problems(spec: WebDatasetSet, base_dir: Path, place: str) -> list
     return []
 
 
-def webdataset_places(spec: WebDatasetSet, base_dir: Path) -> list[str]:
+def webdataset_places(spec: WebDatasetSet) -> list[str]:
     """Returns the shards of a set, links resolved."""
     try:
-        shards = _shards(spec, base_dir, "")
+        shards = _shards(spec, "")
     except (PermissionError, DataError):
         shards = []
-    return [os.path.realpath(shard) for shard in shards or [resolve_path(spec.path, base_dir)]]
+    return [os.path.realpath(shard) for shard in shards or [Path(spec.path)]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +87,7 @@ class _Index:
     labels: list[str]
 
 
-def _listing(home: str, shards: list[Path], spec: WebDatasetSet, base_dir: Path, place: str) -> Listing:
+def _listing(home: str, shards: list[Path], spec: WebDatasetSet, place: str) -> Listing:
     indexes = []
     problems: list[Problem] = []
     for shard in shards:
@@ -112,7 +110,7 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, base_dir: Path,
     if not names:
         raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
     labels = _labels([label for index in indexes for label in index.labels], spec, spot, place)
-    classes, found, problems = named_classes(labels, _class_names(spec, base_dir, place), spot, place)
+    classes, found, problems = named_classes(labels, _class_names(spec, place), spot, place)
     if problems or (problems := _doubled(names, spot, place)):
         raise DataError(problems)
 
@@ -133,19 +131,19 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, base_dir: Path,
     return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
 
 
-def _shards(spec: WebDatasetSet, base_dir: Path, place: str) -> list[Path]:
+def _shards(spec: WebDatasetSet, place: str) -> list[Path]:
     """Returns the shards of a set.
 
     Raises:
         DataError: One is missing or compressed.
         PermissionError: A folder may not be looked into.
     """
-    shards, problems = find_files(spec.path, base_dir, _ENDINGS, place, _STEP)
+    shards, problems = find_files(spec.path, _ENDINGS, place, _STEP)
     if packed := [shard for shard in shards if shard.name.lower().endswith(_COMPRESSED)]:
         rule = "a shard must not be compressed: of a compressed one no image can be read alone"
         problems = [Problem(place, rule, str(packed[0]), next_step=_COMPRESSED_STEP)]
-    folder = folder_of(spec.path, base_dir)
-    if not problems and folder == resolve_path(spec.path, base_dir) and (folder / NUM_SHARDS).is_file():
+    folder = folder_of(spec.path)
+    if not problems and folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
         written = (folder / NUM_SHARDS).read_text(errors="replace").strip()
         if written != str(len(shards)):
             rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} tells of"
@@ -155,7 +153,7 @@ def _shards(spec: WebDatasetSet, base_dir: Path, place: str) -> list[Path]:
     return shards
 
 
-def _class_names(spec: WebDatasetSet, base_dir: Path, place: str) -> tuple[str, ...] | None:
+def _class_names(spec: WebDatasetSet, place: str) -> tuple[str, ...] | None:
     """Returns the class names that a set gives or that lie beside its shards, None for none.
 
     Raises:
@@ -163,12 +161,12 @@ def _class_names(spec: WebDatasetSet, base_dir: Path, place: str) -> tuple[str, 
     """
     written = spec.class_names
     if written is None:
-        folder = folder_of(spec.path, base_dir)
+        folder = folder_of(spec.path)
         there = [path for path in (folder / CLASS_NAMES, folder.parent / CLASS_NAMES) if path.is_file()]
         if not there:
             return None
         written = str(there[0])
-    return read_class_names(written, base_dir, f"{place}.class_names")
+    return read_class_names(written, f"{place}.class_names")
 
 
 def _index(shard: Path, spec: WebDatasetSet) -> _Index:

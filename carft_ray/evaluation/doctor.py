@@ -102,7 +102,6 @@ Progress = Callable[[str], Callable[[int, int], None]]
 
 def examine(
     recipe: Recipe,
-    base_dir: Path,
     num_images: int = 1000,
     quick: bool = False,
     say: Say = lambda text: None,
@@ -112,36 +111,35 @@ def examine(
 
     Args:
         recipe: A valid recipe.
-        base_dir: Folder from which its relative paths count.
         num_images: Images of each validation set on which the zero-shot model is measured, by a hash of the sample id.
         quick: Read no image: lists, model and prompts only.
         say: Told what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
     """
     found = Diagnosis()
-    for text in (*warnings(recipe), *model_warnings(recipe.model, base_dir)):
+    for text in (*warnings(recipe), *model_warnings(recipe.model)):
         found.add("warning", Problem("", text))
-    found.add("error", check_model(recipe.model, base_dir))
-    found.add("error", check_roles(recipe, base_dir))
-    problems = check_sets(recipe, base_dir)
+    found.add("error", check_model(recipe.model))
+    found.add("error", check_roles(recipe))
+    problems = check_sets(recipe)
     found.add("error", problems)
     say("looking at the machine")
-    _look_at_machine(recipe, base_dir, found)
+    _look_at_machine(recipe, found)
     wrong = {problem.place for problem in problems}
-    classes, cache = _class_list(recipe, base_dir), cache_dir(recipe, base_dir)
+    classes, cache = _class_list(recipe), cache_dir(recipe)
     quick = quick or any(problem.place == "data.cache_dir" for problem in found.errors)  # what is found is kept there
     for path, spec in named_sets(recipe).items() if classes is not None else ():
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _look_at_set(spec, place, classes, base_dir, quick, cache, found, progress(place))
+            _look_at_set(spec, place, classes, quick, cache, found, progress(place))
     if not quick and not found.errors:
         say("comparing the images of the roles")
         try:
-            found.pairs = shared_pairs(recipe, base_dir, cache, say)
+            found.pairs = shared_pairs(recipe, cache, say)
             rows = decide(recipe, found.pairs)
             found.add("note", [Problem("", line) for line in shared_lines(rows)])
-            recipe = without_shared(recipe, rows, base_dir)
+            recipe = without_shared(recipe, rows)
         except CarftError as error:
             found.add("error", error.problems)
     if found.errors:
@@ -149,14 +147,14 @@ def examine(
         return found
     say("opening the model")
     try:
-        _look_at_model(recipe, base_dir, num_images, quick, found, say)
+        _look_at_model(recipe, num_images, quick, found, say)
     except CarftError as error:
         found.add("error", error.problems)
     return found
 
 
-def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
-    cache = cache_dir(recipe, base_dir)
+def _look_at_machine(recipe: Recipe, found: Diagnosis) -> None:
+    cache = cache_dir(recipe)
     there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     found.machine = {
@@ -176,10 +174,10 @@ def _look_at_machine(recipe: Recipe, base_dir: Path, found: Diagnosis) -> None:
         found.add("error", Problem("data.cache_dir", rule, f"{cache}: {error.strerror}", next_step=step))
 
 
-def _class_list(recipe: Recipe, base_dir: Path) -> tuple[str, ...] | None:
+def _class_list(recipe: Recipe) -> tuple[str, ...] | None:
     """Returns the class list; None where the training set that has it is broken, which ``check_sets`` tells."""
     try:
-        return class_folders(recipe, base_dir)
+        return class_folders(recipe)
     except DataError:
         return None
 
@@ -188,7 +186,6 @@ def _look_at_set(
     spec: Any,
     place: str,
     classes: tuple[str, ...] | None,
-    base_dir: Path,
     quick: bool,
     cache: Path,
     found: Diagnosis,
@@ -198,7 +195,7 @@ def _look_at_set(
     stored = isinstance(spec, StoredSet)
     try:
         kept = spec.model_copy(update={"on_bad_image": "fail"}) if stored else spec  # counted here, not skipped
-        source = open_source(kept, place, classes, base_dir)
+        source = open_source(kept, place, classes)
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)
@@ -245,15 +242,15 @@ def _judge_images(place: str, on_bad_image: str, told: Mapping[str, Any], found:
         found.add("note", Problem(place, f"images of several modes are made RGB (docs/data.md): {words}"))
 
 
-def _look_at_model(recipe: Recipe, base_dir: Path, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
     recipe = on_all_cores(recipe)
     torch.set_num_threads(num_threads(recipe))
-    materials = None if quick else load_materials(recipe, base_dir)
-    clip = load_clip(recipe.model, base_dir) if materials is None else materials.clip
-    words = class_names(recipe, base_dir)
+    materials = None if quick else load_materials(recipe)
+    clip = load_clip(recipe.model) if materials is None else materials.clip
+    words = class_names(recipe)
     prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
     _judge_words(clip, words, prompts, found)
-    heads = cached_heads(recipe, base_dir, clip, words, prompts, device_of(recipe), say)
+    heads = cached_heads(recipe, clip, words, prompts, device_of(recipe), say)
     class_head_CD, context_head_TD = heads["class_head"], heads["context_head"]
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())

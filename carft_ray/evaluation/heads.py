@@ -36,7 +36,6 @@ Say = Callable[[str], None]
 
 def cached_heads(
     recipe: Recipe,
-    base_dir: Path,
     clip: Clip,
     class_names: Sequence[str],
     templates: Sequence[str],
@@ -49,7 +48,6 @@ def cached_heads(
 
     Args:
         recipe: Names folder and limit of the cache, and the model.
-        base_dir: Folder from which relative paths count.
         clip: The model.
         class_names: C words.
         templates: T sentences, each with ``{}`` for the class.
@@ -86,7 +84,7 @@ def cached_heads(
             raise ValueError("it holds other heads than its name says")
         return {"class_head": rows_MD[: len(class_names)].clone(), "context_head": rows_MD[len(class_names) :].clone()}
 
-    folder = cache_dir(recipe, base_dir)
+    folder = cache_dir(recipe)
     try:
         heads = cache.entry(folder, _key(clip, class_names, templates, device), read, build, recipe.data.cache_gb)
     except StorageError as error:  # a cache that others have filled may be only read

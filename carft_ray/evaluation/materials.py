@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from carft_ray.data.arrays import image_set
 from carft_ray.data.decoded import DecodedSource
@@ -55,13 +54,12 @@ _materials: dict[str, Materials] = {}  # of the last recipe: a process that runs
 
 
 def load_materials(
-    recipe: Recipe, base_dir: Path, on_image: Callable[[str, int, int], None] = lambda name, done, total: None
+    recipe: Recipe, on_image: Callable[[str, int, int], None] = lambda name, done, total: None
 ) -> Materials:
     """Opens model, training set and validation sets; test roles are never touched.
 
     Args:
         recipe: The recipe.
-        base_dir: Folder that relative paths count from.
         on_image: Called with (set, images done, images in all) while a set is built into the cache; see
             ``arrays.image_set``.
 
@@ -71,23 +69,23 @@ def load_materials(
     parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "prompts")}
     asked = json.dumps({**parts, "base_dir": str(base_dir.resolve())}, sort_keys=True)
     if asked not in _materials:
-        clip = load_clip(recipe.model, base_dir)
-        folder, limit_gb = cache_dir(recipe, base_dir), recipe.data.cache_gb
-        train = open_train(recipe, base_dir)
+        clip = load_clip(recipe.model)
+        folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
+        train = open_train(recipe)
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
         elif isinstance(train, StoredSource) and (
             recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.listing, folder))
         ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
-        id_val, ood_val = open_validation(recipe, base_dir)
+        id_val, ood_val = open_validation(recipe)
         validation = tuple(
             dataclasses.replace(
                 image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb), name=name
             )
             for name, source in {ID_SET: id_val, **ood_val}.items()
         )
-        names, prompts = class_names(recipe, base_dir), templates(recipe.prompts, SANDBOX_TEMPLATES)
+        names, prompts = class_names(recipe), templates(recipe.prompts, SANDBOX_TEMPLATES)
         sources = [source.fingerprint for source in (train, id_val, *ood_val.values())]
         key = json.dumps([clip.weights_hash, names, prompts, sources])
         _materials.clear()
@@ -95,12 +93,11 @@ def load_materials(
     return _materials[asked]
 
 
-def fill_cache(recipe: Recipe, base_dir: Path, say: Callable[[str], None]) -> None:
+def fill_cache(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Opens model and sets as a training does, so that this machine's cache has all that a training reads.
 
     Args:
         recipe: The recipe.
-        base_dir: Folder that relative paths count from.
         say: Told which set is built, and how long it will take where it takes more than a moment.
 
     Raises:
@@ -118,16 +115,15 @@ def fill_cache(recipe: Recipe, base_dir: Path, say: Callable[[str], None]) -> No
             told[name] = told_time_left(say, f"building {name} into the cache")
         told[name](done, total)
 
-    load_materials(recipe, base_dir, on_image)
+    load_materials(recipe, on_image)
 
 
-def materials_of_worker(recipe: Recipe, base_dir: Path, context: RunContext) -> Materials:
+def materials_of_worker(recipe: Recipe, context: RunContext) -> Materials:
     """Opens model and sets in a worker of a training. While it builds a set into the cache, or waits for another
     process that does, it asks whether to stop, which is a sign of life.
 
     Args:
         recipe: The recipe.
-        base_dir: Folder that relative paths count from.
         context: Of the worker; every rank calls this.
 
     Raises:
@@ -141,7 +137,7 @@ def materials_of_worker(recipe: Recipe, base_dir: Path, context: RunContext) -> 
             raise StoppedRun(f"stopped on request while {name} was built into the cache")
 
     try:
-        materials = load_materials(recipe, base_dir, on_image)
+        materials = load_materials(recipe, on_image)
     except StoppedRun as error:  # raised below, once the others know of it
         stopped = str(error)
     stopped = next(filter(None, gather(context, stopped)), "")

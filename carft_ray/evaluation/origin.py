@@ -4,7 +4,6 @@
 training to its ``result.json``. Test sets are never opened.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from carft_ray.evaluation.materials import Materials
 from carft_ray.recipe.schema import Recipe
 
 
-def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: torch.device) -> dict[str, Any]:
+def shared_origin(recipe: Recipe, materials: Materials, device: torch.device) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data.
 
     ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
@@ -32,8 +31,8 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
     """
     clip = materials.clip
     return {
-        "data": set_contents(recipe, base_dir, materials),
-        "classes": list(class_folders(recipe, base_dir)),
+        "data": set_contents(recipe, materials),
+        "classes": list(class_folders(recipe)),
         "class_names": list(materials.class_names),
         "templates": list(materials.templates),
         "augmentation": {
@@ -50,7 +49,7 @@ def shared_origin(recipe: Recipe, base_dir: Path, materials: Materials, device: 
     }
 
 
-def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
+def set_contents(recipe: Recipe, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
     """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
 
     ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
@@ -62,14 +61,14 @@ def set_contents(recipe: Recipe, base_dir: Path, materials: Materials | None = N
     Raises:
         DataError: A file cannot be read.
     """
-    id_val, ood_val = open_validation(recipe, base_dir)
-    sources: dict[str, Source] = {"train": open_train(recipe, base_dir), "id_val": id_val, **ood_val}
+    id_val, ood_val = open_validation(recipe)
+    sources: dict[str, Source] = {"train": open_train(recipe), "id_val": id_val, **ood_val}
     decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         images = source.images if isinstance(source, CorruptedSource) else source
         if isinstance(images, StoredSource):
-            known = None if materials is None else records(images, cache_dir(recipe, base_dir)).hashes()
+            known = None if materials is None else records(images, cache_dir(recipe)).hashes()
             if known is not None and isinstance(source, CorruptedSource):
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)

@@ -73,14 +73,11 @@ def share_of(materials: Materials, recipe: Recipe, largest_batch: int) -> Materi
     return dataclasses.replace(materials, train=train, validation=validation, key=f"share of {materials.key}")
 
 
-def probe_prepare(
-    recipe: Recipe, base_dir: Path, folder: Path, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Prepares for a share of the sets, and returns how long each part took and how large everything is.
 
     Args:
         recipe: The study's recipe.
-        base_dir: Folder from which relative paths count.
         folder: Where the preparation is kept.
         say: Told how far the embedding of the sentences is, which no search does again on this machine.
 
@@ -90,15 +87,15 @@ def probe_prepare(
         images; ``num_train``, ``num_validation``, ``num_contexts``, ``cache_bytes``.
     """
     began = time.perf_counter()
-    materials = load_materials(recipe, base_dir)  # may decode sets into the cache, which stay there
+    materials = load_materials(recipe)  # may decode sets into the cache, which stay there
     clip, device = materials.clip, device_of(recipe)
     torch.set_num_threads(num_threads(recipe))
-    cached_heads(recipe, base_dir, clip, materials.class_names, materials.templates, device, say)  # and so do the heads
+    cached_heads(recipe, clip, materials.class_names, materials.templates, device, say)  # and so do the heads
     opened_materials._materials.clear()
     again = time.perf_counter()
-    materials = load_materials(recipe, base_dir)
+    materials = load_materials(recipe)
     open_s = time.perf_counter() - again
-    shared_origin(recipe, base_dir, materials, device_of(recipe))
+    shared_origin(recipe, materials, device_of(recipe))
     origin_s = time.perf_counter() - again - open_s
     share = share_of(materials, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
     marks: list[tuple[str, float]] = []
@@ -109,7 +106,7 @@ def probe_prepare(
             "search": recipe.search.model_copy(update={"space": space}),
         }
     )
-    prepare(short, base_dir, folder, lambda text: marks.append((text, time.perf_counter())), True, share)
+    prepare(short, folder, lambda text: marks.append((text, time.perf_counter())), True, share)
     marks.append(("end", time.perf_counter()))
     spent = [(text, after - at) for (text, at), (_, after) in itertools.pairwise(marks)]
 
@@ -140,13 +137,12 @@ def probe_prepare(
 
 
 def probe_training(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
+    recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
 ) -> dict[str, Any]:
     """Runs the trainings that ``probe.json`` names on a share of the sets; ``probe`` of the result holds the times.
 
     Args:
         recipe: The study's recipe.
-        base_dir: Folder from which relative paths count.
         out_dir: Folder of this probe, ``probe-<wave>-<number>``.
         prepared_dir: What ``probe_prepare`` made.
         context: Rank, reports and stop flag.
@@ -156,12 +152,12 @@ def probe_training(
         StoppedRun, DivergedError, CarftError: As ``run_training``.
     """
     asked = files.read_json(prepared_dir.parent / PROBE)
-    share = share_of(materials_of_worker(recipe, base_dir, context), recipe, asked["largest_batch"])
+    share = share_of(materials_of_worker(recipe, context), recipe, asked["largest_batch"])
     if context.rank == 0:
         _meet(out_dir, asked["peers"])
     began = time.perf_counter()
     measured = {
-        name: _timed(apply(recipe, values), base_dir, out_dir / name, prepared_dir, context, share)
+        name: _timed(apply(recipe, values), out_dir / name, prepared_dir, context, share)
         for name, values in asked["trainings"].items()
     }
     others = _evaluation(recipe, out_dir / next(iter(measured)), prepared_dir, context, share)
@@ -186,9 +182,7 @@ def _meet(out_dir: Path, peers: int) -> None:
         time.sleep(0.05)
 
 
-def _timed(
-    recipe: Recipe, base_dir: Path, folder: Path, prepared_dir: Path, context: RunContext, share: Materials
-) -> dict[str, float]:
+def _timed(recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: Materials) -> dict[str, float]:
     """Runs one training of two epochs; returns the seconds of its parts.
 
     Returns:
@@ -225,7 +219,7 @@ def _timed(
 
     began = time.perf_counter()
     timed = dataclasses.replace(context, progress=progress, report=report, should_stop=should_stop)
-    result = run_training(short, base_dir, folder, prepared_dir, timed, 1, share)
+    result = run_training(short, folder, prepared_dir, timed, 1, share)
     total_s = time.perf_counter() - began
     if context.rank != 0:
         return {}

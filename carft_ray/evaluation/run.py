@@ -77,7 +77,6 @@ def on_all_cores(recipe: Recipe) -> Recipe:
 
 def prepare(
     recipe: Recipe,
-    base_dir: Path,
     folder: Path,
     on_progress: Callable[[str], None] | None = None,
     share_targets: bool = True,
@@ -87,7 +86,6 @@ def prepare(
 
     Args:
         recipe: The study's recipe.
-        base_dir: Folder from which the recipe's relative paths count.
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
         on_progress: Told what is being done.
         share_targets: Several trainings follow, so the frozen model's context distributions are worth storing.
@@ -104,14 +102,14 @@ def prepare(
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
-    materials = opened or load_materials(recipe, base_dir)
+    materials = opened or load_materials(recipe)
     check_tower(materials.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / "prepared.json"
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
         clip, device = materials.clip, device_of(recipe)
-        heads = cached_heads(recipe, base_dir, clip, materials.class_names, materials.templates, device, say)
+        heads = cached_heads(recipe, clip, materials.class_names, materials.templates, device, say)
         with files.new_file(folder / "heads.safetensors") as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
@@ -124,7 +122,7 @@ def prepare(
             "num_images": materials.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(materials.templates),
-            "provenance": shared_origin(recipe, base_dir, materials, device) if opened is None else {},
+            "provenance": shared_origin(recipe, materials, device) if opened is None else {},
         }
         files.write_json(done, content)
     if share_targets:
@@ -147,7 +145,6 @@ def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
 
 def run_training(
     recipe: Recipe,
-    base_dir: Path,
     out_dir: Path,
     prepared_dir: Path,
     context: RunContext,
@@ -161,7 +158,6 @@ def run_training(
 
     Args:
         recipe: ``recipe.train`` holds the values of this training.
-        base_dir: Folder from which relative paths count.
         out_dir: Folder of this training, shared by its workers.
         prepared_dir: What ``prepare`` made.
         context: Rank, reports and stop flag.
@@ -186,7 +182,7 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
-    materials = opened or materials_of_worker(recipe, base_dir, context)
+    materials = opened or materials_of_worker(recipe, context)
     heads = load_tensors(prepared_dir / "heads.safetensors")
     num_batches = recipe.train.recalibrate_batches
     views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None

@@ -26,7 +26,6 @@ Trainings = Mapping[str, dict[str, Any]]
 
 def run_confirm(
     recipe: Recipe,
-    base_dir: Path,
     study_dir: Path,
     fix: Callable[[Study], Trainings],
     resume_command: str,
@@ -40,7 +39,6 @@ def run_confirm(
 
     Args:
         recipe: The study's resolved recipe.
-        base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory.
         fix: Called with the study once its lock is held and before anything is trained. Returns the values over the
             recipe's ``train`` by name, ``seed`` and ``alpha`` among them.
@@ -57,15 +55,14 @@ def run_confirm(
         MachineError: Trainings were set aside; run it again to try these again.
         CarftError: As ``run_search``.
     """
-    base_dir = base_dir.resolve()
-    with open_study(study_dir, recipe, base_dir) as study:
+    with open_study(study_dir, recipe) as study:
         stop_path = study.study_dir / STOP
         with files.writing(stop_path):
             stop_path.unlink(missing_ok=True)
         for note in study.notes:
             on_event(Note(note))
         trainings = fix(study)
-        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe))
         for row in study.adopt_confirm(trainings):
             on_event(TrialFinished(row, is_best=False))
 
@@ -84,7 +81,7 @@ def run_confirm(
                 interruptions_as(interrupted, stop_path),
                 running_ray(address, study.study_dir / RAY_LOG, stop_path) as nodes,
             ):
-                plan = make_plan(recipe, base_dir, study.study_dir, nodes, runner or RUNNER)
+                plan = make_plan(recipe, study.study_dir, nodes, runner or RUNNER)
                 on_event(Preparing())
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
                     seeded = replace(plan, recipe=apply(plan.recipe, {"seed": seed}))

@@ -80,27 +80,27 @@ Prepare = Callable[[Recipe, Path, Path], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, Path, RunContext, int], dict[str, Any]]
 
 
-def fill(recipe: Recipe, base_dir: Path, say: Callable[[str], None]) -> float:
+def fill(recipe: Recipe, say: Callable[[str], None]) -> float:
     """``evaluation.materials.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
     from carft_ray.evaluation import materials
 
     began = time.monotonic()
-    materials.fill_cache(recipe, base_dir, say)
+    materials.fill_cache(recipe, say)
     return time.monotonic() - began
 
 
-def prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder, tells_driver(folder))
+    return run.prepare(recipe, folder, tells_driver(folder))
 
 
-def prepare_single(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def prepare_single(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """``prepare`` for one training, which shares no targets with others."""
     from carft_ray.evaluation import run
 
-    return run.prepare(recipe, base_dir, folder, tells_driver(folder), share_targets=False)
+    return run.prepare(recipe, folder, tells_driver(folder), share_targets=False)
 
 
 def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
@@ -119,13 +119,11 @@ def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
     return say
 
 
-def train(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
-) -> dict[str, Any]:
+def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """``evaluation.run.run_training``, imported where it runs."""
     from carft_ray.evaluation import run
 
-    return run.run_training(recipe, base_dir, out_dir, prepared_dir, context, attempt)
+    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,12 @@ class Plan:
 
     Attributes:
         recipe: With ``gpus_per_worker`` resolved.
-        base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory, seen by every node.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
     """
 
     recipe: Recipe
-    base_dir: Path
     study_dir: Path
     capacity: Capacity
     runner: Runner
@@ -181,7 +177,7 @@ class Plan:
         return {"CPU": self.capacity.cpus_per_worker, **gpus}
 
 
-def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
+def make_plan(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Plan:
     """Returns the plan of a search (or of one training) on these nodes; its sets are without what the list of shared
     images leaves out.
 
@@ -190,8 +186,8 @@ def make_plan(recipe: Recipe, base_dir: Path, study_dir: Path, nodes: tuple[Node
     """
     room = capacity(recipe, nodes)
     resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
-    recipe = without_shared(recipe, read_shared(study_dir), base_dir)
-    return Plan(recipe.model_copy(update={"resources": resources}), base_dir, study_dir, room, runner)
+    recipe = without_shared(recipe, read_shared(study_dir))
+    return Plan(recipe.model_copy(update={"resources": resources}), study_dir, room, runner)
 
 
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
@@ -305,9 +301,7 @@ def _fill(plan: Plan) -> tuple[float, str]:
         return 0.0, ""
     node_id = ray.get_runtime_context().get_node_id()
     try:
-        return plan.runner.fill(
-            plan.recipe, plan.base_dir, tells_driver(plan.study_dir / PREPARED, _told_by(node_id))
-        ), ""
+        return plan.runner.fill(plan.recipe, tells_driver(plan.study_dir / PREPARED, _told_by(node_id))), ""
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
@@ -358,7 +352,7 @@ def _prepare(plan: Plan) -> dict[str, Any]:
     num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
     resources = plan.recipe.resources.model_copy(update={"threads": max(1, int(num_cpus))})
     recipe = plan.recipe.model_copy(update={"resources": resources})
-    return plan.runner.prepare(recipe, plan.base_dir, plan.study_dir / PREPARED)
+    return plan.runner.prepare(recipe, plan.study_dir / PREPARED)
 
 
 def _check_visible(plan: Plan) -> None:
@@ -441,7 +435,7 @@ def _run_worker(plan: Plan, spec: TrialSpec, folder: Path, context: RunContext) 
         recipe = fitted(recipe, plan.study_dir, context.world_size)
         gpus = plan.capacity.num_workers * plan.capacity.gpus_per_worker
         with _alive(folder, spec.attempt, context, gpus, nodes, plan.recipe.resources.hang_timeout_s) as context:
-            result = plan.runner.train(recipe, plan.base_dir, folder, plan.study_dir / PREPARED, context, spec.attempt)
+            result = plan.runner.train(recipe, folder, plan.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
     except OutOfMemoryError as error:

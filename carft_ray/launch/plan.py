@@ -146,7 +146,6 @@ def _range(values: Sequence[float], doubt: float) -> tuple[float, float, float]:
 
 def measure_by_probe(
     recipe: Recipe,
-    base_dir: Path,
     address: str | None = None,
     beside: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -156,7 +155,6 @@ def measure_by_probe(
 
     Args:
         recipe: The recipe.
-        base_dir: Folder from which the recipe's relative paths count.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         beside: Folder that every node of the cluster sees; None: the temporary folder of this machine.
         say: Told what is being done.
@@ -167,17 +165,15 @@ def measure_by_probe(
         ClusterError: There is no Ray, a training does not fit, or a probe failed.
         HoldOutError, RecipeError, DataError, StorageError: As ``run_search``.
     """
-    base_dir, began = base_dir.resolve(), time.monotonic()
+    began = base_dir.resolve(), time.monotonic()
     with _temporary(beside) as folder, interruptions_as(_interrupted, folder / STOP):
-        shared = find_shared(recipe, base_dir, cache_dir(recipe, base_dir), say)
-        recipe = without_shared(recipe, shared, base_dir)
+        shared = find_shared(recipe, cache_dir(recipe), say)
+        recipe = without_shared(recipe, shared)
         checked = time.monotonic()
         say("starting Ray")
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - checked
-            plan = make_plan(
-                recipe, base_dir, folder / "study", nodes, runner or Runner(probe_prepare, probe_training, fill)
-            )
+            plan = make_plan(recipe, folder / "study", nodes, runner or Runner(probe_prepare, probe_training, fill))
             found = _probe(plan, say)
             ended = time.monotonic()
         after_s = time.monotonic() - ended
@@ -197,20 +193,18 @@ def measure_by_probe(
     return plan.capacity, measured
 
 
-def probe_prepare(recipe: Recipe, base_dir: Path, folder: Path) -> dict[str, Any]:
+def probe_prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """``evaluation.probe.probe_prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import probe
 
-    return probe.probe_prepare(recipe, base_dir, folder, tells_driver(folder))
+    return probe.probe_prepare(recipe, folder, tells_driver(folder))
 
 
-def probe_training(
-    recipe: Recipe, base_dir: Path, out_dir: Path, prepared_dir: Path, context: Any, attempt: int
-) -> dict[str, Any]:
+def probe_training(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: Any, attempt: int) -> dict[str, Any]:
     """``evaluation.probe.probe_training``, imported where it runs."""
     from carft_ray.evaluation import probe
 
-    return probe.probe_training(recipe, base_dir, out_dir, prepared_dir, context, attempt)
+    return probe.probe_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
 def _interrupted() -> InterruptedRunError:
@@ -243,7 +237,7 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         if isinstance(event, TrialFinished):
             ends.append(time.monotonic())
 
-    with open_study(study_dir, recipe, plan.base_dir) as study:
+    with open_study(study_dir, recipe) as study:
         given = {"trainings": trainings, "largest_batch": max(batches), "peers": room.concurrency}
         files.write_json(study_dir / PROBE, given)
         say("preparing for a share of the sets")
@@ -403,9 +397,7 @@ def _disk(recipe: Recipe, room: Capacity, found: Mapping[str, Any]) -> dict[str,
     }
 
 
-def measure_by_study(
-    recipe: Recipe, base_dir: Path, study_dir: Path, address: str | None = None
-) -> tuple[Capacity, Measured] | None:
+def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None) -> tuple[Capacity, Measured] | None:
     """Returns what the finished trainings of a study took; None when none of its trials is complete.
 
     A search may run on it. Disk is what its folder holds, with weights and predictions of the trials to come.
@@ -433,7 +425,7 @@ def measure_by_study(
     with _temporary(None) as folder, interruptions_as(_interrupted, folder / STOP):
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - began
-            plan = make_plan(recipe, base_dir, study_dir, nodes, RUNNER)
+            plan = make_plan(recipe, study_dir, nodes, RUNNER)
         after_s = time.monotonic() - began - ray_s
     mean_s = statistics.fmean(drawn_s)
     doubt = max(LEAST_DOUBT, statistics.stdev(drawn_s) / mean_s / math.sqrt(len(drawn_s)) if len(drawn_s) > 1 else 0.3)

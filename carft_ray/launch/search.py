@@ -63,7 +63,6 @@ def _ignore(event: Event) -> None:
 
 def run_search(
     recipe: Recipe,
-    base_dir: Path,
     study_dir: Path,
     address: str | None = None,
     on_event: Callable[[Event], None] = _ignore,
@@ -80,7 +79,6 @@ def run_search(
 
     Args:
         recipe: The recipe. What may differ from that of an existing study is in ``search.identity``.
-        base_dir: Folder from which the recipe's relative paths count.
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
@@ -101,13 +99,12 @@ def run_search(
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
-    base_dir = base_dir.resolve()
-    with open_study(study_dir, recipe, base_dir, may) as study:
+    with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
         with files.writing(study_dir / STOP):
             (study_dir / STOP).unlink(missing_ok=True)
         study.check_adoptable(trusted)
-        files.write_text(study_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
         num_before = _num_finished(study)
         told = study.adopt(trusted)
         for note in study.notes:
@@ -119,14 +116,14 @@ def run_search(
             if not ended and not study.done():
                 stop_path = study_dir / STOP
                 with interruptions_as(lambda: _interrupted(study, address), stop_path):
-                    cache = cache_dir(recipe, base_dir)
-                    shared = shared_of_study(recipe, base_dir, cache, study_dir, lambda text: on_event(Preparing(text)))
+                    cache = cache_dir(recipe)
+                    shared = shared_of_study(recipe, cache, study_dir, lambda text: on_event(Preparing(text)))
                 with (
                     interruptions_as(lambda: _interrupted(study, address), stop_path),
                     running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
                 ):
                     write_shared(study_dir, shared)
-                    ended = _run(study, base_dir, nodes, on_event, runner or RUNNER, address, began)
+                    ended = _run(study, nodes, on_event, runner or RUNNER, address, began)
             elapsed_s = time.monotonic() - began
         rows = study.rows()
         best = best_row(rows)
@@ -157,7 +154,6 @@ def _num_finished(study: Study) -> int:
 
 def _run(
     study: Study,
-    base_dir: Path,
     nodes: tuple[Node, ...],
     on_event: Callable[[Event], None],
     runner: Runner,
@@ -165,7 +161,7 @@ def _run(
     began: float,
 ) -> str:
     """Prepares and trains; returns which limit of the budget ended it, if one did."""
-    plan = make_plan(study.recipe, base_dir, study.study_dir, nodes, runner)
+    plan = make_plan(study.recipe, study.study_dir, nodes, runner)
     on_event(Preparing())
     metrics = run_prepare(plan, lambda text: on_event(Preparing(text)))
     record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))

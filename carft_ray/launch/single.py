@@ -35,7 +35,6 @@ Row = dict[str, float]
 
 def train_once(
     recipe: Recipe,
-    base_dir: Path,
     out_dir: Path,
     resume: bool,
     resume_command: str,
@@ -52,7 +51,6 @@ def train_once(
 
     Args:
         recipe: The recipe.
-        base_dir: Folder from which the recipe's relative paths count.
         out_dir: Folder of the training.
         resume: Whether a training in the folder is to be resumed; without it the folder must be new.
         resume_command: Shown after an interruption.
@@ -72,7 +70,7 @@ def train_once(
         HoldOutError: Two roles share images.
         RecipeError, DataError, StorageError, DivergedError: As their messages say.
     """
-    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    out_dir = base_dir.resolve(), out_dir.resolve()
     _check_folder(out_dir, resume)
     is_new = not files.exists(out_dir / MANIFEST)
     with (
@@ -81,32 +79,32 @@ def train_once(
     ):
         if held.note:
             say(held.note)
-        claim(out_dir, recipe, base_dir, may=DIRECTIONS)  # it has no space
+        claim(out_dir, recipe, may=DIRECTIONS)  # it has no space
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
-        files.write_text(out_dir / RESOLVED, dump_recipe(recipe, base_dir))
+        files.write_text(out_dir / RESOLVED, dump_recipe(recipe))
         (out_dir / STOP).unlink(missing_ok=True)
         try:
             if shared is None:
-                shared = shared_of_study(recipe, base_dir, cache_dir(recipe, base_dir), out_dir, say)
+                shared = shared_of_study(recipe, cache_dir(recipe), out_dir, say)
             write_shared(out_dir, shared)
-            recipe = without_shared(recipe, shared, base_dir)
+            recipe = without_shared(recipe, shared)
             alone = on_all_cores(recipe)
             found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
             if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
                 from carft_ray.launch.train import train_with_ray
 
                 say(f"training with {recipe.resources.num_workers} Ray Train workers")
-                result = train_with_ray(recipe, base_dir, out_dir, address, resume_command, report, say=say)
-                zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
+                result = train_with_ray(recipe, out_dir, address, resume_command, report, say=say)
+                zero_shot = found or prepare(alone, out_dir / PREPARED, say, share_targets=False)
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
-            zero_shot = found or prepare(alone, base_dir, out_dir / PREPARED, say, share_targets=False)
+            zero_shot = found or prepare(alone, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
             attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
             with stop_file_on_signal(out_dir / STOP):
-                result = _run(recipe, base_dir, out_dir, context, attempt, say)
+                result = _run(recipe, out_dir, context, attempt, say)
         except StoppedRun as stopped:
             raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
         except KeyboardInterrupt:  # before or after the training itself, or twice
@@ -115,13 +113,13 @@ def train_once(
 
 
 def _run(
-    recipe: Recipe, base_dir: Path, out_dir: Path, context: RunContext, attempt: int, say: Callable[[str], None]
+    recipe: Recipe, out_dir: Path, context: RunContext, attempt: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Runs a training with the micro-batch that fits, from its checkpoint with half of it whenever memory is short."""
     while True:
         tried = fitted(recipe, out_dir, context.world_size)
         try:
-            return run_training(tried, base_dir, out_dir, out_dir / PREPARED, context, attempt)
+            return run_training(tried, out_dir, out_dir / PREPARED, context, attempt)
         except OutOfMemoryError as error:
             failure = memory_failure(error, tried, {}, out_dir, attempt)
             if failure.outcome != "memory":

@@ -51,7 +51,6 @@ def _ignore(row: dict[str, float]) -> None:
 
 def train_with_ray(
     recipe: Recipe,
-    base_dir: Path,
     out_dir: Path,
     address: str | None = None,
     resume_command: str = "",
@@ -64,7 +63,6 @@ def train_with_ray(
 
     Args:
         recipe: The recipe.
-        base_dir: Folder from which the recipe's relative paths count.
         out_dir: Folder of the training, seen by every node; it must be claimed and locked (``search.folder``).
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         resume_command: Shown after an interruption.
@@ -81,7 +79,7 @@ def train_with_ray(
         ClusterError: The workers could not start, or died again and again without advancing.
         DivergedError, CarftError: As a worker raised it.
     """
-    base_dir, out_dir = base_dir.resolve(), out_dir.resolve()
+    out_dir = base_dir.resolve(), out_dir.resolve()
     attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
     spec = TrialSpec("trial", 0, "train", {}, attempt)
     for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, and so had this number
@@ -93,7 +91,7 @@ def train_with_ray(
             interruptions_as(lambda: _interrupted(resume_command), out_dir / STOP),
             running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes,
         ):
-            plan = make_plan(recipe, base_dir, out_dir, nodes, runner or replace(RUNNER, prepare=prepare_single))
+            plan = make_plan(recipe, out_dir, nodes, runner or replace(RUNNER, prepare=prepare_single))
             run_prepare(plan, say)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
@@ -106,7 +104,7 @@ def train_with_ray(
         return result
     failure = read_failure(out_dir, attempt)
     if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
-        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, say=say)
+        return train_with_ray(recipe, out_dir, address, resume_command, on_epoch, runner, say=say)
     if failure is not None and failure.outcome != "lost":
         raise failure_error(failure, "train", out_dir)
     if files.seen(out_dir / STOP):
@@ -117,7 +115,7 @@ def train_with_ray(
     has_begun = failure is not None or read_alive(out_dir, attempt) is not None
     if has_begun and number < LOST_ATTEMPTS:
         logger.warning("the training gets another attempt: %s", reason)
-        return train_with_ray(recipe, base_dir, out_dir, address, resume_command, on_epoch, runner, (number, now), say)
+        return train_with_ray(recipe, out_dir, address, resume_command, on_epoch, runner, (number, now), say)
     step = f"Details are in {out_dir / LOG}."
     raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
 

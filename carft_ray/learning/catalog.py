@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.loading import is_weights_path, resolve_path
+from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.schema import ModelPart, Recipe, TrainPart
 
 SANDBOX = "sandbox"
@@ -113,18 +113,17 @@ def _open_clip() -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
-def check_model(model: ModelPart, base_dir: Path) -> list[Problem]:
+def check_model(model: ModelPart) -> list[Problem]:
     """Returns what is wrong with ``model`` as far as names and local files tell; nothing is loaded.
 
     Args:
         model: The recipe's model.
-        base_dir: Folder from which relative paths count.
     """
     if model.name.startswith((LOCAL_DIR, HUB)) and model.pretrained is not None:
         rule = f"must be left out for a model.name that begins with {model.name.split(':')[0]}:, which has its weights"
         return [Problem("model.pretrained", rule, repr(model.pretrained))]
     if model.name.startswith(LOCAL_DIR):
-        return _check_folder(resolve_path(model.name.removeprefix(LOCAL_DIR), base_dir))
+        return _check_folder(Path(model.name.removeprefix(LOCAL_DIR)))
     if model.name.startswith(HUB):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model.name.removeprefix(HUB)):
             return []
@@ -146,7 +145,7 @@ def check_model(model: ModelPart, base_dir: Path) -> list[Problem]:
     if tags is not None and model.pretrained in tags:
         trained = _tags_with_activation()[name.removesuffix(QUICK) if name not in _tags_with_activation() else name]
         return activation_problems(name, trained[model.pretrained], f"'{model.pretrained}'")
-    path = resolve_path(model.pretrained, base_dir)
+    path = Path(model.pretrained)
     if path.is_file():
         beside = _read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
         if not isinstance(beside, dict):
@@ -189,18 +188,17 @@ def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Pr
     return [Problem("model.name", rule, f"{name} ({given})", next_step=step)]
 
 
-def model_warnings(model: ModelPart, base_dir: Path) -> list[str]:
+def model_warnings(model: ModelPart) -> list[str]:
     """Returns what may be wrong with a weights file, which carries no word of the activation it was trained with.
 
     Args:
         model: The recipe's model, without problems.
-        base_dir: Folder from which relative paths count.
     """
     name = model.name.replace("/", "-")
     other, quick = _other_activation(name), computes_quick_gelu(name)
     if other is None or model.pretrained in (None, RANDOM, *(pretrained_tags(name) or ())):
         return []
-    path = resolve_path(str(model.pretrained), base_dir)
+    path = Path(str(model.pretrained))
     if (path.parent / OPEN_CLIP_CONFIG).is_file():
         return []
     known, tag = _tags_with_activation().get(name.removesuffix(QUICK), {}), tag_in_path(name, path)

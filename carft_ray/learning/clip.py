@@ -57,18 +57,17 @@ class Clip:
     weights_hash: str
 
 
-def load_clip(part: ModelPart, base_dir: Path) -> Clip:
+def load_clip(part: ModelPart) -> Clip:
     """Loads the model that a recipe names.
 
     Args:
         part: Name and weights.
-        base_dir: Folder from which relative paths count.
 
     Raises:
         RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
         DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
     """
-    opened = open_model(part, base_dir)
+    opened = open_model(part)
     if opened.state is not None:
         fill(opened.model, opened.state, opened.weights, opened.place)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
@@ -76,7 +75,7 @@ def load_clip(part: ModelPart, base_dir: Path) -> Clip:
 
 def load_folder(folder: Path) -> Clip:
     """Loads an open_clip folder (``open_clip_config.json`` and weights), or a CLIPModel folder of Hugging Face."""
-    return load_clip(ModelPart(name=f"{LOCAL_DIR}{folder.resolve()}"), Path("/"))
+    return load_clip(ModelPart(name=f"{LOCAL_DIR}{folder.resolve()}"))
 
 
 def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:

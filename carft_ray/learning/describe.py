@@ -4,7 +4,6 @@ The model is built without memory, so that a ViT-L/14 at 336 pixels is described
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -24,19 +23,18 @@ FLOAT32 = 4  # bytes
 ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU")  # classes of torch and timm
 
 
-def describe(part: ModelPart, base_dir: Path, train: TrainPart | None = None) -> dict[str, Any]:
+def describe(part: ModelPart, train: TrainPart | None = None) -> dict[str, Any]:
     """Returns what ``carft-ray model`` tells; nothing is fetched but the configuration of a page of the hub.
 
     Args:
         part: Name and weights; weights that are not on this machine are described as far as open_clip's list knows.
-        base_dir: Folder from which relative paths count.
         train: When given, each layer tells its learning rate relative to that of the class head, 0 where it is frozen.
 
     Raises:
         RecipeError: The name, tag or folder is none, or the weights belong to another name.
         DataError: The weights cannot be read, or do not fit the model.
     """
-    opened = open_model(part, base_dir, device="meta", read=read_header, may_fetch=False)
+    opened = open_model(part, device="meta", read=read_header, may_fetch=False)
     model, config = opened.model, opened.config
     visual: nn.Module = model.visual  # type: ignore[assignment]  # untyped
     state = _checked(opened)

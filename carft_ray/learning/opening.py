@@ -33,7 +33,6 @@ from carft_ray.learning.catalog import (
     tokenizer_files,
 )
 from carft_ray.learning.weights import State, folder_files, is_from_openai, read_weights
-from carft_ray.recipe.loading import resolve_path
 from carft_ray.recipe.schema import ModelPart
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -64,7 +63,6 @@ class Opened:
 
 def open_model(
     part: ModelPart,
-    base_dir: Path,
     device: str = "cpu",
     read: Callable[[Path, str], State] = read_weights,
     may_fetch: bool = True,
@@ -73,7 +71,6 @@ def open_model(
 
     Args:
         part: Name and weights.
-        base_dir: Folder from which relative paths count.
         device: 'cpu', or 'meta' for a model without memory.
         read: Reads a weights file; gets the key of the recipe too.
         may_fetch: Whether weights that are not on this machine are fetched; else they are left out.
@@ -82,13 +79,13 @@ def open_model(
         RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
         DataError: The weights cannot be fetched or read.
     """
-    if problems := check_model(part, base_dir):
+    if problems := check_model(part):
         raise RecipeError(problems)
     if part.name == SANDBOX:
         with resources.as_file(resources.files("carft_ray.learning") / "sandbox_weights") as own:
             return _open_folder(own, device, read)
     if part.name.startswith(LOCAL_DIR):
-        return _open_folder(resolve_path(part.name.removeprefix(LOCAL_DIR), base_dir), device, read)
+        return _open_folder(Path(part.name.removeprefix(LOCAL_DIR)), device, read)
     if part.name.startswith(HUB):
         page = part.name.removeprefix(HUB)
         with fetching("model.name", part.name, page):
@@ -99,7 +96,7 @@ def open_model(
     config = open_clip.get_model_config(name)
     state, path, preprocessing = None, None, _usual_preprocessing(name)
     if part.pretrained not in (None, RANDOM):
-        path, preprocessing = _find_weights(name, str(part.pretrained), base_dir, may_fetch)
+        path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
     if path is not None:
         state = read(path, "model.pretrained")
         if is_from_openai(state):
@@ -110,12 +107,11 @@ def open_model(
     return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
 
 
-def image_tower(part: ModelPart, base_dir: Path) -> nn.Module | None:
+def image_tower(part: ModelPart) -> nn.Module | None:
     """Builds the image tower of a model from its configuration alone, without memory.
 
     Args:
         part: A model that has passed ``check_model``.
-        base_dir: Folder from which relative paths count.
 
     Returns:
         The tower on the device 'meta'; None where its configuration is on the hub, or open_clip cannot build it.
@@ -123,7 +119,7 @@ def image_tower(part: ModelPart, base_dir: Path) -> nn.Module | None:
     if part.name.startswith(HUB):
         return None
     if part.name == SANDBOX or part.name.startswith(LOCAL_DIR):
-        folder = resolve_path(part.name.removeprefix(LOCAL_DIR), base_dir)
+        folder = Path(part.name.removeprefix(LOCAL_DIR))
         with resources.as_file(resources.files("carft_ray.learning") / "sandbox_weights") as own:
             config = _folder_config(own if part.name == SANDBOX else folder)
     else:
@@ -185,7 +181,7 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
     return Opened(model, config, state, str(folder), place, folder)
 
 
-def _find_weights(name: str, pretrained: str, base_dir: Path, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
+def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
     """Returns the file of the weights, None when it may not be fetched, and what is known of their preprocessing."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
@@ -199,7 +195,7 @@ def _find_weights(name: str, pretrained: str, base_dir: Path, may_fetch: bool) -
             if may_fetch:
                 raise
             return None, known
-    path = resolve_path(pretrained, base_dir)
+    path = Path(pretrained)
     if not path.is_file():
         near = nearest(pretrained, tags)
         rule = f"must be a tag of {name}, a weights file, or '{RANDOM}'"

@@ -144,22 +144,22 @@ def reproduce(
     then = finished.predictions()
     say("comparing the images with the manifest")
     rows = read_shared(finished.folder)
-    base = without_shared(finished.base, rows, Path("/"))
-    _check({"data": set_contents(base, Path("/"))}, kept)
+    base = without_shared(finished.base, rows)
+    _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
     of_study = finished.run_dir != finished.folder
     is_trial = of_study and finished.run_dir.parent.name == FOLDERS["trial"]
     references = finished.folder / PREPARED / REFERENCES
 
     def prepare_first(folder: Path) -> dict[str, Any]:
-        found = prepare(shared, Path("/"), folder, say, share_targets=False)
+        found = prepare(shared, folder, say, share_targets=False)
         _check(found["provenance"], kept)
         if is_trial and references.exists():
             files.write_json(folder / REFERENCES, files.read_json(references))
         if stored := finished.result.get("environment", {}).get("stored_targets"):
             train = finished.recipe.train.model_copy(update={"epochs": stored})
             search = shared.search.model_copy(update={"space": {}})
-            prepare(shared.model_copy(update={"train": train, "search": search}), Path("/"), folder, say)
+            prepare(shared.model_copy(update={"train": train, "search": search}), folder, say)
         return found
 
     if finished.is_zero_shot:
@@ -170,7 +170,7 @@ def reproduce(
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
-        train_once(recipe, Path("/"), out_dir, False, "", say, progress, report, None, prepare_first, rows)
+        train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)
     except InterruptedRunError:
         step = f"Run the same command again; {out_dir} is of no further use."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None

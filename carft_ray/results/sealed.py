@@ -146,7 +146,7 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         HoldOutError: Images of a test set were trained or chosen with, and the list does not know it.
     """
     known = read_shared(study_dir)
-    found = find_shared(recipe, Path("/"), cache_dir(recipe, Path("/")), say)
+    found = find_shared(recipe, cache_dir(recipe), say)
     pairs = {(row.images[0][:2], row.images[1][:2]) for row in known}
     new = [row for row in found if (row.images[0][:2], row.images[1][:2]) not in pairs]
     new = [row for row in new if {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}]
@@ -192,13 +192,13 @@ def _read_dir(study_dir: Path, number: int) -> Path:
 
 def _open_sources(recipe: Recipe) -> list[Source]:
     """Lists the test sets, ``id_test`` first, and checks all sets; no image is opened."""
-    if problems := check_roles(recipe, Path("/")):
+    if problems := check_roles(recipe):
         raise HoldOutError(problems)
-    if problems := check_sets(recipe, Path("/")):
+    if problems := check_sets(recipe):
         raise DataError(problems)
-    classes = class_folders(recipe, Path("/"))
+    classes = class_folders(recipe)
     specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
-    return [open_source(spec, name, classes, Path("/")) for name, spec in specs.items() if spec is not None]
+    return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _evaluate(
         Predictions by the folder of the training, zero-shot by its name.
     """
     torch.set_num_threads(num_threads(recipe))
-    materials = load_materials(without_shared(recipe, read_shared(study_dir), Path("/")), Path("/"))
+    materials = load_materials(without_shared(recipe, read_shared(study_dir)))
     sets: list[ImageSet] = []
 
     def test_sets() -> list[ImageSet]:
@@ -281,7 +281,7 @@ def _evaluate(
 
 def _decoded(source: Source, materials: Materials, recipe: Recipe) -> ImageSet:
     clip = materials.clip
-    folder, limit_gb = cache_dir(recipe, Path("/")), recipe.data.cache_gb
+    folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
     images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
     return dataclasses.replace(images, name=source.name)
 

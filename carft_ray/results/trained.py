@@ -138,7 +138,7 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
         name,
         recipe,
         result,
-        load_materials(without_shared(recipe, shared, Path("/")), Path("/")),
+        load_materials(without_shared(recipe, shared)),
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
         tuple(shared_lines(shared)),

@@ -221,7 +221,7 @@ def table_key(path: KeyPath) -> str:
     raise KeyError(dotted(path))
 
 
-def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direction] = ()) -> Claim:
+def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Claim:
     """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
 
     Of a study nothing is written: ``record_recipe`` does that, once the journal is ready for it.
@@ -229,7 +229,6 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
     Args:
         study_dir: An empty folder, or a study.
         recipe: The recipe of the search.
-        base_dir: Folder from which the recipe's relative paths count.
         may: How the space may change.
 
     Raises:
@@ -238,7 +237,7 @@ def claim(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direc
         StorageError: The manifest cannot be read or written.
     """
     path = study_dir / MANIFEST
-    wanted = absolute_paths(recipe, base_dir)
+    wanted = absolute_paths(recipe)
     if not files.exists(path):
         check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -208,9 +208,7 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
 
 
-def require_unread(
-    study_dir: Path, recipe: Recipe, base_dir: Path, reason: str | None, may: Collection[Direction] = ()
-) -> bool:
+def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Collection[Direction] = ()) -> bool:
     """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
 
     With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
@@ -219,7 +217,6 @@ def require_unread(
     Args:
         study_dir: The folder of the study, which need not be there yet.
         recipe: The recipe of the search.
-        base_dir: Folder from which its relative paths count.
         reason: What was given with ``--again``.
         may: How the search space may change.
 
@@ -245,7 +242,7 @@ def require_unread(
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
-        claim(study_dir, recipe, base_dir, may)
+        claim(study_dir, recipe, may)
         repair_journal(study_dir)
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, recipe, WENT_ON, details=details, reason=reason)

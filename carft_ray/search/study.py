@@ -618,7 +618,7 @@ class Study:
 
 
 @contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[Direction] = ()) -> Iterator[Study]:
+def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
 
     When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
@@ -626,7 +626,6 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[
     Args:
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
-        base_dir: Folder from which the recipe's relative paths count.
         may: How the search space may change; a change begins another generation of the study.
 
     Raises:
@@ -636,7 +635,7 @@ def open_study(study_dir: Path, recipe: Recipe, base_dir: Path, may: Collection[
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        claimed = claim(study_dir, recipe, base_dir, may)
+        claimed = claim(study_dir, recipe, may)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with readable(study_dir):

@@ -161,7 +161,7 @@ def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
     if kept is not None:
         return list(kept)
     try:
-        return list(class_folders(recipe, Path("/")))
+        return list(class_folders(recipe))
     except OSError:
         return None
 
