@@ -1,4 +1,9 @@
-"""Counts in words, for messages and tables."""
+"""Counts in words, for messages and tables, and how long something will take."""
+
+import time
+from collections.abc import Callable
+
+FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # when it is told how far something is
 
 
 def counted(number: float, noun: str) -> str:
@@ -16,3 +21,27 @@ def counted(number: float, noun: str) -> str:
 def times(number: int) -> str:
     """Returns ``once`` or ``n times``."""
     return "once" if number == 1 else f"{number} times"
+
+
+def told_time_left(
+    say: Callable[[str], None], what: str, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Returns a callback (done, in all) that tells how long the rest will take, at most every ten seconds.
+
+    Args:
+        say: Told a line; nothing in the first three seconds.
+        what: What is done.
+        clock: Seconds.
+    """
+    began = clock()
+    next_at = began + FIRST_AFTER_S
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal next_at
+        now = clock()
+        if now >= next_at and done < total:
+            left_s = (now - began) * (total - done) / done
+            say(f"{what}: {done:,} of {total:,}, about {left_s:.0f} s left")
+            next_at = now + THEN_EVERY_S
+
+    return on_progress

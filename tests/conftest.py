@@ -22,6 +22,7 @@ LONGEST = (
     "test_crash",
     "test_confirm_command",
     "test_collective_kills",
+    "test_filling",
 )
 
 

@@ -1,5 +1,6 @@
 """The cache of images: what is held, what goes, what it says of itself; packed sets; the verbs `data ls|add|clean`."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -113,7 +114,7 @@ def test_an_entry_that_another_process_has_built_meanwhile_is_taken_where_there_
 
     class Slow(Pictures):
         def pixels(self, index):
-            if not (folder / key).exists():
+            if index == 0:
                 (tmp_path / "theirs" / key).rename(folder / key)
             return super().pixels(index)
 
@@ -218,6 +219,60 @@ def test_what_killed_builds_have_left_goes_but_not_a_build_that_runs(tmp_path):
     assert cache.remove_dead(tmp_path) == 2
     assert (tmp_path / "studies").is_dir()
     assert keys(tmp_path) == {key}
+
+
+# ---- waiting for another's build
+
+
+def opened(kind, cache_dir, on_image):
+    if kind == "packed":
+        return PackedSource(Pictures(), cache_dir, on_image)
+    return image_set(Pictures(), None, "as-is", cache_dir, on_image)
+
+
+def test_who_waits_for_a_lock_is_asked_meanwhile_and_gets_it_when_it_is_free(tmp_path):
+    path, calls = tmp_path / "a.lock", []
+    with contextlib.ExitStack() as other:
+        other.enter_context(cache.lock(path))
+
+        def on_wait():
+            calls.append(len(calls))
+            if len(calls) == 3:
+                other.close()
+
+        with cache.lock(path, on_wait) as alone:
+            assert alone
+    assert calls == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["decoded", "packed"])
+def test_who_waits_for_a_build_is_told_of_no_image_and_may_give_up(tmp_path, kind):
+    seen = []
+
+    def on_image(done, total):
+        seen.append((done, total))
+        if len(seen) == 2:
+            raise DataError("stopped")
+
+    opened(kind, tmp_path, None)
+    (key,) = keys(tmp_path)
+    assert cache.remove(tmp_path, key)
+    with cache.lock(tmp_path / f"{key}.lock"), pytest.raises(DataError, match="stopped"):
+        opened(kind, tmp_path, on_image)
+    assert seen == [(0, 12), (0, 12)]
+    assert keys(tmp_path) == set()
+    assert len(opened(kind, tmp_path, None)) == 12  # it holds no lock any more
+
+
+@pytest.mark.parametrize("kind", ["decoded", "packed"])
+def test_a_build_that_is_stopped_leaves_nothing(tmp_path, kind):
+    def on_image(done, total):
+        if done == 5:
+            raise DataError("stopped")
+
+    with pytest.raises(DataError, match="stopped"):
+        opened(kind, tmp_path, on_image)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 # ---- packed sets

@@ -15,12 +15,13 @@ from tiny import make_tiny_clip
 from carft_ray.data.cache import list_entries
 from carft_ray.data.facts import load_facts
 from carft_ray.evaluation.doctor import examine
-from carft_ray.evaluation.heads import cached_heads, told_time_left
+from carft_ray.evaluation.heads import cached_heads
 from carft_ray.launch.single import train_once
 from carft_ray.learning import build_heads
 from carft_ray.learning.clip import templates
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import PromptsPart, Recipe
+from carft_ray.words import told_time_left
 
 
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
@@ -165,7 +166,7 @@ def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip
 
 def test_how_long_the_embedding_takes_is_told_after_a_moment_and_not_too_often():
     said, now = [], [0.0]
-    on_progress = told_time_left(said.append, lambda: now[0])
+    on_progress = told_time_left(said.append, "embedding sentences", lambda: now[0])
     for done in range(1, 41):
         now[0] = float(done)
         on_progress(7 * done, 280)

@@ -66,6 +66,8 @@ def data_add(
     with console.counting_several() as begin:
 
         def on_image(name: str, done: int, total: int) -> None:
+            if not done:
+                return  # another process builds it
             if name not in built:
                 built[name] = begin(name)
             built[name](done, total)

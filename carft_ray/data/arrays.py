@@ -6,7 +6,9 @@ The file is a single record batch with the columns image (fixed-size binary, H*W
 Shape letters: N images, H height, W width.
 """
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data import cache
+from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
 from carft_ray.data.source import ImageSet, PixelArray, Source
 from carft_ray.errors import DataError, Problem
@@ -23,7 +26,7 @@ from carft_ray.files import fsync_file
 FORMAT_VERSION = 2
 
 Transform = Callable[[Image.Image], Image.Image]
-OnImage = Callable[[int, int], None]
+OnImage = Callable[[int, int], None]  # may raise to end a build, of which nothing stays then
 
 
 def image_set(
@@ -38,10 +41,12 @@ def image_set(
 
     Args:
         source: The images.
-        transform: Applied to every image (RGB in, RGB out; all results of one size); None: as they are.
+        transform: Applied to every image (RGB in, RGB out; all results of one size), by several threads at once; None:
+            as they are.
         transform_key: Names the transform completely; another transform must have another key.
         cache_dir: Folder of all entries; made when missing.
-        on_image: Called with (images done, images in all) while the entry is built.
+        on_image: Called with (images done, images in all) while the entry is built; with 0 done, again and again,
+            while another process builds it.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
 
     Returns:
@@ -67,7 +72,12 @@ def image_set(
         return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
 
     parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
-    return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb)
+    return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
+
+
+def waiting(source: Source, on_image: OnImage | None) -> Callable[[], None] | None:
+    """Returns what ``cache.entry`` calls while another process builds the entry: ``on_image`` with no image done."""
+    return None if on_image is None else partial(on_image, 0, len(source))
 
 
 def about(source: Source, kind: str) -> dict[str, Any]:
@@ -90,18 +100,23 @@ def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
 def _build(source: Source, transform: Transform | None, path: Path, on_image: OnImage | None) -> tuple[int, int]:
     """Writes the file; returns height and width.
 
-    Pixels go to a plain file first, so that memory never holds more than one image.
+    Images are made by several threads, and written in order. Pixels go to a plain file first, so that memory never
+    holds more than a few images (``content.in_order``).
     """
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
+
+    def made(index: int) -> PixelArray:
+        pixels = source.pixels(index)
+        if transform is None:
+            return pixels
+        image = transform(Image.fromarray(pixels))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
     pixels_path = path.with_name("pixels")
     shape: tuple[int, ...] | None = None
-    with open(pixels_path, "wb") as file:
-        for index in range(len(source)):
-            pixels = source.pixels(index)
-            if transform is not None:
-                image = transform(Image.fromarray(pixels))
-                pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    with open(pixels_path, "wb") as file, contextlib.closing(in_order(made, len(source))) as images:
+        for index, pixels in enumerate(images):
             shape = shape or pixels.shape
             if pixels.shape != shape:
                 raise DataError(_other_size(source, index, pixels.shape, shape))
@@ -119,8 +134,8 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
     )
     with pa.memory_map(str(pixels_path)) as pixel_file:
         image_buffer = pixel_file.read_buffer()
-        images = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(source), [None, image_buffer])
-        batch = pa.record_batch([images, pa.array(source.labels), pa.array(source.sample_ids)], schema=schema)
+        column = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(source), [None, image_buffer])
+        batch = pa.record_batch([column, pa.array(source.labels), pa.array(source.sample_ids)], schema=schema)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
     fsync_file(path)

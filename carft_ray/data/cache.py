@@ -33,6 +33,7 @@ from carft_ray.files import NO_FLOCK, discard_folder, new_folder, read_json, wri
 FILE = "set.arrow"
 ABOUT = "entry.json"
 GB = 10**9  # bytes
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two looks whether a lock is free
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
@@ -86,6 +87,7 @@ def entry(
     read: Callable[[Any], T],
     build: Callable[[Path], dict[str, Any]],
     limit_gb: float | None = None,
+    on_wait: Callable[[], None] | None = None,
 ) -> T:
     """Opens an entry, building it first where it is missing or damaged.
 
@@ -100,6 +102,7 @@ def entry(
         build: Writes and flushes the file, and returns what ``entry.json`` says.
         limit_gb: Largest size of the cache in 10^9 bytes. With a new entry, those that were not used for longest go
             until all fit, but none in use; None: no limit. A disk without locks has none.
+        on_wait: Called about twice a second while another process builds the entry; may raise to wait no longer.
 
     Returns:
         What ``read`` returns.
@@ -110,7 +113,7 @@ def entry(
     folder = cache_dir / key
     if (found := _open(folder, read)) is not None:
         return found
-    with lock(cache_dir / f"{key}.lock") as alone:
+    with lock(cache_dir / f"{key}.lock", on_wait) as alone:
         if (found := _open(folder, read)) is not None:
             return found
         _remove_remains(folder, alone)
@@ -156,17 +159,28 @@ def _open(folder: Path, read: Callable[[Any], T]) -> T | None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[bool]:
+def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
     """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays.
 
     Gives False on a disk without locks: others may do the same at once, and must not lose what they are writing.
+
+    Args:
+        path: The lock file; made when it is missing.
+        on_wait: Called about twice a second while another process holds it; may raise to wait no longer.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with writing(path):
-            alone = _flock(handle, fcntl.LOCK_EX, path)
+        pause_s = FIRST_PAUSE_S
+        while True:
+            with writing(path), contextlib.suppress(BlockingIOError):
+                alone = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+                break
+            if on_wait is not None:
+                on_wait()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         yield alone
     finally:
         os.close(handle)

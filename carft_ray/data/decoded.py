@@ -12,7 +12,7 @@ class DecodedSource:
     Args:
         source: The images.
         cache_dir: Folder of the cache.
-        on_image: Called with (images done, images in all) while the entry is built.
+        on_image: As for ``arrays.image_set``.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
 
     Raises:

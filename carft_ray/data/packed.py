@@ -9,6 +9,7 @@ The file has the columns image (large binary), label (int64) and sample_id (uint
 ``BATCH_BYTES``. The key is a hash of the fingerprint of the source.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from carft_ray.data import cache
-from carft_ray.data.arrays import OnImage, about, check_same
+from carft_ray.data.arrays import OnImage, about, check_same, waiting
+from carft_ray.data.content import in_order
 from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray
@@ -57,7 +59,7 @@ class PackedSource:
     Args:
         source: The images.
         cache_dir: Folder of the cache.
-        on_image: Called with (images done, images in all) while the entry is built.
+        on_image: As for ``arrays.image_set``.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
 
     Raises:
@@ -83,7 +85,7 @@ class PackedSource:
 
         key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint])
         self._source = source
-        self._images = cache.entry(cache_dir, key, read, build, limit_gb)["image"]
+        self._images = cache.entry(cache_dir, key, read, build, limit_gb, waiting(source, on_image))["image"]
         self.name = source.name
         self.class_names = source.class_names
         self.labels: IntArray = source.labels
@@ -155,12 +157,15 @@ def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | 
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
     with open(path, "wb") as file:
-        with pa.ipc.new_file(file, _SCHEMA) as writer:
+        with (
+            pa.ipc.new_file(file, _SCHEMA) as writer,
+            contextlib.closing(in_order(source.content, len(source))) as images,
+        ):
             contents: list[bytes] = []
             num_bytes = 0
-            for index in range(len(source)):
-                contents.append(source.content(index))
-                num_bytes += len(contents[-1])
+            for index, content in enumerate(images):
+                contents.append(content)
+                num_bytes += len(content)
                 if index + 1 == len(source) or num_bytes >= BATCH_BYTES:
                     rows = slice(index + 1 - len(contents), index + 1)
                     columns = [contents, source.labels[rows], source.sample_ids[rows]]

@@ -7,7 +7,6 @@ templates and class words), the device, its threads and its precision, and the v
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from carft_ray.files import fsync_file
 from carft_ray.learning.clip import Clip
 from carft_ray.learning.heads import BATCH_SIZE, build_heads
 from carft_ray.recipe.schema import Recipe
+from carft_ray.words import told_time_left
 
 FORMAT_VERSION = 1
 IN_CACHE = "the heads are in the cache"  # what is told then
-FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # how far the embedding is, is told
 
 _log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -64,7 +63,7 @@ def cached_heads(
     def embed() -> dict[str, Tensor]:
         if not embedded:
             say(f"embedding {number} sentences for the heads")
-            told = told_time_left(say)
+            told = told_time_left(say, "embedding sentences")
             heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress=told)
             clip.model.to("cpu")
             embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())
@@ -108,24 +107,3 @@ def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], devic
     # neither the architecture's options nor its modules tell everything: an activation may be in one of them alone
     model = [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
     return cache.key_of(["heads", FORMAT_VERSION, model, tokens.hexdigest(), computed, versions])
-
-
-def told_time_left(say: Say, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
-    """Returns a callback (sentences done, in all) that tells how long the rest will take, at most every ten seconds.
-
-    Args:
-        say: Told a line; nothing in the first three seconds.
-        clock: Seconds.
-    """
-    began = clock()
-    next_at = began + FIRST_AFTER_S
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal next_at
-        now = clock()
-        if now >= next_at and done < total:
-            left_s = (now - began) * (total - done) / done
-            say(f"embedding sentences: {done} of {total}, about {left_s:.0f} s left")
-            next_at = now + THEN_EVERY_S
-
-    return on_progress

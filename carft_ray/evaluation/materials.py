@@ -17,9 +17,13 @@ from carft_ray.data.sets import cache_dir, class_words
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.clip import Clip, load_clip, templates
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe, SandboxSet, plain
+from carft_ray.words import told_time_left
 
-__all__ = ["ID_SET", "Materials", "load_materials"]
+__all__ = ["ID_SET", "Materials", "fill_cache", "load_materials", "materials_of_worker"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,8 @@ def load_materials(
 
     Args:
         recipe: The recipe.
-        on_image: Called with (set, images done, images in all) while a set is built into the cache.
+        on_image: Called with (set, images done, images in all) while a set is built into the cache; see
+            ``arrays.image_set``.
         prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
 
     Raises:
@@ -94,3 +99,58 @@ def load_materials(
         _materials.clear()
         _materials[asked] = Materials(clip, names, prompts, train, validation, sources, key)
     return _materials[asked]
+
+
+def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -> None:
+    """Opens model and sets as a training does, so that this machine's cache has all that a training reads.
+
+    Args:
+        recipe: The recipe.
+        prepared_dir: As of ``load_materials``.
+        say: Told which set is built, and how long it will take where it takes more than a moment.
+
+    Raises:
+        RecipeError, DataError, StorageError: As ``load_materials``.
+    """
+    told: dict[str, Callable[[int, int], None]] = {}
+
+    def on_image(name: str, done: int, total: int) -> None:
+        if not done:
+            if name not in told:
+                say(f"waiting for another process that builds {name} into the cache")
+            told[name] = told_time_left(say, f"building {name} into the cache")
+            return
+        if name not in told:
+            told[name] = told_time_left(say, f"building {name} into the cache")
+        told[name](done, total)
+
+    load_materials(recipe, on_image, prepared_dir)
+
+
+def materials_of_worker(recipe: Recipe, context: RunContext, prepared_dir: Path) -> Materials:
+    """Opens model and sets in a worker of a training. While it builds a set into the cache, or waits for another
+    process that does, it asks whether to stop, which is a sign of life.
+
+    Args:
+        recipe: The recipe.
+        context: Of the worker; every rank calls this.
+        prepared_dir: As of ``load_materials``.
+
+    Raises:
+        StoppedRun: Stopped on request, on all ranks; the entry that was being built is gone.
+        RecipeError, DataError, StorageError: As ``load_materials``.
+    """
+    materials, stopped = None, ""
+
+    def on_image(name: str, done: int, total: int) -> None:
+        if context.should_stop():
+            raise StoppedRun(f"stopped on request while {name} was built into the cache")
+
+    try:
+        materials = load_materials(recipe, on_image, prepared_dir)
+    except StoppedRun as error:  # raised below, once the others know of it
+        stopped = str(error)
+    stopped = next(filter(None, gather(context, stopped)), "")
+    if materials is None or stopped:
+        raise StoppedRun(stopped)
+    return materials

@@ -23,7 +23,7 @@ from carft_ray.evaluation import materials as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
 from carft_ray.evaluation.heads import IN_CACHE, cached_heads
-from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.materials import Materials, load_materials, materials_of_worker
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
@@ -152,7 +152,7 @@ def probe_training(
         StoppedRun, DivergedError, CarftError: As ``run_training``.
     """
     asked = files.read_json(prepared_dir.parent / PROBE)
-    share = share_of(load_materials(recipe, prepared_dir=prepared_dir), recipe, asked["largest_batch"])
+    share = share_of(materials_of_worker(recipe, context, prepared_dir), recipe, asked["largest_batch"])
     if context.rank == 0:
         _meet(out_dir, asked["peers"])
     began = time.perf_counter()

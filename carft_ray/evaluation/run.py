@@ -27,7 +27,7 @@ from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, step
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.materials import Materials, load_materials, materials_of_worker
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
@@ -165,7 +165,7 @@ def run_training(
         opened: Model and sets to use instead of the recipe's whole ones.
 
     Raises:
-        StoppedRun: Stopped on request, after a checkpoint.
+        StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
         DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
         OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
         MachineError: A rank does not see the files from which rank 0 goes on.
@@ -182,7 +182,7 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
-    materials = opened or load_materials(recipe, prepared_dir=prepared_dir)
+    materials = opened or materials_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / "heads.safetensors")
     num_batches = recipe.train.recalibrate_batches
     views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None

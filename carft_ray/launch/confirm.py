@@ -9,7 +9,7 @@ from carft_ray import files
 from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import Runner, make_plan, run_prepare
+from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
 from carft_ray.launch.search import RAY_LOG, set_aside_error
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
@@ -81,11 +81,12 @@ def run_confirm(
                 interruptions_as(interrupted, stop_path),
                 running_ray(address, study.study_dir / RAY_LOG, stop_path) as nodes,
             ):
-                plan = make_plan(recipe, study.study_dir, nodes, runner or Runner())
+                plan = make_plan(recipe, study.study_dir, nodes, runner or RUNNER)
                 on_event(Preparing())
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
                     seeded = replace(plan, recipe=apply(plan.recipe, {"seed": seed}))
                     run_prepare(seeded, lambda text: on_event(Preparing(text)))
+                    plan = plan.filled()
                 room = plan.capacity
                 on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
                 if run_trainings(study, plan, on_event):

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from carft_ray.errors import (
     StorageError,
 )
 from carft_ray.launch.causes import explained, root_cause
-from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity
+from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity, num_fitting
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.lost import UNKNOWN, device_error_step, is_death, lost_rank
@@ -66,6 +67,7 @@ from carft_ray.search.outcome import (
 from carft_ray.words import counted
 
 STOP_CHECK_S = 0.5
+NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 RAY_FILES = "_tune"
@@ -74,8 +76,18 @@ DOING = "preparing.txt"  # in it: what the preparation does at the moment
 HEAD_ONLY = {"node:__internal_head__": 0.001}
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 
+Fill = Callable[[Recipe, Path, Callable[[str], None]], float]
 Prepare = Callable[[Recipe, Path], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
+
+
+def fill(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -> float:
+    """``evaluation.materials.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
+    from carft_ray.evaluation import materials
+
+    began = time.monotonic()
+    materials.fill_cache(recipe, prepared_dir, say)
+    return time.monotonic() - began
 
 
 def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -92,9 +104,14 @@ def prepare_single(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return run.prepare(recipe, folder, tells_driver(folder), share_targets=False)
 
 
-def tells_driver(folder: Path) -> Callable[[str], None]:
-    """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process."""
-    path = folder.parent / RAY_FILES / DOING
+def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
+    """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process.
+
+    Args:
+        folder: Where the preparation is kept.
+        name: Of the file in between.
+    """
+    path = folder.parent / RAY_FILES / name
 
     def say(text: str) -> None:
         with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
@@ -112,10 +129,20 @@ def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext
 
 @dataclass(frozen=True)
 class Runner:
-    """What is run; module-level functions, which Ray moves by name."""
+    """What is run; module-level functions, which Ray moves by name.
 
-    prepare: Prepare = prepare
-    train: Train = train
+    Attributes:
+        prepare: Does once what all trainings share.
+        train: One training.
+        fill: Builds what the cache of its node lacks, for trainings that read sets; None: they read none.
+    """
+
+    prepare: Prepare
+    train: Train
+    fill: Fill | None = None
+
+
+RUNNER = Runner(prepare, train, fill)
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,10 @@ class Plan:
     study_dir: Path
     capacity: Capacity
     runner: Runner
+
+    def filled(self) -> "Plan":
+        """Returns the plan for another preparation of the same sets: no cache is filled again."""
+        return replace(self, runner=replace(self.runner, fill=None))
 
     @property
     def in_process(self) -> bool:
@@ -181,8 +212,112 @@ def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     return should_stop
 
 
+def fill_nodes(plan: Plan, say: Callable[[str], None]) -> float:
+    """Builds what the caches of the nodes lack, on all nodes that can run trainings at once and with all cores of each.
+
+    No GPU and no place of a trial is held meanwhile. A node that dies or fails as a machine is passed over: its
+    trainings, should it come back, build for themselves, and so do those on a node that comes later.
+
+    Args:
+        plan: Of the search.
+        say: Told what the nodes do, as it goes on.
+
+    Returns:
+        The seconds that the slowest node took.
+
+    Raises:
+        CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
+    """
+    if plan.runner.fill is None:
+        return 0.0
+    nodes = _nodes_for_trainings(plan.capacity)
+    # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
+    max_calls = 1 if plan.capacity.gpus_per_worker or len(nodes) > 1 else 0
+    pending = {}
+    for node_id in nodes:
+        where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)
+        pending[task.remote(plan)] = node_id
+    told, longest_s = "", 0.0
+    while pending:
+        _check_not_stopped(plan)
+        for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
+            node_id, reason = pending.pop(done), ""
+            try:
+                seconds, reason = ray.get(done)
+                longest_s = max(longest_s, seconds)
+            except Exception as error:  # of another kind than of sets: the preparation meets it, too, or is spared it
+                cause = getattr(error, "cause", error)
+                if isinstance(cause, CarftError):
+                    raise cause from None
+                reason = root_cause(error)
+            if reason:
+                say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+        alive = _nodes_for_trainings(plan.capacity)
+        for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
+            say(f"{nodes[pending.pop(lost)]} is gone: the search goes on without it")
+        texts = {}
+        for node_id in pending.values():
+            with contextlib.suppress(OSError):
+                texts[node_id] = (plan.study_dir / RAY_FILES / _told_by(node_id)).read_text()
+        if (text := _of_nodes(texts, nodes)) not in ("", told):
+            told = text
+            say(told)
+    return longest_s
+
+
+def _check_not_stopped(plan: Plan) -> None:
+    """Raises where the study's stop file is there, which tells the caller that it was no fault (``signals``)."""
+    if files.seen(plan.study_dir / STOP):
+        raise ClusterError(Problem("preparation", "was stopped on request"))
+
+
+def _nodes_for_trainings(room: Capacity) -> dict[str, str]:
+    """Returns the addresses of the live nodes on which a worker fits, by Ray's name."""
+    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need.items())
+    }
+
+
+def _told_by(node_id: str) -> str:
+    return f"filling-{node_id}.txt"
+
+
+def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
+    """Returns what the nodes do in one line; where there is one node, its own words.
+
+    Args:
+        texts: What they tell, by Ray's name.
+        nodes: The addresses of all nodes.
+    """
+    if len(nodes) == 1:
+        return next(iter(texts.values()), "")
+    lines = [f"{nodes[node_id]}: {text}" for node_id, text in texts.items()]
+    more = [f"{counted(len(lines) - NODES_TOLD, 'more node')}"] if len(lines) > NODES_TOLD else []
+    return "; ".join(lines[:NODES_TOLD] + more)
+
+
+def _fill(plan: Plan) -> tuple[float, str]:
+    """Fills the cache of this node; returns the seconds that it took, and why it could not where the machine failed."""
+    if plan.runner.fill is None or _not_visible(plan):  # a training on this node will say so
+        return 0.0, ""
+    node_id, prepared = ray.get_runtime_context().get_node_id(), plan.study_dir / PREPARED
+    try:
+        return plan.runner.fill(plan.recipe, prepared, tells_driver(prepared, _told_by(node_id))), ""
+    except Exception as error:
+        if lost_rank(error, RunContext()) is None:
+            raise
+        return 0.0, " ".join(str(error).split())
+
+
 def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Runs the preparation in a Ray task. It asks for what a worker gets, and uses all cores of its node.
+    """Fills the caches of all nodes, then runs the preparation in a Ray task.
+
+    The task asks for what a worker gets, and uses all cores of its node.
 
     Args:
         plan: Of the search.
@@ -197,8 +332,10 @@ def run_prepare(plan: Plan, say: Callable[[str], None] = lambda text: None) -> d
     path, told = plan.study_dir / RAY_FILES / DOING, ""
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
+        fill_nodes(plan, say)
         pending, ended = task.remote(plan), False
         while not ended:
+            _check_not_stopped(plan)
             ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
                 if (text := path.read_text()) != told:
@@ -365,15 +502,26 @@ def _alive(
 ) -> Iterator[RunContext]:
     """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
 
-    The file stays after a failure: it names the nodes.
+    The file stays after a failure: it names the nodes. All ranks tell that they go on: rank 0 may be waiting for one
+    that builds a set into the cache of its node.
 
-    Without a step for most of ``hang_timeout_s`` the stacks of all threads go to the log: the driver is about to end
-    the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
+    Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
+    to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
-    if context.rank != 0:
-        yield context
-        return
     path, state = folder / ALIVE, {"next": time.monotonic() + STEP_TOLD_S}
+
+    def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
+        if time.monotonic() >= state["next"]:
+            state["next"] = time.monotonic() + STEP_TOLD_S
+            check_fence(folder, attempt)
+            watch()
+            with contextlib.suppress(OSError):  # a step is not worth a failure
+                os.utime(path)
+        return context.should_stop()
+
+    if context.rank != 0:
+        yield replace(context, should_stop=should_stop)
+        return
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
     names = {"node_id": nodes[0][0], "group": group.id.hex() if group else "", "nodes": list(nodes)}
     files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
@@ -383,19 +531,10 @@ def _alive(
             if hang_timeout_s is not None:
                 faulthandler.dump_traceback_later(STACKS_AFTER * hang_timeout_s, file=log)
 
-        def should_stop() -> bool:
-            if time.monotonic() >= state["next"]:
-                state["next"] = time.monotonic() + STEP_TOLD_S
-                check_fence(folder, attempt)
-                watch()
-                with contextlib.suppress(OSError):  # a step is not worth a failure
-                    os.utime(path)
-            return context.should_stop()
-
         watch()
         has_failed = False
         try:
-            yield replace(context, should_stop=should_stop)
+            yield replace(context, should_stop=partial(should_stop, watch))
         except Exception as error:
             has_failed = getattr(error, "exit_code", 1) != InterruptedRunError.exit_code
             raise

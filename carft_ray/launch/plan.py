@@ -33,7 +33,7 @@ from carft_ray.data.shared_images import find_shared, without_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Event, TrialFinished
-from carft_ray.launch.executors import Plan, Runner, make_plan, run_prepare, tells_driver
+from carft_ray.launch.executors import RUNNER, Plan, Runner, fill, fill_nodes, make_plan, run_prepare, tells_driver
 from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
@@ -173,7 +173,7 @@ def measure_by_probe(
         say("starting Ray")
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - checked
-            plan = make_plan(recipe, folder / "study", nodes, runner or Runner(probe_prepare, probe_training))
+            plan = make_plan(recipe, folder / "study", nodes, runner or Runner(probe_prepare, probe_training, fill))
             found = _probe(plan, say)
             ended = time.monotonic()
         after_s = time.monotonic() - ended
@@ -242,7 +242,8 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         files.write_json(study_dir / PROBE, given)
         say("preparing for a share of the sets")
         began = time.monotonic()
-        prepared = run_prepare(plan, say)
+        filling_s = fill_nodes(plan, say)  # the sets stay in the caches: the search will not build them again
+        prepared = run_prepare(plan.filled(), say)
         prepared_s = time.monotonic() - began
         study.adopt_confirm(dict.fromkeys(names, values))
         say(f"training a little, {room.concurrency} at a time ({room.reason})")
@@ -270,7 +271,7 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         "spread": statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0,
         **{key: statistics.fmean(one[key] for one in results) for key in others},
         "prepared": prepared,
-        "prepare_s": prepared_s - prepared["inside_s"] + _prepare_s(recipe, prepared),
+        "prepare_s": prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared),
     }
 
 
@@ -424,7 +425,7 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
     with _temporary(None) as folder, interruptions_as(_interrupted, folder / STOP):
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - began
-            plan = make_plan(recipe, study_dir, nodes, Runner())
+            plan = make_plan(recipe, study_dir, nodes, RUNNER)
         after_s = time.monotonic() - began - ray_s
     mean_s = statistics.fmean(drawn_s)
     doubt = max(LEAST_DOUBT, statistics.stdev(drawn_s) / mean_s / math.sqrt(len(drawn_s)) if len(drawn_s) > 1 else 0.3)

@@ -14,7 +14,7 @@ from carft_ray.launch.budget import used_up
 from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import Runner, make_plan, run_prepare
+from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.study_figure import figure_at_the_end
 from carft_ray.launch.trainings import STOPPED, run_trainings
@@ -123,7 +123,7 @@ def run_search(
                     running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
                 ):
                     write_shared(study_dir, shared)
-                    ended = _run(study, nodes, on_event, runner or Runner(), address, began)
+                    ended = _run(study, nodes, on_event, runner or RUNNER, address, began)
             elapsed_s = time.monotonic() - began
         rows = study.rows()
         best = best_row(rows)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.executors import (
     HEAD_ONLY,
     RAY_FILES,
+    RUNNER,
     Runner,
     make_plan,
     prepare_single,
@@ -89,7 +91,7 @@ def train_with_ray(
             interruptions_as(lambda: _interrupted(resume_command), out_dir / STOP),
             running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes,
         ):
-            plan = make_plan(recipe, out_dir, nodes, runner or Runner(prepare=prepare_single))
+            plan = make_plan(recipe, out_dir, nodes, runner or replace(RUNNER, prepare=prepare_single))
             run_prepare(plan, say)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself

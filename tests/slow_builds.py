@@ -1,0 +1,101 @@
+"""The real preparation and training, with builds of the cache that take ``SECONDS``; workers import it by name.
+
+Each build and each wait for one appends a line to ``builds.jsonl`` beside the study: what (``begins``, ``ends``,
+``waits``), which cache, which process, when, and how many trials had a folder then.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+from carft_ray.data import packed
+from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
+from carft_ray.launch import executors
+from carft_ray.search.folder import STOP
+
+SECONDS = 8.0
+HANG_TIMEOUT_S = 5.0
+CLASSES = ("circle", "square")
+NUM_TRAIN = 60
+
+
+def note(base_dir, what):
+    trials = len(list((base_dir / "study" / "trials").glob("*")))
+    cache = Path(os.environ["XDG_CACHE_HOME"]).name
+    line = {"what": what, "cache": cache, "pid": os.getpid(), "at": time.time(), "trials": trials}
+    with open(base_dir / "builds.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def notes(base_dir):
+    return [json.loads(line) for line in (base_dir / "builds.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def slow(base_dir):
+    """Within the block, packing a training set is slow."""
+    build, waiting = packed._build, packed.waiting
+
+    def slow_build(source, path, on_image):
+        def on_slow_image(done, total):
+            time.sleep(SECONDS / total)
+            if on_image is not None:
+                on_image(done, total)
+
+        note(base_dir, "begins")
+        build(source, path, on_slow_image)
+        note(base_dir, "ends")
+
+    def noted_waiting(source, on_image):
+        on_wait = waiting(source, on_image)
+
+        def call():
+            note(base_dir, "waits")
+            on_wait()
+
+        return call
+
+    with mock.patch.object(packed, "_build", slow_build), mock.patch.object(packed, "waiting", noted_waiting):
+        yield
+
+
+def fill(recipe, prepared_dir, say):
+    with slow(prepared_dir.parent.parent):
+        return executors.fill(recipe, prepared_dir, say)
+
+
+def fill_or_die(recipe, prepared_dir, say):
+    """Kills the second node, Ray's own process, before its cache is filled."""
+    if Path(os.environ["XDG_CACHE_HOME"]).name == "two":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(1000)  # this process does not notice before the cluster's end, as Ray does not of a lost machine
+    return executors.fill(recipe, prepared_dir, say)
+
+
+def fill_and_ask_to_stop(recipe, prepared_dir, say):
+    """Asks for a stop of the search as another process does, in the middle of a long build."""
+    (prepared_dir.parent / STOP).touch()
+    time.sleep(1000)
+
+
+def prepare(recipe, folder):
+    with slow(folder.parent.parent):
+        return executors.prepare(recipe, folder)
+
+
+def prepare_and_empty(recipe, folder):
+    """Leaves trials an empty cache, as that of a node that has come later."""
+    prepared = executors.prepare(recipe, folder)
+    materials._materials.clear()
+    shutil.rmtree(folder.parent.parent / "cache")
+    return prepared
+
+
+def train(recipe, out_dir, prepared_dir, *arguments):
+    with slow(prepared_dir.parent.parent):
+        return executors.train(recipe, out_dir, prepared_dir, *arguments)

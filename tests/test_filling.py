@@ -1,0 +1,188 @@
+"""Caches of nodes: filled on all of them before the first trial, or by trials that find them empty. With a real Ray."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import attempts
+import numpy as np
+import pytest
+import slow_builds
+import stand_in
+from PIL import Image
+from ray.cluster_utils import Cluster
+from test_lost import gloo
+
+from carft_ray.errors import DataError, InterruptedRunError
+from carft_ray.evaluation import materials
+from carft_ray.launch import executors
+from carft_ray.launch.events import Note, Preparing
+from carft_ray.launch.executors import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun
+from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.outcome import ALIVE
+
+HERE = Path(__file__).parent
+PREPARED = Path("none")  # no set was listed before
+SIZES = {"object_store_memory": 10**8}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Two trials at a time, of one step each, on a folder of images whose files are packed."""
+    rng = np.random.default_rng(0)
+    for role, number in (("train", slow_builds.NUM_TRAIN // 2), ("val", 8)):
+        for name in slow_builds.CLASSES:
+            folder = tmp_path / "images" / role / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    images = {"source": "folder", "path": "images"}
+    recipe = Recipe.model_validate(
+        {
+            "data": {
+                "train": {**images, "domains": ["train"]},
+                "id_val": {**images, "domains": ["val"]},
+                "pack": "always",
+            },
+            "train": {"epochs": 1, "batch_size": slow_builds.NUM_TRAIN, "kl_weight": 0.0},
+            "search": {
+                "trials": 2,
+                "space": {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}},
+                "baselines": {},
+                "alpha": {"grid": [0, 0.5, 1]},
+            },
+            "resources": {"threads": 1, "gpus_per_worker": 0, "hang_timeout_s": slow_builds.HANG_TIMEOUT_S},
+        }
+    )
+    return absolute_paths(recipe, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    """A cluster of two nodes with a cache each, ``one`` and ``two``, whose head has no CPU; gives its address."""
+    caches = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SIZES})
+        for name in ("one", "two"):
+            cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(caches / name)}, **SIZES)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def searched(recipe, base_dir, address, runner):
+    """Runs a search, whose trials must all end well at the first attempt; returns what it told of the preparation."""
+    told, noted = [], []
+
+    def on_event(event):
+        if isinstance(event, Preparing):
+            told.append(event.what)
+        if isinstance(event, Note):
+            noted.append(event.text)
+
+    result = run_search(recipe, base_dir / "study", address, on_event, runner)
+    assert [row.outcome for row in result.trials] == ["complete", "complete"], result.trials
+    assert [row.attempt for row in result.trials] == [1, 1]
+    assert [text for text in noted if "hangs" in text] == []
+    return told
+
+
+@pytest.mark.slow
+def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_trial(tmp_path, recipe, two_nodes):
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
+    told = searched(recipe, tmp_path, two_nodes, runner)
+    notes = slow_builds.notes(tmp_path)
+    assert [note["what"] for note in notes] == ["begins", "begins", "ends", "ends"]
+    assert {note["cache"] for note in notes[:2]} == {"one", "two"}
+    assert {note["trials"] for note in notes} == {0}
+    assert any("building train into the cache: " in text and " s left; " in text for text in told), told
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, recipe, two_nodes):
+    path = tmp_path / "images" / "val" / "circle" / "003.png"
+    path.write_bytes(b"no image")
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
+    with pytest.raises(DataError, match="must be a readable image") as caught:
+        searched(recipe, tmp_path, two_nodes, runner)
+    assert str(path) in str(caught.value)
+    assert list((tmp_path / "study" / "trials").glob("*")) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
+    tmp_path, recipe, two_nodes
+):  # the last of these two nodes
+    runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
+    told = searched(recipe, tmp_path, two_nodes, runner)
+    assert any("is gone: the search goes on without it" in text for text in told), told
+
+
+@pytest.mark.slow
+def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for_it_live(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    data = recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    resources = recipe.resources.model_copy(update={"cpus_per_worker": 0.5})
+    recipe = recipe.model_copy(update={"data": data, "resources": resources})
+    search = recipe.search.model_copy(update={"concurrency": 2})
+    runner = Runner(slow_builds.prepare_and_empty, slow_builds.train)
+    searched(recipe.model_copy(update={"search": search}), tmp_path, None, runner)
+    notes = slow_builds.notes(tmp_path)
+    assert sorted(note["what"] for note in notes if note["what"] != "waits") == ["begins", "ends"]
+    waits = [note for note in notes if note["what"] == "waits"]
+    assert {note["pid"] for note in waits}.isdisjoint(note["pid"] for note in notes if note["what"] == "begins")
+    assert waits[-1]["at"] - waits[0]["at"] > slow_builds.HANG_TIMEOUT_S
+
+
+@pytest.mark.slow
+def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    runner = Runner(stand_in.prepare, stand_in.train, slow_builds.fill_and_ask_to_stop)
+    with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
+        run_search(stand_in.make_recipe(3), tmp_path / "study", runner=runner)
+    assert not (tmp_path / "study" / "_tune").exists()
+
+
+def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(tmp_path):
+    asked = []
+    recipe = attempts.sandbox_recipe()
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path)})})
+    context = RunContext(should_stop=lambda: asked.append(1) or len(asked) == 7)
+    with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
+        materials.materials_of_worker(recipe, context, PREPARED)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    assert len(materials.materials_of_worker(recipe, RunContext(), PREPARED).train) == 512
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(executors, "STEP_TOLD_S", 0.0)
+    path = tmp_path / ALIVE
+    path.write_text("{}")
+    nodes = (("node", "address"), ("node", "address"))
+    with executors._alive(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
+        os.utime(path, (1, 1))
+        assert not context.should_stop()
+        assert path.stat().st_mtime > 1
+
+
+def stop_together(context, base_dir):
+    """Rank 0 finds all sets in its cache, and rank 1 is asked to stop while it builds them."""
+    recipe = attempts.sandbox_recipe()
+    data = recipe.data.model_copy(update={"cache_dir": str(base_dir / str(context.rank))})
+    recipe = recipe.model_copy(update={"data": data})
+    if context.rank == 0:
+        materials.load_materials(recipe)
+        materials._materials.clear()
+    context = replace(context, should_stop=lambda: context.rank == 1)
+    with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
+        materials.materials_of_worker(recipe, context, PREPARED)
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_is_asked_to_while_it_builds(tmp_path):
+    assert gloo(stop_together, tmp_path) == [0, 0]
