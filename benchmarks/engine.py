@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.layout import ALIVE, JOURNAL, METRICS, RESOLVED, RESULT
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, RESOLVED
-from carft_ray.search.outcome import ALIVE, METRICS, RESULT, TrialSpec, trial_name
+from carft_ray.search.outcome import TrialSpec, trial_name
 from carft_ray.search.rows import storage_of
 from carft_ray.search.study import Study, open_study
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.search.outcome import RESULT
+from carft_ray.layout import RESULT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"

@@ -34,12 +34,13 @@ from benchmarks.samplers import LOWEST, recipe_of
 from benchmarks.table import RECIPE, TABLE
 from carft_ray import files
 from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.layout import METRICS, RESULT
 from carft_ray.recipe.constraints import VIOLATION
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.front import front_of, hypervolume
-from carft_ray.search.outcome import FORMAT_VERSION, METRICS, RESULT, TrialRow
+from carft_ray.search.outcome import FORMAT_VERSION, TrialRow
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
 

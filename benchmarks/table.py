@@ -31,7 +31,7 @@ from carft_ray import console, files
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.evaluation.predictions import correct_matrix
-from carft_ray.evaluation.run import METRICS
+from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,8 +40,9 @@ from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Pro
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.run import RESULT, WEIGHTS, prepare, run_training
+from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.layout import RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, build_classifier

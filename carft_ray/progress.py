@@ -176,9 +176,10 @@ class SearchView:
             clock: Seconds since 1970.
         """
         from carft_ray.launch.events import Started
+        from carft_ray.layout import METRICS
         from carft_ray.recipe.grid import num_trials
         from carft_ray.results.overview import alive_since, folder_of, search_began
-        from carft_ray.search.outcome import METRICS, TrialSpec
+        from carft_ray.search.outcome import TrialSpec
         from carft_ray.search.rows import ZERO_SHOT
 
         view = cls(overview.recipe.train.epochs, overview.rows, clock)

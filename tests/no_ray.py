@@ -5,9 +5,9 @@ import contextlib
 from carft_ray.evaluation.run import on_all_cores
 from carft_ray.launch import confirm, search
 from carft_ray.launch.cluster import Node
+from carft_ray.layout import PREPARED
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import PREPARED
 
 
 def install(monkeypatch):

@@ -16,7 +16,7 @@ from unittest import mock
 from carft_ray.data import packed
 from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
 from carft_ray.launch import executors
-from carft_ray.search.folder import STOP
+from carft_ray.layout import STOP
 
 SECONDS = 8.0
 HANG_TIMEOUT_S = 5.0

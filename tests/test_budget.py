@@ -20,9 +20,9 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
+from carft_ray.layout import ALIVE
 from carft_ray.recipe.schema import BudgetPart
 from carft_ray.results import overview
-from carft_ray.search.outcome import ALIVE
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 

@@ -19,11 +19,11 @@ from carft_ray.launch import executors
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.executors import Runner
 from carft_ray.launch.search import run_search
+from carft_ray.layout import ALIVE
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import ALIVE
 
 HERE = Path(__file__).parent
 PREPARED = Path("none")  # no set was listed before

@@ -14,9 +14,10 @@ import pytest
 from stand_in import make_recipe
 
 from carft_ray.errors import StorageError
+from carft_ray.layout import LEASE
 from carft_ray.search import lease as module
 from carft_ray.search.folder import study_lock
-from carft_ray.search.lease import LEASE, READERS_STALE_AFTER_S, STALE_AFTER_S, holder
+from carft_ray.search.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from carft_ray import errors
+from carft_ray import errors, layout
 from carft_ray.cli import app
 from carft_ray.recipe.loading import load_recipe
 
@@ -27,6 +27,7 @@ TOP_FILES = {
     "progress": "cli",
     "errors": "base",
     "files": "base",
+    "layout": "base",
     "environment": "base",
     "words": "base",
     "api": "results",
@@ -83,6 +84,38 @@ def test_imports_run_one_way(path):
         target = TOP_FILES.get(pieces[1], pieces[1])
         assert LAYERS.index(target) >= LAYERS.index(layer), f"{path} ({layer}) imports {module}"
         assert {layer, target} != set(SIDE_BY_SIDE), f"{path} ({layer}) imports {module}"
+
+
+def test_every_file_name_of_a_study_stands_once():
+    names = {value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)}
+    names = {name for name in names if not name.isalpha()}  # 'stop' and 'test' are words, too
+    for path in FILES:
+        if path.stem == "layout":
+            continue
+        written = {node.value for node in nodes_of(path) if isinstance(node, ast.Constant)}
+        assert not names & written, path
+
+
+def test_paths_count_from_one_folder_inside_recipe_alone():
+    """Recipes have absolute paths once they are loaded: nobody else is told what they count from."""
+    for path in FILES:
+        if layer_of(path) == "recipe":
+            continue
+        for node in nodes_of(path):
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                names = {argument.arg for argument in given}
+                assert not names & {"base_dir", "recipe_dir"}, f"{path}: {node.lineno}"
+
+
+def test_imports_have_no_cycle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    edges = {name: {each for each in imports_of(path) if each in modules} - {name} for name, path in modules.items()}
+    edges.pop("carft_ray")  # gives its version and, late, its API
+    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges
 
 
 @pytest.mark.parametrize("library", DOORWAYS)

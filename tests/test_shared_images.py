@@ -13,7 +13,6 @@ from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.sets import check_sets, open_source, open_train, open_validation
 from carft_ray.data.shared_images import (
-    SHARED_IMAGES,
     find_shared,
     read_shared,
     shared_counts,
@@ -23,6 +22,7 @@ from carft_ray.data.shared_images import (
     write_shared,
 )
 from carft_ray.errors import DataError, HoldOutError, StorageError
+from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
 
 CLASSES = ("cat", "dog")

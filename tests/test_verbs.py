@@ -19,9 +19,10 @@ from stand_in import make_recipe
 from suggestions import check_suggestions
 
 from carft_ray.cli import search as search_commands
+from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.overview import find_row, read_study, total_trials
-from carft_ray.search.best import BEST, write_best
+from carft_ray.search.best import write_best
 from carft_ray.search.folder import study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.lease import holder

@@ -15,11 +15,11 @@ import pytest
 from stand_in import make_recipe
 from test_live import shown
 
+from carft_ray.layout import ALIVE, JOURNAL, RESOLVED
 from carft_ray.progress import SearchView
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.overview import read_study
-from carft_ray.search.folder import JOURNAL, RESOLVED
-from carft_ray.search.outcome import ALIVE, Failure, append_log, write_failure
+from carft_ray.search.outcome import Failure, append_log, write_failure
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 

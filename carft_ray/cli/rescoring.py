@@ -35,10 +35,10 @@ def rescore(
 ) -> None:
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray import console
+    from carft_ray.layout import FOLDERS, WEIGHTS
     from carft_ray.results import overview
     from carft_ray.results.rescore import asked_objective
     from carft_ray.results.rescore import rescore as rescored
-    from carft_ray.search.outcome import FOLDERS, WEIGHTS
 
     view = overview.read_study(study)
     spec = asked_objective(view.recipe, objective, id_weight, sets)

@@ -27,9 +27,9 @@ from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem
+from carft_ray.layout import SETS
 from carft_ray.recipe.schema import CorruptedSet, Recipe, SetSpec, plain
 
-FOLDER = "sets"
 FORMAT_VERSION = 1
 TRAIN, ID_VAL = "train", "id_val"
 
@@ -148,7 +148,7 @@ def write_sets(recipe: Recipe, folder: Path) -> None:
         images = source.images if isinstance(source, CorruptedSource) else source
         if isinstance(images, StoredSource):
             digests = records(images, cache_dir(recipe)).hashes()
-            write_table(folder / FOLDER / f"{name}.arrow", _table(images, digests, _key(recipe, name)))
+            write_table(folder / SETS / f"{name}.arrow", _table(images, digests, _key(recipe, name)))
 
 
 def open_sets(recipe: Recipe, folder: Path | None = None) -> dict[str, Source]:
@@ -197,7 +197,7 @@ def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
 
 def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | None:
     """Returns a set that was kept; None where there is none, or it is of another recipe."""
-    table = open_table(folder / FOLDER / f"{name}.arrow")
+    table = open_table(folder / SETS / f"{name}.arrow")
     if table is None:
         return None
     about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])

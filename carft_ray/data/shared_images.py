@@ -20,11 +20,11 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.overlap import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, plain_place
 from carft_ray.errors import HoldOutError, Problem, StorageError
+from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import CorruptedSet, Recipe
 from carft_ray.words import counted
 
-SHARED_IMAGES = "shared_images.csv"
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
 LEAVES: Literal["leaves"] = "leaves"
 STAYS: Literal["stays"] = "stays"

@@ -21,7 +21,8 @@ from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import NUM_BINS, answers, equal_width_bins, expected_calibration_error
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import BoolArray, FloatArray, accuracy, select
-from carft_ray.recipe.constraints import ECE, ID_DROP, REFERENCES, VIOLATION
+from carft_ray.layout import REFERENCES
+from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION
 from carft_ray.recipe.schema import ConstraintsPart
 
 _ROUNDING = 1e-12

@@ -27,7 +27,8 @@ from carft_ray.evaluation.materials import Materials, load_materials, materials_
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
-from carft_ray.evaluation.run import RESULT, RESULT_VERSION, WEIGHTS, device_of, num_threads, prepare, run_training
+from carft_ray.evaluation.run import RESULT_VERSION, device_of, num_threads, prepare, run_training
+from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import LOG_EVERY, build_classifier
@@ -246,7 +247,7 @@ def _evaluation(
         ``recalibrate_batches``), ``evaluate_s`` for the share at one alpha, ``table_s`` for its curve and file,
         ``num_evaluated`` images, ``weights_bytes`` and ``predictions_bytes`` of the share.
     """
-    heads = load_tensors(prepared_dir / "heads.safetensors")
+    heads = load_tensors(prepared_dir / HEADS)
     classifier = build_classifier(share.clip, heads["class_head"], recipe.train, device_of(recipe))
     state, num_batches = classifier.state(), recipe.train.recalibrate_batches
     views_NHWC = clean_views(share.clip, share.train, num_batches) if num_batches else None
@@ -260,7 +261,7 @@ def _evaluation(
     evaluated = time.perf_counter()
     if context.rank != 0:
         return {}
-    path = folder / "predictions" / "validation.parquet"
+    path = folder / PREDICTIONS
     table = read_predictions(path)
     if recipe.train.alpha is None:
         alpha_profile(table, objective_spec(recipe), recipe.search.alpha.lowest)

@@ -35,6 +35,17 @@ from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSI
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.targets import TargetStore
+from carft_ray.layout import (
+    CHECKPOINTS,
+    HEADS,
+    METRICS,
+    PREDICTIONS,
+    PREPARATION,
+    RESULT,
+    TARGETS,
+    WEIGHTS,
+    ZERO_SHOT_TABLE,
+)
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
@@ -48,9 +59,6 @@ from carft_ray.recipe.schema import Recipe
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
 
 RESULT_VERSION = 1
-RESULT = "result.json"
-METRICS = "metrics.jsonl"
-WEIGHTS = "fine_tuned.safetensors"
 # A look during a training is the best of these: at alpha 1 alone it told nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -104,18 +112,18 @@ def prepare(
     say("opening model and sets")
     materials = opened or load_materials(recipe, prepared_dir=folder)
     check_tower(materials.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
-    done = folder / "prepared.json"
+    done = folder / PREPARATION
     key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
         clip, device = materials.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, materials.class_names, materials.templates, device, say)
-        with files.new_file(folder / "heads.safetensors") as temporary:
+        with files.new_file(folder / HEADS) as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
-        write_predictions(folder / "zero_shot.parquet", table)
+        write_predictions(folder / ZERO_SHOT_TABLE, table)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
@@ -126,8 +134,8 @@ def prepare(
         }
         files.write_json(done, content)
     if share_targets:
-        context_head_TD = load_tensors(folder / "heads.safetensors")["context_head"]
-        store = TargetStore(recipe.train, materials, context_head_TD, folder / "targets")
+        context_head_TD = load_tensors(folder / HEADS)["context_head"]
+        store = TargetStore(recipe.train, materials, context_head_TD, folder / TARGETS)
         store.fill(recipe, device_of(recipe), say)
     found = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
@@ -183,14 +191,14 @@ def run_training(
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
     materials = opened or materials_of_worker(recipe, context, prepared_dir)
-    heads = load_tensors(prepared_dir / "heads.safetensors")
+    heads = load_tensors(prepared_dir / HEADS)
     num_batches = recipe.train.recalibrate_batches
     views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None
     if is_trained:  # an earlier attempt got so far
         fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path))
     else:
         fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
-    targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets")
+    targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / TARGETS)
     stored = targets.num_stored(recipe.train.epochs)
 
     classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
@@ -202,11 +210,11 @@ def run_training(
 
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / "zero_shot.parquet") if views_NHWC is None else at(0.0)
+    start = read_predictions(prepared_dir / ZERO_SHOT_TABLE) if views_NHWC is None else at(0.0)
     table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
     at_chance = _alphas_at_chance(curve, len(materials.class_names), materials.num_images[spec.id_set])
     if context.rank == 0:
-        write_predictions(out_dir / "predictions" / "validation.parquet", table)
+        write_predictions(out_dir / PREDICTIONS, table)
     result = {
         "format_version": RESULT_VERSION,
         "objective": choice.value,
@@ -225,7 +233,7 @@ def run_training(
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        files.remove_folder(out_dir / "checkpoint")  # before: what is finished is never looked at again
+        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never looked at again
         files.write_json(result_path, result)
     return result
 
@@ -268,9 +276,9 @@ def _train(
             recipe.train,
             recorded,
             device=device,
-            checkpoint_dir=out_dir / "checkpoint",
+            checkpoint_dir=out_dir / CHECKPOINTS,
             attempt=attempt,
-            stored_targets=TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / "targets"),
+            stored_targets=TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / TARGETS),
             on_epoch=on_epoch,
             num_threads=num_threads(recipe),
         )

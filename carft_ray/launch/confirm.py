@@ -10,13 +10,13 @@ from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
-from carft_ray.launch.search import RAY_LOG, set_aside_error
+from carft_ray.launch.search import set_aside_error
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
+from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.study import Study, open_study
 from carft_ray.words import counted

@@ -30,20 +30,10 @@ from carft_ray.launch.events import (
 )
 from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.leaks import Leaks
+from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetPart
-from carft_ray.search.folder import BUDGET_STOP, STOP
-from carft_ray.search.outcome import (
-    FOLDERS,
-    LOG,
-    METRICS,
-    RESULT,
-    Alive,
-    Failure,
-    TrialRow,
-    TrialSpec,
-    read_alive,
-    read_failure,
-)
+from carft_ray.search.folder import BUDGET_STOP
+from carft_ray.search.outcome import Alive, Failure, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study
 from carft_ray.words import counted

@@ -43,16 +43,13 @@ from carft_ray.launch.cluster import START_TIMEOUT, Capacity, Node, capacity, nu
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.lost import UNKNOWN, device_error_step, is_death, lost_rank
+from carft_ray.layout import ALIVE, CUT, LOG, MANIFEST, PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import MANIFEST, PREPARED, STOP
 from carft_ray.search.outcome import (
-    ALIVE,
-    CUT,
-    LOG,
     Alive,
     Failure,
     TrialSpec,
@@ -70,7 +67,6 @@ STOP_CHECK_S = 0.5
 NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
 STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
-RAY_FILES = "_tune"
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}

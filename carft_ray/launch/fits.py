@@ -15,11 +15,11 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import OutOfMemoryError
+from carft_ray.layout import MICRO_BATCH
 from carft_ray.learning.memory import micro_batch_of
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import Failure
 
-FITS = "fits.json"
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
 MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")
 
@@ -60,12 +60,12 @@ def memory_failure(
     key, found = _key(recipe), _read(folder)
     if error.micro_batch > 1:
         half = error.micro_batch // 2
-        files.write_json(folder / FITS, {**found, key: min(half, found.get(key, half))})
+        files.write_json(folder / MICRO_BATCH, {**found, key: min(half, found.get(key, half))})
         short = f"{error.problems[0].rule}, but got {error.problems[0].value}"
         reason = f"out of memory: {short}; the next attempt takes a micro-batch of {half}"
         return Failure("memory", reason, attempt, error.exit_code)
     if key in found:  # the next search begins anew: something else may have filled the device
-        files.write_json(folder / FITS, {name: size for name, size in found.items() if name != key})
+        files.write_json(folder / MICRO_BATCH, {name: size for name, size in found.items() if name != key})
     decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
     if decisive:
         return Failure("error", f"out of memory with {', '.join(decisive)}: {error.problems[0].rule}", attempt)
@@ -89,7 +89,7 @@ def _device(recipe: Recipe) -> str:
 
 def _read(folder: Path) -> dict[str, int]:
     try:
-        found = json.loads(files.retried(folder / FITS, (folder / FITS).read_bytes))
+        found = json.loads(files.retried(folder / MICRO_BATCH, (folder / MICRO_BATCH).read_bytes))
     except (FileNotFoundError, ValueError):
         return {}
     return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

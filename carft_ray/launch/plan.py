@@ -34,15 +34,14 @@ from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Event, TrialFinished
 from carft_ray.launch.executors import RUNNER, Plan, Runner, fill, fill_nodes, make_plan, run_prepare, tells_driver
-from carft_ray.launch.search import RAY_LOG
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
+from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
 from carft_ray.recipe.draws import drawn, middle
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schedule import is_looked_at, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
-from carft_ray.search.folder import PREPARED, STOP
 from carft_ray.search.identity import claim
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, rows_by_kind
@@ -251,7 +250,7 @@ def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         if run_trainings(study, plan, on_event):
             raise _interrupted()
         _check(study.rows("confirm"))
-    results = [(read_result(study_dir / "confirm" / name) or {})["probe"] for name in names]
+    results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names]
     wave = room.concurrency
     at = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
     results = results[-wave:]  # what a process does once is no part of the trainings that follow
@@ -442,7 +441,7 @@ def _key(values: Mapping[str, Any]) -> str:
 def _seen_preparing_s(study_dir: Path) -> float:
     """Returns the seconds that the files of the preparation lie apart, from the heads to the last targets."""
     folder = study_dir / PREPARED
-    made = [*folder.glob("heads.*"), folder / "prepared.json", *folder.glob("targets/*/*.npy")]
+    made = [*folder.glob("heads.*"), folder / PREPARATION, *folder.glob(f"{TARGETS}/*/*.npy")]
     times = [path.stat().st_mtime for path in made if path.is_file()]
     return max(times) - min(times) if times else 0.0
 
@@ -459,7 +458,7 @@ def _disk_of(recipe: Recipe, study_dir: Path, num_ended: int) -> dict[str, int]:
     return {
         "weights": kept * weights // max(1, num_weights),
         "predictions": (trials + num_baselines) * predictions // max(1, num_predictions),
-        "targets": size("prepared/targets/**/*.npy")[0],
+        "targets": size(f"{PREPARED}/{TARGETS}/**/*.npy")[0],
     }
 
 

@@ -18,18 +18,16 @@ from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.study_figure import figure_at_the_end
 from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import RESOLVED, STOP
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.provenance import record_provenance
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study, open_study
 from carft_ray.words import counted
-
-RAY_LOG = "ray.log"
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,17 @@ from carft_ray.data.listed_sets import write_sets
 from carft_ray.data.sets import cache_dir
 from carft_ray.data.shared_images import SharedRow, shared_of_study, without_shared, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import RESULT, WEIGHTS, on_all_cores, prepare, run_training
+from carft_ray.evaluation.run import on_all_cores, prepare, run_training
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESOLVED, RESULT, STOP, WEIGHTS
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.region import DIRECTIONS
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import (
-    JOURNAL,
-    MANIFEST,
-    PREPARED,
-    RESOLVED,
-    STOP,
-    gone_if_nothing_began,
-    is_ours,
-    study_lock,
-)
+from carft_ray.search.folder import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.provenance import record_provenance
 
@@ -76,7 +68,7 @@ def train_once(
     is_new = not files.exists(out_dir / MANIFEST)
     with (
         study_lock(out_dir) as held,
-        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or files.exists(out_dir / "checkpoint")),
+        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or files.exists(out_dir / CHECKPOINTS)),
     ):
         if held.note:
             say(held.note)
@@ -105,7 +97,7 @@ def train_once(
                 return result, zero_shot
             zero_shot = found or prepare(alone, out_dir / PREPARED, say, share_targets=False)
             record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
-            attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
+            attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
             context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
             with stop_file_on_signal(out_dir / STOP):
                 result = _run(recipe, out_dir, context, attempt, say)
@@ -157,7 +149,7 @@ def _check_checkpoints(out_dir: Path) -> None:
     """Refuses to begin again unasked when checkpoints are there and none can be read."""
     if files.exists(out_dir / WEIGHTS):  # the checkpoints have done their work
         return
-    checkpoint, damaged = newest_checkpoint(out_dir / "checkpoint")
+    checkpoint, damaged = newest_checkpoint(out_dir / CHECKPOINTS)
     if checkpoint is None and damaged:
         step = f"Remove {out_dir / 'checkpoint'} to begin again from the first step."
         raise StorageError([*damaged, Problem(str(out_dir), "must hold a checkpoint that can be read", next_step=step)])

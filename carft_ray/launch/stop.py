@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.search.folder import STOP
+from carft_ray.layout import STOP
 from carft_ray.search.lease import holder
 
 LOOK_EVERY_S = 0.5

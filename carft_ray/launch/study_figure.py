@@ -6,14 +6,13 @@ from pathlib import Path
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.figure import Curve, Dot, id_ood_figure
+from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.front import front_of
-from carft_ray.search.outcome import FOLDERS, TrialRow, read_result
+from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_row
 from carft_ray.search.study import Study
 from carft_ray.words import counted
-
-FIGURE_PNG, FIGURE_SVG = "figure.png", "figure.svg"
 
 
 @contextlib.contextmanager

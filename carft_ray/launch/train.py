@@ -13,31 +13,11 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.causes import explained, log_cause
 from carft_ray.launch.cluster import running_ray
-from carft_ray.launch.executors import (
-    HEAD_ONLY,
-    RAY_FILES,
-    RUNNER,
-    Runner,
-    make_plan,
-    prepare_single,
-    run_nested,
-    run_prepare,
-)
-from carft_ray.launch.search import RAY_LOG
+from carft_ray.launch.executors import HEAD_ONLY, RUNNER, Runner, make_plan, prepare_single, run_nested, run_prepare
 from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
+from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, RAY_LOG, STOP
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import STOP
-from carft_ray.search.outcome import (
-    ERROR,
-    LOG,
-    METRICS,
-    TrialSpec,
-    failure_error,
-    progress_of,
-    read_alive,
-    read_failure,
-    read_result,
-)
+from carft_ray.search.outcome import TrialSpec, failure_error, progress_of, read_alive, read_failure, read_result
 from carft_ray.search.study import LOST_ATTEMPTS
 
 LOOK_EVERY_S = 0.5
@@ -80,7 +60,7 @@ def train_with_ray(
         DivergedError, CarftError: As a worker raised it.
     """
     out_dir = out_dir.resolve()
-    attempt = 1 + len(list((out_dir / "checkpoint").glob("attempt-*")))
+    attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
     spec = TrialSpec("trial", 0, "train", {}, attempt)
     for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, and so had this number
         with files.writing(out_dir / stale):

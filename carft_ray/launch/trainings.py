@@ -19,13 +19,13 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.causes import error_of, explained, root_cause
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
-from carft_ray.launch.executors import RAY_FILES, Plan, end_process, run_worker, stop_reader, tune_trainable
+from carft_ray.launch.executors import Plan, end_process, run_worker, stop_reader, tune_trainable
 from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.launch.waiting import why_waiting
+from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
-from carft_ray.search.folder import STOP
 from carft_ray.search.outcome import TrialSpec
 from carft_ray.search.study import Study
 

@@ -11,7 +11,6 @@ from carft_ray.recipe.schema import ConstraintsPart, Recipe
 VIOLATION = "violation/"  # before the name of a constraint, in metrics
 ID_DROP, ECE = "id_drop", "ece"
 # in the folder of the preparation: ID accuracy of the baselines under which a trial may fall only so far
-REFERENCES = "references.json"
 
 
 def constraint_names(constraints: ConstraintsPart) -> tuple[str, ...]:

@@ -19,14 +19,14 @@ import pyarrow as pa
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
+from carft_ray.layout import PREDICTIONS, WEIGHTS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.bootstrap import NUM_RESAMPLES, FloatArray, resampled_accuracies
 from carft_ray.results.overview import folder_of
 from carft_ray.results.sealed_summary import of_read
 from carft_ray.results.selection import RULES, rule_values
-from carft_ray.results.stored import PREDICTIONS, read_stored
+from carft_ray.results.stored import read_stored
 from carft_ray.search.ledger import Entry
-from carft_ray.search.outcome import WEIGHTS
 from carft_ray.search.rows import best_row, trials
 from carft_ray.words import counted, times
 

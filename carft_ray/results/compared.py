@@ -10,8 +10,9 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirm import CONFIRM, SUMMARY, Role, Stage, last_stage, training_name
+from carft_ray.results.confirm import Role, Stage, last_stage, training_name
 from carft_ray.results.confirmed import is_whole
 from carft_ray.results.overview import folder_of
 from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials

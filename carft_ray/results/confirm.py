@@ -15,16 +15,15 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
+from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
 from carft_ray.recipe.schema import CACHE_KEYS, Recipe
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
-from carft_ray.search.outcome import FOLDERS, WEIGHTS, TrialRow, read_result
+from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_first
 from carft_ray.words import counted
 
 FORMAT_VERSION = 1
-CONFIRM = FOLDERS["confirm"]
-PLAN, SUMMARY = "plan.json", "summary.json"
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
 
 WinnerRule = Literal["search", "confirmed"]
@@ -219,7 +218,7 @@ def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
     """
     last = second or first
     content = {"format_version": FORMAT_VERSION, **_stage_data(last), "stage1": _stage_data(first) if second else None}
-    files.write_json(study_dir / CONFIRM / PLAN, content)
+    files.write_json(study_dir / CONFIRM / CONFIRM_PLAN, content)
 
 
 def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
@@ -228,7 +227,7 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
     Raises:
         StorageError: The plan is damaged or of another version.
     """
-    path = study_dir / CONFIRM / PLAN
+    path = study_dir / CONFIRM / CONFIRM_PLAN
     if not path.exists():
         return None
     content = files.read_json(path)

@@ -14,12 +14,11 @@ from carft_ray.data.shared_images import read_shared, shared_counts, shared_line
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
+from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, RESULT, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.comparison import Comparison, brief, compare, comparison_lines
-from carft_ray.results.confirm import CONFIRM, SUMMARY, PlanRow, Stage, training_name
+from carft_ray.results.confirm import PlanRow, Stage, training_name
 from carft_ray.results.intervals import values_by_seed
-from carft_ray.search.folder import PREPARED
-from carft_ray.search.outcome import RESULT
 from carft_ray.search.rows import confirmations
 
 LABEL = "validation images, fresh seeds"
@@ -130,10 +129,10 @@ def row_correct(study_dir: Path, spec: ObjectiveSpec, row: PlanRow, seeds: Seque
     Raises:
         StorageError: Predictions are missing or damaged.
     """
-    paths = [study_dir / PREPARED / "zero_shot.parquet"]
+    paths = [study_dir / PREPARED / ZERO_SHOT_TABLE]
     if row.training is not None:
         folders = [study_dir / CONFIRM / training_name(row.training, seed) for seed in seeds]
-        paths = [folder / "predictions" / "validation.parquet" for folder in folders]
+        paths = [folder / PREDICTIONS for folder in folders]
     evaluations = [(read_predictions(path), row.alpha) for path in paths]
     return {name: correct_matrix(evaluations, name) for name in (spec.id_set, *spec.ood_sets)}
 

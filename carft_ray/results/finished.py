@@ -10,15 +10,14 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.layout import CONFIRM, MANIFEST, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe, TrainPart
 from carft_ray.results.overview import find_row, folder_of, is_study, require_claimed
 from carft_ray.results.pareto import placed
-from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, PREPARED
-from carft_ray.search.outcome import RESULT, WEIGHTS, TrialRow, read_result
+from carft_ray.search.folder import FORMAT_VERSION
+from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.provenance import PROVENANCE
 from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
-
-CONFIRM = "confirm"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Finished:
         Raises:
             StorageError: The file is missing or damaged.
         """
-        name = Path("zero_shot.parquet") if self.is_zero_shot else Path("predictions") / "validation.parquet"
+        name = Path(ZERO_SHOT_TABLE) if self.is_zero_shot else Path(PREDICTIONS)
         return read_predictions(self.run_dir / name)
 
 
@@ -93,7 +92,7 @@ def open_finished(folder: Path, trial: str | None = None) -> Finished:
     if name != ZERO_SHOT:
         found = _finished(folder, name, base, provenance, run_dir, step)
         return replace(found, result=placed(found.result, row))
-    path = folder / PREPARED / "prepared.json"
+    path = folder / PREPARED / PREPARATION
     try:
         metrics = files.read_json(path)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
+from carft_ray.layout import ALIVE, CUT, ERROR, LOG, RESULT
 from carft_ray.results.overview import Overview, find_row, folder_of
 from carft_ray.search.lease import holder
-from carft_ray.search.outcome import ALIVE, CUT, ERROR, LOG, RESULT, TrialRow
+from carft_ray.search.outcome import TrialRow
 
 LOOK_EVERY_S = 0.5
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
+from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirm import CONFIRM, SUMMARY, read_plan
+from carft_ray.results.confirm import read_plan
 from carft_ray.results.overview import Overview, budget, ledger
-from carft_ray.search.folder import RESOLVED
 from carft_ray.search.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
@@ -21,7 +21,6 @@ BEHIND = (
     "The best trial measures below the zero-shot model: there is nothing to export. Search milder trainings, of a "
     "lower learning_rate, fewer epochs or a higher kl_weight."
 )
-TEST_DIR = "test"
 
 
 def next_steps(view: Overview, study: Path, after: str) -> list[str]:

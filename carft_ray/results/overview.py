@@ -13,17 +13,18 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.layout import JOURNAL, LOG, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.search.best import constraint_lines
-from carft_ray.search.folder import BUDGET_STOP, JOURNAL, MANIFEST, RESOLVED, STOP
+from carft_ray.search.folder import BUDGET_STOP
 from carft_ray.search.identity import caught_up
 from carft_ray.search.lease import holder
 from carft_ray.search.ledger import check_ledger, read_ledger, reads_of
-from carft_ray.search.outcome import LOG, METRICS, TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.search.outcome import TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted

@@ -14,6 +14,7 @@ from carft_ray.data.shared_images import read_shared, shared_counts, shared_line
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.layout import CONFIRM
 from carft_ray.recipe.constraints import violations
 from carft_ray.results.bootstrap import (
     NUM_RESAMPLES,
@@ -27,7 +28,6 @@ from carft_ray.results.bootstrap import (
     resample,
     share_meeting,
 )
-from carft_ray.results.confirm import CONFIRM
 from carft_ray.results.front_bootstrap import front_choice
 from carft_ray.results.intervals import headline, in_points, objective_difference
 from carft_ray.results.overview import Overview

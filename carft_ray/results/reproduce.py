@@ -22,12 +22,12 @@ from carft_ray.evaluation.origin import gpu_names, set_contents
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.single import train_once
+from carft_ray.layout import FOLDERS, PREPARED, REFERENCES, ZERO_SHOT_TABLE
 from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.recipe.constraints import REFERENCES, alone
+from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.finished import Finished, open_finished
-from carft_ray.search.folder import PREPARED
-from carft_ray.search.outcome import FOLDERS, read_result
+from carft_ray.search.outcome import read_result
 from carft_ray.search.provenance import CHANGING, differences, identity_problems, leaves
 from carft_ray.words import counted
 
@@ -165,7 +165,7 @@ def reproduce(
     if finished.is_zero_shot:
         metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
         now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        table = read_predictions(out_dir / "zero_shot.parquet")
+        table = read_predictions(out_dir / ZERO_SHOT_TABLE)
         return _compared(finished, finished.result, now, then, table, None)
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)

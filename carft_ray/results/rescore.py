@@ -27,12 +27,12 @@ from carft_ray.evaluation import predictions
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, stepped_back
 from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
+from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.results.pareto import study_limits
-from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT, best_first
 
@@ -188,9 +188,9 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     Raises:
         StorageError, DataError: Its predictions are missing, damaged, or lack a set or an alpha.
     """
-    path = folder_of(view.study_dir, row) / "predictions" / "validation.parquet"
+    path = folder_of(view.study_dir, row) / PREDICTIONS
     if row.name == ZERO_SHOT and row.kind == "baseline":
-        path = view.study_dir / PREPARED / "zero_shot.parquet"
+        path = view.study_dir / PREPARED / ZERO_SHOT_TABLE
     table = predictions.read_predictions(path)
     fixed = apply(view.recipe, row.values).train.alpha
     if fixed is not None and not (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):

@@ -31,6 +31,7 @@ from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.layout import ANALYSIS_SUMMARY, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
@@ -40,7 +41,7 @@ from carft_ray.results.analysis import analyse, judged_again, judged_trials
 from carft_ray.results.compared import Compared, Row, Run, compared_rows
 from carft_ray.results.sealed_summary import ID_TEST, summarise
 from carft_ray.results.trained import open_run, require_weights
-from carft_ray.search.folder import PREPARED, repair_journal, study_lock
+from carft_ray.search.folder import repair_journal, study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.lease import Lease
 from carft_ray.search.ledger import (
@@ -58,8 +59,6 @@ from carft_ray.search.ledger import (
 from carft_ray.search.rows import ZERO_SHOT
 from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted, times
-
-TEST_DIR, SUMMARY, ANALYSIS_SUMMARY = "test", "summary.json", "analysis.json"
 
 
 def read_sealed(
@@ -296,7 +295,7 @@ def _predict(
 ) -> pa.Table:
     batch_size = recipe.evaluate.batch_size
     if name == ZERO_SHOT:
-        heads = load_tensors(study_dir / PREPARED / "heads.safetensors")
+        heads = load_tensors(study_dir / PREPARED / HEADS)
         classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device_of(recipe))
         return predict_all(classifier, sets, 0.0, batch_size, RunContext())
     trained = open_run(study_dir, study_dir / name, recipe, name)

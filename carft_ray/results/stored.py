@@ -13,16 +13,14 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.constraints import Limit, calibration_gaps
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
+from carft_ray.layout import ANALYSIS_SUMMARY, PREDICTIONS, PREPARED, SUMMARY, TEST_DIR, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.bootstrap import Candidate
 from carft_ray.results.confirm import read_plan
 from carft_ray.results.confirmed import is_whole, row_correct
 from carft_ray.results.overview import folder_of
-from carft_ray.search.folder import PREPARED
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.rows import ZERO_SHOT
-
-PREDICTIONS = Path("predictions") / "validation.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class Stored:
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
     """Returns where the validation predictions of a trial or baseline lie."""
     if row.name == ZERO_SHOT:
-        return study_dir / PREPARED / "zero_shot.parquet"
+        return study_dir / PREPARED / ZERO_SHOT_TABLE
     return folder_of(study_dir, row) / PREDICTIONS
 
 
@@ -138,7 +136,7 @@ def found_beside(study_dir: Path, step: str, details: bool = True) -> list[str]:
     Raises:
         StorageError: The file is damaged.
     """
-    path = study_dir / step / "summary.json"
+    path = study_dir / step / SUMMARY
     if not path.exists():
         return []
     content: Any = files.read_json(path)
@@ -157,7 +155,7 @@ def found_analysis(study_dir: Path) -> dict[str, Any] | None:
     Raises:
         StorageError: The file is damaged.
     """
-    path = study_dir / "test" / "analysis.json"
+    path = study_dir / TEST_DIR / ANALYSIS_SUMMARY
     if not path.exists():
         return None
     content: Any = files.read_json(path)

@@ -5,7 +5,7 @@ from typing import Any
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.launch.search import SearchResult
-from carft_ray.launch.study_figure import FIGURE_PNG
+from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.foretold import foretold
@@ -13,7 +13,7 @@ from carft_ray.results.intervals import headline, objective_difference
 from carft_ray.results.overview import STATES, own_values, row_dict, state_at_rest
 from carft_ray.results.pareto import front_data, front_lines, mean_words
 from carft_ray.results.stored import predictions_path
-from carft_ray.search.best import BEST, constraint_lines
+from carft_ray.search.best import constraint_lines
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import best_first
 from carft_ray.words import counted

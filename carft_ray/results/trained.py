@@ -17,7 +17,8 @@ from carft_ray.evaluation.evaluate import metrics_at, predict_all
 from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.predictions import select
-from carft_ray.evaluation.run import RESULT, WEIGHTS, device_of, num_threads, objective_spec
+from carft_ray.evaluation.run import device_of, num_threads, objective_spec
+from carft_ray.layout import HEADS, JOURNAL, MANIFEST, PREPARED, RESOLVED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
@@ -28,7 +29,6 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import find_row
 from carft_ray.results.pareto import placed
-from carft_ray.search.folder import JOURNAL, MANIFEST, PREPARED, RESOLVED
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import baselines, best_row, trials
 from carft_ray.words import counted
@@ -132,7 +132,7 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
     if run_dir != folder:
         require_weights(folder, run_dir, recipe)
     recipe = apply(recipe, result["train"])
-    heads = load_tensors(folder / PREPARED / "heads.safetensors")
+    heads = load_tensors(folder / PREPARED / HEADS)
     shared = read_shared(folder)
     return Trained(
         name,

@@ -7,13 +7,12 @@ kill may have come in between.
 from pathlib import Path
 
 from carft_ray import files
+from carft_ray.layout import BEST
 from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.outcome import TrialRow
-
-BEST = "best.yaml"
 
 
 def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:

@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.search.folder import JOURNAL
+from carft_ray.layout import JOURNAL
 
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
 

@@ -17,19 +17,13 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.search import provenance
-from carft_ray.search.lease import LEASE, Lease, in_use, lease
+from carft_ray.layout import JOURNAL, LEASE, LOCK, MANIFEST, PREPARED
+from carft_ray.search.lease import Lease, in_use, lease
 from carft_ray.search.lease import holder as live_holder
 from carft_ray.words import counted
 
 FORMAT_VERSION = 1
-JOURNAL = "study.journal"
-MANIFEST = provenance.MANIFEST
-LOCK = "lock"
-RESOLVED = "resolved.yaml"
-PREPARED = "prepared"
 DYING_LOOKS = 50
-STOP = "stop"  # asks running trainings to write a checkpoint and end
 BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
 
 

@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, RecipeError, StorageError
+from carft_ray.layout import MANIFEST, RESOLVED
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
 from carft_ray.recipe.schema import CorruptedSet, Parameter, Recipe, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
-from carft_ray.search.folder import FORMAT_VERSION, MANIFEST, RESOLVED, check_free_or_claimed
+from carft_ray.search.folder import FORMAT_VERSION, check_free_or_claimed
 
 Class = Literal["identity", "space", "running"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
+from carft_ray.layout import LEASE
 
-LEASE = "lease.json"
 BEAT_EVERY_S = 10.0
 STALE_AFTER_S = 60.0
 # a reader may not write a file to ask for the file system's clock, and goes by its own: it must believe in a heartbeat

@@ -28,17 +28,17 @@ import optuna
 
 from carft_ray import __version__, files
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
+from carft_ray.layout import JOURNAL, LEDGER, MANIFEST
 from carft_ray.recipe import grid
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL, MANIFEST, repair_journal, study_lock
+from carft_ray.search.folder import repair_journal, study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
 from carft_ray.words import counted
 
-LEDGER = "ledger.jsonl"
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
 
 Purpose = Literal["winner fixed", "test", "analysis", "search went on"]

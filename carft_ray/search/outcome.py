@@ -17,22 +17,13 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
+from carft_ray.layout import ALIVE, CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, LOG, METRICS, RESULT, WEIGHTS
 from carft_ray.recipe.constraints import total_violation
 
 FORMAT_VERSION = 1
-RESULT = "result.json"
-ERROR = "error.json"
-LOG = "log.txt"
-METRICS = "metrics.jsonl"  # a line per epoch
-WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
-CHECKPOINTS = "checkpoint"
-FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
-CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
-ALIVE = "alive.json"  # while an attempt runs: its process and nodes; the time of change is its last step
 
 Kind = Literal["trial", "baseline", "confirm"]
 _LONG_NUMBER = re.compile(r"(?<![\w./-])-?\d+\.\d{5,}(?:[eE][-+]?\d+)?(?!\w|\.\d|/)")  # none in a path or version
-FOLDERS: dict[Kind, str] = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from carft_ray import environment, files
 from carft_ray.data.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
+from carft_ray.layout import MANIFEST
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import dotted
 
-MANIFEST = "manifest.json"
 PROVENANCE = "provenance"
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
 TEST_ROLES = ("id_test", "ood_test")

@@ -11,8 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
+from carft_ray.layout import JOURNAL, MANIFEST
 from carft_ray.search import front
-from carft_ray.search.folder import JOURNAL, MANIFEST
 from carft_ray.search.outcome import Kind, TrialRow
 from carft_ray.search.spent import gpu_seconds_of, seconds_of
 

@@ -37,21 +37,17 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.recipe.constraints import REFERENCES, constraint_names
+from carft_ray.layout import CHECKPOINTS, JOURNAL, LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP, WEIGHTS
+from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search import front, pruning, space, trust, warm_start
 from carft_ray.search.best import write_best
-from carft_ray.search.folder import JOURNAL, PREPARED, STOP, gone_if_nothing_began, repair_journal, study_lock
+from carft_ray.search.folder import gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
 from carft_ray.search.outcome import (
-    CHECKPOINTS,
-    LOG,
-    METRICS,
-    RESULT,
-    WEIGHTS,
     Cut,
     Kind,
     TrialRow,

@@ -13,9 +13,9 @@ import optuna
 from carft_ray import files
 from carft_ray.data.index import user_cache_dir
 from carft_ray.errors import Problem, UsageError
+from carft_ray.layout import TOKEN
 from carft_ray.recipe.schema import Recipe
 
-TOKEN = "token"
 PICKLE = "optimizer"  # part of the names of the attributes in which Optuna's CMA-ES keeps its pickles
 
 

@@ -16,11 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.data.sets import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
+from carft_ray.layout import JOURNAL
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import place
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.folder import JOURNAL
 from carft_ray.search.generations import placed_trial
 from carft_ray.search.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.search.ledger import read_ledger, reads_of

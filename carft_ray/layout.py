@@ -1,0 +1,66 @@
+"""Every file name of a study and of a training, once: what lies where, for people and for the code.
+
+    study/
+      manifest.json      what the study is about, and what it was made with; another recipe is refused
+      resolved.yaml      the complete recipe of the last search
+      study.journal      the Optuna study, the only state of the search
+      lock, lease.json   one search at a time, on this machine and on others
+      token              proves that the pickles of a sampler are this study's own
+      stop               asks running trainings to write a checkpoint and end
+      shared_images.csv  images that stand in two roles, and what was done
+      fits.json          the micro-batch that fits into memory
+      ledger.jsonl       who fixed a winner or read the test sets, when
+      best.yaml, figure.png, figure.svg, ray.log
+      prepared/          what all trainings share
+      trials/NAME/, baselines/NAME/, confirm/NAME/
+      test/              what reads of the test sets have found
+      _tune/             Ray's own files, while a search runs
+
+The folder of `train` is laid out as a study without a journal, with one training in it.
+"""
+
+# of a study
+MANIFEST = "manifest.json"
+RESOLVED = "resolved.yaml"
+JOURNAL = "study.journal"
+LOCK = "lock"
+LEASE = "lease.json"
+TOKEN = "token"
+STOP = "stop"
+SHARED_IMAGES = "shared_images.csv"
+MICRO_BATCH = "fits.json"
+LEDGER = "ledger.jsonl"
+BEST = "best.yaml"
+FIGURE_PNG = "figure.png"
+FIGURE_SVG = "figure.svg"
+RAY_LOG = "ray.log"
+PREPARED = "prepared"
+RAY_FILES = "_tune"
+FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
+CONFIRM = FOLDERS["confirm"]
+TEST_DIR = "test"
+
+# of confirm/ and test/
+CONFIRM_PLAN = "plan.json"
+SUMMARY = "summary.json"
+ANALYSIS_SUMMARY = "analysis.json"
+
+# of prepared/
+PREPARATION = "prepared.json"  # what it belongs to, written last
+HEADS = "heads.safetensors"
+ZERO_SHOT_TABLE = "zero_shot.parquet"
+TARGETS = "targets"  # of the frozen model
+SETS = "sets"  # as they were listed
+REFERENCES = "references.json"  # what constraints compare with
+
+# of a training
+RESULT = "result.json"
+ERROR = "error.json"
+LOG = "log.txt"
+METRICS = "metrics.jsonl"  # a line per epoch
+WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
+CHECKPOINTS = "checkpoint"
+PREDICTIONS = "predictions/validation.parquet"
+FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
+CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
+ALIVE = "alive.json"  # while an attempt runs: its process and nodes; the time of change is its last step
