@@ -66,6 +66,23 @@ def look(pixels: PixelArray) -> Look:
     return Look(np.asarray(grey), min(pixels.shape[:2]))
 
 
+def may_have_border(grey: PixelArray) -> npt.NDArray[np.bool_]:
+    """Tells of which pictures an outermost line may have one colour: of all others ``inside_border`` is the whole.
+
+    Args:
+        grey: uint8 [N, H, W].
+
+    Returns:
+        bool [N].
+    """
+    found = np.zeros(len(grey), np.bool_)
+    for lines in (grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]):
+        ordered = np.sort(lines)
+        spare = ordered.shape[1] // 50  # pixels that may have another colour
+        found |= ordered[:, -1 - spare] - ordered[:, spare] <= 2 * FLAT
+    return found
+
+
 def inside_border(grey: PixelArray) -> Box:
     """Returns what lies inside the border of one colour, if any; the whole where less than half of a side is left.
 
