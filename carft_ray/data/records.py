@@ -206,9 +206,9 @@ def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> Pi
     height, width = shape if size is None else size
     eighths = next(k for k in range(8, 0, -1) if (-(-height * k // 8), -(-width * k // 8)) == shape)
     wholes = pixels.reshape(-1, *pixels.shape[-3:])
-    down, across = (max(1, length // SHORT_SIDE) for length in shape)
-    smalls = wholes if down == across == 1 else np.stack([_reduced(whole, SHORT_SIDE) for whole in wholes])
-    views = _means(smalls, (height * eighths / 8 / down, width * eighths / 8 / across), VIEWS)
+    reduced = [_reduced(whole, (height * eighths / 8, width * eighths / 8), SHORT_SIDE) for whole in wholes]
+    smalls = np.stack([small for small, _ in reduced])
+    views = _means(smalls, reduced[0][1], VIEWS)
     views = np.concatenate([views, views[:, :1]], axis=1)
     for index in np.flatnonzero(may_have_border(smalls[..., 1])).tolist():  # in green, which is most of the brightness
         if inside_border(smalls[index, ..., 1]) != WHOLE:
@@ -218,19 +218,30 @@ def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> Pi
 
 def _inside(pixels: PixelArray) -> PixelArray:
     """Returns the view of what lies inside the border of a picture, uint8 [8, 8, 3]."""
-    fine = _reduced(pixels, BORDER_SIDE)
+    fine, _ = _reduced(pixels, pixels.shape[:2], BORDER_SIDE)
     left, right, top, bottom = inside_border(fine[..., 1])
     rows, columns = fine.shape[:2]
     inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
-    small = _reduced(inside, SHORT_SIDE)
-    view: PixelArray = _means(small[None], small.shape[:2], (WHOLE,))[0, 0]
+    small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
+    view: PixelArray = _means(small[None], size, (WHOLE,))[0, 0]
     return view
 
 
-def _reduced(pixels: PixelArray, side: int) -> PixelArray:
-    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many."""
+def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[PixelArray, tuple[float, float]]:
+    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        size: How many pixels high and wide the picture is: the last row and column may be a part of one.
+        side: Pixels.
+
+    Returns:
+        The smaller picture, and how many of its own pixels high and wide that is.
+    """
     down, across = (max(1, length // side) for length in pixels.shape[:2])
-    return pixels if down == across == 1 else np.asarray(Image.fromarray(pixels).reduce((across, down)))
+    if down == across == 1:
+        return pixels, size
+    return np.asarray(Image.fromarray(pixels).reduce((across, down))), (size[0] / down, size[1] / across)
 
 
 def _means(pixels: PixelArray, size: tuple[float, float], boxes: tuple[Box, ...]) -> PixelArray:
