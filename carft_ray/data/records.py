@@ -50,7 +50,7 @@ TOGETHER = 4  # pictures whose thumbnails are made at a time: what that takes st
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
-SHORT_SIDE = 48  # pixels of a side that are enough for views
+SHORT_SIDE = 40  # pixels of a side that are enough for views
 BORDER_SIDE = 192  # and to see where a border ends
 SHARES = 256  # of a tile along an axis, that its pixels have
 NUM_NAMED = 3  # images that a warning names
@@ -208,22 +208,26 @@ def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> Pi
     wholes = pixels.reshape(-1, *pixels.shape[-3:])
     reduced = [_reduced(whole, (height * eighths / 8, width * eighths / 8), SHORT_SIDE) for whole in wholes]
     smalls = np.stack([small for small, _ in reduced])
-    views = _means(smalls, reduced[0][1], VIEWS)
+    views = _means(smalls, reduced[0][1], (height, width), VIEWS)
     views = np.concatenate([views, views[:, :1]], axis=1)
-    for index in np.flatnonzero(may_have_border(smalls[..., 1])).tolist():  # in green, which is most of the brightness
-        if inside_border(smalls[index, ..., 1]) != WHOLE:
+    for index in np.flatnonzero(may_have_border(smalls)).tolist():
+        if inside_border(_grey(smalls[index])) != WHOLE:
             views[index, -1] = _inside(wholes[index])
     return views.reshape(*pixels.shape[:-3], *_SHAPE)
+
+
+def _grey(pixels: PixelArray) -> PixelArray:
+    return np.asarray(Image.fromarray(pixels).convert("L"))
 
 
 def _inside(pixels: PixelArray) -> PixelArray:
     """Returns the view of what lies inside the border of a picture, uint8 [8, 8, 3]."""
     fine, _ = _reduced(pixels, pixels.shape[:2], BORDER_SIDE)
-    left, right, top, bottom = inside_border(fine[..., 1])
+    left, right, top, bottom = inside_border(_grey(fine))
     rows, columns = fine.shape[:2]
     inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
     small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
-    view: PixelArray = _means(small[None], size, (WHOLE,))[0, 0]
+    view: PixelArray = _means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0]
     return view
 
 
@@ -244,17 +248,25 @@ def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[
     return np.asarray(Image.fromarray(pixels).reduce((across, down))), (size[0] / down, size[1] / across)
 
 
-def _means(pixels: PixelArray, size: tuple[float, float], boxes: tuple[Box, ...]) -> PixelArray:
-    """Returns the means of the tiles of some boxes of pictures that are ``size`` pixels high and wide.
+def _means(
+    pixels: PixelArray, size: tuple[float, float], original: tuple[int, int], boxes: tuple[Box, ...]
+) -> PixelArray:
+    """Returns the means of the tiles of some boxes of pictures.
 
     All sums are of whole numbers below 2**24, which float32 holds: they are the same in any order, on any machine.
+
+    Args:
+        pixels: uint8 [N, h, w, 3].
+        size: How many pixels high and wide each picture is; the last row and column may be a part of one.
+        original: How many it was before it was reduced: tiles end between these.
+        boxes: What is divided into tiles.
 
     Returns:
         uint8 [N, boxes, 8, 8, 3].
     """
     number, height, width, channels = pixels.shape
-    down = _shares(height, size[0], tuple(box[2:] for box in boxes))
-    across = _shares(width, size[1], tuple(box[:2] for box in boxes))
+    down = _shares(height, size[0], original[0], tuple(box[2:] for box in boxes))
+    across = _shares(width, size[1], original[1], tuple(box[:2] for box in boxes))
     tiles = np.empty((number, len(boxes), SIDE, SIDE, channels), np.float32)
     for some in (slice(first, first + TOGETHER) for first in range(0, number, TOGETHER)):
         rows = down @ pixels[some].reshape(-1, 1, height, width * channels).astype(np.float32)
@@ -264,20 +276,24 @@ def _means(pixels: PixelArray, size: tuple[float, float], boxes: tuple[Box, ...]
 
 
 @lru_cache
-def _shares(length: int, size: float, spans: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
+def _shares(length: int, size: float, original: int, spans: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
     """Returns how much of each tile of some spans is of which pixel, whole ``SHARES`` that sum to it.
 
     Args:
         length: Number of pixels along an axis.
         size: And how many of them the picture has: the last may be a part of one.
+        original: And how many it had before it was reduced.
         spans: First and last place, in shares of the size.
 
     Returns:
         float32 [spans, 8, pixels].
     """
     ends = np.minimum(np.arange(length + 1), size) / size
-    low, high = np.array(spans).T[:, :, None, None]
-    passed = (ends - low) / (high - low) * SIDE - np.arange(SIDE)[:, None]  # tiles up to the end of each pixel
+    low, high = np.array(spans).T[:, :, None]
+    edges = low + (high - low) * np.arange(SIDE + 1) / SIDE
+    if original * (high - low).min() >= SIDE:  # else some would have no pixel
+        edges = np.floor(original * edges + 0.5) / original
+    passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
     shares: npt.NDArray[np.float32] = np.diff(np.rint(SHARES * np.clip(passed, 0, 1))).astype(np.float32)
     return shares
 
@@ -325,23 +341,36 @@ def _keep(path: Path, table: pa.Table) -> bool:
 def _found(source: Source, is_test: bool, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Returns what is found in images, by columns; of a test set those of sizes and modes are passed over.
 
-    Thumbnails are made of all pictures of one size together: one by one, threads would wait for each other.
+    Thumbnails are made of all small pictures of one size together: one by one, threads would wait for each other.
     """
     rows: list[dict[str, Any]] = []
     alike = defaultdict(list)
     for index in indices:
         row, content, pixels = _decoded(source, is_test, index)
-        if pixels is not None:
-            alike[row["height"], row["width"], pixels.shape].append((index, row, content, pixels))
         rows.append(row)
-    for (height, width, shape), pictures in alike.items():
-        found = thumbnails_of(np.stack([pixels for *_, pixels in pictures]), (height, width))
-        in_border = (found[:, 0] != found[:, -1]).any((1, 2, 3)) & (shape[:2] != (height, width))
-        for (index, row, content, _), thumbnails, again in zip(pictures, found, in_border.tolist(), strict=True):
-            if again and isinstance(source, StoredSource):
-                thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
-            row["thumbnails"] = thumbnails.tobytes()
+        if pixels is not None and max(pixels.shape) < 2 * SHORT_SIDE:
+            alike[row["height"], row["width"], pixels.shape].append((index, row, content, pixels))
+        elif pixels is not None:
+            _add_thumbnails(source, [(index, row, content, pixels)])  # at once, so that no two are in memory
+    for pictures in alike.values():
+        _add_thumbnails(source, pictures)
     return rows
+
+
+def _add_thumbnails(source: Source, pictures: list[tuple[int, dict[str, Any], bytes, PixelArray]]) -> None:
+    """Adds the thumbnails of pictures of one size to their rows.
+
+    Args:
+        source: The set.
+        pictures: Index, row, bytes and pixels of each.
+    """
+    size = pictures[0][1]["height"], pictures[0][1]["width"]
+    found = thumbnails_of(np.stack([pixels for *_, pixels in pictures]), size)
+    in_border = (found[:, 0] != found[:, -1]).any((1, 2, 3)).tolist()
+    for (index, row, content, pixels), thumbnails, cut in zip(pictures, found, in_border, strict=True):
+        if cut and pixels.shape[:2] != size and isinstance(source, StoredSource):
+            thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
+        row["thumbnails"] = thumbnails.tobytes()
 
 
 def _decoded(source: Source, is_test: bool, index: int) -> tuple[dict[str, Any], bytes, PixelArray | None]:
