@@ -1,13 +1,14 @@
 """What the one reading of a set costs beside decoding it: ``python -m benchmarks.reading``
 
 Makes small JPEG files (synthetic, with the spectrum of photos) in a temporary folder, in two sizes: that of most of
-ImageNet, and 224 pixels. Then, in turns and with as many threads, a plain loop that reads and decodes each file
-(``images.decode_image``), and the pass of ``data.records``, which hashes, decodes, makes thumbnails and writes what it
-has found. Printed are the medians of files per second and the ratio of the two, turn by turn.
+ImageNet, and 224 pixels. From ``NUM_DISTINCT`` on they are hard links to the first. Then, in turns and with as many
+threads, a plain loop that reads and decodes each file (``images.decode_image``), and the pass of ``data.records``,
+which hashes, decodes, makes thumbnails and writes what it has found. Printed are the medians of files per second and
+the ratio of the two, turn by turn.
 
 In the same way it builds a decoded set of 224 pixels (``data.arrays``) with one thread and with all.
 
-``PASS_RATIO`` was fixed before: the pass of the first size must read .8 of the files that the plain loop reads.
+``PASS_RATIO`` was fixed before: of each size the pass must read .8 of the files that the plain loop reads.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from carft_ray.recipe.schema import FolderSet
 PASS_RATIO = 0.8
 SIZES = ((500, 375), (224, 224))
 NUM_TURNS = 5
+NUM_FILES = 4000  # of fewer, writing what was found, once a pass, would weigh more than in a set
+NUM_DISTINCT = 1000  # pictures
 
 Run = Callable[[StoredSource], None]
 
@@ -96,19 +99,25 @@ def _rate(run: Run, source: StoredSource) -> float:
     return len(source) / (time.perf_counter() - began)
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when the pass is too slow, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description="The one reading of a set.")
-    parser.add_argument("--files", type=int, default=1000, help="files of each size (%(default)s)")
+    parser.add_argument("--files", type=int, default=NUM_FILES, help="files of each size (%(default)s)")
+    parser.add_argument("--size", type=_size, help="one size alone, as WIDTHxHEIGHT")
     parser.add_argument("--turns", type=int, default=NUM_TURNS, help="times that each reads all (%(default)s)")
     arguments = parser.parse_args(argv)
     if min(arguments.files, arguments.turns) < 1:
         parser.error("--files and --turns must be at least 1")
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, {reading_threads()} threads; synthetic pictures")
     ratios = []
-    for width, height in SIZES:
+    for width, height in SIZES if arguments.size is None else [arguments.size]:
         with tempfile.TemporaryDirectory() as folder:
-            size = write_tree(Path(folder), arguments.files, width, height)
+            size = write_tree(Path(folder), arguments.files, width, height, NUM_DISTINCT)
             spec = FolderSet(source="folder", path=folder)
             source = unlabelled_source(list_set(spec, "set"), spec, "set")
             plain_loop(source)  # now the files are in memory
@@ -116,12 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             one, several, gain = measure(source, (with_one_thread, decoded_set), arguments.turns)
         ratios.append(ratio)
         print(
-            f"{width} x {height} pixels, {size / arguments.files / 1000:.0f} kB: decoding {plain:,.0f} files/s, "
+            f"{width} x {height} pixels, {size / arguments.files / 1000:.0f} kB, {arguments.files:,} files of "
+            f"{min(arguments.files, NUM_DISTINCT):,} pictures: decoding {plain:,.0f} files/s, "
             f"one reading {whole:,.0f} files/s, ratio {ratio:.2f}; decoded set {one:,.0f} files/s with one thread, "
             f"{several:,.0f} with all, ratio {gain:.2f}"
         )
-    passed = ratios[0] >= PASS_RATIO
-    print(f"{'PASS' if passed else 'FAIL'} one reading is at least {PASS_RATIO:g} of decoding: {ratios[0]:.2f}")
+    passed = min(ratios) >= PASS_RATIO
+    print(f"{'PASS' if passed else 'FAIL'} one reading is at least {PASS_RATIO:g} of decoding: {min(ratios):.2f}")
     return 0 if passed else 1
 
 

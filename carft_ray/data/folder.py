@@ -68,15 +68,18 @@ def file_listing(
     """
     paths = names if files is None else files
 
+    def place(index: int) -> str:
+        return os.path.join(root, paths[index])  # quicker than of a Path, and asked twice of every image
+
     return Listing(
         kind=kind,
         home=os.path.realpath(root),
         names=names,
         classes=classes,
         found=tuple(found),
-        read=lambda index: read_bytes(root / paths[index]),
+        read=lambda index: read_bytes(place(index)),
         stamp=functools.cache(lambda index: told_stamp(root / paths[index])),
-        place=lambda index: str(root / paths[index]),
+        place=place,
         are_files=True,
         problems=tuple(problems),
     )

@@ -50,7 +50,7 @@ def read_image(path: Path) -> PixelArray:
     return decode_image(read_bytes(path), str(path))
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
     """Returns the bytes of an image file.
 
     Raises:

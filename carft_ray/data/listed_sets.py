@@ -111,7 +111,7 @@ class ListedSource:
         Raises:
             DataError: The image cannot be read, or the set has changed.
         """
-        return read_bytes(Path(self.place(index))) if self.are_files else self._images.content(index)
+        return read_bytes(self.place(index)) if self.are_files else self._images.content(index)
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3].

@@ -21,10 +21,11 @@ Shape letters: N images of a set, V = 4 views.
 import json
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,20 @@ from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
 from carft_ray.data.index import open_table, write_table
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.same_picture import WHOLE, Box, inside_border
+from carft_ray.data.same_picture import WHOLE, Box, inside_border, may_have_border
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 1  # rises when other things are found in the same files
+FORMAT_VERSION = 2  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass goes on
 CHUNK = 16  # images of a task
+TOGETHER = 4  # pictures whose thumbnails are made at a time: what that takes stays in the processor's cache
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
-SHORT_SIDE = 80  # pixels of the shorter side that are enough for views of a picture without a border
-BORDER_SIDE = 192  # and with one, which must be cut off where it ends
+SHORT_SIDE = 40  # pixels of a side that are enough for views
+BORDER_SIDE = 192  # and to see where a border ends
+SHARES = 256  # of a tile along an axis, that its pixels have
 NUM_NAMED = 3  # images that a warning names
 
 OnProgress = Callable[[int, int], None]
@@ -72,6 +75,15 @@ _SEEN = [  # not of test sets
     pa.field("width", pa.int64(), nullable=False),
     pa.field("mode", pa.binary(_MODE_BYTES), nullable=False),
 ]
+_NOTHING: dict[str, Any] = {  # of a file that cannot be read
+    "digest": bytes(DIGEST_BYTES),
+    "num_bytes": _UNREAD,
+    "thumbnails": _BLACK,
+    "problem": None,
+    "height": 0,
+    "width": 0,
+    "mode": bytes(_MODE_BYTES),
+}
 _NO_NUMBERS = np.empty(0, np.int64)
 
 
@@ -180,35 +192,110 @@ def identity(source: Source) -> str:
 
 
 def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> PixelArray:
-    """Returns the mean colours of 8 x 8 tiles of each view of a picture.
+    """Returns the mean colours of 8 x 8 tiles of each view of a picture, or of many pictures of one size.
 
     Args:
-        pixels: uint8 [H, W, 3].
-        size: Height and width of the picture where ``pixels`` are so many eighths of it (``images.small_image``), so
+        pixels: uint8 [..., H, W, 3].
+        size: Height and width of a picture where ``pixels`` are so many eighths of it (``images.small_image``), so
             that the last row and column may be a part of one.
 
     Returns:
-        uint8 [4, 8, 8, 3].
+        uint8 [..., 4, 8, 8, 3].
     """
-    whole = Image.fromarray(pixels)
-    height, width = pixels.shape[:2] if size is None else size
-    eighths = next(k for k in range(8, 0, -1) if (-(-height * k // 8), -(-width * k // 8)) == pixels.shape[:2])
-    for side in (SHORT_SIDE, BORDER_SIDE):
-        factor = max(1, min(whole.size) // side)
-        image = whole.reduce(factor)
-        inside = inside_border(np.asarray(image.convert("L")))
-        if inside == WHOLE:
-            break
-    sides = (width * eighths / 8 / factor, height * eighths / 8 / factor)  # in pixels of the smaller picture
-    views = [_view(image, sides, box) for box in VIEWS]
-    views.append(views[0] if inside == WHOLE else _view(image, sides, inside))
-    return np.frombuffer(b"".join(views), np.uint8).reshape(_SHAPE)
+    shape = pixels.shape[-3:-1]
+    height, width = shape if size is None else size
+    eighths = next(k for k in range(8, 0, -1) if (-(-height * k // 8), -(-width * k // 8)) == shape)
+    wholes = pixels.reshape(-1, *pixels.shape[-3:])
+    reduced = [_reduced(whole, (height * eighths / 8, width * eighths / 8), SHORT_SIDE) for whole in wholes]
+    smalls = np.stack([small for small, _ in reduced])
+    views = _means(smalls, reduced[0][1], (height, width), VIEWS)
+    views = np.concatenate([views, views[:, :1]], axis=1)
+    for index in np.flatnonzero(may_have_border(smalls)).tolist():
+        if inside_border(_grey(smalls[index])) != WHOLE:
+            views[index, -1] = _inside(wholes[index])
+    return views.reshape(*pixels.shape[:-3], *_SHAPE)
 
 
-def _view(image: Image.Image, sides: tuple[float, float], box: Box) -> bytes:
-    left, right, top, bottom = box
-    pixels = (left * sides[0], top * sides[1], right * sides[0], bottom * sides[1])
-    return image.resize((SIDE, SIDE), Image.Resampling.BOX, pixels).tobytes()
+def _grey(pixels: PixelArray) -> PixelArray:
+    return np.asarray(Image.fromarray(pixels).convert("L"))
+
+
+def _inside(pixels: PixelArray) -> PixelArray:
+    """Returns the view of what lies inside the border of a picture, uint8 [8, 8, 3]."""
+    fine, _ = _reduced(pixels, pixels.shape[:2], BORDER_SIDE)
+    left, right, top, bottom = inside_border(_grey(fine))
+    rows, columns = fine.shape[:2]
+    inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
+    small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
+    view: PixelArray = _means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0]
+    return view
+
+
+def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[PixelArray, tuple[float, float]]:
+    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        size: How many pixels high and wide the picture is: the last row and column may be a part of one.
+        side: Pixels.
+
+    Returns:
+        The smaller picture, and how many of its own pixels high and wide that is.
+    """
+    down, across = (max(1, length // side) for length in pixels.shape[:2])
+    if down == across == 1:
+        return pixels, size
+    return np.asarray(Image.fromarray(pixels).reduce((across, down))), (size[0] / down, size[1] / across)
+
+
+def _means(
+    pixels: PixelArray, size: tuple[float, float], original: tuple[int, int], boxes: tuple[Box, ...]
+) -> PixelArray:
+    """Returns the means of the tiles of some boxes of pictures.
+
+    All sums are of whole numbers below 2**24, which float32 holds: they are the same in any order, on any machine.
+
+    Args:
+        pixels: uint8 [N, h, w, 3].
+        size: How many pixels high and wide each picture is; the last row and column may be a part of one.
+        original: How many it was before it was reduced: tiles end between these.
+        boxes: What is divided into tiles.
+
+    Returns:
+        uint8 [N, boxes, 8, 8, 3].
+    """
+    number, height, width, channels = pixels.shape
+    down = _shares(height, size[0], original[0], tuple(box[2:] for box in boxes))
+    across = _shares(width, size[1], original[1], tuple(box[:2] for box in boxes))
+    tiles = np.empty((number, len(boxes), SIDE, SIDE, channels), np.float32)
+    for some in (slice(first, first + TOGETHER) for first in range(0, number, TOGETHER)):
+        rows = down @ pixels[some].reshape(-1, 1, height, width * channels).astype(np.float32)
+        tiles[some] = across[:, None] @ rows.reshape(-1, len(boxes), SIDE, width, channels)
+    means: PixelArray = (tiles / SHARES**2 + 0.5).astype(np.uint8)
+    return means
+
+
+@lru_cache
+def _shares(length: int, size: float, original: int, spans: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
+    """Returns how much of each tile of some spans is of which pixel, whole ``SHARES`` that sum to it.
+
+    Args:
+        length: Number of pixels along an axis.
+        size: And how many of them the picture has: the last may be a part of one.
+        original: And how many it had before it was reduced.
+        spans: First and last place, in shares of the size.
+
+    Returns:
+        float32 [spans, 8, pixels].
+    """
+    ends = np.minimum(np.arange(length + 1), size) / size
+    low, high = np.array(spans).T[:, :, None]
+    edges = low + (high - low) * np.arange(SIDE + 1) / SIDE
+    if original * (high - low).min() >= SIDE:  # else some would have no pixel
+        edges = np.floor(original * edges + 0.5) / original
+    passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
+    shares: npt.NDArray[np.float32] = np.diff(np.rint(SHARES * np.clip(passed, 0, 1))).astype(np.float32)
+    return shares
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -252,13 +339,43 @@ def _keep(path: Path, table: pa.Table) -> bool:
 
 
 def _found(source: Source, is_test: bool, indices: Sequence[int]) -> list[dict[str, Any]]:
-    return [_record(source, is_test, index) for index in indices]
+    """Returns what is found in images, by columns; of a test set those of sizes and modes are passed over.
+
+    Thumbnails are made of all small pictures of one size together: one by one, threads would wait for each other.
+    """
+    rows: list[dict[str, Any]] = []
+    alike = defaultdict(list)
+    for index in indices:
+        row, content, pixels = _decoded(source, is_test, index)
+        rows.append(row)
+        if pixels is not None and max(pixels.shape) < 2 * SHORT_SIDE:
+            alike[row["height"], row["width"], pixels.shape].append((index, row, content, pixels))
+        elif pixels is not None:
+            _add_thumbnails(source, [(index, row, content, pixels)])  # at once, so that no two are in memory
+    for pictures in alike.values():
+        _add_thumbnails(source, pictures)
+    return rows
 
 
-def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
-    """Returns what is found in an image, by columns; of a test set those of sizes and modes are passed over."""
-    nothing = {"digest": bytes(DIGEST_BYTES), "num_bytes": _UNREAD, "thumbnails": _BLACK}
-    not_decoded = {"height": 0, "width": 0, "mode": bytes(_MODE_BYTES)}
+def _add_thumbnails(source: Source, pictures: list[tuple[int, dict[str, Any], bytes, PixelArray]]) -> None:
+    """Adds the thumbnails of pictures of one size to their rows.
+
+    Args:
+        source: The set.
+        pictures: Index, row, bytes and pixels of each.
+    """
+    size = pictures[0][1]["height"], pictures[0][1]["width"]
+    found = thumbnails_of(np.stack([pixels for *_, pixels in pictures]), size)
+    in_border = (found[:, 0] != found[:, -1]).any((1, 2, 3)).tolist()
+    for (index, row, content, pixels), thumbnails, cut in zip(pictures, found, in_border, strict=True):
+        if cut and pixels.shape[:2] != size and isinstance(source, StoredSource):
+            thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
+        row["thumbnails"] = thumbnails.tobytes()
+
+
+def _decoded(source: Source, is_test: bool, index: int) -> tuple[dict[str, Any], bytes, PixelArray | None]:
+    """Returns what is found in an image but its thumbnails, its bytes, and its pixels; None: it cannot be decoded."""
+    row = dict(_NOTHING)
     try:
         if isinstance(source, StoredSource):
             content = source.content(index)
@@ -266,21 +383,17 @@ def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
             pixels = source.pixels(index)
             content = pixels.tobytes()
     except DataError as error:
-        return {**nothing, "problem": _as_text(error), **not_decoded}
-    known = {"digest": image_digest(content), "num_bytes": len(content), "thumbnails": _BLACK}
+        return {**row, "problem": _as_text(error)}, b"", None
+    row["digest"], row["num_bytes"] = image_digest(content), len(content)
     try:
         if isinstance(source, StoredSource):
             pixels, (height, width), mode = source.small(index, content, SHORT_SIDE)
-            thumbnails = thumbnails_of(pixels, (height, width))
-            if pixels.shape[:2] != (height, width) and (thumbnails[0] != thumbnails[-1]).any():
-                thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
         else:
-            thumbnails = thumbnails_of(pixels)
             (height, width), mode = pixels.shape[:2], "RGB"
     except DataError as error:
-        return {**known, "problem": None if is_test else _as_text(error), **not_decoded}
-    known["thumbnails"] = thumbnails.tobytes()
-    return {**known, "height": height, "width": width, "mode": mode.encode().ljust(_MODE_BYTES, b"\0")}
+        return {**row, "problem": None if is_test else _as_text(error)}, content, None
+    row["height"], row["width"], row["mode"] = height, width, mode.encode().ljust(_MODE_BYTES, b"\0")
+    return row, content, pixels
 
 
 def _as_text(error: DataError) -> str:
