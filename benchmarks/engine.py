@@ -77,9 +77,9 @@ def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
 # ---------------------------------------------------------------------------------------------- trainings of nothing
 
 
-def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Stands in for ``evaluation.run.prepare``."""
-    del recipe
+    del recipe, say
     folder.mkdir(parents=True, exist_ok=True)
     return metrics_of(0.5)
 
@@ -357,7 +357,7 @@ class Throughput:
 def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
     """Searches with Ray on this machine, inline."""
     from carft_ray.launch.events import Event, Started
-    from carft_ray.launch.executors import Runner
+    from carft_ray.launch.runtime import Runner
     from carft_ray.launch.search import run_search
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

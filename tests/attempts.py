@@ -21,7 +21,8 @@ from carft_ray.evaluation import run
 from carft_ray.launch.causes import explained
 from carft_ray.launch.cluster import Node
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.executors import Runner, make_plan, run_worker, stop_reader
+from carft_ray.launch.executors import run_worker
+from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import micro_batch_of, shortage
 from carft_ray.recipe.schema import Recipe
@@ -75,7 +76,7 @@ def limited(megabytes):
 
 
 def plan_of(study, runner=STAND_IN):
-    return make_plan(study.recipe, study.study_dir, (Node(2, 0),), runner)
+    return make_runtime(study.recipe, study.study_dir, (Node(2, 0),), runner)
 
 
 def start(plan, spec):

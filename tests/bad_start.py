@@ -30,7 +30,7 @@ def _import():
         raise ImportError("libnever.so.9: cannot open shared object file")
 
 
-def prepare(recipe, folder):
+def prepare(recipe, folder, say=None):
     prepared = stand_in.prepare(recipe, folder)
     Path(os.environ["BAD_START_FROM"]).touch()
     del sys.modules["bad_start"]  # Ray uses the process again

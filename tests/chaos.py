@@ -21,7 +21,7 @@ import stand_in
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, OutOfMemoryError, Problem
 from carft_ray.launch.events import Note
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.search.rows import trials
 

@@ -72,7 +72,7 @@ def write_result(study, spec):
     files.write_json(folder / "result.json", result_of(recipe, study.study_dir))
 
 
-def prepare(recipe, folder):
+def prepare(recipe, folder, say=None):
     folder.mkdir(parents=True, exist_ok=True)
     return {**ZERO_SHOT, "num_images": {"id_val": 64, "sketch": 64}}
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 from carft_ray.data import packed
 from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
-from carft_ray.launch import executors
+from carft_ray.launch import runtime
 from carft_ray.layout import STOP
 
 SECONDS = 8.0
@@ -66,7 +66,7 @@ def slow(base_dir):
 
 def fill(recipe, prepared_dir, say):
     with slow(prepared_dir.parent.parent):
-        return executors.fill(recipe, prepared_dir, say)
+        return runtime.fill(recipe, prepared_dir, say)
 
 
 def fill_or_die(recipe, prepared_dir, say):
@@ -74,7 +74,7 @@ def fill_or_die(recipe, prepared_dir, say):
     if Path(os.environ["XDG_CACHE_HOME"]).name == "two":
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(1000)  # this process does not notice before the cluster's end, as Ray does not of a lost machine
-    return executors.fill(recipe, prepared_dir, say)
+    return runtime.fill(recipe, prepared_dir, say)
 
 
 def fill_and_ask_to_stop(recipe, prepared_dir, say):
@@ -83,14 +83,14 @@ def fill_and_ask_to_stop(recipe, prepared_dir, say):
     time.sleep(1000)
 
 
-def prepare(recipe, folder):
+def prepare(recipe, folder, say=None):
     with slow(folder.parent.parent):
-        return executors.prepare(recipe, folder)
+        return runtime.prepare(recipe, folder, say)
 
 
-def prepare_and_empty(recipe, folder):
+def prepare_and_empty(recipe, folder, say):
     """Leaves trials an empty cache, as that of a node that has come later."""
-    prepared = executors.prepare(recipe, folder)
+    prepared = runtime.prepare(recipe, folder, say)
     materials._materials.clear()
     shutil.rmtree(folder.parent.parent / "cache")
     return prepared
@@ -98,4 +98,4 @@ def prepare_and_empty(recipe, folder):
 
 def train(recipe, out_dir, prepared_dir, *arguments):
     with slow(prepared_dir.parent.parent):
-        return executors.train(recipe, out_dir, prepared_dir, *arguments)
+        return runtime.train(recipe, out_dir, prepared_dir, *arguments)

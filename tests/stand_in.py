@@ -61,7 +61,7 @@ def look(train, epoch):
     return objective(train) * (0.5 + 0.5 * epoch / train.epochs)
 
 
-def prepare(recipe, folder):
+def prepare(recipe, folder, say=None):
     folder.mkdir(parents=True, exist_ok=True)
     if (scripts(folder) / "no_data").exists():
         raise DataError("there is no data")

@@ -17,9 +17,9 @@ from unittest import mock
 
 import stand_in
 
-from carft_ray.launch import executors
+from carft_ray.launch import runtime
 
-prepare = executors.prepare
+prepare = runtime.prepare
 PLACES = {
     "all_reduce": "torch.distributed.all_reduce",  # the means of a window
     "broadcast": "torch.distributed.broadcast",  # rank 1 waits in it while rank 0 writes a checkpoint
@@ -77,4 +77,4 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         patches.enter_context(replaced("carft_ray.evaluation.run.predict_mixed", counted(lambda: state["evaluated"])))
         patches.enter_context(replaced("carft_ray.evaluation.run.fine_tune", fine_tuning))
         patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
-        return executors.train(recipe, out_dir, prepared_dir, context, attempt)
+        return runtime.train(recipe, out_dir, prepared_dir, context, attempt)

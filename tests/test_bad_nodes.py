@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.search.outcome import read_alive
 

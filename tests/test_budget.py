@@ -18,7 +18,7 @@ from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.layout import ALIVE
 from carft_ray.recipe.schema import BudgetPart

@@ -14,10 +14,10 @@ import stand_in
 from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
-from carft_ray.launch import searcher
+from carft_ray.launch import driver
 from carft_ray.launch.causes import LONGEST, error_of, explained, log_cause, root_cause
-from carft_ray.launch.executors import Runner
 from carft_ray.launch.host_memory import told_of_full_memory
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.launch.train import train_with_ray
 from carft_ray.search import study
@@ -187,8 +187,8 @@ def bad_start(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
     # the first lost attempt sets the trial aside, and ends the search
     monkeypatch.setattr(study, "LOST_ATTEMPTS", 1)
-    monkeypatch.setattr(searcher, "ATTEMPTS_TO_GIVE_UP", 1)
-    monkeypatch.setattr(searcher, "ATTEMPTS_PER_SLOT", 1)
+    monkeypatch.setattr(driver, "ATTEMPTS_TO_GIVE_UP", 1)
+    monkeypatch.setattr(driver, "ATTEMPTS_PER_SLOT", 1)
 
     def runner(mode, in_preparation=False):
         monkeypatch.setenv("BAD_START", mode)

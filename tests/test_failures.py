@@ -22,9 +22,10 @@ from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import ConcurrencyChanged, Note
-from carft_ray.launch.executors import Runner, make_plan, run_worker
+from carft_ray.launch.executors import run_worker
 from carft_ray.launch.fits import fitted, memory_failure
 from carft_ray.launch.host_memory import host_memory, one_trial_dies
+from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.waiting import Node, lacking, why_waiting
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
@@ -273,7 +274,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     with open_study(tmp_path / "study", recipe) as study:
         study.adopt()
         with running_ray(None, tmp_path / "ray.log") as there:
-            plan = make_plan(recipe, study.study_dir, there, attempts.STAND_IN)
+            plan = make_runtime(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
             run_trainings(study, plan, events.append)
         [row] = study.rows()
@@ -463,7 +464,7 @@ def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
 
 def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
     recipe = stand_in.make_recipe(2, epochs=3)
-    plan = make_plan(recipe, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
+    plan = make_runtime(recipe, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
     files.write_json(plan.study_dir / "manifest.json", {})
     folders = []
     for attempt, step in ((1, 0), (2, 10), (3, 0)):

@@ -157,7 +157,7 @@ def resume_with_different_listings(context, folder):
 
 def start_without_the_study(context, study_dir, recipe):
     """Rank 1 runs on a node without the study: its message arrives, by the rank that can write."""
-    with_study = attempts.make_plan(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
+    with_study = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
     plan = replace(with_study, study_dir=study_dir / "not here") if context.rank == 1 else with_study
     spec = stand_in.spec(1)
     if context.rank == 1:
@@ -179,7 +179,7 @@ def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_p
     study_dir, recipe = tmp_path / "study", stand_in.make_recipe(1, baselines={})
     with open_study(study_dir, recipe):
         runner = attempts.Runner(stand_in.prepare, diverge)
-        plan = attempts.make_plan(recipe, study_dir, (attempts.Node(2, 0),), runner)
+        plan = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), runner)
         folder = stand_in.spec(1).folder(study_dir)
         assert not run_worker(plan, stand_in.spec(1), folder, RunContext())
     failure = read_failure(folder, 1)

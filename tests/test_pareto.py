@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from carft_ray.evaluation.run import prepare, run_training
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import SearchResult, run_search
 from carft_ray.launch.study_figure import write_figure
 from carft_ray.learning.context import RunContext

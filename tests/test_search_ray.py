@@ -23,7 +23,7 @@ from carft_ray.errors import (
 )
 from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Note, Started, TrialFinished
-from carft_ray.launch.executors import Runner
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.search.outcome import Failure, write_failure
 from carft_ray.search.rows import best_row, trials

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections import Counter
 
-import no_ray
 import pytest
 import short_training
 from crash_host import call
@@ -26,6 +25,7 @@ LINE = f"data.train: {SHARED} images left out, also in data.id_val"
 SHORT = [
     "train={learning_rate: 1e-2, kl_weight: 1, epochs: 1, batch_size: 16}",
     "search.trials=1",
+    "resources.executor=debug",
     "search.baselines={plain: {kl_weight: 0}}",
 ]
 
@@ -41,13 +41,6 @@ def images_of(folder):
     for index, name in enumerate(short_training.CLASSES[:2]):
         shutil.copy(photo / name / "0.png", val / name / "3.png")
         picture([0, index, 1], 24).save(val / name / "4.png", "JPEG", quality=90)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    with pytest.MonkeyPatch.context() as patch:
-        no_ray.install(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

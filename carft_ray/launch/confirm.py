@@ -5,16 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carft_ray import files
 from carft_ray.errors import InterruptedRunError, Problem
-from carft_ray.launch.cluster import running_ray
 from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.search import set_aside_error
-from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.session import begin, computing
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import RAY_LOG, RESOLVED, STOP
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.search.outcome import TrialRow
@@ -56,13 +53,10 @@ def run_confirm(
         CarftError: As ``run_search``.
     """
     with open_study(study_dir, recipe) as study:
-        stop_path = study.study_dir / STOP
-        with files.writing(stop_path):
-            stop_path.unlink(missing_ok=True)
         for note in study.notes:
             on_event(Note(note))
         trainings = fix(study)
-        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe))
+        begin(study.study_dir, recipe)
         for row in study.adopt_confirm(trainings):
             on_event(TrialFinished(row, is_best=False))
 
@@ -76,20 +70,18 @@ def run_confirm(
             what = f"stopped; {num_finished()} of {counted(len(trainings), 'training')} finished"
             return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
 
+        def say(text: str) -> None:
+            on_event(Preparing(text))
+
         if not study.done():
-            with (
-                interruptions_as(interrupted, stop_path),
-                running_ray(address, study.study_dir / RAY_LOG, stop_path) as nodes,
-            ):
-                plan = make_plan(recipe, study.study_dir, nodes, runner or RUNNER)
+            with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
-                    seeded = replace(plan, recipe=apply(plan.recipe, {"seed": seed}))
-                    run_prepare(seeded, lambda text: on_event(Preparing(text)))
-                    plan = plan.filled()
-                room = plan.capacity
+                    run_prepare(replace(runtime, recipe=apply(runtime.recipe, {"seed": seed})), say)
+                    runtime = runtime.filled()
+                room = runtime.capacity
                 on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
-                if run_trainings(study, plan, on_event):
+                if run_trainings(study, runtime, on_event):
                     raise interrupted()
         if set_aside := [row for row in rows() if row.set_aside]:
             raise set_aside_error(set_aside, resume_command)

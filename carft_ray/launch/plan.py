@@ -33,7 +33,8 @@ from carft_ray.data.shared_images import find_shared, without_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import Event, TrialFinished
-from carft_ray.launch.executors import RUNNER, Plan, Runner, fill, fill_nodes, make_plan, run_prepare, tells_driver
+from carft_ray.launch.preparation import fill_nodes, run_prepare
+from carft_ray.launch.runtime import RUNNER, Runner, Runtime, fill, make_runtime
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
@@ -172,7 +173,7 @@ def measure_by_probe(
         say("starting Ray")
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - checked
-            plan = make_plan(recipe, folder / "study", nodes, runner or Runner(probe_prepare, probe_training, fill))
+            plan = make_runtime(recipe, folder / "study", nodes, runner or Runner(probe_prepare, probe_training, fill))
             found = _probe(plan, say)
             ended = time.monotonic()
         after_s = time.monotonic() - ended
@@ -192,11 +193,11 @@ def measure_by_probe(
     return plan.capacity, measured
 
 
-def probe_prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """``evaluation.probe.probe_prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import probe
 
-    return probe.probe_prepare(recipe, folder, tells_driver(folder))
+    return probe.probe_prepare(recipe, folder, say)
 
 
 def probe_training(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: Any, attempt: int) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def _temporary(beside: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _probe(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the probes; returns their times, means over those of the last wave."""
     recipe, room, study_dir = plan.recipe, plan.capacity, plan.study_dir
     num_waves = 1 if plan.nested else 2  # a process is used again inline: the second wave shows what that saves
@@ -424,7 +425,7 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
     with _temporary(None) as folder, interruptions_as(_interrupted, folder / STOP):
         with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
             ray_s = time.monotonic() - began
-            plan = make_plan(recipe, study_dir, nodes, RUNNER)
+            plan = make_runtime(recipe, study_dir, nodes, RUNNER)
         after_s = time.monotonic() - began - ray_s
     mean_s = statistics.fmean(drawn_s)
     doubt = max(LEAST_DOUBT, statistics.stdev(drawn_s) / mean_s / math.sqrt(len(drawn_s)) if len(drawn_s) > 1 else 0.3)

@@ -4,27 +4,21 @@ import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from carft_ray import files
-from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import shared_of_study, write_shared
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.budget import used_up
-from carft_ray.launch.cluster import Node, running_ray
 from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
-from carft_ray.launch.executors import RUNNER, Runner, make_plan, run_prepare
-from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.runtime import RUNNER, Runner, Runtime
+from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.study_figure import figure_at_the_end
 from carft_ray.launch.trainings import STOPPED, run_trainings
-from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.grid import num_trials
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.region import Direction
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.provenance import record_provenance
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import Study, open_study
 from carft_ray.words import counted
@@ -99,10 +93,8 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
-        with files.writing(study_dir / STOP):
-            (study_dir / STOP).unlink(missing_ok=True)
         study.check_adoptable(trusted)
-        files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
+        begin(study_dir, recipe)
         num_before = _num_finished(study)
         told = study.adopt(trusted)
         for note in study.notes:
@@ -112,16 +104,9 @@ def run_search(
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
         with figure_at_the_end(study, num_before):
             if not ended and not study.done():
-                stop_path = study_dir / STOP
-                with interruptions_as(lambda: _interrupted(study, address), stop_path):
-                    cache = cache_dir(recipe)
-                    shared = shared_of_study(recipe, cache, study_dir, lambda text: on_event(Preparing(text)))
-                with (
-                    interruptions_as(lambda: _interrupted(study, address), stop_path),
-                    running_ray(address, study_dir / RAY_LOG, stop_path) as nodes,
-                ):
-                    write_shared(study_dir, shared)
-                    ended = _run(study, nodes, on_event, runner or RUNNER, address, began)
+                interrupted, say = partial(_interrupted, study, address), partial(_say, on_event)
+                with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:
+                    ended = _run(study, runtime, on_event, interrupted, began)
             elapsed_s = time.monotonic() - began
         rows = study.rows()
         best = best_row(rows)
@@ -152,29 +137,30 @@ def _num_finished(study: Study) -> int:
 
 def _run(
     study: Study,
-    nodes: tuple[Node, ...],
+    runtime: Runtime,
     on_event: Callable[[Event], None],
-    runner: Runner,
-    address: str | None,
+    interrupted: Callable[[], InterruptedRunError],
     began: float,
 ) -> str:
     """Prepares and trains; returns which limit of the budget ended it, if one did."""
-    plan = make_plan(study.recipe, study.study_dir, nodes, runner)
     on_event(Preparing())
-    metrics = run_prepare(plan, lambda text: on_event(Preparing(text)))
-    record_provenance(study.study_dir, study.recipe, metrics.pop("provenance", None))
+    metrics = prepare(runtime, partial(_say, on_event))
     on_event(Prepared(metrics))
     zero_shot = study.tell_zero_shot(metrics)
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
-    room = plan.capacity
+    room = runtime.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
     if study.recipe.budget.gpu_hours is not None and not room.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
-    ended = run_trainings(study, plan, on_event, began)
+    ended = run_trainings(study, runtime, on_event, began)
     if ended == STOPPED:
-        raise _interrupted(study, address)
+        raise interrupted()
     return ended
+
+
+def _say(on_event: Callable[[Event], None], text: str) -> None:
+    on_event(Preparing(text))
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:

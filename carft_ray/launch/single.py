@@ -1,27 +1,29 @@
 """One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.listed_sets import write_sets
-from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared_images import SharedRow, shared_of_study, without_shared, write_shared
+from carft_ray.data.shared_images import SharedRow, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import on_all_cores, prepare, run_training
+from carft_ray.evaluation.run import run_training
 from carft_ray.launch.fits import fitted, memory_failure
+from carft_ray.launch.runtime import RUNNER, prepare_single
+from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.signals import stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESOLVED, RESULT, STOP, WEIGHTS
+from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.region import DIRECTIONS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.folder import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.search.identity import claim
 from carft_ray.search.provenance import record_provenance
+from carft_ray.words import counted
 
 Row = dict[str, float]
 
@@ -75,36 +77,36 @@ def train_once(
         claim(out_dir, recipe, may=DIRECTIONS)  # it has no space
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
-        files.write_text(out_dir / RESOLVED, dump_recipe(recipe))
-        (out_dir / STOP).unlink(missing_ok=True)
-        try:
-            if shared is None:
-                shared = shared_of_study(recipe, cache_dir(recipe), out_dir, say)
+        begin(out_dir, recipe)
+        if shared is not None:
             write_shared(out_dir, shared)
-            recipe = without_shared(recipe, shared)
-            alone = on_all_cores(recipe)
-            with_ray = recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1
-            if not with_ray:
-                write_sets(recipe, out_dir / PREPARED)
-            found: dict[str, Any] | None = None if prepare_first is None else prepare_first(out_dir / PREPARED)
-            if with_ray:
+        at_once = partial(_interrupted, "stopped at once; what was written before is kept", resume_command)
+
+        def first(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+            return prepare_single(recipe, folder, say) if prepare_first is None else prepare_first(folder)
+
+        try:
+            if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
                 from carft_ray.launch.train import train_with_ray
 
-                say(f"training with {recipe.resources.num_workers} Ray Train workers")
-                result = train_with_ray(recipe, out_dir, address, resume_command, report, say=say)
-                zero_shot = found or prepare(alone, out_dir / PREPARED, say, share_targets=False)
+                found = None if prepare_first is None else prepare_first(out_dir / PREPARED)
+                say(f"training with {counted(recipe.resources.num_workers, 'Ray Train worker')}")
+                result, prepared = train_with_ray(recipe, out_dir, address, resume_command, report, say=say)
+                zero_shot = found or prepared
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
-            zero_shot = found or prepare(alone, out_dir / PREPARED, say, share_targets=False)
-            record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
-            attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
-            context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
-            with stop_file_on_signal(out_dir / STOP):
-                result = _run(recipe, out_dir, context, attempt, say)
+            with computing(
+                recipe, out_dir, replace(RUNNER, prepare=first), None, at_once, say, in_process=True
+            ) as runtime:
+                zero_shot = prepare(runtime, say)
+                attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
+                context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
+                with stop_file_on_signal(out_dir / STOP):
+                    result = _run(runtime.recipe, out_dir, context, attempt, say)
         except StoppedRun as stopped:
             raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
-        except KeyboardInterrupt:  # before or after the training itself, or twice
-            raise _interrupted("stopped at once; what was written before is kept", resume_command) from None
+        except KeyboardInterrupt:
+            raise at_once() from None
         return result, zero_shot
 
 

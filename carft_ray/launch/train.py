@@ -12,10 +12,12 @@ import ray
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.causes import explained, log_cause
-from carft_ray.launch.cluster import running_ray
-from carft_ray.launch.executors import HEAD_ONLY, RUNNER, Runner, make_plan, prepare_single, run_nested, run_prepare
-from carft_ray.launch.signals import interruptions_as, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, RAY_LOG, STOP
+from carft_ray.launch.executors import HEAD_ONLY, run_nested
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
+from carft_ray.launch.session import computing
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import TrialSpec, failure_error, progress_of, read_alive, read_failure, read_result
 from carft_ray.search.study import LOST_ATTEMPTS
@@ -38,7 +40,7 @@ def train_with_ray(
     runner: Runner | None = None,
     lost: tuple[int, list[int]] = (0, [0, 0]),
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or goes on with one.
 
     Args:
@@ -52,7 +54,7 @@ def train_with_ray(
         say: Told what the preparation does.
 
     Returns:
-        Content of ``result.json``.
+        Content of ``result.json``, and what the preparation found (``evaluation.run.prepare``).
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
@@ -65,23 +67,20 @@ def train_with_ray(
     for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, and so had this number
         with files.writing(out_dir / stale):
             (out_dir / stale).unlink(missing_ok=True)
-    gone = ""
+    gone, prepared = "", dict[str, Any]()
     try:
-        with (
-            interruptions_as(lambda: _interrupted(resume_command), out_dir / STOP),
-            running_ray(address, out_dir / RAY_LOG, out_dir / STOP) as nodes,
-        ):
-            plan = make_plan(recipe, out_dir, nodes, runner or replace(RUNNER, prepare=prepare_single))
-            run_prepare(plan, say)
+        runner = runner or replace(RUNNER, prepare=prepare_single)
+        with computing(recipe, out_dir, runner, address, lambda: _interrupted(resume_command), say) as runtime:
+            prepared = run_prepare(runtime, say)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
                 task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
-                gone = _wait(task.remote(plan, spec, out_dir), out_dir / METRICS, on_epoch)
+                gone = _wait(task.remote(runtime, spec, out_dir), out_dir / METRICS, on_epoch)
     finally:
         shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
     result = read_result(out_dir)
     if result is not None:
-        return result
+        return result, prepared
     failure = read_failure(out_dir, attempt)
     if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
         return train_with_ray(recipe, out_dir, address, resume_command, on_epoch, runner, say=say)

@@ -19,9 +19,10 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.causes import error_of, explained, root_cause
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
-from carft_ray.launch.executors import Plan, end_process, run_worker, stop_reader, tune_trainable
+from carft_ray.launch.executors import end_process, run_worker, tune_trainable
 from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.launch.waiting import why_waiting
 from carft_ray.layout import RAY_FILES, STOP
@@ -32,12 +33,12 @@ from carft_ray.search.study import Study
 STOPPED = "stopped on request"
 
 
-def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], began: float | None = None) -> str:
+def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], None], began: float | None = None) -> str:
     """Runs what an adopted study proposes, until nothing is left or a stop is asked for.
 
     Args:
         study: The study; what was prepared lies in its folder.
-        plan: How and where trainings run.
+        runtime: How and where trainings run.
         on_event: Told what happens, in the calling thread.
         began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
 
@@ -48,7 +49,7 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
         CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
     """
     forget_listings()
-    room = plan.capacity
+    room = runtime.capacity
     driver = Driver(
         study,
         room.concurrency,
@@ -56,25 +57,27 @@ def run_trainings(study: Study, plan: Plan, on_event: Callable[[Event], None], b
         room.num_workers * room.gpus_per_worker,
         None if began is None else study.recipe.budget,
         began,
-        hang_timeout_s=None if plan.in_process else study.recipe.resources.hang_timeout_s,
+        hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, room),
-        leaks=Leaks(study.study_dir) if plan.nested else None,
+        leaks=Leaks(study.study_dir) if runtime.nested else None,
     )
     with stop_file_on_signal(study.study_dir / STOP):
-        (_run_here if plan.in_process else _run_with_tune)(driver, plan)
+        (_run_here if runtime.in_process else _run_with_tune)(driver, runtime)
     if driver.failure is not None:
         raise driver.failure
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 
-def _run_here(driver: Driver, plan: Plan) -> None:
+def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
     number = 0
     while (spec := driver.propose(str(number))) is not None:
         driver.started(str(number))
-        folder = spec.folder(plan.study_dir)
-        run_worker(plan, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(plan.study_dir, folder))))
+        folder = spec.folder(runtime.study_dir)
+        run_worker(
+            runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(runtime.study_dir, folder)))
+        )
         driver.poll(at_once=True)  # its last epochs
         driver.ended(str(number))
         number += 1
@@ -91,15 +94,15 @@ def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bo
     return look
 
 
-def _run_with_tune(driver: Driver, plan: Plan) -> None:
+def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)  # else actors start one after the other
-    ray_files = plan.study_dir / RAY_FILES
+    ray_files = runtime.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
     searcher = DriverSearcher(driver)
     try:
         tuner = tune.Tuner(
-            tune_trainable(plan),
+            tune_trainable(runtime),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,  # until the searcher says FINISHED

@@ -1,0 +1,206 @@
+"""Preparation of a study: the caches of all nodes, then once what all trainings share."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from carft_ray import environment, files
+from carft_ray.data.listed_sets import write_sets
+from carft_ray.errors import (
+    CarftError,
+    ClusterError,
+    Problem,
+    StorageError,
+)
+from carft_ray.launch.causes import root_cause
+from carft_ray.launch.cluster import Capacity, num_fitting
+from carft_ray.launch.lost import lost_rank
+from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
+from carft_ray.layout import PREPARED, RAY_FILES, STOP
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.schema import Recipe
+from carft_ray.words import counted
+
+NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
+
+DOING = "preparing.txt"  # in it: what the preparation does at the moment
+
+
+def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
+    """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process.
+
+    Args:
+        folder: Where the preparation is kept.
+        name: Of the file in between.
+    """
+    path = folder.parent / RAY_FILES / name
+
+    def say(text: str) -> None:
+        with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
+            files.write_text(path, text)
+
+    return say
+
+
+def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
+    """Builds what the caches of the nodes lack, on all nodes that can run trainings at once and with all cores of each.
+
+    No GPU and no place of a trial is held meanwhile. A node that dies or fails as a machine is passed over: its
+    trainings, should it come back, build for themselves, and so do those on a node that comes later.
+
+    Args:
+        runtime: Of the search.
+        say: Told what the nodes do, as it goes on.
+
+    Returns:
+        The seconds that the slowest node took.
+
+    Raises:
+        CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
+    """
+    if runtime.runner.fill is None:
+        return 0.0
+    nodes = _nodes_for_trainings(runtime.capacity)
+    # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
+    max_calls = 1 if runtime.capacity.gpus_per_worker or len(nodes) > 1 else 0
+    pending = {}
+    for node_id in nodes:
+        where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)
+        pending[task.remote(runtime)] = node_id
+    told, longest_s = "", 0.0
+    while pending:
+        _check_not_stopped(runtime)
+        for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
+            node_id, reason = pending.pop(done), ""
+            try:
+                seconds, reason = ray.get(done)
+                longest_s = max(longest_s, seconds)
+            except Exception as error:  # of another kind than of sets: the preparation meets it, too, or is spared it
+                cause = getattr(error, "cause", error)
+                if isinstance(cause, CarftError):
+                    raise cause from None
+                reason = root_cause(error)
+            if reason:
+                say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+        alive = _nodes_for_trainings(runtime.capacity)
+        for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
+            say(f"{nodes[pending.pop(lost)]} is gone: the search goes on without it")
+        texts = {}
+        for node_id in pending.values():
+            with contextlib.suppress(OSError):
+                texts[node_id] = (runtime.study_dir / RAY_FILES / _told_by(node_id)).read_text()
+        if (text := _of_nodes(texts, nodes)) not in ("", told):
+            told = text
+            say(told)
+    return longest_s
+
+
+def _check_not_stopped(runtime: Runtime) -> None:
+    """Raises where the study's stop file is there, which tells the caller that it was no fault (``signals``)."""
+    if files.seen(runtime.study_dir / STOP):
+        raise ClusterError(Problem("preparation", "was stopped on request"))
+
+
+def _nodes_for_trainings(room: Capacity) -> dict[str, str]:
+    """Returns the addresses of the live nodes on which a worker fits, by Ray's name."""
+    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need.items())
+    }
+
+
+def _told_by(node_id: str) -> str:
+    return f"filling-{node_id}.txt"
+
+
+def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
+    """Returns what the nodes do in one line; where there is one node, its own words.
+
+    Args:
+        texts: What they tell, by Ray's name.
+        nodes: The addresses of all nodes.
+    """
+    if len(nodes) == 1:
+        return next(iter(texts.values()), "")
+    lines = [f"{nodes[node_id]}: {text}" for node_id, text in texts.items()]
+    more = [f"{counted(len(lines) - NODES_TOLD, 'more node')}"] if len(lines) > NODES_TOLD else []
+    return "; ".join(lines[:NODES_TOLD] + more)
+
+
+def _fill(runtime: Runtime) -> tuple[float, str]:
+    """Fills the cache of this node; returns the seconds that it took, and why it could not where the machine failed."""
+    if runtime.runner.fill is None or not_visible(runtime):  # a training on this node will say so
+        return 0.0, ""
+    node_id, prepared = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
+    try:
+        return runtime.runner.fill(runtime.recipe, prepared, tells_driver(prepared, _told_by(node_id))), ""
+    except Exception as error:
+        if lost_rank(error, RunContext()) is None:
+            raise
+        return 0.0, " ".join(str(error).split())
+
+
+def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Lists the sets, fills the caches of all nodes, then runs the preparation in a Ray task or in this process.
+
+    The task asks for what a worker gets. All cores of the node are used.
+
+    Args:
+        runtime: Of the search.
+        say: Told what the preparation does, as it goes on.
+
+    Raises:
+        CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
+    """
+    room, folder = runtime.capacity, runtime.study_dir / PREPARED
+    write_sets(runtime.recipe, folder)  # listed once, here; tasks and trials map it
+    if runtime.in_process:
+        return runtime.runner.prepare(_with_threads(runtime.recipe, environment.usable_cores()), folder, say)
+    task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
+    path, told = runtime.study_dir / RAY_FILES / DOING, ""
+    shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
+    try:
+        fill_nodes(runtime, say)
+        pending, ended = task.remote(runtime), False
+        while not ended:
+            _check_not_stopped(runtime)
+            ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
+            with contextlib.suppress(OSError):
+                if (text := path.read_text()) != told:
+                    told = text
+                    say(told)
+        metrics: dict[str, Any] = ray.get(pending)
+    except Exception as error:  # what cannot be pickled is refused in this process already
+        cause = getattr(error, "cause", error)  # as the preparation raised it
+        if isinstance(cause, CarftError):
+            raise cause from None
+        step = "Run it again with --debug to see where."
+        raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
+    finally:
+        shutil.rmtree(path.parent, ignore_errors=True)
+    return metrics
+
+
+def _prepare(runtime: Runtime) -> dict[str, Any]:
+    _check_visible(runtime)
+    node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
+    num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    return runtime.runner.prepare(_with_threads(runtime.recipe, max(1, int(num_cpus))), folder, tells_driver(folder))
+
+
+def _with_threads(recipe: Recipe, number: int) -> Recipe:
+    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+
+
+def _check_visible(runtime: Runtime) -> None:
+    if problem := not_visible(runtime):
+        raise ClusterError(problem)

@@ -1,0 +1,145 @@
+"""What every training of a search shares, wherever it runs: recipe, folder, capacity, and the functions to call."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from carft_ray import files
+from carft_ray.data.shared_images import read_shared, without_shared
+from carft_ray.errors import Problem
+from carft_ray.launch.cluster import Capacity, Node, capacity
+from carft_ray.layout import CUT, MANIFEST, STOP
+from carft_ray.learning.context import RunContext
+from carft_ray.recipe.schema import Recipe
+
+Say = Callable[[str], None]
+Fill = Callable[[Recipe, Path, Say], float]
+Prepare = Callable[[Recipe, Path, Say], dict[str, Any]]
+Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
+
+STOP_CHECK_S = 0.5
+
+
+def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
+    """``evaluation.materials.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
+    from carft_ray.evaluation import materials
+
+    began = time.monotonic()
+    materials.fill_cache(recipe, prepared_dir, say)
+    return time.monotonic() - began
+
+
+def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
+    """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
+    from carft_ray.evaluation import run
+
+    return run.prepare(recipe, folder, say)
+
+
+def prepare_single(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
+    """``prepare`` for one training, which shares no targets with others."""
+    from carft_ray.evaluation import run
+
+    return run.prepare(recipe, folder, say, share_targets=False)
+
+
+def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
+    """``evaluation.run.run_training``, imported where it runs."""
+    from carft_ray.evaluation import run
+
+    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What is run; module-level functions, which Ray moves by name.
+
+    Attributes:
+        prepare: Does once what all trainings share.
+        train: One training.
+        fill: Builds what the cache of its node lacks, for trainings that read sets; None: they read none.
+    """
+
+    prepare: Prepare
+    train: Train
+    fill: Fill | None = None
+
+
+RUNNER = Runner(prepare, train, fill)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What every training of a search shares; travels to the workers.
+
+    Attributes:
+        recipe: With ``gpus_per_worker`` resolved.
+        study_dir: The study directory, seen by every node.
+        capacity: Trainings at a time, workers of each and what they get.
+        runner: Preparation and training.
+        in_process: Run all in the driver's own process, without Ray.
+    """
+
+    recipe: Recipe
+    study_dir: Path
+    capacity: Capacity
+    runner: Runner
+    in_process: bool = False
+
+    def filled(self) -> "Runtime":
+        """Returns the runtime for another preparation of the same sets: no cache is filled again."""
+        return replace(self, runner=replace(self.runner, fill=None))
+
+    @property
+    def nested(self) -> bool:
+        """Whether trainings run as a Ray Train group."""
+        executor = self.recipe.resources.executor
+        return executor == "ray-train" or (executor == "auto" and self.capacity.num_workers > 1)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        gpus = {"GPU": self.capacity.gpus_per_worker} if self.capacity.gpus_per_worker else {}
+        return {"CPU": self.capacity.cpus_per_worker, **gpus}
+
+
+def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Runtime:
+    """Returns the runtime of a search (or of one training) on these nodes; its sets are without what the list of shared
+    images leaves out.
+
+    Raises:
+        ClusterError: A training does not fit.
+    """
+    room = capacity(recipe, nodes)
+    resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
+    recipe = without_shared(recipe, read_shared(study_dir))
+    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, room, runner)
+
+
+def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
+    """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
+
+    It looks at most twice a second. Where the disk does not answer, it goes on and asks again.
+    """
+    paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
+
+    def should_stop() -> bool:
+        if not state["stopped"] and time.monotonic() >= state["next"]:
+            state["stopped"] = any(files.seen(path) for path in paths)
+            state["next"] = time.monotonic() + STOP_CHECK_S
+        return bool(state["stopped"])
+
+    return should_stop
+
+
+def not_visible(runtime: Runtime) -> Problem | None:
+    """Returns the message that this node does not see the study; None where it does."""
+    if files.exists(runtime.study_dir / MANIFEST):
+        return None
+    rule = "must be seen by every node: a trial runs on any of them"
+    step = "Put the study into a folder that all nodes share."
+    return Problem(str(runtime.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)

@@ -1,0 +1,99 @@
+"""What `search`, `resume`, `confirm`, `train` and `reproduce` have in common, from the lock to the trainings.
+
+with open_study(...) as study:          # or ``hold_training``: lock, lease, recipe, what a kill has left
+    begin(folder, recipe)               # no stop file of before; resolved.yaml is that of this command
+    with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
+        prepare(runtime, say)           # sets, caches, heads, zero-shot, targets; into the manifest
+        run_trainings(study, runtime)   # ``launch.trainings``
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from carft_ray import environment, files
+from carft_ray.data.sets import cache_dir
+from carft_ray.data.shared_images import SharedRow, shared_of_study, write_shared
+from carft_ray.errors import InterruptedRunError
+from carft_ray.launch.cluster import Node, running_ray
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
+from carft_ray.launch.signals import interruptions_as
+from carft_ray.layout import RAY_LOG, RESOLVED, STOP
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.search.provenance import record_provenance
+
+
+def begin(folder: Path, recipe: Recipe) -> None:
+    """Begins a command on a study or training that is held: a stop was asked of another command.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    with files.writing(folder / STOP):
+        (folder / STOP).unlink(missing_ok=True)
+    files.write_text(folder / RESOLVED, dump_recipe(recipe))
+
+
+@contextlib.contextmanager
+def computing(
+    recipe: Recipe,
+    folder: Path,
+    runner: Runner,
+    address: str | None,
+    interrupted: Callable[[], InterruptedRunError],
+    say: Say,
+    shared: Sequence[SharedRow] | None = None,
+    in_process: bool = False,
+) -> Iterator[Runtime]:
+    """Compares the images of the roles, then starts Ray, or attaches to one, for as long as the block lasts.
+
+    Args:
+        recipe: The recipe; ``resources.executor: debug`` takes this process, one training at a time, and no Ray.
+        folder: Of the study or training.
+        runner: What is run.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        interrupted: Returns what a signal becomes.
+        say: Told what is being done.
+        shared: Images that stand in two roles; None: those of the study, or they are found now.
+        in_process: Take this process, whatever the recipe says.
+
+    Raises:
+        InterruptedRunError: A signal came.
+        HoldOutError: Two roles share images.
+        ClusterError: There is no Ray, or a training does not fit.
+    """
+    stop_path = folder / STOP
+    in_process = in_process or recipe.resources.executor == "debug"
+    with interruptions_as(interrupted, stop_path):
+        rows = shared_of_study(recipe, cache_dir(recipe), folder, say) if shared is None else shared
+        ray = running_ray(address, folder / RAY_LOG, stop_path)
+        with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
+            write_shared(folder, rows)
+            runtime = make_runtime(recipe, folder, nodes, runner)
+            if in_process:
+                runtime = replace(runtime, in_process=True, capacity=replace(runtime.capacity, concurrency=1))
+            yield runtime
+
+
+def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:
+    """Does what all trainings share, and notes in the manifest what their numbers come from.
+
+    Returns:
+        Zero-shot metrics and counts (``evaluation.run.prepare``).
+    """
+    metrics = run_prepare(runtime, say)
+    record_provenance(runtime.study_dir, runtime.recipe, metrics.pop("provenance", None))
+    return metrics
+
+
+def _this_machine(recipe: Recipe) -> Node:
+    """Returns this machine; what the recipe asks for is taken to be there, as nobody else shares it."""
+    from torch import cuda  # what runs here needs it anyway
+
+    asked = recipe.resources
+    cpus, gpus = asked.cpus_per_worker * asked.num_workers, (asked.gpus_per_worker or 0) * asked.num_workers
+    return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus))
