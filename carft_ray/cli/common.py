@@ -42,7 +42,10 @@ DetailsOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
-    str | None, typer.Option("--executor", help="inline, ray-train or auto; over the recipe's resources.")
+    str | None,
+    typer.Option(
+        "--executor", help="inline, ray-train, debug (this process, without Ray) or auto; over the recipe's resources."
+    ),
 ]
 WorkersOption = Annotated[
     int | None, typer.Option("--num-workers", min=1, help="Workers of one training; over the recipe's resources.")

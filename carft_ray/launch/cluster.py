@@ -306,6 +306,8 @@ def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     wanted = recipe.search.concurrency
     if wanted is not None and wanted <= fitting:
         fitting, reason = wanted, "search.concurrency"
+    if recipe.resources.executor == "debug":
+        fitting, reason = 1, "executor debug: one after the other"
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
 
 

@@ -73,10 +73,7 @@ def computing(
         ray = running_ray(address, folder / RAY_LOG, stop_path)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
-            runtime = make_runtime(recipe, folder, nodes, runner)
-            if in_process:
-                runtime = replace(runtime, in_process=True, capacity=replace(runtime.capacity, concurrency=1))
-            yield runtime
+            yield replace(make_runtime(recipe, folder, nodes, runner), in_process=in_process)
 
 
 def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:

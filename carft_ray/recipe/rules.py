@@ -368,10 +368,10 @@ def _pruner(recipe: Recipe) -> Iterator[Finding]:
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:
     resources = recipe.resources
-    if resources.executor == "inline" and resources.num_workers > 1:
+    if resources.executor in ("inline", "debug") and resources.num_workers > 1:
         yield Finding(
             ("resources", "num_workers"),
-            "must be 1 with executor: inline",
+            f"must be 1 with executor: {resources.executor}",
             str(resources.num_workers),
             next_step="Write executor: ray-train, or leave the executor out.",
             reads=(("resources", "executor"),),

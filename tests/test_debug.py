@@ -1,0 +1,124 @@
+"""The debug executor: a search in this process, without Ray, with the numbers of the inline executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import short_training
+import stand_in
+
+from carft_ray.errors import InterruptedRunError, RecipeError
+from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
+from carft_ray.launch.runtime import Runner
+from carft_ray.launch.search import run_search
+from carft_ray.recipe.loading import load_recipe
+
+HERE = Path(__file__).parent
+STAND_IN = Runner(stand_in.prepare, stand_in.train)
+DEBUG = {"resources": {"executor": "debug"}}
+
+
+def command(folder, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "carft_ray.cli", *map(str, words)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "XDG_CACHE_HOME": str(folder / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def numbers(study):
+    """Everything that a study's trainings have found, by their numbers, and what the sampler proposed."""
+    found = {}
+    for path in sorted(study.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        del result["elapsed_s"]
+        found[path.parent.name.partition("-")[0]] = result
+    return found
+
+
+@pytest.mark.slow
+def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_path):
+    recipe = short_training.make(tmp_path)
+    for executor in ("inline", "debug"):
+        process = command(tmp_path, "search", recipe, "--study", executor, "--executor", executor)
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
+    with_ray, without = numbers(tmp_path / "inline"), numbers(tmp_path / "debug")
+    assert len(without) == 2
+    assert without == with_ray
+    assert not (tmp_path / "debug" / "ray.log").exists()
+
+
+def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
+    events = []
+    result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)
+    assert not ray.is_initialized()
+    assert [row.outcome for row in result.trials] == ["complete"] * 3
+    assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
+    assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
+    assert any(isinstance(event, TrialEpoch) for event in events)
+
+
+def test_the_pruner_cuts_a_running_training(tmp_path):
+    stand_in.tell(tmp_path, seconds=0.7)
+    pruner = {"name": "median", "startup_trials": 1, "first": 0.3}
+    recipe = stand_in.make_recipe(
+        4, 3, baselines={}, pruner=pruner, sampler={"seed": 3}, evaluate={"every_epochs": 1}, **DEBUG
+    )
+    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
+    outcomes = [row.outcome for row in result.trials]
+    assert set(outcomes) == {"complete", "pruned"}, outcomes
+
+
+def test_a_trial_that_raises_is_a_verdict_after_its_second_attempt_and_the_search_goes_on(tmp_path):
+    stand_in.tell(tmp_path, **{"1": "raise"})
+    result = run_search(stand_in.make_recipe(3, baselines={}, **DEBUG), tmp_path / "study", runner=STAND_IN)
+    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
+
+
+def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    stand_in.tell(tmp_path, seconds=1.0)
+    recipe = stand_in.make_recipe(2, baselines={}, **DEBUG)
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
+        run_search(recipe, tmp_path / "study", None, on_event, STAND_IN)
+    stand_in.tell(tmp_path, seconds=0.02)
+    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
+    assert [row.outcome for row in result.trials] == ["complete"] * 2
+    assert result.trials[0].attempt == 2
+
+
+@pytest.mark.slow
+def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path):
+    recipe = short_training.make(tmp_path)
+    words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=40"]
+    process = command(tmp_path, *words)
+    while not list((tmp_path / "study").glob("trials/*/checkpoint/*/*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    process = command(tmp_path, *words)
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    logs = [path.read_text() for path in (tmp_path / "study").glob("trials/*/log.txt")]
+    assert any("attempt 2: starts on" in log and "from step" in log for log in logs), logs
+
+
+def test_it_runs_one_worker(tmp_path):
+    short_training.make(tmp_path)
+    with pytest.raises(RecipeError, match="must be 1 with executor: debug, but got 2"):
+        load_recipe(tmp_path / "recipe.yaml", ["resources.executor=debug", "resources.num_workers=2"])
