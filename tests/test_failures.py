@@ -24,7 +24,8 @@ from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import host_memory, one_trial_dies
+from carft_ray.launch.host_memory import host_memory
+from carft_ray.launch.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.waiting import Node, lacking, why_waiting

@@ -125,6 +125,14 @@ def test_each_outside_library_has_one_doorway(library):
     assert users, f"nothing uses {library}"
 
 
+def test_private_names_of_ray_and_optuna_stand_in_one_module_each():
+    for path in FILES:
+        if path.stem in ("ray_private", "optuna_private"):
+            continue
+        text = path.read_text().replace('"ray._private.authentication"', "")  # the name of a logger
+        assert not re.findall(r"(?:ray|optuna)[\w.]*\._\w+|\._trial_id|\._study_id", text), path
+
+
 def test_no_module_unpickles():
     for path in FILES:
         modules = {module.split(".")[0] for module in imports_of(path)}

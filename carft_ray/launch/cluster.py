@@ -18,6 +18,7 @@ import ray
 
 from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.ray_private import without_news_of_workers
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
 
@@ -213,12 +214,10 @@ def _quiet(log_path: Path) -> Iterator[None]:
     file.addFilter(lambda record: not record.name.startswith(BESIDE_THE_POINT))
     logger.handlers, logger.propagate = [file], False
     logger.setLevel(logging.WARNING)
-    worker = ray._private.worker
-    worker._worker_logs_enabled = False  # the switch of Ray's debugger; no public one stops '(raylet) A worker died'
     try:
-        yield
+        with without_news_of_workers():
+            yield
     finally:
-        worker._worker_logs_enabled = True
         file.close()
         logger.handlers, logger.propagate = before[0], before[2]
         logger.setLevel(before[1])

@@ -4,13 +4,7 @@ Ray's memory monitor ends tasks and actors before the kernel does, and says so (
 whose text Ray Train and Tune pass on). The kernel's own kill leaves no word.
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import ray
-from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray.learning.memory import TEXTS
 
@@ -41,33 +35,6 @@ def host_memory(text: str) -> str:
     else:
         return ""
     return f"{where}; {STEP}"
-
-
-@contextlib.contextmanager
-def one_trial_dies() -> Iterator[None]:
-    """Within the block, Tune takes a process that the memory monitor has ended for one trial that has died.
-
-    The exception is no ``RayActorError``, and at what it does not know Tune ends its whole run (read in Ray 2.60, and
-    held by a test).
-    """
-    names = ("_actor_start_failed", "_actor_task_failed")
-    before = {name: getattr(RayActorManager, name) for name in names}
-
-    def known(plain: Callable[..., None]) -> Callable[..., None]:
-        def failed(manager: Any, *, exception: Exception, **tracked: Any) -> None:
-            if isinstance(exception, ray.exceptions.OutOfMemoryError):
-                exception = ray.exceptions.RayActorError(error_msg=str(exception))
-            plain(manager, exception=exception, **tracked)
-
-        return failed
-
-    for name, plain in before.items():
-        setattr(RayActorManager, name, known(plain))
-    try:
-        yield
-    finally:
-        for name, plain in before.items():
-            setattr(RayActorManager, name, plain)
 
 
 def told_of_full_memory(reason: str) -> bool:

@@ -20,8 +20,8 @@ from carft_ray.launch.causes import error_of, explained, root_cause
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import end_process, run_worker, tune_trainable
-from carft_ray.launch.host_memory import one_trial_dies
 from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.launch.waiting import why_waiting

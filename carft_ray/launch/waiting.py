@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import ray
 
 from carft_ray.launch.cluster import UNITS, Capacity, amount_text, num_fitting
+from carft_ray.launch.ray_private import available_resources_per_node
 
 Resources = Mapping[str, float]
 
@@ -57,7 +58,7 @@ def why_waiting(room: Capacity) -> str:
     groups = ray.util.placement_group_table().values()
     if not any(group["state"] == "PENDING" for group in groups):
         return "Ray has given it what it needs and is starting it"
-    free = ray._private.state.available_resources_per_node()  # no public call gives it by node
+    free = available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
     need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})

@@ -29,6 +29,7 @@ from optuna.samplers import (
 
 from carft_ray.recipe.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.search.optuna_private import on_one_thread
 
 GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together
 OPTUNA_NAMES = {"deterministic": "deterministic_objective", "type": "qmc_type"}  # our options that it calls otherwise
@@ -94,12 +95,10 @@ class _GP(GPSampler):  # type: ignore[misc]  # Optuna is untyped here
     def sample_relative(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        from optuna._gp.thread_limiting import limit_threads_in_optimization
-
         drawn = trial.system_attrs.get(GP_DRAW)
         if drawn is not None:
             return {name: value for name, value in json.loads(drawn).items() if name in search_space}
-        with limit_threads_in_optimization():  # trials on the same machine need the cores
+        with on_one_thread():  # trials on the same machine need the cores
             values: dict[str, Any] = super().sample_relative(study, trial, search_space)
         return values
 

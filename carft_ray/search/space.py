@@ -7,6 +7,7 @@ from carft_ray.recipe.conditions import in_order, is_active
 from carft_ray.recipe.grid import grid_index, grid_size
 from carft_ray.recipe.points import flat
 from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.search.optuna_private import running_trial
 from carft_ray.search.samplers import make_sampler
 
 Value = bool | int | float | str | None
@@ -36,7 +37,7 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
     fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
     state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
     study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
-    return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
+    return running_trial(study, study.get_trials(deepcopy=False)[-1])
 
 
 def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:

@@ -47,6 +47,7 @@ from carft_ray.search.folder import gone_if_nothing_began, repair_journal, study
 from carft_ray.search.generations import begin_generation, remove_half_made
 from carft_ray.search.identity import claim, record_recipe
 from carft_ray.search.lease import Lease
+from carft_ray.search.optuna_private import running_trial, trial_id
 from carft_ray.search.outcome import (
     Cut,
     Kind,
@@ -182,7 +183,7 @@ class Study:
         for frozen in self._studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not is_training(frozen):
                 continue
-            spec = self._spec(kind, optuna.trial.Trial(self._studies[kind], frozen._trial_id))
+            spec = self._spec(kind, running_trial(self._studies[kind], frozen))
             if wanted is not None and spec.name not in wanted:
                 continue
             self._spend_left_behind(spec)
@@ -513,7 +514,7 @@ class Study:
             study.tell(spec.number, values, state)
         if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._looked or {}):
             known[spec.number] = replace(known[spec.number], complete=True)
-        row = row_of(spec.kind, self._storage.get_trial(trial._trial_id))  # not one of all, which a list would hold
+        row = row_of(spec.kind, self._storage.get_trial(trial_id(trial)))  # not one of all, which a list would hold
         self._retain(row)
         if spec.kind == "trial":
             self._note_best()
@@ -596,7 +597,7 @@ class Study:
             frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
             study.add_trial(frozen)
         added = study.get_trials(deepcopy=False)[-1]
-        return self._spec(kind, optuna.trial.Trial(study, added._trial_id))
+        return self._spec(kind, running_trial(study, added))
 
     def _names(self, kind: Kind) -> dict[str, int]:
         """Returns the numbers of the baselines (or trainings of the confirm) by name."""

@@ -1,0 +1,51 @@
+"""All that we use of Optuna's private names, each with what it is for; ``pyproject.toml`` bounds the releases above.
+
+Where a release has another name in its place, the message says which release and which name; ``tests/test_privates.py``
+pins what each does. ``samplers`` overrides one private method besides, ``QMCSampler._find_sample_id``.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from carft_ray.errors import Problem, UsageError
+
+
+def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.trial.Trial:
+    """Returns a trial of the storage that is not finished, to draw and tell: ``Study.ask`` gives new ones only."""
+    return optuna.trial.Trial(study, trial_id(frozen))
+
+
+def trial_id(frozen: FrozenTrial) -> int:
+    """Returns the id of a trial in its storage, which is no number within its study."""
+    found: int = _found("FrozenTrial._trial_id", lambda: frozen._trial_id)
+    return found
+
+
+def on_one_thread() -> AbstractContextManager[None]:
+    """Returns a block in which the GP sampler computes on one thread."""
+
+    def find() -> Any:
+        from optuna._gp.thread_limiting import limit_threads_in_optimization
+
+        return limit_threads_in_optimization
+
+    block: AbstractContextManager[None] = _found("optuna._gp.thread_limiting.limit_threads_in_optimization", find)()
+    return block
+
+
+def _found(name: str, find: Callable[[], Any]) -> Any:
+    """Returns a private name of Optuna.
+
+    Raises:
+        UsageError: This release has no such name.
+    """
+    try:
+        return find()
+    except (AttributeError, ImportError) as error:
+        step = "Install a release of Optuna that pyproject.toml allows: pip install 'optuna>=5.0,<5.1'"
+        rule = f"must have {name}, which carft-ray uses"
+        raise UsageError(Problem("Optuna", rule, f"release {optuna.__version__}", next_step=step)) from error

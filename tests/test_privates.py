@@ -1,0 +1,56 @@
+"""Private names of Ray and Optuna: what each does, and the message where a release has it no more."""
+
+import optuna
+import pytest
+import ray
+from optuna.trial import TrialState
+
+from carft_ray.errors import ClusterError, UsageError
+from carft_ray.launch import ray_private
+from carft_ray.search import optuna_private
+
+# what Tune does with a process that the memory monitor has ended is pinned in test_failures.py
+
+
+def test_a_running_trial_of_the_storage_can_be_drawn_and_told():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    trial = optuna_private.running_trial(study, study.get_trials(deepcopy=False)[-1])
+    assert 0 <= trial.suggest_float("x", 0, 1) <= 1
+    study.tell(trial.number, 0.5)
+    assert study.trials[0].state == TrialState.COMPLETE
+    assert optuna_private.trial_id(study.trials[0]) == 0
+    with optuna_private.on_one_thread():
+        pass
+
+
+def test_the_switch_of_rays_news_is_there_and_is_set_back():
+    worker = ray._private.worker
+    assert worker._worker_logs_enabled is True
+    with ray_private.without_news_of_workers():
+        assert worker._worker_logs_enabled is False
+    assert worker._worker_logs_enabled is True
+
+
+@pytest.mark.slow
+def test_free_resources_are_told_by_node():
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)
+    try:
+        [node] = ray.nodes()
+        assert ray_private.available_resources_per_node()[node["NodeID"]]["CPU"] == 2.0
+    finally:
+        ray.shutdown()
+
+
+def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
+    monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
+    with (
+        pytest.raises(
+            ClusterError, match=rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
+        ),
+        ray_private.without_news_of_workers(),
+    ):
+        pass
+    with pytest.raises(UsageError, match=rf"_trial_id, which carft-ray uses, but got release {optuna.__version__}"):
+        optuna_private.trial_id(object())
