@@ -23,7 +23,7 @@ ZERO_SHOT = {"objective": 0.55, "id_accuracy": 0.6, "ood_accuracy": 0.5}
 
 def make_recipe(trials=4, **search):
     """The recipe of a Pareto search; ``objective`` and the like over it."""
-    content = stand_in.make_recipe(trials).model_dump(mode="json")
+    content = stand_in.make_recipe(trials, resources=search.pop("resources", {})).model_dump(mode="json")
     content["data"]["ood_val"] = {"sketch": {**stand_in.SANDBOX_SET, "domain": "sketch", "split": "val"}}
     content["search"]["space"]["alpha"] = {"low": 0.1, "high": 1.0}
     content["search"] |= {"objective": PARETO, "alpha": {"mode": "sample"}, "keep_checkpoints": 1, **search}

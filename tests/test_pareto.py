@@ -1,7 +1,6 @@
 """A Pareto search: what the sampler is told, what is counted, what is the best, and that a kill doubles no point."""
 
 import json
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +11,6 @@ import curve_stand_in
 import numpy as np
 import optuna
 import pytest
-import ray
 import short_study
 import short_training
 from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
@@ -385,20 +383,11 @@ def test_the_verbs_show_the_front(searched, capsys):
 
 
 @pytest.mark.slow
-def test_a_pareto_search_over_ray(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    recipe = make_recipe(4, constraints={"id_drop": {"plain": 0.1}})
+def test_a_whole_pareto_search(tmp_path):
+    recipe = make_recipe(4, constraints={"id_drop": {"plain": 0.1}}, resources={"executor": "debug"})
     events = []
-    try:
-        result = run_search(
-            recipe,
-            tmp_path / "study",
-            None,
-            events.append,
-            Runner(curve_stand_in.prepare, curve_stand_in.train),
-        )
-    finally:
-        ray.shutdown()
+    runner = Runner(curve_stand_in.prepare, curve_stand_in.train)
+    result = run_search(recipe, tmp_path / "study", None, events.append, runner)
     assert len(result.trials) == result.num_new == 4
     assert result.best.standing == 2
     plain = next(row for row in result.baselines if row.name == "plain")

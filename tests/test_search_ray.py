@@ -208,11 +208,10 @@ def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path):
     assert not (tmp_path / "study").exists()  # free for the mended recipe
 
 
-@pytest.mark.slow
 def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
     stand_in.tell(tmp_path, **{"1": "no_data"})
     with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
-        run_search(stand_in.make_recipe(4, concurrency=1), tmp_path / "study", None, runner=RUNNER)
+        run_search(stand_in.make_recipe(4, resources={"executor": "debug"}), tmp_path / "study", None, runner=RUNNER)
     assert caught.value.exit_code == 4
     assert "trial t0001-" in str(caught.value)
     complete, failed = trials(tmp_path / "study")

@@ -72,7 +72,8 @@ def test_a_training_on_the_same_images_has_the_same_numbers_whatever_holds_them(
 def test_a_search_takes_every_kind_in_one_recipe(here, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache_search"))
     chosen = [word for setting in sets("saved", "shards", "bytes") for word in ("--set", setting)]
-    words = ["search", here / "folder.yaml", "--study", here / "study", "--set", "search.trials=1", *chosen]
+    words = ["search", here / "folder.yaml", "--study", here / "study", "--executor", "debug"]
+    words += ["--set", "search.trials=1", *chosen]
     assert crash_host.call(words) == 0
     (trial,) = trials(here / "study")
     assert trial.outcome == "complete"
