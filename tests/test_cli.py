@@ -177,7 +177,7 @@ MISTAKES = [
         ["train", "--out", "new", "--executor", "dask"],
         3,
         '--set resources.executor=dask: must be one of the allowed values, but got "dask" '
-        "(allowed: auto, inline, ray-train)",
+        "(allowed: auto, inline, ray-train, debug)",
     ),
     (
         ["train", "--out", "new", "--executor", "inline", "--num-workers", "2"],

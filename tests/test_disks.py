@@ -10,7 +10,7 @@ from stand_in import make_recipe
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch import executors, runtime
+from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.leaks import Leaks
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -73,7 +73,7 @@ def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, num
 
 
 def test_a_training_asks_for_its_stop_again_where_the_disk_does_not_answer(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "STOP_CHECK_S", 0.0)
+    monkeypatch.setattr(runtime, "STOP_CHECK_S", 0.0)
     should_stop = runtime.stop_reader(tmp_path, tmp_path / "trial")
     (tmp_path / "stop").write_text("asked")
     disk("stop", 1, errno.EIO)
