@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.conditions import condition_findings
+from carft_ray.recipe.fields import key_of
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
@@ -29,18 +30,8 @@ from carft_ray.recipe.schema import (
 )
 from carft_ray.recipe.text import KeyPath
 
-SEED_REASON = (
-    "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
-    "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
-)
-NOT_SEARCHABLE = {
-    "seed": SEED_REASON,
-    "class_head_form": "Both forms give the same model at the same settings: only the stored numbers differ.",
-    "precision": "It changes speed and rounding, not the method. Choose one for all trials.",
-    "micro_batch": "It changes speed and memory, not the gradient. Choose one for all trials.",
-    "grad_checkpointing": "It changes speed and memory, not the gradient. Choose one for all trials.",
-    "compile": "It changes speed and rounding, not the method. Choose one for all trials.",
-}
+# field of train -> why no search space may have it
+NOT_SEARCHABLE = {name: why for name, field in TrainPart.model_fields.items() if (why := key_of(field).not_searched)}
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
@@ -218,7 +209,7 @@ def _space(recipe: Recipe) -> Iterator[Finding]:
     for name, parameter in recipe.search.space.items():
         path = ("search", "space", name)
         if name == "seed" or name.endswith(("_seed", ".seed", "seeds")):
-            yield Finding(path, "a seed must not be searched", next_step=SEED_REASON)
+            yield Finding(path, "a seed must not be searched", next_step=NOT_SEARCHABLE["seed"])
         elif name in NOT_SEARCHABLE:
             yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
         elif name not in SEARCHABLE:
