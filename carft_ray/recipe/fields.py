@@ -1,4 +1,4 @@
-"""What the fields of a recipe are made of: their base class, the types of values, and what users are told of a key."""
+"""What the fields of a recipe are made of: their base class, the types of values, and what documents say of a key."""
 
 from dataclasses import asdict, dataclass
 from types import NoneType
@@ -50,7 +50,7 @@ class Resume(NamedTuple):
 
 @dataclass(frozen=True)
 class Key:
-    """What users are told of a key, in Markdown. Attributes after ``resume`` say what the field itself cannot say.
+    """What the documents say of a key, in Markdown. Attributes after ``resume`` are for what the field cannot say.
 
     Attributes:
         meaning: The meaning, in one line.
@@ -72,15 +72,15 @@ class Key:
 
 
 def key(default: T, meaning: str, example: str, resume: Resume, **words: str) -> T:
-    """Makes a field with its default (or ``REQUIRED``) and all that is told of it; ``words`` as in ``Key``."""
-    told = asdict(Key(meaning, example, resume, **words))
-    field: T = Field(default, description=meaning, json_schema_extra=told)
+    """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it; ``words`` as in ``Key``."""
+    said = Key(meaning, example, resume, **words)
+    field: T = Field(default, description=meaning, json_schema_extra={"key": asdict(said)})
     return field
 
 
 def key_of(field: FieldInfo) -> Key:
-    """Returns what is told of a field that ``key`` has made."""
-    return Key(**cast(dict[str, Any], field.json_schema_extra))
+    """Returns what the documents say of a field that ``key`` has made."""
+    return Key(**cast(dict[str, Any], field.json_schema_extra)["key"])
 
 
 def core_type(annotation: Any) -> Any:

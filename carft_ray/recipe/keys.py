@@ -21,7 +21,7 @@ class DocumentedKey:
 
     Attributes:
         name: Its name in documents.
-        part: The part of the recipe that it belongs to; of a kind of set, that kind.
+        part: The part of the recipe that has it; the most general kind of sets where several have it.
         field: Its field.
     """
 
@@ -31,15 +31,19 @@ class DocumentedKey:
 
     @property
     def key(self) -> Key:
-        """What users are told of it."""
+        """What the documents say of it."""
         return key_of(self.field)
 
 
 @functools.cache
 def documented_keys() -> tuple[DocumentedKey, ...]:
-    """Returns every key in the order of the schema; one that several kinds of sets have stands once for each."""
+    """Returns every key in the order of the schema, those of sets and parameters last.
+
+    A key that several kinds of sets or of parameters have stands once for each, unless they inherit it.
+    """
     kinds = [(SET, kind) for kind in members(SetSpec)] + [(PARAMETER, kind) for kind in members(Parameter)]
-    return (*_keys(Recipe, ""), *(key for prefix, kind in kinds for key in _keys(kind, prefix)))
+    found = [*_keys(Recipe, ""), *(key for prefix, kind in kinds for key in _keys(kind, prefix))]
+    return tuple({(key.name, key.part): key for key in found}.values())
 
 
 def _keys(part: type[Part], prefix: str) -> Iterator[DocumentedKey]:
@@ -49,6 +53,12 @@ def _keys(part: type[Part], prefix: str) -> Iterator[DocumentedKey]:
         if is_part(kind):
             inner.append((kind, f"{prefix}{name}."))
         else:
-            yield DocumentedKey(f"{prefix}{name}", part, field)
+            yield DocumentedKey(f"{prefix}{name}", _home(part, name), field)
     for kind, path in inner:
         yield from _keys(kind, path)
+
+
+def _home(part: type[Part], name: str) -> type[Part]:
+    """Returns the most general part that has a field."""
+    bases = [base for base in part.__mro__ if issubclass(base, Part) and name in base.model_fields]
+    return bases[-1]

@@ -87,7 +87,7 @@ def _sample_label(value: Any) -> Any:
 
 
 SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
-ClassNames = Annotated[tuple[str, ...] | str, BeforeValidator(_class_names)]
+ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
 
 
@@ -106,7 +106,7 @@ class SandboxSet(Part):
         IMAGES,
         range="a sandbox domain, such as `photo`, `sketch`, `painting`",
     )
-    split: Literal["train", "val", "test"] = key(REQUIRED, "other split, other images", "train", IMAGES)
+    split: Literal["train", "val", "test"] = key(REQUIRED, "other split, other images", "val", IMAGES)
     num_per_class: Count = key(REQUIRED, "images per class", "20", IMAGES)
 
 
