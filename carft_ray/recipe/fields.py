@@ -17,9 +17,6 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
-ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
-
 T = TypeVar("T")
 Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default
@@ -101,6 +98,15 @@ def is_part(kind: Any) -> bool:
 def members(kind: Any) -> list[type[Part]]:
     """Returns the parts of a union of parts, else nothing."""
     return [member for member in get_args(core_type(kind)) if is_part(member)]
+
+
+def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses a name that stands twice, and what is a path in place of a folder's name."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+    if {".", ".."} & set(names):
+        raise ValueError("must be names of folders, not paths")
+    return names
 
 
 def nothing_is_empty(value: Any) -> Any:

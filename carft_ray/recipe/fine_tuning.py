@@ -46,6 +46,8 @@ def _words(value: Any) -> Any:
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
         raise ValueError("must be the name of a benchmark or a list of texts")
+    if not all(word.strip() for word in value):
+        raise ValueError("must not hold an empty text")
     return tuple(value)
 
 

@@ -17,7 +17,6 @@ from carft_ray.recipe.schema import (
     BenchmarkSet,
     CategoricalParameter,
     CorruptedSet,
-    FolderSet,
     IntParameter,
     Parameter,
     Recipe,
@@ -35,7 +34,6 @@ NOT_SEARCHABLE = {name: why for name, field in TrainPart.model_fields.items() if
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
-LEAST_AMOUNT = 0.0001  # of a resource
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -91,14 +89,8 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
                     reads=(("data", "ood_val", name),),
                 )
     for path, spec in named_sets(recipe).items():
-        images, inner = plain(spec), path
-        if isinstance(spec, CorruptedSet):
-            inner = (*path, "of")
-            yield from _distinct((*path, "corruptions"), spec.corruptions or ())
-        if isinstance(images, FolderSet | BenchmarkSet) and images.domains is not None:
-            yield from _distinct((*inner, "domains"), images.domains)
-        if isinstance(images, BenchmarkSet):
-            yield from _benchmark(inner, images)
+        if isinstance(images := plain(spec), BenchmarkSet):
+            yield from _benchmark((*path, "of") if isinstance(spec, CorruptedSet) else path, images)
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
@@ -124,25 +116,13 @@ def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
         yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
 
 
-def _distinct(path: KeyPath, names: tuple[str, ...]) -> Iterator[Finding]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        yield Finding(path, "must not hold a name twice", ", ".join(twice))
-    if {".", ".."} & set(names):
-        yield Finding(path, "must be names of folders, not paths", shown(list(names)))
-
-
 def _classes(recipe: Recipe) -> Iterator[Finding]:
     classes, words = recipe.data.classes, recipe.prompts.class_names
-    if classes is not None:
-        yield from _distinct(("data", "classes"), classes)
     if isinstance(words, str):
         if words not in BENCHMARKS:
             rule, near = "must be the name of a benchmark or a list of texts", nearest(words, BENCHMARKS)
             yield Finding(("prompts", "class_names"), rule, shown(words), tuple(BENCHMARKS), near)
         return
-    if words is not None and not all(word.strip() for word in words):
-        yield Finding(("prompts", "class_names"), "must not hold an empty text", shown(list(words)))
     if classes is not None and words is not None and len(classes) != len(words):
         yield Finding(
             ("prompts", "class_names"),
@@ -367,16 +347,11 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
             next_step="Write executor: ray-train, or leave the executor out.",
             reads=(("resources", "executor"),),
         )
-    for key in ("cpus_per_worker", "gpus_per_worker"):
-        amount = getattr(resources, key)
-        if amount and amount < LEAST_AMOUNT:
-            rule = f"must be at least {LEAST_AMOUNT}, the least that Ray counts"
-            yield Finding(("resources", key), rule, shown(amount))
     gpus, path = resources.gpus_per_worker or 0.0, ("resources", "gpus_per_worker")
     if gpus > 1 and gpus != int(gpus):
         step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
         yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
-    elif LEAST_AMOUNT <= gpus < 1 and resources.num_workers > 1:
+    elif 0 < gpus < 1 and resources.num_workers > 1:
         step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
         rule = f"must be whole with {resources.num_workers} workers: NCCL wants a GPU for each of them"
         yield Finding(path, rule, shown(gpus), next_step=step, reads=(("resources", "num_workers"),))

@@ -11,7 +11,7 @@ otherwise.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from carft_ray.recipe.fields import (
     Count,
@@ -88,6 +88,7 @@ __all__ = [  # of this module and of those below
 ]
 
 FORMAT_VERSION = 1
+LEAST_AMOUNT = 0.0001  # of a resource
 
 OBJECTIVE = Resume("identity", "part of the objective")
 RANKING = Resume("identity", "ranks the trials")
@@ -109,6 +110,12 @@ def seconds_of(value: Any) -> Any:
         raise ValueError("must be seconds, or a text such as 45m, 8h or 1h30m")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _amount(value: float) -> float:
+    if 0 < value < LEAST_AMOUNT:
+        raise ValueError(f"must be at least {LEAST_AMOUNT}, the least that Ray counts")
+    return value
 
 
 class AlphaPart(Part):
@@ -327,8 +334,10 @@ class ResourcesPart(Part):
         "auto", "auto: one worker runs inline, more workers run as a Ray Train job", "ray-train", HOW_FAST
     )
     num_workers: Count = key(1, "workers of one trial", "1", HOW_FAST, range=">= 1; 1 with `inline`")
-    cpus_per_worker: Positive = key(1.0, "CPU cores per worker", "4", HOW_FAST, range=">= 0.0001")
-    gpus_per_worker: NonNegative | None = key(
+    cpus_per_worker: Annotated[Positive, AfterValidator(_amount)] = key(
+        1.0, "CPU cores per worker", "4", HOW_FAST, range=">= 0.0001"
+    )
+    gpus_per_worker: Annotated[NonNegative, AfterValidator(_amount)] | None = key(
         None,
         "GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share lies on one GPU: with 0.3, three trials "
         "run on each",

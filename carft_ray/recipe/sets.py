@@ -3,19 +3,18 @@
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from carft_ray.recipe.fields import (
     REQUIRED,
-    ClassName,
     Count,
-    FolderName,
     Fraction,
     Part,
     Positive,
     Resume,
     Seed,
     SetName,
+    distinct_names,
     key,
     nothing_is_empty,
 )
@@ -68,9 +67,7 @@ def _class_names(value: Any) -> Any:
     names = tuple(value) if isinstance(value, list | tuple) else ()
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("must be a list of texts, or the path of a text file with one name per line")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
-    return names
+    return distinct_names(names)
 
 
 def _row_values(value: Any) -> tuple[Any, ...]:
@@ -86,6 +83,9 @@ def _sample_label(value: Any) -> Any:
     return value
 
 
+FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
+Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(distinct_names)]
 SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
 ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
@@ -155,7 +155,7 @@ class FolderSet(StoredSet):
     """Images in a tree ``path/domain/class/*.png|jpg``, or ``path/class/*`` without domains."""
 
     source: Literal["folder"] = _source()
-    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = key(
+    domains: Domains | None = key(
         None,
         "the folders of the tree that belong to the set; null: the class folders stand at `path`",
         "[silhouette, quickdraw]",
@@ -269,7 +269,7 @@ class BenchmarkSet(StoredSet):
     split: str | None = key(
         None, "split of the benchmark; null: all its images", "out", IMAGES, range="as the table above says"
     )
-    domains: Annotated[tuple[FolderName, ...], Field(min_length=1)] | None = key(
+    domains: Domains | None = key(
         None,
         "domains of DomainBed's sets; null: all of them",
         "[sketch]",
@@ -296,7 +296,7 @@ class CorruptedSet(Part):
         IMAGES,
         range="a set of another source",
     )
-    corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1)] | None = key(
+    corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1), AfterValidator(distinct_names)] | None = key(
         None,
         "the corruptions that are drawn from; null: ImageNet-C's fifteen",
         "[fog, gaussian_noise]",
@@ -361,7 +361,7 @@ class DataPart(Part):
         TESTED,
         range="names of sets",
     )
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=2)] | None = key(
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(distinct_names)] | None = key(
         None,
         "classes in the order of the labels; null: those of `train` (folders: sorted)",
         "null",
