@@ -1,6 +1,6 @@
 """What the fields of a recipe are made of: their base class, the types of values, and what documents say of a key."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
@@ -71,7 +71,7 @@ class Key:
 def key(default: T, meaning: str, example: str, resume: Resume, **words: str) -> T:
     """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it; ``words`` as in ``Key``."""
     said = Key(meaning, example, resume, **words)
-    field: T = Field(default, description=meaning, json_schema_extra={"key": asdict(said)})
+    field: T = Field(default, description=meaning, json_schema_extra={"key": vars(said)})
     return field
 
 
@@ -101,11 +101,9 @@ def members(kind: Any) -> list[type[Part]]:
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses a name that stands twice, and what is a path in place of a folder's name."""
+    """Refuses a name that stands twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
-    if {".", ".."} & set(names):
-        raise ValueError("must be names of folders, not paths")
     return names
 
 

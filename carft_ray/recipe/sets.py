@@ -70,6 +70,12 @@ def _class_names(value: Any) -> Any:
     return distinct_names(names)
 
 
+def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if {".", ".."} & set(names):
+        raise ValueError("must be names of folders, not paths")
+    return distinct_names(names)
+
+
 def _row_values(value: Any) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not values or not all(isinstance(one, bool | int | str) for one in values):
@@ -85,7 +91,7 @@ def _sample_label(value: Any) -> Any:
 
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
-Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(distinct_names)]
+Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(_folder_names)]
 SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
 ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
@@ -361,7 +367,7 @@ class DataPart(Part):
         TESTED,
         range="names of sets",
     )
-    classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(distinct_names)] | None = key(
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(_folder_names)] | None = key(
         None,
         "classes in the order of the labels; null: those of `train` (folders: sorted)",
         "null",
