@@ -15,7 +15,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-fast test-oldest kill-matrix lint format clean
+.PHONY: quickstart test test-fast test-oldest kill-matrix lint format tables clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -75,6 +75,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+# the tables of keys in search_spaces/README.md and docs/resume.md, from the schema of the recipe
+tables: $(VENV)/.installed
+	@$(BIN)/python -m carft_ray.recipe.tables
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

@@ -7,21 +7,22 @@ import shutil
 import crash_host
 import pytest
 from stand_in import make_recipe
-from test_search_spaces import FOLDER, _fields, _rows, base_of, source_of
+from test_search_spaces import FOLDER, base_of, key_id, source_of, unique_keys
 from test_study import run_all
 
 from carft_ray.errors import RecipeError
+from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.finished import read_manifest
 from carft_ray.results.overview import study_recipe
 from carft_ray.search.folder import study_lock
-from carft_ray.search.identity import CLASSES, claim, class_of, record_recipe
+from carft_ray.search.identity import claim, class_of, record_recipe
 from carft_ray.search.rows import baselines, trials
 from carft_ray.search.study import open_study
 
-KEYS = [key for key, _ in _fields() if key != "format_version"]  # which has one value
-# where the example of the README is what the quickstart has already, or is refused for another reason
+KEYS = [key for key in unique_keys() if key.name != "format_version"]  # which has one value
+# where the example of the schema is what the quickstart has already, or is refused for another reason
 VALUES = {
     "model.name": "[model={name: ViT-B-32, pretrained: openai}]",
     "model.pretrained": "[model={name: ViT-B-32, pretrained: openai}]",
@@ -30,7 +31,6 @@ VALUES = {
     "data.id_test": "{source: sandbox, domain: photo, split: test, num_per_class: 124}",
     "data.classes": "[arrow, star]",
     "<set>.source": "[data.train={source: folder, path: images, domains: [photo]}]",
-    "<set>.split": "val",
     "<set>.domain": "sketch",
     "<set>.path": "elsewhere",
     "<set>.domains": "[other]",
@@ -61,18 +61,18 @@ BEFORE = [
 ]
 
 
-def place_of(key):
-    parameter = "decay" if key.endswith(".choices") else "weight_decay"
-    return key.replace("<set>", "data.train").replace("<parameter>", parameter)
+def place_of(name):
+    parameter = "decay" if name.endswith(".choices") else "weight_decay"
+    return name.replace("<set>", "data.train").replace("<parameter>", parameter)
 
 
 def changed(key, base):
     """Returns the recipe at ``base`` with another value of a key."""
-    written = VALUES.get(key, _rows()[key][4].strip("`"))
-    if key == "model.pretrained" or written.startswith(("[model=", "[data.", "[search.")):
+    written = VALUES.get(key.name, key.key.example)
+    if key.name == "model.pretrained" or written.startswith(("[model=", "[data.", "[search.")):
         overrides = [word.strip(" '") for word in re.split(r", (?='?search\.space)", written[1:-1])]
     else:
-        overrides = [f"{place_of(key)}={written}"]
+        overrides = [f"{place_of(key.name)}={written}"]
     return load_recipe(base, overrides)
 
 
@@ -92,16 +92,16 @@ def studies(tmp_path_factory):
     return found
 
 
-def test_every_key_of_a_recipe_has_a_class_and_a_reason():
-    assert sorted(CLASSES) == sorted(key for key, _ in _fields())
-    assert {kind for kind, _ in CLASSES.values()} == {"identity", "space", "running"}
-    assert all(reason for _, reason in CLASSES.values())
+def test_keys_of_one_name_are_of_one_class():
+    kinds = {(key.name, key.key.resume.kind) for key in documented_keys()}
+    assert len(kinds) == len({name for name, _ in kinds})
+    assert {kind for _, kind in kinds} == {"identity", "space", "running"}
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", KEYS, ids=key_id)
 def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     path, study = studies[source_of(key)]
-    recipe, kind = changed(key, path), CLASSES[key][0]
+    recipe, kind = changed(key, path), key.key.resume.kind
     assert recipe != load_recipe(path)
     study_dir = tmp_path / "study"
     shutil.copytree(study, study_dir)
@@ -115,7 +115,8 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     assert caught.value.exit_code == 3
     assert (study_dir / "manifest.json").read_bytes() == before
     message = str(caught.value)
-    top = place_of(key).rsplit(".", 1)[0] if key.endswith((".type", ".source", ".name")) else place_of(key)
+    place = place_of(key.name)
+    top = place.rsplit(".", 1)[0] if key.name.endswith((".type", ".source", ".name")) else place
     assert top in message
     assert f"as in {study_dir}" in message
     assert ("--narrow" in message or "--widen" in message) == (kind == "space")
@@ -304,11 +305,3 @@ def test_a_change_of_the_space_names_the_option_that_allows_it(here, capsys, giv
     assert told in err
     assert f"search.space.{given.partition('=')[0]}" in err
     assert (here / "first" / "manifest.json").read_bytes() == before
-
-
-def test_the_page_on_resuming_names_the_keys_that_may_change():
-    page = (FOLDER.parent / "docs" / "resume.md").read_text()
-    free = {key for key, (kind, _) in CLASSES.items() if kind == "running"}
-    table = page.partition("## What may change freely")[2].partition("A whole project")[0]
-    named = [key for line in table.splitlines() if line.startswith("| `") for key in re.findall("`([^`]+)`", line)]
-    assert sorted(key for key in named if key != "data.train") == sorted(free)

@@ -1,20 +1,19 @@
-"""The recipes that users copy, and the README that explains every key."""
+"""The recipes that users copy, and the tables that explain every key."""
 
-import json
 import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from pydantic_core import PydanticUndefined
 
 from carft_ray.data.sandbox import QUICKSTART_SETS
-from carft_ray.recipe import text
+from carft_ray.recipe import tables, text
 from carft_ray.recipe.advice import check_searchable, warnings
+from carft_ray.recipe.fields import Class, members
+from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.messages import keys_of
 from carft_ray.recipe.rules import SEARCHABLE
-from carft_ray.recipe.schema import Part, Recipe, SandboxSet, TrainPart, core_type
+from carft_ray.recipe.schema import SandboxSet, SetSpec, TrainPart
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -74,58 +73,16 @@ def test_commented_lines_of_the_folders_recipe_are_valid_when_used(tmp_path):
     assert set(recipe.search.space) == {"learning_rate", "kl_weight", "weight_decay", "epochs", "decay"}
 
 
-# ---- README: one table row per key
+# ---- the keys, and the tables that explain them
 
 
-def _rows():
-    rows = {}
-    for line in (FOLDER / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == 6 and cells[0].startswith("`"):
-            assert cells[0] not in rows, "a key stands twice"
-            rows[cells[0].strip("`")] = cells[1:]
-    return rows
+def unique_keys():
+    """Returns every key of a recipe, once for each text that explains it."""
+    return list({(key.name, key.key): key for key in reversed(documented_keys())}.values())[::-1]
 
 
-def _fields(part=Recipe, prefix=""):
-    """Yields every key of the schema as the README writes it, with its field."""
-    for key, field in part.model_fields.items():
-        kind = core_type(field.annotation)
-        if isinstance(kind, type) and issubclass(kind, Part):
-            yield from _fields(kind, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", field
-    if part is Recipe:
-        for union, pattern in (("train", "<set>."), (None, "search.space.<parameter>.")):
-            kind = Recipe.model_fields["data"].annotation.model_fields[union].annotation if union else _parameter()
-            members = [member for member in get_args(core_type(kind)) if issubclass(member, Part)]
-            for key in keys_of(kind):
-                yield f"{pattern}{key}", next(m.model_fields[key] for m in members if key in m.model_fields)
-
-
-def _parameter():
-    return get_args(core_type(Recipe.model_fields["search"].annotation.model_fields["space"].annotation))[1]
-
-
-def test_the_readme_has_a_row_for_every_key_and_for_no_other():
-    assert sorted(_rows()) == sorted(key for key, _ in _fields())
-
-
-def test_the_readme_gives_the_defaults_of_the_schema():
-    for key, field in _fields():
-        written = _rows()[key][2].strip("`")
-        if key == "search.space.<parameter>.type":
-            assert written == "from the keys and the field"
-        elif field.default is PydanticUndefined:
-            assert written == "required", key
-        else:
-            assert text.parse(written, key).value == json.loads(json.dumps(field.default)), key
-
-
-def test_the_readme_marks_the_fields_that_may_be_searched():
-    marked = {key for key, cells in _rows().items() if key.startswith("train.") and cells[0].startswith("* ")}
-    assert marked == {f"train.{key}" for key in SEARCHABLE}
-    assert set(SEARCHABLE) < set(TrainPart.model_fields)
+def key_id(key):
+    return f"{key.name}-{source_of(key)}" if key.name.startswith("<set>.") else key.name
 
 
 # source -> a training set of it, for sources that no recipe of the folder has
@@ -140,10 +97,8 @@ SETS: dict[str, str] = {
 
 def source_of(key):
     """Returns the source of the first kind of set that has a key ``<set>.KEY``, else that of the quickstart."""
-    members = get_args(core_type(Recipe.model_fields["data"].annotation.model_fields["train"].annotation))
-    having = [m for m in members if issubclass(m, Part) and key.removeprefix("<set>.") in m.model_fields]
-    sources = [get_args(core_type(m.model_fields["source"].annotation))[0] for m in having]
-    return sources[0] if key.startswith("<set>.") else "sandbox"
+    kinds = [kind for kind in members(SetSpec) if issubclass(kind, key.part)]
+    return get_args(kinds[0].model_fields["source"].annotation)[0] if kinds else "sandbox"
 
 
 def base_of(key):
@@ -153,20 +108,66 @@ def base_of(key):
     return name, [f"data.train={SETS[source]}"] if source in SETS else []
 
 
-@pytest.mark.parametrize("key", sorted(_rows()))
-def test_every_example_of_the_readme_is_valid(key):
-    example = _rows()[key][4].strip("`")
-    assert example, "an example is missing"
+@pytest.mark.parametrize("key", unique_keys(), ids=key_id)
+def test_the_example_of_every_key_is_valid(key):
     base, first = base_of(key)
-    place = key.replace("<set>", "data.train").replace("<parameter>", "weight_decay")
-    before = ["search.space.weight_decay={low: 1e-5, high: 1}"] if "<parameter>" in key else first
-    if key.endswith(".choices"):
+    place = key.name.replace("<set>", "data.train").replace("<parameter>", "weight_decay")
+    before = ["search.space.weight_decay={low: 1e-5, high: 1}"] if "<parameter>" in key.name else first
+    if key.name.endswith(".choices"):
         before = ["search.space.weight_decay={}"]
-    if key.endswith(".when"):
+    if key.name.endswith(".when"):
         before += ["search.space.head_bias={choices: [true, false]}"]
-    if key == "resources.executor":
+    if key.name == "resources.executor":
         before = ["resources.num_workers=2"]
-    recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={example}"])
+    recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={key.key.example}"])
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
     path = FOLDER / "x.yaml"
     assert text.parse(dump_recipe(recipe), str(path)).problems == []
+
+
+def test_every_key_says_what_it_means_and_whether_it_may_change():
+    for key in documented_keys():
+        assert key.key.meaning, key.name
+        assert key.key.resume.kind in get_args(Class), key.name
+        assert key.key.resume.why, key.name
+
+
+def test_only_fields_of_train_say_that_they_cannot_be_searched():
+    refused = {key.name for key in documented_keys() if key.key.not_searched}
+    assert refused == {f"train.{name}" for name in TrainPart.model_fields} - {f"train.{name}" for name in SEARCHABLE}
+    assert SEARCHABLE
+
+
+def test_the_tables_of_the_documents_are_those_of_the_schema():
+    assert tables.main(["--check"]) is None
+
+
+def test_tables_give_what_the_field_says_where_it_has_no_words():
+    lines = [line.strip("| ").split(" | ") for table in tables.key_tables().values() for line in table]
+    rows = {cells[0]: cells[2:5] for cells in lines if len(cells) == 6}
+    assert rows["`train.learning_rate`"] == ["float", "`1e-5`", "> 0"]
+    assert rows["`train.warmup_steps`"] == ["int", "`null`", ">= 0"]
+    assert rows["`train.label_smoothing`"] == ["float", "`0.0`", "0 <= x < 1"]
+    assert rows["`train.head_bias`"] == ["bool", "`false`", "`true`, `false`"]
+    assert rows["`search.alpha.mode`"] == ["text", "`profile`", "`profile`, `sample`"]
+    assert rows["`search.alpha.grid`"] == ["list of float", "`[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]`", "rises from 0 to 1"]
+    assert rows["`data.train`"] == ["set", "required", "a set"]
+    assert rows["`<set>.trial_seed`"] == ["int", "`0`", "0 <= x < 2**31"]
+    assert rows["`search.space.<parameter>.low`"] == ["float or int", "required", "inside the field's own range"]
+
+
+def test_a_stale_table_is_found_and_written_anew(tmp_path):
+    root = FOLDER.parent
+    for name in tables.DOCUMENTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((root / name).read_text().replace("peak learning rate", "learning rate"))
+    message = tables.main(["--check"], tmp_path)
+    assert message == f"search_spaces/README.md: tables are not as the schema has them; run: {tables.COMMAND}"
+    assert tables.main([], tmp_path) is None
+    for name in tables.DOCUMENTS:
+        assert (tmp_path / name).read_text() == (root / name).read_text()
+
+
+def test_a_document_without_a_place_for_a_table_is_refused():
+    with pytest.raises(ValueError, match=r"must have one place for each of \['a', 'b'\], but got \['a'\]"):
+        tables.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})

@@ -1,6 +1,6 @@
 """Which reader reads which kind of set: the one table from a set of the recipe to its files.
 
-A new kind of set is a class in ``recipe/schema.py``, a file with its reader's functions, and a row here.
+A new kind of set is a class in ``recipe/sets.py``, a file with its reader's functions, and a row here.
 """
 
 import contextlib

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.schema import FORMAT_VERSION, Part, Recipe, core_type
+from carft_ray.recipe.fields import core_type, is_part, members
+from carft_ray.recipe.schema import FORMAT_VERSION, Recipe
 from carft_ray.recipe.text import KeyPath, dotted
 
 SYNONYMS = {
@@ -118,7 +119,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         return Finding(path, rule, value, allowed, nearest(str(details["input"]), allowed), step)
     if what in ("union_tag_invalid", "union_tag_not_found"):
         key = context["discriminator"].strip("'")
-        allowed = tuple(str(tag) for member in _members(kind) for tag in get_args(_annotation(member, key)))
+        allowed = tuple(str(tag) for member in members(kind) for tag in get_args(_annotation(member, key)))
         given = details["input"].get(key) if what == "union_tag_invalid" else None
         text = "" if given is None else shown(given)
         return Finding((*path, key), rule, text, allowed, nearest(str(given), allowed), is_absence=True)
@@ -143,7 +144,7 @@ def _follow(loc: KeyPath, root: Any) -> tuple[KeyPath, Any, Any]:
     for piece in loc:
         if piece == "[key]":
             continue
-        tagged = [member for member in _members(kind) if piece in _tags(member)]
+        tagged = [member for member in members(kind) if piece in _tags(member)]
         if tagged:
             kind = tagged[0]
             continue
@@ -154,8 +155,8 @@ def _follow(loc: KeyPath, root: Any) -> tuple[KeyPath, Any, Any]:
 def child_type(kind: Any, piece: str | int) -> Any:
     """Returns the type of what stands under a key, or None when such a key cannot be."""
     kind = core_type(kind)
-    for member in _members(kind) or [kind]:
-        if _is_part(member) and piece in member.model_fields:
+    for member in members(kind) or [kind]:
+        if is_part(member) and piece in member.model_fields:
             return core_type(_annotation(member, str(piece)))
     if get_origin(kind) is dict:
         return core_type(get_args(kind)[1])
@@ -167,7 +168,7 @@ def child_type(kind: Any, piece: str | int) -> Any:
 def keys_of(kind: Any) -> tuple[str, ...] | None:
     """Returns the keys that may stand in a value of a type; None when it holds no fixed keys."""
     kind = core_type(kind)
-    parts = _members(kind) or ([kind] if _is_part(kind) else [])
+    parts = members(kind) or ([kind] if is_part(kind) else [])
     return tuple(dict.fromkeys(key for part in parts for key in part.model_fields)) or None
 
 
@@ -187,17 +188,8 @@ def _fixed_paths(part: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPat
         yield (*prefix, key)
     for key in part.model_fields:
         kind = core_type(_annotation(part, key))
-        if _is_part(kind):
+        if is_part(kind):
             yield from _fixed_paths(kind, (*prefix, key))
-
-
-def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Part)
-
-
-def _members(kind: Any) -> list[Any]:
-    """Returns the parts of a union of parts, else nothing."""
-    return [member for member in get_args(core_type(kind)) if _is_part(member)]
 
 
 def _annotation(part: Any, key: str) -> Any:

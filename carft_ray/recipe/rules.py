@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.conditions import condition_findings
+from carft_ray.recipe.fields import key_of
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
@@ -16,7 +17,6 @@ from carft_ray.recipe.schema import (
     BenchmarkSet,
     CategoricalParameter,
     CorruptedSet,
-    FolderSet,
     IntParameter,
     Parameter,
     Recipe,
@@ -29,22 +29,11 @@ from carft_ray.recipe.schema import (
 )
 from carft_ray.recipe.text import KeyPath
 
-SEED_REASON = (
-    "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
-    "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
-)
-NOT_SEARCHABLE = {
-    "seed": SEED_REASON,
-    "class_head_form": "Both forms give the same model at the same settings: only the stored numbers differ.",
-    "precision": "It changes speed and rounding, not the method. Choose one for all trials.",
-    "micro_batch": "It changes speed and memory, not the gradient. Choose one for all trials.",
-    "grad_checkpointing": "It changes speed and memory, not the gradient. Choose one for all trials.",
-    "compile": "It changes speed and rounding, not the method. Choose one for all trials.",
-}
+# field of train -> why no search space may have it
+NOT_SEARCHABLE = {name: why for name, field in TrainPart.model_fields.items() if (why := key_of(field).not_searched)}
 SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
-LEAST_AMOUNT = 0.0001  # of a resource
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -100,14 +89,8 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
                     reads=(("data", "ood_val", name),),
                 )
     for path, spec in named_sets(recipe).items():
-        images, inner = plain(spec), path
-        if isinstance(spec, CorruptedSet):
-            inner = (*path, "of")
-            yield from _distinct((*path, "corruptions"), spec.corruptions or ())
-        if isinstance(images, FolderSet | BenchmarkSet) and images.domains is not None:
-            yield from _distinct((*inner, "domains"), images.domains)
-        if isinstance(images, BenchmarkSet):
-            yield from _benchmark(inner, images)
+        if isinstance(images := plain(spec), BenchmarkSet):
+            yield from _benchmark((*path, "of") if isinstance(spec, CorruptedSet) else path, images)
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
@@ -133,25 +116,13 @@ def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
         yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
 
 
-def _distinct(path: KeyPath, names: tuple[str, ...]) -> Iterator[Finding]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        yield Finding(path, "must not hold a name twice", ", ".join(twice))
-    if {".", ".."} & set(names):
-        yield Finding(path, "must be names of folders, not paths", shown(list(names)))
-
-
 def _classes(recipe: Recipe) -> Iterator[Finding]:
     classes, words = recipe.data.classes, recipe.prompts.class_names
-    if classes is not None:
-        yield from _distinct(("data", "classes"), classes)
     if isinstance(words, str):
         if words not in BENCHMARKS:
             rule, near = "must be the name of a benchmark or a list of texts", nearest(words, BENCHMARKS)
             yield Finding(("prompts", "class_names"), rule, shown(words), tuple(BENCHMARKS), near)
         return
-    if words is not None and not all(word.strip() for word in words):
-        yield Finding(("prompts", "class_names"), "must not hold an empty text", shown(list(words)))
     if classes is not None and words is not None and len(classes) != len(words):
         yield Finding(
             ("prompts", "class_names"),
@@ -218,7 +189,7 @@ def _space(recipe: Recipe) -> Iterator[Finding]:
     for name, parameter in recipe.search.space.items():
         path = ("search", "space", name)
         if name == "seed" or name.endswith(("_seed", ".seed", "seeds")):
-            yield Finding(path, "a seed must not be searched", next_step=SEED_REASON)
+            yield Finding(path, "a seed must not be searched", next_step=NOT_SEARCHABLE["seed"])
         elif name in NOT_SEARCHABLE:
             yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
         elif name not in SEARCHABLE:
@@ -376,16 +347,11 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
             next_step="Write executor: ray-train, or leave the executor out.",
             reads=(("resources", "executor"),),
         )
-    for key in ("cpus_per_worker", "gpus_per_worker"):
-        amount = getattr(resources, key)
-        if amount and amount < LEAST_AMOUNT:
-            rule = f"must be at least {LEAST_AMOUNT}, the least that Ray counts"
-            yield Finding(("resources", key), rule, shown(amount))
     gpus, path = resources.gpus_per_worker or 0.0, ("resources", "gpus_per_worker")
     if gpus > 1 and gpus != int(gpus):
         step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
         yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
-    elif LEAST_AMOUNT <= gpus < 1 and resources.num_workers > 1:
+    elif 0 < gpus < 1 and resources.num_workers > 1:
         step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
         rule = f"must be whole with {resources.num_workers} workers: NCCL wants a GPU for each of them"
         yield Finding(path, rule, shown(gpus), next_step=step, reads=(("resources", "num_workers"),))

@@ -1,10 +1,7 @@
-"""What a study is about, and what may change when it goes on: a class for every key of a recipe, with the reason.
+"""What a study is about, and what may change when it goes on.
 
-| class | between two searches of one study |
-|---|---|
-| identity | never changes |
-| space | changes with ``--narrow`` or ``--widen``: the study gets another generation (``search.generations``) |
-| running | changes freely |
+The field of every key of a recipe says its class (``recipe.fields.Resume``). A space that changes with ``--narrow`` or
+``--widen`` gives the study another generation (``search.generations``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
 It is written after the journal, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
@@ -17,11 +14,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe.fields import Class
+from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
@@ -30,132 +29,12 @@ from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
 from carft_ray.search.folder import FORMAT_VERSION, check_free_or_claimed
 
-Class = Literal["identity", "space", "running"]
-
-_METHOD = "another method: its objectives do not compare"
-_RANGE = "the sampler must know one space; old trials are taken along where they lie inside"
-_CUT = "it decides which trainings end early, and they are compared with those before"
-# keys as search_spaces/README.md writes them
-CLASSES: dict[str, tuple[Class, str]] = {
-    "format_version": ("identity", "the form of the folder"),
-    "name": ("running", "for people; nothing is computed from it"),
-    "model.name": ("identity", "the start of every training; a local folder may move, its weights are compared"),
-    "model.pretrained": ("identity", "the start of every training; a file may move, its contents are compared"),
-    "data.train": ("identity", "what is trained on"),
-    "data.id_val": ("identity", "what the objective is measured on"),
-    "data.ood_val": ("identity", "what the objective is measured on"),
-    "data.id_test": ("identity", "fixed before anything is selected"),
-    "data.ood_test": ("identity", "fixed before anything is selected"),
-    "data.classes": ("identity", "the meaning of the labels"),
-    "data.shared_images": ("running", "the list of shared images is made once; `keep` lets those found later stand"),
-    "data.shared_limit": ("running", "the list of shared images is made once"),
-    "data.cache_dir": ("running", "where decoded images lie"),
-    "data.cache_gb": ("running", "how much of them is kept"),
-    "data.pack": ("running", "how images are read; the pixels are the same"),
-    "<set>.source": ("identity", "which images"),
-    "<set>.domain": ("identity", "which images"),
-    "<set>.split": ("identity", "which images"),
-    "<set>.num_per_class": ("identity", "which images"),
-    "<set>.path": ("running", "images may move, their contents are compared; those of tests only with data.train"),
-    "<set>.root": ("running", "as the path"),
-    "<set>.image": ("identity", "which images"),
-    "<set>.label": ("identity", "the labels"),
-    "<set>.id": ("identity", "the names of the images, from which parts, shots and views are drawn"),
-    "<set>.where": ("identity", "which images"),
-    "<set>.class_names": ("identity", "the meaning of the labels; a file may move, the names are compared"),
-    "<set>.domains": ("identity", "which images"),
-    "<set>.part": ("identity", "which images"),
-    "<set>.shots": ("identity", "which images"),
-    "<set>.shots_seed": ("identity", "which images"),
-    "<set>.classes": ("identity", "between which classes images are told apart"),
-    "<set>.on_bad_image": ("identity", "which images"),
-    "<set>.exclude": ("identity", "which images; a file may move, the images that are left are compared"),
-    "<set>.name": ("identity", "which images"),
-    "<set>.trial_seed": ("identity", "which images"),
-    "<set>.of": ("identity", "which images"),
-    "<set>.corruptions": ("identity", "what the images look like"),
-    "<set>.severity": ("identity", "what the images look like"),
-    "<set>.seed": ("identity", "what the images look like"),
-    "<set>.size": ("identity", "what the images look like"),
-    "prompts.templates": ("identity", "both heads are made of them"),
-    "prompts.class_names": ("identity", "both heads are made of them"),
-    "train.learning_rate": ("identity", _METHOD),
-    "train.kl_weight": ("identity", _METHOD),
-    "train.alpha": ("identity", _METHOD),
-    "train.epochs": ("identity", _METHOD),
-    "train.batch_size": ("identity", _METHOD),
-    "train.micro_batch": ("running", "changes memory and the order of sums, not the gradient"),
-    "train.weight_decay": ("identity", _METHOD),
-    "train.decay": ("identity", _METHOD),
-    "train.warmup_steps": ("identity", _METHOD),
-    "train.clip_norm": ("identity", _METHOD),
-    "train.label_smoothing": ("identity", _METHOD),
-    "train.crop_scale": ("identity", _METHOD),
-    "train.class_head_form": ("identity", "changes the form of the stored weights"),
-    "train.head_bias": ("identity", _METHOD),
-    "train.head_lr_factor": ("identity", _METHOD),
-    "train.layer_decay": ("identity", _METHOD),
-    "train.freeze_layers": ("identity", _METHOD),
-    "train.lora_rank": ("identity", _METHOD),
-    "train.lora_alpha": ("identity", _METHOD),
-    "train.ema_decay": ("identity", _METHOD),
-    "train.recalibrate_batches": ("identity", _METHOD),
-    "train.context_scale": ("identity", _METHOD),
-    "train.precision": ("identity", "changes the rounding of every number"),
-    "train.grad_checkpointing": ("running", "changes memory and speed, not the gradient"),
-    "train.compile": ("identity", "changes the rounding of every number"),
-    "train.seed": ("identity", "choosing a luckier seed is selection on noise"),
-    "evaluate.every_epochs": ("identity", "when a training is looked at decides when a pruner may cut it"),
-    "evaluate.subset": ("identity", "the looks at trainings are compared with each other"),
-    "evaluate.batch_size": ("running", "changes memory alone"),
-    "search.trials": ("running", "how far"),
-    "search.space": ("space", _RANGE),
-    "search.space.<parameter>.type": ("space", _RANGE),
-    "search.space.<parameter>.low": ("space", _RANGE),
-    "search.space.<parameter>.high": ("space", _RANGE),
-    "search.space.<parameter>.log": ("space", _RANGE),
-    "search.space.<parameter>.step": ("space", _RANGE),
-    "search.space.<parameter>.choices": ("space", _RANGE),
-    "search.space.<parameter>.when": ("space", _RANGE),
-    "search.alpha.mode": ("identity", "part of the objective"),
-    "search.alpha.grid": ("identity", "part of the objective"),
-    "search.alpha.lowest": ("identity", "part of the objective"),
-    "search.objective.kind": ("identity", "ranks the trials"),
-    "search.objective.id_weight": ("identity", "ranks the trials"),
-    "search.objective.id_margin": ("identity", "what a confirm claims is fixed before it is seen"),
-    "search.objective.best": ("identity", "chooses the best trial"),
-    "search.objective.tolerance": ("identity", "chooses the best trial"),
-    "search.constraints.id_drop": ("identity", "part of the choice of alpha"),
-    "search.constraints.ece": ("identity", "part of the choice of alpha"),
-    "search.sampler.name": ("running", "a sampler reads the trials and proposes the next; it judges none"),
-    "search.sampler.seed": ("identity", "choosing a luckier seed is selection on noise; qmc goes on with its own"),
-    "search.sampler.startup_trials": ("running", "concerns proposals to come"),
-    "search.sampler.options": ("running", "concerns proposals to come"),
-    "search.pruner.name": ("identity", _CUT),
-    "search.pruner.first": ("identity", _CUT),
-    "search.pruner.factor": ("identity", _CUT),
-    "search.pruner.startup_trials": ("identity", _CUT),
-    "search.pruner.percentile": ("identity", _CUT),
-    "search.pruner.patience": ("identity", _CUT),
-    "search.points": ("running", "proposals to come"),
-    "search.warm_start": ("running", "proposals to come; what was taken in stays"),
-    "search.baselines": ("identity", "a trained baseline keeps its values; further ones may be added"),
-    "search.concurrency": ("running", "where and how fast"),
-    "search.keep_checkpoints": ("running", "what is kept"),
-    "resources.executor": ("running", "where and how fast"),
-    "resources.num_workers": ("running", "where and how fast"),
-    "resources.cpus_per_worker": ("running", "where and how fast"),
-    "resources.gpus_per_worker": ("running", "where and how fast"),
-    "resources.threads": ("running", "where and how fast"),
-    "resources.hang_timeout_s": ("running", "where and how fast"),
-    "budget.wall_time": ("running", "how far"),
-    "budget.gpu_hours": ("running", "how far"),
-}
+_CLASSES = {key.name: key.key.resume.kind for key in documented_keys()}
 _SETS = (("data", "train"), ("data", "id_val"), ("data", "id_test"))
 _NAMED_SETS = (("data", "ood_val"), ("data", "ood_test"))
 GENERATION = "generation"  # keys of the manifest
 RECIPES = "recipes"
-_MOVED = ("<set>.path", "<set>.root")
+_MOVED = (f"{SET}path", f"{SET}root")
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
@@ -202,22 +81,22 @@ MISSING = _Missing()
 
 def class_of(path: KeyPath) -> Class:
     """Returns the class of a key path of a recipe, or of one below it."""
-    return CLASSES[table_key(path)][0]
+    return _CLASSES[table_key(path)]
 
 
 def table_key(path: KeyPath) -> str:
-    """Returns the key of ``CLASSES`` for a key path: ``search.space.<parameter>.low`` for one of a parameter.
+    """Returns the name that documents have for a key path: ``search.space.<parameter>.low`` for one of a parameter.
 
     Raises:
         KeyError: No key of a recipe is meant.
     """
     below = path[2:] if path[:2] in _SETS else path[3:] if path[:2] in _NAMED_SETS else ()
     if below:  # the set that a corrupted one is made of has the keys of a set
-        return f"<set>.{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
+        return f"{SET}{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
     if path[:2] == ("search", "space") and len(path) > 3:
-        return f"search.space.<parameter>.{path[3]}"
+        return f"{PARAMETER}{path[3]}"
     for end in range(len(path), 0, -1):
-        if dotted(path[:end]) in CLASSES:
+        if dotted(path[:end]) in _CLASSES:
             return dotted(path[:end])
     raise KeyError(dotted(path))
 

@@ -1,0 +1,119 @@
+"""What the fields of a recipe are made of: their base class, the types of values, and what documents say of a key."""
+
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+# Strict: true is no number, '3' is no number, 1 is not true.
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+T = TypeVar("T")
+Class = Literal["identity", "space", "running"]
+REQUIRED: Any = ...  # in place of a default
+
+
+class Part(BaseModel):
+    """Base of every part of a recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return nothing_is_empty(value)
+
+
+class Resume(NamedTuple):
+    """Whether a key may change between two searches of one study, and why.
+
+    Attributes:
+        kind: ``identity`` never changes, ``space`` with ``--narrow`` or ``--widen``, ``running`` freely.
+        why: The reason.
+    """
+
+    kind: Class
+    why: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the documents say of a key, in Markdown. Attributes after ``resume`` are for what the field cannot say.
+
+    Attributes:
+        meaning: The meaning, in one line.
+        example: A value, as a recipe has it.
+        resume: Whether it may change when a study goes on.
+        type: Words for its type.
+        range: Words for the values that are allowed.
+        left_out: Words for its default.
+        not_searched: Of a field of ``train``: why no search space may have it.
+    """
+
+    meaning: str
+    example: str
+    resume: Resume
+    type: str = ""
+    range: str = ""
+    left_out: str = ""
+    not_searched: str = ""
+
+
+def key(default: T, meaning: str, example: str, resume: Resume, **words: str) -> T:
+    """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it; ``words`` as in ``Key``."""
+    said = Key(meaning, example, resume, **words)
+    field: T = Field(default, description=meaning, json_schema_extra={"key": vars(said)})
+    return field
+
+
+def key_of(field: FieldInfo) -> Key:
+    """Returns what the documents say of a field that ``key`` has made."""
+    return Key(**cast(dict[str, Any], field.json_schema_extra)["key"])
+
+
+def core_type(annotation: Any) -> Any:
+    """Strips ``Annotated`` and ``| None`` from a type."""
+    while True:
+        others = [argument for argument in get_args(annotation) if argument is not NoneType]
+        if get_origin(annotation) is Annotated or (len(others) == 1 and NoneType in get_args(annotation)):
+            annotation = others[0]
+        else:
+            return annotation
+
+
+def is_part(kind: Any) -> bool:
+    """Tells a part of a recipe from a plain type."""
+    return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def members(kind: Any) -> list[type[Part]]:
+    """Returns the parts of a union of parts, else nothing."""
+    return [member for member in get_args(core_type(kind)) if is_part(member)]
+
+
+def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses a name that stands twice."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+    return names
+
+
+def nothing_is_empty(value: Any) -> Any:
+    """A key with nothing behind it (every line under it is a comment) is an empty mapping."""
+    return {} if value is None else value
+
+
+def plain_value(value: Any) -> Any:
+    """Refuses lists and mappings."""
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be a number, a text, true, false or null")
+    return value

@@ -1,0 +1,64 @@
+"""Every key of a recipe, by the name that documents call it: ``train.epochs``, ``<set>.path``."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic.fields import FieldInfo
+
+from carft_ray.recipe.fields import Key, Part, core_type, is_part, key_of, members
+from carft_ray.recipe.parameters import Parameter
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import SetSpec
+
+SET = "<set>."  # before the keys of a set, whatever its role
+PARAMETER = "search.space.<parameter>."
+
+
+@dataclass(frozen=True)
+class DocumentedKey:
+    """A key of a recipe.
+
+    Attributes:
+        name: Its name in documents.
+        part: The part of the recipe that has it; the most general kind of sets where several have it.
+        field: Its field.
+    """
+
+    name: str
+    part: type[Part]
+    field: FieldInfo
+
+    @property
+    def key(self) -> Key:
+        """What the documents say of it."""
+        return key_of(self.field)
+
+
+@functools.cache
+def documented_keys() -> tuple[DocumentedKey, ...]:
+    """Returns every key in the order of the schema, those of sets and parameters last.
+
+    A key that several kinds of sets or of parameters have stands once for each, unless they inherit it.
+    """
+    kinds = [(SET, kind) for kind in members(SetSpec)] + [(PARAMETER, kind) for kind in members(Parameter)]
+    found = [*_keys(Recipe, ""), *(key for prefix, kind in kinds for key in _keys(kind, prefix))]
+    return tuple({(key.name, key.part): key for key in found}.values())
+
+
+def _keys(part: type[Part], prefix: str) -> Iterator[DocumentedKey]:
+    inner = []
+    for name, field in part.model_fields.items():
+        kind = core_type(field.annotation)
+        if is_part(kind):
+            inner.append((kind, f"{prefix}{name}."))
+        else:
+            yield DocumentedKey(f"{prefix}{name}", _home(part, name), field)
+    for kind, path in inner:
+        yield from _keys(kind, path)
+
+
+def _home(part: type[Part], name: str) -> type[Part]:
+    """Returns the most general part that has a field."""
+    bases = [base for base in part.__mro__ if issubclass(base, Part) and name in base.model_fields]
+    return bases[-1]

@@ -1,0 +1,153 @@
+"""The parameters of a search space."""
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from carft_ray.recipe.fields import (
+    REQUIRED,
+    Count,
+    Flag,
+    Number,
+    Part,
+    Positive,
+    Resume,
+    key,
+    nothing_is_empty,
+    plain_value,
+)
+from carft_ray.recipe.fine_tuning import field_kind
+
+SPACE = Resume("space", "the sampler must know one space; old trials are taken along where they lie inside")
+
+
+def _choices(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values:
+        raise ValueError("must be a value of the other parameter, or a list of them")
+    return tuple(plain_value(one) for one in values)
+
+
+When = Annotated[dict[str, Annotated[Any, BeforeValidator(_choices)]], BeforeValidator(nothing_is_empty)]
+Choice = Annotated[bool | int | float | str | None, BeforeValidator(plain_value)]
+
+
+# keys that several kinds of parameters have
+
+
+def _type(default: Any) -> Any:
+    return key(default, "kind of the parameter", "float", SPACE, left_out="from the keys and the field")
+
+
+def _low() -> Any:
+    return key(REQUIRED, "lower end, included", "1e-4", SPACE, range="inside the field's own range")
+
+
+def _high() -> Any:
+    return key(REQUIRED, "upper end, included", "1e-1", SPACE, range=">= low")
+
+
+def _log() -> bool:
+    return key(False, "draw on a log scale", "true", SPACE, range="`true` needs low > 0 and no step")
+
+
+def _step(default: Any) -> Any:
+    meaning = "distance of the values that are drawn; an int parameter has 1"
+    return key(default, meaning, "null", SPACE, range="> 0, divides high - low")
+
+
+def _when() -> Any:
+    return key(
+        {},
+        "categorical parameter: its value or values for which this one is drawn; elsewhere the field keeps its value "
+        "in `train`",
+        "{head_bias: true}",
+        SPACE,
+        type="parameter: value or list",
+        range="categorical parameters of the space, their choices; no circle; not for `alpha`",
+    )
+
+
+class FloatParameter(Part):
+    """A real number between two ends."""
+
+    type: Literal["float"] = _type("float")
+    low: Number = _low()
+    high: Number = _high()
+    log: Flag = _log()
+    step: Positive | None = _step(None)
+    when: When = _when()
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        _check_ends(self.low, self.high, self.log, self.step)
+        return self
+
+
+class IntParameter(Part):
+    """A whole number between two ends, both included."""
+
+    type: Literal["int"] = _type(REQUIRED)
+    low: Annotated[int, Field(strict=True)] = _low()
+    high: Annotated[int, Field(strict=True)] = _high()
+    log: Flag = _log()
+    step: Count = _step(1)
+    when: When = _when()
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        _check_ends(self.low, self.high, self.log, None if self.step == 1 else self.step)
+        return self
+
+
+class CategoricalParameter(Part):
+    """One of a list of values."""
+
+    type: Literal["categorical"] = _type(REQUIRED)
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)] = key(
+        REQUIRED,
+        "the values of a categorical parameter",
+        "[0.05, 0.1]",
+        SPACE,
+        type="list",
+        range="at least 1, none twice",
+    )
+    when: When = _when()
+
+    @field_validator("choices")
+    @classmethod
+    def _differ(cls, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({(isinstance(choice, bool), choice) for choice in choices}) < len(choices):
+            raise ValueError(f"choices must differ, but got {list(choices)}")
+        return choices
+
+
+def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
+    if low > high:
+        raise ValueError(f"low <= high must hold, but got low={low}, high={high}")
+    if log and low <= 0:
+        raise ValueError(f"low > 0 must hold with log: true, but got low={low}")
+    if log and step is not None:
+        raise ValueError(f"log: true and step exclude each other, but got step={step}")
+    # in decimals: 0.1 divides 0.9, which floats deny
+    if step is not None and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
+        raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
+
+
+Parameter = Annotated[FloatParameter | IntParameter | CategoricalParameter, Field(discriminator="type")]
+
+
+def name_types(space: Any) -> Any:
+    """Names the type of each parameter that leaves it out: from `choices`, else from the field that it searches."""
+    if not isinstance(space, dict):
+        return nothing_is_empty(space)
+    return {name: _name_type(name, parameter) for name, parameter in space.items()}
+
+
+def _name_type(name: str, parameter: Any) -> Any:
+    if not isinstance(parameter, dict) or "type" in parameter:
+        return parameter
+    if "choices" in parameter:
+        return {"type": "categorical", **parameter}
+    return {"type": "int" if field_kind(name) is int else "float", **parameter}

@@ -1,0 +1,411 @@
+"""The images of a recipe: the kinds of sets, and the sets by role."""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from carft_ray.recipe.fields import (
+    REQUIRED,
+    Count,
+    Fraction,
+    Part,
+    Positive,
+    Resume,
+    Seed,
+    SetName,
+    distinct_names,
+    key,
+    nothing_is_empty,
+)
+
+# ImageNet-C's fifteen, then its four extra ones
+Corruption = Literal[
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
+    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+]  # fmt: skip
+
+MEASURED = Resume("identity", "what the objective is measured on")
+TESTED = Resume("identity", "fixed before anything is selected")
+SHARED = Resume(
+    "running",
+    "the list of shared images is made once, before the first trial; with keep, images stand that are found later",
+)
+KEPT_IMAGES = Resume("running", "where and how images are kept; the pixels are the same")
+IMAGES = Resume("identity", "which images")
+SHOWN = Resume("identity", "what the images look like")
+LABELS = Resume("identity", "the labels")
+CLASS_NAMES = Resume("identity", "the meaning of the labels; a file may move, the names are compared")
+MOVED = Resume(
+    "running",
+    "images may move; their contents are compared with the manifest. Test sets move only together with `data.train`",
+)
+
+
+def _interval(value: Any) -> Any:
+    ends = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(ends) != 2 or not all(type(end) in (int, float) and 0 <= end <= 1 for end in ends) or ends[0] >= ends[1]:
+        raise ValueError("must be two fractions [from, to] with 0 <= from < to <= 1")
+    return tuple(float(end) for end in ends)
+
+
+def _sample_ids(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    ids = tuple(value) if isinstance(value, list | tuple) else ()
+    if not ids or not all(type(one) is int and 0 <= one < 2**64 for one in ids):
+        raise ValueError(
+            "must be a list of sample ids (whole numbers from 0 to 2**64 - 1), or the path of a file of them"
+        )
+    return ids
+
+
+def _class_names(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    if not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("must be a list of texts, or the path of a text file with one name per line")
+    return distinct_names(names)
+
+
+def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if {".", ".."} & set(names):
+        raise ValueError("must be names of folders, not paths")
+    return distinct_names(names)
+
+
+def _row_values(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not values or not all(isinstance(one, bool | int | str) for one in values):
+        raise ValueError("must be a text, a whole number, true or false, or a list of them")
+    return values
+
+
+def _sample_label(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"json:.+|[^:/\s]+", value) is None:
+        raise ValueError("must be the ending of a file such as cls, or json:KEY")
+    return value
+
+
+FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
+Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(_folder_names)]
+SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
+ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
+Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
+
+
+def _source() -> Any:
+    return key(REQUIRED, "where the images come from", "sandbox", IMAGES)
+
+
+class SandboxSet(Part):
+    """A set of procedural images: one domain, every class equally often."""
+
+    source: Literal["sandbox"] = _source()
+    domain: str = key(
+        REQUIRED,
+        "what the pictures look like",
+        "silhouette",
+        IMAGES,
+        range="a sandbox domain, such as `photo`, `sketch`, `painting`",
+    )
+    split: Literal["train", "val", "test"] = key(REQUIRED, "other split, other images", "val", IMAGES)
+    num_per_class: Count = key(REQUIRED, "images per class", "20", IMAGES)
+
+
+class StoredSet(Part):
+    """What every set of stored images has: where it lies, and which of its images belong to it."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
+
+    path: str = key(REQUIRED, "where the images lie", "../my_images", MOVED, range="a path")
+    part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(
+        None,
+        "the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no "
+        "image, so `id_val` can be cut from the images of `train`",
+        "[0, 0.1]",
+        IMAGES,
+        range="0 <= from < to <= 1",
+    )
+    shots: Count | None = key(None, "images per class, of the part; fewer shots are among more", "16", IMAGES)
+    shots_seed: Seed = key(0, "other seed, other shots", "1", IMAGES)
+    classes: Literal["all", "some"] = key(
+        "all",
+        "`all`: the set has every class of the class list; `some`: it has some of them, and its images are told apart "
+        "between those only",
+        "some",
+        Resume("identity", "between which classes images are told apart"),
+    )
+    on_bad_image: Literal["fail", "skip"] = key(
+        "fail",
+        "an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first "
+        "of a set and says where all are named, and the manifest counts them (every image is decoded once to find "
+        "them)",
+        "skip",
+        IMAGES,
+    )
+    exclude: SampleIds | None = key(
+        None,
+        "images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the "
+        "column `sample_id` of a CSV file",
+        "lists/bad_labels.csv",
+        Resume("identity", "which images; a file may move, the images that are left are compared"),
+        range="sample ids of the set, or a path",
+    )
+
+
+class FolderSet(StoredSet):
+    """Images in a tree ``path/domain/class/*.png|jpg``, or ``path/class/*`` without domains."""
+
+    source: Literal["folder"] = _source()
+    domains: Domains | None = key(
+        None,
+        "the folders of the tree that belong to the set; null: the class folders stand at `path`",
+        "[silhouette, quickdraw]",
+        IMAGES,
+        range="at least 1 name of a folder, none twice",
+    )
+
+
+class ColumnSet(StoredSet):
+    """A row per image: which columns hold what, and which rows belong to the set."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
+    image: str | None = key(
+        None,
+        "column with the images: paths, or the bytes of files; null: `image`, or the one column that can be it",
+        "file_name",
+        IMAGES,
+        range="a column",
+    )
+    label: str | None = key(
+        None,
+        "column with the labels: texts, or whole numbers from 0; null: `label`, or the one column that can be it",
+        "category",
+        LABELS,
+        range="a column",
+    )
+    id: str | None = key(
+        None,
+        "column with a stable name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash of the "
+        "bytes, for which the files are read once",
+        "image_id",
+        Resume("identity", "the names of the images, from which parts, shots and views are drawn"),
+        range="a column, no value twice",
+    )
+    root: str | None = key(
+        None,
+        "folder that paths of images count from; null: that of the files",
+        "../my_images",
+        MOVED,
+        range="a path; only with paths",
+    )
+    where: Where = key(
+        {},
+        "the rows that belong to the set, by the values of columns; sets without a value in common share no row",
+        "{fold: [1, 2]}",
+        IMAGES,
+        type="column: value or list",
+        range="columns of texts, whole numbers, true and false",
+    )
+    class_names: ClassNames | None = key(
+        None,
+        "names of the classes in the order of the numbers, as a list or a text file with one per line; null: those "
+        "that the files name (features of Hugging Face), else the texts of the labels, sorted",
+        "[cat, dog]",
+        CLASS_NAMES,
+        range="none twice",
+    )
+
+
+class TableSet(ColumnSet):
+    """CSV, Parquet or Arrow files with equal columns."""
+
+    source: Literal["table"] = _source()
+
+
+class HuggingFaceSet(ColumnSet):
+    """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
+
+    source: Literal["huggingface"] = _source()
+    split: str | None = key(
+        None, "split of the data set; null: the only one", "train", IMAGES, range="a split of the data set"
+    )
+
+
+class WebDatasetSet(StoredSet):
+    """Tar archives of samples: files of one name with several endings."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "class_names")
+    source: Literal["webdataset"] = _source()
+    image: str | None = key(
+        None, "ending of the images; null: the one image of each sample", "jpg", IMAGES, range="an ending"
+    )
+    label: Annotated[str | None, BeforeValidator(_sample_label)] = key(
+        None,
+        "ending of the file with the label, or `json:KEY`; null: `cls`",
+        "json:category",
+        LABELS,
+        range="an ending, or `json:KEY`",
+    )
+    class_names: ClassNames | None = key(
+        None,
+        "names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of "
+        "`classnames.txt` beside the shards, else the texts of the labels, sorted",
+        "[cat, dog]",
+        CLASS_NAMES,
+        range="none twice",
+    )
+
+
+class BenchmarkSet(StoredSet):
+    """A public benchmark as its archives unpack, with its own class list, splits and masks."""
+
+    source: Literal["benchmark"] = _source()
+    name: str = key(
+        REQUIRED,
+        "which benchmark: its class list, masks and splits",
+        "vlcs",
+        IMAGES,
+        range="a name of the table above",  # a key of recipe/benchmarks.py
+    )
+    split: str | None = key(
+        None, "split of the benchmark; null: all its images", "out", IMAGES, range="as the table above says"
+    )
+    domains: Domains | None = key(
+        None,
+        "domains of DomainBed's sets; null: all of them",
+        "[sketch]",
+        IMAGES,
+        range="at least 1 name of a domain, none twice",
+    )
+    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = key(
+        0, "DomainBed's `--trial_seed`, of its splits `in` and `out`", "1", IMAGES
+    )
+
+
+# every kind of set but those that are made of another
+PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | BenchmarkSet
+
+
+class CorruptedSet(Part):
+    """Another set under ImageNet-C's corruptions, each image under one of them."""
+
+    source: Literal["corrupted"] = _source()
+    of: Annotated[PlainSet, Field(discriminator="source")] = key(
+        REQUIRED,
+        "the set that is shown",
+        "{source: folder, path: images, part: [0, 0.1]}",
+        IMAGES,
+        range="a set of another source",
+    )
+    corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1), AfterValidator(distinct_names)] | None = key(
+        None,
+        "the corruptions that are drawn from; null: ImageNet-C's fifteen",
+        "[fog, gaussian_noise]",
+        SHOWN,
+        range="names of ImageNet-C, none twice",
+    )
+    severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, "how strong, as in ImageNet-C", "5", SHOWN)
+    seed: Seed = key(0, "other seed, other corruptions and other noise", "1", SHOWN)
+    size: Count = key(
+        224,
+        "larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as "
+        "ImageNet-C's were",
+        "336",
+        SHOWN,
+    )
+
+
+SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
+SetSpecs = Annotated[dict[SetName, SetSpec], BeforeValidator(nothing_is_empty)]
+
+
+def plain(spec: SetSpec) -> PlainSet:
+    """Returns the set of images that a set is made of: itself, or that which is shown corrupted."""
+    return spec.of if isinstance(spec, CorruptedSet) else spec
+
+
+class DataPart(Part):
+    """The sets by role. A set has one role; test roles are read by `test` alone."""
+
+    train: SetSpec = key(
+        REQUIRED,
+        "training images",
+        "{source: sandbox, domain: photo, split: train, num_per_class: 32}",
+        Resume("identity", "what is trained on"),
+        range="a set",
+    )
+    id_val: SetSpec = key(
+        REQUIRED,
+        "validation images like the training images",
+        "{source: sandbox, domain: photo, split: val, num_per_class: 125}",
+        MEASURED,
+        range="a set",
+    )
+    ood_val: SetSpecs = key(
+        {},
+        "validation images under other shifts, each set with the same weight",
+        "{silhouette: {source: sandbox, domain: silhouette, split: val, num_per_class: 63}}",
+        MEASURED,
+        range="names of sets",
+    )
+    id_test: SetSpec | None = key(
+        None,
+        "test images like the training images",
+        "{source: sandbox, domain: photo, split: test, num_per_class: 125}",
+        TESTED,
+        range="a set",
+    )
+    ood_test: SetSpecs = key(
+        {},
+        "test images under shifts, names other than in `ood_val`",
+        "{cartoon: {source: sandbox, domain: cartoon, split: test, num_per_class: 63}}",
+        TESTED,
+        range="names of sets",
+    )
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(_folder_names)] | None = key(
+        None,
+        "classes in the order of the labels; null: those of `train` (folders: sorted)",
+        "null",
+        Resume("identity", "the meaning of the labels"),
+        range="at least 2 names, none twice",
+    )
+    shared_images: Literal["drop", "keep", "fail"] = key(
+        "drop",
+        "images that stand in two roles: `drop` leaves them to the role nearest to the test, `keep` leaves all, and "
+        "test numbers are given without them too, `fail` ends with exit code 8",
+        "keep",
+        SHARED,
+    )
+    shared_limit: Fraction = key(
+        0.05,
+        "largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely "
+        "wrong",
+        "0.1",
+        SHARED,
+    )
+    cache_dir: str | None = key(
+        None, "folder for decoded images; null: the user's cache folder", "~/carft-cache", KEPT_IMAGES, range="a path"
+    )
+    cache_gb: Positive | None = key(
+        None,
+        "size of that folder in 10^9 bytes; after a build, what was not used for longest goes until it fits, but "
+        "nothing in use; null: no limit",
+        "50",
+        KEPT_IMAGES,
+    )
+    pack: Literal["auto", "always", "never"] = key(
+        "auto",
+        "keep the files of `train` as one file in the cache; auto: where they lie on network disks and the cache does "
+        "not, and the images of Parquet files",
+        "always",
+        KEPT_IMAGES,
+    )
+
+
+# keys of ``data`` that say where and how images are kept: other values of them do not make another study
+CACHE_KEYS = ("cache_dir", "cache_gb", "pack")
