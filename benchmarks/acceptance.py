@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from benchmarks.trainings import ID_TEST
 from carft_ray.evaluation.materials import ID_SET
-from carft_ray.recipe.schema import FloatParameter
+from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.results.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation, regret
 
 EDGE = 0.05  # share of a parameter's (log) range that counts as its edge

@@ -41,7 +41,8 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.launch.figure import Estimate, effect_figure
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import FloatParameter, Recipe
+from carft_ray.recipe.parameters import FloatParameter
+from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import objective_weights
 from carft_ray.results.intervals import (
     OVER_SEEDS_AND_IMAGES,

@@ -39,7 +39,8 @@ from carft_ray.data.source import ImageSet, Source
 from carft_ray.learning import loop
 from carft_ray.learning.classifier import normalised
 from carft_ray.learning.context import RunContext
-from carft_ray.recipe.schema import FolderSet, TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schema import FolderSet
 
 SIDE = 224
 SIZES = ((224, 224), (500, 375))
@@ -81,7 +82,7 @@ def evaluation_pass(images: ImageSet, batch_size: int, to_floats: bool) -> Pass:
 
 def training_pass(source: Source, batch_size: int, workers: int) -> Pass:
     """Returns a pass over the views of one epoch as the training loop makes them."""
-    train = TrainPart(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE)
+    train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE)
     steps = -(-len(source) // batch_size)
 
     def one_pass() -> int:

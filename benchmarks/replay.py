@@ -31,7 +31,8 @@ from carft_ray import console, files
 from carft_ray.errors import CarftError, DivergedError
 from carft_ray.layout import RESULT
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import FloatParameter, Recipe
+from carft_ray.recipe.parameters import FloatParameter
+from carft_ray.recipe.schema import Recipe
 from carft_ray.search.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
 from carft_ray.search.rows import best_row
 from carft_ray.search.study import open_study

@@ -29,7 +29,8 @@ from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import FloatParameter, FolderSet
+from carft_ray.recipe.parameters import FloatParameter
+from carft_ray.recipe.schema import FolderSet
 from carft_ray.search.outcome import trial_name
 from carft_ray.search.rows import trials
 

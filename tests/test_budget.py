@@ -21,21 +21,21 @@ from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.search import run_search
 from carft_ray.layout import ALIVE
-from carft_ray.recipe.schema import BudgetPart
+from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results import overview
 from carft_ray.search.rows import trials
 from carft_ray.search.study import open_study
 
 HERE = Path(__file__).parent
-HOUR = BudgetPart(wall_time=3600)
+HOUR = BudgetConfig(wall_time=3600)
 
 
 def budgeted(recipe, **budget):
-    return recipe.model_copy(update={"budget": BudgetPart(**budget)})
+    return recipe.model_copy(update={"budget": BudgetConfig(**budget)})
 
 
 def test_without_limits_nothing_is_used_up():
-    assert used_up(BudgetPart(), 1e9, 1e9) == ""
+    assert used_up(BudgetConfig(), 1e9, 1e9) == ""
 
 
 def test_the_wall_time_is_used_up_a_margin_before_its_end():
@@ -47,11 +47,11 @@ def test_the_wall_time_is_used_up_a_margin_before_its_end():
 
 def test_the_margin_is_never_more_than_a_share_of_the_limit():
     assert margin_s(8, 100) == LARGEST_MARGIN * 8
-    assert used_up(BudgetPart(gpu_hours=1), 0, 3600 * (1 - LARGEST_MARGIN) - 1, gpus=8, longest_end_s=1e6) == ""
+    assert used_up(BudgetConfig(gpu_hours=1), 0, 3600 * (1 - LARGEST_MARGIN) - 1, gpus=8, longest_end_s=1e6) == ""
 
 
 def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
-    limit = BudgetPart(gpu_hours=1)
+    limit = BudgetConfig(gpu_hours=1)
     assert used_up(limit, 0, 3599.9) == ""
     assert used_up(limit, 0, 3600).startswith("1 GPU hours are used (budget.gpu_hours, 1)")
     assert used_up(limit, 0, 3600 - 8 * 10, gpus=8, longest_end_s=9.9) == ""
@@ -66,7 +66,7 @@ def tune(tmp_path):
 
         def begin(began=None, **budget):
             events = []
-            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetPart(**budget), began))
+            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetConfig(**budget), began))
             driven.events = events
             return driven
 

@@ -15,8 +15,8 @@ from carft_ray.learning.catalog import (
     model_names,
     pretrained_tags,
 )
+from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import absolute_model
-from carft_ray.recipe.schema import ModelPart
 
 
 def test_names_and_tags_are_those_of_open_clip():
@@ -30,7 +30,7 @@ def test_each_tag_is_refused_under_the_name_of_the_other_activation(tmp_path):
     for name in open_clip.list_models():
         for tag in open_clip.list_pretrained_tags_by_model(name):
             quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
-            found = check_model(ModelPart(name=name, pretrained=tag))
+            found = check_model(ModelConfig(name=name, pretrained=tag))
             assert found == activation_problems(name, quick, f"'{tag}'")
             assert bool(found) is (quick != computes_quick_gelu(name))
 
@@ -40,11 +40,11 @@ def test_a_tag_random_and_a_file_are_weights(tmp_path, monkeypatch, pretrained):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("weights.pt", "plain"):
         (tmp_path / name).touch()
-    assert check_model(absolute_model(ModelPart(name="ViT-B/32", pretrained=pretrained), tmp_path)) == []
+    assert check_model(absolute_model(ModelConfig(name="ViT-B/32", pretrained=pretrained), tmp_path)) == []
 
 
 def problem_of(tmp_path, name, pretrained=None):
-    [problem] = check_model(ModelPart(name=name, pretrained=pretrained))
+    [problem] = check_model(ModelConfig(name=name, pretrained=pretrained))
     return str(problem)
 
 
@@ -66,13 +66,13 @@ def test_a_local_folder_is_checked_before_anything_is_loaded(tmp_path):
         f"{tmp_path}\n    Copy tokenizer.json and tokenizer_config.json of timm/ViT-B-16-SigLIP into it."
     )
     (tmp_path / "tokenizer.json").touch()
-    assert check_model(ModelPart(name=name)) == []
+    assert check_model(ModelConfig(name=name)) == []
     rule = "must be left out for a model.name that begins with local-dir:, which has its weights"
     assert problem_of(tmp_path, name, "openai") == f"model.pretrained: {rule}, but got 'openai'"
 
 
 def test_a_page_of_the_hub_and_a_folder_as_weights_are_checked(tmp_path):
-    assert check_model(ModelPart(name="hf-hub:timm/ViT-B-16-SigLIP")) == []
+    assert check_model(ModelConfig(name="hf-hub:timm/ViT-B-16-SigLIP")) == []
     rule = "model.name: hf-hub: needs the owner and the name of a page, but got 'hf-hub:nothing'"
     assert problem_of(tmp_path, "hf-hub:nothing") == rule
     assert problem_of(tmp_path, "ViT-B-32", str(tmp_path)) == (
@@ -82,13 +82,13 @@ def test_a_page_of_the_hub_and_a_folder_as_weights_are_checked(tmp_path):
 
 
 def test_a_wrong_tag_lists_random_the_nearest_and_few_more(tmp_path):
-    (problem,) = check_model(ModelPart(name="ViT-B-32", pretrained="laion2b_s34b_b79"))
+    (problem,) = check_model(ModelConfig(name="ViT-B-32", pretrained="laion2b_s34b_b79"))
     tags = pretrained_tags("ViT-B-32")
     assert problem.nearest == "laion2b_s34b_b79k"
     assert problem.allowed[:3] == ("random", "laion2b_s34b_b79k", tags[0])
     assert (len(problem.allowed), problem.allowed[-1]) == (7, f"{len(tags) + 1 - 6} more")
     assert problem.next_step == "All tags of it: carft-ray model ViT-B-32"
-    (problem,) = check_model(ModelPart(name="ViT-B-32", pretrained="rndom"))
+    (problem,) = check_model(ModelConfig(name="ViT-B-32", pretrained="rndom"))
     assert problem.nearest == problem.allowed[0] == "random"
 
 

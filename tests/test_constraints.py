@@ -18,7 +18,7 @@ from carft_ray.evaluation.predictions import concat, correct_matrix, predictions
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.constraints import alone, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import ConstraintsPart
+from carft_ray.recipe.schema import ConstraintsConfig
 from carft_ray.results.bootstrap import Candidate, bbc, meeting, resample, share_meeting
 from carft_ray.results.overview import listing, read_study, status
 from carft_ray.search.outcome import Failure, write_failure
@@ -43,7 +43,7 @@ def table_of(rng, accuracies, n=200, name="id_val"):
 
 
 def test_a_violation_is_what_is_missing_to_the_bound():
-    part = ConstraintsPart(id_drop={"zero_shot": 0.02, "plain": 0.0}, ece={"id_val": 0.1})
+    part = ConstraintsConfig(id_drop={"zero_shot": 0.02, "plain": 0.0}, ece={"id_val": 0.1})
     bounds = limits(part, {"zero_shot": 0.72, "plain": 0.8})
     assert (
         tuple(limit.name for limit in bounds)
@@ -319,7 +319,7 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
 
 def test_baselines_and_fresh_seeds_have_no_constraints():
     recipe = make_recipe(constraints={"id_drop": {"zero_shot": 0.1}})
-    assert alone(recipe).search.constraints == ConstraintsPart()
+    assert alone(recipe).search.constraints == ConstraintsConfig()
     assert alone(recipe).search.objective.kind == "weighted_mean"
 
 

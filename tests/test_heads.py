@@ -19,8 +19,9 @@ from carft_ray.evaluation.heads import cached_heads
 from carft_ray.launch.single import train_once
 from carft_ray.learning import build_heads
 from carft_ray.learning.clip import templates
+from carft_ray.recipe.fine_tuning import PromptsConfig
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import PromptsPart, Recipe
+from carft_ray.recipe.schema import Recipe
 from carft_ray.words import told_time_left
 
 
@@ -58,9 +59,9 @@ def test_no_class_or_no_template_is_refused(tiny_clip):
 
 def test_templates_are_those_of_the_benchmark_that_is_named():
     mine = ("a {}", "the {}")
-    assert templates(PromptsPart(templates=mine), ()) == mine
-    assert templates(PromptsPart(templates="dtd"), ()) == load_facts("dtd").templates
-    assert templates(PromptsPart(templates="imagenet"), ()) == templates(PromptsPart(templates="openai"), ())
+    assert templates(PromptsConfig(templates=mine), ()) == mine
+    assert templates(PromptsConfig(templates="dtd"), ()) == load_facts("dtd").templates
+    assert templates(PromptsConfig(templates="imagenet"), ()) == templates(PromptsConfig(templates="openai"), ())
 
 
 # ---- heads in the cache

@@ -11,7 +11,7 @@ from PIL import Image
 
 from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning.clip import load_clip
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def make_folder(folder, text=None, vision=None, **saved):
 
 
 def load(folder):
-    return load_clip(ModelPart(name=f"local-dir:{folder}"))
+    return load_clip(ModelConfig(name=f"local-dir:{folder}"))
 
 
 def logits_of_both(clip, model):

@@ -16,13 +16,13 @@ from carft_ray.learning.classifier import ImageClassifier, normalised
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
-from carft_ray.recipe.schema import TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
 
 CPU = torch.device("cpu")
 
 
 def settings(**values):
-    return TrainPart(**{"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, **values})
+    return TrainConfig(**{"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, **values})
 
 
 def largest_difference(a, b):

@@ -17,15 +17,15 @@ from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning.building import build_model
 from carft_ray.learning.clip import load_folder, state_hash
 from carft_ray.learning.describe import describe
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.fine_tuning import ModelConfig
 
 SCRIPT = """
 import resource, sys
 from pathlib import Path
 from carft_ray.learning.describe import describe
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.fine_tuning import ModelConfig
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = describe(ModelPart(name="ViT-bigG-14", pretrained="random"), Path())
+found = describe(ModelConfig(name="ViT-bigG-14", pretrained="random"), Path())
 print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -33,7 +33,7 @@ print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF)
 @pytest.mark.parametrize("kind", ["openai-vit", "openai-resnet", "siglip", "mobileclip2"])
 def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
     folder = make_folder(FAMILIES[kind], tmp_path)
-    found, clip = describe(ModelPart(name=f"local-dir:{folder}")), load_folder(folder)
+    found, clip = describe(ModelConfig(name=f"local-dir:{folder}")), load_folder(folder)
     visual = clip.model.visual
     assert found["input"]["size"] == clip.image_size
     assert (tuple(found["input"]["mean"]), tuple(found["input"]["std"])) == (clip.mean, clip.std)
@@ -51,13 +51,13 @@ def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
 
 
 def test_what_is_told_of_known_names():
-    found = describe(ModelPart(name="RN50-quickgelu", pretrained="openai"))
+    found = describe(ModelConfig(name="RN50-quickgelu", pretrained="openai"))
     assert found["weights"] == "not on this machine"
     assert found["logit_scale"] is None
     assert found["activations"] == {"image": "ReLU", "text": "QuickGELU"}
     assert found["widths"] == {"image": 2048, "text": 512, "embedding": 1024}
     assert {"tag": "openai", "name": "RN50-quickgelu", "quick_gelu": True} in found["tags"]
-    found = describe(ModelPart(name="ViT-L-14", pretrained="random"))
+    found = describe(ModelConfig(name="ViT-L-14", pretrained="random"))
     assert found["preprocessing_differs"]
     assert {tag["name"] for tag in found["tags"]} == {"ViT-L-14", "ViT-L-14-quickgelu"}
     assert [tag["tag"] for tag in found["tags"]] == open_clip.list_pretrained_tags_by_model("ViT-L-14")
@@ -78,12 +78,12 @@ def test_weights_that_do_not_fit_are_told_without_loading_them(tmp_path):
     with pytest.raises(
         DataError, match=r"the tensors of open_clip_model\.safetensors must be those of the model, but got"
     ):
-        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)))
+        describe(ModelConfig(name="ViT-B-32-quickgelu", pretrained=str(file)))
     file.write_bytes(b"\x00" * 100)
     with pytest.raises(DataError, match="must be a weights file that can be read"):
-        describe(ModelPart(name="ViT-B-32-quickgelu", pretrained=str(file)))
+        describe(ModelConfig(name="ViT-B-32-quickgelu", pretrained=str(file)))
     with pytest.raises(RecipeError, match="did you mean 'ViT-B-32'"):
-        describe(ModelPart(name="ViT-B-33"))
+        describe(ModelConfig(name="ViT-B-33"))
 
 
 def run(*words):
@@ -135,7 +135,7 @@ def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     (page / "refs").mkdir()
     (page / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    part = ModelPart(name="hf-hub:nobody/clip")
+    part = ModelConfig(name="hf-hub:nobody/clip")
     clip = load_clip(part)
     assert clip.weights_hash == load_folder(page / "snapshots" / ("a" * 40)).weights_hash
     assert describe(part)["logit_scale"] == pytest.approx(clip.logit_scale)

@@ -19,7 +19,7 @@ from carft_ray.launch import plan
 from carft_ray.launch.cluster import Node, capacity
 from carft_ray.launch.plan import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
 from carft_ray.recipe.draws import drawn, middle
-from carft_ray.recipe.schema import BudgetPart, SearchPart
+from carft_ray.recipe.schema import BudgetConfig, SearchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def measured(training_s=lambda values: 10.0, first_s=5.0, next_s=1.0):
 
 
 def space(**parameters):
-    return SearchPart.model_validate({"space": parameters}).space
+    return SearchConfig.model_validate({"space": parameters}).space
 
 
 # ---- slots
@@ -90,7 +90,7 @@ def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():
 
 
 def test_a_budget_that_is_too_small_is_told():
-    recipe = make_recipe(7, concurrency=2).model_copy(update={"budget": BudgetPart(wall_time=35.5)})
+    recipe = make_recipe(7, concurrency=2).model_copy(update={"budget": BudgetConfig(wall_time=35.5)})
     found = forecast(recipe, capacity(recipe, (Node(8, 0),)), measured())
     assert beyond_budget(recipe, found) == "budget.wall_time (35.5 s) will end it after about 50%."
     assert beyond_budget(make_recipe(7), found) == ""

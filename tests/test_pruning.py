@@ -19,7 +19,7 @@ from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import is_looked_at, percent, rungs
-from carft_ray.recipe.schema import PrunerPart, Recipe
+from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.results.foretold import foretold
 from carft_ray.results.overview import read_study, status
 from carft_ray.search.outcome import Failure, TrialRow, read_cut, write_failure
@@ -63,7 +63,7 @@ def optuna_pruner(part):
 )
 def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
     """40 trials of 20 epochs, three at a time, looks at random."""
-    part, rng = PrunerPart(**keys), np.random.default_rng(0)
+    part, rng = PrunerConfig(**keys), np.random.default_rng(0)
     study = optuna.create_study(direction="maximize", pruner=optuna_pruner(part), study_name="search")
     looks, complete, live, verdicts = {}, set(), {}, []
     for _ in range(3000):
@@ -106,14 +106,14 @@ def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
     ],
 )
 def test_rungs_end_before_the_training_does(keys, expected):
-    assert rungs(PrunerPart(**HALVING, **keys)) == expected
-    assert rungs(PrunerPart(name="median", **keys)) == ()
+    assert rungs(PrunerConfig(**HALVING, **keys)) == expected
+    assert rungs(PrunerConfig(name="median", **keys)) == ()
 
 
 @pytest.mark.parametrize("epochs", [3, 6, 10, 12, 17, 40])
 @pytest.mark.parametrize("keys", [{}, {"first": 0.1, "factor": 3}, {"first": 0.25}])
 def test_a_training_is_looked_at_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
-    part = PrunerPart(**HALVING, **keys)
+    part = PrunerConfig(**HALVING, **keys)
     looked = {epoch for epoch in range(1, epochs + 1) if is_looked_at(0, part, epoch, epochs)}
     shares = [part.first * part.factor**k for k in range(9) if part.first * part.factor**k < 1]
     assert looked == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
@@ -138,7 +138,7 @@ def test_a_look_counts_from_first_on_and_after_the_warm_up():
 
 
 def test_trainings_of_different_length_compare_at_their_percent():
-    part = PrunerPart(name="median", startup_trials=1)
+    part = PrunerConfig(name="median", startup_trials=1)
     others = [Looked(n, {percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
     assert cut_reason(part, "search", Looked(9, {40: 0.5}, complete=False), others).startswith("cut at 40 %: 50.0 %")
     assert cut_reason(part, "search", Looked(9, {40: 0.7}, complete=False), others) is None
@@ -351,7 +351,7 @@ def complete(number, look, objective, **more):
 
 
 def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_one_warned_of():
-    part = PrunerPart(**HALVING)
+    part = PrunerConfig(**HALVING)
     good = [complete(n, 0.1 * n, 0.2 + 0.01 * n) for n in range(10)]
     found = foretold(part, good)
     assert (found["trials"], found["warning"]) == (10, None)
@@ -367,9 +367,9 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
 
 def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end():
     looks = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
-    assert deciding_look(PrunerPart(**HALVING), looks) == 0.3
-    assert deciding_look(PrunerPart(name="median"), looks) == 0.4
-    assert deciding_look(PrunerPart(**HALVING), {33: 0.1}) is None
+    assert deciding_look(PrunerConfig(**HALVING), looks) == 0.3
+    assert deciding_look(PrunerConfig(name="median"), looks) == 0.4
+    assert deciding_look(PrunerConfig(**HALVING), {33: 0.1}) is None
 
 
 def test_status_holds_the_pruner(study_dir, recipe):

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from carft_ray.errors import RecipeError
 from carft_ray.recipe import advice, text
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig, field_kind
 from carft_ray.recipe.loading import (
     absolute_paths,
     dump_recipe,
@@ -28,7 +29,7 @@ from carft_ray.recipe.loading import (
 )
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
-from carft_ray.recipe.schema import Corruption, ModelPart, Recipe, TrainPart, field_kind
+from carft_ray.recipe.schema import Corruption, Recipe
 from carft_ray.recipe.space import apply, objective_weights
 
 BASE = """\
@@ -64,7 +65,7 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 # ---- one mistake, one message
 
 RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, budget"
-TRAIN_KEYS = ", ".join([*TrainPart.model_fields][:20]) + ", ..."  # as many as a message lists
+TRAIN_KEYS = ", ".join([*TrainConfig.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
     "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "
@@ -640,7 +641,7 @@ def test_a_part_with_nothing_in_it_keeps_its_defaults(tmp_path):
     more = "train:\n  # epochs: 3\nsearch:\n  space:\n  baselines:\nbudget:\n"
     base = BASE.replace("  ood_test:\n    painting", "  ood_test:\n    # painting")
     recipe = _load(tmp_path, more, base=base)
-    assert recipe.train == TrainPart()
+    assert recipe.train == TrainConfig()
     assert recipe.data.ood_test == {}
     assert recipe.search.space == {}
 
@@ -1043,7 +1044,7 @@ def test_a_recipe_that_was_written_loads_back_equal(tmp_path):
 def test_the_written_keys_stand_in_the_order_of_the_schema(tmp_path):
     value = text.parse(dump_recipe(_load(tmp_path)), "x").value
     assert list(value) == list(Recipe.model_fields)
-    assert list(value["train"]) == list(TrainPart.model_fields)
+    assert list(value["train"]) == list(TrainConfig.model_fields)
     assert list(value["data"]["ood_val"]) == ["sketch"]
 
 
@@ -1107,7 +1108,7 @@ def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path)
     assert {name: spec.path for name, spec in found.data.ood_val.items()} == {"one": "b/val", "two": "d/val"}
     assert (found.data.ood_test["x"].path, found.data.ood_test["x"].root) == ("x.csv", "pacs/sketch")
     assert (found.data.cache_dir, found.search.warm_start) == (None, ("old",))
-    tagged = recipe.model_copy(update={"model": ModelPart(name="ViT-B-32", pretrained="openai")})
+    tagged = recipe.model_copy(update={"model": ModelConfig(name="ViT-B-32", pretrained="openai")})
     assert portable_paths(tagged).model == tagged.model
     (tmp_path / "recipe.yaml").write_text(dump_recipe(found))
     assert load_recipe(tmp_path / "recipe.yaml") == absolute_paths(found, tmp_path.resolve())

@@ -25,7 +25,7 @@ from carft_ray.recipe import advice
 from carft_ray.recipe.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
-from carft_ray.recipe.schema import SamplerPart
+from carft_ray.recipe.schema import SamplerConfig
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import own_values, row_dict
 from carft_ray.search import samplers, space
@@ -225,7 +225,7 @@ def test_a_cell_of_the_table_is_as_it_says(tmp_path, name, feature):
 
 
 def test_the_table_is_whole_and_the_documentation_shows_it():
-    names = set(SamplerPart.model_fields["name"].annotation.__args__)
+    names = set(SamplerConfig.model_fields["name"].annotation.__args__)
     assert set(CELLS) == set(OPTIONS) == names
     assert all(list(cells) == list(USES) == list(FEATURES) for cells in CELLS.values())
     text = (BASE.parent / "docs" / "samplers.md").read_text()

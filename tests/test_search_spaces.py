@@ -10,10 +10,11 @@ from carft_ray.data.sandbox import QUICKSTART_SETS
 from carft_ray.recipe import tables, text
 from carft_ray.recipe.advice import check_searchable, warnings
 from carft_ray.recipe.fields import Class, members
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.rules import SEARCHABLE
-from carft_ray.recipe.schema import SandboxSet, SetSpec, TrainPart
+from carft_ray.recipe.schema import SandboxSet, SetSpec
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -134,7 +135,7 @@ def test_every_key_says_what_it_means_and_whether_it_may_change():
 
 def test_only_fields_of_train_say_that_they_cannot_be_searched():
     refused = {key.name for key in documented_keys() if key.key.not_searched}
-    assert refused == {f"train.{name}" for name in TrainPart.model_fields} - {f"train.{name}" for name in SEARCHABLE}
+    assert refused == {f"train.{name}" for name in TrainConfig.model_fields} - {f"train.{name}" for name in SEARCHABLE}
     assert SEARCHABLE
 
 

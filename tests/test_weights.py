@@ -17,7 +17,7 @@ from carft_ray.learning import weights
 from carft_ray.learning.building import build_model
 from carft_ray.learning.catalog import model_warnings
 from carft_ray.learning.clip import load_clip, load_folder
-from carft_ray.recipe.schema import ModelPart
+from carft_ray.recipe.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def listed(monkeypatch):
 
 
 def load(path, name=NAME):
-    return load_clip(ModelPart(name=name, pretrained=str(path)))
+    return load_clip(ModelConfig(name=name, pretrained=str(path)))
 
 
 def message(path, name=NAME, error=DataError):
@@ -281,7 +281,7 @@ def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
 )
 def test_a_bare_file_gets_a_warning_that_names_the_trap(name, path, start, tmp_path):
     written = None if path is None else str(tmp_path / path) if "." in path else path
-    found = model_warnings(ModelPart(name=name, pretrained=written))
+    found = model_warnings(ModelConfig(name=name, pretrained=written))
     assert [text.startswith(f"model.pretrained: {start}") for text in found] == ([] if start is None else [True])
 
 
@@ -290,8 +290,8 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkey
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for part, what in (
-        (ModelPart(name="ViT-B-32-quickgelu", pretrained="openai"), "the weights 'openai' of ViT-B-32-quickgelu"),
-        (ModelPart(name="hf-hub:nobody/nothing"), "hf-hub:nobody/nothing"),
+        (ModelConfig(name="ViT-B-32-quickgelu", pretrained="openai"), "the weights 'openai' of ViT-B-32-quickgelu"),
+        (ModelConfig(name="hf-hub:nobody/nothing"), "hf-hub:nobody/nothing"),
     ):
         with pytest.raises(DataError) as caught:
             load_clip(part)

@@ -120,12 +120,12 @@ def _check_options(
 def _check_model(model: str, pretrained: str | None, to: Path | None) -> None:
     """Raises a ``UsageError`` for a model or weights that no recipe may name; nothing is loaded."""
     from carft_ray.learning.catalog import check_model
+    from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import absolute_model
-    from carft_ray.recipe.schema import ModelPart
 
     base_dir = Path.cwd() if to is None else to.absolute().parent
     options = {"model.name": "--model", "model.pretrained": "--pretrained"}
-    problems = check_model(absolute_model(ModelPart(name=model, pretrained=pretrained), base_dir))
+    problems = check_model(absolute_model(ModelConfig(name=model, pretrained=pretrained), base_dir))
     if problems:
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
 

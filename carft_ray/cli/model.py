@@ -34,8 +34,8 @@ def model(
     """Show what a model is: input, tokens, s, layers by depth, memory, known weights. No weights are loaded."""
     from carft_ray import console
     from carft_ray.learning.catalog import RANDOM, SANDBOX, check_model, model_warnings
+    from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import LOCAL_DIR, load_recipe
-    from carft_ray.recipe.schema import ModelPart
 
     is_recipe = name.endswith(RECIPES)
     if is_recipe and pretrained is not None:
@@ -50,7 +50,7 @@ def model(
         if not has_own and Path(name).is_dir():
             name, has_own = f"{LOCAL_DIR}{name}", True
         weights = pretrained if pretrained is not None or has_own else RANDOM
-        part, train = ModelPart(name=name, pretrained=weights), None
+        part, train = ModelConfig(name=name, pretrained=weights), None
     if problems := check_model(part):  # before torch is loaded
         raise RecipeError(problems)
     for text in model_warnings(part):

@@ -14,19 +14,10 @@ from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema import (
-    BenchmarkSet,
-    CategoricalParameter,
-    CorruptedSet,
-    PlainSet,
-    Recipe,
-    SandboxSet,
-    SetSpec,
-    StoredSet,
-    plain,
-)
+from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, PlainSet, Recipe, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 
 TEST_ROLES = ("id_test", "ood_test")

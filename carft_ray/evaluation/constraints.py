@@ -23,7 +23,7 @@ from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import BoolArray, FloatArray, accuracy, select
 from carft_ray.layout import REFERENCES
 from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION
-from carft_ray.recipe.schema import ConstraintsPart
+from carft_ray.recipe.schema import ConstraintsConfig
 
 _ROUNDING = 1e-12
 
@@ -57,7 +57,7 @@ class Limit:
         )
 
 
-def limits(constraints: ConstraintsPart, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
+def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
     """Returns the constraints of a recipe with their bounds, in the order of ``recipe.constraints.constraint_names``.
 
     Args:
@@ -74,7 +74,7 @@ def limits(constraints: ConstraintsPart, id_accuracies: Mapping[str, float]) -> 
     return (*drops, *(Limit(f"{ECE}/{name}", "ece", name, bound) for name, bound in constraints.ece.items()))
 
 
-def stored_limits(constraints: ConstraintsPart, prepared_dir: Path) -> tuple[Limit, ...]:
+def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[Limit, ...]:
     """Returns the constraints by what the search has written beside its preparation.
 
     None without that file: baselines and trainings outside a search are never constrained.

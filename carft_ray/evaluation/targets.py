@@ -24,7 +24,9 @@ from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution
 from carft_ray.learning.memory import in_batches
-from carft_ray.recipe.schema import FloatParameter, IntParameter, Recipe, TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.parameters import FloatParameter, IntParameter
+from carft_ray.recipe.schema import Recipe
 
 VIEW_FIELDS = ("crop_scale", "context_scale")  # searched over, every trial has other targets
 
@@ -39,7 +41,7 @@ class TargetStore:
         folder: All targets of the study.
     """
 
-    def __init__(self, train: TrainPart, materials: Materials, context_head_TD: Tensor, folder: Path) -> None:
+    def __init__(self, train: TrainConfig, materials: Materials, context_head_TD: Tensor, folder: Path) -> None:
         self.train = train
         self.materials = materials
         self.context_head_TD = context_head_TD

@@ -8,13 +8,13 @@ its end is finished first. So the stop is asked for earlier, by the longest such
 A trial that cannot end within the rest is begun all the same: it leaves a checkpoint, and ``resume`` goes on with it.
 """
 
-from carft_ray.recipe.schema import BudgetPart
+from carft_ray.recipe.schema import BudgetConfig
 
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
 LARGEST_MARGIN = 0.25  # of the limit
 
 
-def used_up(limits: BudgetPart, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:
+def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:
     """Returns which limit is reached, as a sentence without a full stop; empty when none is.
 
     Args:

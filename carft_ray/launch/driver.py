@@ -31,7 +31,7 @@ from carft_ray.launch.events import (
 from carft_ray.launch.host_memory import told_of_full_memory
 from carft_ray.launch.leaks import Leaks
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
-from carft_ray.recipe.schema import BudgetPart
+from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.search.folder import BUDGET_STOP
 from carft_ray.search.outcome import Alive, Failure, TrialRow, TrialSpec, read_alive, read_failure
 from carft_ray.search.rows import best_row
@@ -97,7 +97,7 @@ class Driver:
         concurrency: int,
         on_event: Callable[[Event], None],
         gpus: float = 0.0,
-        budget: BudgetPart | None = None,
+        budget: BudgetConfig | None = None,
         began: float | None = None,
         *,
         hang_timeout_s: float | None = None,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
+from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 from carft_ray.recipe.loading import LOCAL_DIR, is_weights_path
-from carft_ray.recipe.schema import ModelPart, Recipe, TrainPart
+from carft_ray.recipe.schema import Recipe
 
 SANDBOX = "sandbox"
 RANDOM = "random"  # value of `pretrained` that asks for untrained weights
@@ -29,7 +30,7 @@ TOKENIZER_NAMES = (
 NUM_TAGS_LISTED = 6
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
-TOWER_DEFAULTS = {name: TrainPart.model_fields[name].default for name in TOWER_FIELDS}
+TOWER_DEFAULTS = {name: TrainConfig.model_fields[name].default for name in TOWER_FIELDS}
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 
 
@@ -112,7 +113,7 @@ def _open_clip() -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
-def check_model(model: ModelPart) -> list[Problem]:
+def check_model(model: ModelConfig) -> list[Problem]:
     """Returns what is wrong with ``model`` as far as names and local files tell; nothing is loaded.
 
     Args:
@@ -187,7 +188,7 @@ def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Pr
     return [Problem("model.name", rule, f"{name} ({given})", next_step=step)]
 
 
-def model_warnings(model: ModelPart) -> list[str]:
+def model_warnings(model: ModelConfig) -> list[str]:
     """Returns what may be wrong with a weights file, which carries no word of the activation it was trained with.
 
     Args:

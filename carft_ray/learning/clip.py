@@ -19,8 +19,8 @@ from carft_ray.learning.catalog import OPEN_CLIP_CONFIG, tokenizer_files
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.learning.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.fine_tuning import ModelConfig, PromptsConfig
 from carft_ray.recipe.loading import LOCAL_DIR
-from carft_ray.recipe.schema import ModelPart, PromptsPart
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = OPEN_CLIP_CONFIG
@@ -58,7 +58,7 @@ class Clip:
     weights_hash: str
 
 
-def load_clip(part: ModelPart) -> Clip:
+def load_clip(part: ModelConfig) -> Clip:
     """Loads the model that a recipe names.
 
     Args:
@@ -76,10 +76,10 @@ def load_clip(part: ModelPart) -> Clip:
 
 def load_folder(folder: Path) -> Clip:
     """Loads an open_clip folder (``open_clip_config.json`` and weights), or a CLIPModel folder of Hugging Face."""
-    return load_clip(ModelPart(name=f"{LOCAL_DIR}{folder.resolve()}"))
+    return load_clip(ModelConfig(name=f"{LOCAL_DIR}{folder.resolve()}"))
 
 
-def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
+def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the sentences with ``{}`` that a recipe's prompts name.
 
     'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name

@@ -17,13 +17,13 @@ from carft_ray.learning.layers import layer_groups, layer_label
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config, preprocessing_kinds
 from carft_ray.learning.tower import layer_factors, training_bytes
 from carft_ray.learning.weights import compare, for_model, misfit_problem, only_positions, read_header, shapes_of
-from carft_ray.recipe.schema import ModelPart, TrainPart
+from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 
 FLOAT32 = 4  # bytes
 ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU")  # classes of torch and timm
 
 
-def describe(part: ModelPart, train: TrainPart | None = None) -> dict[str, Any]:
+def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, Any]:
     """Returns what ``carft-ray model`` tells; nothing is fetched but the configuration of a page of the hub.
 
     Args:

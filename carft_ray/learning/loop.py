@@ -49,7 +49,7 @@ from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_le
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.learning.tower import shape_tower
-from carft_ray.recipe.schema import TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class _Means:
         return {key: total / max(self.num_images, 1) for key, total in self.totals.items()}
 
 
-def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainPart, device: torch.device) -> ImageClassifier:
+def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> ImageClassifier:
     """Returns the zero-shot classifier that a training starts from, on ``device``, in the precision of the recipe."""
     dtype = torch.float64 if train.precision == "fp64" else torch.float32
     classifier = ImageClassifier(
@@ -148,7 +148,7 @@ def fine_tune(
     class_head_CD: Tensor,
     context_head_TD: Tensor,
     source: Source,
-    train: TrainPart,
+    train: TrainConfig,
     context: RunContext | None = None,
     *,
     device: torch.device | None = None,
@@ -276,7 +276,7 @@ class _Loss:
     frozen: ImageClassifier | None  # None: plain fine-tuning
     context_head_TD: Tensor
     context_scale: float
-    train: TrainPart
+    train: TrainConfig
     stored_targets: StoredTargets | None
 
     def backward(
@@ -332,7 +332,7 @@ def _resume(
     classifier: ImageClassifier,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
-    train: TrainPart,
+    train: TrainConfig,
     context: RunContext,
 ) -> tuple[int, _Means]:
     """Puts the newest valid checkpoint into model, optimizer and average; returns its step and the epoch's means.
@@ -369,7 +369,7 @@ def _resume(
 
 def _views(
     source: Source,
-    train: TrainPart,
+    train: TrainConfig,
     image_size: int,
     context: RunContext,
     first_step: int,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray.errors import OutOfMemoryError, Problem
-from carft_ray.recipe.schema import TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or any(known in text for known in TEXTS))
 
 
-def micro_batch_of(train: TrainPart, num_workers: int) -> int:
+def micro_batch_of(train: TrainConfig, num_workers: int) -> int:
     """Returns the images of one forward pass of a worker: ``micro_batch``, at most its part of the global batch."""
     part = math.ceil(train.batch_size / num_workers)
     return min(train.micro_batch or part, part)
 
 
 @contextlib.contextmanager
-def told_with_numbers(train: TrainPart, image_size: int, device: "torch.device", num_workers: int) -> Iterator[None]:
+def told_with_numbers(train: TrainConfig, image_size: int, device: "torch.device", num_workers: int) -> Iterator[None]:
     """Turns want of memory in a training into an ``OutOfMemoryError`` with micro-batch, image size and memory."""
     try:
         yield

@@ -32,8 +32,8 @@ from carft_ray.learning.catalog import (
     tokenizer_files,
 )
 from carft_ray.learning.weights import State, folder_files, is_from_openai, read_weights
+from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
-from carft_ray.recipe.schema import ModelPart
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError)  # of open_clip, for its configurations
@@ -62,7 +62,7 @@ class Opened:
 
 
 def open_model(
-    part: ModelPart,
+    part: ModelConfig,
     device: str = "cpu",
     read: Callable[[Path, str], State] = read_weights,
     may_fetch: bool = True,
@@ -107,7 +107,7 @@ def open_model(
     return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
 
 
-def image_tower(part: ModelPart) -> nn.Module | None:
+def image_tower(part: ModelConfig) -> nn.Module | None:
     """Builds the image tower of a model from its configuration alone, without memory.
 
     Args:

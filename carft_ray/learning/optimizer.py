@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.tower import layer_factors
-from carft_ray.recipe.schema import TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
 
 EPS = 1e-8
 BETAS = (0.9, 0.999)
 
 
-def build_optimizer(classifier: ImageClassifier, train: TrainPart) -> torch.optim.AdamW:
+def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.optim.AdamW:
     """Returns AdamW over the image tower and the class head.
 
     Each group holds ``lr_factor``: its learning rate is the scheduled one times this factor, which differs by layer

@@ -17,10 +17,12 @@ from carft_ray.learning.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.layers import layer_groups
 from carft_ray.learning.lora import add_corrections, matrices
-from carft_ray.recipe.schema import CategoricalParameter, Recipe, TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.parameters import CategoricalParameter
+from carft_ray.recipe.schema import Recipe
 
 
-def shape_tower(classifier: ImageClassifier, train: TrainPart) -> None:
+def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
     """Makes trainable, in place, what the recipe says of the image tower.
 
     Raises:
@@ -52,7 +54,7 @@ def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (len(layers) - index) for index, layer in enumerate(layers) for name in layer}
 
 
-def tower_problems(visual: nn.Module, train: TrainPart) -> list[Problem]:
+def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
     """Returns what a tower cannot do of what ``train`` asks."""
     if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
         return []
@@ -100,7 +102,7 @@ def _adapted(visual: nn.Module, frozen: int) -> dict[str, Tensor]:
     return matrices(visual, [name for index in blocks for name in layers[index]])
 
 
-def num_trained(visual: nn.Module, train: TrainPart) -> int:
+def num_trained(visual: nn.Module, train: TrainConfig) -> int:
     """Returns how many numbers of a tower train: all, those of layers that are not frozen, or those of LoRA."""
     if train.lora_rank is not None:
         return sum(train.lora_rank * sum(matrix.shape) for matrix in _adapted(visual, train.freeze_layers).values())

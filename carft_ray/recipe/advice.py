@@ -15,7 +15,7 @@ from carft_ray.recipe.schema import (
     BenchmarkSet,
     CorruptedSet,
     Corruption,
-    PrunerPart,
+    PrunerConfig,
     Recipe,
     SandboxSet,
     SetSpec,
@@ -111,7 +111,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
     yield from sampler_advice(recipe)
     for key, names in PRUNER_KEYS.items():
-        given = getattr(search.pruner, key) != PrunerPart.model_fields[key].default
+        given = getattr(search.pruner, key) != PrunerConfig.model_fields[key].default
         if given and search.pruner.name not in names:
             yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:

@@ -5,7 +5,8 @@ from typing import Any
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.messages import Finding, shown
-from carft_ray.recipe.schema import CategoricalParameter, Parameter, Recipe
+from carft_ray.recipe.parameters import CategoricalParameter, Parameter
+from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath
 
 

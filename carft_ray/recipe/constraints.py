@@ -6,14 +6,14 @@ of a training under ``violation/<name>``.
 
 from collections.abc import Mapping
 
-from carft_ray.recipe.schema import ConstraintsPart, Recipe
+from carft_ray.recipe.schema import ConstraintsConfig, Recipe
 
 VIOLATION = "violation/"  # before the name of a constraint, in metrics
 ID_DROP, ECE = "id_drop", "ece"
 # in the folder of the preparation: ID accuracy of the baselines under which a trial may fall only so far
 
 
-def constraint_names(constraints: ConstraintsPart) -> tuple[str, ...]:
+def constraint_names(constraints: ConstraintsConfig) -> tuple[str, ...]:
     """Returns the names of all constraints: ``id_drop/<baseline>``, then ``ece/<set>``."""
     drops = [f"{ID_DROP}/{name}" for name in constraints.id_drop]
     return (*drops, *(f"{ECE}/{name}" for name in constraints.ece))
@@ -43,5 +43,5 @@ def alone(recipe: Recipe) -> Recipe:
     objective = recipe.search.objective
     if objective.kind == "pareto":
         objective = objective.model_copy(update={"kind": "weighted_mean"})
-    search = recipe.search.model_copy(update={"constraints": ConstraintsPart(), "objective": objective})
+    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig(), "objective": objective})
     return recipe.model_copy(update={"search": search})

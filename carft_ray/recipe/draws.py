@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray.recipe.conditions import in_order, is_active
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 
 
 def drawn(space: Mapping[str, Parameter], rng: np.random.Generator) -> dict[str, Any]:

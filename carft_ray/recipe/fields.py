@@ -11,10 +11,10 @@ from pydantic.fields import FieldInfo
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 T = TypeVar("T")
@@ -22,7 +22,7 @@ Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default
 
 
-class Part(BaseModel):
+class Config(BaseModel):
     """Base of every part of a recipe: frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,14 +90,14 @@ def core_type(annotation: Any) -> Any:
             return annotation
 
 
-def is_part(kind: Any) -> bool:
+def is_config(kind: Any) -> bool:
     """Tells a part of a recipe from a plain type."""
-    return isinstance(kind, type) and issubclass(kind, Part)
+    return isinstance(kind, type) and issubclass(kind, Config)
 
 
-def members(kind: Any) -> list[type[Part]]:
+def members(kind: Any) -> list[type[Config]]:
     """Returns the parts of a union of parts, else nothing."""
-    return [member for member in get_args(core_type(kind)) if is_part(member)]
+    return [member for member in get_args(core_type(kind)) if is_config(member)]
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,15 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from carft_ray.recipe.fields import (
-    Count,
+    Config,
     Flag,
     Fraction,
-    NonNegative,
-    Part,
-    Positive,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     Resume,
     Seed,
-    Whole,
     core_type,
     key,
 )
@@ -51,7 +51,7 @@ def _words(value: Any) -> Any:
     return tuple(value)
 
 
-class ModelPart(Part):
+class ModelConfig(Config):
     """Which CLIP to start from."""
 
     name: str = key(
@@ -70,7 +70,7 @@ class ModelPart(Part):
     )
 
 
-class PromptsPart(Part):
+class PromptsConfig(Config):
     """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
 
     templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = key(
@@ -92,11 +92,11 @@ class PromptsPart(Part):
     )
 
 
-class TrainPart(Part):
+class TrainConfig(Config):
     """One fine-tuning. A field without ``not_searched`` may be a parameter of the search space."""
 
-    learning_rate: Positive = key(1e-5, "peak learning rate of AdamW", "3e-5", METHOD)
-    kl_weight: NonNegative = key(
+    learning_rate: PositiveFloat = key(1e-5, "peak learning rate of AdamW", "3e-5", METHOD)
+    kl_weight: NonNegativeFloat = key(
         1.0,
         "coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale",
         "10",
@@ -108,11 +108,11 @@ class TrainPart(Part):
         "0.6",
         METHOD,
     )
-    epochs: Count = key(10, "passes over the training set", "6", METHOD)
-    batch_size: Count = key(
+    epochs: PositiveInt = key(10, "passes over the training set", "6", METHOD)
+    batch_size: PositiveInt = key(
         512, "images per step, over all workers", "64", METHOD, range=">= 1, at most the training set"
     )
-    micro_batch: Count | None = key(
+    micro_batch: PositiveInt | None = key(
         None,
         "images per forward pass and worker, changes memory and not the gradient; null: the worker's whole part; "
         "halved where memory is short",
@@ -121,14 +121,14 @@ class TrainPart(Part):
         range="1 to `batch_size`",
         not_searched=ONLY_SPEED,
     )
-    weight_decay: NonNegative = key(0.1, "weight decay of AdamW", "0.05", METHOD)
+    weight_decay: NonNegativeFloat = key(0.1, "weight decay of AdamW", "0.05", METHOD)
     decay: Literal["all", "matrices"] = key(
         "all", "which tensors decay: all, or only matrices (no norms, no biases)", "matrices", METHOD
     )
-    warmup_steps: Whole | None = key(
+    warmup_steps: NonNegativeInt | None = key(
         None, "steps of linear warm-up; null: 500, but at most a tenth of all steps", "100", METHOD
     )
-    clip_norm: Positive | None = key(1.0, "largest gradient norm; null: no clipping", "null", METHOD)
+    clip_norm: PositiveFloat | None = key(1.0, "largest gradient norm; null: no clipping", "null", METHOD)
     label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = key(
         0.0, "share of the label spread over all classes", "0.1", METHOD
     )
@@ -143,7 +143,7 @@ class TrainPart(Part):
         not_searched="Both forms give the same model at the same settings: only the stored numbers differ.",
     )
     head_bias: Flag = key(False, "a trained bias in the class head", "true", METHOD)
-    head_lr_factor: NonNegative = key(
+    head_lr_factor: NonNegativeFloat = key(
         1.0, "learning rate of the class head, relative to the tower's; 0 freezes it", "0", METHOD
     )
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(
@@ -153,7 +153,7 @@ class TrainPart(Part):
         "0.75",
         METHOD,
     )
-    freeze_layers: Whole = key(
+    freeze_layers: NonNegativeInt = key(
         0,
         "lowest layers of the image tower that do not train (stem, blocks, projection); all of them: the class head "
         "alone trains",
@@ -161,7 +161,7 @@ class TrainPart(Part):
         METHOD,
         range="0 to the number of layers",
     )
-    lora_rank: Count | None = key(
+    lora_rank: PositiveInt | None = key(
         None,
         "the matrices of the tower's blocks train by corrections of this rank (LoRA), nothing else of the tower "
         "trains; null: all trains",
@@ -169,7 +169,7 @@ class TrainPart(Part):
         METHOD,
         range="1 to the smallest side of a matrix",
     )
-    lora_alpha: Positive | None = key(
+    lora_alpha: PositiveFloat | None = key(
         None, "LoRA's corrections count `lora_alpha / lora_rank` times; null: once", "16", METHOD
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(
@@ -179,14 +179,14 @@ class TrainPart(Part):
         "0.99",
         METHOD,
     )
-    recalibrate_batches: Whole = key(
+    recalibrate_batches: NonNegativeInt = key(
         0,
         "for towers with BatchNorm: batches of 128 clean training images from which the running statistics of mixed "
         "weights are computed anew; 0: they stay those of the zero-shot model",
         "10",
         METHOD,
     )
-    context_scale: Positive | None = key(
+    context_scale: PositiveFloat | None = key(
         None, "scale in the context softmax; null: the model's own logit scale", "50", METHOD
     )
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key(
@@ -223,27 +223,27 @@ class TrainPart(Part):
 
 def field_kind(name: str) -> type:
     """Returns what a field of ``train`` holds: float, int, bool or str; float for a name that is no field."""
-    field = TrainPart.model_fields.get(name)
+    field = TrainConfig.model_fields.get(name)
     if field is None:
         return float
     kind = core_type(field.annotation)
     return kind if kind in (float, int, bool) else str
 
 
-class EvaluatePart(Part):
+class EvaluateConfig(Config):
     """Evaluation while a training runs; the end is always evaluated in full."""
 
-    every_epochs: Whole = key(
+    every_epochs: NonNegativeInt = key(
         1,
         "epochs between looks at a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is "
         "always in full",
         "2",
         Resume("identity", "when a training is looked at decides when a pruner may cut it"),
     )
-    subset: Count = key(
+    subset: PositiveInt = key(
         250,
         "images per set in the evaluations on the way",
         "1000",
         Resume("identity", "the looks at trainings are compared with each other"),
     )
-    batch_size: Count = key(256, "images per forward pass; halved where memory is short", "64", MEMORY)
+    batch_size: PositiveInt = key(256, "images per forward pass; halved where memory is short", "64", MEMORY)

@@ -7,7 +7,8 @@ from decimal import Decimal
 from typing import Any
 
 from carft_ray.recipe.conditions import active_values, in_order, is_active, same
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema import Recipe
 
 TOLERANCE = 1e-8  # of a step, by which a drawn value may miss the grid; Optuna's own
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
-from carft_ray.recipe.fields import Key, Part, core_type, is_part, key_of, members
+from carft_ray.recipe.fields import Config, Key, core_type, is_config, key_of, members
 from carft_ray.recipe.parameters import Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SetSpec
@@ -26,7 +26,7 @@ class DocumentedKey:
     """
 
     name: str
-    part: type[Part]
+    part: type[Config]
     field: FieldInfo
 
     @property
@@ -46,11 +46,11 @@ def documented_keys() -> tuple[DocumentedKey, ...]:
     return tuple({(key.name, key.part): key for key in found}.values())
 
 
-def _keys(part: type[Part], prefix: str) -> Iterator[DocumentedKey]:
+def _keys(part: type[Config], prefix: str) -> Iterator[DocumentedKey]:
     inner = []
     for name, field in part.model_fields.items():
         kind = core_type(field.annotation)
-        if is_part(kind):
+        if is_config(kind):
             inner.append((kind, f"{prefix}{name}."))
         else:
             yield DocumentedKey(f"{prefix}{name}", _home(part, name), field)
@@ -58,7 +58,7 @@ def _keys(part: type[Part], prefix: str) -> Iterator[DocumentedKey]:
         yield from _keys(kind, path)
 
 
-def _home(part: type[Part], name: str) -> type[Part]:
+def _home(part: type[Config], name: str) -> type[Config]:
     """Returns the most general part that has a field."""
-    bases = [base for base in part.__mro__ if issubclass(base, Part) and name in base.model_fields]
+    bases = [base for base in part.__mro__ if issubclass(base, Config) and name in base.model_fields]
     return bases[-1]

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
+from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import CorruptedSet, ModelPart, Recipe, StoredSet
+from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
@@ -173,7 +174,7 @@ def absolute_set(spec: Any, base_dir: Path) -> Any:
     return _set_with_paths(spec, lambda written: str(resolve_path(written, base_dir)))
 
 
-def absolute_model(model: ModelPart, base_dir: Path) -> ModelPart:
+def absolute_model(model: ModelConfig, base_dir: Path) -> ModelConfig:
     """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
     if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():
         model = model.model_copy(update={"pretrained": str(path)})  # a file without an ending that tells it
@@ -245,7 +246,7 @@ def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
     return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
 
 
-def _model_with_paths(model: ModelPart, change: Callable[[str], str]) -> ModelPart:
+def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> ModelConfig:
     named = {}
     if model.pretrained is not None and is_weights_path(model.pretrained):
         named["pretrained"] = change(model.pretrained)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.fields import core_type, is_part, members
+from carft_ray.recipe.fields import core_type, is_config, members
 from carft_ray.recipe.schema import FORMAT_VERSION, Recipe
 from carft_ray.recipe.text import KeyPath, dotted
 
@@ -156,7 +156,7 @@ def child_type(kind: Any, piece: str | int) -> Any:
     """Returns the type of what stands under a key, or None when such a key cannot be."""
     kind = core_type(kind)
     for member in members(kind) or [kind]:
-        if is_part(member) and piece in member.model_fields:
+        if is_config(member) and piece in member.model_fields:
             return core_type(_annotation(member, str(piece)))
     if get_origin(kind) is dict:
         return core_type(get_args(kind)[1])
@@ -168,7 +168,7 @@ def child_type(kind: Any, piece: str | int) -> Any:
 def keys_of(kind: Any) -> tuple[str, ...] | None:
     """Returns the keys that may stand in a value of a type; None when it holds no fixed keys."""
     kind = core_type(kind)
-    parts = members(kind) or ([kind] if is_part(kind) else [])
+    parts = members(kind) or ([kind] if is_config(kind) else [])
     return tuple(dict.fromkeys(key for part in parts for key in part.model_fields)) or None
 
 
@@ -188,7 +188,7 @@ def _fixed_paths(part: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPat
         yield (*prefix, key)
     for key in part.model_fields:
         kind = core_type(_annotation(part, key))
-        if is_part(kind):
+        if is_config(kind):
             yield from _fixed_paths(kind, (*prefix, key))
 
 

@@ -7,11 +7,11 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from carft_ray.recipe.fields import (
     REQUIRED,
-    Count,
+    Config,
     Flag,
     Number,
-    Part,
-    Positive,
+    PositiveFloat,
+    PositiveInt,
     Resume,
     key,
     nothing_is_empty,
@@ -69,14 +69,14 @@ def _when() -> Any:
     )
 
 
-class FloatParameter(Part):
+class FloatParameter(Config):
     """A real number between two ends."""
 
     type: Literal["float"] = _type("float")
     low: Number = _low()
     high: Number = _high()
     log: Flag = _log()
-    step: Positive | None = _step(None)
+    step: PositiveFloat | None = _step(None)
     when: When = _when()
 
     @model_validator(mode="after")
@@ -85,14 +85,14 @@ class FloatParameter(Part):
         return self
 
 
-class IntParameter(Part):
+class IntParameter(Config):
     """A whole number between two ends, both included."""
 
     type: Literal["int"] = _type(REQUIRED)
     low: Annotated[int, Field(strict=True)] = _low()
     high: Annotated[int, Field(strict=True)] = _high()
     log: Flag = _log()
-    step: Count = _step(1)
+    step: PositiveInt = _step(1)
     when: When = _when()
 
     @model_validator(mode="after")
@@ -101,7 +101,7 @@ class IntParameter(Part):
         return self
 
 
-class CategoricalParameter(Part):
+class CategoricalParameter(Config):
     """One of a list of values."""
 
     type: Literal["categorical"] = _type(REQUIRED)

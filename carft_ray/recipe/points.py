@@ -6,9 +6,11 @@ from typing import Any
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.conditions import is_active, same
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.grid import decimal
 from carft_ray.recipe.messages import SYNONYMS, Finding, shown
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe, TrainPart
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath
 
 NESTED = "train"
@@ -73,7 +75,7 @@ def _point(path: KeyPath, point: Mapping[str, Any], space: Mapping[str, Paramete
 
 def _stranger(place: KeyPath, name: str, value: Any, space: Mapping[str, Parameter]) -> Finding:
     meant = SYNONYMS.get(name, name).removeprefix("train.")
-    if name in TrainPart.model_fields:
+    if name in TrainConfig.model_fields:
         step = f"A value that all trials share belongs into train: {name}: {shown(value)}."
         return Finding(place, "must be a parameter of search.space", allowed=tuple(space), next_step=step)
     near = meant if meant in space else nearest(meant, tuple(space))

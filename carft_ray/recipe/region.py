@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal
 
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.rules import SEARCHABLE
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.recipe.schema import Recipe
 
 Direction = Literal["narrow", "widen"]
 DIRECTIONS: tuple[Direction, ...] = ("narrow", "widen")

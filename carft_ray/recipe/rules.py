@@ -8,30 +8,19 @@ from pydantic import ValidationError
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.conditions import condition_findings
-from carft_ray.recipe.fields import key_of
+from carft_ray.recipe.fields import core_type, key_of
+from carft_ray.recipe.fine_tuning import TemplateSet, TrainConfig, field_kind
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
-from carft_ray.recipe.schema import (
-    BenchmarkSet,
-    CategoricalParameter,
-    CorruptedSet,
-    IntParameter,
-    Parameter,
-    Recipe,
-    SetSpec,
-    TemplateSet,
-    TrainPart,
-    core_type,
-    field_kind,
-    plain,
-)
+from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, Recipe, SetSpec, plain
 from carft_ray.recipe.text import KeyPath
 
 # field of train -> why no search space may have it
-NOT_SEARCHABLE = {name: why for name, field in TrainPart.model_fields.items() if (why := key_of(field).not_searched)}
-SEARCHABLE = tuple(key for key in TrainPart.model_fields if key not in NOT_SEARCHABLE)
+NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() if (why := key_of(field).not_searched)}
+SEARCHABLE = tuple(key for key in TrainConfig.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
@@ -179,9 +168,9 @@ def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
 def train_findings(values: Mapping[str, Any], prefix: KeyPath) -> list[Finding]:
     """Checks values of fields of ``train``; paths of the findings are ``prefix`` and the field."""
     try:
-        TrainPart.model_validate(dict(values))
+        TrainConfig.model_validate(dict(values))
     except ValidationError as error:
-        return findings(error, TrainPart, prefix)
+        return findings(error, TrainConfig, prefix)
     return []
 
 
@@ -204,7 +193,7 @@ def _space(recipe: Recipe) -> Iterator[Finding]:
 def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Finding]:
     kind = field_kind(name)
     if kind in (bool, str) and not isinstance(parameter, CategoricalParameter):
-        words = ("true", "false") if kind is bool else get_args(core_type(TrainPart.model_fields[name].annotation))
+        words = ("true", "false") if kind is bool else get_args(core_type(TrainConfig.model_fields[name].annotation))
         yield Finding(
             path,
             f"{name} is no number and needs choices",

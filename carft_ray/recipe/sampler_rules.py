@@ -11,7 +11,8 @@ from typing import Any, Literal
 from carft_ray.errors import nearest
 from carft_ray.recipe.grid import grid_size, num_values
 from carft_ray.recipe.messages import Finding, shown
-from carft_ray.recipe.schema import CategoricalParameter, Recipe
+from carft_ray.recipe.parameters import CategoricalParameter
+from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath
 from carft_ray.words import counted
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from carft_ray.recipe.schema import CategoricalParameter, FloatParameter, PrunerPart, Recipe
+from carft_ray.recipe.parameters import CategoricalParameter, FloatParameter
+from carft_ray.recipe.schema import PrunerConfig, Recipe
 
 END = 100  # percent of a schedule
 HALVING = ("successive_halving", "hyperband")
@@ -32,12 +33,12 @@ def percent(epoch: int, epochs: int) -> int:
     return round(END * epoch / epochs)
 
 
-def first_percent(pruner: PrunerPart) -> int:
+def first_percent(pruner: PrunerConfig) -> int:
     """Returns the percent before which no training is cut."""
     return max(1, round(END * pruner.first))
 
 
-def rungs(pruner: PrunerPart) -> tuple[int, ...]:
+def rungs(pruner: PrunerConfig) -> tuple[int, ...]:
     """Returns where halving compares, in percent: ``first * factor**k``, as far as it is under 1; none for others."""
     found: list[int] = []
     share, rung = pruner.first, first_percent(pruner)
@@ -47,7 +48,7 @@ def rungs(pruner: PrunerPart) -> tuple[int, ...]:
     return tuple(found)
 
 
-def is_looked_at(every_epochs: int, pruner: PrunerPart, epoch: int, epochs: int) -> bool:
+def is_looked_at(every_epochs: int, pruner: PrunerConfig, epoch: int, epochs: int) -> bool:
     """Tells whether a training is evaluated on the subset at the end of an epoch.
 
     It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.

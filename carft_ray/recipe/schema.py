@@ -14,27 +14,31 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from carft_ray.recipe.fields import (
-    Count,
+    Config,
     Fraction,
-    NonNegative,
-    Part,
-    Positive,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
     Resume,
     Seed,
     SetName,
-    core_type,
     key,
     nothing_is_empty,
 )
-from carft_ray.recipe.fine_tuning import EvaluatePart, ModelPart, PromptsPart, TemplateSet, TrainPart, field_kind
-from carft_ray.recipe.parameters import SPACE, CategoricalParameter, FloatParameter, IntParameter, Parameter, name_types
+from carft_ray.recipe.fine_tuning import (
+    EvaluateConfig,
+    ModelConfig,
+    PromptsConfig,
+    TrainConfig,
+)
+from carft_ray.recipe.parameters import SPACE, Parameter, name_types
 from carft_ray.recipe.sets import (
     CACHE_KEYS,
     BenchmarkSet,
     ColumnSet,
     CorruptedSet,
     Corruption,
-    DataPart,
+    DataConfig,
     FolderSet,
     HuggingFaceSet,
     PlainSet,
@@ -49,40 +53,28 @@ from carft_ray.recipe.sets import (
 __all__ = [  # of this module and of those below
     "CACHE_KEYS",
     "FORMAT_VERSION",
-    "AlphaPart",
+    "AlphaConfig",
     "BenchmarkSet",
-    "BudgetPart",
-    "CategoricalParameter",
+    "BudgetConfig",
     "ColumnSet",
-    "ConstraintsPart",
+    "ConstraintsConfig",
     "CorruptedSet",
     "Corruption",
-    "DataPart",
-    "EvaluatePart",
-    "FloatParameter",
+    "DataConfig",
     "FolderSet",
     "HuggingFaceSet",
-    "IntParameter",
-    "ModelPart",
-    "ObjectivePart",
-    "Parameter",
-    "Part",
+    "ObjectiveConfig",
     "PlainSet",
-    "PromptsPart",
-    "PrunerPart",
+    "PrunerConfig",
     "Recipe",
-    "ResourcesPart",
-    "SamplerPart",
+    "ResourcesConfig",
+    "SamplerConfig",
     "SandboxSet",
-    "SearchPart",
+    "SearchConfig",
     "SetSpec",
     "StoredSet",
     "TableSet",
-    "TemplateSet",
-    "TrainPart",
     "WebDatasetSet",
-    "core_type",
-    "field_kind",
     "plain",
     "seconds_of",
 ]
@@ -118,7 +110,7 @@ def _amount(value: float) -> float:
     return value
 
 
-class AlphaPart(Part):
+class AlphaConfig(Config):
     """How the mixing coefficient is found."""
 
     mode: Literal["profile", "sample"] = key(
@@ -154,7 +146,7 @@ class AlphaPart(Part):
         return grid
 
 
-class ObjectivePart(Part):
+class ObjectiveConfig(Config):
     """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
 
     kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key(
@@ -192,7 +184,7 @@ class ObjectivePart(Part):
     )
 
 
-class ConstraintsPart(Part):
+class ConstraintsConfig(Config):
     """What the chosen weights of a trial must keep; part of its choice of alpha, and told to the sampler."""
 
     id_drop: dict[SetName, Fraction] = key(
@@ -213,7 +205,7 @@ class ConstraintsPart(Part):
     )
 
 
-class SamplerPart(Part):
+class SamplerConfig(Config):
     """Who proposes the next values."""
 
     name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = key(
@@ -225,7 +217,7 @@ class SamplerPart(Part):
         "1",
         Resume("identity", "choosing a luckier seed is selection on noise; qmc goes on with its own"),
     )
-    startup_trials: Count | None = key(
+    startup_trials: PositiveInt | None = key(
         None,
         "random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, "
         "which learns nothing from them",
@@ -243,7 +235,7 @@ class SamplerPart(Part):
     )
 
 
-class PrunerPart(Part):
+class PrunerConfig(Config):
     """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
 
     name: Literal["none", "successive_halving", "hyperband", "median", "percentile", "patience"] = key(
@@ -258,11 +250,11 @@ class PrunerPart(Part):
         "3",
         CUT,
     )
-    startup_trials: Count = key(4, "`median`, `percentile`: complete trials before anything is cut", "8", CUT)
+    startup_trials: PositiveInt = key(4, "`median`, `percentile`: complete trials before anything is cut", "8", CUT)
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(
         25.0, "`percentile`: the best share of the trainings that goes on, in percent", "50.0", CUT
     )
-    patience: Count = key(
+    patience: PositiveInt = key(
         3,
         "`patience`: looks in a row that may stay below the best before them; one more and the training is cut",
         "2",
@@ -270,10 +262,10 @@ class PrunerPart(Part):
     )
 
 
-class SearchPart(Part):
+class SearchConfig(Config):
     """What is searched and how long."""
 
-    trials: Count = key(16, "trainings, baselines not counted", "30", HOW_FAR)
+    trials: PositiveInt = key(16, "trainings, baselines not counted", "30", HOW_FAR)
     space: Annotated[dict[str, Parameter], BeforeValidator(name_types)] = key(
         {},
         "the search space; `search` needs at least one parameter",
@@ -282,11 +274,11 @@ class SearchPart(Part):
         type="field of train: parameter",
         range="fields of train marked *",
     )
-    alpha: AlphaPart = AlphaPart()
-    objective: ObjectivePart = ObjectivePart()
-    constraints: ConstraintsPart = ConstraintsPart()
-    sampler: SamplerPart = SamplerPart()
-    pruner: PrunerPart = PrunerPart()
+    alpha: AlphaConfig = AlphaConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    constraints: ConstraintsConfig = ConstraintsConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    pruner: PrunerConfig = PrunerConfig()
     points: tuple[dict[str, Any], ...] = key(
         (),
         "values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; "
@@ -311,14 +303,14 @@ class SearchPart(Part):
         type="name: fields of train",
         range="any name but `zero_shot`, which is always shown",
     )
-    concurrency: Count | None = key(
+    concurrency: PositiveInt | None = key(
         None,
         "trials at a time; null: what the machine or cluster holds; one fewer each time that Ray ends a trial for want "
         "of memory",
         "2",
         HOW_FAST,
     )
-    keep_checkpoints: Count = key(
+    keep_checkpoints: PositiveInt = key(
         3,
         "best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings "
         "on a Pareto front); the results of the others stay",
@@ -327,7 +319,7 @@ class SearchPart(Part):
     )
 
 
-class ResourcesPart(Part):
+class ResourcesConfig(Config):
     """What one trial gets."""
 
     executor: Literal["auto", "inline", "ray-train", "debug"] = key(
@@ -337,11 +329,11 @@ class ResourcesPart(Part):
         "ray-train",
         HOW_FAST,
     )
-    num_workers: Count = key(1, "workers of one trial", "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
-    cpus_per_worker: Annotated[Positive, AfterValidator(_amount)] = key(
+    num_workers: PositiveInt = key(1, "workers of one trial", "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
+    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] = key(
         1.0, "CPU cores per worker", "4", HOW_FAST, range=">= 0.0001"
     )
-    gpus_per_worker: Annotated[NonNegative, AfterValidator(_amount)] | None = key(
+    gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
         None,
         "GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share lies on one GPU: with 0.3, three trials "
         "run on each",
@@ -349,8 +341,8 @@ class ResourcesPart(Part):
         HOW_FAST,
         range="0, a whole number, or 0.0001 to 1 with one worker",
     )
-    threads: Count | None = key(None, "torch threads per worker; null: `cpus_per_worker`", "1", HOW_FAST)
-    hang_timeout_s: Positive | None = key(
+    threads: PositiveInt | None = key(None, "torch threads per worker; null: `cpus_per_worker`", "1", HOW_FAST)
+    hang_timeout_s: PositiveFloat | None = key(
         3600.0,
         "in a search: a trial without a training step for so many seconds is ended and tried again, and its log says "
         "what its threads did; longer than its evaluations; null: never",
@@ -364,10 +356,10 @@ class ResourcesPart(Part):
         return self.threads or max(1, int(self.cpus_per_worker))
 
 
-class BudgetPart(Part):
+class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Annotated[Positive, BeforeValidator(seconds_of)] | None = key(
+    wall_time: Annotated[PositiveFloat, BeforeValidator(seconds_of)] | None = key(
         None,
         "time of one `search` or `resume`, in seconds or as a text; then it ends with its best and can be resumed",
         "8h",
@@ -375,7 +367,7 @@ class BudgetPart(Part):
         type="float or text",
         range="> 0; `45m`, `8h`, `1h30m`",
     )
-    gpu_hours: Positive | None = key(
+    gpu_hours: PositiveFloat | None = key(
         None,
         "GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with "
         "its best",
@@ -384,7 +376,7 @@ class BudgetPart(Part):
     )
 
 
-class Recipe(Part):
+class Recipe(Config):
     """Everything about one study. A value of this type is valid."""
 
     format_version: Literal[1] = key(1, "version of this format", "1", Resume("identity", "the form of the folder"))
@@ -395,11 +387,11 @@ class Recipe(Part):
         Resume("running", "for people; nothing is computed from it"),
         range="a name",
     )
-    model: ModelPart = ModelPart()
-    data: DataPart
-    prompts: PromptsPart = PromptsPart()
-    train: TrainPart = TrainPart()
-    evaluate: EvaluatePart = EvaluatePart()
-    search: SearchPart = SearchPart()
-    resources: ResourcesPart = ResourcesPart()
-    budget: BudgetPart = BudgetPart()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    prompts: PromptsConfig = PromptsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    search: SearchConfig = SearchConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    budget: BudgetConfig = BudgetConfig()

@@ -7,10 +7,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from carft_ray.recipe.fields import (
     REQUIRED,
-    Count,
+    Config,
     Fraction,
-    Part,
-    Positive,
+    PositiveFloat,
+    PositiveInt,
     Resume,
     Seed,
     SetName,
@@ -101,7 +101,7 @@ def _source() -> Any:
     return key(REQUIRED, "where the images come from", "sandbox", IMAGES)
 
 
-class SandboxSet(Part):
+class SandboxSet(Config):
     """A set of procedural images: one domain, every class equally often."""
 
     source: Literal["sandbox"] = _source()
@@ -113,10 +113,10 @@ class SandboxSet(Part):
         range="a sandbox domain, such as `photo`, `sketch`, `painting`",
     )
     split: Literal["train", "val", "test"] = key(REQUIRED, "other split, other images", "val", IMAGES)
-    num_per_class: Count = key(REQUIRED, "images per class", "20", IMAGES)
+    num_per_class: PositiveInt = key(REQUIRED, "images per class", "20", IMAGES)
 
 
-class StoredSet(Part):
+class StoredSet(Config):
     """What every set of stored images has: where it lies, and which of its images belong to it."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
@@ -130,7 +130,7 @@ class StoredSet(Part):
         IMAGES,
         range="0 <= from < to <= 1",
     )
-    shots: Count | None = key(None, "images per class, of the part; fewer shots are among more", "16", IMAGES)
+    shots: PositiveInt | None = key(None, "images per class, of the part; fewer shots are among more", "16", IMAGES)
     shots_seed: Seed = key(0, "other seed, other shots", "1", IMAGES)
     classes: Literal["all", "some"] = key(
         "all",
@@ -291,7 +291,7 @@ class BenchmarkSet(StoredSet):
 PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | BenchmarkSet
 
 
-class CorruptedSet(Part):
+class CorruptedSet(Config):
     """Another set under ImageNet-C's corruptions, each image under one of them."""
 
     source: Literal["corrupted"] = _source()
@@ -311,7 +311,7 @@ class CorruptedSet(Part):
     )
     severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, "how strong, as in ImageNet-C", "5", SHOWN)
     seed: Seed = key(0, "other seed, other corruptions and other noise", "1", SHOWN)
-    size: Count = key(
+    size: PositiveInt = key(
         224,
         "larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as "
         "ImageNet-C's were",
@@ -329,7 +329,7 @@ def plain(spec: SetSpec) -> PlainSet:
     return spec.of if isinstance(spec, CorruptedSet) else spec
 
 
-class DataPart(Part):
+class DataConfig(Config):
     """The sets by role. A set has one role; test roles are read by `test` alone."""
 
     train: SetSpec = key(
@@ -391,7 +391,7 @@ class DataPart(Part):
     cache_dir: str | None = key(
         None, "folder for decoded images; null: the user's cache folder", "~/carft-cache", KEPT_IMAGES, range="a path"
     )
-    cache_gb: Positive | None = key(
+    cache_gb: PositiveFloat | None = key(
         None,
         "size of that folder in 10^9 bytes; after a build, what was not used for longest goes until it fits, but "
         "nothing in use; null: no limit",

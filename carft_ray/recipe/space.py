@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carft_ray.errors import RecipeError
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.rules import batch_findings, train_findings
-from carft_ray.recipe.schema import ObjectivePart, Recipe, TrainPart
+from carft_ray.recipe.schema import ObjectiveConfig, Recipe
 from carft_ray.recipe.text import dotted
 
 
@@ -22,14 +23,16 @@ def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     merged = {**recipe.train.model_dump(), **values}
     found = train_findings(merged, ("train",))
     if not found:
-        applied = recipe.model_copy(update={"train": TrainPart.model_validate(merged)})
+        applied = recipe.model_copy(update={"train": TrainConfig.model_validate(merged)})
         found = list(batch_findings(applied))
     if found:
         raise RecipeError([finding.at(dotted(finding.path)) for finding in found])
     return applied
 
 
-def objective_weights(objective: ObjectivePart, ood_names: Sequence[str], id_name: str = "id_val") -> dict[str, float]:
+def objective_weights(
+    objective: ObjectiveConfig, ood_names: Sequence[str], id_name: str = "id_val"
+) -> dict[str, float]:
     """Returns the weight of each set's accuracy in a weighted mean: w for ID, (1 - w) / m for each of m OOD sets.
 
     Args:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from carft_ray.recipe.fields import Part, Resume, core_type, members
-from carft_ray.recipe.fine_tuning import TrainPart
+from carft_ray.recipe.fields import Config, Resume, core_type, members
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import SET, DocumentedKey, documented_keys
 from carft_ray.recipe.sets import (
     BenchmarkSet,
@@ -31,7 +31,7 @@ from carft_ray.recipe.sets import (
 COMMAND = "python -m carft_ray.recipe.tables"
 ROOT = Path(__file__).parents[2]
 # the table of what a kind of sets adds to a more general one
-KINDS: dict[type[Part], str] = {
+KINDS: dict[type[Config], str] = {
     SandboxSet: "sandbox",
     StoredSet: "stored",
     FolderSet: "folder",
@@ -90,7 +90,7 @@ def _row(keys: Sequence[DocumentedKey]) -> str:
     key, field = keys[0].key, keys[0].field
     types = key.type or " or ".join(dict.fromkeys(_type_words(one.field.annotation) for one in keys))
     ranges = key.range or ", ".join(_range_words(one) for one in keys)
-    marked = f"* {key.meaning}" if keys[0].part is TrainPart and not key.not_searched else key.meaning
+    marked = f"* {key.meaning}" if keys[0].part is TrainConfig and not key.not_searched else key.meaning
     return _line(f"`{keys[0].name}`", marked, types, key.left_out or _default_words(field), ranges, f"`{key.example}`")
 
 

@@ -11,7 +11,8 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.layout import CONFIRM, MANIFEST, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
-from carft_ray.recipe.schema import Recipe, TrainPart
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schema import Recipe
 from carft_ray.results.overview import find_row, folder_of, is_study, require_claimed
 from carft_ray.results.pareto import placed
 from carft_ray.search.folder import FORMAT_VERSION
@@ -155,7 +156,7 @@ def _finished(folder: Path, name: str, base: Recipe, provenance: dict[str, Any],
     try:
         if result is None:
             raise ValueError("no objective, or another format")
-        recipe = base.model_copy(update={"train": TrainPart.model_validate(result["train"])})
+        recipe = base.model_copy(update={"train": TrainConfig.model_validate(result["train"])})
     except (ValueError, KeyError) as error:
         again = "Restore it from a copy; `carft-ray search` never changes a finished trial."
         raise StorageError(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from carft_ray.recipe.schema import PrunerPart
+from carft_ray.recipe.schema import PrunerConfig
 from carft_ray.results.intervals import rank_correlation
 from carft_ray.search.outcome import TrialRow
 from carft_ray.search.pruning import deciding_look
@@ -13,7 +13,7 @@ WEAK = 0.3  # rank correlation under which a warning is given,
 ENOUGH = 10  # from this many complete trials on
 
 
-def foretold(pruner: PrunerPart, rows: Sequence[TrialRow]) -> dict[str, Any]:
+def foretold(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any]:
     """Returns what is told of a pruner, as plain data.
 
     Args:

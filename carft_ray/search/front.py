@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray.recipe.constraints import total_violation
-from carft_ray.recipe.schema import ObjectivePart
+from carft_ray.recipe.schema import ObjectiveConfig
 from carft_ray.search.outcome import TrialRow
 from carft_ray.words import counted
 
@@ -128,7 +128,7 @@ class FrontRule:
         return f"lexicographic, highest OOD within {counted(100 * self.tolerance, 'point')} of the best ID"
 
 
-def front_rule(objective: ObjectivePart) -> FrontRule | None:
+def front_rule(objective: ObjectiveConfig) -> FrontRule | None:
     """Returns the rule of a recipe, or None when its search has one objective."""
     return FrontRule(objective.best, objective.tolerance) if objective.kind == "pareto" else None
 

@@ -23,8 +23,9 @@ from carft_ray.recipe.fields import Class
 from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
+from carft_ray.recipe.parameters import Parameter
 from carft_ray.recipe.region import DIRECTIONS, Direction, directions
-from carft_ray.recipe.schema import CorruptedSet, Parameter, Recipe, StoredSet, plain
+from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.search import provenance
 from carft_ray.search.folder import FORMAT_VERSION, check_free_or_claimed

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray.recipe.schedule import END, HALVING, first_percent, num_warmup_steps, percent, rungs
-from carft_ray.recipe.schema import PrunerPart, Recipe
+from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.words import counted
 
 LOOK = "subset/objective"  # in a line of metrics.jsonl
@@ -59,7 +59,7 @@ def look_of(recipe: Recipe, values: Mapping[str, Any], row: Mapping[str, Any]) -
     return None if step < first_percent(recipe.search.pruner) or row["step"] < warmup else (step, float(value))
 
 
-def cut_reason(pruner: PrunerPart, study_name: str, mine: Looked, others: Sequence[Looked]) -> str | None:
+def cut_reason(pruner: PrunerConfig, study_name: str, mine: Looked, others: Sequence[Looked]) -> str | None:
     """Returns why a training is cut at its last look, in one line; None when it goes on.
 
     The end of a training is no reason: what has come so far is complete.
@@ -85,7 +85,7 @@ def cut_reason(pruner: PrunerPart, study_name: str, mine: Looked, others: Sequen
     return None if why is None else f"cut at {step} %: {why}"
 
 
-def deciding_look(pruner: PrunerPart, looks: Mapping[int, float]) -> float | None:
+def deciding_look(pruner: PrunerConfig, looks: Mapping[int, float]) -> float | None:
     """Returns the last look at which a training could have been cut; None when there was none.
 
     With halving it is that at the last rung.
@@ -142,7 +142,7 @@ def _patience(patience: int, looks: Mapping[int, float]) -> str | None:
     return f"{patience + 1} looks in a row stayed below {_shown(best)}" if last < best else None
 
 
-def _bracket(pruner: PrunerPart, study_name: str, number: int) -> int:
+def _bracket(pruner: PrunerConfig, study_name: str, number: int) -> int:
     """Returns the bracket of a trial, which leaves out so many rungs; always 0 but for hyperband.
 
     As Optuna's ``HyperbandPruner`` has it: of K brackets the one that leaves out b rungs gets

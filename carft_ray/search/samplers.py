@@ -27,8 +27,9 @@ from optuna.samplers import (
     TPESampler,
 )
 
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.sampler_rules import population_size, startup_trials
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.recipe.schema import Recipe
 from carft_ray.search.optuna_private import on_one_thread
 
 GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together

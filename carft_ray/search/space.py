@@ -5,8 +5,9 @@ from optuna.trial import TrialState
 
 from carft_ray.recipe.conditions import in_order, is_active
 from carft_ray.recipe.grid import grid_index, grid_size
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.points import flat
-from carft_ray.recipe.schema import CategoricalParameter, IntParameter, Parameter, Recipe
+from carft_ray.recipe.schema import Recipe
 from carft_ray.search.optuna_private import running_trial
 from carft_ray.search.samplers import make_sampler
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.recipe.schema import ResourcesPart
+from carft_ray.recipe.schema import ResourcesConfig
 from carft_ray.search.outcome import read_alive, read_result
 
 ATTRIBUTE = "attempts_s"
@@ -26,7 +26,7 @@ def gpu_seconds_of(attributes: Mapping[str, Any]) -> float:
     return float(sum(seconds * gpus for seconds, gpus in attributes.get(ATTRIBUTE, {}).values()))
 
 
-def left_behind(folder: Path, attempt: int, resources: ResourcesPart) -> list[float]:
+def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> list[float]:
     """Returns [seconds, GPUs] of an attempt whose driver was killed, by what lies in its folder; zeros for no trace.
 
     Args:
