@@ -25,7 +25,7 @@ from pathlib import Path
 from carft_ray.learning.describe import describe
 from carft_ray.recipe.fine_tuning import ModelConfig
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = describe(ModelConfig(name="ViT-bigG-14", pretrained="random"), Path())
+found = describe(ModelConfig(name="ViT-bigG-14", pretrained="random"))
 print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
