@@ -40,7 +40,7 @@ from carft_ray.data.sets import check_roles, check_sets, class_names
 from carft_ray.errors import DataError
 from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.loading import resolve_path
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Corruption, Recipe, SetSpec, plain
 
@@ -124,7 +124,7 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     spec = TypeAdapter(SetSpec).validate_python(
         {"source": "benchmark", "name": name, "path": str(made(name)), "split": split}
     )
-    places = benchmark_places(spec, Path("/"))
+    places = benchmark_places(spec)
     assert all(source.place(index).startswith(tuple(places)) for index in range(len(source)))
     assert all(Path(place).is_dir() for place in places)
     assert len(np.unique(source.sample_ids)) == len(source)
@@ -348,9 +348,9 @@ def test_the_recipes_of_benchmarks_fit_their_layouts(path, made, tmp_path):
     """Sets, prompts and words only: the other keys have tests of their own."""
     written = text.parse(path.read_text(), path.name).value
     recipe = Recipe.model_validate({"data": written["data"], "prompts": written["prompts"], "train": {"batch_size": 2}})
-    base_dir = tmp_path / "search_spaces"
+    recipe = absolute_paths(recipe, tmp_path / "search_spaces")
     for spec in map(plain, named_sets(recipe).values()):
-        place = resolve_path(spec.path, base_dir)
+        place = Path(spec.path)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(made(spec.name))
