@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from carft_ray.errors import CarftError
-from carft_ray.evaluation.objective import ObjectiveSpec, objective, objective_note, objective_weights
+from carft_ray.evaluation.objective import ObjectiveSpec, objective, objective_weights
 
 KINDS = ["weighted_mean", "harmonic", "worst_domain"]
 OOD = {"noisy": 0.5, "blurry": 0.7}
@@ -25,12 +25,6 @@ def test_limit_cases(kind):
     assert objective(kind, 0.3, 0.6, {"a": 0.6, "b": 0.6}) == pytest.approx(0.6)
     assert objective(kind, 0.5, 0.7, {}) == 0.7
     assert objective("weighted_mean", 1.0, 0.7, OOD) == 0.7
-
-
-def test_without_ood_sets_it_says_so():
-    assert objective_note("harmonic", {}) == "no OOD set: the objective is the ID accuracy alone"
-    assert objective_note("weighted_mean", OOD) is None
-    assert "too low on average" in objective_note("worst_domain", OOD)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ With a = ID accuracy, b = mean of the m OOD accuracies, w = ``id_weight``:
     harmonic        2 a b / (a + b), 0 when both are 0
     worst_domain    the lowest OOD accuracy
 
-Without any OOD set every kind is a, and ``objective_note`` says so. All accuracies are fractions.
+Without any OOD set every kind is a. All accuracies are fractions.
 """
 
 import math
@@ -53,15 +53,6 @@ def objective(kind: ObjectiveKind, id_weight: float, id_accuracy: float, ood_acc
 def mean_ood_accuracy(ood_accuracies: Mapping[str, float]) -> float:
     """Returns the unweighted mean over the OOD sets; it needs at least one."""
     return math.fsum(ood_accuracies.values()) / len(ood_accuracies)
-
-
-def objective_note(kind: ObjectiveKind, ood_accuracies: Mapping[str, float]) -> str | None:
-    """Returns what a reader of the objective must know and may not expect, or None."""
-    if not ood_accuracies:
-        return "no OOD set: the objective is the ID accuracy alone"
-    if kind == "worst_domain" and len(ood_accuracies) > 1:
-        return "worst_domain: the lowest of several noisy accuracies is too low on average"
-    return None
 
 
 def objective_weights(
