@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.effect import Estimate, effect_figure
 from carft_ray.errors import StorageError
-from carft_ray.launch.figure import Curve, Dot, Estimate, effect_figure, id_ood_figure
+from carft_ray.launch.figure import Curve, Dot, id_ood_figure
 from carft_ray.launch.labels import Label, place_labels
 
 pytestmark = pytest.mark.slow

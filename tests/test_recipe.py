@@ -29,7 +29,7 @@ from carft_ray.recipe.loading import (
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
 from carft_ray.recipe.schema import Corruption, ModelPart, Recipe, TrainPart, field_kind
-from carft_ray.recipe.space import apply, objective_weights
+from carft_ray.recipe.space import apply
 
 BASE = """\
 name: base
@@ -949,14 +949,6 @@ def test_apply_refuses_values_that_break_the_rules_of_train(tmp_path):
 def test_apply_refuses_a_batch_below_the_micro_batch(tmp_path):
     with pytest.raises(RecipeError, match="must be at most the batch size, 8, but got 16"):
         apply(_load(tmp_path, "train: {micro_batch: 16}"), {"batch_size": 8})
-
-
-def test_objective_weights_sum_to_one_and_share_the_ood_part(tmp_path):
-    objective = _load(tmp_path, "search: {objective: {id_weight: 0.4}}").search.objective
-    assert objective_weights(objective, ["a", "b", "c"]) == pytest.approx({"id_val": 0.4, "a": 0.2, "b": 0.2, "c": 0.2})
-    assert objective_weights(objective, [], "id_test") == {"id_test": 1.0}
-    with pytest.raises(ValueError, match="weighted_mean only, but got harmonic"):
-        objective_weights(objective.model_copy(update={"kind": "harmonic"}), ["a"])
 
 
 # ---- writing back

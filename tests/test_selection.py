@@ -8,9 +8,10 @@ import pytest
 from scipy import special, stats
 
 from benchmarks import selection as benchmark
+from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, resample
-from carft_ray.results.intervals import crossed, regret, values_by_seed
+from carft_ray.results.intervals import crossed, values_by_seed
 from carft_ray.results.selection import (
     IMAGE_AND_SEED_NOISE,
     IMAGE_NOISE_ONLY,

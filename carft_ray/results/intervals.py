@@ -220,11 +220,6 @@ def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
     return replace(interval, images_random=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
 
 
-def binomial_se(accuracy: float, num_images: int) -> float:
-    """Returns sqrt(p (1 - p) / n), the image standard error of one accuracy; not the noise of a ranking."""
-    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / num_images)
-
-
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Returns Spearman's rank correlation (ties get their mean rank), or None where it is not defined.
 
@@ -235,12 +230,6 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
-
-
-def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> float:
-    """Returns max(target) - target of the rule's pick; the pick is the first candidate with the largest rule value."""
-    pick = int(np.argmax(np.asarray(rule_values, np.float64)))
-    return float(max(target_values) - target_values[pick])
 
 
 def headline(difference: Interval, baseline: str) -> str:
