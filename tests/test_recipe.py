@@ -1021,7 +1021,7 @@ def test_a_recipe_that_was_written_loads_back_equal(tmp_path):
     path = tmp_path / "written.yaml"
     hashes = set()
     for _ in range(40):
-        recipe = Recipe.model_validate(_random_recipe(rng))
+        recipe = absolute_paths(Recipe.model_validate(_random_recipe(rng)), tmp_path)
         written = dump_recipe(recipe)
         path.write_text(written)
         again = load_recipe(path)
