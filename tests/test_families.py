@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, make_folder
 from PIL import Image
+from tiny import load_folder
 from torch.nn import functional
 
 from carft_ray.learning import build_heads, context_distribution, context_kl
 from carft_ray.learning.building import quiet
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.clip import load_folder
 from carft_ray.learning.layers import layer_groups
 
 pytestmark = pytest.mark.slow

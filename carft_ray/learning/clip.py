@@ -19,7 +19,6 @@ from carft_ray.learning.catalog import OPEN_CLIP_CONFIG, tokenizer_files
 from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.learning.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.loading import LOCAL_DIR
 from carft_ray.recipe.schema import ModelPart, PromptsPart
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -72,11 +71,6 @@ def load_clip(part: ModelPart) -> Clip:
     if opened.state is not None:
         fill(opened.model, opened.state, opened.weights, opened.place)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
-
-
-def load_folder(folder: Path) -> Clip:
-    """Loads an open_clip folder (``open_clip_config.json`` and weights), or a CLIPModel folder of Hugging Face."""
-    return load_clip(ModelPart(name=f"{LOCAL_DIR}{folder.resolve()}"))
 
 
 def templates(prompts: PromptsPart, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:

@@ -168,11 +168,6 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     return _with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
 
 
-def absolute_set(spec: Any, base_dir: Path) -> Any:
-    """Returns a set of a recipe, or None, with absolute paths; arguments as ``absolute_paths``."""
-    return _set_with_paths(spec, lambda written: str(resolve_path(written, base_dir)))
-
-
 def absolute_model(model: ModelPart, base_dir: Path) -> ModelPart:
     """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
     if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():

@@ -27,7 +27,6 @@ CONFIRM = FOLDERS["confirm"]
 PLAN, SUMMARY = "plan.json", "summary.json"
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
 
-WinnerRule = Literal["search", "confirmed"]
 Role = Literal["winner", "candidate", "baseline"]
 
 

@@ -437,10 +437,6 @@ class Study:
         """Tells whether nothing is left to start."""
         return not self._waiting and not self._wants_more()
 
-    def waits(self, spec: TrialSpec) -> bool:
-        """Tells whether the training of an attempt is queued for another one."""
-        return any((waiting.kind, waiting.number) == (spec.kind, spec.number) for waiting in self._waiting)
-
     def _may_try(self) -> bool:
         """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
 
