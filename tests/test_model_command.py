@@ -26,7 +26,7 @@ from pathlib import Path
 from carft_ray.learning.describe import describe
 from carft_ray.recipe.schema import ModelPart
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = describe(ModelPart(name="ViT-bigG-14", pretrained="random"), Path())
+found = describe(ModelPart(name="ViT-bigG-14", pretrained="random"))
 print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
