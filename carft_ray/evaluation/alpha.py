@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from carft_ray.data.source import IdArray
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.constraints import Limit, violation_curve
@@ -67,8 +66,6 @@ class AlphaProfile:
         objectives: Objective per alpha.
         noise: Covariance of the objectives over images (``objective_covariance``), [A, A].
         choice: Alpha and objective of the trial.
-        cross_fit: Objective by two halves (``cross_fit``), a diagnostic without constraints; None when a half lacks
-            images of a set.
         violations: Per constraint its violation per alpha.
     """
 
@@ -78,7 +75,6 @@ class AlphaProfile:
     objectives: tuple[float, ...]
     noise: tuple[tuple[float, ...], ...]
     choice: AlphaChoice
-    cross_fit: float | None
     violations: tuple[tuple[float, ...], ...] = ()
 
 
@@ -275,47 +271,6 @@ def neighbour_se(noise_BAA: FloatArray) -> FloatArray:
     return found
 
 
-def cross_fit(
-    alphas: Sequence[float],
-    curve: Sequence[CorrectBySet],
-    sample_ids: Mapping[str, IdArray],
-    spec: ObjectiveSpec,
-    lowest: float,
-) -> float | None:
-    """Returns an objective that choosing alpha cannot flatter: alpha is chosen on one half, scored on the other.
-
-    The halves follow from a hash of the sample ids; the two directions are averaged. The score is read from the other
-    half the way the choice was made: from its fit after a fit, else as measured. A diagnostic, since half the images
-    choose worse.
-
-    Args:
-        alphas: Of the curve, rising.
-        curve: Correctness per set, one entry per alpha; at least two.
-        sample_ids: Ids per set, uint64 [n_j], in the order of the images in ``curve``.
-        spec: The objective.
-        lowest: Lowest alpha that may be chosen.
-
-    Returns:
-        The objective, or None when a half has no image of some set.
-    """
-    names = (spec.id_set, *spec.ood_sets)
-    in_first = {name: _half(sample_ids[name]) for name in names}
-    if not all(half.any() and not half.all() for half in in_first.values()):
-        return None
-    halves = [
-        [{name: point[name][in_first[name] == first] for name in names} for point in curve] for first in (True, False)
-    ]
-    objectives = [[spec.value(_accuracies(point, spec)) for point in half] for half in halves]
-    scores = []
-    for chosen_on, scored_on in ((0, 1), (1, 0)):
-        choice = choose_alpha(alphas, objectives[chosen_on], lowest, objective_covariance(halves[chosen_on], spec))
-        if choice.fitted:
-            scores.append(float(fitted_curve(alphas, objectives[scored_on], [choice.alpha])[0]))
-        else:
-            scores.append(objectives[scored_on][list(alphas).index(choice.alpha)])
-    return sum(scores) / 2
-
-
 def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: Sequence[Limit] = ()) -> AlphaProfile:
     """Makes the alpha curve of one training from its predictions and chooses alpha.
 
@@ -339,7 +294,6 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
     curve = [{name: matrices[name][i] for name in names} for i in range(len(alphas))]
     objectives = [spec.value(_accuracies(point, spec)) for point in curve]
     noise = objective_covariance(curve, spec)
-    ids = {name: predictions.sample_ids(table, name, alphas[0]) for name in names}
     accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
     violations = violation_curve(table, bounds, alphas)
     return AlphaProfile(
@@ -349,7 +303,6 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         objectives=tuple(objectives),
         noise=tuple(tuple(float(value) for value in row) for row in noise),
         choice=choose_alpha(alphas, objectives, lowest, noise, violations if bounds else None),
-        cross_fit=cross_fit(alphas, curve, ids, spec, lowest) if len(curve) > 1 else None,
         violations=tuple(tuple(float(value) for value in row) for row in violations),
     )
 
@@ -447,13 +400,3 @@ def _picked(totals_BA: FloatArray, best_B: npt.NDArray[np.int64]) -> FloatArray:
     each_BA = np.broadcast_to(totals_BA, (len(best_B), totals_BA.shape[1]))
     picked: FloatArray = np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]
     return picked
-
-
-def _half(sample_ids: IdArray) -> BoolArray:
-    """Returns a fair coin per id: the top bit of splitmix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        z = sample_ids + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        half: BoolArray = ((z ^ (z >> np.uint64(31))) >> np.uint64(63)).astype(np.bool_)
-    return half
