@@ -145,21 +145,25 @@ def pair_se(covariance):
     return math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
 
 
+def stacked(points):
+    return {name: np.stack([point[name] for point in points]) for name in points[0]}
+
+
 def test_the_covariance_gives_the_interval_with_one_seed_on_differences():
     rng = np.random.default_rng(0)
     a, b = random_correct(rng), random_correct(rng)
     spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.3)
     differences = {name: a[name][None].astype(float) - b[name][None] for name in a}
-    covariance = objective_covariance([a, b], spec)
+    covariance = objective_covariance(stacked([a, b]), spec)
     assert pair_se(covariance) == pytest.approx(crossed(differences, {"id": 0.3, "ood": 0.7}).standard_error, rel=1e-12)
-    assert pair_se(objective_covariance([a, a], spec)) == 0
-    one_image = [{"id": np.array([right])} for right in (True, False)]
+    assert pair_se(objective_covariance(stacked([a, a]), spec)) == 0
+    one_image = {"id": np.array([[True], [False]])}
     assert (objective_covariance(one_image, ObjectiveSpec("weighted_mean", "id", ())) == 0).all()
 
 
 def test_neighbour_se_is_the_root_mean_square_over_neighbouring_pairs():
     rng = np.random.default_rng(1)
-    curve = [random_correct(rng) for _ in range(4)]
+    curve = stacked([random_correct(rng) for _ in range(4)])
     spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.4)
     covariance = objective_covariance(curve, spec)
     pairs = [pair_se(covariance[i : i + 2, i : i + 2]) for i in range(3)]

@@ -35,8 +35,6 @@ MIN_POINTS = 4  # grid points, alpha = 0 included
 MAX_SD = 1.5  # of the residuals, in paired standard errors of neighbouring points
 MAX_RESIDUAL = 3.0  # of any one, in its own paired standard errors
 
-CorrectBySet = Mapping[str, BoolArray]
-
 
 @dataclass(frozen=True)
 class AlphaChoice:
@@ -229,15 +227,12 @@ def choose_alphas(
 def fitted_curve(
     alphas: Sequence[float] | FloatArray, objectives: Sequence[float] | FloatArray, at: Sequence[float] | FloatArray
 ) -> FloatArray:
-    """Returns the anchored cubic of the points (alpha = 0 among them) at the alphas ``at``."""
-    points, values = np.asarray(alphas, np.float64), np.asarray(objectives, np.float64)
-    anchor = float(values[points == 0][0])
-    coefficients, *_ = np.linalg.lstsq(_powers(points[points != 0]), values[points != 0] - anchor, rcond=None)
-    curve: FloatArray = anchor + _powers(np.asarray(at, np.float64)) @ coefficients
+    """Returns the anchored cubic of the points (alpha = 0 is the first) at the alphas ``at``."""
+    curve: FloatArray = _fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives
     return curve
 
 
-def objective_covariance(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> FloatArray:
+def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) -> FloatArray:
     """Returns the covariance of the objectives of A models that saw the same images, luck of the images alone, [A, A].
 
     C_ab = sum_j cov_k(w_aj x_ajk, w_bj x_bjk) / n_j with ddof = 1, w_aj the derivative of the objective at the
@@ -245,13 +240,13 @@ def objective_covariance(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> 
     adds nothing.
 
     Args:
-        curve: Per model its correctness per set, bool [n_j].
+        correct: Per set the correctness of the models, bool [A, n_j].
         spec: The objective.
     """
-    weights = [spec.weights(_accuracies(point, spec)) for point in curve]
-    covariance = np.zeros((len(curve), len(curve)))
-    for name in (spec.id_set, *spec.ood_sets):
-        weighted = np.stack([w[name] * point[name] for w, point in zip(weights, curve, strict=True)])
+    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in (spec.id_set, *spec.ood_sets)})
+    covariance = np.zeros((len(correct[spec.id_set]),) * 2)
+    for name, slope_A in slopes.items():
+        weighted = slope_A[:, None] * correct[name]
         if (num_images := weighted.shape[1]) > 1:
             centred = weighted - weighted.mean(axis=1, keepdims=True)
             covariance += centred @ centred.T / (num_images - 1) / num_images
@@ -291,10 +286,9 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
             rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
             raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
     matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
-    curve = [{name: matrices[name][i] for name in names} for i in range(len(alphas))]
-    objectives = [spec.value(_accuracies(point, spec)) for point in curve]
-    noise = objective_covariance(curve, spec)
-    accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
+    noise = objective_covariance(matrices, spec)
+    accuracies = {name: tuple(matrices[name].mean(axis=1).tolist()) for name in names}
+    objectives = [spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas))]
     violations = violation_curve(table, bounds, alphas)
     return AlphaProfile(
         alphas=tuple(alphas),
@@ -305,10 +299,6 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         choice=choose_alpha(alphas, objectives, lowest, noise, violations if bounds else None),
         violations=tuple(tuple(float(value) for value in row) for row in violations),
     )
-
-
-def _accuracies(point: CorrectBySet, spec: ObjectiveSpec) -> dict[str, float]:
-    return {name: float(point[name].mean()) for name in (spec.id_set, *spec.ood_sets)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.evaluation.objective import ObjectiveKind, objective
+from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec
 from carft_ray.launch.labels import Label, place_labels
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
         return
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     xs, ys = np.linspace(max(0, left), min(100, right), 60), np.linspace(max(0, bottom), min(100, top), 60)
-    values = [[100 * objective(kind, id_weight, float(x) / 100, {"ood": float(y) / 100}) for x in xs] for y in ys]
+    grid = dict(zip(("id", "ood"), np.meshgrid(xs / 100, ys / 100), strict=True))
+    values = 100 * ObjectiveSpec(kind, "id", ("ood",), id_weight).values(grid)
     axes.contour(xs, ys, values, levels=8, colors=FAINT, linewidths=0.8, zorder=0)
     name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
     _caption(axes, f"lines of equal objective, {name}")
