@@ -53,10 +53,8 @@ CONSTRAINT = "id_drop/plain"
 PRUNERS: dict[str, list[str]] = {
     "none": [],
     "successive_halving": ["search.pruner.name=successive_halving"],
-    "hyperband": ["search.pruner.name=hyperband"],
     "median": ["search.pruner.name=median"],
     "percentile, best 75 %": ["search.pruner={name: percentile, percentile: 75.0}"],
-    "patience": ["search.pruner={name: patience, patience: 2}"],
 }
 TPE = ["search.sampler.startup_trials=8"]
 DRAWN_ALPHA = ["search.objective.kind=pareto", "search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]

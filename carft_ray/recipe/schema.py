@@ -469,12 +469,11 @@ class SamplerPart(Part):
 class PrunerPart(Part):
     """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
 
-    name: Literal["none", "successive_halving", "hyperband", "median", "percentile", "patience"] = "none"
+    name: Literal["none", "successive_halving", "median", "percentile"] = "none"
     first: Annotated[float, Field(gt=0, lt=1, strict=True)] = 1 / 3  # share before which no training is cut
-    factor: Annotated[int, Field(ge=2, strict=True)] = 2  # halving, hyperband: next rung; 1/factor of the trials go on
+    factor: Annotated[int, Field(ge=2, strict=True)] = 2  # halving: next rung; 1/factor of the trials go on
     startup_trials: Count = 4  # median, percentile: finished trials before anything is cut
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = 25.0  # percentile: the best share that goes on
-    patience: Count = 3  # patience: looks without a gain
 
 
 class SearchPart(Part):

@@ -135,7 +135,6 @@ CLASSES: dict[str, tuple[Class, str]] = {
     "search.pruner.factor": ("identity", _CUT),
     "search.pruner.startup_trials": ("identity", _CUT),
     "search.pruner.percentile": ("identity", _CUT),
-    "search.pruner.patience": ("identity", _CUT),
     "search.points": ("running", "proposals to come"),
     "search.warm_start": ("running", "proposals to come; what was taken in stays"),
     "search.baselines": ("identity", "a trained baseline keeps its values; further ones may be added"),

@@ -253,7 +253,7 @@ class Study:
         mine, reason, late = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None, None
         if cut is None:
             others = [trial for trial in known.values() if trial.number != spec.number]
-            reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            reason = pruning.cut_reason(pruner, mine, others)
             if reason is not None and files.exists(folder / RESULT):
                 reason, late = None, reason
             if reason is not None:
