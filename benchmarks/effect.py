@@ -39,7 +39,7 @@ from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.launch.figure import FAINT, GREY, canvas, limits, set_title, write
+from carft_ray.launch.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import FloatParameter, Recipe
 from carft_ray.results.intervals import (
@@ -53,7 +53,6 @@ from carft_ray.results.intervals import (
 
 METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 METHOD_MARKS = ("*", "s", "o", "D", "^", "v")
-LEGEND_COLUMNS = 4
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
@@ -326,11 +325,8 @@ def effect_figure(
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_ylabel("accuracy, %")
-    rows = math.ceil(len(effects) / LEGEND_COLUMNS)
-    if effects:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0)
     figure.supxlabel(words, fontsize=10, color=GREY)
-    set_title(axes, title, synthetic, pad=10 + 20 * rows)
+    set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
     write(figure, path_png, path_svg)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from carft_ray import files
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec
-from carft_ray.launch.labels import Label, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 _ACCENT = "#d55e00"  # the best trial
+_LEGEND_COLUMNS = 4
 _BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
 _WIDTH, _HEIGHT, _DPI = 8.0, 6.0, 200  # inches; shown at 800 pixels one inch is 100 of them
 
@@ -100,6 +100,21 @@ def id_ood_figure(
     else:
         _iso_lines(axes, kind, id_weight)
     _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
+    if best_curve is not None:
+        _draw_curve(axes, best_curve)
+    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
+        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
+        axes.scatter(
+            [100 * id_accuracy],
+            [100 * ood_accuracy],
+            marker=mark,
+            s=260 if mark == "*" else 80,
+            color=INK,
+            edgecolors="white",
+            linewidths=1.0,
+            zorder=6,
+            label=name,
+        )
     missing = [dot for dot in finite if not dot.meets]
     if missing:
         axes.scatter(
@@ -112,25 +127,9 @@ def id_ood_figure(
             zorder=3,
             label="violates a constraint",
         )
-        axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=GREY)
-
-    taken = [(100 * dot.id_accuracy, 100 * dot.ood_accuracy) for dot in finite]
-    labels: list[Label] = []
-    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
-        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
-        x, y = 100 * id_accuracy, 100 * ood_accuracy
-        size = 260 if mark == "*" else 80
-        axes.scatter([x], [y], marker=mark, s=size, color=INK, edgecolors="white", linewidths=1.0, zorder=6)
-        taken.append((x, y))
-        labels.append(Label(name, x, y, INK, True))
-    if best_curve is not None:
-        curve_labels, curve_taken = _draw_curve(axes, best_curve)
-        labels = [curve_labels[0], *labels, *curve_labels[1:]]
-        taken += curve_taken
     axes.set_xlabel("ID accuracy, %", loc="left")
     axes.set_ylabel("OOD accuracy, mean over sets, %")
-    set_title(axes, title, synthetic)
-    place_labels(figure, axes, labels, taken)
+    set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
     write(figure, path_png, path_svg)
 
 
@@ -146,6 +145,20 @@ def canvas(height: float) -> tuple["Figure", "Axes"]:
     axes.xaxis.label.set_fontsize(11.5)
     axes.yaxis.label.set_fontsize(11.5)
     return figure, axes
+
+
+def legend_above(axes: "Axes") -> int:
+    """Writes what has a label above the axes, side by side; returns the number of lines."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        place: dict[str, Any] = {
+            "loc": "lower left",
+            "bbox_to_anchor": (0, 1.01),
+            "borderaxespad": 0,
+            "handlelength": 1.5,
+        }
+        axes.legend(handles, names, ncols=_LEGEND_COLUMNS, frameon=False, columnspacing=1.2, **place)
+    return math.ceil(len(handles) / _LEGEND_COLUMNS)
 
 
 def set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> None:
@@ -226,24 +239,22 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_curve(axes: "Axes", curve: Curve) -> tuple[list[Label], list[tuple[float, float]]]:
-    """Draws the alpha curve; returns its labels, that of the chosen point first, and the places it covers."""
+def _draw_curve(axes: "Axes", curve: Curve) -> None:
+    """Draws the alpha curve; the limits of the axes are final. A point that lies on another one has no number."""
     xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
     x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
     x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
-    axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4)
+    name = f"best trial, alpha {curve.chosen_alpha:g}"
+    axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4, label=name)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
-    along = np.linspace(0, len(xs) - 1, 12 * len(xs))
-    share = np.linspace(-1, 1, 9)
-    covered_x = np.concatenate([np.interp(along, np.arange(len(xs)), xs), x + x_error * share, np.full(9, x)])
-    covered_y = np.concatenate([np.interp(along, np.arange(len(ys)), ys), np.full(9, y), y + y_error * share])
-    labels = [Label(f"best trial, alpha {curve.chosen_alpha:g}", x, y, _ACCENT, True)]
-    labels += [
-        Label(f"{alpha:g}", float(point_x), float(point_y), _ACCENT, False)
-        for alpha, point_x, point_y in zip(curve.alphas, xs, ys, strict=True)
-    ]
-    return labels, list(zip(covered_x.tolist(), covered_y.tolist(), strict=True))
+    numbered = [axes.transLimits.transform((x, y))]
+    for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
+        place = axes.transLimits.transform(point)  # share of the axes
+        if all(math.dist(place, other) > 0.03 for other in numbered):
+            style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "zorder": 8}
+            axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), **style)
+            numbered.append(place)
 
 
 def write(figure: "Figure", path_png: Path, path_svg: Path) -> None:
