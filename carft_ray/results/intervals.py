@@ -247,14 +247,17 @@ def headline(difference: Interval, baseline: str) -> str:
     return f"no improvement over {baseline} shown ({numbers} points)"
 
 
-def in_points(interval: Interval, signed: bool = False) -> str:
-    """Returns mean and both intervals in points with their words, as one line for a table or a report."""
+def in_points(interval: Interval, signed: bool = False, short: bool = False) -> str:
+    """Returns mean and both intervals in points with their words as one line; ``short``: mean and first interval."""
     form = "{:+.1f}" if signed else "{:.1f}"
 
     def shown(ends: tuple[float, float]) -> str:
         return f"[{form.format(100 * ends[0])}, {form.format(100 * ends[1])}]"
 
-    text = f"{form.format(100 * interval.mean)}, 95 % {shown(interval.images_random)} {interval.words}"
+    mean, ends = form.format(100 * interval.mean), shown(interval.images_random)
+    if short:
+        return f"{mean} {ends}"
+    text = f"{mean}, 95 % {ends} {interval.words}"
     return text if interval.images_fixed is None else f"{text}; {shown(interval.images_fixed)} {OVER_SEEDS}"
 
 
