@@ -14,7 +14,7 @@ import numpy.typing as npt
 from benchmarks.trainings import ID_TEST
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.results.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation, regret
+from carft_ray.results.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation
 
 EDGE = 0.05  # share of a parameter's (log) range that counts as its edge
 NUM_RESAMPLES = 500
@@ -156,6 +156,12 @@ def spread_numbers(objectives: Sequence[float], repeats: Sequence[Sequence[float
     spread = float(np.std(objectives, ddof=1))
     seed_sd = math.sqrt(float(np.mean([np.var(values, ddof=1) for values in repeats])))
     return {"spread_sd": spread, "seed_sd": seed_sd, "spread_ratio": spread / seed_sd if seed_sd else math.inf}
+
+
+def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> float:
+    """Returns max(target) - target of the rule's pick; the pick is the first candidate with the largest rule value."""
+    pick = int(np.argmax(np.asarray(rule_values, np.float64)))
+    return float(max(target_values) - target_values[pick])
 
 
 def role_numbers(

@@ -24,7 +24,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,10 @@ from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.launch.figure import Estimate, effect_figure
+from carft_ray.launch.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import objective_weights
 from carft_ray.results.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
@@ -52,6 +51,9 @@ from carft_ray.results.intervals import (
     objective_difference,
     paired_differences,
 )
+
+METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
+METHOD_MARKS = ("*", "s", "o", "D", "^", "v")
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
@@ -150,6 +152,11 @@ def test_correct(trainings: Sequence[Finished], test_sets: Sequence[str]) -> Cor
     return {name: correct_matrix(tables, name) for name in test_sets}
 
 
+def weights(id_weight: float, sets: Sequence[str]) -> dict[str, float]:
+    """Returns the weight of each set in the weighted mean of the ID set, the first, and the OOD sets."""
+    return {sets[0]: id_weight, **dict.fromkeys(sets[1:], (1 - id_weight) / (len(sets) - 1))}
+
+
 def roles(trainings: Sequence[Finished], recipe: Recipe) -> dict[str, float]:
     """Returns the numbers of point 5 over trainings x alpha grid."""
     validation_sets, test_sets = (ID_SET, *recipe.data.ood_val), (ID_TEST, *recipe.data.ood_test)
@@ -161,8 +168,8 @@ def roles(trainings: Sequence[Finished], recipe: Recipe) -> dict[str, float]:
     return acceptance.role_numbers(
         rows([(training.validation, alpha) for training, alpha in candidates], validation_sets),
         rows([(training.test, alpha) for training, alpha in candidates], test_sets),
-        objective_weights(recipe.search.objective, validation_sets[1:], ID_SET),
-        objective_weights(recipe.search.objective, test_sets[1:], ID_TEST),
+        weights(recipe.search.objective.id_weight, validation_sets),
+        weights(recipe.search.objective.id_weight, test_sets),
     )
 
 
@@ -245,6 +252,15 @@ def show(
     print(f"CAR-FT with alpha, objective on the test sets: {headline(difference, 'plain fine-tuning with alpha')}")
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the ends of its interval, as fractions."""
+
+    mean: float
+    low: float
+    high: float
+
+
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     """Draws the figure of the README."""
     effects = {
@@ -256,6 +272,63 @@ def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     words = f"test sets; 95 % intervals {OVER_SEEDS_AND_IMAGES}, {len(PAIR_SEEDS)} seeds (zero-shot: over images)"
     title = f"Equal learning rate ({LEARNING_RATE:g}), alpha 1, KL weight 0 and {KL_WEIGHT:g}"
     effect_figure(effects, folder / "effect.png", folder / "effect.svg", title, words=words, synthetic=True)
+
+
+def effect_figure(
+    effects: Mapping[str, Mapping[str, Estimate]],
+    path_png: Path,
+    path_svg: Path,
+    title: str,
+    *,
+    words: str,
+    synthetic: bool = False,
+) -> None:
+    """Draws methods side by side on every set: a mark at the mean and a line over the interval, in percent.
+
+    Args:
+        effects: Method -> column (``ID``, ``OOD mean``, then single sets, drawn in this order) -> estimate. A method
+            may lack a column.
+        path_png: Where the PNG goes.
+        path_svg: Where the SVG goes.
+        title: What is compared.
+        words: What the intervals are over, with the number of seeds; stands below the picture.
+        synthetic: Whether the images are; the title then says so.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    figure, axes = canvas(4.8)
+    columns = list(dict.fromkeys(column for estimates in effects.values() for column in estimates))
+    step = min(0.22, 0.66 / max(1, len(effects)))
+    ends: list[float] = []
+    for i, (method, estimates) in enumerate(effects.items()):
+        colour, mark = METHOD_COLOURS[i % len(METHOD_COLOURS)], METHOD_MARKS[i % len(METHOD_MARKS)]
+        shown = [(column, e) for column, e in estimates.items() if all(map(math.isfinite, (e.mean, e.low, e.high)))]
+        axes.errorbar(
+            [columns.index(column) + step * (i - (len(effects) - 1) / 2) for column, _ in shown],
+            [100 * e.mean for _, e in shown],
+            yerr=100 * np.array([(max(0, e.mean - e.low), max(0, e.high - e.mean)) for _, e in shown]).reshape(-1, 2).T,
+            fmt=mark,
+            color=colour,
+            markersize=10 if mark == "*" else 6,
+            linewidth=1.6,
+            capsize=4,
+            capthick=1.6,
+            label=method,
+        )
+        ends += [end for _, e in shown for end in (e.low, e.high)]
+    for i in range(1, len(columns)):
+        axes.axvline(i - 0.5, color=GREY if columns[i - 1] == "OOD mean" else FAINT, linewidth=0.8)
+    axes.set_xlim(-0.5, max(0, len(columns) - 1) + 0.5)
+    axes.set_ylim(*limits(ends))
+    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_ylabel("accuracy, %")
+    figure.supxlabel(words, fontsize=10, color=GREY)
+    set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
+    write(figure, path_png, path_svg)
 
 
 def hardware() -> str:

@@ -30,7 +30,7 @@ from benchmarks.photos import write_tree
 from carft_ray.data import content
 from carft_ray.data.arrays import image_set
 from carft_ray.data.content import reading_threads
-from carft_ray.data.images import read_image
+from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
@@ -51,7 +51,7 @@ def plain_loop(source: StoredSource) -> None:
 
     def decode(some: Sequence[Path]) -> None:
         for path in some:
-            read_image(path)
+            decode_image(read_bytes(path), str(path))
 
     with ThreadPoolExecutor(reading_threads()) as pool:
         list(pool.map(decode, [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.overhead import LOOK_EVERY_S, memory_mb
 from carft_ray.data.facts import load_facts
-from carft_ray.data.sets import open_train
+from carft_ray.data.sets import open_source
 from carft_ray.files import read_json_lines
 from carft_ray.recipe.loading import load_recipe
 
@@ -81,7 +81,7 @@ def run(num_workers: int) -> dict[str, float]:
         write_imagenet(here / "data" / "imagenet")
         command = [sys.executable, "-m", "carft_ray.cli", "train", str(recipe), "--out", str(here / "run"), "--json"]
         chosen = settings(num_workers)
-        num_images = len(open_train(load_recipe(recipe, chosen)))
+        num_images = len(open_source(load_recipe(recipe, chosen).data.train, "train", None))
         chosen.append(f"train.batch_size={math.ceil(num_images / STEPS)}")
         command += [word for one in chosen for word in ("--set", one)]
         environment = {**os.environ, "XDG_CACHE_HOME": str(here / "cache"), "PYTHONPATH": str(ROOT)}

@@ -39,7 +39,7 @@ from carft_ray.recipe.constraints import VIOLATION
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.front import front_of, hypervolume
+from carft_ray.search.front import front_of, non_dominated
 from carft_ray.search.outcome import FORMAT_VERSION, TrialRow
 from carft_ray.search.rows import best_row, trials
 from carft_ray.search.study import open_study
@@ -54,10 +54,8 @@ CONSTRAINT = "id_drop/plain"
 PRUNERS: dict[str, list[str]] = {
     "none": [],
     "successive_halving": ["search.pruner.name=successive_halving"],
-    "hyperband": ["search.pruner.name=hyperband"],
     "median": ["search.pruner.name=median"],
     "percentile, best 75 %": ["search.pruner={name: percentile, percentile: 75.0}"],
-    "patience": ["search.pruner={name: patience, patience: 2}"],
 }
 TPE = ["search.sampler.startup_trials=8"]
 DRAWN_ALPHA = ["search.objective.kind=pareto", "search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
@@ -199,6 +197,25 @@ def pruners(landscape: Landscape, num_seeds: int) -> None:
             cells = [mean_with_interval(saved), f"{cut:.1f}", mean_with_interval(best)]
             cells += [mean_with_interval(best - plain), mean_with_interval(best - np.array(as_many))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def hypervolume(points_N2: FloatArray, reference: tuple[float, float]) -> float:
+    """Returns the area that the points dominate beyond a reference point; with zero-shot as reference, gains alone.
+
+    The area of the union of the rectangles from the reference to each point; a point that does not exceed the reference
+    in both adds nothing.
+
+    Args:
+        points_N2: Any points.
+        reference: (ID accuracy, OOD accuracy) from which the area counts.
+    """
+    points_N2 = np.asarray(points_N2, np.float64).reshape(-1, 2)
+    beyond = points_N2[(points_N2 > reference).all(axis=1)]
+    area, left = 0.0, reference[0]
+    for id_accuracy, ood_accuracy in beyond[non_dominated(beyond)]:
+        area += (id_accuracy - left) * (ood_accuracy - reference[1])
+        left = id_accuracy
+    return float(area)
 
 
 def pareto(landscape: Landscape, num_seeds: int) -> None:

@@ -32,7 +32,7 @@ from scipy import special
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, bbc, resample
-from carft_ray.results.intervals import Interval, binomial_se, crossed, paired_differences
+from carft_ray.results.intervals import Interval, crossed, paired_differences
 from carft_ray.results.selection import correct_best, ranking_noise
 
 SIZES = {"id_val": 500, "ood_1": 300, "ood_2": 300}
@@ -169,9 +169,7 @@ def one_study(rng: np.random.Generator, num_trials: int) -> dict[str, float]:
     fresh = crossed(answers(rng, of[0], draw_images(rng, 1), 0, shifts[0], SEED_SD), WEIGHTS)
     noise = ranking_noise(SPEC, [float(value) for value in values], correct, confirmed)
     corrected = correct_best([float(value) for value in values], noise.variance).value
-    half = 1.96 * math.sqrt(
-        sum((w * binomial_se(float(correct[name][top[0]].mean()), SIZES[name])) ** 2 for name, w in WEIGHTS.items())
-    )
+    half = 1.96 * math.sqrt(sum(w**2 * float(correct[name][top[0]].var()) / SIZES[name] for name, w in WEIGHTS.items()))
     naive, best = float(values[top[0]]), max(range(len(top)), key=lambda i: intervals[i].mean)
     here = [mean_on_these_images(accuracies, images, int(c), SEED_SD) for accuracies, c in zip(of, top, strict=True)]
     return {

@@ -3,14 +3,14 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from carft_ray.errors import CarftError, InterruptedRunError
 from carft_ray.recipe.constraints import VIOLATION, violation_words
@@ -88,6 +88,33 @@ def size_text(num_bytes: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
+def numbers(*names: str, no_wrap: bool = False) -> list[Column]:
+    """Returns columns of numbers, set to the right."""
+    return [Column(name, justify="right", no_wrap=no_wrap) for name in names]
+
+
+def table(
+    columns: Sequence[str | Column], rows: Iterable[Sequence[str]], best: Container[int] = (), style: str = "bold green"
+) -> Table:
+    """Returns a table without lines; a first column given by its name is not wrapped.
+
+    Args:
+        columns: Names, or columns with a way of their own (``numbers``).
+        rows: Texts; markup in them counts.
+        best: Indices of the rows that stand out.
+        style: How they do.
+    """
+    headers = (Column(one, no_wrap=not index) if isinstance(one, str) else one for index, one in enumerate(columns))
+    made = Table(*headers, box=None, pad_edge=False, header_style="bold")
+    for index, row in enumerate(rows):
+        made.add_row(*row, style=style if index in best else None)
+    return made
+
+
+def _set_name(name: str) -> str:
+    return _NAMES["id_accuracy"] if name == "id_val" else name
+
+
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
     """Returns a table of accuracies in percent with intervals over images: a line per model, a column per set.
 
@@ -97,19 +124,14 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     """
     sets = [name for name in num_images if name != "train"]
     has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, % [95 %]", no_wrap=True)
-    for name in sets:
-        table.add_column("ID (id_val)" if name == "id_val" else name, justify="right")
-    if has_ood:
-        table.add_column("OOD mean", justify="right")
-    table.add_column("objective", justify="right")
+    lines = []
     for model, metrics in rows.items():
         cells = [percent(metrics[f"accuracy/{name}"], num_images[name]) for name in sets]
         if has_ood:
             cells.append(percent(metrics["ood_accuracy"]) if "ood_accuracy" in metrics else "-")
-        table.add_row(model, *cells, percent(metrics["objective"]))
-    return table
+        lines.append([model, *cells, percent(metrics["objective"])])
+    titles = [*map(_set_name, sets), *(["OOD mean"] if has_ood else []), "objective"]
+    return table(["accuracy, % [95 %]", *numbers(*titles)], lines)
 
 
 def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -118,22 +140,20 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     Args:
         rows: Name of the set -> ``set_metrics``, the worst class with its ``name``.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("set", no_wrap=True)
-    for name in ("images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %"):
-        table.add_column(name, justify="right")
-    for name, metrics in rows.items():
-        worst = metrics["worst_class"]
-        table.add_row(
-            "ID (id_val)" if name == "id_val" else name,
+    lines = (
+        [
+            _set_name(name),
             f"{metrics['num_images']:,}",
             percent(metrics["top5"]),
             f"{metrics['nll']:.3f}",
             f"{metrics['brier']:.3f}",
             percent(metrics["ece"]),
-            f"{worst['name']} {percent(worst['accuracy'])}",
-        )
-    return table
+            f"{metrics['worst_class']['name']} {percent(metrics['worst_class']['accuracy'])}",
+        ]
+        for name, metrics in rows.items()
+    )
+    titles = numbers("images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %")
+    return table(["set", *titles], lines)
 
 
 FITTED = "~: of the fitted alpha curve, not measured"
@@ -151,24 +171,19 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
             ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``fitted``, ``violations``.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in ("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for row in rows:
-        about = "" if row["measured"] else "~"
-        pair = [row["id_accuracy"], row["ood_accuracy"]]
-        table.add_row(
+    lines = (
+        [
             row["name"],
             *("" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")),
             f"{row['alpha']:.2f}",
-            *("" if value is None else about + percent(value) for value in pair),
+            *(objective_cell(row[key], not row["measured"]) for key in ("id_accuracy", "ood_accuracy")),
             objective_cell(row["objective"], row["fitted"]),
             violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()}),
-            style="bold green" if row["new_rank"] == 1 else None,
-        )
-    return table
+        ]
+        for row in rows
+    )
+    titles = numbers("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %")
+    return table(["", *titles, ""], lines, [index for index, row in enumerate(rows) if row["new_rank"] == 1])
 
 
 def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -179,22 +194,24 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ``elapsed_s``, ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in (*names, "alpha", "ID, %", "OOD, %", "objective, %", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("", max_width=40)
-    for row in rows:
-        metrics = row["metrics"]
-        cells = [value_text(row["values"][name]) if name in row["values"] else "" for name in names]
-        cells.append("" if row["alpha"] is None else f"{row['alpha']:.2f}")
-        cells += [percent(metrics[name]) if name in metrics else "" for name in ("id_accuracy", "ood_accuracy")]
-        cells.append(objective_cell(row["objective"], row["fitted"]))
-        cells.append(duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "")  # zero-shot takes none
-        table.add_row(row["name"], *cells, _remark(row), style="bold green" if row["best"] else None)
+    lines = (
+        [
+            row["name"],
+            *(value_text(row["values"][name]) if name in row["values"] else "" for name in names),
+            "" if row["alpha"] is None else f"{row['alpha']:.2f}",
+            *(objective_cell(row["metrics"].get(name), False) for name in ("id_accuracy", "ood_accuracy")),
+            objective_cell(row["objective"], row["fitted"]),
+            duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "",  # zero-shot takes none
+            _remark(row),
+        ]
+        for row in rows
+    )
+    titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
+    best = [index for index, row in enumerate(rows) if row["best"]]
+    made = table(["", *titles, Column("", max_width=40)], lines, best)
     if any(row["fitted"] for row in rows):
-        table.caption, table.caption_justify = FITTED, "left"
-    return table
+        made.caption, made.caption_justify = FITTED, "left"
+    return made
 
 
 def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -204,18 +221,13 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``estimates``: (mean, low, high) as fractions by column.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row["estimates"]))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("%, [95 %]", no_wrap=True)
-    for name in ("alpha", "seeds", *columns):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    lines = []
     for row in rows:
-        cells = [f"{row['alpha']:.2f}", str(row["seeds"] or "-")]
-        for name in columns:
-            mean, low, high = row["estimates"][name]
-            cells.append(f"{percent(mean)} [{percent(low)}, {percent(high)}]")
-        table.add_row(row["name"], *cells, row["role"], style="bold green" if row["role"] == "winner" else None)
-    return table
+        estimates = (map(percent, row["estimates"][name]) for name in columns)
+        cells = [f"{mean} [{low}, {high}]" for mean, low, high in estimates]
+        lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, row["role"]])
+    winners = [index for index, row in enumerate(rows) if row["role"] == "winner"]
+    return table(["%, [95 %]", *numbers("alpha", "seeds", *columns, no_wrap=True), ""], lines, winners)
 
 
 def _remark(row: Mapping[str, Any]) -> str:
@@ -230,15 +242,6 @@ def _remark(row: Mapping[str, Any]) -> str:
     return f"{outcome}, epoch {row['epoch']} done" if row.get("epoch") else outcome
 
 
-def count_table(counts: Mapping[str, int]) -> Table:
-    """Returns a table of one line: how many trials are in each state."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for state in counts:
-        table.add_column(state.replace("_", " "), justify="right")
-    table.add_row(*(str(count) for count in counts.values()))
-    return table
-
-
 def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of the studies in a folder.
 
@@ -247,21 +250,17 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ``running``.
     """
     states = list(dict.fromkeys(state for row in rows for state, count in row.get("trials", {}).items() if count))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("study", no_wrap=True)
-    for name in ("wanted", *states, "objective, %"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    lines = []
     for row in rows:
         if row["problem"] is not None:
             first = row["problem"].splitlines()[0]
-            table.add_row(row["name"], *[""] * (len(states) + 2), f"cannot be read: {first}", style="red")
+            lines.append([row["name"], *[""] * (len(states) + 2), f"cannot be read: {first}"])
             continue
-        best = row["best_objective"]
         counts = [str(row["trials"][state] or "") for state in states]
-        cells = [str(row["wanted"]), *counts, "" if best is None else percent(best)]
-        table.add_row(row["name"], *cells, "runs" if row["running"] else "")
-    return table
+        best = objective_cell(row["best_objective"], False)
+        lines.append([row["name"], str(row["wanted"]), *counts, best, "runs" if row["running"] else ""])
+    broken = [index for index, row in enumerate(rows) if row["problem"] is not None]
+    return table(["study", *numbers("wanted", *states, "objective, %"), ""], lines, broken, "red")
 
 
 def differing_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -271,13 +270,9 @@ def differing_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         title: Heading of the first column.
         rows: ``key``, ``a``, ``b``.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(title)
-    for name in ("A", "B"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row["key"], *("-" if row[side] is None else value_text(row[side]) for side in ("a", "b")))
-    return table
+    sides = ("a", "b")
+    lines = [[row["key"], *("-" if row[side] is None else value_text(row[side]) for side in sides)] for row in rows]
+    return table([Column(title), *(Column(name, overflow="fold") for name in ("A", "B"))], lines)
 
 
 def comparison_table(found: Mapping[str, Any]) -> Table:
@@ -286,39 +281,23 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     Args:
         found: What ``results.compare.compare`` returns.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, %", no_wrap=True)
-    for side in ("a", "b"):
-        table.add_column(f"{side.upper()}: {found[side]['name']}, alpha {found[side]['alpha']:.2f}", justify="right")
-    table.add_column("A - B, points", justify="right")
+    lines = []
     for row in found["rows"]:
         cells = ["-" if row[side] is None else percent(row[side]) for side in ("a", "b")]
         difference = "not comparable"
         if row["difference"] is not None:
             difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-        table.add_row(_NAMES.get(row["what"], row["what"].removeprefix("accuracy/")), *cells, difference)
-    return table
-
-
-def plan_table(lines: Sequence[tuple[str, str, str]]) -> Table:
-    """Returns the table of a forecast: what, how much is expected, and the range of it."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    table.add_column("expected", justify="right", no_wrap=True)
-    table.add_column("range")
-    for line in lines:
-        table.add_row(*line)
-    return table
+        lines.append([_NAMES.get(row["what"], row["what"].removeprefix("accuracy/")), *cells, difference])
+    titles = [f"{side.upper()}: {found[side]['name']}, alpha {found[side]['alpha']:.2f}" for side in ("a", "b")]
+    return table(["accuracy, %", *numbers(*titles, "A - B, points")], lines)
 
 
 def fact_table(facts: Mapping[str, str]) -> Table:
     """Returns a table of names and what there is to say of each."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in facts.items():
-        table.add_row(name, escape(text))
-    return table
+    columns = [Column(style="bold", no_wrap=True), Column(overflow="fold")]
+    made = table(columns, ((name, escape(text)) for name, text in facts.items()))
+    made.show_header = False
+    return made
 
 
 def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -328,37 +307,15 @@ def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
             ``last_used`` (seconds since 1970), ``in_use`` (None: not known).
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("set or model", no_wrap=True)
-    table.add_column("kind")
-    table.add_column("source")
-    for name in ("images", "pixels", "size", "built", "last used"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    lines = []
     for row in rows:
         days = [datetime.fromtimestamp(row[key]).strftime("%Y-%m-%d %H:%M") for key in ("created", "last_used")]
-        table.add_row(
-            row["name"] or "?",
-            row["kind"],
-            row["source"],
-            f"{row['num_images']:,}" if row["num_images"] else "",
-            row["image_size"],
-            size_text(row["num_bytes"]),
-            days[0] if row["created"] else "",
-            days[1],
-            {True: "in use", False: "", None: "may be in use"}[row["in_use"]],
-        )
-    return table
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Returns a table of texts; the first column is not wrapped."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        table.add_column(name, no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table
+        images = f"{row['num_images']:,}" if row["num_images"] else ""
+        cells = [images, row["image_size"], size_text(row["num_bytes"]), days[0] if row["created"] else "", days[1]]
+        state = {True: "in use", False: "", None: "may be in use"}[row["in_use"]]
+        lines.append([row["name"] or "?", row["kind"], row["source"], *cells, state])
+    counts = numbers("images", "pixels", "size", "built", "last used", no_wrap=True)
+    return table(["set or model", "kind", "source", *counts, ""], lines)
 
 
 def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, Mapping[str, float]]) -> Table:
@@ -368,31 +325,25 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
         sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.image_facts`` returns.
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
     """
-    rows = []
+    rows = {}
     for place, one in sets.items():
         expected, measured = one.get("num_expected"), zero_shot.get(place.rpartition(".")[2])
         side = one.get("short_side")
-        rows.append(
-            {
-                "images": f"{one['num_images']:,}"
-                + (f" of {expected:,}" if expected not in (None, one["num_images"]) else ""),
-                "classes": str(one["num_classes"]),
-                "per class": _spread(one["images_per_class"]),
-                "short side, px": "" if side is None else _spread(side),
-                "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
-                "unreadable": str(one.get("num_unreadable", "")),
-                "repeated": str(one.get("num_twice", "")),
-                "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
-            }
-        )
-    columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("set", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for place, row in zip(sets, rows, strict=True):
-        table.add_row(place.removeprefix("data."), *(row[name] for name in columns))
-    return table
+        rows[place] = {
+            "images": f"{one['num_images']:,}"
+            + (f" of {expected:,}" if expected not in (None, one["num_images"]) else ""),
+            "classes": str(one["num_classes"]),
+            "per class": _spread(one["images_per_class"]),
+            "short side, px": "" if side is None else _spread(side),
+            "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
+            "unreadable": str(one.get("num_unreadable", "")),
+            "repeated": str(one.get("num_twice", "")),
+            "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
+        }
+    names = next(iter(rows.values()), {})
+    columns = [name for name in names if any(row[name] for row in rows.values())]
+    lines = [[place.removeprefix("data."), *map(row.__getitem__, columns)] for place, row in rows.items()]
+    return table(["set", *numbers(*columns)], lines)
 
 
 def _spread(of: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 import zlib
 
 import numpy as np
@@ -145,29 +144,6 @@ def _camelyon17(root, classes, per_class, facts, splits):
     (root / "camelyon17_v1.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
 
 
-def pickled(value):
-    """Returns a value as Python 2 pickled it (protocol 2): texts are bytes, arrays by numpy.core.multiarray."""
-    return b"\x80\x02" + _opcodes(value) + b"."
-
-
-def _opcodes(value):
-    if isinstance(value, dict):
-        items = b"".join(_opcodes(key) + b"q\x05" + _opcodes(one) for key, one in value.items())
-        return b"}q\x01(" + items + b"u"
-    if isinstance(value, list):
-        return b"]r\x06\x00\x00\x00(" + b"".join(map(_opcodes, value)) + b"e"
-    if isinstance(value, str):
-        text = value.encode()
-        return b"U" + bytes([len(text)]) + text
-    if isinstance(value, np.ndarray):
-        made = b"cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87R"
-        kind = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        shape = b"".join(b"J" + struct.pack("<i", side) for side in value.shape) + b"\x86"
-        raw = value.tobytes()
-        return made + b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
-    return b"M" + struct.pack("<H", value) if value > 255 else b"K" + bytes([value])
-
-
 def cifar_batches(name, per_class):
     """Returns for each file of CIFAR the pixels, uint8 [N, 3072], and the labels, a list."""
     count = len(load_facts(name).classes)
@@ -181,25 +157,14 @@ def cifar_batches(name, per_class):
 
 
 def _cifar(root, classes, per_class, facts, splits):
+    """Writes the binary version: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
     ten = facts.name == "cifar10"
-    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
     folder.mkdir()
     for file, (pixels, labels) in cifar_batches(facts.name, per_class).items():
-        key = {"labels": labels} if ten else {"fine_labels": labels, "coarse_labels": [0] * len(labels)}
-        (folder / file).write_bytes(pickled({"batch_label": file, **key, "data": pixels}))
-    meta = {"label_names" if ten else "fine_label_names": list(classes)}
-    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickled(meta))
-
-
-def make_binary_cifar(name, root, per_class=1):
-    """Writes the binary form: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
-    ten = name == "cifar10"
-    folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
-    folder.mkdir(parents=True)
-    for file, (pixels, labels) in cifar_batches(name, per_class).items():
         heads = [[label] if ten else [0, label] for label in labels]
         (folder / f"{file}.bin").write_bytes(np.hstack([np.array(heads, np.uint8), pixels]).tobytes())
-    names = "\n".join(load_facts(name).classes) + "\n"
+    names = "\n".join(classes) + "\n"
     (folder / ("batches.meta.txt" if ten else "fine_label_names.txt")).write_text(names + "\n" * ten)
 
 

@@ -21,8 +21,8 @@ EPOCHS = 3
 SEARCH = {
     "keep_checkpoints": 2,
     "sampler": {"name": "tpe", "startup_trials": 2},
-    "pruner": {"name": "hyperband"},
-    "evaluate": {"every_epochs": 0},
+    "pruner": {"name": "median", "startup_trials": 2},
+    "evaluate": {"every_epochs": 1},
 }
 
 

@@ -6,13 +6,29 @@ from pydantic import TypeAdapter
 
 from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
-from carft_ray.recipe.loading import absolute_set
+from carft_ray.data.sets import cache_dir, class_folders, open_source
+from carft_ray.recipe.loading import _set_with_paths, resolve_path
 from carft_ray.recipe.schema import SetSpec
+
+
+def absolute_set(spec, base_dir):
+    return _set_with_paths(TypeAdapter(SetSpec).validate_python(spec), lambda path: str(resolve_path(path, base_dir)))
+
+
+def open_train(recipe):
+    return open_source(recipe.data.train, "train", recipe.data.classes, cache_dir(recipe))
+
+
+def open_validation(recipe):
+    """Returns ``id_val`` and the OOD validation sets by name."""
+    classes, cache = class_folders(recipe), cache_dir(recipe)
+    ood_val = {name: open_source(spec, name, classes, cache) for name, spec in recipe.data.ood_val.items()}
+    return open_source(recipe.data.id_val, "id_val", classes, cache), ood_val
 
 
 def open_set(class_list=None, role="train", /, base_dir=Path("/"), **spec):
     """Opens the set that these keys of a recipe describe, with a class list or its own."""
-    parsed = absolute_set(TypeAdapter(SetSpec).validate_python(spec), base_dir)
+    parsed = absolute_set(spec, base_dir)
     return stored_source(list_set(parsed, role), parsed, class_list, role)
 
 

@@ -15,7 +15,6 @@ from carft_ray.evaluation.alpha import (
     between,
     choose_alpha,
     choose_alphas,
-    cross_fit,
     fitted_curve,
     neighbour_se,
     objective_covariance,
@@ -146,21 +145,25 @@ def pair_se(covariance):
     return math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
 
 
+def stacked(points):
+    return {name: np.stack([point[name] for point in points]) for name in points[0]}
+
+
 def test_the_covariance_gives_the_interval_with_one_seed_on_differences():
     rng = np.random.default_rng(0)
     a, b = random_correct(rng), random_correct(rng)
     spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.3)
     differences = {name: a[name][None].astype(float) - b[name][None] for name in a}
-    covariance = objective_covariance([a, b], spec)
+    covariance = objective_covariance(stacked([a, b]), spec)
     assert pair_se(covariance) == pytest.approx(crossed(differences, {"id": 0.3, "ood": 0.7}).standard_error, rel=1e-12)
-    assert pair_se(objective_covariance([a, a], spec)) == 0
-    one_image = [{"id": np.array([right])} for right in (True, False)]
+    assert pair_se(objective_covariance(stacked([a, a]), spec)) == 0
+    one_image = {"id": np.array([[True], [False]])}
     assert (objective_covariance(one_image, ObjectiveSpec("weighted_mean", "id", ())) == 0).all()
 
 
 def test_neighbour_se_is_the_root_mean_square_over_neighbouring_pairs():
     rng = np.random.default_rng(1)
-    curve = [random_correct(rng) for _ in range(4)]
+    curve = stacked([random_correct(rng) for _ in range(4)])
     spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.4)
     covariance = objective_covariance(curve, spec)
     pairs = [pair_se(covariance[i : i + 2, i : i + 2]) for i in range(3)]
@@ -190,7 +193,7 @@ def profile_of(alphas, objectives, neighbour_se=0.01, violations=()):
     noise_AA, missed = noise(neighbour_se, len(alphas)), np.array(violations) if violations else None
     choice = choose_alpha(alphas, objectives, 0.1, noise_AA, missed)
     rows = tuple(map(tuple, noise_AA.tolist()))
-    return AlphaProfile(alphas, tuple(objectives), {}, tuple(objectives), rows, choice, None, violations)
+    return AlphaProfile(alphas, tuple(objectives), {}, tuple(objectives), rows, choice, violations)
 
 
 def test_points_between_are_measured_at_an_end_of_the_curve_and_where_there_is_no_fit():
@@ -344,7 +347,6 @@ def test_profile_derives_everything_from_the_predictions(kind):
     )
     assert profile.choice == choose_alpha(GRID, profile.objectives, 0.1, noise_AA)
     assert 0.004 < neighbour_se(noise_AA) < 0.03
-    assert profile.cross_fit == pytest.approx(profile.choice.value, abs=0.05)
     json.dumps(asdict(profile), allow_nan=False)
 
 
@@ -357,32 +359,13 @@ def test_profile_without_ood_sets_is_of_id_alone():
 def test_profile_of_a_single_alpha_is_that_point():
     table = simulated_predictions().filter(pa_equal("alpha", 1.0))
     profile = alpha_profile(table, SPEC, 0.1)
-    assert (profile.choice.alpha, profile.choice.fitted, profile.cross_fit) == (1.0, False, None)
+    assert (profile.choice.alpha, profile.choice.fitted) == (1.0, False)
 
 
 def test_profile_with_sets_at_other_alphas_is_an_error():
     extra = predictions_table("id_val", 0.5, np.arange(2, dtype=np.uint64), [0, 0], np.zeros((2, 2), np.float32))
     with pytest.raises(DataError, match="predictions of noisy: must have been evaluated at the alphas of id_val"):
         alpha_profile(concat([simulated_predictions(), extra]), SPEC, 0.1)
-
-
-def test_cross_fit_is_not_flattered_by_noise():
-    """All alphas are equally good: the raw maximum is too high, the cross-fit is not."""
-    rng = np.random.default_rng(2)
-    raw, crossed_values = [], []
-    ids = {name: rng.integers(0, 2**64, 300, dtype=np.uint64) for name in ("id_val", "noisy")}
-    for _ in range(200):
-        curve = [{name: rng.random(300) < 0.7 for name in ids} for _ in GRID]
-        raw.append(max(SPEC.value({name: x.mean() for name, x in point.items()}) for point in curve[1:]))
-        crossed_values.append(cross_fit(GRID, curve, ids, SPEC, 0.1))
-    assert np.mean(raw) > 0.715
-    assert np.mean(crossed_values) == pytest.approx(0.7, abs=0.004)
-
-
-def test_cross_fit_needs_images_in_both_halves():
-    curve = [{"id_val": np.array([True]), "noisy": np.array([True, False])} for _ in GRID]
-    ids = {"id_val": np.array([1], np.uint64), "noisy": np.array([1, 2], np.uint64)}
-    assert cross_fit(GRID, curve, ids, SPEC, 0.1) is None
 
 
 def pa_equal(column, value):

@@ -49,7 +49,8 @@ def slow(candidates, spec, lowest, num_resamples, seed):
             if len(values) == 1:
                 in_bag[b, i], out_of_bag[b, i], alphas[b, i] = values[0], others[0], candidate.alphas[0]
                 continue
-            choice = choose_alpha(candidate.alphas, values, lowest, objective_covariance(drawn, spec))
+            stacked = {name: np.stack([point[name] for point in drawn]) for name in names}
+            choice = choose_alpha(candidate.alphas, values, lowest, objective_covariance(stacked, spec))
             in_bag[b, i], alphas[b, i], fits[b, i] = choice.value, choice.alpha, choice.fitted
             if choice.fitted:
                 out_of_bag[b, i] = fitted_curve(candidate.alphas, others, [choice.alpha])[0]

@@ -10,7 +10,7 @@ import crash_host
 import numpy as np
 import pytest
 from PIL import Image
-from pydantic import TypeAdapter
+from sources import absolute_set, open_validation
 from strict_roles import check_overlap
 from torchvision.transforms.v2 import functional
 
@@ -19,12 +19,12 @@ from carft_ray.data.corruptions import CORRUPTION_VERSION, corrupt
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sandbox import CLASSES
-from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source, open_validation
+from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.recipe.advice import warnings
-from carft_ray.recipe.loading import absolute_paths, absolute_set
-from carft_ray.recipe.schema import Recipe, SetSpec
+from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema import Recipe
 from carft_ray.search.identity import class_of
 
 SANDBOX = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 4}
@@ -36,7 +36,7 @@ def corrupted(of, **keys):
 
 
 def opened(spec, base_dir=Path("/"), classes=None):
-    return open_source(absolute_set(TypeAdapter(SetSpec).validate_python(spec), base_dir), "x", classes)
+    return open_source(absolute_set(spec, base_dir), "x", classes)
 
 
 @pytest.fixture

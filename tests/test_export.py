@@ -20,6 +20,7 @@ import short_training
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import load_folder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -33,7 +34,6 @@ from carft_ray.evaluation.evaluate import predict
 from carft_ray.launch.single import train_once
 from carft_ray.learning import RunContext
 from carft_ray.learning.catalog import check_model
-from carft_ray.learning.clip import load_folder
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results import export as exporting
 from carft_ray.results.export import TOLERANCE, export_model

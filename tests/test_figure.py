@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.effect import Estimate, effect_figure
 from carft_ray.errors import StorageError
-from carft_ray.launch.figure import Curve, Dot, Estimate, effect_figure, id_ood_figure
-from carft_ray.launch.labels import Label, place_labels
+from carft_ray.launch.figure import Curve, Dot, id_ood_figure
 
 pytestmark = pytest.mark.slow
 
@@ -94,25 +94,6 @@ def test_titles_say_synthetic_only_when_told(tmp_path):
             assert ("Search (synthetic images)" in svg.read_text()) == synthetic
     for text in ("best trial, alpha 0.4", "plain fine-tuning", "OOD accuracy", "0.5 ID + 0.5 OOD"):
         assert text in svg.read_text()
-
-
-def test_labels_do_not_overlap():
-    from matplotlib.figure import Figure
-
-    rng = np.random.default_rng(1)
-    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1))
-    places = rng.uniform(0.4, 0.6, (9, 2)).tolist()
-    place_labels(
-        figure, axes, [Label(f"baseline number {i}", x, y, "black", True) for i, (x, y) in enumerate(places)], places
-    )
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 9
-    for i, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:i])
-        assert axes.get_window_extent().contains(box.x0, box.y0)
-        assert axes.get_window_extent().contains(box.x1, box.y1)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -6,11 +6,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from benchmarks.searches import hypervolume
 from carft_ray.search.front import (
     FrontRule,
     best_point,
     front_of,
-    hypervolume,
     knee,
     lexicographic,
     non_dominated,

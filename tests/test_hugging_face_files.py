@@ -8,10 +8,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG
+from tiny import CONFIG, load_folder
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
-from carft_ray.learning.clip import load_folder, wrap_model
+from carft_ray.learning.clip import wrap_model
 from carft_ray.learning.hugging_face_files import misfits, to_huggingface, write_huggingface
 
 pytestmark = pytest.mark.slow

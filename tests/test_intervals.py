@@ -15,7 +15,6 @@ from carft_ray.results.intervals import (
     OVER_SEEDS,
     OVER_SEEDS_AND_IMAGES,
     accuracy_interval,
-    binomial_se,
     crossed,
     headline,
     in_points,
@@ -23,7 +22,6 @@ from carft_ray.results.intervals import (
     objective_interval,
     paired_differences,
     rank_correlation,
-    regret,
 )
 
 FIXTURE = {
@@ -288,11 +286,6 @@ def test_an_accuracy_of_few_images_is_shown_with_an_interval_also_where_all_or_n
     assert console.percent(0.5, 28) == "50.0 [32.6, 67.4]"
 
 
-def test_binomial_se_of_the_documented_set_sizes():
-    assert binomial_se(0.7, 2000) == pytest.approx(0.01025, abs=5e-6)
-    assert binomial_se(1.0, 10) == 0
-
-
 def test_rank_correlation_agrees_with_scipy_and_is_none_where_not_defined():
     rng = np.random.default_rng(4)
     a = rng.integers(0, 8, 40).astype(float)
@@ -300,11 +293,6 @@ def test_rank_correlation_agrees_with_scipy_and_is_none_where_not_defined():
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
     assert rank_correlation([1, 2, 3], [1, 1, 1]) is None
     assert rank_correlation([1], [1]) is None
-
-
-def test_regret_is_what_the_pick_of_the_rule_misses():
-    assert regret([0.1, 0.9, 0.5], [0.6, 0.5, 0.8]) == pytest.approx(0.3)
-    assert regret([0.9, 0.9], [0.7, 0.5]) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sources import open_set
+from sources import open_set, open_train, open_validation
 from strict_roles import check_overlap
 
 from carft_ray.data.records import without_bad_images
-from carft_ray.data.sets import check_roles, check_sets, open_source, open_train, open_validation
+from carft_ray.data.sets import check_roles, check_sets, open_source
 from carft_ray.errors import DataError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.evaluation.predictions import predictions_table

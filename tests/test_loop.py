@@ -110,14 +110,14 @@ def test_training_kl_falls_as_its_weight_rises(clip64, heads64, source):
 
 
 def mean_kl(clip, heads, source, state, train):
-    from carft_ray.learning import context_kl
+    from carft_ray.learning import context_distribution, context_kl
 
     ends = [build_classifier(clip, heads[0].float(), train, CPU).eval() for _ in range(2)]
     ends[1].load_state_dict(state)
     pixels = torch.from_numpy(source.images)
     with torch.no_grad():
-        features0, features = (end.features(pixels) for end in ends)
-    return context_kl(features, features0, heads[1].float(), clip.logit_scale).item()
+        log_p0, log_p = (context_distribution(end.features(pixels), heads[1].float(), clip.logit_scale) for end in ends)
+    return context_kl(log_p, log_p0).mean().item()
 
 
 def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source):

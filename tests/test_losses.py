@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from carft_ray.learning import context_distribution, context_kl, context_kl_to_stored
-from carft_ray.learning.losses import context_entropy, kl_per_image
+from carft_ray.learning import context_distribution, context_kl
+from carft_ray.learning.losses import context_entropy
 
 B, D, T, S = 7, 12, 9, 20.0
 
@@ -28,6 +28,11 @@ def tensors(arrays):
     return tuple(torch.from_numpy(array) for array in arrays)
 
 
+def mean_kl(features, features0, head, scale):
+    """The KL term of a batch, by the functions that training calls."""
+    return context_kl(context_distribution(features, head, scale), context_distribution(features0, head, scale)).mean()
+
+
 def numpy_log_p(features, head, scale):
     z = scale * (features / np.linalg.norm(features, axis=1, keepdims=True)) @ head.T
     z = z - z.max(axis=1, keepdims=True)
@@ -43,13 +48,13 @@ def test_kl_and_distribution_equal_numpy(arrays, tensors):
     np.testing.assert_allclose(
         context_distribution(tensors[0], tensors[2], S).numpy(), numpy_log_p(arrays[0], arrays[2], S), atol=1e-9
     )
-    assert context_kl(*tensors, S).item() == pytest.approx(numpy_kl(*arrays, S), abs=1e-9)
+    assert mean_kl(*tensors, S).item() == pytest.approx(numpy_kl(*arrays, S), abs=1e-9)
 
 
 def test_kl_of_identical_features_is_exactly_zero(tensors):
     for dtype in (torch.float32, torch.float64):
         features, head = tensors[0].to(dtype), tensors[2].to(dtype)
-        assert context_kl(features, features.clone(), head, S).item() == 0.0
+        assert mean_kl(features, features.clone(), head, S).item() == 0.0
 
 
 def test_kl_is_never_negative():
@@ -59,22 +64,22 @@ def test_kl_is_never_negative():
         features0 = torch.from_numpy(rng.normal(size=(200, D)))
         features = features0 + step * torch.from_numpy(rng.normal(size=(200, D)))
         log_p, log_p0 = context_distribution(features, head, 100.0), context_distribution(features0, head, 100.0)
-        assert kl_per_image(log_p, log_p0).min().item() >= -1e-10
+        assert context_kl(log_p, log_p0).min().item() >= -1e-10
 
 
 def test_kl_ignores_the_order_of_contexts_and_a_constant_logit(tensors):
     features, features0, head = tensors
-    value = context_kl(*tensors, S).item()
+    value = mean_kl(*tensors, S).item()
     order = torch.from_numpy(np.random.default_rng(1).permutation(T))
-    assert context_kl(features, features0, head[order], S).item() == pytest.approx(value, abs=1e-10)
+    assert mean_kl(features, features0, head[order], S).item() == pytest.approx(value, abs=1e-10)
     z, z0 = context_distribution(features, head, S), context_distribution(features0, head, S)
     shifted = [torch.log_softmax(logits + 3.7, dim=-1) for logits in (z, z0)]
-    assert kl_per_image(*shifted).mean().item() == pytest.approx(value, abs=1e-10)
+    assert context_kl(*shifted).mean().item() == pytest.approx(value, abs=1e-10)
 
 
 def test_one_context_gives_zero_for_any_model(tensors):
     features, features0, head = tensors
-    assert context_kl(features, features0, head[:1], S).item() == 0.0
+    assert mean_kl(features, features0, head[:1], S).item() == 0.0
 
 
 def test_two_equal_contexts_act_as_one_with_log_two_added(arrays, tensors):
@@ -87,7 +92,7 @@ def test_two_equal_contexts_act_as_one_with_log_two_added(arrays, tensors):
         return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
     expected = (np.exp(log_p(features0)) * (log_p(features0) - log_p(features))).sum(axis=1).mean()
-    value = context_kl(tensors[0], tensors[1], torch.from_numpy(doubled), S).item()
+    value = mean_kl(tensors[0], tensors[1], torch.from_numpy(doubled), S).item()
     assert value == pytest.approx(expected, abs=1e-10)
 
 
@@ -101,7 +106,7 @@ def test_small_changes_cost_half_the_variance_of_the_logits():
         p0 = context_distribution(features0, head, S).exp()
         dz = S * (features - features0) @ head.T
         variance = (p0 * dz**2).sum() - (p0 * dz).sum() ** 2
-        errors.append(abs(context_kl(features, features0, head, S) / (variance / 2) - 1).item())
+        errors.append(abs(mean_kl(features, features0, head, S) / (variance / 2) - 1).item())
     assert errors[0] / errors[1] == pytest.approx(10, rel=0.35)
     assert errors[1] / errors[2] == pytest.approx(10, rel=0.35)
 
@@ -109,7 +114,7 @@ def test_small_changes_cost_half_the_variance_of_the_logits():
 def test_gradient_with_respect_to_the_logits_is_p_minus_p0_over_b(arrays):
     z = torch.from_numpy(np.random.default_rng(2).normal(size=(B, T))).requires_grad_()
     log_p0 = torch.log_softmax(torch.from_numpy(np.random.default_rng(4).normal(size=(B, T))), dim=-1)
-    kl_per_image(torch.log_softmax(z, dim=-1), log_p0).mean().backward()
+    context_kl(torch.log_softmax(z, dim=-1), log_p0).mean().backward()
     p = np.exp(z.detach().numpy())
     p /= p.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(z.grad.numpy(), (p - log_p0.exp().numpy()) / B, atol=1e-10)
@@ -122,12 +127,13 @@ def test_stored_half_precision_targets_stay_within_the_stated_bounds():
     features = features0 + 0.05 * torch.from_numpy(rng.normal(size=(300, 512))).float()
     log_p0 = context_distribution(features0, head, 100.0)
     stored = log_p0.exp().half()
-    online = kl_per_image(context_distribution(features, head, 100.0), log_p0)
+    online = context_kl(context_distribution(features, head, 100.0), log_p0)
     for row, value in enumerate(online):
-        kl = context_kl_to_stored(features[row : row + 1], stored[row : row + 1], head, 100.0)
-        assert abs(kl - value).item() <= 2e-4
+        log_p = context_distribution(features[row : row + 1], head, 100.0)
+        kl = context_kl(log_p, stored[row : row + 1], log_target=False).item()
+        assert abs(kl - value.item()) <= 2e-4
     assert ((stored.float() - log_p0.exp()).abs() <= 1e-3 * log_p0.exp() + 1e-7).all()
-    at_identity = context_kl_to_stored(features0, stored, head, 100.0).item()
+    at_identity = context_kl(log_p0, stored, log_target=False).mean().item()
     assert at_identity >= -1e-6
 
 

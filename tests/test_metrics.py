@@ -13,11 +13,16 @@ import torch
 
 from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
-from carft_ray.evaluation.metrics import Answers, answers, answers_of_logits, bootstrap_interval, reliability
+from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.predictions import concat, predictions_table, select
 from carft_ray.results.intervals import wilson
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
+
+
+def answers_of_logits(labels, logits):
+    ids = np.arange(len(labels), dtype=np.uint64)
+    return answers(predictions_table("set", 1.0, ids, labels, logits))
 
 
 def case(name):
@@ -249,23 +254,6 @@ def test_wrong_arguments_are_refused():
         reliability(np.array([]), np.array([], bool))
 
 
-def test_averages_name_their_sets():
-    values = {"noisy": 0.4, "blurry": 0.7, "painting": 0.9}
-    mean = metrics.mean_over_sets(values, ("blurry", "noisy"))
-    assert (mean.value, mean.sets) == (pytest.approx(0.55, abs=1e-15), ("blurry", "noisy"))
-    assert mean.words == "mean over 2 sets: blurry, noisy"
-    with pytest.raises(DataError, match=r"none for sketch \(allowed: noisy, blurry, painting\)"):
-        metrics.mean_over_sets(values, ("noisy", "sketch"))
-    with pytest.raises(ValueError, match="different and at least one"):
-        metrics.mean_over_sets(values, ())
-
-
-def test_worst_domain_is_the_first_of_the_lowest():
-    assert metrics.worst_domain({"a": 0.6, "b": 0.5, "c": 0.5}) == ("b", 0.5)
-    with pytest.raises(ValueError, match="no sets"):
-        metrics.worst_domain({})
-
-
 def test_area_under_the_alpha_curve_equals_that_of_scipy():
     rng = np.random.default_rng(3)
     alphas = [0.0, 0.2, 0.35, 0.4, 0.8, 1.0]
@@ -277,35 +265,3 @@ def test_area_under_the_alpha_curve_equals_that_of_scipy():
             metrics.alpha_area(bad, [0.5, 0.5])
     with pytest.raises(ValueError, match="must be finite"):
         metrics.alpha_area([0, 1], [0.5, math.nan])
-
-
-def test_bootstrap_interval_equals_that_of_scipy():
-    given = answers_of_logits(*case("random"))
-    ends = bootstrap_interval(lambda each: metrics.accuracy(each["a"]), {"a": given}, seed=4, num_resamples=300)
-    oracle = scipy.stats.bootstrap(
-        (given.correct.astype(float),), np.mean, n_resamples=300, method="percentile", rng=np.random.default_rng(4)
-    ).confidence_interval
-    assert ends == (same(oracle.low), same(oracle.high))
-
-
-def test_bootstrap_draws_within_each_set_and_covers_any_metric():
-    sets = {"a": answers_of_logits(*case("random")), "b": answers_of_logits(*case("ties")).take(np.arange(50))}
-    sizes = set()
-
-    def worst(each):
-        sizes.add((len(each["a"]), len(each["b"])))
-        return metrics.worst_domain({name: metrics.accuracy(one) for name, one in each.items()})[1]
-
-    low, high = bootstrap_interval(worst, sets, seed=1, num_resamples=200)
-    assert sizes == {(900, 50)}
-    assert low < worst(sets) < high
-    assert bootstrap_interval(worst, sets, seed=1, num_resamples=200) == (low, high)
-    assert bootstrap_interval(worst, sets, seed=2, num_resamples=200) != (low, high)
-    for metric in (metrics.brier_score, metrics.expected_calibration_error, metrics.mean_class_accuracy):
-        low, high = bootstrap_interval(lambda each, metric=metric: metric(each["b"]), sets, num_resamples=50)
-        assert 0 <= low < high
-
-
-def test_the_interval_of_a_perfect_model_is_a_point():
-    given = Answers(2, *(np.zeros(9, int),) * 2, *(np.ones(9),) * 3)
-    assert bootstrap_interval(lambda each: metrics.accuracy(each["a"]), {"a": given}, num_resamples=20) == (1, 1)

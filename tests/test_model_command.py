@@ -10,12 +10,13 @@ import open_clip
 import pytest
 import torch
 from families import FAMILIES, make_folder
+from tiny import load_folder
 from typer.testing import CliRunner
 
 from carft_ray.cli import app
 from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning.building import build_model
-from carft_ray.learning.clip import load_folder, state_hash
+from carft_ray.learning.clip import state_hash
 from carft_ray.learning.describe import describe
 from carft_ray.recipe.fine_tuning import ModelConfig
 

@@ -37,27 +37,18 @@ def optuna_pruner(part):
     pruners = optuna.pruners
     if part.name == "successive_halving":
         return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=part.factor)
-    if part.name == "hyperband":
-        return pruners.HyperbandPruner(min_resource=first, max_resource=100, reduction_factor=part.factor)
-    if part.name == "patience":
-        return pruners.PatientPruner(None, part.patience)
     share = 50.0 if part.name == "median" else part.percentile
     return pruners.PercentilePruner(share, n_startup_trials=part.startup_trials)
 
 
-@pytest.mark.filterwarnings("ignore:PatientPruner is experimental")
 @pytest.mark.parametrize(
     "keys",
     [
         {"name": "successive_halving"},
         {"name": "successive_halving", "first": 0.1, "factor": 3},
-        {"name": "hyperband", "first": 0.1},
-        {"name": "hyperband", "first": 0.25, "factor": 2},
         {"name": "median", "startup_trials": 3},
         {"name": "percentile", "percentile": 25.0},
         {"name": "percentile", "percentile": 70.0, "startup_trials": 1},
-        {"name": "patience", "patience": 1},
-        {"name": "patience", "patience": 2, "first": 0.1},
     ],
     ids=lambda keys: f"{keys['name']}-{len(keys)}-{list(keys.values())[-1]}",
 )
@@ -81,7 +72,7 @@ def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
         looks[number][step] = value
         known = {n: Looked(n, found, n in complete) for n, found in looks.items()}
         mine = known.pop(number)
-        reason = cut_reason(part, "search", mine, list(known.values()))
+        reason = cut_reason(part, mine, list(known.values()))
         trial.report(value, step)
         expected = step < 100 and trial.should_prune()
         assert (reason is not None) == expected, (number, step, reason)
@@ -140,9 +131,9 @@ def test_a_look_counts_from_first_on_and_after_the_warm_up():
 def test_trainings_of_different_length_compare_at_their_percent():
     part = PrunerConfig(name="median", startup_trials=1)
     others = [Looked(n, {percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
-    assert cut_reason(part, "search", Looked(9, {40: 0.5}, complete=False), others).startswith("cut at 40 %: 50.0 %")
-    assert cut_reason(part, "search", Looked(9, {40: 0.7}, complete=False), others) is None
-    assert cut_reason(part, "search", Looked(9, {30: 0.5}, complete=False), others) is None  # none that early
+    assert cut_reason(part, Looked(9, {40: 0.5}, complete=False), others).startswith("cut at 40 %: 50.0 %")
+    assert cut_reason(part, Looked(9, {40: 0.7}, complete=False), others) is None
+    assert cut_reason(part, Looked(9, {30: 0.5}, complete=False), others) is None  # none that early
 
 
 # in a study
@@ -267,13 +258,12 @@ def test_a_decided_cut_is_told_at_adoption_and_not_run_again(study_dir, recipe):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["successive_halving", "hyperband"])
-def test_adopted_trials_keep_their_rungs_and_brackets(study_dir, name):
+def test_adopted_trials_keep_their_rungs(study_dir):
     """Both rungs of 8 trials, the study reopened before every look, as if it were never closed."""
     values = np.random.default_rng(1).uniform(0.2, 0.8, (8, 2))
 
     def told(folder, reopen):
-        recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner={"name": name})
+        recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner=HALVING)
         found = []
         with open_study(folder, recipe) as study:
             study.adopt()
@@ -333,7 +323,7 @@ def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
     from carft_ray.evaluation.run import prepare, run_training
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=hyperband"]
+    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]
     recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
     prepare(recipe, tmp_path / "prepared", share_targets=False)
     run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
@@ -394,12 +384,9 @@ def told(epochs, evaluate=None, space=None, **pruner):
         ("search.pruner.name", {"epochs": 1, **HALVING}),
         ("search.pruner.name", {"epochs": 10, **HALVING, "first": 0.95}),
         ("search.pruner.name", {"epochs": 5, "name": "median", "evaluate": {"every_epochs": 5}}),
-        ("search.pruner.name", {"epochs": 6, "name": "patience"}),
         ("evaluate.every_epochs", {"epochs": 10, "name": "median", "evaluate": {"every_epochs": 0}}),
-        ("evaluate.every_epochs", {"epochs": 30, "name": "patience", "evaluate": {"every_epochs": 0}}),
         (None, {"epochs": 1, "name": "none"}),
         (None, {"epochs": 10, **HALVING, "evaluate": {"every_epochs": 0}}),
-        (None, {"epochs": 10, "name": "patience"}),
         (None, {"epochs": 1, **HALVING, "space": {"epochs": {"type": "int", "low": 1, "high": 4}}}),
     ],
 )
@@ -422,7 +409,6 @@ def test_a_warm_up_that_covers_all_looks_is_refused(warmup, refused):
         (12, {"name": "median", "factor": 3}, "factor"),
         (12, {**HALVING, "startup_trials": 9}, "startup_trials"),
         (12, {"name": "median", "percentile": 30.0}, "percentile"),
-        (12, {**HALVING, "patience": 9}, "patience"),
         (9, HALVING, None),
         (12, HALVING, ""),
     ],

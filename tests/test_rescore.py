@@ -15,7 +15,16 @@ import typer.main
 from carft_ray import cli
 from carft_ray.errors import HoldOutError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import accuracies, concat, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import (
+    accuracy,
+    alphas,
+    concat,
+    predictions_table,
+    read_predictions,
+    select,
+    sets,
+    write_predictions,
+)
 from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -116,15 +125,18 @@ def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
     assert asked_objective(view.recipe, *asked) == spec
     for row in rescore(view, spec)["trials"]:
         trial = next(each for each in view.trials if each.name == row["name"])
-        found = accuracies(read_predictions(folder_of(view.study_dir, trial) / "predictions" / "validation.parquet"))
-        values = {alpha: spec.value({name: found[name][alpha] for name in found}) for alpha in found["id_val"]}
+        table = read_predictions(folder_of(view.study_dir, trial) / "predictions" / "validation.parquet")
+        values = {
+            alpha: spec.value({name: accuracy(select(table, name, alpha)) for name in sets(table)})
+            for alpha in alphas(table, "id_val")
+        }
         assert row["alpha"] >= view.recipe.search.alpha.lowest
         if row["fitted"]:
             assert abs(row["objective"] - np.interp(row["alpha"], list(values), list(values.values()))) < 0.25
         else:
             assert row["objective"] == pytest.approx(values[row["alpha"]], abs=1e-12)
         if row["measured"]:
-            assert row["id_accuracy"] == found["id_val"][row["alpha"]]
+            assert row["id_accuracy"] == accuracy(select(table, "id_val", row["alpha"]))
 
 
 def test_a_fixed_alpha_stays_what_it_is(view):

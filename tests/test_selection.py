@@ -8,16 +8,16 @@ import pytest
 from scipy import special, stats
 
 from benchmarks import selection as benchmark
+from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, resample
-from carft_ray.results.intervals import crossed, regret, values_by_seed
+from carft_ray.results.intervals import crossed, values_by_seed
 from carft_ray.results.selection import (
     IMAGE_AND_SEED_NOISE,
     IMAGE_NOISE_ONLY,
     correct_best,
     holm,
     keeps_id,
-    mcnemar,
     one_se_pick,
     ranking_noise,
     regret_table,
@@ -146,13 +146,6 @@ def test_holm_of_the_fixture_and_its_limits():
     adjusted = np.array(holm(list(p)))[np.argsort(p)]
     assert all(one <= two for one, two in pairwise(adjusted))
     assert (adjusted >= np.sort(p)).all()
-
-
-def test_mcnemar_is_the_exact_binomial_of_the_images_that_differ():
-    assert mcnemar(15, 5) == pytest.approx(0.0414, abs=5e-5)
-    assert mcnemar(5, 15) == mcnemar(15, 5)
-    assert mcnemar(0, 3) == pytest.approx(0.25)
-    assert mcnemar(0, 0) == mcnemar(4, 4) == 1
 
 
 def test_id_is_kept_when_the_interval_stays_above_the_margin():

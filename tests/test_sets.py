@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sources import open_train, open_validation
 
 from carft_ray.data import sandbox
 from carft_ray.data.sets import (
@@ -16,8 +17,6 @@ from carft_ray.data.sets import (
     class_folders,
     class_names,
     open_source,
-    open_train,
-    open_validation,
 )
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths

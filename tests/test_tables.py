@@ -242,9 +242,12 @@ def test_paths_out_of_the_root_are_refused(base, path):
 def test_patterns_of_files(tmp_path, written, names):
     for number in range(3):
         (tmp_path / f"x-00{number}.csv").touch()
-    files, problems = find_files(written, (".csv", ".tsv"), "data.train", "")
-    assert [file.name for file in files] == (names or [])
-    assert len(problems) == (names is None)
+    if names is None:
+        with pytest.raises(DataError) as caught:
+            find_files(written, (".csv", ".tsv"), "data.train", "")
+        assert len(caught.value.problems) == 1
+    else:
+        assert [file.name for file in find_files(written, (".csv", ".tsv"), "data.train", "")] == names
 
 
 # reading a row

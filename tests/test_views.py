@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
-from carft_ray.data.views import batches, crop_box, crop_boxes, permutation, view, view_batch
+from carft_ray.data.views import batches, crop_boxes, permutation, view_batch
 
 ALL_ONES = 0xFFFFFFFF
 # Random123 1.14, tests/kat_vectors, lines "philox4x32 10": counter, key, expected
@@ -32,6 +32,17 @@ def picture(width, height, seed=0):
 
 
 # Philox
+
+
+def crop_box(seed, sample_id, visit, width, height, crop_scale):
+    return tuple(crop_boxes(seed, np.array([sample_id], np.uint64), visit, width, height, crop_scale)[0].tolist())
+
+
+def view(pixels, seed, sample_id, visit, crop_scale, image_size):
+    """One view of one image, step by step."""
+    height, width = pixels.shape[:2]
+    box = crop_box(seed, sample_id, visit, width, height, crop_scale)
+    return np.array(Image.fromarray(pixels).crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)

@@ -10,13 +10,13 @@ import torch
 from families import make_tokenizer
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tiny import CONFIG
+from tiny import CONFIG, load_folder
 
 from carft_ray.errors import DataError, RecipeError
 from carft_ray.learning import weights
 from carft_ray.learning.building import build_model
 from carft_ray.learning.catalog import model_warnings
-from carft_ray.learning.clip import load_clip, load_folder
+from carft_ray.learning.clip import load_clip
 from carft_ray.recipe.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,8 @@ import math
 import open_clip
 import torch
 
-from carft_ray.learning.clip import wrap_model
+from carft_ray.learning.clip import load_clip, wrap_model
+from carft_ray.recipe.fine_tuning import ModelConfig
 
 CONFIG = {
     "embed_dim": 16,
@@ -24,3 +25,7 @@ def make_tiny_clip(seed=0, dtype=torch.float32):
     open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 16})
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     return wrap_model(model.to(dtype), tokenizer, CONFIG)
+
+
+def load_folder(folder):
+    return load_clip(ModelConfig(name=f"local-dir:{folder}"))

@@ -55,7 +55,7 @@ def init(
         if json_:
             console.print_json(presets())
         else:
-            console.out.print(console.plain_table(("preset", "for"), list(presets().items())))
+            console.out.print(console.table(("preset", "for"), list(presets().items())))
             console.next_step("carft-ray init --preset NAME --to my_recipe.yaml")
         return
     if to is not None and to.exists():
@@ -92,7 +92,7 @@ def init(
         return
     if found is not None:
         rows = [(one.folder, one.domain, one.split, str(len(one.counts)), f"{one.num_images:,}") for one in found]
-        console.out.print(console.plain_table(("folder", "domain", "split", "classes", "images"), rows))
+        console.out.print(console.table(("folder", "domain", "split", "classes", "images"), rows))
     console.say(f"Wrote {to}. The roles in `data` are a proposal: read them before you go on.")
     console.next_step(
         f"carft-ray doctor {shlex.quote(str(to))}",

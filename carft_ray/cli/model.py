@@ -69,7 +69,7 @@ def model(
         columns.append("learning rate")
         factors = [layer["lr_factor"] for layer in found["layers"]]
         rows = [[*row, f"{factor:.3g} x" if factor else "frozen"] for row, factor in zip(rows, factors, strict=True)]
-    console.out.print(console.plain_table(columns, rows))
+    console.out.print(console.table(columns, rows))
     console.next_step(*_next(name, part.name, found, is_recipe))
 
 

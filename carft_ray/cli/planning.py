@@ -75,7 +75,7 @@ def plan(
         console.print_json(found)
         return
     console.out.print(_heading(value.name, found), markup=False)
-    console.out.print(console.plan_table(_lines(found)))
+    console.out.print(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
     for line in filter(None, (_source(found), found["budget"], _pruned(value))):
         console.say(line)
     command = begin_line(value, quoted(recipe, set_, executor, num_workers), study)

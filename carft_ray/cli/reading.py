@@ -40,7 +40,8 @@ def status(
         return
     finished, wanted = answer["finished"], answer["wanted"]
     console.out.print(f"{answer['name']}: {finished} of {counted(wanted, 'trial')} finished.", markup=False)
-    console.out.print(console.count_table(answer["trials"]))
+    states = console.numbers(*(state.replace("_", " ") for state in answer["trials"]))
+    console.out.print(console.table(states, [[str(count) for count in answer["trials"].values()]]))
     if answer["outside"]:
         told = f"Outside the search space of today: {answer['outside']} of them; the sampler looks at the others alone."
         console.out.print(told, markup=False)

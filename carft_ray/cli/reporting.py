@@ -1,7 +1,7 @@
 """Trusting the numbers: what a study's best is worth. Nothing is locked, nothing is written."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test is read."""
     from carft_ray import console
-    from carft_ray.cli.sealed import regret_table
+    from carft_ray.cli.sealed import lost_cells, regret_table
     from carft_ray.results import overview
     from carft_ray.results.report import study_report
 
@@ -40,24 +40,12 @@ def report(
         console.out.print(line, markup=False, soft_wrap=True)
     if answer["rules"]:
         console.out.print("\nRules of selection, each judged on an OOD validation set that it did not see:")
-        console.out.print(_rule_table(answer["rules"]))
+        rows = [[rule["rule"], *lost_cells(rule), rule["note"]] for rule in answer["rules"]]
+        titles = console.numbers("regret, points", "standard error")
+        console.out.print(console.table(["rule", *titles, ""], rows))
         told = "Regret: what the pick of a rule loses to the best pick there; the rule with the smallest is the best."
         console.out.print(f"{told} That best pick is noisy itself, so all regrets are too high alike.", soft_wrap=True)
     if answer["analysis"]:
         console.out.print("\n" + "\n".join(answer["analysis"]["lines"]), markup=False, soft_wrap=True)
         console.out.print(regret_table(answer["analysis"]["rules"]))
     suggest(study, "report")
-
-
-def _rule_table(rules: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rule", no_wrap=True)
-    for name in ("regret, points", "standard error"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for rule in rules:
-        cells = ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
-        table.add_row(rule["rule"], *cells, rule["note"])
-    return table

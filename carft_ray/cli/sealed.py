@@ -56,28 +56,28 @@ def open_seal(
 
 def regret_table(rules: Sequence[Mapping[str, Any]]) -> "Table":
     """Returns the table of an analysis: what each rule picks, what that is worth on the test sets, what it has lost."""
-    from rich.table import Table
+    from rich.table import Column
 
     from carft_ray import console
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rule, on test", no_wrap=True)
-    table.add_column("picks", no_wrap=True)
-    for name in ("alpha", "objective, %", "regret, points", "standard error"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    lines = []
     for rule in rules:
         cells = ["-" if rule["alpha"] is None else f"{rule['alpha']:.2f}"]
-        cells.append("-" if rule["objective"] is None else console.percent(rule["objective"]))
-        cells += ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
-        style = "dim" if rule["rule"] == "oracle" else None
-        table.add_row(rule["rule"], rule["name"] or "-", *cells, rule["note"], style=style)
-    return table
+        cells += ["-" if rule["objective"] is None else console.percent(rule["objective"]), *lost_cells(rule)]
+        lines.append([rule["rule"], rule["name"] or "-", *cells, rule["note"]])
+    titles = console.numbers("alpha", "objective, %", "regret, points", "standard error")
+    oracles = [index for index, rule in enumerate(rules) if rule["rule"] == "oracle"]
+    return console.table(["rule, on test", Column("picks", no_wrap=True), *titles, ""], lines, oracles, "dim")
+
+
+def lost_cells(rule: Mapping[str, Any]) -> list[str]:
+    """Returns what a rule of selection loses and its standard error, in points."""
+    return ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
 
 
 def _table(summary: Mapping[str, Any]) -> "Table":
     """Returns the table of a read: a line per row, a column per set, and the interval of the objective."""
-    from rich.table import Table
+    from rich.table import Column
 
     from carft_ray import console
 
@@ -85,17 +85,14 @@ def _table(summary: Mapping[str, Any]) -> "Table":
     if summary["ood_mean_over"]:
         columns["ood_mean"] = "OOD mean"
     columns["objective"] = "objective"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("test accuracy, %", no_wrap=True)
-    for title in ("alpha", "seeds", *columns.values()):
-        table.add_column(title, justify="right")
-    table.add_column("95 % of it", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    lines = []
     for row in summary["rows"]:
         found = row["test"]
         low, high = found["objective"]["interval"]
         cells = [f"{row['alpha']:.2f}", str(row["num_seeds"] or "-")]
         cells += [console.percent(found[name]["mean"]) for name in columns]
         cells.append(f"[{console.percent(low)}, {console.percent(high)}]")
-        table.add_row(row["name"], *cells, row["role"], style="bold green" if row["role"] == "winner" else None)
-    return table
+        lines.append([row["name"], *cells, row["role"]])
+    titles = [*console.numbers("alpha", "seeds", *columns.values()), *console.numbers("95 % of it", no_wrap=True)]
+    winners = [index for index, row in enumerate(summary["rows"]) if row["role"] == "winner"]
+    return console.table(["test accuracy, %", *titles, Column("", no_wrap=True)], lines, winners)

@@ -32,6 +32,7 @@ class Layout:
             have the folders of the domains instead.
         signs: What else must be in the root, as a pattern: lists of the split, or what tells it from another folder.
         is_sparse: Whether a split may lack classes while its images are told apart between all of them.
+        step: What to do about a folder without all this.
     """
 
     folders: tuple[str, ...]
@@ -39,6 +40,7 @@ class Layout:
     images: tuple[str, ...] = ("",)
     signs: tuple[str, ...] = ()
     is_sparse: bool = False
+    step: str = STEP
 
 
 _META = ("imagelabels.mat", "setid.mat")
@@ -59,8 +61,12 @@ LAYOUTS: dict[str, Layout] = {
     "fmow": Layout(("fmow_v1.1", ""), wilds.fmow, ("images",), (wilds.FMOW_TABLE,), is_sparse=True),
     "iwildcam": Layout(("iwildcam_v2.0", ""), wilds.iwildcam, ("train",), (wilds.TABLE,), is_sparse=True),
     "camelyon17": Layout(("camelyon17_v1.0", ""), wilds.camelyon17, ("patches",), (wilds.TABLE,)),
-    "cifar10": Layout(("cifar-10-batches-py", "cifar-10-batches-bin", ""), cifar.cifar10, signs=("*_batch*",)),
-    "cifar100": Layout(("cifar-100-python", "cifar-100-binary", ""), cifar.cifar100, signs=("{split}*",)),
+    "cifar10": Layout(
+        ("cifar-10-batches-bin", ""), cifar.cifar10, signs=("*_batch*.bin",), step=cifar.STEP.format("cifar-10")
+    ),
+    "cifar100": Layout(
+        ("cifar-100-binary", ""), cifar.cifar100, signs=("{split}.bin",), step=cifar.STEP.format("cifar-100")
+    ),
     "flowers102": Layout(("flowers-102", ""), torchvision_sets.flowers102, ("jpg",), _META),
     "fgvc-aircraft": Layout(
         ("fgvc-aircraft-2013b/data", "data", ""),
@@ -125,7 +131,8 @@ def benchmark_problems(spec: BenchmarkSet, place: str) -> list[Problem]:
     if not absent:
         return []
     rule = f"must be the folder of {facts.title}: {', '.join(absent)} must be in it"
-    return [Problem(f"{place}.path", rule, f"none in {root}" if root.is_dir() else str(path), next_step=STEP)]
+    value = f"none in {root}" if root.is_dir() else str(path)
+    return [Problem(f"{place}.path", rule, value, next_step=LAYOUTS[spec.name].step)]
 
 
 def benchmark_places(spec: BenchmarkSet) -> list[str]:

@@ -5,7 +5,6 @@ hash. An item that fewer than two sources give is not sure: what differs from it
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Provenance:
     Attributes:
         item: Name of the attribute of ``Facts``.
         sources: Those that were compared.
-        sha256: ``item_hash`` of the item as it stands in the file.
+        sha256: SHA-256 of the item as it stands in the file: of its JSON without spaces, in UTF-8.
         sure: Whether two sources of different owners agree.
         note: What to know of it, and why it is not sure.
     """
@@ -128,12 +127,6 @@ def read_file(name: str) -> dict[str, Any]:
     """Returns the file of a set as it stands."""
     read: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return read
-
-
-def item_hash(value: Any) -> str:
-    """Returns the SHA-256 of an item: of its JSON without spaces, in UTF-8."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def label_groups(facts: Facts) -> tuple[tuple[int, ...], ...] | None:

@@ -10,12 +10,12 @@ The library ``datasets`` is not needed. Columns, labels and names are those of a
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
-from carft_ray.data.tables import list_rows, names_problems
+from carft_ray.data.tables import list_rows
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema import HuggingFaceSet
 from carft_ray.words import counted
@@ -25,44 +25,12 @@ _PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[
 _STEP = "Expected are a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
 
 
-def list_huggingface_set(spec: HuggingFaceSet, place: str) -> Listing:
-    """Lists the rows of a data set.
-
-    Args:
-        spec: The set.
-        place: Where the set is named, for the problems.
-    """
-    home = os.path.realpath(Path(spec.path))
-    try:
-        files = _files(spec, place)
-    except DataError as error:
-        return Listing(KIND, home, problems=error.problems)
-    except PermissionError as error:
-        return Listing(KIND, home, problems=(unreadable(f"{place}: {error.filename}", error),))
-    return list_rows(KIND, home, files, spec, place)
+def list_data_files(spec: HuggingFaceSet, files: Sequence[Path], place: str) -> Listing:
+    """Lists the rows of a data set."""
+    return list_rows(KIND, files, spec, place)
 
 
-def huggingface_set_problems(spec: HuggingFaceSet, place: str) -> list[Problem]:
-    """Returns what is missing of the files and class names; no file of rows is opened."""
-    try:
-        _files(spec, place)
-    except DataError as error:
-        return list(error.problems)
-    except PermissionError:
-        return []
-    return names_problems(spec, place)
-
-
-def huggingface_set_places(spec: HuggingFaceSet) -> list[str]:
-    """Returns the files that hold the rows of a set, links resolved."""
-    try:
-        files = _files(spec, "")
-    except (DataError, PermissionError):
-        files = []
-    return [os.path.realpath(file) for file in files or [Path(spec.path)]]
-
-
-def _files(spec: HuggingFaceSet, place: str) -> list[Path]:
+def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
     """Returns the files of a set, in order.
 
     Raises:

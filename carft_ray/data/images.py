@@ -41,15 +41,6 @@ _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
 _STEP = "Replace the file, or take it out of the set."
 
 
-def read_image(path: Path) -> PixelArray:
-    """Reads an image file as RGB, uint8 [H, W, 3]; see ``decode_image``.
-
-    Raises:
-        DataError: The file is missing, damaged or no image.
-    """
-    return decode_image(read_bytes(path), str(path))
-
-
 def read_bytes(path: Path | str) -> bytes:
     """Returns the bytes of an image file.
 

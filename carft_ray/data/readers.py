@@ -4,16 +4,19 @@ A new kind of set is a class in ``recipe/sets.py``, a file with its reader's fun
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from carft_ray.data import benchmarks, folder, huggingface, tables, webdataset
 from carft_ray.data.excluded import excluded_ids
+from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
-from carft_ray.errors import Problem
+from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
 
@@ -40,6 +43,51 @@ class Reader:
     num_expected: Callable[[Any], int | None] = lambda spec: None
 
 
+def _of_files(
+    files: Callable[[Any, str], list[Path]],
+    listing: Callable[[Any, list[Path], str], Listing],
+    class_names: Callable[[Any, str], object],
+    **more: Any,
+) -> Reader:
+    """Returns the reader of sets that lie in a few large files.
+
+    Args:
+        files: Returns the files of a set; raises what ``find_files`` does.
+        listing: Lists what is in them.
+        class_names: Reads the class names that stand apart from them.
+        **more: Attributes of the reader.
+    """
+
+    def list_files(spec: Any, place: str) -> Listing:
+        problems: Sequence[Problem]
+        try:
+            return listing(spec, files(spec, place), place)
+        except DataError as error:
+            problems = error.problems
+        except PermissionError as error:
+            problems = [unreadable(f"{place}: {error.filename}", error)]
+        return Listing("", os.path.realpath(spec.path), problems=tuple(problems))
+
+    def problems(spec: Any, place: str) -> list[Problem]:
+        found: list[Problem] = []
+        for look in (files, class_names):
+            try:
+                look(spec, place)
+            except DataError as error:
+                found += error.problems
+            except PermissionError:
+                pass
+        return found
+
+    def places(spec: Any) -> list[str]:
+        found: list[Path] = []
+        with contextlib.suppress(DataError, PermissionError):
+            found = files(spec, "")
+        return [os.path.realpath(file) for file in found or [spec.path]]
+
+    return Reader(list_files, problems, places, **more)
+
+
 READERS: dict[type[StoredSet], Reader] = {
     BenchmarkSet: Reader(
         benchmarks.list_benchmark,
@@ -55,23 +103,23 @@ READERS: dict[type[StoredSet], Reader] = {
         folder.folder_set_places,
         naming=lambda spec: spec.domains is None,
     ),
-    TableSet: Reader(
-        tables.list_table_set,
-        tables.table_set_problems,
-        tables.table_set_places,
+    TableSet: _of_files(
+        tables.table_files,
+        tables.list_table,
+        tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,
     ),
-    WebDatasetSet: Reader(
-        webdataset.list_webdataset,
-        webdataset.webdataset_problems,
-        webdataset.webdataset_places,
+    WebDatasetSet: _of_files(
+        webdataset.shards,
+        webdataset.list_shards,
+        webdataset.own_class_names,
         naming=lambda spec: spec.image,
     ),
-    HuggingFaceSet: Reader(
-        huggingface.list_huggingface_set,
-        huggingface.huggingface_set_problems,
-        huggingface.huggingface_set_places,
+    HuggingFaceSet: _of_files(
+        huggingface.data_files,
+        huggingface.list_data_files,
+        tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,
     ),

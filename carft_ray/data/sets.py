@@ -1,7 +1,6 @@
 """From the roles of a recipe to sets of images, and everything that can be said about them without decoding one.
 
-A test role is read by nobody here: ``open_train`` and ``open_validation`` do not build its source, and the checks ask
-only whether its folders exist. ``open_source`` is for the one command that opens the seal.
+A test role is read by nobody here: the checks ask only whether its folders exist.
 """
 
 from collections.abc import Iterator
@@ -28,8 +27,8 @@ def check_sets(recipe: Recipe) -> list[Problem]:
 
     Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
     each with images; the words for the classes go with the list; no batch is larger than the training set. Of a test
-    role only the existence is looked at. An empty list means that ``open_train`` and ``open_validation`` will work;
-    otherwise raise it as a ``DataError``.
+    role only the existence is looked at. An empty list means that the sets of
+    training and validation can be opened; otherwise raise it as a ``DataError``.
 
     Args:
         recipe: The recipe.
@@ -129,30 +128,6 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
     if classes is not None and (problems := _sandbox_class_problems(classes, name)):
         raise DataError(problems)
     return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
-
-
-def open_train(recipe: Recipe) -> Source:
-    """Opens the training set.
-
-    Raises:
-        DataError: As ``open_source``.
-    """
-    return open_source(recipe.data.train, "train", recipe.data.classes, cache_dir(recipe))
-
-
-def open_validation(recipe: Recipe) -> tuple[Source, dict[str, Source]]:
-    """Opens the validation sets; no test set is touched.
-
-    Returns:
-        The ID set, named ``id_val``, and the OOD sets by their names in the recipe.
-
-    Raises:
-        DataError: As ``open_source``.
-    """
-    classes, cache = class_folders(recipe), cache_dir(recipe)
-    id_val = open_source(recipe.data.id_val, "id_val", classes, cache)
-    ood_val = recipe.data.ood_val.items()
-    return id_val, {name: open_source(spec, name, classes, cache) for name, spec in ood_val}
 
 
 def class_folders(recipe: Recipe) -> tuple[str, ...]:

@@ -11,14 +11,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from carft_ray.errors import Problem, nearest
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.words import counted
 
 MOST_FILES = 100_000  # of a count in braces
 _COUNT, _LIST = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
-def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> tuple[list[Path], list[Problem]]:
+def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> list[Path]:
     """Returns the files that a path means, sorted where a folder or a pattern is looked through.
 
     Args:
@@ -28,6 +28,7 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
         step: What to do when nothing is there.
 
     Raises:
+        DataError: There are none, or others.
         PermissionError: A folder may not be looked into.
     """
     path = Path(written)
@@ -37,18 +38,20 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
         found = [path / name for name in names if name.lower().endswith(endings)]
         others = "" if found else f"none of {counted(len(names), 'file')}" if names else "none"
         rule = "there must be a file in the folder that ends in one of the allowed ways"
-        return found, [] if found else [Problem(f"{place}: {path}", rule, others, endings, next_step=step)]
+        if not found:
+            raise DataError(Problem(f"{place}: {path}", rule, others, endings, next_step=step))
+        return found
     if mode is not None:
         if path.name.lower().endswith(endings):
-            return [path], []
-        return [], [Problem(place, "must be a file that ends in one of the allowed ways", str(path), endings)]
+            return [path]
+        raise DataError(Problem(place, "must be a file that ends in one of the allowed ways", str(path), endings))
     if not re.search(r"[{*?\[]", written):
         there = os.listdir(path.parent) if path.parent.is_dir() else []
         rule = "must be a file, a folder, or a pattern of files"
-        return [], [Problem(place, rule, f"no such one: {path}", nearest=nearest(path.name, there), next_step=step)]
+        raise DataError(Problem(place, rule, f"no such one: {path}", nearest=nearest(path.name, there), next_step=step))
     texts = list(itertools.islice(_expanded(str(path)), MOST_FILES + 1))
     if len(texts) > MOST_FILES:
-        return [], [Problem(place, f"a pattern must count at most {MOST_FILES} files", written)]
+        raise DataError(Problem(place, f"a pattern must count at most {MOST_FILES} files", written))
     files: list[Path] = []
     missing: list[str] = []
     for text in texts:
@@ -58,11 +61,11 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
     if missing or not files:
         value = f"none for {len(missing)} of {len(texts)}, such as {missing[0]}" if missing else "none"
         rule = f"there must be a file for every name that {written} stands for"
-        return [], [Problem(place, rule, value, next_step=step)]
+        raise DataError(Problem(place, rule, value, next_step=step))
     wrong = [str(file) for file in files if not file.name.lower().endswith(endings)]
     if wrong:
-        return [], [Problem(place, "must be files that end in one of the allowed ways", wrong[0], endings)]
-    return files, []
+        raise DataError(Problem(place, "must be files that end in one of the allowed ways", wrong[0], endings))
+    return files
 
 
 def folder_of(written: str) -> Path:

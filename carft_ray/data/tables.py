@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from carft_ray.data.folder import file_listing
-from carft_ray.data.images import unreadable
 from carft_ray.data.index import container_stamps, kept_index
 from carft_ray.data.labels import named_classes, read_class_names, whole_numbers
 from carft_ray.data.listing import Listing, first_repeat, normal
@@ -38,49 +37,23 @@ Spot = Callable[[int], str]  # index -> where the row stands, for messages
 Found = TypeVar("Found")
 
 
-def list_table_set(spec: TableSet, place: str) -> Listing:
-    """Lists the rows of a table.
+def table_files(spec: TableSet, place: str) -> list[Path]:
+    """Returns the files of a table; raises what ``find_files`` does."""
+    return find_files(spec.path, ENDINGS, place, _STEP)
 
-    Args:
-        spec: The set.
-        place: Where the set is named, for the problems.
+
+def list_table(spec: TableSet, files: Sequence[Path], place: str) -> Listing:
+    """Lists the rows of a table."""
+    return list_rows(KIND, files, spec, place)
+
+
+def own_class_names(spec: ColumnSet, place: str) -> tuple[str, ...] | None:
+    """Returns the class names that the recipe gives; None for none.
+
+    Raises:
+        DataError: They cannot be read.
     """
-    home = os.path.realpath(Path(spec.path))
-    try:
-        files, problems = find_files(spec.path, ENDINGS, place, _STEP)
-    except PermissionError as error:
-        files, problems = [], [unreadable(f"{place}: {error.filename}", error)]
-    if problems:
-        return Listing(KIND, home, problems=tuple(problems))
-    return list_rows(KIND, home, files, spec, place)
-
-
-def table_set_problems(spec: TableSet, place: str) -> list[Problem]:
-    """Returns a problem where there is no file, or the class names cannot be read; no table is opened."""
-    try:
-        problems = find_files(spec.path, ENDINGS, place, _STEP)[1]
-    except PermissionError:
-        return []
-    return problems + names_problems(spec, place)
-
-
-def names_problems(spec: ColumnSet, place: str) -> list[Problem]:
-    """Returns what is wrong with the class names of a set."""
-    try:
-        if spec.class_names is not None:
-            read_class_names(spec.class_names, f"{place}.class_names")
-    except DataError as error:
-        return list(error.problems)
-    return []
-
-
-def table_set_places(spec: TableSet) -> list[str]:
-    """Returns the files of a table, links resolved; images that its paths name are told by what they hold."""
-    try:
-        files, _ = find_files(spec.path, ENDINGS, "", "")
-    except PermissionError:
-        files = []
-    return [os.path.realpath(file) for file in files or [Path(spec.path)]]
+    return None if spec.class_names is None else read_class_names(spec.class_names, f"{place}.class_names")
 
 
 def rows_disjoint(one: ColumnSet, other: ColumnSet) -> bool:
@@ -94,23 +67,6 @@ def naming(spec: ColumnSet) -> tuple[str | None, ...]:
     return spec.image, spec.id, spec.root
 
 
-def list_rows(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, place: str) -> Listing:
-    """Lists the rows of files with equal columns.
-
-    Args:
-        kind: Reader and its version.
-        home: Where the set is, a resolved path.
-        files: The files, in order; at least one.
-        spec: The set: columns, rows, class names.
-        place: Where the set is named, for the problems.
-    """
-    root = folder_of(spec.path) if spec.root is None else Path(spec.root)
-    try:
-        return _listing(kind, home, files, spec, root, place)
-    except DataError as error:
-        return Listing(kind, home, problems=error.problems)
-
-
 @dataclass(frozen=True)
 class _Columns:
     """Which column is what. ``has_paths``: images are given by paths, not by bytes."""
@@ -121,11 +77,21 @@ class _Columns:
     class_names: tuple[str, ...] | None  # as the file itself names them
 
 
-def _listing(kind: str, home: str, files: Sequence[Path], spec: ColumnSet, root: Path, place: str) -> Listing:
+def list_rows(kind: str, files: Sequence[Path], spec: ColumnSet, place: str) -> Listing:
+    """Lists the rows of files with equal columns.
+
+    Args:
+        kind: Reader and its version.
+        files: The files, in order; at least one.
+        spec: The set: columns, rows, class names.
+        place: Where the set is named, for the problems.
+
+    Raises:
+        DataError: Files, columns, labels or names are not what they must be.
+    """
+    home, root = os.path.realpath(spec.path), folder_of(spec.path) if spec.root is None else Path(spec.root)
     columns = _columns(files, spec, place)
-    names = columns.class_names
-    if spec.class_names is not None:
-        names = read_class_names(spec.class_names, f"{place}.class_names")
+    names = own_class_names(spec, place) or columns.class_names
     wanted = [columns.label, *spec.where]
     wanted += [columns.image] if columns.has_paths else []
     wanted += [] if spec.id is None else [spec.id]

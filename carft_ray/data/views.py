@@ -68,15 +68,6 @@ def batches(seed: int, epoch: int, n: int, batch_size: int, rank: int, world_siz
     return parts
 
 
-def crop_box(
-    seed: int, sample_id: int, visit: int, width: int, height: int, crop_scale: float
-) -> tuple[int, int, int, int]:
-    """Returns the crop of one view as (left, top, right, bottom); ``crop_boxes`` for a single image."""
-    ids = np.array([sample_id], dtype=np.uint64)
-    left, top, right, bottom = crop_boxes(seed, ids, visit, width, height, crop_scale)[0].tolist()
-    return left, top, right, bottom
-
-
 def crop_boxes(
     seed: int,
     sample_ids: IdArray,
@@ -153,25 +144,6 @@ def _fallback(width: IntArray, height: IntArray) -> tuple[IntArray, IntArray]:
     return np.maximum(w, 1), np.maximum(h, 1)
 
 
-def view(pixels: PixelArray, seed: int, sample_id: int, visit: int, crop_scale: float, image_size: int) -> PixelArray:
-    """Returns one view of one image: random crop, then bicubic resize to a square.
-
-    Args:
-        pixels: RGB image, uint8 [H, W, 3].
-        seed: View seed.
-        sample_id: Stable id of the image.
-        visit: How often the image has been shown before.
-        crop_scale: Lower end of the area of the crop, 0 < crop_scale <= 1.
-        image_size: Side S of the view in pixels.
-
-    Returns:
-        The view, uint8 [S, S, 3].
-    """
-    height, width = pixels.shape[:2]
-    box = crop_box(seed, sample_id, visit, width, height, crop_scale)
-    return np.array(_resize(Image.fromarray(pixels), box, image_size))
-
-
 def view_batch(
     images: Source | PixelArray,
     indices: IntArray,
@@ -181,7 +153,8 @@ def view_batch(
     crop_scale: float,
     image_size: int,
 ) -> PixelArray:
-    """Returns the views of several images; row b equals ``view`` of image ``indices[b]``.
+    """Returns the views of several images; row b is the view of image ``indices[b]``: random crop, then bicubic
+    resize to a square.
 
     Args:
         images: A source, or decoded images, uint8 [N, H, W, 3].

@@ -40,43 +40,6 @@ _LARGEST_LABEL = 2**20  # bytes
 Spot = Callable[[int], str]
 
 
-def list_webdataset(spec: WebDatasetSet, place: str) -> Listing:
-    """Lists the samples of all shards.
-
-    Args:
-        spec: The set.
-        place: Where the set is named, for the problems.
-    """
-    home = os.path.realpath(Path(spec.path))
-    try:
-        return _listing(home, _shards(spec, place), spec, place)
-    except PermissionError as error:
-        return Listing(KIND, home, problems=(unreadable(f"{place}: {error.filename}", error),))
-    except DataError as error:
-        return Listing(KIND, home, problems=error.problems)
-
-
-def webdataset_problems(spec: WebDatasetSet, place: str) -> list[Problem]:
-    """Returns what is missing of shards and class names; no shard is opened."""
-    try:
-        _shards(spec, place)
-        _class_names(spec, place)
-    except PermissionError:
-        return []
-    except DataError as error:
-        return list(error.problems)
-    return []
-
-
-def webdataset_places(spec: WebDatasetSet) -> list[str]:
-    """Returns the shards of a set, links resolved."""
-    try:
-        shards = _shards(spec, "")
-    except (PermissionError, DataError):
-        shards = []
-    return [os.path.realpath(shard) for shard in shards or [Path(spec.path)]]
-
-
 @dataclass(frozen=True, eq=False)
 class _Index:
     """The samples of a shard: name, place and size of each image, and what the file with its label holds."""
@@ -87,7 +50,13 @@ class _Index:
     labels: list[str]
 
 
-def _listing(home: str, shards: list[Path], spec: WebDatasetSet, place: str) -> Listing:
+def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> Listing:
+    """Lists the samples of all shards.
+
+    Raises:
+        DataError: A shard, its labels or names are not what they must be.
+    """
+    home = os.path.realpath(spec.path)
     indexes = []
     problems: list[Problem] = []
     for shard in shards:
@@ -110,7 +79,7 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, place: str) -> 
     if not names:
         raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
     labels = _labels([label for index in indexes for label in index.labels], spec, spot, place)
-    classes, found, problems = named_classes(labels, _class_names(spec, place), spot, place)
+    classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
     if problems or (problems := _doubled(names, spot, place)):
         raise DataError(problems)
 
@@ -131,29 +100,27 @@ def _listing(home: str, shards: list[Path], spec: WebDatasetSet, place: str) -> 
     return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
 
 
-def _shards(spec: WebDatasetSet, place: str) -> list[Path]:
+def shards(spec: WebDatasetSet, place: str) -> list[Path]:
     """Returns the shards of a set.
 
     Raises:
         DataError: One is missing or compressed.
         PermissionError: A folder may not be looked into.
     """
-    shards, problems = find_files(spec.path, _ENDINGS, place, _STEP)
-    if packed := [shard for shard in shards if shard.name.lower().endswith(_COMPRESSED)]:
+    found = find_files(spec.path, _ENDINGS, place, _STEP)
+    if packed := [shard for shard in found if shard.name.lower().endswith(_COMPRESSED)]:
         rule = "a shard must not be compressed: of a compressed one no image can be read alone"
-        problems = [Problem(place, rule, str(packed[0]), next_step=_COMPRESSED_STEP)]
+        raise DataError(Problem(place, rule, str(packed[0]), next_step=_COMPRESSED_STEP))
     folder = folder_of(spec.path)
-    if not problems and folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
+    if folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
         written = (folder / NUM_SHARDS).read_text(errors="replace").strip()
-        if written != str(len(shards)):
+        if written != str(len(found)):
             rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} tells of"
-            problems = [Problem(f"{place}: {folder}", rule, str(len(shards)))]
-    if problems:
-        raise DataError(problems)
-    return shards
+            raise DataError(Problem(f"{place}: {folder}", rule, str(len(found))))
+    return found
 
 
-def _class_names(spec: WebDatasetSet, place: str) -> tuple[str, ...] | None:
+def own_class_names(spec: WebDatasetSet, place: str) -> tuple[str, ...] | None:
     """Returns the class names that a set gives or that lie beside its shards, None for none.
 
     Raises:

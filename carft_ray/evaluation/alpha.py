@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from carft_ray.data.source import IdArray
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.constraints import Limit, violation_curve
@@ -35,8 +34,6 @@ STEP = 0.05  # of the grid on which the fit is maximised
 MIN_POINTS = 4  # grid points, alpha = 0 included
 MAX_SD = 1.5  # of the residuals, in paired standard errors of neighbouring points
 MAX_RESIDUAL = 3.0  # of any one, in its own paired standard errors
-
-CorrectBySet = Mapping[str, BoolArray]
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,6 @@ class AlphaProfile:
         objectives: Objective per alpha.
         noise: Covariance of the objectives over images (``objective_covariance``), [A, A].
         choice: Alpha and objective of the trial.
-        cross_fit: Objective by two halves (``cross_fit``), a diagnostic without constraints; None when a half lacks
-            images of a set.
         violations: Per constraint its violation per alpha.
     """
 
@@ -78,7 +73,6 @@ class AlphaProfile:
     objectives: tuple[float, ...]
     noise: tuple[tuple[float, ...], ...]
     choice: AlphaChoice
-    cross_fit: float | None
     violations: tuple[tuple[float, ...], ...] = ()
 
 
@@ -233,15 +227,12 @@ def choose_alphas(
 def fitted_curve(
     alphas: Sequence[float] | FloatArray, objectives: Sequence[float] | FloatArray, at: Sequence[float] | FloatArray
 ) -> FloatArray:
-    """Returns the anchored cubic of the points (alpha = 0 among them) at the alphas ``at``."""
-    points, values = np.asarray(alphas, np.float64), np.asarray(objectives, np.float64)
-    anchor = float(values[points == 0][0])
-    coefficients, *_ = np.linalg.lstsq(_powers(points[points != 0]), values[points != 0] - anchor, rcond=None)
-    curve: FloatArray = anchor + _powers(np.asarray(at, np.float64)) @ coefficients
+    """Returns the anchored cubic of the points (alpha = 0 is the first) at the alphas ``at``."""
+    curve: FloatArray = _fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives
     return curve
 
 
-def objective_covariance(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> FloatArray:
+def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) -> FloatArray:
     """Returns the covariance of the objectives of A models that saw the same images, luck of the images alone, [A, A].
 
     C_ab = sum_j cov_k(w_aj x_ajk, w_bj x_bjk) / n_j with ddof = 1, w_aj the derivative of the objective at the
@@ -249,13 +240,13 @@ def objective_covariance(curve: Sequence[CorrectBySet], spec: ObjectiveSpec) -> 
     adds nothing.
 
     Args:
-        curve: Per model its correctness per set, bool [n_j].
+        correct: Per set the correctness of the models, bool [A, n_j].
         spec: The objective.
     """
-    weights = [spec.weights(_accuracies(point, spec)) for point in curve]
-    covariance = np.zeros((len(curve), len(curve)))
-    for name in (spec.id_set, *spec.ood_sets):
-        weighted = np.stack([w[name] * point[name] for w, point in zip(weights, curve, strict=True)])
+    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in (spec.id_set, *spec.ood_sets)})
+    covariance = np.zeros((len(correct[spec.id_set]),) * 2)
+    for name, slope_A in slopes.items():
+        weighted = slope_A[:, None] * correct[name]
         if (num_images := weighted.shape[1]) > 1:
             centred = weighted - weighted.mean(axis=1, keepdims=True)
             covariance += centred @ centred.T / (num_images - 1) / num_images
@@ -273,47 +264,6 @@ def neighbour_se(noise_BAA: FloatArray) -> FloatArray:
     pairs = np.maximum(variances[..., :-1] + variances[..., 1:] - 2 * beside, 0)
     found: FloatArray = np.sqrt(pairs.mean(axis=-1))
     return found
-
-
-def cross_fit(
-    alphas: Sequence[float],
-    curve: Sequence[CorrectBySet],
-    sample_ids: Mapping[str, IdArray],
-    spec: ObjectiveSpec,
-    lowest: float,
-) -> float | None:
-    """Returns an objective that choosing alpha cannot flatter: alpha is chosen on one half, scored on the other.
-
-    The halves follow from a hash of the sample ids; the two directions are averaged. The score is read from the other
-    half the way the choice was made: from its fit after a fit, else as measured. A diagnostic, since half the images
-    choose worse.
-
-    Args:
-        alphas: Of the curve, rising.
-        curve: Correctness per set, one entry per alpha; at least two.
-        sample_ids: Ids per set, uint64 [n_j], in the order of the images in ``curve``.
-        spec: The objective.
-        lowest: Lowest alpha that may be chosen.
-
-    Returns:
-        The objective, or None when a half has no image of some set.
-    """
-    names = (spec.id_set, *spec.ood_sets)
-    in_first = {name: _half(sample_ids[name]) for name in names}
-    if not all(half.any() and not half.all() for half in in_first.values()):
-        return None
-    halves = [
-        [{name: point[name][in_first[name] == first] for name in names} for point in curve] for first in (True, False)
-    ]
-    objectives = [[spec.value(_accuracies(point, spec)) for point in half] for half in halves]
-    scores = []
-    for chosen_on, scored_on in ((0, 1), (1, 0)):
-        choice = choose_alpha(alphas, objectives[chosen_on], lowest, objective_covariance(halves[chosen_on], spec))
-        if choice.fitted:
-            scores.append(float(fitted_curve(alphas, objectives[scored_on], [choice.alpha])[0]))
-        else:
-            scores.append(objectives[scored_on][list(alphas).index(choice.alpha)])
-    return sum(scores) / 2
 
 
 def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: Sequence[Limit] = ()) -> AlphaProfile:
@@ -336,11 +286,9 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
             rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
             raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
     matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
-    curve = [{name: matrices[name][i] for name in names} for i in range(len(alphas))]
-    objectives = [spec.value(_accuracies(point, spec)) for point in curve]
-    noise = objective_covariance(curve, spec)
-    ids = {name: predictions.sample_ids(table, name, alphas[0]) for name in names}
-    accuracies = {name: tuple(float(value) for value in matrices[name].mean(axis=1)) for name in names}
+    noise = objective_covariance(matrices, spec)
+    accuracies = {name: tuple(matrices[name].mean(axis=1).tolist()) for name in names}
+    objectives = [spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas))]
     violations = violation_curve(table, bounds, alphas)
     return AlphaProfile(
         alphas=tuple(alphas),
@@ -349,13 +297,8 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         objectives=tuple(objectives),
         noise=tuple(tuple(float(value) for value in row) for row in noise),
         choice=choose_alpha(alphas, objectives, lowest, noise, violations if bounds else None),
-        cross_fit=cross_fit(alphas, curve, ids, spec, lowest) if len(curve) > 1 else None,
         violations=tuple(tuple(float(value) for value in row) for row in violations),
     )
-
-
-def _accuracies(point: CorrectBySet, spec: ObjectiveSpec) -> dict[str, float]:
-    return {name: float(point[name].mean()) for name in (spec.id_set, *spec.ood_sets)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -447,13 +390,3 @@ def _picked(totals_BA: FloatArray, best_B: npt.NDArray[np.int64]) -> FloatArray:
     each_BA = np.broadcast_to(totals_BA, (len(best_B), totals_BA.shape[1]))
     picked: FloatArray = np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]
     return picked
-
-
-def _half(sample_ids: IdArray) -> BoolArray:
-    """Returns a fair coin per id: the top bit of splitmix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        z = sample_ids + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        half: BoolArray = ((z ^ (z >> np.uint64(31))) >> np.uint64(63)).astype(np.bool_)
-    return half

@@ -13,12 +13,11 @@ Shape letters: N images, C classes, B bins, K = min(10, C) classes kept of each 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,7 +27,6 @@ from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
 NUM_BINS = 15
-NUM_RESAMPLES = 1000
 LEVEL = 0.95
 
 
@@ -103,12 +101,6 @@ def answers(table: pa.Table) -> Answers:
         np.maximum(nll_N, 0.0),
         np.maximum(1 - 2 * np.exp(-nll_N) + sum_of_squares_N, 0.0),
     )
-
-
-def answers_of_logits(labels: IntArray, logits_NC: npt.NDArray[np.float32]) -> Answers:
-    """Returns the answers that logits [N, C] give to images with these labels [N]; see ``predictions_table``."""
-    ids = np.arange(len(labels), dtype=np.uint64)
-    return answers(predictions.predictions_table("set", 1.0, ids, labels, logits_NC))
 
 
 def accuracy(given: Answers) -> float:
@@ -258,55 +250,6 @@ def set_metrics(given: Answers) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class SetMean:
-    """An average that names its sets.
-
-    Attributes:
-        value: Unweighted mean: every set counts the same, however many images it has.
-        sets: What it is over.
-    """
-
-    value: float
-    sets: tuple[str, ...]
-
-    @property
-    def words(self) -> str:
-        """``mean over 2 sets: noisy, blurry``."""
-        return f"mean over {len(self.sets)} sets: {', '.join(self.sets)}"
-
-
-def mean_over_sets(values: Mapping[str, float], sets: Sequence[str]) -> SetMean:
-    """Returns the mean of a metric over named sets.
-
-    Args:
-        values: The metric per set.
-        sets: Which of them; each once, at least one.
-
-    Raises:
-        DataError: A set has no value.
-        ValueError: No set, or one twice.
-    """
-    if not sets or len(set(sets)) < len(sets):
-        raise ValueError(f"sets must be different and at least one, but got {list(sets)}")
-    missing = [name for name in sets if name not in values]
-    if missing:
-        rule = "every set of the average must have a value"
-        raise DataError([Problem("average", rule, f"none for {name}", tuple(values)) for name in missing])
-    return SetMean(math.fsum(values[name] for name in sets) / len(sets), tuple(sets))
-
-
-def worst_domain(accuracies: Mapping[str, float]) -> tuple[str, float]:
-    """Returns name and accuracy of the set with the lowest accuracy, the first of equals.
-
-    Raises:
-        ValueError: There is no set.
-    """
-    if not accuracies:
-        raise ValueError("the worst of no sets is not defined")
-    return min(accuracies.items(), key=lambda item: item[1])
-
-
 def is_above_chance(value: float, num_classes: int, num_images: int) -> bool:
     """Tells whether an accuracy is above 1/C by more than the images' luck, with 97.5 % confidence.
 
@@ -349,39 +292,4 @@ def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
     if num_images == 0:
         return 0.0, 1.0
     low, high = binomtest(num_correct, num_images).proportion_ci(LEVEL, method="wilson")
-    return float(low), float(high)
-
-
-def bootstrap_interval(
-    metric: Callable[[Mapping[str, Answers]], float],
-    given: Mapping[str, Answers],
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-    level: float = LEVEL,
-) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of a metric over images (Efron 1979): one training, seeds not covered.
-
-    Images are drawn with replacement within each set, so every set keeps its size; the ends are the quantiles
-    (1 - level) / 2 and (1 + level) / 2 of the metric over the resamples.
-
-    Args:
-        metric: Any number made from the answers per set: of one set, an average, the worst domain.
-        given: Answers per set.
-        seed: Of the draws; the same seed gives the same interval.
-        num_resamples: How many times.
-        level: Coverage that is aimed at.
-
-    Raises:
-        ValueError: There is no set or no resample, or the level is not between 0 and 1.
-    """
-    if not given or num_resamples < 1 or not 0 < level < 1:
-        raise ValueError(
-            f"sets, resamples >= 1 and 0 < level < 1 must be given, got {list(given)}, {num_resamples}, {level}"
-        )
-    rng = np.random.default_rng(seed)
-    found = [
-        metric({name: each.take(rng.integers(0, len(each), len(each))) for name, each in given.items()})
-        for _ in range(num_resamples)
-    ]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

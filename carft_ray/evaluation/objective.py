@@ -6,13 +6,13 @@ With a = ID accuracy, b = mean of the m OOD accuracies, w = ``id_weight``:
     harmonic        2 a b / (a + b), 0 when both are 0
     worst_domain    the lowest OOD accuracy
 
-Without any OOD set every kind is a, and ``objective_note`` says so. All accuracies are fractions.
+Without any OOD set every kind is a. All accuracies are fractions.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,81 +26,9 @@ FloatArray = npt.NDArray[np.float64]
 ObjectiveKind = Literal["weighted_mean", "harmonic", "worst_domain"]
 
 
-def objective(kind: ObjectiveKind, id_weight: float, id_accuracy: float, ood_accuracies: Mapping[str, float]) -> float:
-    """Returns the objective, a finite number in [0, 1].
-
-    Args:
-        kind: Which of the formulas above.
-        id_weight: w, used by ``weighted_mean`` alone.
-        id_accuracy: a.
-        ood_accuracies: Accuracy per OOD set, each set with equal weight however many images it has.
-
-    Raises:
-        CarftError: An accuracy is not a number in [0, 1]; the message names each.
-    """
-    _check(id_accuracy, ood_accuracies)
-    if not ood_accuracies:
-        return float(id_accuracy)
-    ood_accuracy = mean_ood_accuracy(ood_accuracies)
-    if kind == "weighted_mean":
-        return id_weight * id_accuracy + (1 - id_weight) * ood_accuracy
-    if kind == "harmonic":
-        total = id_accuracy + ood_accuracy
-        return 2 * id_accuracy * ood_accuracy / total if total > 0 else 0.0
-    return float(min(ood_accuracies.values()))
-
-
 def mean_ood_accuracy(ood_accuracies: Mapping[str, float]) -> float:
     """Returns the unweighted mean over the OOD sets; it needs at least one."""
     return math.fsum(ood_accuracies.values()) / len(ood_accuracies)
-
-
-def objective_note(kind: ObjectiveKind, ood_accuracies: Mapping[str, float]) -> str | None:
-    """Returns what a reader of the objective must know and may not expect, or None."""
-    if not ood_accuracies:
-        return "no OOD set: the objective is the ID accuracy alone"
-    if kind == "worst_domain" and len(ood_accuracies) > 1:
-        return "worst_domain: the lowest of several noisy accuracies is too low on average"
-    return None
-
-
-def objective_weights(
-    kind: ObjectiveKind, id_weight: float, id_set: str, id_accuracy: float, ood_accuracies: Mapping[str, float]
-) -> dict[str, float]:
-    """Returns the derivative of the objective with respect to the accuracy of every set.
-
-    These are the weights of an interval (``results.intervals``): exact for ``weighted_mean``, first order for the
-    others. Harmonic: dJ/da = 2 b^2 / (a + b)^2 and dJ/db = 2 a^2 / (a + b)^2, shared equally by the OOD sets; where
-    a = b = 0 the value along a = b, 1/2, is used. Worst domain: 1 on the lowest set (the first of equals), else 0.
-
-    Args:
-        kind: Kind of objective.
-        id_weight: w of ``weighted_mean``.
-        id_set: Name under which the ID set appears in the answer; no OOD set may have it.
-        id_accuracy: a.
-        ood_accuracies: Accuracy per OOD set.
-
-    Raises:
-        CarftError: An accuracy is not a number in [0, 1].
-        ValueError: An OOD set is called ``id_set``.
-    """
-    _check(id_accuracy, ood_accuracies)
-    if id_set in ood_accuracies:
-        raise ValueError(f"the ID set and an OOD set must have different names, but got {id_set!r} for both")
-    if not ood_accuracies:
-        return {id_set: 1.0}
-    num_ood = len(ood_accuracies)
-    if kind == "worst_domain":
-        lowest = min(ood_accuracies, key=lambda name: ood_accuracies[name])
-        return {id_set: 0.0, **{name: float(name == lowest) for name in ood_accuracies}}
-    id_slope, ood_slope = id_weight, 1 - id_weight
-    if kind == "harmonic":
-        ood_accuracy = mean_ood_accuracy(ood_accuracies)
-        total = id_accuracy + ood_accuracy
-        id_slope, ood_slope = (
-            (2 * (ood_accuracy / total) ** 2, 2 * (id_accuracy / total) ** 2) if total > 0 else (0.5, 0.5)
-        )
-    return {id_set: id_slope, **dict.fromkeys(ood_accuracies, ood_slope / num_ood)}
 
 
 @dataclass(frozen=True)
@@ -120,54 +48,69 @@ class ObjectiveSpec:
     id_weight: float = 0.5
 
     def value(self, accuracies: Mapping[str, float]) -> float:
-        """Returns the objective of the accuracies by set; see ``objective``."""
-        return objective(self.kind, self.id_weight, accuracies[self.id_set], self._ood(accuracies))
+        """Returns the objective of the accuracies by set, a finite number in [0, 1]; other sets may be there.
 
-    def weights(self, accuracies: Mapping[str, float]) -> dict[str, float]:
-        """Returns the derivatives at the accuracies by set; see ``objective_weights``."""
-        id_accuracy = accuracies[self.id_set]
-        return objective_weights(self.kind, self.id_weight, self.id_set, id_accuracy, self._ood(accuracies))
+        Raises:
+            CarftError: An accuracy is not a number in [0, 1]; the message names each.
+        """
+        id_accuracy, ood = accuracies[self.id_set], {name: accuracies[name] for name in self.ood_sets}
+        _check(id_accuracy, ood)
+        if not ood:
+            return float(id_accuracy)
+        return float(self._of(id_accuracy, min(ood.values()) if self._is_lowest else mean_ood_accuracy(ood)))
 
     def values(self, accuracies: Mapping[str, FloatArray]) -> FloatArray:
         """Returns ``value`` for many models at once: per set an array of accuracies, all of one shape, unchecked."""
-        id_accuracy = accuracies[self.id_set]
         if not self.ood_sets:
-            return id_accuracy
+            return accuracies[self.id_set]
         by_set = np.stack([accuracies[name] for name in self.ood_sets])
-        if self.kind == "worst_domain":
-            lowest: FloatArray = by_set.min(axis=0)
-            return lowest
-        ood_accuracy = by_set.mean(axis=0)
+        found: FloatArray = self._of(accuracies[self.id_set], by_set.min(0) if self._is_lowest else by_set.mean(0))
+        return found
+
+    @property
+    def _is_lowest(self) -> bool:
+        return self.kind == "worst_domain"
+
+    def _of(self, id_accuracy: Any, ood_accuracy: Any) -> Any:
+        """Returns the objective of a and b (``worst_domain``: of the lowest OOD accuracy): numbers or arrays."""
+        if self._is_lowest:
+            return ood_accuracy
         if self.kind == "harmonic":
             total = id_accuracy + ood_accuracy
-            harmonic: FloatArray = 2 * id_accuracy * ood_accuracy / np.where(total > 0, total, 1.0)
-            return harmonic
-        mean: FloatArray = self.id_weight * id_accuracy + (1 - self.id_weight) * ood_accuracy
-        return mean
+            return 2 * id_accuracy * ood_accuracy / np.where(total > 0, total, 1.0)
+        return self.id_weight * id_accuracy + (1 - self.id_weight) * ood_accuracy
 
-    def slopes(self, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """Returns ``weights`` for many models at once, per set an array of the shape of the accuracies."""
-        id_accuracy, num_ood = accuracies[self.id_set], len(self.ood_sets)
+    def slopes(self, accuracies: Mapping[str, float] | Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+        """Returns the derivative of the objective with respect to the accuracy of every set; many models at once.
+
+        These are the weights of an interval (``results.intervals``): exact for ``weighted_mean``, first order for the
+        others. Harmonic: dJ/da = 2 b^2 / (a + b)^2 and dJ/db = 2 a^2 / (a + b)^2, shared equally by the OOD sets; where
+        a = b = 0 the value along a = b, 1/2, is used. Worst domain: 1 on the lowest set (the first of equals), else 0.
+
+        Args:
+            accuracies: Per set an accuracy, or an array of them, all of one shape; unchecked.
+
+        Returns:
+            Per set an array of that shape.
+        """
+        id_accuracy, num_ood = np.asarray(accuracies[self.id_set], np.float64), len(self.ood_sets)
         if not num_ood:
             return {self.id_set: np.ones_like(id_accuracy)}
         by_set = np.stack([accuracies[name] for name in self.ood_sets])
-        if self.kind == "worst_domain":
-            lowest = by_set.argmin(axis=0)
+        if self._is_lowest:
+            lowest = np.asarray(by_set.argmin(axis=0))
             ood = {name: (lowest == i).astype(np.float64) for i, name in enumerate(self.ood_sets)}
             return {self.id_set: np.zeros_like(id_accuracy), **ood}
+        id_slope, ood_slope = np.full_like(id_accuracy, self.id_weight), np.full_like(id_accuracy, 1 - self.id_weight)
         if self.kind == "harmonic":
-            ood_accuracy = by_set.mean(axis=0)
-            total = id_accuracy + ood_accuracy
+            total = id_accuracy + by_set.mean(axis=0)
             id_share = np.where(total > 0, id_accuracy / np.where(total > 0, total, 1.0), 0.5)
-            return {
-                self.id_set: 2 * (1 - id_share) ** 2,
-                **dict.fromkeys(self.ood_sets, 2 * id_share**2 / num_ood),
-            }
-        ood_slope = np.full_like(id_accuracy, (1 - self.id_weight) / num_ood)
-        return {self.id_set: np.full_like(id_accuracy, self.id_weight), **dict.fromkeys(self.ood_sets, ood_slope)}
+            id_slope, ood_slope = 2 * (1 - id_share) ** 2, 2 * id_share**2
+        return {self.id_set: id_slope, **dict.fromkeys(self.ood_sets, ood_slope / num_ood)}
 
-    def _ood(self, accuracies: Mapping[str, float]) -> dict[str, float]:
-        return {name: accuracies[name] for name in self.ood_sets}
+    def weights(self, accuracies: Mapping[str, float]) -> dict[str, float]:
+        """Returns ``slopes`` of one model."""
+        return {name: float(slope) for name, slope in self.slopes(accuracies).items()}
 
 
 def objective_spec(recipe: Recipe) -> ObjectiveSpec:

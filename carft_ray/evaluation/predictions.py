@@ -10,7 +10,6 @@ Shape letters: N images of a set, C classes, K = min(10, C) classes kept, R tabl
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -181,23 +180,9 @@ def accuracy(table: pa.Table) -> float:
     Raises:
         DataError: The table has no rows.
     """
-    return _mean(table, pc.equal(table["prediction"], table["label"]))
-
-
-def negative_log_likelihood(table: pa.Table) -> float:
-    """Returns the mean of ``log_sum_exp - logit_true`` in nats.
-
-    Raises:
-        DataError: The table has no rows.
-    """
-    return _mean(table, pc.subtract(table["log_sum_exp"], table["logit_true"].cast(pa.float64())))
-
-
-def accuracies(table: pa.Table) -> dict[str, dict[float, float]]:
-    """Returns the accuracy of every set at every alpha: ``{set: {alpha: accuracy}}``, alphas rising."""
-    return {
-        name: {alpha: accuracy(select(table, name, alpha)) for alpha in alphas(table, name)} for name in sets(table)
-    }
+    if not len(table):
+        raise DataError(Problem("predictions", "a set must have at least one image"))
+    return float(pc.mean(pc.equal(table["prediction"], table["label"])).as_py())
 
 
 def sets(table: pa.Table) -> list[str]:
@@ -311,12 +296,6 @@ def read_predictions(path: Path) -> pa.Table:
         rule = f"must have the columns {', '.join(SCHEMA.names)} and num_classes"
         raise StorageError(Problem(str(path), rule, ", ".join(table.schema.names), next_step=step))
     return table
-
-
-def _mean(table: pa.Table, values: Any) -> float:
-    if not len(table):
-        raise DataError(Problem("predictions", "a set must have at least one image"))
-    return float(pc.mean(values).as_py())
 
 
 def _pairs(table: pa.Table) -> list[tuple[str, float]]:

@@ -1,6 +1,6 @@
-"""The two pictures: a search as ID against OOD accuracy, and methods side by side with their intervals.
+"""The picture of a search: ID against OOD accuracy.
 
-Both are written as PNG and SVG, whole or not at all. Colours are told apart by the colour-blind (Okabe and Ito 2008;
+It is written as PNG and SVG, whole or not at all. Colours are told apart by the colour-blind (Okabe and Ito 2008;
 cividis), marks differ in form too, and text is readable when the picture is shown 800 pixels wide.
 """
 
@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.evaluation.objective import ObjectiveKind, objective
-from carft_ray.launch.labels import Label, place_labels
+from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _GREY, _FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 _ACCENT = "#d55e00"  # the best trial
-_METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
-_METHOD_MARKS = ("*", "s", "o", "D", "^", "v")
 _LEGEND_COLUMNS = 4
 _BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
 _WIDTH, _HEIGHT, _DPI = 8.0, 6.0, 200  # inches; shown at 800 pixels one inch is 100 of them
@@ -52,15 +49,6 @@ class Curve:
     chosen_ood_accuracy: float
     id_se: float | None = None
     ood_se: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the ends of its interval, as fractions."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def id_ood_figure(
@@ -94,7 +82,7 @@ def id_ood_figure(
     Raises:
         StorageError: A file cannot be written.
     """
-    figure, axes = _canvas(_HEIGHT)
+    figure, axes = canvas(_HEIGHT)
     finite = [dot for dot in points if math.isfinite(dot.id_accuracy) and math.isfinite(dot.ood_accuracy)]
     marks = {name: xy for name, xy in baselines.items() if all(math.isfinite(value) for value in xy)}
     xs = [dot.id_accuracy for dot in finite] + [xy[0] for xy in marks.values()]
@@ -104,14 +92,29 @@ def id_ood_figure(
         ys += [*best_curve.ood_accuracies, best_curve.chosen_ood_accuracy]
     xs, ys = [*xs, *(x for x, _ in front)], [*ys, *(y for _, y in front)]
     if not xs:
-        axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=_GREY, fontsize=12)
-    axes.set_xlim(*_limits(xs))
-    axes.set_ylim(*_limits(ys))
+        axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=GREY, fontsize=12)
+    axes.set_xlim(*limits(xs))
+    axes.set_ylim(*limits(ys))
     if front:
         _draw_front(axes, front)
     else:
         _iso_lines(axes, kind, id_weight)
     _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
+    if best_curve is not None:
+        _draw_curve(axes, best_curve)
+    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
+        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
+        axes.scatter(
+            [100 * id_accuracy],
+            [100 * ood_accuracy],
+            marker=mark,
+            s=260 if mark == "*" else 80,
+            color=INK,
+            edgecolors="white",
+            linewidths=1.0,
+            zorder=6,
+            label=name,
+        )
     missing = [dot for dot in finite if not dot.meets]
     if missing:
         axes.scatter(
@@ -119,112 +122,52 @@ def id_ood_figure(
             [100 * dot.ood_accuracy for dot in missing],
             marker="x",
             s=45,
-            color=_GREY,
+            color=GREY,
             linewidths=1.4,
             zorder=3,
             label="violates a constraint",
         )
-        axes.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_GREY)
-
-    taken = [(100 * dot.id_accuracy, 100 * dot.ood_accuracy) for dot in finite]
-    labels: list[Label] = []
-    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
-        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
-        x, y = 100 * id_accuracy, 100 * ood_accuracy
-        size = 260 if mark == "*" else 80
-        axes.scatter([x], [y], marker=mark, s=size, color=_INK, edgecolors="white", linewidths=1.0, zorder=6)
-        taken.append((x, y))
-        labels.append(Label(name, x, y, _INK, True))
-    if best_curve is not None:
-        curve_labels, curve_taken = _draw_curve(axes, best_curve)
-        labels = [curve_labels[0], *labels, *curve_labels[1:]]
-        taken += curve_taken
     axes.set_xlabel("ID accuracy, %", loc="left")
     axes.set_ylabel("OOD accuracy, mean over sets, %")
-    _set_title(axes, title, synthetic)
-    place_labels(figure, axes, labels, taken)
-    _write(figure, path_png, path_svg)
+    set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
+    write(figure, path_png, path_svg)
 
 
-def effect_figure(
-    effects: Mapping[str, Mapping[str, Estimate]],
-    path_png: Path,
-    path_svg: Path,
-    title: str,
-    *,
-    words: str,
-    synthetic: bool = False,
-) -> None:
-    """Draws methods side by side on every set: a mark at the mean and a line over the interval, in percent.
-
-    Args:
-        effects: Method -> column (``ID``, ``OOD mean``, then single sets, drawn in this order) -> estimate. A method
-            may lack a column.
-        path_png: Where the PNG goes.
-        path_svg: Where the SVG goes.
-        title: What is compared.
-        words: What the intervals are over, with the number of seeds; stands below the picture.
-        synthetic: Whether the images are; the title then says so.
-
-    Raises:
-        StorageError: A file cannot be written.
-    """
-    figure, axes = _canvas(4.8)
-    columns = list(dict.fromkeys(column for estimates in effects.values() for column in estimates))
-    step = min(0.22, 0.66 / max(1, len(effects)))
-    ends: list[float] = []
-    for i, (method, estimates) in enumerate(effects.items()):
-        colour, mark = _METHOD_COLOURS[i % len(_METHOD_COLOURS)], _METHOD_MARKS[i % len(_METHOD_MARKS)]
-        shown = [(column, e) for column, e in estimates.items() if all(map(math.isfinite, (e.mean, e.low, e.high)))]
-        axes.errorbar(
-            [columns.index(column) + step * (i - (len(effects) - 1) / 2) for column, _ in shown],
-            [100 * e.mean for _, e in shown],
-            yerr=100 * np.array([(max(0, e.mean - e.low), max(0, e.high - e.mean)) for _, e in shown]).reshape(-1, 2).T,
-            fmt=mark,
-            color=colour,
-            markersize=10 if mark == "*" else 6,
-            linewidth=1.6,
-            capsize=4,
-            capthick=1.6,
-            label=method,
-        )
-        ends += [end for _, e in shown for end in (e.low, e.high)]
-    for i in range(1, len(columns)):
-        axes.axvline(i - 0.5, color=_GREY if columns[i - 1] == "OOD mean" else _FAINT, linewidth=0.8)
-    axes.set_xlim(-0.5, max(0, len(columns) - 1) + 0.5)
-    axes.set_ylim(*_limits(ends))
-    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
-    axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_ylabel("accuracy, %")
-    rows = math.ceil(len(effects) / _LEGEND_COLUMNS)
-    if effects:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=_LEGEND_COLUMNS, frameon=False, borderaxespad=0)
-    figure.supxlabel(words, fontsize=10, color=_GREY)
-    _set_title(axes, title, synthetic, pad=10 + 20 * rows)
-    _write(figure, path_png, path_svg)
-
-
-def _canvas(height: float) -> tuple["Figure", "Axes"]:
+def canvas(height: float) -> tuple["Figure", "Axes"]:
+    """Returns a figure 8 inches wide and its empty axes."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(colors=_INK, labelsize=10.5)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=10.5)
     axes.xaxis.label.set_fontsize(11.5)
     axes.yaxis.label.set_fontsize(11.5)
     return figure, axes
 
 
-def _set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> None:
+def legend_above(axes: "Axes") -> int:
+    """Writes what has a label above the axes, side by side; returns the number of lines."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        place: dict[str, Any] = {
+            "loc": "lower left",
+            "bbox_to_anchor": (0, 1.01),
+            "borderaxespad": 0,
+            "handlelength": 1.5,
+        }
+        axes.legend(handles, names, ncols=_LEGEND_COLUMNS, frameon=False, columnspacing=1.2, **place)
+    return math.ceil(len(handles) / _LEGEND_COLUMNS)
+
+
+def set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> None:
+    """Writes the title ``pad`` points above the axes; it says when the images are synthetic."""
     text = f"{title} (synthetic images)" if synthetic else title
-    axes.set_title(text, loc="left", fontsize=13, color=_INK, pad=pad)
+    axes.set_title(text, loc="left", fontsize=13, color=INK, pad=pad)
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def limits(values: Sequence[float]) -> tuple[float, float]:
     """Returns axis ends in percent around the finite values, with room for labels and never narrower than 2 points."""
     finite = [100 * value for value in values if math.isfinite(value)] or [50.0]
     low, high = min(finite), max(finite)
@@ -238,8 +181,9 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
         return
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     xs, ys = np.linspace(max(0, left), min(100, right), 60), np.linspace(max(0, bottom), min(100, top), 60)
-    values = [[100 * objective(kind, id_weight, float(x) / 100, {"ood": float(y) / 100}) for x in xs] for y in ys]
-    axes.contour(xs, ys, values, levels=8, colors=_FAINT, linewidths=0.8, zorder=0)
+    grid = dict(zip(("id", "ood"), np.meshgrid(xs / 100, ys / 100), strict=True))
+    values = 100 * ObjectiveSpec(kind, "id", ("ood",), id_weight).values(grid)
+    axes.contour(xs, ys, values, levels=8, colors=FAINT, linewidths=0.8, zorder=0)
     name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
     _caption(axes, f"lines of equal objective, {name}")
 
@@ -247,14 +191,14 @@ def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
 def _caption(axes: "Axes", text: str) -> None:
     """Says under the right end of the figure what its lines are."""
     place: dict[str, Any] = {"xytext": (0, -29), "xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(text, (1, 0), ha="right", va="center", color=_GREY, fontsize=9, **place)
+    axes.annotate(text, (1, 0), ha="right", va="center", color=GREY, fontsize=9, **place)
 
 
 def _draw_front(axes: "Axes", front: Sequence[tuple[float, float]]) -> None:
     """Draws the front as the edge of what its points dominate, and says what it is."""
     xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
-    axes.step(xs, ys, where="pre", color=_INK, linewidth=1.2, zorder=2)
-    axes.scatter(xs, ys, s=22, color=_INK, zorder=5)
+    axes.step(xs, ys, where="pre", color=INK, linewidth=1.2, zorder=2)
+    axes.scatter(xs, ys, s=22, color=INK, zorder=5)
     _caption(axes, "line: the front over all trials and alphas")
 
 
@@ -265,7 +209,7 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     plain = [dot for dot in dots if not dot.kl_weight]
     coloured = [(dot, float(dot.kl_weight)) for dot in dots if dot.kl_weight]
     x, y = [100 * dot.id_accuracy for dot in plain], [100 * dot.ood_accuracy for dot in plain]
-    axes.scatter(x, y, s=55, color="#a8a8a8", edgecolors=_GREY, linewidths=0.6, zorder=3)
+    axes.scatter(x, y, s=55, color="#a8a8a8", edgecolors=GREY, linewidths=0.6, zorder=3)
     if not coloured:
         return
     weights = [weight for _, weight in coloured]
@@ -279,7 +223,7 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
         cmap="cividis",
         norm=LogNorm(low, high),
         s=55,
-        edgecolors=_GREY,
+        edgecolors=GREY,
         linewidths=0.6,
         zorder=3,
     )
@@ -295,27 +239,26 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_curve(axes: "Axes", curve: Curve) -> tuple[list[Label], list[tuple[float, float]]]:
-    """Draws the alpha curve; returns its labels, that of the chosen point first, and the places it covers."""
+def _draw_curve(axes: "Axes", curve: Curve) -> None:
+    """Draws the alpha curve; the limits of the axes are final. A point that lies on another one has no number."""
     xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
     x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
     x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
-    axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4)
+    name = f"best trial, alpha {curve.chosen_alpha:g}"
+    axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4, label=name)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
-    along = np.linspace(0, len(xs) - 1, 12 * len(xs))
-    share = np.linspace(-1, 1, 9)
-    covered_x = np.concatenate([np.interp(along, np.arange(len(xs)), xs), x + x_error * share, np.full(9, x)])
-    covered_y = np.concatenate([np.interp(along, np.arange(len(ys)), ys), np.full(9, y), y + y_error * share])
-    labels = [Label(f"best trial, alpha {curve.chosen_alpha:g}", x, y, _ACCENT, True)]
-    labels += [
-        Label(f"{alpha:g}", float(point_x), float(point_y), _ACCENT, False)
-        for alpha, point_x, point_y in zip(curve.alphas, xs, ys, strict=True)
-    ]
-    return labels, list(zip(covered_x.tolist(), covered_y.tolist(), strict=True))
+    numbered = [axes.transLimits.transform((x, y))]
+    for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
+        place = axes.transLimits.transform(point)  # share of the axes
+        if all(math.dist(place, other) > 0.03 for other in numbered):
+            style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "zorder": 8}
+            axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), **style)
+            numbered.append(place)
 
 
-def _write(figure: "Figure", path_png: Path, path_svg: Path) -> None:
+def write(figure: "Figure", path_png: Path, path_svg: Path) -> None:
+    """Writes a figure as PNG and SVG, each whole or not at all; the same figure gives the same bytes."""
     from matplotlib import rc_context
 
     for path, form in ((path_png, "png"), (path_svg, "svg")):

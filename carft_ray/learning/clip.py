@@ -20,7 +20,6 @@ from carft_ray.learning.opening import PREPROCESSING, Opened, open_model, prepro
 from carft_ray.learning.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.fine_tuning import ModelConfig, PromptsConfig
-from carft_ray.recipe.loading import LOCAL_DIR
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = OPEN_CLIP_CONFIG
@@ -72,11 +71,6 @@ def load_clip(part: ModelConfig) -> Clip:
     if opened.state is not None:
         fill(opened.model, opened.state, opened.weights, opened.place)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
-
-
-def load_folder(folder: Path) -> Clip:
-    """Loads an open_clip folder (``open_clip_config.json`` and weights), or a CLIPModel folder of Hugging Face."""
-    return load_clip(ModelConfig(name=f"{LOCAL_DIR}{folder.resolve()}"))
 
 
 def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:

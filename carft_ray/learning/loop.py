@@ -44,7 +44,7 @@ from carft_ray.learning.classifier import ImageClassifier, autocast_dtype, copie
 from carft_ray.learning.clip import Clip
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
-from carft_ray.learning.losses import context_distribution, context_entropy, kl_per_image, kl_to_stored_per_image
+from carft_ray.learning.losses import context_distribution, context_entropy, context_kl
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
@@ -321,10 +321,10 @@ class _Loss:
     ) -> Tensor:
         stored = self.stored_targets.read(indices, visit) if self.stored_targets is not None else None
         if stored is not None:
-            return kl_to_stored_per_image(log_p_BT, torch.from_numpy(stored).to(log_p_BT.device))
+            return context_kl(log_p_BT, torch.from_numpy(stored).to(log_p_BT.device), log_target=False)
         with torch.no_grad():
             log_p0_BT = context_distribution(frozen.features(pixels_BHWC), self.context_head_TD, self.context_scale)
-        return kl_per_image(log_p_BT, log_p0_BT)
+        return context_kl(log_p_BT, log_p0_BT)
 
 
 def _resume(

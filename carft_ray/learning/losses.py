@@ -34,46 +34,21 @@ def context_distribution(features_BD: Tensor, context_head_TD: Tensor, logit_sca
         return functional.log_softmax(z_BT, dim=-1)
 
 
-def kl_per_image(log_p_BT: Tensor, zero_shot_log_p_BT: Tensor) -> Tensor:
-    """Returns KL(p0 || p) of every image [B]; exactly 0 where both are the same bits."""
-    return (zero_shot_log_p_BT.exp() * (zero_shot_log_p_BT - log_p_BT)).sum(-1)
+def context_kl(log_p_BT: Tensor, zero_shot_BT: Tensor, log_target: bool = True) -> Tensor:
+    """Returns KL(p0 || p) of every image [B], natural logarithms; the KL of the loss is its mean over the batch.
 
-
-def kl_to_stored_per_image(log_p_BT: Tensor, stored_p_BT: Tensor) -> Tensor:
-    """Returns KL(p0 || p) of every image [B] from stored probabilities.
+    Exactly 0 where both are the same log-probabilities, bit for bit.
 
     Args:
         log_p_BT: Log-probabilities of the model being trained [B, T].
-        stored_p_BT: Probabilities of the frozen model [B, T] in any precision. They are renormalised here: fp16
-            values do not sum to 1, and the KL would become negative (-3e-4 was measured).
+        zero_shot_BT: ``log p0`` of the frozen model on the same views [B, T].
+        log_target: False where these are probabilities instead, stored in any precision. They are renormalised here:
+            fp16 values do not sum to 1, and the KL would become negative (-3e-4 was measured).
     """
-    p0_BT = stored_p_BT.to(log_p_BT.dtype)
-    p0_BT = p0_BT / p0_BT.sum(-1, keepdim=True)
-    return (torch.xlogy(p0_BT, p0_BT) - p0_BT * log_p_BT).sum(-1)
-
-
-def context_kl(
-    features_BD: Tensor, zero_shot_features_BD: Tensor, context_head_TD: Tensor, logit_scale: float
-) -> Tensor:
-    """Returns the mean over the batch of KL(p0 || p), a scalar; natural logarithms.
-
-    Args:
-        features_BD: Embeddings of the model being trained [B, D].
-        zero_shot_features_BD: Embeddings of the frozen model for the same views [B, D].
-        context_head_TD: One unit vector per context prompt [T, D].
-        logit_scale: The factor s inside the softmax.
-    """
-    log_p_BT = context_distribution(features_BD, context_head_TD, logit_scale)
-    zero_shot_log_p_BT = context_distribution(zero_shot_features_BD, context_head_TD, logit_scale)
-    return kl_per_image(log_p_BT, zero_shot_log_p_BT).mean()
-
-
-def context_kl_to_stored(
-    features_BD: Tensor, stored_p_BT: Tensor, context_head_TD: Tensor, logit_scale: float
-) -> Tensor:
-    """``context_kl`` with stored probabilities [B, T] in place of the frozen model's embeddings."""
-    log_p_BT = context_distribution(features_BD, context_head_TD, logit_scale)
-    return kl_to_stored_per_image(log_p_BT, stored_p_BT).mean()
+    if not log_target:
+        zero_shot_BT = zero_shot_BT.to(log_p_BT.dtype)
+        zero_shot_BT = zero_shot_BT / zero_shot_BT.sum(-1, keepdim=True)
+    return functional.kl_div(log_p_BT, zero_shot_BT, reduction="none", log_target=log_target).sum(-1)
 
 
 def context_entropy(log_p_BT: Tensor) -> Tensor:

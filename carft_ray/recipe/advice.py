@@ -43,11 +43,10 @@ WORD_FAMILIES = {
 
 FEW_EPOCHS = 10  # with fewer, a look foretold little of the end where it was measured (rank correlation .1 to .7)
 PRUNER_KEYS = {  # which pruners a setting is for
-    "first": (*HALVING, "median", "percentile", "patience"),
-    "factor": HALVING,
+    "first": (HALVING, "median", "percentile"),
+    "factor": (HALVING,),
     "startup_trials": ("median", "percentile"),
     "percentile": ("percentile",),
-    "patience": ("patience",),
 }
 
 

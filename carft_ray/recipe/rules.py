@@ -307,19 +307,18 @@ def _pruner(recipe: Recipe) -> Iterator[Finding]:
     if pruner.name == "none" or can_cut(recipe):
         return
     epochs: tuple[KeyPath, ...] = (("train", "epochs"), ("search", "space", "epochs"))
-    if every == 0 and pruner.name not in HALVING:
+    if every == 0 and pruner.name != HALVING:
         yield Finding(
             ("evaluate", "every_epochs"),
             f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
             "0",
-            next_step="successive_halving and hyperband look at the end of each rung by themselves.",
+            next_step="successive_halving looks at the end of each rung by itself.",
             reads=(("search", "pruner", "name"),),
         )
         return
-    needed = f"{pruner.patience + 2} looks" if pruner.name == "patience" else "a look"
     yield Finding(
         ("search", "pruner", "name"),
-        f"needs {needed} between search.pruner.first and the last epoch of a training",
+        "needs a look between search.pruner.first and the last epoch of a training",
         pruner.name,
         next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
         reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),

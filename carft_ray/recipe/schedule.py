@@ -8,7 +8,7 @@ from carft_ray.recipe.parameters import CategoricalParameter, FloatParameter
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 
 END = 100  # percent of a schedule
-HALVING = ("successive_halving", "hyperband")
+HALVING = "successive_halving"
 # images of `recalibrate_batches`; not `batch_size`, which may be searched and may not fit into memory undivided
 RECALIBRATION_BATCH = 128
 
@@ -42,7 +42,7 @@ def rungs(pruner: PrunerConfig) -> tuple[int, ...]:
     """Returns where halving compares, in percent: ``first * factor**k``, as far as it is under 1; none for others."""
     found: list[int] = []
     share, rung = pruner.first, first_percent(pruner)
-    while pruner.name in HALVING and share < 1 - 1e-9 and rung < END:
+    while pruner.name == HALVING and share < 1 - 1e-9 and rung < END:
         found.append(rung)
         share, rung = share * pruner.factor, rung * pruner.factor
     return tuple(found)
@@ -72,15 +72,12 @@ def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None)
     if steps_per_epoch is not None:
         warmups = possible_values(recipe, "warmup_steps")
         warmup = min(num_warmup_steps(asked, epochs * steps_per_epoch) for asked in warmups)
-    looks = [
-        epoch
-        for epoch in range(1, epochs)
-        if percent(epoch, epochs) >= first_percent(pruner)
+    return sum(
+        percent(epoch, epochs) >= first_percent(pruner)
         and epoch * (steps_per_epoch or 0) >= warmup
         and is_looked_at(every, pruner, epoch, epochs)
-    ]
-    # patience compares the last ``patience + 1`` looks with at least one before them
-    return max(0, len(looks) - recipe.search.pruner.patience - 1) if pruner.name == "patience" else len(looks)
+        for epoch in range(1, epochs)
+    )
 
 
 def can_cut(recipe: Recipe, num_images: int | None = None) -> bool:

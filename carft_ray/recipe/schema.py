@@ -238,7 +238,7 @@ class SamplerConfig(Config):
 class PrunerConfig(Config):
     """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
 
-    name: Literal["none", "successive_halving", "hyperband", "median", "percentile", "patience"] = key(
+    name: Literal["none", "successive_halving", "median", "percentile"] = key(
         "none", "how a training is compared with the others", "median", CUT
     )
     first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(
@@ -246,19 +246,13 @@ class PrunerConfig(Config):
     )
     factor: Annotated[int, Field(ge=2, strict=True)] = key(
         2,
-        "`successive_halving`, `hyperband`: one in so many trainings goes on, and the next rung is so many times later",
+        "`successive_halving`: one in so many trainings goes on, and the next rung is so many times later",
         "3",
         CUT,
     )
     startup_trials: PositiveInt = key(4, "`median`, `percentile`: complete trials before anything is cut", "8", CUT)
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(
         25.0, "`percentile`: the best share of the trainings that goes on, in percent", "50.0", CUT
-    )
-    patience: PositiveInt = key(
-        3,
-        "`patience`: looks in a row that may stay below the best before them; one more and the training is cut",
-        "2",
-        CUT,
     )
 
 

@@ -7,7 +7,6 @@ test sets themselves: an upper bound, and no rule.
 Shape letters: K candidates, B resamples, n images of one set. Accuracies are fractions.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from carft_ray.results.sealed_summary import of_read
 from carft_ray.results.selection import RULES, rule_values
 from carft_ray.results.stored import read_stored
 from carft_ray.search.ledger import Entry
-from carft_ray.search.rows import best_row, trials
+from carft_ray.search.rows import best_row, require_finished, trials
 from carft_ray.words import counted, times
 
 FORMAT_VERSION = 1
@@ -94,12 +93,10 @@ def judged_trials(study_dir: Path, recipe: Recipe) -> Judged:
     rows = trials(study_dir)
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
     kept = [row for row in complete if (folder_of(study_dir, row) / WEIGHTS).exists()]
-    best = best_row(rows)
-    if best is None or not kept:
-        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
-        value = "none" if best is None else "none whose weights are there"
-        if best is not None:
-            step = "A search begun with --set search.keep_checkpoints=N keeps the weights of its best N trials."
+    best = require_finished(study_dir, best_row(rows))
+    if not kept:
+        step = "A search begun with --set search.keep_checkpoints=N keeps the weights of its best N trials."
+        value = "none whose weights are there"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", value, next_step=step))
     lowest = recipe.search.alpha.lowest
     choices = {

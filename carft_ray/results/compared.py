@@ -15,7 +15,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirm import Role, Stage, last_stage, training_name
 from carft_ray.results.confirmed import is_whole
 from carft_ray.results.overview import folder_of
-from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
+from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
 
 ROLES: tuple[Role, ...] = ("winner", "candidate", "baseline")
 
@@ -94,10 +94,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
     stage = last_stage(study_dir)
     if stage is not None:
         return _of_confirm(study_dir, stage)
-    best = best_row(trials(study_dir))
-    if best is None:
-        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
-        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
+    best = require_finished(study_dir, best_row(trials(study_dir)))
     rows: list[Row] = []
     for row in (best, *baselines(study_dir)):
         if row.objective is None or row.alpha is None:

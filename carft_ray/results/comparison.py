@@ -205,7 +205,8 @@ def brief(comparison: Comparison) -> dict[str, list[str]]:
     rows = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
     for row in comparison.rows:
         shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        rows.append(f"    {row.name}: {', '.join(f'{what} {_short(found)}' for what, found in shown.items() if found)}")
+        numbers = (f"{what} {in_points(found, short=True)}" for what, found in shown.items() if found)
+        rows.append(f"    {row.name}: {', '.join(numbers)}")
     lines = []
     if comparison.baselines or comparison.others:
         lines.append(
@@ -215,7 +216,7 @@ def brief(comparison: Comparison) -> dict[str, list[str]]:
     for each in (*comparison.baselines, *comparison.others):
         p_value = "" if each.p_holm is None else f"; {_p(each.p_holm)}"
         id_kept = "" if each.p_holm is None else "; keeps ID" if each.keeps_id else "; keeping ID is not shown"
-        lines.append(f"    {each.other}: {_short(each.objective, signed=True)}{p_value}{id_kept}")
+        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=True)}{p_value}{id_kept}")
     if comparison.baselines:
         allowed = counted(100 * comparison.id_margin, "point")
         lines.append(
@@ -223,12 +224,6 @@ def brief(comparison: Comparison) -> dict[str, list[str]]:
             f"0.05 counts. Keeps ID: at most {allowed} of ID accuracy lost."
         )
     return {"rows": rows, "lines": [*lines, *_last_lines(comparison)]}
-
-
-def _short(interval: Interval, signed: bool = False) -> str:
-    form = "{:+.1f}" if signed else "{:.1f}"
-    mean, low, high = (form.format(100 * value) for value in (interval.mean, *interval.images_random))
-    return f"{mean} [{low}, {high}]"
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError
+from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
 from carft_ray.recipe.schema import CACHE_KEYS, Recipe
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.search.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.rows import ZERO_SHOT, best_first
+from carft_ray.search.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.words import counted
 
 FORMAT_VERSION = 1
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
 
-WinnerRule = Literal["search", "confirmed"]
 Role = Literal["winner", "candidate", "baseline"]
 
 
@@ -257,10 +256,7 @@ def _stage(content: Mapping[str, Any]) -> Stage:
 
 def _best_first(view: Overview) -> list[TrialRow]:
     rows = [row for row in view.trials if row.objective is not None]
-    if not rows:
-        step = f"Go on with the search: carft-ray resume {view.study_dir}"
-        raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
-    return best_first(rows)
+    return best_first(require_finished(view.study_dir, rows))
 
 
 def _moved(now: Stage, before: Stage) -> list[tuple[PlanRow, PlanRow]]:

@@ -18,7 +18,7 @@ from carft_ray.results.pareto import placed
 from carft_ray.search.folder import FORMAT_VERSION
 from carft_ray.search.outcome import TrialRow, read_result
 from carft_ray.search.provenance import PROVENANCE
-from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, trials
+from carft_ray.search.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def open_finished(folder: Path, trial: str | None = None) -> Finished:
         step = "Finish it first: the same `carft-ray train` command again, with --resume."
         return _finished(folder, "", base, provenance, folder, step)
     step = f"Go on with the search: carft-ray resume {shlex.quote(str(folder))}"
-    name, run_dir, row = _place(folder, trial, step)
+    name, run_dir, row = _place(folder, trial)
     if name != ZERO_SHOT:
         found = _finished(folder, name, base, provenance, run_dir, step)
         return replace(found, result=placed(found.result, row))
@@ -130,7 +130,7 @@ def split_target(written: str) -> tuple[Path, str | None]:
     return Path(folder), trial
 
 
-def _place(study_dir: Path, trial: str | None, step: str) -> tuple[str, Path, TrialRow | None]:
+def _place(study_dir: Path, trial: str | None) -> tuple[str, Path, TrialRow | None]:
     """Returns name, folder and row of a training of a study; one of a confirm has no row here."""
     confirmed = sorted(path.name for path in (study_dir / CONFIRM).glob("*/"))
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
@@ -142,8 +142,7 @@ def _place(study_dir: Path, trial: str | None, step: str) -> tuple[str, Path, Tr
         return f"{CONFIRM}/{name}", study_dir / CONFIRM / name, None
     rows = trials(study_dir)
     row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial)
-    if row is None:
-        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
+    row = require_finished(study_dir, row)
     return row.name, folder_of(study_dir, row), row
 
 

@@ -220,11 +220,6 @@ def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
     return replace(interval, images_random=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
 
 
-def binomial_se(accuracy: float, num_images: int) -> float:
-    """Returns sqrt(p (1 - p) / n), the image standard error of one accuracy; not the noise of a ranking."""
-    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / num_images)
-
-
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Returns Spearman's rank correlation (ties get their mean rank), or None where it is not defined.
 
@@ -235,12 +230,6 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
-
-
-def regret(rule_values: Sequence[float], target_values: Sequence[float]) -> float:
-    """Returns max(target) - target of the rule's pick; the pick is the first candidate with the largest rule value."""
-    pick = int(np.argmax(np.asarray(rule_values, np.float64)))
-    return float(max(target_values) - target_values[pick])
 
 
 def headline(difference: Interval, baseline: str) -> str:
@@ -258,14 +247,17 @@ def headline(difference: Interval, baseline: str) -> str:
     return f"no improvement over {baseline} shown ({numbers} points)"
 
 
-def in_points(interval: Interval, signed: bool = False) -> str:
-    """Returns mean and both intervals in points with their words, as one line for a table or a report."""
+def in_points(interval: Interval, signed: bool = False, short: bool = False) -> str:
+    """Returns mean and both intervals in points with their words as one line; ``short``: mean and first interval."""
     form = "{:+.1f}" if signed else "{:.1f}"
 
     def shown(ends: tuple[float, float]) -> str:
         return f"[{form.format(100 * ends[0])}, {form.format(100 * ends[1])}]"
 
-    text = f"{form.format(100 * interval.mean)}, 95 % {shown(interval.images_random)} {interval.words}"
+    mean, ends = form.format(100 * interval.mean), shown(interval.images_random)
+    if short:
+        return f"{mean} {ends}"
+    text = f"{mean}, 95 % {ends} {interval.words}"
     return text if interval.images_fixed is None else f"{text}; {shown(interval.images_fixed)} {OVER_SEEDS}"
 
 

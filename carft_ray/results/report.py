@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from carft_ray.data.shared_images import read_shared, shared_counts, shared_lines
-from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.layout import CONFIRM
@@ -47,7 +46,7 @@ from carft_ray.search.best import constraint_lines
 from carft_ray.search.front import FrontRule
 from carft_ray.search.ledger import read_ledger, reads_of
 from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import ZERO_SHOT
+from carft_ray.search.rows import ZERO_SHOT, require_finished
 from carft_ray.search.warm_start import inherited_reads
 from carft_ray.words import counted, times
 
@@ -68,10 +67,7 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         HoldOutError: The ledger was changed, so how often the test sets were read is not known.
         StorageError, DataError: Stored predictions are missing, damaged or of different images.
     """
-    best = view.best
-    if best is None:
-        step = f"See why: carft-ray ls {view.study_dir}"
-        raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
+    best = require_finished(view.study_dir, view.best)
     spec, lowest = objective_spec(view.recipe), view.recipe.search.alpha.lowest
     trials = [row for row in view.trials if row.outcome == "complete" and row.objective is not None]
     baselines = [row for row in view.baselines if row.outcome == "complete" and row.objective is not None]

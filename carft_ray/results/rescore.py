@@ -17,7 +17,6 @@ import numpy as np
 from carft_ray.errors import (
     CarftError,
     HoldOutError,
-    NoSuccessfulTrialError,
     Problem,
     StorageError,
     UsageError,
@@ -34,7 +33,7 @@ from carft_ray.recipe.space import apply
 from carft_ray.results.overview import Overview, folder_of
 from carft_ray.results.pareto import study_limits
 from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.rows import ZERO_SHOT, best_first
+from carft_ray.search.rows import ZERO_SHOT, best_first, require_finished
 
 NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
@@ -123,10 +122,7 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         NoSuccessfulTrialError: No trial is finished.
         StorageError: Predictions of a finished trial are missing or damaged; names them all.
     """
-    finished = [row for row in view.trials if row.outcome == "complete"]
-    if not finished:
-        step = f"See what became of them: carft-ray status {view.study_dir}"
-        raise NoSuccessfulTrialError(Problem(str(view.study_dir), "must have a finished trial", "none", next_step=step))
+    finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
     beside = [row for row in view.baselines if row.outcome == "complete"]
     found: dict[str, Rescored] = {}
     problems: list[Problem] = []

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.bootstrap import Candidate, FloatArray, Resamples
@@ -218,18 +217,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p))
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
     return [float(value) for value in adjusted]
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Returns the exact two-sided p-value that two trained models are equally often right on the same images.
-
-    It speaks of these two models, never of their configurations: another seed is another model.
-
-    Args:
-        only_a: Images that model a alone classifies right.
-        only_b: Those that b alone does.
-    """
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 
 def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:

@@ -29,8 +29,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.space import apply
 from carft_ray.results.overview import find_row
 from carft_ray.results.pareto import placed
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import baselines, best_row, trials
+from carft_ray.search.rows import baselines, best_row, require_finished, trials
 from carft_ray.words import counted
 
 HEAD_NAME = "class_head.safetensors"  # of an export
@@ -99,7 +98,8 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     run_dir, name, row = folder, folder.name, None
     if (folder / JOURNAL).exists():
         rows = trials(folder)
-        name = find_row([*rows, *baselines(folder)], trial, "--trial").name if trial else _best(folder, rows)
+        row = find_row([*rows, *baselines(folder)], trial, "--trial") if trial else best_row(rows)
+        name = require_finished(folder, row).name
         run_dir = _trial_dir(folder, name)
         row = next((each for each in rows if each.name == name), None)
     elif trial is not None:
@@ -170,14 +170,6 @@ def _trial_dir(study_dir: Path, name: str) -> Path:
         allowed = tuple(found)
         raise UsageError(Problem("--trial", f"must be a trial of {study_dir}", name, allowed, nearest(name, allowed)))
     return found[name]
-
-
-def _best(study_dir: Path, rows: list[TrialRow]) -> str:
-    best = best_row(rows)
-    if best is None:
-        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
-        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
-    return best.name
 
 
 def evaluate_trained(trained: Trained, alpha: float, zero_shot_head: bool = False) -> dict[str, float]:

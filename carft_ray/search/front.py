@@ -85,25 +85,6 @@ def lexicographic(front_F2: FloatArray, tolerance: float) -> int:
     return int(np.flatnonzero(ids >= ids.max() - tolerance - 1e-12)[0])
 
 
-def hypervolume(points_N2: FloatArray, reference: tuple[float, float]) -> float:
-    """Returns the area that the points dominate beyond a reference point; with zero-shot as reference, gains alone.
-
-    The area of the union of the rectangles from the reference to each point; a point that does not exceed the reference
-    in both adds nothing.
-
-    Args:
-        points_N2: Any points.
-        reference: (ID accuracy, OOD accuracy) from which the area counts.
-    """
-    points_N2 = np.asarray(points_N2, np.float64).reshape(-1, 2)
-    beyond = points_N2[(points_N2 > reference).all(axis=1)]
-    area, left = 0.0, reference[0]
-    for id_accuracy, ood_accuracy in beyond[non_dominated(beyond)]:
-        area += (id_accuracy - left) * (ood_accuracy - reference[1])
-        left = id_accuracy
-    return float(area)
-
-
 @dataclass(frozen=True)
 class FrontRule:
     """Which point of a front is the best; stored with the study.

@@ -12,7 +12,6 @@ The rules are those of Optuna's pruners, and tests hold them to the same answers
   percent.
 """
 
-import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,29 +58,24 @@ def look_of(recipe: Recipe, values: Mapping[str, Any], row: Mapping[str, Any]) -
     return None if step < first_percent(recipe.search.pruner) or row["step"] < warmup else (step, float(value))
 
 
-def cut_reason(pruner: PrunerConfig, study_name: str, mine: Looked, others: Sequence[Looked]) -> str | None:
+def cut_reason(pruner: PrunerConfig, mine: Looked, others: Sequence[Looked]) -> str | None:
     """Returns why a training is cut at its last look, in one line; None when it goes on.
 
     The end of a training is no reason: what has come so far is complete.
 
     Args:
         pruner: The recipe's.
-        study_name: Optuna's; with the number it decides the bracket of hyperband.
         mine: The trial, its last look included.
         others: The other trials.
     """
     step = max(mine.looks)
     if step >= END:
         return None
-    if pruner.name in HALVING:
-        bracket = _bracket(pruner, study_name, mine.number)
-        rivals = [other for other in others if _bracket(pruner, study_name, other.number) == bracket]
-        why = _halving(rungs(pruner)[bracket:], pruner.factor, mine.looks, rivals)
-    elif pruner.name in ("median", "percentile"):
+    if pruner.name == HALVING:
+        why = _halving(rungs(pruner), pruner.factor, mine.looks, others)
+    else:
         share = 50.0 if pruner.name == "median" else pruner.percentile
         why = _percentile(share, pruner.startup_trials, mine.looks, [other for other in others if other.complete])
-    else:
-        why = _patience(pruner.patience, mine.looks)
     return None if why is None else f"cut at {step} %: {why}"
 
 
@@ -131,31 +125,6 @@ def _percentile(share: float, startup: int, looks: Mapping[int, float], complete
         return None
     of = counted(len(values), "complete trial")
     return f"{_shown(best)} was not among the best {share:g} % of {of}, from {_shown(limit)} on"
-
-
-def _patience(patience: int, looks: Mapping[int, float]) -> str | None:
-    """The last ``patience + 1`` looks all stay below the best before them."""
-    values = [looks[step] for step in sorted(looks)]
-    if len(values) <= patience + 1:
-        return None
-    best, last = max(values[: -patience - 1]), max(values[-patience - 1 :])
-    return f"{patience + 1} looks in a row stayed below {_shown(best)}" if last < best else None
-
-
-def _bracket(pruner: PrunerConfig, study_name: str, number: int) -> int:
-    """Returns the bracket of a trial, which leaves out so many rungs; always 0 but for hyperband.
-
-    As Optuna's ``HyperbandPruner`` has it: of K brackets the one that leaves out b rungs gets
-    ``ceil(K factor^s / (s + 1))`` of the trials, s = K - 1 - b, by a checksum of study and number.
-    """
-    if pruner.name != "hyperband":
-        return 0
-    num_brackets, rung = 0, first_percent(pruner)
-    while rung <= END:
-        num_brackets, rung = num_brackets + 1, rung * pruner.factor
-    sizes = [math.ceil(num_brackets * pruner.factor**s / (s + 1)) for s in reversed(range(num_brackets))]
-    place = binascii.crc32(f"{study_name}_{number}".encode()) % sum(sizes)
-    return next(b for b in range(num_brackets) if place < sum(sizes[: b + 1]))
 
 
 def _shown(value: float) -> str:

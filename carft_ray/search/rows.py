@@ -1,8 +1,10 @@
 """The tables of a study: its trials as rows, read from the journal without a lock and without writing."""
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import optuna
 from optuna.storages import JournalStorage
@@ -10,11 +12,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
-from carft_ray.errors import Problem, StorageError
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import JOURNAL, MANIFEST
 from carft_ray.search import front
 from carft_ray.search.outcome import Kind, TrialRow
 from carft_ray.search.spent import gpu_seconds_of, seconds_of
+
+Found = TypeVar("Found")
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
@@ -76,6 +80,18 @@ def rank(row: TrialRow) -> tuple[float, ...]:
     standing of a Pareto search counts, then the objective.
     """
     return row.objective is None, row.violation, -row.standing, -(row.objective or 0.0), row.number
+
+
+def require_finished(study_dir: Path, found: Found | None) -> Found:
+    """Returns what was found of the finished trials of a study.
+
+    Raises:
+        NoSuccessfulTrialError: That is nothing.
+    """
+    if not found:
+        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
+        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
+    return found
 
 
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:

@@ -250,7 +250,7 @@ class Study:
         mine, reason, late = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None, None
         if cut is None:
             others = [trial for trial in known.values() if trial.number != spec.number]
-            reason = pruning.cut_reason(pruner, study.study_name, mine, others)
+            reason = pruning.cut_reason(pruner, mine, others)
             if reason is not None and files.exists(folder / RESULT):
                 reason, late = None, reason
             if reason is not None:
@@ -433,10 +433,6 @@ class Study:
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
         return not self._waiting and not self._wants_more()
-
-    def waits(self, spec: TrialSpec) -> bool:
-        """Tells whether the training of an attempt is queued for another one."""
-        return any((waiting.kind, waiting.number) == (spec.kind, spec.number) for waiting in self._waiting)
 
     def _may_try(self) -> bool:
         """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
