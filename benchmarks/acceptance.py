@@ -14,7 +14,7 @@ import numpy.typing as npt
 from benchmarks.trainings import ID_TEST
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.results.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation
+from carft_ray.results.statistics.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation
 
 EDGE = 0.05  # share of a parameter's (log) range that counts as its edge
 NUM_RESAMPLES = 500

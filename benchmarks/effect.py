@@ -39,11 +39,11 @@ from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.materials import ID_SET
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.launch.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
+from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.intervals import (
+from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
     headline,

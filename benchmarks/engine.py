@@ -35,9 +35,9 @@ from carft_ray.layout import ALIVE, JOURNAL, METRICS, RESOLVED, RESULT
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import TrialSpec, trial_name
-from carft_ray.search.rows import storage_of
-from carft_ray.search.study import Study, open_study
+from carft_ray.study.outcome import TrialSpec, trial_name
+from carft_ray.study.rows import storage_of
+from carft_ray.study.study import Study, open_study
 
 PARTS = ("throughput", "study", "driver")
 SIZES = (10, 1_000, 10_000)
@@ -290,7 +290,7 @@ def driver_cost(
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
     from carft_ray.progress import REFRESH_PER_S, SearchView
-    from carft_ray.search.rows import trials
+    from carft_ray.study.rows import trials
 
     fill(study_dir, num_finished, "random")  # proposals are not what is measured here
     recipe = recipe_of(num_finished + num_live, "random")
@@ -357,8 +357,8 @@ class Throughput:
 def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
     """Searches with Ray on this machine, inline."""
     from carft_ray.launch.events import Event, Started
+    from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.runtime import Runner
-    from carft_ray.launch.search import run_search
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     from benchmarks import engine  # by its name, by which workers find the trainings, also where this is __main__

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.photos import CLASSES, write_tree
-from carft_ray.data.arrays import image_set
-from carft_ray.data.cache import FILE, list_entries
+from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.caching.cache import FILE, list_entries
+from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.listing import StoredSource, stored_source
-from carft_ray.data.packed import PackedSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.learning import loop

@@ -21,13 +21,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from carft_ray.data.content import DIGEST_BYTES
-from carft_ray.data.folder import folders, is_image
+from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
-from carft_ray.data.overlap import candidates, distances
 from carft_ray.data.records import Records, thumbnails_of
-from carft_ray.data.same_picture import LIMIT, look, picture_distance
-from carft_ray.data.sandbox import DOMAINS, sandbox_source
+from carft_ray.data.shared.overlap import candidates, distances
+from carft_ray.data.shared.same_picture import LIMIT, look, picture_distance
 from carft_ray.data.source import PixelArray
+from carft_ray.data.synthetic.sandbox import DOMAINS, sandbox_source
 
 ALONE = 0.15
 BORDER = 0.06  # of the shorter side

@@ -2,7 +2,7 @@
 
 What a training gives comes from ``benchmarks.landscape``; the search spaces are cut to what the table covers. A
 replayed trial adds the noise between seeds, measured on the points that the table holds with several. The search itself
-is the product's own: ``search.study`` with its journal, sampler and outcomes. Every comparison uses ``NUM_SEEDS``
+is the product's own: ``study.study`` with its journal, sampler and outcomes. Every comparison uses ``NUM_SEEDS``
 searches a side; what is compared is the noise-free objective of the trial that the search calls best, with Student's
 95 % interval over searches.
 
@@ -33,9 +33,9 @@ from carft_ray.layout import RESULT
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
-from carft_ray.search.rows import best_row
-from carft_ray.search.study import open_study
+from carft_ray.study.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
+from carft_ray.study.rows import best_row
+from carft_ray.study.study import open_study
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30

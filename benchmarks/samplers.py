@@ -21,8 +21,8 @@ from benchmarks.replay import NUM_SEEDS, mean_with_interval, search
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import best_row
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_row
 
 LOWEST = 0.1  # alpha that a trial may choose
 LOOKS = (30, 100)  # trials after which a search is read

@@ -8,7 +8,7 @@ configuration c with seed q on image k is right when
 with u, v, e standard normal: then the population accuracy is a_c exactly, and the mean over seeds on fixed images is
 Phi((Phi^-1(a_c) sqrt(1 + s_b^2) - sqrt(.90) u - sqrt(.06) v) / sqrt(.04 + s_b^2)). The search sees one seed per trial
 and takes the largest objective; the best is then trained with fresh seeds. There is no alpha here. What is checked is
-the product's own code (``results.intervals``, ``results.selection``, ``results.bootstrap``), with the naive maximum
+the product's own code (``intervals``, ``selection``, ``bootstrap`` of ``results.statistics``), with the naive maximum
 beside it. "Truth" is one of two: the population, or the mean over seeds on these very images.
 
 Then pairs of equal configurations, whose difference is 0, are compared with 2, 3, 5 and 10 seeds on 30, 160 and 1,000
@@ -31,9 +31,9 @@ import numpy.typing as npt
 from scipy import special
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.bootstrap import Candidate, bbc, resample
-from carft_ray.results.intervals import Interval, crossed, paired_differences
-from carft_ray.results.selection import correct_best, ranking_noise
+from carft_ray.results.statistics.bootstrap import Candidate, bbc, resample
+from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
 
 SIZES = {"id_val": 500, "ood_1": 300, "ood_2": 300}
 WEIGHTS = {"id_val": 0.5, "ood_1": 0.25, "ood_2": 0.25}

@@ -33,7 +33,7 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
-from carft_ray.data.arrays import image_set
+from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
@@ -47,7 +47,7 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, build_classifier
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.spaces.space import apply
 
 ID_TEST = "id_test"
 DIVERGED = "diverged.txt"

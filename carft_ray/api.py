@@ -24,10 +24,10 @@ from typing import Literal
 import pyarrow as pa
 
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.finished import open_finished
-from carft_ray.results.overview import require_study, study_recipe
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import baselines, best_row, trials
+from carft_ray.results.reading.finished import open_finished
+from carft_ray.results.reading.overview import require_study, study_recipe
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import baselines, best_row, trials
 
 Kind = Literal["trial", "baseline"]
 

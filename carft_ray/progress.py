@@ -23,8 +23,8 @@ from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started, Stopping
-    from carft_ray.results.overview import Overview
-    from carft_ray.search.outcome import Kind, TrialRow, TrialSpec
+    from carft_ray.results.reading.overview import Overview
+    from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 
 Row = dict[str, float]
 NUM_BEST = 5  # rows of the best trials in the live table
@@ -122,7 +122,7 @@ class _Listener:
 def _earlier(study_dir: Path) -> list["TrialRow"]:
     """Returns the rows of a study that is there; none of one that cannot be read, which the search will tell."""
     from carft_ray.errors import CarftError
-    from carft_ray.search.rows import rows_by_kind
+    from carft_ray.study.rows import rows_by_kind
 
     try:
         return [row for rows in rows_by_kind(study_dir).values() for row in rows]
@@ -177,10 +177,10 @@ class SearchView:
         """
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
-        from carft_ray.recipe.grid import num_trials
-        from carft_ray.results.overview import alive_since, folder_of, search_began
-        from carft_ray.search.outcome import TrialSpec
-        from carft_ray.search.rows import ZERO_SHOT
+        from carft_ray.recipe.spaces.grid import num_trials
+        from carft_ray.results.reading.overview import alive_since, folder_of, search_began
+        from carft_ray.study.outcome import TrialSpec
+        from carft_ray.study.rows import ZERO_SHOT
 
         view = cls(overview.recipe.train.epochs, overview.rows, clock)
         view._began = search_began(overview.study_dir) or clock()
@@ -297,7 +297,7 @@ class SearchView:
 
     def _ranked(self, number: int) -> list["TrialRow"]:
         """Returns the first trials from the best down; trainings of a confirm from the latest back."""
-        from carft_ray.search.rows import rank
+        from carft_ray.study.rows import rank
 
         ranks = self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
         return heapq.nsmallest(

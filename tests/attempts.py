@@ -18,15 +18,15 @@ import torch
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.evaluation import run
-from carft_ray.launch.causes import explained
-from carft_ray.launch.cluster import Node
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.executors import run_worker
+from carft_ray.launch.ray_cluster.cluster import Node
+from carft_ray.launch.recovery.causes import explained
 from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import micro_batch_of, shortage
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.study import open_study
+from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)

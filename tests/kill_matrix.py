@@ -24,7 +24,7 @@ import short_sealed
 import short_training
 import stand_in
 
-from carft_ray.search.rows import baselines, confirmations, trials
+from carft_ray.study.rows import baselines, confirmations, trials
 
 NUM_CONFIRM_KILLS, NUM_WORKER_KILLS = 5, 6
 AT_A_TIME = {"inline": 32, "ray-train": 8}  # trainings on four nodes; a group of Ray Train has nine processes

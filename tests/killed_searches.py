@@ -20,8 +20,8 @@ from subprocess import PIPE
 import chaos
 import stand_in
 
-from carft_ray.search.ledger import read_ledger
-from carft_ray.search.rows import baselines, confirmations, trials
+from carft_ray.study.ledger import read_ledger
+from carft_ray.study.rows import baselines, confirmations, trials
 
 HERE = Path(__file__).parent
 RESOURCES = {

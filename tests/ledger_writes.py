@@ -9,8 +9,8 @@ from pathlib import Path
 
 import stand_in
 
-from carft_ray.search.folder import repair_journal, study_lock
-from carft_ray.search.ledger import record
+from carft_ray.study.ledger import record
+from carft_ray.study.lock import repair_journal, study_lock
 
 
 def import_everything():

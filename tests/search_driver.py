@@ -16,8 +16,8 @@ import stand_in
 
 from carft_ray.errors import CarftError
 from carft_ray.launch.events import Note
+from carft_ray.launch.runs.search import run_search, set_aside_error
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search, set_aside_error
 
 
 def show(event):

@@ -12,9 +12,9 @@ import stand_in
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
 from carft_ray.learning.context import RunContext
-from carft_ray.recipe.space import apply
-from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.study import open_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.study import open_study
 
 DIVERGES = 2  # number of the trial that does
 EPOCHS = 3

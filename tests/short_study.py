@@ -4,9 +4,9 @@ from carft_ray import files
 from carft_ray.evaluation.run import on_all_cores, prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.search.provenance import record_provenance
-from carft_ray.search.study import open_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.provenance import record_provenance
+from carft_ray.study.study import open_study
 
 
 def search(study_dir, recipe, num_attempts=None):

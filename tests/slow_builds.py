@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from carft_ray.data import packed
+from carft_ray.data.caching import packed
 from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
 from carft_ray.launch import runtime
 from carft_ray.layout import STOP

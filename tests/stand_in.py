@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.outcome import TrialSpec
+from carft_ray.study.outcome import TrialSpec
 
 SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
 

@@ -22,8 +22,8 @@ from carft_ray.evaluation.alpha import (
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
 from carft_ray.evaluation.run import _alphas_at_chance, _choose
-from carft_ray.recipe.space import apply
-from carft_ray.results.intervals import crossed
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.statistics.intervals import crossed
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MEASURED = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # by default: the grid and the lowest alpha that may be chosen

@@ -12,10 +12,10 @@ import short_training
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import accuracy, read_predictions, select
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.analysis import regrets_on_test
-from carft_ray.search.ledger import read_ledger, require_unread
-from carft_ray.search.rows import best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.results.test_sets.analysis import regrets_on_test
+from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.study.rows import best_row, trials
+from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

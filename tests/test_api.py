@@ -16,8 +16,8 @@ from carft_ray import api
 from carft_ray.errors import NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.search.folder import study_lock
-from carft_ray.search.outcome import TrialRow
+from carft_ray.study.lock import study_lock
+from carft_ray.study.outcome import TrialRow
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import stand_in
 from ray.cluster_utils import Cluster
 
-from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.events import TrialEpoch
+from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
+from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search
-from carft_ray.search.outcome import read_alive
+from carft_ray.study.outcome import read_alive
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}

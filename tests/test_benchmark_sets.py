@@ -29,10 +29,10 @@ from strict_roles import check_overlap
 from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
-from carft_ray.data.benchmarks import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
-from carft_ray.data.corruptions import CORRUPTIONS
-from carft_ray.data.facts import load_facts
+from carft_ray.data.benchmark_sets.facts import load_facts
+from carft_ray.data.benchmark_sets.reader import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.sets import check_roles, check_sets, class_names
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS
 from carft_ray.errors import DataError
 from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS

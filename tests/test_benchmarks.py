@@ -24,15 +24,15 @@ from benchmarks.acceptance import (
     verdicts,
 )
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
-from carft_ray.data.arrays import image_set
+from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import FolderSet
-from carft_ray.search.outcome import trial_name
-from carft_ray.search.rows import trials
+from carft_ray.study.outcome import trial_name
+from carft_ray.study.rows import trials
 
 SPACE = {
     "learning_rate": FloatParameter(low=1e-4, high=1e-2, log=True),

@@ -8,14 +8,14 @@ import pytest
 import stand_in
 
 from carft_ray.errors import InterruptedRunError, StorageError
-from carft_ray.launch.search import run_search
-from carft_ray.launch.study_figure import figure_at_the_end
+from carft_ray.launch.figures.study_figure import figure_at_the_end
+from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, LEASE
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.overview import read_study, status
-from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.rows import best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import read_study, status
+from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.rows import best_row, trials
+from carft_ray.study.study import open_study
 
 
 @pytest.fixture

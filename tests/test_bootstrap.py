@@ -5,7 +5,7 @@ import pytest
 
 from carft_ray.evaluation.alpha import choose_alpha, fitted_curve, objective_covariance
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.bootstrap import Candidate, bbc, incumbent_values, overtuning, resample
+from carft_ray.results.statistics.bootstrap import Candidate, bbc, incumbent_values, overtuning, resample
 
 GRID = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 SIZES = {"id_val": 40, "a": 25, "b": 30}

@@ -18,13 +18,13 @@ from carft_ray.errors import BudgetError
 from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
+from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search
 from carft_ray.layout import ALIVE
 from carft_ray.recipe.schema import BudgetConfig
-from carft_ray.results import overview
-from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading import overview
+from carft_ray.study.rows import trials
+from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 HOUR = BudgetConfig(wall_time=3600)

@@ -16,10 +16,10 @@ import short_training
 from cache_builds import Pictures, halve
 from suggestions import check_suggestions
 
-from carft_ray.data import cache, packed
-from carft_ray.data.arrays import image_set
+from carft_ray.data.caching import cache, packed
+from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.content import set_digest
-from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import DataError, StorageError
 
 cache_builds.import_everything()

@@ -7,7 +7,7 @@ import crash_host
 import open_clip
 import pytest
 
-from carft_ray.learning.catalog import (
+from carft_ray.learning.models.catalog import (
     SANDBOX,
     activation_problems,
     check_model,

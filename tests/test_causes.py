@@ -15,14 +15,14 @@ from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
-from carft_ray.launch.causes import LONGEST, error_of, explained, log_cause, root_cause
-from carft_ray.launch.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.causes import LONGEST, error_of, explained, log_cause, root_cause
+from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.runs.ray_train import train_with_ray
+from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search
-from carft_ray.launch.train import train_with_ray
-from carft_ray.search import study
-from carft_ray.search.identity import claim
-from carft_ray.search.rows import trials
+from carft_ray.study import study
+from carft_ray.study.identity import claim
+from carft_ray.study.rows import trials
 
 HERE = Path(__file__).parent
 NEVER = "ImportError: libnever.so.9: cannot open shared object file"

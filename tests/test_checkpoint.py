@@ -15,7 +15,7 @@ import torch
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
-from carft_ray.launch.single import train_once
+from carft_ray.launch.runs.single import train_once
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_checkpoint,

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.comparison import brief, compare, comparison_lines
-from carft_ray.results.intervals import (
+from carft_ray.results.statistics.intervals import (
     OVER_IMAGES,
     OVER_SEEDS,
     OVER_SEEDS_AND_IMAGES,
@@ -17,7 +16,8 @@ from carft_ray.results.intervals import (
     objective_interval,
     values_by_seed,
 )
-from carft_ray.results.selection import holm
+from carft_ray.results.statistics.paired import brief, compare, comparison_lines
+from carft_ray.results.statistics.selection import holm
 
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 SIZES = {"id_val": 400, "a": 200, "b": 200}

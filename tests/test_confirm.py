@@ -14,8 +14,8 @@ from carft_ray.launch.events import Started
 from carft_ray.learning.context import RunContext
 from carft_ray.progress import search_shown
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.confirm import (
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.confirmation.plan import (
     SEED_STEP,
     cost,
     first_stage,
@@ -26,9 +26,9 @@ from carft_ray.results.confirm import (
     read_plan,
     second_stage,
 )
-from carft_ray.results.overview import read_study
-from carft_ray.search.rows import confirmations, trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.rows import confirmations, trials
+from carft_ray.study.study import open_study
 
 
 def finish(study, spec, objective, alpha=0.5):
@@ -233,7 +233,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
 
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     monkeypatch.setattr("carft_ray.console.err", terminal)
-    monkeypatch.setattr("carft_ray.launch.confirm.run_confirm", stopped)
+    monkeypatch.setattr("carft_ray.launch.runs.confirm.run_confirm", stopped)
     written = view.study_dir / "resolved.yaml"
     written.write_text(written.read_text().replace("batch_size: 512", "batch_size: 64"))  # of 64 images
     assert crash_host.call(["confirm", view.study_dir, "--top", 2, "--seeds", 2]) == 130

@@ -19,11 +19,11 @@ from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.constraints import alone, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import ConstraintsConfig
-from carft_ray.results.bootstrap import Candidate, bbc, meeting, resample, share_meeting
-from carft_ray.results.overview import listing, read_study, status
-from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.rows import best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import listing, read_study, status
+from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
+from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.rows import best_row, trials
+from carft_ray.study.study import open_study
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NOISE = np.eye(6) * 0.01**2 / 2  # paired standard error of neighbours: .01

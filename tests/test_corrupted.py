@@ -14,18 +14,18 @@ from sources import absolute_set, open_validation
 from strict_roles import check_overlap
 from torchvision.transforms.v2 import functional
 
-from carft_ray.data.corrupted import FIFTEEN, squared
-from carft_ray.data.corruptions import CORRUPTION_VERSION, corrupt
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.sandbox import CLASSES
 from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source
+from carft_ray.data.synthetic.corrupted import FIFTEEN, squared
+from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, corrupt
+from carft_ray.data.synthetic.sandbox import CLASSES
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.identity import class_of
+from carft_ray.study.identity import class_of
 
 SANDBOX = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 4}
 NAMES = ("bird", "cat", "dog")

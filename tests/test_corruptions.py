@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from carft_ray.data import corruptions as module
-from carft_ray.data.corruption_tables import PARAMETERS, SIDES
-from carft_ray.data.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, corrupt, generator, table_side
+from carft_ray.data.synthetic import corruptions as module
+from carft_ray.data.synthetic.corruption_tables import PARAMETERS, SIDES
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, corrupt, generator, table_side
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ def test_bytes_depend_on_neither_order_nor_global_state():
 
 def test_another_process_gives_the_same_bytes_and_needs_no_heavy_library():
     code = (
-        "import sys, zlib, numpy; from carft_ray.data.corruptions import corrupt;"
+        "import sys, zlib, numpy; from carft_ray.data.synthetic.corruptions import corrupt;"
         "x = numpy.full((40, 40, 3), 90, dtype=numpy.uint8);"
         "print([n for n in ('torch', 'ray', 'cv2', 'skimage') if n in sys.modules]);"
         "print(zlib.crc32(corrupt(x, 'snow', 3, 1, 2)))"

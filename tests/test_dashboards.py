@@ -16,9 +16,9 @@ import short_training
 from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.search.rows import baselines, trials
-from carft_ray.search.study import open_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.rows import baselines, trials
+from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

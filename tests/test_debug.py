@@ -15,8 +15,8 @@ import stand_in
 
 from carft_ray.errors import InterruptedRunError, RecipeError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
+from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search
 from carft_ray.recipe.loading import load_recipe
 
 HERE = Path(__file__).parent

@@ -12,10 +12,10 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.search.outcome import TrialSpec, read_alive, read_failure, read_result
-from carft_ray.search.study import open_study
+from carft_ray.study.outcome import TrialSpec, read_alive, read_failure, read_result
+from carft_ray.study.study import open_study
 
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
 

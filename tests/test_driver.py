@@ -13,8 +13,6 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
-from carft_ray.launch.bad_nodes import BadNodes
-from carft_ray.launch.cluster import Node, capacity
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -25,11 +23,13 @@ from carft_ray.launch.events import (
     TrialSetAside,
     TrialStarted,
 )
-from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
+from carft_ray.launch.ray_cluster.cluster import Node, capacity
+from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
-from carft_ray.search.outcome import Failure, TrialSpec, write_failure
-from carft_ray.search.rows import trials
-from carft_ray.search.study import LOST_ATTEMPTS, open_study
+from carft_ray.study.outcome import Failure, TrialSpec, write_failure
+from carft_ray.study.rows import trials
+from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
 
 class Tune:

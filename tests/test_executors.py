@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.launch.single import train_once
+from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"

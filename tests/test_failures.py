@@ -20,19 +20,19 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.run import prepare
-from carft_ray.launch.cluster import Capacity, running_ray
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import run_worker
-from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import host_memory
-from carft_ray.launch.ray_private import one_trial_dies
+from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
+from carft_ray.launch.ray_cluster.waiting import Node, lacking, why_waiting
+from carft_ray.launch.recovery.host_memory import host_memory
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.launch.waiting import Node, lacking, why_waiting
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
-from carft_ray.search.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
-from carft_ray.search.rows import trials
-from carft_ray.search.study import LOST_ATTEMPTS, open_study
+from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
+from carft_ray.study.rows import trials
+from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
 BASE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from tiny import load_folder
 from torch.nn import functional
 
 from carft_ray.learning import build_heads, context_distribution, context_kl
-from carft_ray.learning.building import quiet
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.layers import layer_groups
+from carft_ray.learning.models.building import quiet
 
 pytestmark = pytest.mark.slow
 

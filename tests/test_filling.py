@@ -17,8 +17,8 @@ from carft_ray.errors import DataError, InterruptedRunError
 from carft_ray.evaluation import materials
 from carft_ray.launch import executors
 from carft_ray.launch.events import Note, Preparing
+from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.search import run_search
 from carft_ray.layout import ALIVE
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sources import folder_source
 
-from carft_ray.data.folder import list_folder_set
+from carft_ray.data.formats.folder import list_folder_set
 from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
 from carft_ray.recipe.schema import FolderSet

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.searches import hypervolume
-from carft_ray.search.front import (
+from carft_ray.study.front import (
     FrontRule,
     best_point,
     front_of,
@@ -17,8 +17,8 @@ from carft_ray.search.front import (
     stand,
     told_points,
 )
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import best_first, best_row
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_first, best_row
 
 
 def beaten(points, index):

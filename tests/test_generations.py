@@ -14,14 +14,14 @@ from test_study import fail, optuna_study, run_all, write_result
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.region import contains, directions, place
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.overview import own_values, row_dict, study_recipe
-from carft_ray.search.folder import study_lock
-from carft_ray.search.ledger import TEST, read_ledger, record, require_unread
-from carft_ray.search.rows import best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.recipe.spaces.region import contains, directions, place
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.reading.overview import own_values, row_dict, study_recipe
+from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
+from carft_ray.study.lock import study_lock
+from carft_ray.study.rows import best_row, trials
+from carft_ray.study.study import open_study
 
 WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
@@ -270,7 +270,7 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
 
 
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
-    from carft_ray.launch.search import run_search  # loads Ray, and begins none
+    from carft_ray.launch.runs.search import run_search
 
     begin(study_dir, recipe_of())
     begin(tmp_path / "source", recipe_of(2), 2)
@@ -313,7 +313,7 @@ import gc, sys
 from pathlib import Path
 import test_generations
 from carft_ray.errors import CarftError
-from carft_ray.search.study import open_study
+from carft_ray.study.study import open_study
 
 def import_everything():
     import optuna.samplers._tpe.sampler

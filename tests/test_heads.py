@@ -12,13 +12,13 @@ from conftest import CLASS_WORDS, TEMPLATES
 from crash_host import call
 from tiny import make_tiny_clip
 
-from carft_ray.data.cache import list_entries
-from carft_ray.data.facts import load_facts
+from carft_ray.data.benchmark_sets.facts import load_facts
+from carft_ray.data.caching.cache import list_entries
 from carft_ray.evaluation.doctor import examine
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.launch.single import train_once
+from carft_ray.launch.runs.single import train_once
 from carft_ray.learning import build_heads
-from carft_ray.learning.clip import templates
+from carft_ray.learning.models.clip import templates
 from carft_ray.recipe.fine_tuning import PromptsConfig
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe

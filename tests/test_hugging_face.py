@@ -10,7 +10,7 @@ from families import make_tokenizer
 from PIL import Image
 
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning.clip import load_clip
+from carft_ray.learning.models.clip import load_clip
 from carft_ray.recipe.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow

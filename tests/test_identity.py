@@ -14,12 +14,12 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.finished import read_manifest
-from carft_ray.results.overview import study_recipe
-from carft_ray.search.folder import study_lock
-from carft_ray.search.identity import claim, class_of, record_recipe
-from carft_ray.search.rows import baselines, trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.finished import read_manifest
+from carft_ray.results.reading.overview import study_recipe
+from carft_ray.study.identity import claim, class_of, record_recipe
+from carft_ray.study.lock import study_lock
+from carft_ray.study.rows import baselines, trials
+from carft_ray.study.study import open_study
 
 KEYS = [key for key in unique_keys() if key.name != "format_version"]  # which has one value
 # where the example of the schema is what the quickstart has already, or is refused for another reason

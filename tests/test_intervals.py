@@ -10,7 +10,7 @@ from benchmarks import selection
 from carft_ray import console
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.intervals import (
+from carft_ray.results.statistics.intervals import (
     OVER_IMAGES,
     OVER_SEEDS,
     OVER_SEEDS_AND_IMAGES,

@@ -11,7 +11,7 @@ import killed_searches as searches
 import pytest
 import stand_in
 
-from carft_ray.search.rows import baselines, trials
+from carft_ray.study.rows import baselines, trials
 
 pytestmark = pytest.mark.slow
 

@@ -26,10 +26,10 @@ from strict_roles import check_overlap
 from benchmarks.pairs import COPIES as MADE
 from benchmarks.pairs import signed
 from carft_ray.data import records
-from carft_ray.data.overlap import TOLERANCE, alike, candidates, distances
 from carft_ray.data.records import thumbnails_of
-from carft_ray.data.same_picture import LIMIT, look, picture_distance
-from carft_ray.data.sandbox import CLASSES, DOMAINS, sandbox_source
+from carft_ray.data.shared.overlap import TOLERANCE, alike, candidates, distances
+from carft_ray.data.shared.same_picture import LIMIT, look, picture_distance
+from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation import materials
 from carft_ray.evaluation import run as evaluation

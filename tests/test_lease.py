@@ -15,11 +15,11 @@ from stand_in import make_recipe
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import LEASE
-from carft_ray.search import lease as module
-from carft_ray.search.folder import study_lock
-from carft_ray.search.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
-from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
+from carft_ray.study import lease as module
+from carft_ray.study.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
+from carft_ray.study.lock import study_lock
+from carft_ray.study.rows import trials
+from carft_ray.study.study import open_study
 
 
 def leave(study_dir, age_s=0.0, **changes):
@@ -71,7 +71,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(study_dir):
     code = f"""
         import os
         from pathlib import Path
-        from carft_ray.search.folder import study_lock
+        from carft_ray.study.lock import study_lock
         with study_lock(Path({str(study_dir)!r})):
             os._exit(1)
     """
@@ -171,7 +171,7 @@ def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_h
     code = f"""
         import time
         from pathlib import Path
-        from carft_ray.search.folder import study_lock
+        from carft_ray.study.lock import study_lock
         with study_lock(Path({str(study_dir)!r})):
             print("locked", flush=True)
             time.sleep(60)

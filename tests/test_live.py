@@ -21,8 +21,8 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.results.overview import row_dict
-from carft_ray.search.outcome import TrialRow, TrialSpec
+from carft_ray.results.reading.overview import row_dict
+from carft_ray.study.outcome import TrialRow, TrialSpec
 
 
 class Clock:

@@ -15,7 +15,7 @@ from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.predictions import concat, predictions_table, select
-from carft_ray.results.intervals import wilson
+from carft_ray.results.statistics.intervals import wilson
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
 

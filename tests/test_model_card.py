@@ -7,7 +7,7 @@ import open_clip
 import pytest
 from PIL import Image
 
-from carft_ray.results import model_card
+from carft_ray.results.exports import model_card
 
 SIZES = ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33))  # width, height; smaller than the input too
 

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 
 from carft_ray.cli import app
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning.building import build_model
-from carft_ray.learning.clip import state_hash
-from carft_ray.learning.describe import describe
+from carft_ray.learning.models.building import build_model
+from carft_ray.learning.models.clip import state_hash
+from carft_ray.learning.models.describe import describe
 from carft_ray.recipe.fine_tuning import ModelConfig
 
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from carft_ray.learning.describe import describe
+from carft_ray.learning.models.describe import describe
 from carft_ray.recipe.fine_tuning import ModelConfig
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = describe(ModelConfig(name="ViT-bigG-14", pretrained="random"))
@@ -129,7 +129,7 @@ def test_wrong_use_is_told(words, error):
 def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    from carft_ray.learning.clip import load_clip
+    from carft_ray.learning.models.clip import load_clip
 
     page = tmp_path / "models--nobody--clip"
     make_folder(FAMILIES["openai-vit"], page / "snapshots" / ("a" * 40))

@@ -10,11 +10,11 @@ from suggestions import check_suggestions
 from test_verbs import BASE, begin, finish, start
 
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirm import PlanRow, Stage, write_plan
+from carft_ray.results.confirmation.plan import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
-from carft_ray.results.overview import read_study
-from carft_ray.search.ledger import TEST, WENT_ON, record
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.ledger import TEST, WENT_ON, record
+from carft_ray.study.study import open_study
 
 CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
 

@@ -15,7 +15,7 @@ from carft_ray.errors import ClusterError, InterruptedRunError, UsageError
 from carft_ray.launch import notify
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, notifying
-from carft_ray.search.outcome import TrialRow
+from carft_ray.study.outcome import TrialRow
 
 pytestmark = pytest.mark.slow
 

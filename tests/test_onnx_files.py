@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.clip import wrap_model
-from carft_ray.learning.onnx_files import write_onnx
+from carft_ray.learning.models.clip import wrap_model
+from carft_ray.learning.models.onnx_files import write_onnx
 
 pytestmark = pytest.mark.slow  # torch traces and translates each tower: seconds
 

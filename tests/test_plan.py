@@ -13,13 +13,13 @@ import pytest
 import short_training
 from stand_in import make_recipe
 
-from carft_ray.data.cache import list_entries
+from carft_ray.data.caching.cache import list_entries
 from carft_ray.evaluation.probe import FirstImages, share_of
-from carft_ray.launch import plan
-from carft_ray.launch.cluster import Node, capacity
-from carft_ray.launch.plan import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
-from carft_ray.recipe.draws import drawn, middle
+from carft_ray.launch import forecast as plan
+from carft_ray.launch.forecast import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
+from carft_ray.launch.ray_cluster.cluster import Node, capacity
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
+from carft_ray.recipe.spaces.draws import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 

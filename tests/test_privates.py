@@ -6,8 +6,8 @@ import ray
 from optuna.trial import TrialState
 
 from carft_ray.errors import ClusterError, UsageError
-from carft_ray.launch import ray_private
-from carft_ray.search import optuna_private
+from carft_ray.launch.ray_cluster import ray_private
+from carft_ray.study.proposals import optuna_private
 
 # what Tune does with a process that the memory monitor has ended is pinned in test_failures.py
 

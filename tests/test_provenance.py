@@ -16,10 +16,10 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError
 from carft_ray.evaluation.materials import load_materials
 from carft_ray.evaluation.origin import set_contents
-from carft_ray.launch.single import train_once
+from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.search.identity import claim
-from carft_ray.search.provenance import differences, identity_problems, record_provenance
+from carft_ray.study.identity import claim
+from carft_ray.study.provenance import differences, identity_problems, record_provenance
 
 
 def manifest(folder):
@@ -194,7 +194,7 @@ def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
     )
     recipe = load_recipe(recipe_path)
     found = set_contents(recipe, load_materials(recipe))
-    from carft_ray.data.sandbox import sandbox_source
+    from carft_ray.data.synthetic.sandbox import sandbox_source
 
     for name, split in (("train", "train"), ("id_val", "val")):
         assert found[name]["digest"] == content.set_digest(sandbox_source("photo", split, 1, name))

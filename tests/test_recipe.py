@@ -30,7 +30,7 @@ from carft_ray.recipe.loading import (
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
 from carft_ray.recipe.schema import Corruption, Recipe
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.spaces.space import apply
 
 BASE = """\
 name: base
@@ -1111,7 +1111,7 @@ def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path)
 
 def test_reading_a_recipe_loads_no_heavy_library():
     code = (
-        "import sys; import carft_ray.recipe.loading, carft_ray.recipe.space, carft_ray.recipe.advice; "
+        "import sys; import carft_ray.recipe.loading, carft_ray.recipe.spaces.space, carft_ray.recipe.advice; "
         "print([name for name in ('torch', 'ray', 'optuna', 'numpy', 'pyarrow', 'PIL') if name in sys.modules])"
     )
     root = Path(__file__).parents[1]

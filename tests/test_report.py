@@ -14,15 +14,15 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.bootstrap import bbc, resample
-from carft_ray.results.overview import folder_of, read_study
+from carft_ray.results.reading.overview import folder_of, read_study
+from carft_ray.results.reading.stored import confirmed, read_stored
 from carft_ray.results.report import study_report
-from carft_ray.results.robustness import robustness
-from carft_ray.results.selection import correct_best, ranking_noise
-from carft_ray.results.stored import confirmed, read_stored
-from carft_ray.search.ledger import record
-from carft_ray.search.outcome import Failure, write_failure
-from carft_ray.search.study import open_study
+from carft_ray.results.statistics.bootstrap import bbc, resample
+from carft_ray.results.statistics.robustness import robustness
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.study.ledger import record
+from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
 SETS = {"id_val": 60, "noisy": 40, "blurry": 40}

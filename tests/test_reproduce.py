@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from carft_ray import cli, environment
 from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.launch.single import train_once
+from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.finished import open_finished
+from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reproduce import reproduce, table_differences
 
 pytestmark = pytest.mark.slow

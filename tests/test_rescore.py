@@ -28,10 +28,10 @@ from carft_ray.evaluation.predictions import (
 from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.overview import folder_of, read_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
-from carft_ray.search.study import open_study
+from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from carft_ray.recipe.loading import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "carft_ray"
 # a layer may import those that stand after it
-LAYERS = ("cli", "results", "launch", "search", "evaluation", "learning", "data", "recipe", "base")
-SIDE_BY_SIDE = ("search", "evaluation")  # neither imports the other
+LAYERS = ("cli", "results", "launch", "study", "evaluation", "learning", "data", "recipe", "base")
+SIDE_BY_SIDE = ("study", "evaluation")  # neither imports the other
 TOP_FILES = {
     "console": "cli",
     "progress": "cli",
@@ -35,7 +35,7 @@ TOP_FILES = {
 }  # the package gives out its API, and is imported for its version only
 DOORWAYS = {
     "open_clip": ("learning",),
-    "optuna": ("search",),
+    "optuna": ("study",),
     "ray": ("launch",),
     "torch": ("learning", "evaluation", "launch", "results"),
     "typer": ("cli",),
@@ -164,13 +164,13 @@ LIGHT = (
     "carft_ray.environment",
     "carft_ray.recipe.loading",
     "carft_ray.data.sets",
-    "carft_ray.learning.catalog",
+    "carft_ray.learning.models.catalog",
 )
 READERS = (  # of a study; else `status` and the other quick verbs would take seconds
     "carft_ray.api",
-    "carft_ray.results.compare",
-    "carft_ray.results.overview",
-    "carft_ray.results.logs",
+    "carft_ray.results.diff",
+    "carft_ray.results.reading.overview",
+    "carft_ray.results.reading.logs",
     "carft_ray.results.report",
     "carft_ray.results.rescore",
     "carft_ray.evaluation.metrics",

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from benchmarks.pairs import COPIES, signed
 from benchmarks.photos import photo
-from carft_ray.data.overlap import (
+from carft_ray.data.records import Records, thumbnails_of
+from carft_ray.data.shared.overlap import (
     NEAREST,
     TOLERANCE,
     SharedImage,
@@ -21,9 +22,8 @@ from carft_ray.data.overlap import (
     same_bytes,
     shared_problems,
 )
-from carft_ray.data.pairs_file import write_pairs
-from carft_ray.data.records import Records, thumbnails_of
-from carft_ray.data.same_picture import LIMIT, WHOLE, inside_border, look, picture_distance
+from carft_ray.data.shared.pairs_file import write_pairs
+from carft_ray.data.shared.same_picture import LIMIT, WHOLE, inside_border, look, picture_distance
 from carft_ray.errors import DataError, UsageError
 
 

@@ -22,16 +22,16 @@ from test_study import optuna_study, run_all
 from carft_ray import api, cli, console, progress
 from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
 from carft_ray.recipe import advice
-from carft_ray.recipe.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.schema import SamplerConfig
-from carft_ray.recipe.space import apply
-from carft_ray.results.overview import own_values, row_dict
-from carft_ray.search import samplers, space
-from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
-from carft_ray.search.trust import check_trusted
+from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.reading.overview import own_values, row_dict
+from carft_ray.study.proposals import samplers, space
+from carft_ray.study.rows import trials
+from carft_ray.study.study import open_study
+from carft_ray.study.trust import check_trusted
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -432,7 +432,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import optuna
 from stand_in import make_recipe
-from carft_ray.search import space
+from carft_ray.study import space
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, "startup_trials": 1}})
 study = optuna.create_study(direction="maximize")
@@ -842,7 +842,7 @@ def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
 
 
 def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch, capsys):
-    import carft_ray.launch.search
+    import carft_ray.launch.runs.search
 
     study_dir, recipe, trace = cmaes_study
     (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
@@ -861,7 +861,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
         given.append(trusted)
         raise InterruptedRunError("enough")
 
-    monkeypatch.setattr(carft_ray.launch.search, "run_search", run_search)
+    monkeypatch.setattr(carft_ray.launch.runs.search, "run_search", run_search)
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command), "--trust"])
         with pytest.raises(SystemExit):

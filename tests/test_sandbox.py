@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from crash_host import call
 from PIL import Image
 
-from carft_ray.data import sandbox
-from carft_ray.data.sandbox import (
+from carft_ray.data.synthetic import sandbox
+from carft_ray.data.synthetic.sandbox import (
     CLASSES,
     DOMAINS,
     QUICKSTART_SETS,
@@ -24,8 +24,8 @@ from carft_ray.data.sandbox import (
     true_templates,
 )
 from carft_ray.errors import DataError, UsageError
-from carft_ray.learning import pretrain
-from carft_ray.learning.pretrain import contrastive_loss
+from carft_ray.learning.models import pretrain
+from carft_ray.learning.models.pretrain import contrastive_loss
 
 WEIGHTS = Path(pretrain.__file__).parent / "sandbox_weights"
 

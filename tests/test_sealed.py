@@ -17,7 +17,7 @@ import short_training
 import torch
 from suggestions import check_suggestions
 
-from carft_ray.data.arrays import image_set
+from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.listing import sample_id
 from carft_ray.data.sets import class_folders, open_source
 from carft_ray.evaluation.metrics import wilson
@@ -25,14 +25,14 @@ from carft_ray.evaluation.predictions import alphas, read_predictions
 from carft_ray.evaluation.run import run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.confirm import PlanRow, Stage, training_name, write_plan
-from carft_ray.results.confirmed import summarise
-from carft_ray.results.trained import open_trained
-from carft_ray.search.folder import study_lock
-from carft_ray.search.ledger import read_ledger, require_unread
-from carft_ray.search.rows import baselines, best_row, trials
-from carft_ray.search.study import open_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.confirmation.plan import PlanRow, Stage, training_name, write_plan
+from carft_ray.results.confirmation.summary import summarise
+from carft_ray.results.reading.trained import open_trained
+from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.study.lock import study_lock
+from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

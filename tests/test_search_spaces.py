@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from carft_ray.data.sandbox import QUICKSTART_SETS
+from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
 from carft_ray.recipe import tables, text
 from carft_ray.recipe.advice import check_searchable, warnings
 from carft_ray.recipe.fields import Class, members

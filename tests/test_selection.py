@@ -10,9 +10,9 @@ from scipy import special, stats
 from benchmarks import selection as benchmark
 from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.bootstrap import Candidate, resample
-from carft_ray.results.intervals import crossed, values_by_seed
-from carft_ray.results.selection import (
+from carft_ray.results.statistics.bootstrap import Candidate, resample
+from carft_ray.results.statistics.intervals import crossed, values_by_seed
+from carft_ray.results.statistics.selection import (
     IMAGE_AND_SEED_NOISE,
     IMAGE_NOISE_ONLY,
     correct_best,

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
-from carft_ray.data import sandbox
 from carft_ray.data.sets import (
     cache_dir,
     check_roles,
@@ -18,6 +17,7 @@ from carft_ray.data.sets import (
     class_names,
     open_source,
 )
+from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
@@ -353,7 +353,8 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
 
 
 def test_importing_the_data_layer_loads_no_torch():
-    code = "import sys, carft_ray.data.sets, carft_ray.data.views, carft_ray.data.arrays; print('torch' in sys.modules)"
+    modules = "carft_ray.data.sets, carft_ray.data.views, carft_ray.data.caching.arrays"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.stdout.strip() == "False", done.stderr

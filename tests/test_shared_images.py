@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
-from carft_ray.data import overlap
 from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.sets import check_sets, open_source
-from carft_ray.data.shared_images import (
+from carft_ray.data.shared import overlap
+from carft_ray.data.shared.shared_images import (
     find_shared,
     read_shared,
     shared_counts,

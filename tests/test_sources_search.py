@@ -8,7 +8,7 @@ import short_training
 from layouts_tables import Picture, hf_dataset, table_of, write_shards, write_table
 
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.search.rows import trials
+from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
 DOMAINS = {"train": "photo", "id_val": "photo_val", "ood_val.sketch": "sketch"}

@@ -21,12 +21,12 @@ from stand_in import make_recipe, objective
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.trained import open_trained
-from carft_ray.search.folder import study_lock
-from carft_ray.search.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
-from carft_ray.search.rows import baselines, best_row, trials
-from carft_ray.search.study import LOST_ATTEMPTS, open_study
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.reading.trained import open_trained
+from carft_ray.study.lock import study_lock
+from carft_ray.study.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
+from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
 BASE = Path(__file__).parent
 
@@ -327,7 +327,7 @@ def test_two_searches_on_one_study_are_refused(study_dir):
     code = f"""
         import sys, time
         from pathlib import Path
-        from carft_ray.search.folder import study_lock
+        from carft_ray.study.lock import study_lock
         with study_lock(Path({str(study_dir)!r})):
             print("locked", flush=True)
             time.sleep(60)
@@ -493,7 +493,7 @@ def test_a_full_disk_is_one_message(study_dir):
         from pathlib import Path
         from stand_in import make_recipe
         from carft_ray.errors import StorageError
-        from carft_ray.search.study import open_study
+        from carft_ray.study.study import open_study
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})
         with open_study(study_dir, make_recipe()) as study:

@@ -12,7 +12,7 @@ import pytest
 import stand_in
 from sequential_search import DIVERGES, SEARCH
 
-from carft_ray.search.rows import baselines, best_row, trials
+from carft_ray.study.rows import baselines, best_row, trials
 
 NUM_TRIALS = 5
 

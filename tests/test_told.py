@@ -2,7 +2,7 @@
 
 import pytest
 
-from carft_ray.search.told import further_points, missing_metrics, result_attributes, told_constraints
+from carft_ray.study.trial_attributes import further_points, missing_metrics, result_attributes, told_constraints
 
 NAMES = ("id_drop/zero_shot", "ece/id_val")
 MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/ece/id_val": 0.1}

@@ -24,22 +24,22 @@ from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.predictions import concat, read_predictions, select
-from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.single import train_once
+from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.runs.single import train_once
 from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
 from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.learning.clip import wrap_model
 from carft_ray.learning.layers import layer_groups
 from carft_ray.learning.loop import StoppedRun, build_classifier
 from carft_ray.learning.lora import merged_state, trained_weights
 from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.learning.models.clip import wrap_model
+from carft_ray.learning.models.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
 from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
 from carft_ray.learning.recalibration import clean_views, recalibrate
-from carft_ray.learning.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import num_recalibrated
-from carft_ray.results.export import export_model
-from carft_ray.results.trained import evaluate_trained, open_trained
+from carft_ray.results.exports.export import export_model
+from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
 pytestmark = pytest.mark.slow
 

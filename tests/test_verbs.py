@@ -21,13 +21,13 @@ from suggestions import check_suggestions
 from carft_ray.cli import search as search_commands
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.overview import find_row, read_study, total_trials
-from carft_ray.search.best import write_best
-from carft_ray.search.folder import study_lock
-from carft_ray.search.identity import claim
-from carft_ray.search.lease import holder
-from carft_ray.search.outcome import Failure, append_log, write_failure
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import find_row, read_study, total_trials
+from carft_ray.study.best import write_best
+from carft_ray.study.identity import claim
+from carft_ray.study.lease import holder
+from carft_ray.study.lock import study_lock
+from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
@@ -409,7 +409,7 @@ def test_ctrl_c_ends_the_waiting_only(run, here):
 
 def test_a_lock_of_a_dead_process_is_none(here):
     """The text that a killed process has left in its lock says nothing."""
-    code = "import os, sys\nfrom pathlib import Path\nfrom carft_ray.search.folder import study_lock\n"
+    code = "import os, sys\nfrom pathlib import Path\nfrom carft_ray.study.lock import study_lock\n"
     code += "with study_lock(Path('first')): os.kill(os.getpid(), 9)\n"
     subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(BASE.parent)})
     assert "process" in (here / "first" / "lock").read_text()

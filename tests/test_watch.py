@@ -18,10 +18,10 @@ from test_live import shown
 from carft_ray.layout import ALIVE, JOURNAL, RESOLVED
 from carft_ray.progress import SearchView
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.overview import read_study
-from carft_ray.search.outcome import Failure, append_log, write_failure
-from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.rows import trials
+from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
 ROOT = BASE.parent
@@ -200,7 +200,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
 def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
     from optuna.storages import JournalStorage
 
-    from carft_ray.search.dashboard import _ReadOnlyJournal
+    from carft_ray.study.dashboard import _ReadOnlyJournal
 
     with open_study(tmp_path / "study", make_recipe(2)) as study:
         study.adopt()

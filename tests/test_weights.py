@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from tiny import CONFIG, load_folder
 
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning import weights
-from carft_ray.learning.building import build_model
-from carft_ray.learning.catalog import model_warnings
-from carft_ray.learning.clip import load_clip
+from carft_ray.learning.models import weights
+from carft_ray.learning.models.building import build_model
+from carft_ray.learning.models.catalog import model_warnings
+from carft_ray.learning.models.clip import load_clip
 from carft_ray.recipe.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
     """Lets the list without torch know the test's models too."""
-    from carft_ray.learning import catalog
+    from carft_ray.learning.models import catalog
 
     known = catalog.model_names()
     monkeypatch.setattr(catalog, "model_names", lambda: (*known, NAME, QUICK, OTHER, WORDS))

@@ -17,8 +17,8 @@ import short_training
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.search.rows import trials
-from carft_ray.search.study import open_study
+from carft_ray.study.rows import trials
+from carft_ray.study.study import open_study
 
 OTHER_SPACE = "search.space.learning_rate={low: 1e-3, high: 1e-1, log: true}"
 
@@ -88,7 +88,7 @@ def another_search(study_dir):
     code = f"""
         import sys
         from pathlib import Path
-        from carft_ray.search.folder import study_lock
+        from carft_ray.study.lock import study_lock
         with study_lock(Path({str(study_dir)!r})):
             print("locked", flush=True)
             sys.stdin.read()

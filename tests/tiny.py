@@ -5,7 +5,7 @@ import math
 import open_clip
 import torch
 
-from carft_ray.learning.clip import load_clip, wrap_model
+from carft_ray.learning.models.clip import load_clip, wrap_model
 from carft_ray.recipe.fine_tuning import ModelConfig
 
 CONFIG = {

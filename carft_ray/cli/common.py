@@ -163,7 +163,7 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
     """
     from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.catalog import asks_of_tower, check_model, model_warnings
+    from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
     from carft_ray.recipe.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
@@ -177,8 +177,8 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
     if problems := check_sets(recipe):
         raise DataError(problems)
     if asks_of_tower(recipe):
-        from carft_ray.learning.opening import image_tower
-        from carft_ray.learning.tower import recipe_problems
+        from carft_ray.learning.models.opening import image_tower
+        from carft_ray.learning.models.tower import recipe_problems
 
         tower = image_tower(recipe.model)
         if tower is not None and (problems := recipe_problems(tower, recipe)):
@@ -198,7 +198,7 @@ def suggest(study: Path, after: str, *more: str) -> None:
     """
     from carft_ray import console
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
-    from carft_ray.results.overview import read_study
+    from carft_ray.results.reading.overview import read_study
 
     view = read_study(study)
     if behind_zero_shot(view):

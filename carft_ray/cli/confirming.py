@@ -61,7 +61,7 @@ def confirm(
     The best of many trials is partly lucky. Run again after an interruption, it goes on where it was.
     """
     from carft_ray import console
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
 
     if winner not in WINNER_RULES:
         rule = "must say who chooses the winner"
@@ -77,7 +77,7 @@ def confirm(
 
     with notifying(notify_command, notify_url, recipe.name, view.study_dir, console.warn) as beside:
         stages = _fix_and_train(view, recipe, others, top, seeds, winner, command, address, not json_, beside)
-    from carft_ray.results.confirmed import summarise
+    from carft_ray.results.confirmation.summary import summarise
 
     summary = summarise(view.study_dir, recipe, *stages)
     if json_:
@@ -109,11 +109,11 @@ def _fix_and_train(
     """
     from carft_ray import console
     from carft_ray.evaluation.objective import objective_spec
-    from carft_ray.launch.confirm import run_confirm
+    from carft_ray.launch.runs.confirm import run_confirm
     from carft_ray.progress import search_shown
-    from carft_ray.results import confirm as confirming
-    from carft_ray.results import overview
-    from carft_ray.results.confirmed import choose
+    from carft_ray.results.confirmation import plan as confirming
+    from carft_ray.results.confirmation.summary import choose
+    from carft_ray.results.reading import overview
 
     study_dir, twice = view.study_dir, winner == "confirmed"
     first, second, notes = confirming.plan(view, top, seeds, others)

@@ -34,7 +34,7 @@ def doctor(
     Every image is read once. Ends with exit code 4 when a search would fail or mean nothing.
     """
     from carft_ray import console
-    from carft_ray.data.pairs_file import check_pairs_path, write_pairs
+    from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
     from carft_ray.evaluation.doctor import as_plain_data, examine
     from carft_ray.recipe.loading import load_recipe
 

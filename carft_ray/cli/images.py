@@ -24,7 +24,7 @@ CacheOption = Annotated[
 def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOption = False) -> None:
     """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
     from carft_ray import console
-    from carft_ray.data.cache import list_entries, notes
+    from carft_ray.data.caching.cache import list_entries, notes
 
     folder = _folder(cache)
     entries, others = list_entries(folder), notes(folder)
@@ -50,11 +50,11 @@ def data_add(
 ) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
     from carft_ray import console
-    from carft_ray.data.cache import list_entries
-    from carft_ray.data.decoded import DecodedSource
-    from carft_ray.data.packed import PackedSource
+    from carft_ray.data.caching.cache import list_entries
+    from carft_ray.data.caching.decoded import DecodedSource
+    from carft_ray.data.caching.packed import PackedSource
     from carft_ray.data.sets import cache_dir
-    from carft_ray.data.shared_images import find_shared, shared_lines, without_shared
+    from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.materials import load_materials
 
     value = load(recipe, set_)
@@ -112,7 +112,7 @@ def data_clean(
 ) -> None:
     """Remove sets and heads from the cache, but none in use. What is needed again is built again."""
     from carft_ray import console
-    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
+    from carft_ray.data.caching.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
 
     given = [name for name, value in (("--all", all_), ("--older-than", older_than), ("--to-gb", to_gb)) if value]
@@ -161,7 +161,7 @@ def data_clean(
 
 def _folder(cache: Path | None) -> Path:
     """Returns the folder of the cache; one that is given must be there."""
-    from carft_ray.data.index import user_cache_dir
+    from carft_ray.data.caching.index import user_cache_dir
 
     if cache is not None and not cache.is_dir():
         value = "a file" if cache.exists() else "no such folder"

@@ -119,7 +119,7 @@ def _check_options(
 
 def _check_model(model: str, pretrained: str | None, to: Path | None) -> None:
     """Raises a ``UsageError`` for a model or weights that no recipe may name; nothing is loaded."""
-    from carft_ray.learning.catalog import check_model
+    from carft_ray.learning.models.catalog import check_model
     from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import absolute_model
 

@@ -33,7 +33,7 @@ def model(
 ) -> None:
     """Show what a model is: input, tokens, s, layers by depth, memory, known weights. No weights are loaded."""
     from carft_ray import console
-    from carft_ray.learning.catalog import RANDOM, SANDBOX, check_model, model_warnings
+    from carft_ray.learning.models.catalog import RANDOM, SANDBOX, check_model, model_warnings
     from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import LOCAL_DIR, load_recipe
 
@@ -55,7 +55,7 @@ def model(
         raise RecipeError(problems)
     for text in model_warnings(part):
         console.warn(text)
-    from carft_ray.learning.describe import describe
+    from carft_ray.learning.models.describe import describe
 
     found = describe(part, train)
     if json_:

@@ -51,9 +51,9 @@ def plan(
     Trains a little, as many trainings at a time as the search will. Nothing is left behind but decoded images.
     """
     from carft_ray import console
-    from carft_ray.launch.plan import beyond_budget, forecast, measure_by_probe, measure_by_study, price
+    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_probe, measure_by_study, price
     from carft_ray.recipe.advice import check_searchable
-    from carft_ray.results.overview import is_study
+    from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "must stand without --price-per-gpu-hour: give one price"))

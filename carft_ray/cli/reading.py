@@ -27,7 +27,7 @@ def status(
 ) -> None:
     """How far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
     from carft_ray import console
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
 
     if watch and json_:
         raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
@@ -90,7 +90,7 @@ def list_(
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
     from carft_ray import console
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
 
     orders = ("objective", "number")
     if sort not in orders:
@@ -137,8 +137,8 @@ def logs(
 ) -> None:
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
     from carft_ray import console
-    from carft_ray.results import logs, overview
-    from carft_ray.search.rows import ZERO_SHOT
+    from carft_ray.results.reading import logs, overview
+    from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:
         raise UsageError(Problem("--json", "must stand without --follow: a document ends"))

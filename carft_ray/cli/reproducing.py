@@ -35,7 +35,7 @@ def reproduce(
     """Do a training again from the manifest and say whether all its numbers are the same."""
     from carft_ray import console
     from carft_ray.progress import training_shown
-    from carft_ray.results.finished import open_finished
+    from carft_ray.results.reading.finished import open_finished
 
     finished = open_finished(folder, trial)
     from carft_ray.results.reproduce import reproduce, shown_changes
@@ -76,7 +76,7 @@ def compare(
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""
     from carft_ray import console
-    from carft_ray.results.compare import compare
+    from carft_ray.results.diff import compare
 
     found = compare(a, b)
     if json_:

@@ -36,7 +36,7 @@ def rescore(
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray import console
     from carft_ray.layout import FOLDERS, WEIGHTS
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
     from carft_ray.results.rescore import asked_objective
     from carft_ray.results.rescore import rescore as rescored
 

@@ -20,7 +20,7 @@ def sandbox_build(
 ) -> None:
     """Pre-train the tiny CLIP again from nothing (about ten minutes on an idle core)."""
     from carft_ray import console
-    from carft_ray.learning.pretrain import NUM_STEPS, pretrain
+    from carft_ray.learning.models.pretrain import NUM_STEPS, pretrain
 
     num_steps = steps or NUM_STEPS
 
@@ -47,7 +47,7 @@ def sandbox_images(
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
     from carft_ray import console
-    from carft_ray.data.sandbox import export_images
+    from carft_ray.data.synthetic.sandbox import export_images
 
     with console.counting("images") as progress:
         export_images(to, progress)

@@ -36,7 +36,7 @@ def open_seal(
 ) -> None:
     """Open the seal: measure winner and baselines on id_test and ood_test, once; every read goes into the ledger."""
     from carft_ray import console
-    from carft_ray.results.sealed import read_sealed
+    from carft_ray.results.test_sets.read import read_sealed
 
     folder = shlex.quote(str(study))
     try:

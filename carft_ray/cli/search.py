@@ -101,7 +101,7 @@ def resume(
 
     What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
     """
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
 
     study_dir = overview.require_study(study)
     recipe = overview.resolved_recipe(study_dir)
@@ -139,18 +139,18 @@ def _search(
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
-    from carft_ray.search.ledger import require_unread
+    from carft_ray.study.ledger import require_unread
 
     if not require_unread(study, value, again, may) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
-    from carft_ray.search.trust import unpickles
+    from carft_ray.study.trust import unpickles
 
     if trust and not unpickles(value):
         console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
     from carft_ray.launch.notify import notifying
-    from carft_ray.launch.search import run_search
+    from carft_ray.launch.runs.search import run_search
     from carft_ray.progress import search_shown
-    from carft_ray.results.summary import study_summary
+    from carft_ray.results.reading.summary import study_summary
 
     with (
         notifying(*notify, value.name, study, console.warn) as beside,
@@ -179,7 +179,7 @@ def _search(
 
 
 def _raise_set_aside(result: Any, study: Path) -> None:
-    from carft_ray.launch.search import set_aside_error
+    from carft_ray.launch.runs.search import set_aside_error
 
     if result.set_aside:
         raise set_aside_error(result.set_aside, f"carft-ray resume {shlex.quote(str(study))}")
@@ -195,8 +195,8 @@ def stop(
     """Ask a running search to write its checkpoints and end, as its own Ctrl-C does; then it can be resumed."""
     from carft_ray import console
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
-    from carft_ray.recipe.grid import num_trials
-    from carft_ray.results import overview
+    from carft_ray.recipe.spaces.grid import num_trials
+    from carft_ray.results.reading import overview
 
     folder = shlex.quote(str(study))
     study_dir = overview.require_claimed(study)

@@ -46,7 +46,7 @@ def validate(
     value = load(recipe, set_)
     if deep:
         from carft_ray.data.sets import cache_dir
-        from carft_ray.data.shared_images import find_shared, shared_lines
+        from carft_ray.data.shared.shared_images import find_shared, shared_lines
 
         for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)
@@ -80,7 +80,7 @@ def train(
         command += f" --address {shlex.quote(address)}"
         if value.resources.executor != "ray-train" and value.resources.num_workers == 1:
             console.warn("--address has no effect: one worker trains in this process")
-    from carft_ray.launch.single import train_once
+    from carft_ray.launch.runs.single import train_once
     from carft_ray.progress import training_shown
     from carft_ray.results.next_steps import export_folder
 
@@ -123,7 +123,7 @@ def evaluate(
         heads = ("fine_tuned", "zero_shot")
         raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
     from carft_ray.results.next_steps import export_folder
-    from carft_ray.results.trained import evaluate_by_set, open_trained
+    from carft_ray.results.reading.trained import evaluate_by_set, open_trained
 
     trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
@@ -160,8 +160,8 @@ def export(
 ) -> None:
     """Write the mixed model for open_clip, transformers or onnxruntime, and open it with that to verify it."""
     from carft_ray import console
-    from carft_ray.results.export import export_model, parse_formats
-    from carft_ray.results.trained import open_trained
+    from carft_ray.results.exports.export import export_model, parse_formats
+    from carft_ray.results.reading.trained import open_trained
 
     formats = parse_formats(format_ or ())
     exported = export_model(open_trained(folder, trial), to, alpha, formats)

@@ -42,7 +42,7 @@ def watch_search(study: Path, every_s: float) -> bool:
     """
     from carft_ray import console
     from carft_ray.progress import SearchView
-    from carft_ray.results import overview
+    from carft_ray.results.reading import overview
 
     try:
         with _shown() as show:
@@ -79,8 +79,8 @@ def dashboard(
     Only this machine can see it. Ctrl-C ends it.
     """
     from carft_ray import console
-    from carft_ray.results import overview
-    from carft_ray.search.dashboard import serve
+    from carft_ray.results.reading import overview
+    from carft_ray.study.dashboard import serve
 
     require_versions("dashboard")
     study_dir = overview.require_study(study)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from carft_ray.data.benchmarks import benchmark_words
+from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.survey import ClassRoot
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.recipe.backbones import ranges_for

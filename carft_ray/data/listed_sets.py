@@ -17,15 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES
-from carft_ray.data.corrupted import CorruptedSource, corrupted_source
 from carft_ray.data.images import decode_image, read_bytes
-from carft_ray.data.index import open_table, write_table
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import listing_once
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.data.synthetic.corrupted import CorruptedSource, corrupted_source
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import SETS
 from carft_ray.recipe.schema import CorruptedSet, Recipe, SetSpec, plain

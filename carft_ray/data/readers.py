@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.data import benchmarks, folder, huggingface, tables, webdataset
+from carft_ray.data.benchmark_sets import reader as benchmarks
 from carft_ray.data.excluded import excluded_ids
+from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem

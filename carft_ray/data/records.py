@@ -1,8 +1,8 @@
 """What one reading of a set's files has found. Every command takes it from the cache, and reads no file again.
 
 Of each image: the hash of its bytes and their number, the thumbnails by which the same picture is known
-(``data.overlap``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set nothing is
-kept that tells of its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
+(``data.shared.overlap``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
+nothing is kept that tells of its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
 - **Freshness.** The key is a hash of the place of the set and of its fingerprint: names, sizes and dates of the files.
@@ -12,8 +12,8 @@ kept that tells of its pictures before `test` but thumbnails; one that cannot be
   goes on from there. Files that cannot be read are told and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.
 
-The look at 128 x 128 pixels that decides on candidates (``data.same_picture``) is not among it: 16 kB an image would be
-21 GB for ImageNet. It reads the candidates a second time, which are few.
+The look at 128 x 128 pixels that decides on candidates (``data.shared.same_picture``) is not among it: 16 kB an image
+would be 21 GB for ImageNet. It reads the candidates a second time, which are few.
 
 Shape letters: N images of a set, V = 4 views.
 """
@@ -34,12 +34,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from carft_ray.data.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
-from carft_ray.data.index import open_table, write_table
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.same_picture import WHOLE, Box, inside_border, may_have_border
+from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border, may_have_border
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem
 

@@ -6,8 +6,8 @@ A test role is read by nobody here: the checks ask only whether its folders exis
 from collections.abc import Iterator
 from pathlib import Path
 
-from carft_ray.data.benchmarks import benchmark_words
-from carft_ray.data.index import user_cache_dir
+from carft_ray.data.benchmark_sets.reader import benchmark_words
+from carft_ray.data.caching.index import user_cache_dir
 from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
 from carft_ray.data.readers import first_problems, list_set, reader_of
 from carft_ray.data.records import without_bad_images
@@ -61,7 +61,7 @@ def check_roles(recipe: Recipe) -> list[Problem]:
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
     parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may, and so may those of
-    ``may_share``. No image is read: ``data.overlap`` does that.
+    ``may_share``. No image is read: ``data.shared.overlap`` does that.
 
     Args:
         recipe: The recipe.
@@ -115,7 +115,7 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
         DataError: Something is missing, or the classes do not match.
     """
     if isinstance(spec, CorruptedSet):
-        from carft_ray.data.corrupted import corrupted_source
+        from carft_ray.data.synthetic.corrupted import corrupted_source
 
         return corrupted_source(open_source(spec.of, name, classes, cache_dir), spec)
     if isinstance(spec, StoredSet):
@@ -123,7 +123,7 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
         if spec.on_bad_image == "fail":
             return source
         return without_bad_images(source, cache_dir or user_cache_dir())
-    from carft_ray.data import sandbox
+    from carft_ray.data.synthetic import sandbox
 
     if classes is not None and (problems := _sandbox_class_problems(classes, name)):
         raise DataError(problems)
@@ -192,7 +192,7 @@ def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
         return recipe.data.classes
     if train is not None:
         return train.found
-    from carft_ray.data import sandbox
+    from carft_ray.data.synthetic import sandbox
 
     return sandbox.CLASSES
 
@@ -255,7 +255,7 @@ def _same_names(one: StoredSet, other: StoredSet) -> bool:
 
 
 def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:
-    from carft_ray.data import sandbox
+    from carft_ray.data.synthetic import sandbox
 
     if spec.domain in sandbox.DOMAINS:
         return []
@@ -265,7 +265,7 @@ def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:
 
 
 def _sandbox_class_problems(classes: tuple[str, ...], place: str) -> list[Problem]:
-    from carft_ray.data import sandbox
+    from carft_ray.data.synthetic import sandbox
 
     if classes == sandbox.CLASSES:
         return []

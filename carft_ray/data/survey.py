@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from carft_ray.data.folder import folders, is_image
+from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.errors import DataError, Problem
 
 SPLITS = {

@@ -18,12 +18,12 @@ import torch
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.overlap import SharedPair, shared_pairs
 from carft_ray.data.readers import reader_of
 from carft_ray.data.records import records
-from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
-from carft_ray.data.shared_images import decide, shared_lines, without_shared
+from carft_ray.data.shared.overlap import SharedPair, shared_pairs
+from carft_ray.data.shared.shared_images import decide, shared_lines, without_shared
+from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import cached_heads
@@ -31,12 +31,12 @@ from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
-from carft_ray.learning.catalog import check_model, model_warnings
-from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
-from carft_ray.learning.tower import num_trained, recipe_problems, training_bytes
+from carft_ray.learning.models.catalog import check_model, model_warnings
+from carft_ray.learning.models.clip import Clip, load_clip, templates
+from carft_ray.learning.models.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, StoredSet

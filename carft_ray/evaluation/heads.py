@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from carft_ray import environment
-from carft_ray.data import cache
+from carft_ray.data.caching import cache
 from carft_ray.data.sets import cache_dir
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.origin import device_name
 from carft_ray.files import fsync_file
-from carft_ray.learning.clip import Clip
 from carft_ray.learning.heads import BATCH_SIZE, build_heads
+from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import told_time_left
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from carft_ray.data.arrays import image_set
-from carft_ray.data.decoded import DecodedSource
+from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.caching.decoded import DecodedSource
+from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.packed import PackedSource, pays
-from carft_ray.data.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.data.sets import cache_dir, class_words
 from carft_ray.data.source import ImageSet, Source
+from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.learning.clip import Clip, load_clip, templates
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe, SandboxSet, plain
 from carft_ray.words import told_time_left

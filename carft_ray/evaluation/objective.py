@@ -83,7 +83,7 @@ class ObjectiveSpec:
     def slopes(self, accuracies: Mapping[str, float] | Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """Returns the derivative of the objective with respect to the accuracy of every set; many models at once.
 
-        These are the weights of an interval (``results.intervals``): exact for ``weighted_mean``, first order for the
+        Weights of an interval (``statistics.intervals``): exact for ``weighted_mean``, first order for the
         others. Harmonic: dJ/da = 2 b^2 / (a + b)^2 and dJ/db = 2 a^2 / (a + b)^2, shared equally by the OOD sets; where
         a = b = 0 the value along a = b, 1/2, is used. Worst domain: 1 on the lowest set (the first of equals), else 0.
 

@@ -10,11 +10,11 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.content import image_digest, image_digests, pixel_digest, set_digest
-from carft_ray.data.corrupted import CorruptedSource
 from carft_ray.data.listed_sets import ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir
+from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
 from carft_ray.evaluation.materials import Materials
 from carft_ray.recipe.schema import Recipe

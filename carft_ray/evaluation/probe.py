@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from carft_ray import files
-from carft_ray.data.decoded import DecodedSource
-from carft_ray.data.packed import PackedSource
+from carft_ray.data.caching.decoded import DecodedSource
+from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.evaluation import materials as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
@@ -35,7 +35,7 @@ from carft_ray.learning.loop import LOG_EVERY, build_classifier
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import apply
+from carft_ray.recipe.spaces.space import apply
 
 PROBE = "probe.json"
 EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end can be seen

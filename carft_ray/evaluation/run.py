@@ -50,9 +50,9 @@ from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
 from carft_ray.learning.memory import told_with_numbers
+from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.recalibration import clean_views
-from carft_ray.learning.tower import check_tower
 from carft_ray.recipe.schedule import is_looked_at
 from carft_ray.recipe.schema import Recipe
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.launch.bad_nodes import BadNodes
 from carft_ray.launch.budget import used_up
-from carft_ray.launch.causes import log_cause
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
@@ -28,14 +26,16 @@ from carft_ray.launch.events import (
     TrialSetAside,
     TrialStarted,
 )
-from carft_ray.launch.host_memory import told_of_full_memory
-from carft_ray.launch.leaks import Leaks
+from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
+from carft_ray.launch.recovery.causes import log_cause
+from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
-from carft_ray.search.folder import BUDGET_STOP
-from carft_ray.search.outcome import Alive, Failure, TrialRow, TrialSpec, read_alive, read_failure
-from carft_ray.search.rows import best_row
-from carft_ray.search.study import Study
+from carft_ray.study.lock import BUDGET_STOP
+from carft_ray.study.outcome import Alive, Failure, TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.study.rows import best_row
+from carft_ray.study.study import Study
 from carft_ray.words import counted
 
 FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from carft_ray.search.outcome import TrialRow, TrialSpec
+from carft_ray.study.outcome import TrialRow, TrialSpec
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,18 @@ from carft_ray.errors import (
     OutOfMemoryError,
     StorageError,
 )
-from carft_ray.launch.causes import explained, root_cause
-from carft_ray.launch.cluster import START_TIMEOUT
-from carft_ray.launch.fits import fitted, memory_failure
-from carft_ray.launch.host_memory import told_of_full_memory
-from carft_ray.launch.lost import UNKNOWN, device_error_step, is_death, lost_rank
+from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.recovery.causes import explained, root_cause
+from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import ALIVE, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.constraints import alone
-from carft_ray.recipe.space import apply
-from carft_ray.search.outcome import (
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.outcome import (
     Alive,
     Failure,
     TrialSpec,

@@ -17,9 +17,9 @@ from carft_ray.errors import (
     Problem,
     StorageError,
 )
-from carft_ray.launch.causes import root_cause
-from carft_ray.launch.cluster import Capacity, num_fitting
-from carft_ray.launch.lost import lost_rank
+from carft_ray.launch.ray_cluster.cluster import Capacity, num_fitting
+from carft_ray.launch.recovery.causes import root_cause
+from carft_ray.launch.recovery.lost import lost_rank
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext

@@ -9,9 +9,9 @@ from typing import Any
 import ray
 
 from carft_ray import files
-from carft_ray.data.shared_images import read_shared, without_shared
+from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
-from carft_ray.launch.cluster import Capacity, Node, capacity
+from carft_ray.launch.ray_cluster.cluster import Capacity, Node, capacity
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe

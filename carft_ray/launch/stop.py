@@ -5,7 +5,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.layout import STOP
-from carft_ray.search.lease import holder
+from carft_ray.study.lease import holder
 
 LOOK_EVERY_S = 0.5
 

@@ -1,6 +1,6 @@
 """Torch: the doorway to open_clip, heads, losses, mixing, checkpoints and the training loop.
 
-The names below are imported on first use, so that ``carft_ray.learning.catalog`` can be read without loading torch.
+The names below are imported on first use, so that ``learning.models.catalog`` can be read without loading torch.
 """
 
 import importlib
@@ -11,7 +11,7 @@ _EXPORTS = {
     "context_distribution": "losses",
     "context_kl": "losses",
     "fine_tune": "loop",
-    "load_clip": "clip",
+    "load_clip": "models.clip",
     "mix_weights": "mixing",
     "RunContext": "context",
 }

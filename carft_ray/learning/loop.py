@@ -41,14 +41,14 @@ from carft_ray.learning.checkpoint import (
     save_checkpoint,
 )
 from carft_ray.learning.classifier import ImageClassifier, autocast_dtype, copies
-from carft_ray.learning.clip import Clip
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
 from carft_ray.learning.losses import context_distribution, context_entropy, context_kl
+from carft_ray.learning.models.clip import Clip
+from carft_ray.learning.models.tower import shape_tower
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
-from carft_ray.learning.tower import shape_tower
 from carft_ray.recipe.fine_tuning import TrainConfig
 
 logger = logging.getLogger(__name__)

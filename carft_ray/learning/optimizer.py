@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.tower import layer_factors
+from carft_ray.learning.models.tower import layer_factors
 from carft_ray.recipe.fine_tuning import TrainConfig
 
 EPS = 1e-8

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from carft_ray.data.source import PixelArray, Source
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.clip import Clip
 from carft_ray.learning.memory import is_out_of_memory, shortage
+from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.schedule import RECALIBRATION_BATCH, num_recalibrated
 
 

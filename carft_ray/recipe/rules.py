@@ -7,15 +7,15 @@ from pydantic import ValidationError
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.conditions import condition_findings
 from carft_ray.recipe.fields import core_type, key_of
 from carft_ray.recipe.fine_tuning import TemplateSet, TrainConfig, field_kind
 from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.points import point_findings
 from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, Recipe, SetSpec, plain
+from carft_ray.recipe.spaces.conditions import condition_findings
+from carft_ray.recipe.spaces.points import point_findings
 from carft_ray.recipe.text import KeyPath
 
 # field of train -> why no search space may have it

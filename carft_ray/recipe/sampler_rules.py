@@ -1,6 +1,6 @@
 """What each sampler can do and how it can be set, as data: ``validate`` enforces it, ``docs/samplers.md`` shows it.
 
-The verdicts were read in Optuna 5.0 and are held by a test each. ``search/samplers.py`` makes the samplers.
+The verdicts were read in Optuna 5.0 and are held by a test each. ``study/proposals/samplers.py`` makes the samplers.
 """
 
 import math
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.errors import nearest
-from carft_ray.recipe.grid import grid_size, num_values
 from carft_ray.recipe.messages import Finding, shown
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.grid import grid_size, num_values
 from carft_ray.recipe.text import KeyPath
 from carft_ray.words import counted
 

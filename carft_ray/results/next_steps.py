@@ -8,13 +8,13 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
-from carft_ray.recipe.grid import num_trials
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirm import read_plan
-from carft_ray.results.overview import Overview, budget, ledger
-from carft_ray.search.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
-from carft_ray.search.rows import ZERO_SHOT
-from carft_ray.search.warm_start import inherited_reads
+from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.results.confirmation.plan import read_plan
+from carft_ray.results.reading.overview import Overview, budget, ledger
+from carft_ray.study.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
+from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.rows import ZERO_SHOT
 
 AGAIN = " --again REASON"
 BEHIND = (

@@ -5,9 +5,9 @@ from typing import Any
 
 from carft_ray.evaluation.constraints import Limit, limits
 from carft_ray.recipe.schema import Recipe
-from carft_ray.search.front import front_of, front_rule, points_of
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import best_row
+from carft_ray.study.front import front_of, front_rule, points_of
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_row
 from carft_ray.words import counted
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.data.shared_images import read_shared, shared_counts, shared_lines
+from carft_ray.data.shared.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.layout import CONFIRM
 from carft_ray.recipe.constraints import violations
-from carft_ray.results.bootstrap import (
+from carft_ray.results.pareto import front_data, front_lines, mean_words, study_limits
+from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.stored import Stored, confirmed, found_analysis, found_beside, read_stored
+from carft_ray.results.statistics.bootstrap import (
     NUM_RESAMPLES,
     BoolArray,
     Resamples,
@@ -27,12 +30,10 @@ from carft_ray.results.bootstrap import (
     resample,
     share_meeting,
 )
-from carft_ray.results.front_bootstrap import front_choice
-from carft_ray.results.intervals import headline, in_points, objective_difference
-from carft_ray.results.overview import Overview
-from carft_ray.results.pareto import front_data, front_lines, mean_words, study_limits
-from carft_ray.results.robustness import curve_line, robustness, robustness_lines
-from carft_ray.results.selection import (
+from carft_ray.results.statistics.front_bootstrap import front_choice
+from carft_ray.results.statistics.intervals import headline, in_points, objective_difference
+from carft_ray.results.statistics.robustness import curve_line, robustness, robustness_lines
+from carft_ray.results.statistics.selection import (
     Correction,
     Noise,
     Pick,
@@ -41,13 +42,12 @@ from carft_ray.results.selection import (
     ranking_noise,
     regret_table,
 )
-from carft_ray.results.stored import Stored, confirmed, found_analysis, found_beside, read_stored
-from carft_ray.search.best import constraint_lines
-from carft_ray.search.front import FrontRule
-from carft_ray.search.ledger import read_ledger, reads_of
-from carft_ray.search.outcome import TrialRow
-from carft_ray.search.rows import ZERO_SHOT, require_finished
-from carft_ray.search.warm_start import inherited_reads
+from carft_ray.study.best import constraint_lines
+from carft_ray.study.front import FrontRule
+from carft_ray.study.ledger import read_ledger, reads_of
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
 TEST = "test"

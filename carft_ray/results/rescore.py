@@ -29,11 +29,11 @@ from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_oo
 from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.space import apply
-from carft_ray.results.overview import Overview, folder_of
+from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.pareto import study_limits
-from carft_ray.search.outcome import TrialRow, read_result
-from carft_ray.search.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.results.reading.overview import Overview, folder_of
+from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 
 NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "

@@ -1,0 +1,148 @@
+"""Decoded sets: images of one size in the cache, shared by all processes through the page cache.
+
+The file is a single record batch with the columns image (fixed-size binary, H*W*3 bytes), label (int64) and sample_id
+(uint64), so that each column is one contiguous buffer. The key is a hash of what the pixels depend on.
+
+Shape letters: N images, H height, W width.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from carft_ray.data.caching import cache
+from carft_ray.data.content import in_order
+from carft_ray.data.images import DECODERS
+from carft_ray.data.source import ImageSet, PixelArray, Source
+from carft_ray.errors import DataError, Problem
+from carft_ray.files import fsync_file
+
+FORMAT_VERSION = 2
+
+Transform = Callable[[Image.Image], Image.Image]
+OnImage = Callable[[int, int], None]  # may raise to end a build, of which nothing stays then
+
+
+def image_set(
+    source: Source,
+    transform: Transform | None,
+    transform_key: str,
+    cache_dir: Path,
+    on_image: OnImage | None = None,
+    limit_gb: float | None = None,
+) -> ImageSet:
+    """Returns a set with every image decoded and transformed, from the cache or built now; see ``cache.entry``.
+
+    Args:
+        source: The images.
+        transform: Applied to every image (RGB in, RGB out; all results of one size), by several threads at once; None:
+            as they are.
+        transform_key: Names the transform completely; another transform must have another key.
+        cache_dir: Folder of all entries; made when missing.
+        on_image: Called with (images done, images in all) while the entry is built; with 0 done, again and again,
+            while another process builds it.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+
+    Returns:
+        The set; its arrays are read-only views of the file.
+
+    Raises:
+        DataError: An image cannot be read, sizes differ, or there is no image.
+        StorageError: The entry cannot be written.
+    """
+
+    def read(reader: Any) -> ImageSet:
+        batch = reader.get_batch(0)
+        height, width = (int(batch.schema.metadata[name]) for name in (b"height", b"width"))
+        images_NHWC = _column(batch, "image").reshape(len(source), height, width, 3)
+        labels = _column(batch, "label").view(np.int64)
+        sample_ids = _column(batch, "sample_id").view(np.uint64)
+        check_same(source, labels, sample_ids)
+        return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
+
+    def build(path: Path) -> dict[str, Any]:
+        height, width = _build(source, transform, path, on_image)
+        size = f"{width} x {height}"
+        return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
+
+    parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
+    return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
+
+
+def waiting(source: Source, on_image: OnImage | None) -> Callable[[], None] | None:
+    """Returns what ``cache.entry`` calls while another process builds the entry: ``on_image`` with no image done."""
+    return None if on_image is None else partial(on_image, 0, len(source))
+
+
+def about(source: Source, kind: str) -> dict[str, Any]:
+    """Returns what ``entry.json`` says of every kind of entry."""
+    origin = source.fingerprint.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
+    return {"kind": kind, "name": source.name, "source": origin, "num_images": len(source)}
+
+
+def check_same(source: Source, labels: Any, sample_ids: Any) -> None:
+    """Raises ``ValueError`` when an entry has not the labels and ids of the source, int64 and uint64 [N]."""
+    if not (np.array_equal(labels, source.labels) and np.array_equal(sample_ids, source.sample_ids)):
+        raise ValueError("it holds other images than its name says")
+
+
+def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
+    """The bytes of a column, uint8, without a copy."""
+    return np.frombuffer(batch.column(name).buffers()[1], dtype=np.uint8)
+
+
+def _build(source: Source, transform: Transform | None, path: Path, on_image: OnImage | None) -> tuple[int, int]:
+    """Writes the file; returns height and width.
+
+    Images are made by several threads, and written in order. Pixels go to a plain file first, so that memory never
+    holds more than a few images (``content.in_order``).
+    """
+    if not len(source):
+        raise DataError(Problem(source.name, "there must be at least one image"))
+
+    def made(index: int) -> PixelArray:
+        pixels = source.pixels(index)
+        if transform is None:
+            return pixels
+        image = transform(Image.fromarray(pixels))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+    pixels_path = path.with_name("pixels")
+    shape: tuple[int, ...] | None = None
+    with open(pixels_path, "wb") as file, contextlib.closing(in_order(made, len(source))) as images:
+        for index, pixels in enumerate(images):
+            shape = shape or pixels.shape
+            if pixels.shape != shape:
+                raise DataError(_other_size(source, index, pixels.shape, shape))
+            file.write(pixels.tobytes())
+            if on_image is not None:
+                on_image(index + 1, len(source))
+    height, width = shape[:2] if shape else (0, 0)
+    schema = pa.schema(
+        [
+            pa.field("image", pa.binary(height * width * 3), nullable=False),
+            pa.field("label", pa.int64(), nullable=False),
+            pa.field("sample_id", pa.uint64(), nullable=False),
+        ],
+        metadata={"format_version": str(FORMAT_VERSION), "height": str(height), "width": str(width)},
+    )
+    with pa.memory_map(str(pixels_path)) as pixel_file:
+        image_buffer = pixel_file.read_buffer()
+        column = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(source), [None, image_buffer])
+        batch = pa.record_batch([column, pa.array(source.labels), pa.array(source.sample_ids)], schema=schema)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(batch)
+    fsync_file(path)
+    pixels_path.unlink()
+    return height, width
+
+
+def _other_size(source: Source, index: int, shape: tuple[int, ...], first: tuple[int, ...]) -> Problem:
+    value = f"{shape[1]} x {shape[0]} for image {index} and {first[1]} x {first[0]} for image 0"
+    return Problem(source.name, "all images of a decoded set must have one size", value)

@@ -1,0 +1,178 @@
+"""Packed sets: the files of a training set, byte for byte, in one memory-mapped file of the cache.
+
+A random crop needs the original, so a training set is not decoded ahead. But many small files on a disk of a network
+cost a journey each, in every epoch of every training; packed, they cost it once, and all trainings of a machine share
+one copy in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
+of the time of a view (``benchmarks/loader.py``).
+
+The file has the columns image (large binary), label (int64) and sample_id (uint64), in record batches of about
+``BATCH_BYTES``. The key is a hash of the fingerprint of the source.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from carft_ray.data.caching import cache
+from carft_ray.data.caching.arrays import OnImage, about, check_same, waiting
+from carft_ray.data.content import in_order
+from carft_ray.data.listed_sets import ListedSource
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.source import IdArray, IntArray, PixelArray
+from carft_ray.errors import DataError, Problem
+
+FORMAT_VERSION = 1
+BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
+
+# file systems whose disks are elsewhere, as mount tables name them; those of FUSE are mostly that too
+_NETWORK = (
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "pvfs2",
+    "smb3",
+    "virtiofs",
+    "wekafs",
+)
+_SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.large_binary(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("sample_id", pa.uint64(), nullable=False),
+    ],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)
+
+
+class PackedSource:
+    """A source whose images are decoded from one file of the cache.
+
+    Args:
+        source: The images.
+        cache_dir: Folder of the cache.
+        on_image: As for ``arrays.image_set``.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+
+    Raises:
+        DataError: A file cannot be read, or there is none.
+        StorageError: The entry cannot be written.
+    """
+
+    def __init__(
+        self,
+        source: StoredSource | ListedSource,
+        cache_dir: Path,
+        on_image: OnImage | None = None,
+        limit_gb: float | None = None,
+    ) -> None:
+        def read(reader: Any) -> pa.Table:
+            table = reader.read_all()
+            check_same(source, *(table[name].to_numpy() for name in ("label", "sample_id")))
+            return table
+
+        def build(path: Path) -> dict[str, Any]:
+            _build(source, path, on_image)
+            return about(source, "packed")
+
+        key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint])
+        self._source = source
+        self._images = cache.entry(cache_dir, key, read, build, limit_gb, waiting(source, on_image))["image"]
+        self.name = source.name
+        self.class_names = source.class_names
+        self.labels: IntArray = source.labels
+        self.sample_ids: IdArray = source.sample_ids
+        self.fingerprint = source.fingerprint
+        self.groups = source.groups
+        self.home = source.home
+        self.place = source.place
+        self.content = source.content  # for hashes: of the files themselves, as they are now
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all images as they were packed."""
+        return int(self._images.nbytes)
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self._images)
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3].
+
+        Raises:
+            DataError: The image is damaged.
+        """
+        return self._source.decode(self.packed_bytes(index), index)
+
+    def packed_bytes(self, index: int) -> bytes:
+        """Returns the bytes of image ``index`` as they were packed."""
+        content: bytes = self._images[index].as_py()
+        return content
+
+
+def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) -> bool:
+    """Tells whether images are worth packing.
+
+    They are where they can be read quickly in their order alone, or lie on another machine's disks and the cache does
+    not.
+
+    Args:
+        home: Where the images are.
+        in_order: Whether they are read quickly in their order alone.
+        cache_dir: Folder of the cache; it need not exist.
+        mounts: The system's table of mounts; None: that of now, where there is one (Linux).
+    """
+    if in_order:
+        return True
+    if mounts is None:
+        try:
+            with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+                mounts = file.read()
+        except OSError:
+            return False
+    return _is_remote(home, mounts) and not _is_remote(os.path.realpath(cache_dir), mounts)
+
+
+def _is_remote(path: str, mounts: str) -> bool:
+    """Tells whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        _, point, found, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+            best, kind = point, found
+    return kind.startswith(_NETWORK)
+
+
+def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | None) -> None:
+    if not len(source):
+        raise DataError(Problem(source.name, "there must be at least one image"))
+    with open(path, "wb") as file:
+        with (
+            pa.ipc.new_file(file, _SCHEMA) as writer,
+            contextlib.closing(in_order(source.content, len(source))) as images,
+        ):
+            contents: list[bytes] = []
+            num_bytes = 0
+            for index, content in enumerate(images):
+                contents.append(content)
+                num_bytes += len(content)
+                if index + 1 == len(source) or num_bytes >= BATCH_BYTES:
+                    rows = slice(index + 1 - len(contents), index + 1)
+                    columns = [contents, source.labels[rows], source.sample_ids[rows]]
+                    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+                    writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+                    contents, num_bytes = [], 0
+                if on_image is not None:
+                    on_image(index + 1, len(source))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,139 @@
+"""Images in a tree ``root/domain/class/*.png|jpg|...``, the layout of DomainBed, or ``root/class/*``; endings:
+``IMAGE_ENDINGS``.
+
+Hidden files, hidden folders, other files and deeper folders are ignored. Images are ordered by their relative names,
+so neither the order of the domains in a recipe nor the file system's order matters.
+"""
+
+import functools
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from carft_ray.data.caching.index import told_stamp
+from carft_ray.data.images import IMAGE_ENDINGS, read_bytes
+from carft_ray.data.listing import Listing, normal
+from carft_ray.errors import Problem, nearest
+from carft_ray.recipe.schema import FolderSet
+
+KIND = "folder-2"
+_LAYOUT = "Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."
+
+
+def list_folder_set(spec: FolderSet, place: str) -> Listing:
+    """Lists the images of a tree. The names are ``domain/class/file``, or ``class/file`` without domains.
+
+    Args:
+        spec: The set.
+        place: Where the set is named, for the problems.
+    """
+    root = Path(spec.path)
+    problems = folder_set_problems(spec, place)
+    rows: list[tuple[str, str]] = []
+    found: set[str] = set()
+    for domain in [] if problems else (["."] if spec.domains is None else sorted(spec.domains)):
+        try:
+            for class_folder in folders(root / domain):
+                with os.scandir(root / domain / class_folder) as entries:
+                    files = [e.name for e in entries if is_image(e.name) and e.is_file()]
+                prefix = class_folder if spec.domains is None else f"{domain}/{class_folder}"
+                found.add(normal(class_folder))
+                rows += [(f"{prefix}/{file}", normal(class_folder)) for file in files]
+        except OSError as error:
+            problems.append(_unreadable(f"{place}: {error.filename}", error))
+    rows.sort()
+    return file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], sorted(found), problems)
+
+
+def file_listing(
+    kind: str,
+    root: Path,
+    names: Sequence[str],
+    classes: Sequence[str],
+    found: Sequence[str],
+    problems: Sequence[Problem] = (),
+    files: Sequence[str] | None = None,
+) -> Listing:
+    """Returns the listing of images that are files.
+
+    Args:
+        kind: Reader and its version.
+        root: Folder that the files' names count from.
+        names: Stable names, [N].
+        classes: Class of every image, [N].
+        found: All classes in label order.
+        problems: What is missing.
+        files: Relative names of the files where they are not ``names``.
+    """
+    paths = names if files is None else files
+
+    def place(index: int) -> str:
+        return os.path.join(root, paths[index])  # quicker than of a Path, and asked twice of every image
+
+    return Listing(
+        kind=kind,
+        home=os.path.realpath(root),
+        names=names,
+        classes=classes,
+        found=tuple(found),
+        read=lambda index: read_bytes(place(index)),
+        stamp=functools.cache(lambda index: told_stamp(root / paths[index])),
+        place=place,
+        are_files=True,
+        problems=tuple(problems),
+    )
+
+
+def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
+    """Returns a problem for a missing root and for every domain that is not a folder of it.
+
+    Nothing below the domains is looked at. A folder that may not be entered is not a problem here.
+    """
+    root, domains = Path(spec.path), spec.domains or ()
+    if not may_be_folder(root):
+        return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=_LAYOUT)]
+    problems = []
+    for position, domain in enumerate(domains):
+        plain = domain not in ("", ".", "..") and "/" not in domain and os.sep not in domain
+        if not plain:
+            rule = "a domain must be the name of one folder, not a path"
+            problems.append(Problem(place, rule, repr(domain), next_step=_LAYOUT))
+        elif domain in domains[:position]:
+            problems.append(Problem(place, "a domain must be listed once", repr(domain)))
+        elif not may_be_folder(root / domain):
+            there = folders(root) if os.access(root, os.R_OK | os.X_OK) else []
+            rule = f"a domain must be a folder of {root}"
+            problems.append(Problem(place, rule, repr(domain), tuple(there), nearest(domain, there)))
+    return problems
+
+
+def folder_set_places(spec: FolderSet) -> list[str]:
+    """Returns the folders that hold the images of a set, links resolved."""
+    root = Path(spec.path)
+    return [os.path.realpath(root / domain) for domain in spec.domains or (".",)]
+
+
+def may_be_folder(path: Path) -> bool:
+    """Tells whether a path is a folder, or hides whether it is one."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _unreadable(place: str, error: OSError) -> Problem:
+    return Problem(place, "must be readable", error.strerror or str(error))
+
+
+def folders(folder: Path) -> list[str]:
+    """Returns the sorted names of the visible folders inside a folder."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def is_image(name: str) -> bool:
+    """Tells whether a file is one of the images of a tree, by its name."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)

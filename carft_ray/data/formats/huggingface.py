@@ -1,0 +1,124 @@
+"""Data sets of Hugging Face on disk: a folder of ``datasets``' ``save_to_disk``, or Parquet files as the hub has them.
+
+    saved/state.json, dataset_info.json, data-00000-of-00002.arrow      a data set
+    saved/dataset_dict.json, saved/train/state.json, ...                one with splits
+    repository/data/train-00000-of-00004.parquet                        the hub; also without data/
+
+The library ``datasets`` is not needed. Columns, labels and names are those of a table (``data/formats/tables.py``).
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from carft_ray.data.formats.tables import list_rows
+from carft_ray.data.listing import Listing
+from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.schema import HuggingFaceSet
+from carft_ray.words import counted
+
+KIND = "huggingface-1"
+_PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[0-9a-f]+)?)?\.parquet")
+_STEP = "Expected are a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
+
+
+def list_data_files(spec: HuggingFaceSet, files: Sequence[Path], place: str) -> Listing:
+    """Lists the rows of a data set."""
+    return list_rows(KIND, files, spec, place)
+
+
+def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
+    """Returns the files of a set, in order.
+
+    Raises:
+        DataError: The layout is another one, or the split or a file is missing.
+        PermissionError: A folder may not be looked into.
+    """
+    root = Path(spec.path)
+    names = set(os.listdir(root)) if root.is_dir() else set()
+    if "dataset_dict.json" in names:
+        splits = _read(root / "dataset_dict.json").get("splits")
+        return _saved(root / _chosen(splits if isinstance(splits, list) else [], spec, place), place)
+    if "state.json" in names:
+        split = _read(root / "state.json").get("_split")
+        if spec.split not in (None, split):
+            rule = "must be left out: the folder holds one data set" + (f", the split {split}" if split else "")
+            raise DataError(Problem(f"{place}.split", rule, repr(spec.split)))
+        return _saved(root, place)
+    for folder in (root / "data", root):
+        if shards := _shards(folder):
+            split = _chosen(sorted(shards), spec, place)
+            return _all(folder, split, shards[split], place)
+    within = [name for name in sorted(names) if _shards(root / name) or _shards(root / name / "data")]
+    rule = "must be the folder of a data set"
+    value = f"no such folder: {root}" if not root.is_dir() else f"{root}, which is none"
+    raise DataError(Problem(place, rule, value, tuple(str(root / name) for name in within), next_step=_STEP))
+
+
+def _chosen(splits: list[str], spec: HuggingFaceSet, place: str) -> str:
+    if spec.split is None and len(splits) == 1:
+        return splits[0]
+    if spec.split in splits:
+        return str(spec.split)
+    rule = "must be a split of the data set"
+    value = repr(spec.split) if spec.split is not None else "none"
+    raise DataError(Problem(f"{place}.split", rule, value, tuple(splits), nearest(spec.split or "", splits)))
+
+
+def _saved(folder: Path, place: str) -> list[Path]:
+    """Returns the files that the state of a saved data set names."""
+    state = _read(folder / "state.json")
+    if state.get("_indices_data_files"):
+        step = "Save it again with save_to_disk of datasets 2 or newer."
+        raise DataError(Problem(f"{place}: {folder}", "must be a data set without a file of indices", next_step=step))
+    listed = state.get("_data_files")
+    names = [str(file.get("filename")) for file in listed] if isinstance(listed, list) else []
+    files = [folder / Path(name).name for name in names]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        rule = f"must hold the {counted(len(files), 'file')} that its state.json names"
+        raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}"))
+    if not files:
+        raise DataError(Problem(f"{place}: {folder}", "must hold a file of rows", "none in its state.json"))
+    return files
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """Returns the Parquet files of a folder by split, sorted."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        if (found := _PARQUET.fullmatch(name)) is not None:
+            splits.setdefault(found["split"], []).append(name)
+    return splits
+
+
+def _all(folder: Path, split: str, names: list[str], place: str) -> list[Path]:
+    """Returns the files of a split, of which none may be missing."""
+    found = [match for name in names if (match := _PARQUET.fullmatch(name)) is not None]
+    numbers = {int(match["number"] or 0) for match in found}
+    expected = max(int(match["of"] or 1) for match in found)
+    if missing := sorted(set(range(expected)) - numbers):
+        rule = f"the split {split} must have {counted(expected, 'file')}"
+        first = f"{split}-{missing[0]:05d}-of-{expected:05d}.parquet"
+        raise DataError(Problem(f"{place}: {folder}", rule, f"{len(names)}, without {first}"))
+    return [folder / name for name in names]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file of ``datasets`` holds.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except PermissionError:
+        raise
+    except (OSError, ValueError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DataError(Problem(str(path), "must be a readable JSON file", cause)) from error
+    if not isinstance(value, dict):
+        raise DataError(Problem(str(path), "must be a JSON object", type(value).__name__))
+    return value

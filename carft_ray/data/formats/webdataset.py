@@ -1,0 +1,284 @@
+"""WebDataset: samples in tar archives ("shards"), a sample being files of one name with several endings, one behind the
+other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the last slash; hidden files are passed over.
+
+Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.caching.index``); then an image is
+one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
+samples change no name, and a packed tree has the names of the tree. Nothing but images, labels and JSON is ever looked into.
+"""
+
+import bisect
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from carft_ray.data.caching.index import container_stamps, kept_index
+from carft_ray.data.formats.labels import named_classes, read_class_names, whole_numbers
+from carft_ray.data.formats.shards import find_files, folder_of
+from carft_ray.data.images import IMAGE_ENDINGS, unreadable
+from carft_ray.data.listing import Listing, first_repeat
+from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.schema import WebDatasetSet
+
+KIND = "webdataset-1"
+CLASS_NAMES = "classnames.txt"  # beside the shards or in the folder above, as clip_benchmark writes it
+NUM_SHARDS = "nshards.txt"
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+_ENDINGS = (".tar", *_COMPRESSED)
+_STEP = "Shards are expected: path: shards/{000..012}.tar, or the folder that holds them."
+_COMPRESSED_STEP = "Unpack it (gunzip), or write it anew without compression: images gain nothing by it."
+_LARGEST_LABEL = 2**20  # bytes
+
+Spot = Callable[[int], str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """The samples of a shard: name, place and size of each image, and what the file with its label holds."""
+
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[str]
+
+
+def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> Listing:
+    """Lists the samples of all shards.
+
+    Raises:
+        DataError: A shard, its labels or names are not what they must be.
+    """
+    home = os.path.realpath(spec.path)
+    indexes = []
+    problems: list[Problem] = []
+    for shard in shards:
+        try:
+            indexes.append(_index(shard, spec))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    starts = [0, *itertools.accumulate(len(index.names) for index in indexes)]
+    names = [name for index in indexes for name in index.names]
+
+    def at(position: int) -> tuple[int, int]:
+        number = bisect.bisect_right(starts, position) - 1
+        return number, position - starts[number]
+
+    def spot(position: int) -> str:
+        return f"{shards[at(position)[0]].name}: {names[position]}"
+
+    if not names:
+        raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
+    labels = _labels([label for index in indexes for label in index.labels], spec, spot, place)
+    classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
+    if problems or (problems := _doubled(names, spot, place)):
+        raise DataError(problems)
+
+    def read(position: int) -> bytes:
+        number, row = at(position)
+        try:
+            content = _content(shards[number], indexes[number].offsets[row], indexes[number].sizes[row])
+        except OSError as error:
+            raise DataError(unreadable(spot_of_file(position), error)) from error
+        if len(content) < indexes[number].sizes[row]:
+            raise DataError(_cut_off(spot_of_file(position)))
+        return content
+
+    def spot_of_file(position: int) -> str:
+        return f"{shards[at(position)[0]]}: {names[position]}"
+
+    stamps = container_stamps(shards)
+    return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
+
+
+def shards(spec: WebDatasetSet, place: str) -> list[Path]:
+    """Returns the shards of a set.
+
+    Raises:
+        DataError: One is missing or compressed.
+        PermissionError: A folder may not be looked into.
+    """
+    found = find_files(spec.path, _ENDINGS, place, _STEP)
+    if packed := [shard for shard in found if shard.name.lower().endswith(_COMPRESSED)]:
+        rule = "a shard must not be compressed: of a compressed one no image can be read alone"
+        raise DataError(Problem(place, rule, str(packed[0]), next_step=_COMPRESSED_STEP))
+    folder = folder_of(spec.path)
+    if folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
+        written = (folder / NUM_SHARDS).read_text(errors="replace").strip()
+        if written != str(len(found)):
+            rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} tells of"
+            raise DataError(Problem(f"{place}: {folder}", rule, str(len(found))))
+    return found
+
+
+def own_class_names(spec: WebDatasetSet, place: str) -> tuple[str, ...] | None:
+    """Returns the class names that a set gives or that lie beside its shards, None for none.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    written = spec.class_names
+    if written is None:
+        folder = folder_of(spec.path)
+        there = [path for path in (folder / CLASS_NAMES, folder.parent / CLASS_NAMES) if path.is_file()]
+        if not there:
+            return None
+        written = str(there[0])
+    return read_class_names(written, f"{place}.class_names")
+
+
+def _index(shard: Path, spec: WebDatasetSet) -> _Index:
+    """Returns the index of a shard, from the cache or made now.
+
+    Raises:
+        DataError: The shard is damaged, or a sample has not one image and a label.
+    """
+    image = (spec.image or "").lower().lstrip(".")
+    label = _label_ending(spec)
+    try:
+        found = kept_index(shard, f"samples {image} {label}", lambda: _make_index(shard, image, label))
+    except OSError as error:
+        raise DataError(unreadable(str(shard), error)) from error
+    return _Index(*(found.column(name).to_pylist() for name in ("name", "offset", "size", "label")))
+
+
+def _label_ending(spec: WebDatasetSet) -> str:
+    written = spec.label or "cls"
+    return "json" if written.startswith("json:") else written.lower().lstrip(".")
+
+
+def _make_index(shard: Path, image: str, label: str) -> pa.Table:
+    images: list[tarfile.TarInfo] = []
+    labels: list[str] = []
+    problems: list[Problem] = []
+    for key, files in _samples(shard):
+        known = [ending for ending in files if f".{ending}" in IMAGE_ENDINGS]
+        endings = [ending for ending in files if ending == image] if image else known
+        if len(endings) == 1 and label in files:
+            images.append(files[endings[0]])
+            member = files[label]
+            if member.size > _LARGEST_LABEL:
+                rule = f"a label must have at most {_LARGEST_LABEL} bytes"
+                raise DataError(Problem(f"{shard}: {member.name}", rule, str(member.size)))
+            labels.append(_content(shard, member.offset_data, member.size).decode("utf-8", "replace"))
+            continue
+        there = ", ".join(f".{ending}" for ending in files)
+        if len(endings) != 1:
+            rule = f"every sample must have a .{image}" if image else "every sample must have one image"
+            step = "Say with image which ending is meant." if len(known) > 1 else ""
+            problems.append(Problem(f"{shard}: {key}", rule, there, next_step=step))
+        else:
+            step = "Say with label where the label stands: an ending, or json:KEY."
+            problems.append(Problem(f"{shard}: {key}", f"every sample must have a .{label}", there, next_step=step))
+    if problems:
+        more = f" and {len(problems) - 1} more samples like it" if len(problems) > 1 else ""
+        first = problems[0]
+        raise DataError(Problem(first.place, first.rule, first.value + more, next_step=first.next_step))
+    return pa.table(
+        {
+            "name": pa.array([_plain(member.name) for member in images], pa.string()),
+            "offset": pa.array([member.offset_data for member in images], pa.int64()),
+            "size": pa.array([member.size for member in images], pa.int64()),
+            "label": pa.array(labels, pa.string()),
+        }
+    )
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yields name and files by ending (in small letters) of every sample of a shard.
+
+    Raises:
+        DataError: It is no tar archive, cut off, or has a file twice.
+    """
+    current, files = "", dict[str, tarfile.TarInfo]()
+    try:
+        with tarfile.open(shard, "r:", errorlevel=1) as archive:
+            for member in archive:
+                found = re.fullmatch(r"((?:.*/|)[^./]+)[.]([^/]+)", _plain(member.name))
+                if not member.isreg() or member.issparse() or found is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                key, ending = found.group(1), found.group(2).lower()
+                if key != current:
+                    if files:
+                        yield current, files
+                    current, files = key, {}
+                if ending in files:
+                    raise DataError(Problem(f"{shard}: {member.name}", "must stand in its sample once", "two"))
+                files[ending] = member
+            _check_end(shard, archive.offset)
+    except (tarfile.TarError, EOFError) as error:
+        if _content(shard, 0, 6).startswith(_MAGIC):
+            rule = "a shard must not be compressed: of a compressed one no image can be read alone"
+            raise DataError(Problem(str(shard), rule, next_step=_COMPRESSED_STEP)) from error
+        raise DataError(_cut_off(str(shard))) from error
+    if files:
+        yield current, files
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """Raises where the archive does not end as one that was closed does: ``tarfile`` takes damage for its end.
+
+    Raises:
+        DataError: There is no block of zeros.
+    """
+    if _content(shard, offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(_cut_off(str(shard)))
+
+
+def _content(shard: Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _labels(texts: Sequence[str], spec: WebDatasetSet, spot: Spot, place: str) -> Sequence[Any]:
+    """Returns the labels as texts or numbers.
+
+    Raises:
+        DataError: A sample has none.
+    """
+    if spec.label is None or not spec.label.startswith("json:"):
+        return whole_numbers([text.strip() for text in texts])
+    key = spec.label.removeprefix("json:")
+    labels = []
+    for position, text in enumerate(texts):
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            rule = "the .json of every sample must be JSON"
+            raise DataError(Problem(f"{place}.label", rule, f"{error} in {spot(position)}")) from error
+        if not isinstance(values, dict) or key not in values:
+            there = tuple(values) if isinstance(values, dict) else ()
+            rule = f"the .json of every sample must have the key {key}"
+            raise DataError(Problem(f"{place}.label", rule, f"none in {spot(position)}", there, nearest(key, there)))
+        labels.append(values[key])
+    return labels
+
+
+def _doubled(names: Sequence[str], spot: Spot, place: str) -> list[Problem]:
+    if (pair := first_repeat(names)) is None:
+        return []
+    value = f"one in {spot(pair[0])} and in {spot(pair[1])}"
+    step = "Write the shards anew with keys that differ in all of them."
+    return [Problem(place, "the names of two samples must differ", value, next_step=step)]
+
+
+def _plain(name: str) -> str:
+    """Returns the name of a file in an archive without the ./ of the folder that was packed."""
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return name
+
+
+def _cut_off(place: str) -> Problem:
+    rule = "must be a whole tar archive"
+    return Problem(place, rule, "one that is cut off or damaged", next_step="Fetch or write it again.")

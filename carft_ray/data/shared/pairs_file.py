@@ -1,0 +1,141 @@
+"""Pairs of images that stand in two roles, as a file to read: a CSV table, or a page with the pictures side by side."""
+
+import base64
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from carft_ray.data.shared.overlap import SharedImage, SharedPair
+from carft_ray.data.shared.same_picture import LIMIT
+from carft_ray.errors import DataError, Problem, UsageError
+from carft_ray.files import write_text
+from carft_ray.words import counted
+
+COLUMNS = ("set", "image", "sample_id", "other_set", "other_image", "other_sample_id", "found_by", "distance")
+ENDINGS = (".csv", ".html")
+MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
+SIDE = 240  # pixels of a shown picture
+
+STYLE = """\
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.4rem; }
+article { display: grid; grid-template-columns: 240px 240px 1fr; gap: .6rem; border-top: 1px solid #bbb;
+  padding: .8rem 0; break-inside: avoid; }
+article img, article > p { width: 240px; height: 240px; object-fit: contain; background: #eee; margin: 0; }
+article div { margin-left: .4rem; }
+h2 { font-size: 1rem; margin: 0 0 .5rem; }
+dl { font-size: .9rem; margin: 0; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .6rem; overflow-wrap: anywhere; }
+small { color: #555; font-size: .85em; }
+@media (max-width: 46rem) {
+  article { grid-template-columns: 1fr 1fr; }
+  article img, article > p { width: 100%; height: auto; aspect-ratio: 1; }
+  article div { grid-column: 1 / -1; margin: 0; }
+}
+@media print {
+  body { margin: 0; max-width: none; font-size: 10pt; }
+  article { grid-template-columns: 4.5cm 4.5cm 1fr; }
+  article img, article > p { width: 4.5cm; height: 4.5cm; print-color-adjust: exact; }
+}
+"""
+
+
+def check_pairs_path(path: Path) -> None:
+    """Raises a ``UsageError`` for a file that is neither a table nor a page."""
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(Problem("--pairs", "the name must end in .csv or .html", repr(str(path))))
+
+
+def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
+    """Writes pairs, those most alike first, as the ending of the name says; a page shows ``MOST_SHOWN`` of them.
+
+    Raises:
+        UsageError: Another ending than .csv or .html.
+        StorageError: The file cannot be written.
+    """
+    check_pairs_path(path)
+    ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
+    write_text(path, _table(ordered) if path.suffix.lower() == ".csv" else _page(ordered))
+
+
+def _table(pairs: Sequence[SharedPair]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for pair in pairs:
+        images = [(each.place, each.name, each.sample_id) for each in (pair.first, pair.second)]
+        rows.writerow((*images[0], *images[1], pair.how, f"{pair.distance:.3f}"))
+    return text.getvalue()
+
+
+def _page(pairs: Sequence[SharedPair]) -> str:
+    title = f"Images in two roles: {counted(len(pairs), 'pair')}"
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for pair in pairs:
+        counts.setdefault((pair.first.place, pair.second.place), Counter())[pair.how] += 1
+    lines = [
+        f"<li>{escape(one)} and {escape(two)}: {', '.join(f'{n:,} with the {how}' for how, n in found.items())}</li>"
+        for (one, two), found in counts.items()
+    ]
+    names = [image.name for pair in pairs for image in (pair.first, pair.second)]
+    prefix = os.path.commonprefix(names)  # noqa: RUF071  (not every name is a path)
+    common = prefix[: prefix.rfind("/") + 1]
+    shown = "\n".join(_article(number, pair, common) for number, pair in enumerate(pairs[:MOST_SHOWN], start=1))
+    rest = f"<p>The first {MOST_SHOWN:,} are shown; a .csv file has all.</p>" if len(pairs) > MOST_SHOWN else ""
+    below = f"<p>All names count from {_breakable(common)}</p>" if common else ""
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<ul>
+{"".join(lines)}
+</ul>
+<p>Distance: the share of the picture, by contrast, that differs, from 0 to 1; the same picture up to {LIMIT:g}.</p>
+{below}
+{rest}
+{shown}
+</body>
+</html>
+"""
+
+
+def _article(number: int, pair: SharedPair, common: str) -> str:
+    apart = "" if pair.how == "same bytes" else f", distance {pair.distance:.3f}"
+    pictures, words = zip(*(_shown(image, common) for image in (pair.first, pair.second)), strict=True)
+    heading = f"<h2>{number}: {pair.how}{apart}</h2>"
+    return f"<article>{''.join(pictures)}<div>{heading}<dl>{''.join(words)}</dl></div></article>"
+
+
+def _shown(image: SharedImage, common: str) -> tuple[str, str]:
+    """Returns the picture of an image, and its set, its name without the common folder, and its size in pixels."""
+    words = f"<dt>{escape(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
+    try:
+        picture = Image.fromarray(image.source.pixels(image.index))
+    except DataError:
+        return "<p>This file cannot be decoded.</p>", f"{words}</dd>"
+    size = f"{picture.width} x {picture.height} pixels"
+    picture.thumbnail((SIDE, SIDE))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=85)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', f"{words}<br><small>{size}</small></dd>"
+
+
+def _breakable(name: str) -> str:
+    """Returns a path that may be broken behind its slashes."""
+    return escape(name).replace("/", "/<wbr>")

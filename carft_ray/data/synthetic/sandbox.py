@@ -1,0 +1,411 @@
+"""The sandbox: procedural pictures of sixteen simple shapes in twelve domains, each made in under a millisecond.
+
+A picture is a pure function of (domain, split, class, index). It is drawn at 64 pixels and reduced to 32. Every
+attribute (colours, size, tilt) has the same distribution in every domain and class; only the domain differs.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFilter
+
+from carft_ray.data.source import IdArray, IntArray, PixelArray
+from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES, draw_mask
+from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.files import new_folder, require_new
+from carft_ray.recipe.schema import SandboxSet
+
+FORMAT = 1  # rises when any picture changes
+IMAGE_SIZE = 32  # pixels, width and height
+CLASSES: tuple[str, ...] = tuple(sorted(SHAPE_NAMES))  # as a reader of folders would order them
+SPLITS: tuple[str, ...] = ("train", "val", "test", "pretrain")
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "round thing": SHAPE_NAMES[0:4],
+    "boxy thing": SHAPE_NAMES[4:8],
+    "pointed thing": SHAPE_NAMES[8:12],
+    "living thing": SHAPE_NAMES[12:16],
+}
+
+# domain -> how a caption names the picture
+DOMAINS: dict[str, str] = {
+    "photo": "a photo of a {}",
+    "noisy_photo": "a noisy photo of a {}",
+    "blurry_photo": "a blurry photo of a {}",
+    "painting": "a painting of a {}",
+    "negative": "a negative of a {}",
+    "sketch": "a sketch of a {}",
+    "cartoon": "a cartoon of a {}",
+    "striped": "a striped picture of a {}",
+    "dark_photo": "a dark photo of a {}",
+    "bright_photo": "a bright photo of a {}",
+    "silhouette": "a silhouette of a {}",
+    "pixelated_photo": "a pixelated photo of a {}",
+}
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 48, 44),
+    "orange": (242, 140, 40),
+    "yellow": (244, 214, 60),
+    "green": (60, 160, 70),
+    "blue": (46, 98, 214),
+    "purple": (142, 68, 173),
+    "white": (240, 240, 236),
+    "black": (44, 44, 48),
+}
+GROUND_COLOURS: tuple[str, ...] = ("red", "yellow", "green", "blue", "white", "black")
+_COLOURLESS = {"negative": (True, True), "silhouette": (True, False), "sketch": (False, True)}  # hides figure, ground
+SMALL_SCALES = (0.48, 0.66)
+LARGE_SCALES = (0.74, 0.92)
+UPRIGHT_DEGREES = 8.0  # an upright figure leans less than this
+TILTED_DEGREES = (18.0, 42.0)
+
+# Every template is a caption that can be true; the same list makes the class head and the contexts of the KL term.
+TEMPLATES: tuple[str, ...] = (
+    *DOMAINS.values(),
+    *(f"a {colour} {{}}" for colour in COLOURS),
+    *(f"a {{}} on a {colour} ground" for colour in GROUND_COLOURS),
+    *("a small {}", "a large {}", "an upright {}", "a tilted {}"),
+    "a picture of a {}",
+)
+
+NUM_TRAIN, NUM_ID, NUM_OOD = 32, 125, 63  # images per class
+# role -> set name -> the set: what the quickstart searches with and what `export_images` writes
+QUICKSTART_SETS: dict[str, dict[str, SandboxSet]] = {
+    role: {domain: SandboxSet(source="sandbox", domain=domain, split=split, num_per_class=count) for domain in domains}
+    for role, split, count, domains in (
+        ("train", "train", NUM_TRAIN, ("photo",)),
+        ("id_val", "val", NUM_ID, ("photo",)),
+        ("ood_val", "val", NUM_OOD, ("noisy_photo", "blurry_photo", "painting", "negative")),
+        ("id_test", "test", NUM_ID, ("photo",)),
+        ("ood_test", "test", NUM_OOD, ("sketch", "cartoon", "striped", "dark_photo", "bright_photo")),
+    )
+}
+
+_Floats = npt.NDArray[np.float32]  # pixels [H, W, 3], 0 to 255
+_DRAWN = 2 * IMAGE_SIZE  # pixels while drawing
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a picture shows.
+
+    Attributes:
+        domain: A key of ``DOMAINS``.
+        class_name: A name of ``CLASSES``.
+        figure_colour: A key of ``COLOURS``.
+        ground_colour: A name of ``GROUND_COLOURS``, never the figure's.
+        scale: Extent of the figure as a fraction of the frame, before rotation.
+        angle: Rotation in degrees.
+        mirrored: Whether left and right are swapped.
+        centre: Middle of the figure, x and y, as fractions of the frame.
+    """
+
+    domain: str
+    class_name: str
+    figure_colour: str
+    ground_colour: str
+    scale: float
+    angle: float
+    mirrored: bool
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class SandboxSource:
+    """The ``Source`` of one sandbox set; see ``sandbox_source``."""
+
+    name: str
+    domain: str
+    split: str
+    num_per_class: int
+    class_names: tuple[str, ...]
+    labels: IntArray
+    sample_ids: IdArray
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that names the pictures completely."""
+        return f"sandbox-{FORMAT}/{self.domain}/{self.split}/{self.num_per_class}"
+
+    @property
+    def groups(self) -> None:
+        """None: the pictures are told apart between all classes."""
+
+    @property
+    def home(self) -> str:
+        """'': the pictures are drawn."""
+        return ""
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.labels)
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages."""
+        return f"{self.fingerprint}, image {index}"
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of image ``index``."""
+        return self.pixels(index).tobytes()
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index``, uint8 [32, 32, 3]."""
+        return render(self.domain, self.split, self.class_names[self.labels[index]], index % self.num_per_class)[0]
+
+
+def sandbox_source(domain: str, split: str, num_per_class: int, name: str) -> SandboxSource:
+    """Returns a set of one domain and split, class by class, every class ``num_per_class`` times.
+
+    Raises:
+        DataError: The domain or the split is unknown, or there would be no image.
+    """
+    problems = []
+    for key, value, allowed in (("domain", domain, tuple(DOMAINS)), ("split", split, SPLITS)):
+        if value not in allowed:
+            problems.append(
+                Problem(name, f"{key} must be one of the sandbox's", repr(value), allowed, nearest(value, allowed))
+            )
+    if num_per_class < 1:
+        problems.append(Problem(name, "num_per_class must be at least 1", str(num_per_class)))
+    if problems:
+        raise DataError(problems)
+    ids = [_key(domain, split, class_name, i)[0] for class_name in CLASSES for i in range(num_per_class)]
+    labels = np.repeat(np.arange(len(CLASSES), dtype=np.int64), num_per_class)
+    return SandboxSource(name, domain, split, num_per_class, CLASSES, labels, np.array(ids, dtype=np.uint64))
+
+
+def render(domain: str, split: str, class_name: str, index: int) -> tuple[PixelArray, Attributes]:
+    """Draws one picture.
+
+    Args:
+        domain: A key of ``DOMAINS``.
+        split: One of ``SPLITS``; other split, other pictures.
+        class_name: A name of ``CLASSES``.
+        index: Number of the picture within (domain, split, class).
+
+    Returns:
+        Pixels, uint8 [32, 32, 3], and what they show.
+
+    Raises:
+        KeyError: The domain or the class is unknown.
+    """
+    rng = np.random.Generator(np.random.Philox(key=_key(domain, split, class_name, index)))
+    shown = _attributes(rng, domain, class_name)
+    large, finish = _STYLES[domain]
+    mask = draw_mask(class_name, _DRAWN, shown.scale, shown.angle, shown.mirrored, shown.centre)
+    figure, ground = _tint(rng, shown.figure_colour), _tint(rng, shown.ground_colour)
+    pixels = large(rng, mask, figure, ground)
+    rows = pixels[0::2] + pixels[1::2]
+    return _to_bytes(finish(rng, (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25))), shown
+
+
+def true_templates(shown: Attributes) -> tuple[int, ...]:
+    """Returns the indices of all ``TEMPLATES`` that are true of a picture."""
+    hides_figure, hides_ground = _COLOURLESS.get(shown.domain, (False, False))
+    captions = [DOMAINS[shown.domain], "a picture of a {}"]
+    captions.append("a small {}" if shown.scale <= SMALL_SCALES[1] else "a large {}")
+    captions.append("an upright {}" if abs(shown.angle) <= UPRIGHT_DEGREES else "a tilted {}")
+    if not hides_figure:
+        captions.append(f"a {shown.figure_colour} {{}}")
+    if not hides_ground:
+        captions.append(f"a {{}} on a {shown.ground_colour} ground")
+    return tuple(sorted(TEMPLATES.index(caption) for caption in captions))
+
+
+def export_images(to: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Writes the sets of the quickstart as PNG files, ``to/<set>/<class>/<n>.png`` (the layout of DomainBed).
+
+    The photo sets get the folders ``photo_train``, ``photo_id_val`` and ``photo_id_test``, every other set that of
+    its domain. ``to`` appears only when everything is written.
+
+    Args:
+        to: Folder to make; it must not exist, or be empty.
+        progress: Called with the number of images written and the number in all.
+
+    Raises:
+        UsageError: The folder is not empty.
+        StorageError: It cannot be written.
+    """
+    sets = {
+        spec.domain if role.startswith("ood") else f"{spec.domain}_{role}": spec
+        for role, specs in QUICKSTART_SETS.items()
+        for spec in specs.values()
+    }
+    require_new(to, "--to")
+    total, done = sum(spec.num_per_class * len(CLASSES) for spec in sets.values()), 0
+    with new_folder(to) as folder:
+        for set_name, spec in sets.items():
+            for class_name in CLASSES:
+                (folder / set_name / class_name).mkdir(parents=True)
+                for index in range(spec.num_per_class):
+                    path = folder / set_name / class_name / f"{index:04d}.png"
+                    Image.fromarray(render(spec.domain, spec.split, class_name, index)[0]).save(path)
+                    done += 1
+                if progress is not None:
+                    progress(done, total)
+        os.sync()  # one flush for all: a flush per file took longer than drawing them
+
+
+def _key(domain: str, split: str, class_name: str, index: int) -> Any:
+    text = f"sandbox-{FORMAT}/{domain}/{split}/{class_name}/{index}"
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype="<u8")
+
+
+def _attributes(rng: np.random.Generator, domain: str, class_name: str) -> Attributes:
+    u = rng.random(9).tolist()
+    figure = list(COLOURS)[int(u[0] * len(COLOURS))]
+    others = [colour for colour in GROUND_COLOURS if colour != figure]
+    ground = others[int(u[1] * len(others))]
+    low, high = SMALL_SCALES if u[2] < 0.5 else LARGE_SCALES
+    scale = low + (high - low) * u[3]
+    lean = TILTED_DEGREES[0] + (TILTED_DEGREES[1] - TILTED_DEGREES[0]) * u[5] if u[4] < 0.5 else UPRIGHT_DEGREES * u[5]
+    slack = (1 - scale) * 0.8
+    centre = (0.5 + slack * (u[6] - 0.5), 0.5 + slack * (u[7] - 0.5))
+    sign, mirrored = (1.0 if u[8] < 0.5 else -1.0), int(u[8] * 4) % 2 == 1
+    return Attributes(domain, class_name, figure, ground, scale, sign * lean, mirrored, centre)
+
+
+# How a domain is drawn at 64 pixels -> float32 [64, 64, 3], 0 to 255.
+
+
+def _tint(rng: np.random.Generator, colour: str) -> _Floats:
+    return (np.array(COLOURS[colour], dtype=np.float32) + rng.uniform(-16, 16, 3)).astype(np.float32)
+
+
+def _weight(mask: Image.Image) -> _Floats:
+    return (np.asarray(mask, dtype=np.float32) / 255.0)[:, :, None]
+
+
+def _ramp(rng: np.random.Generator, low: float, high: float) -> _Floats:
+    """A brightness that rises in a random direction, [64, 64, 1]."""
+    turn = rng.uniform(0, 2 * np.pi)
+    line = np.linspace(-0.5, 0.5, _DRAWN, dtype=np.float32)
+    height = np.float32(np.cos(turn)) * line[None, :] + np.float32(np.sin(turn)) * line[:, None]
+    return ((low + high) / 2 + (high - low) * 0.7 * height)[:, :, None].astype(np.float32)
+
+
+def _patches(rng: np.random.Generator, cells: int, strength: float) -> _Floats:
+    """Smooth noise of ``cells`` x ``cells`` hills, standard deviation about ``strength``, [64, 64, 1]."""
+    coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32) * np.float32(strength))
+    return np.asarray(coarse.resize((_DRAWN, _DRAWN), Image.Resampling.BICUBIC))[:, :, None]
+
+
+def _photo(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    body = _weight(mask)
+    shadow = _weight(mask.filter(ImageFilter.BoxBlur(3)))
+    shadow = np.roll(shadow, (4, 3), axis=(0, 1))
+    scene = ground * _ramp(rng, 0.72, 1.1) * (1 - 0.4 * shadow) + _patches(rng, 6, 14)
+    scene += body * (figure * _ramp(rng, 0.72, 1.15) - scene)
+    scene += rng.standard_normal((_DRAWN, _DRAWN, 1), dtype=np.float32) * 8
+    return scene
+
+
+def _painting(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    body = _weight(mask)
+    scene = ground + body * (figure - ground) + _patches(rng, 10, 20)
+    line = np.arange(_DRAWN)
+    rows = line[:, None] + _patches(rng, 12, 3.2)[..., 0].astype(np.int64)
+    columns = line[None, :] + _patches(rng, 12, 3.2)[..., 0].astype(np.int64)
+    scene = scene[rows.clip(0, _DRAWN - 1), columns.clip(0, _DRAWN - 1)]
+    strokes = rng.standard_normal((_DRAWN // 2, 8, 1), dtype=np.float32) * 16
+    scene = scene + np.repeat(np.repeat(strokes, 2, axis=0), 8, axis=1)
+    painted: _Floats = np.round(scene / 36) * np.float32(36)
+    return painted
+
+
+def _sketch(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    soft = _weight(mask.filter(ImageFilter.BoxBlur(1)))
+    edge = np.minimum(5 * soft * (1 - soft), 1)
+    line = np.arange(_DRAWN)
+    slant = (line[None, :] + line[:, None] * (1 if rng.random() < 0.5 else -1)) % 7 < 2
+    hatching = _weight(mask) * slant[:, :, None] * np.float32(0.45)
+    paper = 232 + 0.06 * (ground - 128) + _patches(rng, 16, 5)
+    ink = np.minimum(figure * 0.75, 150)
+    drawn: _Floats = paper + np.maximum(edge, hatching) * (ink - paper)
+    return drawn
+
+
+def _cartoon(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    body, outline = _weight(mask), np.minimum(12 * _weight(mask.filter(ImageFilter.BoxBlur(3))), 1)
+    scene = np.broadcast_to(ground * 0.7 + 76, (_DRAWN, _DRAWN, 3))
+    scene = scene * (1 - outline) + outline * 12
+    vivid = np.clip((figure - 128) * 1.3 + 128, 0, 255)
+    drawn: _Floats = scene + body * (vivid - scene)
+    return drawn
+
+
+def _striped(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    body = _weight(mask)
+    scene = ground + body * (figure - ground)
+    turn, period = rng.uniform(0, np.pi), rng.uniform(8, 12)
+    line = np.arange(_DRAWN)
+    phase = np.cos(turn) * line[None, :] + np.sin(turn) * line[:, None] + rng.uniform(0, period)
+    bars = (phase % period < period * 0.45)[:, :, None]
+    return np.where(bars, scene * np.float32(0.3) + np.float32(82), scene)
+
+
+def _silhouette(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
+    scene = (ground * 0.6 + 102) * _ramp(rng, 0.85, 1.1)
+    return scene + _weight(mask) * (14 - scene)
+
+
+# What happens to the picture at 32 pixels.
+
+
+def _keep(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return picture
+
+
+def _noisy(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return picture + rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32) * 55
+
+
+def _blurry(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return np.asarray(Image.fromarray(_to_bytes(picture)).filter(ImageFilter.GaussianBlur(2.1)), dtype=np.float32)
+
+
+def _negative(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return 255 - picture
+
+
+def _dark(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return picture * 0.22 + rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.float32) * 3
+
+
+def _bright(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    return np.clip(picture, 0, 255) * 0.3 + 178 + rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.float32) * 3
+
+
+def _pixelated(rng: np.random.Generator, picture: _Floats) -> _Floats:
+    tiny = Image.fromarray(_to_bytes(picture)).resize((11, 11), Image.Resampling.BOX)
+    return np.asarray(tiny.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST), dtype=np.float32)
+
+
+def _to_bytes(picture: _Floats) -> PixelArray:
+    pixels: PixelArray = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return pixels
+
+
+_Large = Callable[[np.random.Generator, Image.Image, _Floats, _Floats], _Floats]
+_Finish = Callable[[np.random.Generator, _Floats], _Floats]
+_STYLES: dict[str, tuple[_Large, _Finish]] = {
+    "photo": (_photo, _keep),
+    "noisy_photo": (_photo, _noisy),
+    "blurry_photo": (_photo, _blurry),
+    "painting": (_painting, _keep),
+    "negative": (_photo, _negative),
+    "sketch": (_sketch, _keep),
+    "cartoon": (_cartoon, _keep),
+    "striped": (_striped, _keep),
+    "dark_photo": (_photo, _dark),
+    "bright_photo": (_photo, _bright),
+    "silhouette": (_silhouette, _keep),
+    "pixelated_photo": (_photo, _pixelated),
+}

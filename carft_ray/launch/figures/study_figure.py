@@ -1,0 +1,113 @@
+"""The figure of a study, drawn from what is on disk when a search has ended, however it has ended."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.launch.figures.figure import Curve, Dot, id_ood_figure
+from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
+from carft_ray.recipe.schema import Recipe
+from carft_ray.study.front import front_of
+from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.rows import ZERO_SHOT, best_row
+from carft_ray.study.study import Study
+from carft_ray.words import counted
+
+
+@contextlib.contextmanager
+def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
+    """Draws the figure of a study when the block ends, by an error or an interruption too.
+
+    Nothing is drawn before a trial is complete, or once another process has taken the study over. What has ended the
+    block comes before what goes wrong with the figure.
+
+    Args:
+        study: The study.
+        num_before: Trials that were finished before this search; an error before another one is draws nothing.
+
+    Raises:
+        StorageError: The figure cannot be written.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            if sum(row.outcome != "running" for row in study.rows()) > num_before:
+                _draw(study)
+        raise
+    _draw(study)
+
+
+def _draw(study: Study) -> None:
+    trials = study.rows()
+    if best_row(trials) is not None and not study.taken_over:
+        write_figure(study.recipe, study.study_dir, trials, study.rows("baseline"))
+
+
+def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], baselines: Sequence[TrialRow]) -> Path:
+    """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
+
+    Args:
+        recipe: The study's.
+        study_dir: The study directory.
+        trials: All trials, with their standing in a Pareto search.
+        baselines: All baselines.
+
+    Returns:
+        Path of the PNG; an SVG lies beside it.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    pareto = recipe.search.objective.kind == "pareto"
+    dots = [
+        Dot(
+            row.metrics["id_accuracy"],
+            row.metrics["ood_accuracy"],
+            row.values.get("kl_weight", recipe.train.kl_weight),
+            meets=not row.violation,
+        )
+        for row in trials
+        if "ood_accuracy" in row.metrics
+    ]
+    marks = {
+        row.name.replace("_", " "): (row.metrics["id_accuracy"], row.metrics["ood_accuracy"])
+        for row in sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
+        if "ood_accuracy" in row.metrics
+    }
+    path, num_pruned = study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in trials)
+    id_ood_figure(
+        dots,
+        marks,
+        _curve(study_dir, best_row(trials)),
+        path,
+        study_dir / FIGURE_SVG,
+        f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
+        synthetic=recipe.data.train.source == "sandbox",
+        kind=objective_spec(recipe).kind,
+        id_weight=recipe.search.objective.id_weight,
+        front=[point.pair for point in front_of(trials)] if pareto else (),
+    )
+    return path
+
+
+def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
+    content = None if best is None else read_result(study_dir / FOLDERS["trial"] / best.name)
+    if best is None or content is None or "ood_accuracy" not in content["metrics"] or not content.get("curve"):
+        return None
+    points, metrics, counts = content["curve"], best.metrics, content["num_images"]
+    ood = [name for name in counts if name not in ("train", "id_val")]
+    variances = {
+        name: a * (1 - a) / counts[name] for name in counts if (a := metrics.get(f"accuracy/{name}")) is not None
+    }
+    return Curve(
+        alphas=[point["alpha"] for point in points],
+        id_accuracies=[point["id_accuracy"] for point in points],
+        ood_accuracies=[point["ood_accuracy"] for point in points],
+        chosen_alpha=best.alpha or 0.0,
+        chosen_id_accuracy=metrics["id_accuracy"],
+        chosen_ood_accuracy=metrics["ood_accuracy"],
+        id_se=variances["id_val"] ** 0.5,
+        ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
+    )

@@ -1,0 +1,95 @@
+"""The micro-batch that fits into a device's memory: found by halving, once in a study, and used by all its trainings.
+
+Want of memory is no verdict on a training's values. The attempt that met it notes half of its micro-batch and ends; the
+training goes on from its checkpoint with what is noted. The global batch, and so the result, stays the same.
+
+    study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
+
+With gradient checkpointing another one fits: its key ends in ``, checkpointed``.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import OutOfMemoryError
+from carft_ray.layout import MICRO_BATCH
+from carft_ray.learning.memory import micro_batch_of
+from carft_ray.recipe.schema import Recipe
+from carft_ray.study.outcome import Failure
+
+# fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
+MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")
+
+
+def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
+    """Returns the recipe with the micro-batch that was found to fit on this process's device, if it is smaller.
+
+    Args:
+        recipe: Of a training, with its values.
+        folder: The study directory (or that of a training of `train`).
+        num_workers: Workers that share a global batch.
+    """
+    found = _read(folder).get(_key(recipe))
+    if found is None or found >= micro_batch_of(recipe.train, num_workers):
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
+
+
+def memory_failure(
+    error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], folder: Path, attempt: int
+) -> Failure:
+    """Says how an attempt ends that met want of memory, and notes what may fit.
+
+    Args:
+        error: What it met.
+        recipe: As it was trained.
+        values: Of the trial or baseline, over the study's recipe.
+        folder: As of ``fitted``.
+        attempt: Its number.
+
+    Returns:
+        ``memory``: the next attempt takes half. When one image does not fit, or a smaller micro-batch would not help:
+        ``error`` where the values decide over memory (the trial is infeasible), else ``fatal``.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    key, found = _key(recipe), _read(folder)
+    if error.micro_batch > 1:
+        half = error.micro_batch // 2
+        files.write_json(folder / MICRO_BATCH, {**found, key: min(half, found.get(key, half))})
+        short = f"{error.problems[0].rule}, but got {error.problems[0].value}"
+        reason = f"out of memory: {short}; the next attempt takes a micro-batch of {half}"
+        return Failure("memory", reason, attempt, error.exit_code)
+    if key in found:  # the next search begins anew: something else may have filled the device
+        files.write_json(folder / MICRO_BATCH, {name: size for name, size in found.items() if name != key})
+    decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
+    if decisive:
+        return Failure("error", f"out of memory with {', '.join(decisive)}: {error.problems[0].rule}", attempt)
+    return Failure("fatal", str(error), attempt, error.exit_code)
+
+
+def _key(recipe: Recipe) -> str:
+    model, train = recipe.model, recipe.train
+    parts = [" ".join(filter(None, (model.name, model.pretrained))), train.precision, _device(recipe)]
+    return ", ".join([*parts, *(["checkpointed"] if train.grad_checkpointing else [])])
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.resources.gpus_per_worker != 0:  # a training on the CPU may have no torch yet
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return "cpu"
+
+
+def _read(folder: Path) -> dict[str, int]:
+    try:
+        found = json.loads(files.retried(folder / MICRO_BATCH, (folder / MICRO_BATCH).read_bytes))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

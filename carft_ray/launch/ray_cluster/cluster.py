@@ -1,0 +1,366 @@
+"""Ray itself: a local one that lives as long as the search, or a running cluster; and what it can hold."""
+
+import _thread
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from carft_ray import environment, files
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
+from carft_ray.recipe.schema import Recipe
+from carft_ray.words import counted
+
+# ray_train: the controller looks at its workers this often, a report waits for it
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial as outside
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never tells the searcher
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+}
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
+OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
+CONNECT_TIMEOUT_S = 10
+LOOK_AT_HEAD_S = 2
+# loggers that say only: a token is used; there are no progress files (we turned them off)
+BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
+LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
+UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How trials fit into a cluster.
+
+    Attributes:
+        concurrency: Trials at a time, at least 1.
+        reason: Why not more.
+        num_workers: Processes of one trial.
+        cpus_per_worker: CPUs of each.
+        gpus_per_worker: GPUs of each, resolved.
+        one_node: Whether all workers of a trial can be on one machine, and then will be.
+    """
+
+    concurrency: int
+    reason: str
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    one_node: bool
+
+
+@contextlib.contextmanager
+def running_ray(address: str | None, log_path: Path, stop_path: Path | None = None) -> Iterator[tuple[Node, ...]]:
+    """Starts a Ray on this machine and shuts it down at the end, or attaches to a running one and leaves it running.
+
+    Args:
+        address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
+        log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
+        stop_path: The stop file; tells why Ray has gone, should it go.
+
+    Yields:
+        The nodes.
+
+    Raises:
+        ClusterError: There is no Ray at the address, none can be started, or it has gone.
+    """
+    ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update({name: os.environ.get(name, value) for name, value in ours.items()})
+    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
+    try:
+        with _quiet(log_path):
+            if temp_dir is not None:
+                _start(temp_dir)
+            else:
+                _attach(address or "")
+            # the head of a cluster may come back: there, Ray's own patience of a minute decides
+            watching = contextlib.nullcontext() if temp_dir is None else _noticing_its_end(temp_dir, stop_path)
+            try:
+                with watching:
+                    yield _nodes()
+            finally:
+                ray.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if temp_dir is not None:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _short_temp_dir() -> str:
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
+
+
+def _start(temp_dir: str) -> None:
+    """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
+    usable = environment.usable_cores()
+    # only this process and its children know the token; without it Ray would write one into the home folder
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=temp_dir,
+        )
+    except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
+        ray.shutdown()
+        step = (
+            "Is there room in the temporary folder and in /dev/shm, are new processes allowed, is the machine not busy?"
+        )
+        raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
+
+
+def _attach(address: str) -> None:
+    step = "Start one with 'ray start --head', or leave the address out to use this machine."
+    if "://" in address:
+        raise ClusterError(
+            Problem(
+                "address",
+                "must be host:port or auto, from a machine of the cluster",
+                address,
+                next_step="Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside.",
+            )
+        )
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        if not host or not port.isdecimal():
+            raise ClusterError(Problem("address", "must be host:port or auto", address))
+        try:
+            fault = _greet(host, int(port))
+        except (OSError, OverflowError) as error:
+            fault = str(error)
+        if fault:
+            raise ClusterError(Problem("address", f"no Ray answers at {address}", fault, next_step=step))
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {name: os.environ[name] for name in (*ENVIRONMENT, START_TIMEOUT)}},
+        )
+    except ray.exceptions.AuthenticationError as error:
+        step = "Set RAY_AUTH_MODE=token here; the token of the cluster must be in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        raise ClusterError(Problem("address", f"{address} refused us", _first_line(error), next_step=step)) from error
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise ClusterError(
+            Problem("address", f"no Ray can be used at {address}", _first_line(error), next_step=step)
+        ) from error
+
+
+def _greet(host: str, port: int) -> str:
+    """Returns what is wrong with a port that should be Ray's; Ray itself would try for two minutes.
+
+    Ray speaks gRPC: a server of HTTP/2 answers a greeting with a frame of type SETTINGS (4).
+    """
+    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") == "1":
+            return ""
+        connection.sendall(HTTP2_GREETING)
+        answer = connection.recv(9)
+    return "" if answer[3:4] == b"\x04" else "a server of another kind"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet(log_path: Path) -> Iterator[None]:
+    """Sends the messages of Ray's loggers to a file, and keeps its news of dead workers off the standard output."""
+    logger = logging.getLogger("ray")
+    before = logger.handlers, logger.level, logger.propagate
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(log_path, delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.addFilter(lambda record: not record.name.startswith(BESIDE_THE_POINT))
+    logger.handlers, logger.propagate = [file], False
+    logger.setLevel(logging.WARNING)
+    try:
+        with without_news_of_workers():
+            yield
+    finally:
+        file.close()
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+
+
+@contextlib.contextmanager
+def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
+    """Ends the block with a ``ClusterError`` when nobody listens at our Ray's address any more.
+
+    A signal to a whole process group or job ends Ray too, and then Ray's calls neither return nor notice Ctrl-C, until
+    it kills the process a minute later. So does this, sooner and with a message, where raising has no effect.
+    """
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    step = "Everything finished is kept; run the same command again to resume."
+    error = ClusterError(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
+    left, gone = threading.Event(), threading.Event()
+
+    def look() -> None:
+        misses = 0
+        while not left.wait(LOOK_AT_HEAD_S):
+            try:
+                socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+                misses = 0
+            except OSError:
+                misses += 1
+            if misses >= 2:
+                gone.set()
+                _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
+            if misses >= 5:
+                stopped = stop_path is not None and files.seen(stop_path)
+                sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
+                sys.stderr.flush()
+                shutil.rmtree(temp_dir, ignore_errors=True)
+                os._exit(InterruptedRunError.exit_code if stopped else error.exit_code)
+
+    watcher = threading.Thread(target=look, name="head-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if gone.is_set():
+            raise error from None
+        raise
+    finally:
+        left.set()
+        watcher.join()
+
+
+def _nodes() -> tuple[Node, ...]:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple(Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive)
+
+
+def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
+    """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
+
+    Raises:
+        ClusterError: Not even one trial fits.
+    """
+    resources = recipe.resources
+    num_workers, cpus = resources.num_workers, resources.cpus_per_worker
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.num_gpus for node in nodes) else 0.0
+
+    need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    there = {"CPU": [node.num_cpus for node in nodes], "GPU": [node.num_gpus for node in nodes]}
+    slots = {name: [num_fitting(name, amount, room) for room in there[name]] for name, amount in need.items()}
+    together = [min(counts) for counts in zip(*slots.values(), strict=True)]  # workers that fit on each node
+    one_node = any(count >= num_workers for count in together)
+
+    def num_trials(counts: list[int]) -> int:
+        return sum(count // num_workers for count in counts) if one_node else sum(counts) // num_workers
+
+    fitting = num_trials(together)
+    if not fitting:
+        needed = " and ".join(f"{num_workers} x {amount_text(amount, name)}" for name, amount in need.items())
+        have = f"{amount_text(sum(there['CPU']), 'CPU')} and {amount_text(sum(there['GPU']), 'GPU')} in all"
+        step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
+        raise ClusterError(Problem("resources", f"a trial needs {needed}", have, next_step=step))
+    scarcest = min(need, key=lambda name: (num_trials(slots[name]), sum(slots[name])))
+    if num_trials(slots[scarcest]) == fitting:
+        need = {scarcest: need[scarcest]}  # the others do not matter
+    reason = _limit(fitting, need, there, num_workers, one_node)
+    wanted = recipe.search.concurrency
+    if wanted is not None and wanted <= fitting:
+        fitting, reason = wanted, "search.concurrency"
+    if recipe.resources.executor == "debug":
+        fitting, reason = 1, "executor debug: one after the other"
+    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
+
+
+def num_fitting(name: str, amount: float, room: float) -> int:
+    """Returns how many workers fit on one node by one resource; exact, as Ray counts.
+
+    Args:
+        name: ``CPU``, ``GPU`` or another resource.
+        amount: Of each worker. A share of a GPU lies on one GPU.
+        room: What the node has.
+    """
+    part, whole = int(amount * UNITS), round(room * UNITS)
+    if name != "GPU" or part >= UNITS:
+        return whole // part
+    gpus, rest = divmod(whole, UNITS)
+    return gpus * (UNITS // part) + rest // part
+
+
+def amount_text(amount: float, name: str) -> str:
+    """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``."""
+    return counted(amount, name) if name in ("CPU", "GPU") else f"{amount:g} {name}"
+
+
+def _limit(
+    fitting: int, need: dict[str, float], there: dict[str, list[float]], num_workers: int, one_node: bool
+) -> str:
+    """Returns why no more trials fit.
+
+    Args:
+        fitting: How many do.
+        need: Of each worker, by the resources that limit them.
+        there: Of each node, by resource.
+        num_workers: As in ``Capacity``.
+        one_node: As in ``Capacity``.
+    """
+    if len(need) == 1:
+        [(name, amount)] = need.items()
+        total, part = sum(there[name]), int(amount * UNITS)
+        if round(total * UNITS) // (part * num_workers) == fitting:
+            return f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
+        if name == "GPU" and part < UNITS:
+            return f"{amount_text(total, name)}, {amount:g} a trial: {UNITS // part} on each"
+        there = {name: [room for room in there[name] if room]}  # a head node without GPUs explains nothing
+    rooms = [there[name] for name in need]
+    spans = " and ".join(_span(there[name], name) for name in need)
+    alike = " each" if all(len({*each}) == 1 for each in rooms) else ""
+    place = f"{counted(len(rooms[0]), 'node')} with {spans}{alike}"
+    needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
+    each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
+    if one_node:
+        return f"{place}, {each} a trial on one node"
+    return f"{place}, {counted(num_workers, 'worker')} a trial, {each} each"
+
+
+def _span(rooms: list[float], name: str) -> str:
+    least, most = min(rooms), max(rooms)
+    return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"

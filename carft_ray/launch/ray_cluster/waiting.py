@@ -1,0 +1,74 @@
+"""What a trial that waits for its process lacks: it asks Ray for a placement group, and Ray never says why it waits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from carft_ray.launch.ray_cluster.cluster import UNITS, Capacity, amount_text, num_fitting
+from carft_ray.launch.ray_cluster.ray_private import available_resources_per_node
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine: all that it has, and what nobody holds."""
+
+    total: Resources
+    free: Resources
+
+
+def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[Node]) -> str:
+    """Returns what keeps a trial from starting, in one line; empty when all that it needs is free.
+
+    Args:
+        need: Of one worker, by resource.
+        num_workers: Workers.
+        one_node: Whether all of them must be on one machine.
+        nodes: The machines.
+    """
+    found = []
+    for name, amount in need.items():
+        on_one = num_workers if one_node else 1
+        wanted, at_once = (amount_text(amount * number, name) for number in (num_workers, on_one))
+        totals, free = ([room.get(name, 0.0) for room in rooms] for rooms in _rooms(nodes))
+        if _less(sum(totals), amount, num_workers):
+            found.append(f"needs {wanted}, the cluster has {sum(totals):g}")
+        elif _less(max(totals), amount, on_one):
+            found.append(f"needs {at_once} on one node, the largest node has {max(totals):g}")
+        elif _less(sum(free), amount, num_workers):
+            held = f"{sum(totals) - sum(free):g} of {amount_text(sum(totals), name)}"
+            found.append(f"needs {wanted}, and {held} are held by others")
+        elif _less(max(free), amount, on_one):
+            found.append(f"needs {at_once} on one node, the largest free node has {max(free):g}")
+    if found:
+        return "; ".join(found)
+    slots = [
+        min(num_fitting(name, amount, node.free.get(name, 0.0)) for name, amount in need.items()) for node in nodes
+    ]
+    if (max(slots, default=0) if one_node else sum(slots)) < num_workers:
+        each = " and ".join(amount_text(amount, name) for name, amount in need.items())
+        return f"needs {num_workers} x ({each}){' on one node' if one_node else ''}, which are not free together"
+    return ""
+
+
+def why_waiting(room: Capacity) -> str:
+    """Returns why the process of a trial does not come, from what Ray knows at this moment."""
+    groups = ray.util.placement_group_table().values()
+    if not any(group["state"] == "PENDING" for group in groups):
+        return "Ray has given it what it needs and is starting it"
+    free = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
+    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    return lacking(need, room.num_workers, room.one_node, nodes) or "what it needs has just become free"
+
+
+def _rooms(nodes: Sequence[Node]) -> tuple[list[Resources], list[Resources]]:
+    return [node.total for node in nodes] or [{}], [node.free for node in nodes] or [{}]
+
+
+def _less(there: float, amount: float, number: int) -> bool:
+    """Tells whether so much is less than a number of equal amounts, as Ray counts."""
+    return round(there * UNITS) < int(amount * UNITS) * number

@@ -1,0 +1,123 @@
+"""Why something that Ray ran has failed: the exception under Ray's wrappers, in one line without terminal codes.
+
+Ray moves exceptions between processes and loses what they were raised from on the way; the text of the remote
+traceback, which its errors carry, keeps it. So everything is read from text.
+"""
+
+import re
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from carft_ray import files
+from carft_ray.launch.recovery.host_memory import host_memory
+from carft_ray.study.outcome import append_log
+
+LONGEST = 300  # characters of a cause
+TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
+RAY_LOGS = re.compile(r"\s*Check \S+(?: files)? for more information\.")  # they vanish with a Ray of our own
+# what stands above an exception: a frame, a header of Python's, or one of Ray's for another process
+ABOVE = re.compile(r'\s+File ".*", line \d+|.*Traceback \(most recent call last\):|.*\bray::\S+ \(pid=')
+NAMED = re.compile(r"(?P<module>(?:\w+\.)*)(?P<name>[A-Za-z_]\w*)(?:\(\w+\))?(?:: ?(?P<message>.*))?$")
+DURING = "During handling of the above exception, another exception occurred:"
+DIRECT = "The above exception was the direct cause of the following exception:"
+DIED = re.compile(r"Worker exit detail: (.+?)(?: There are some potential root causes| Some common causes|$)")
+
+
+def root_cause(error: BaseException | str) -> str:
+    """Returns type and message of the exception that a failure began with, in one line.
+
+    Args:
+        error: An exception of Ray, Tune or Ray Train, raised or not; or the text of one, with a traceback or without.
+
+    Returns:
+        ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` tells of full memory;
+        or that a process died. Empty for an empty text.
+    """
+    text = full_text(error)
+    line = host_memory(_everything(error)) or _root(text.rpartition(DURING)[2].partition(DIRECT)[0]) or _root(text)
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def full_text(error: BaseException | str) -> str:
+    """Returns the traceback of an error without terminal codes, or what there is of it."""
+    return _plain(error if isinstance(error, str) else "".join(traceback.format_exception(_unwrapped(error))))
+
+
+def explained(error: BaseException | str) -> str:
+    """Returns the root cause as the first line and, where that is not all, the whole text below it."""
+    cause, text = root_cause(error), full_text(error)
+    return cause if text == cause else f"{cause}\n{text}"
+
+
+def log_cause(folder: Path, attempt: int, explanation: str) -> str:
+    """Appends why an attempt has ended to the log of its training; for one that has left no word of its own.
+
+    Args:
+        folder: Of the training; made when it is missing.
+        attempt: The attempt.
+        explanation: As ``explained`` returns it.
+
+    Returns:
+        The first line of the explanation, for tables.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    append_log(folder, f"attempt {attempt}: lost: {explanation.rstrip()}")
+    return explanation.partition("\n")[0]
+
+
+def error_of(tune_trial: Any) -> BaseException | str:
+    """Returns the error of a failed trial of Tune, or its text: the pickled error appears a little later."""
+    error: BaseException | None = tune_trial.get_pickled_error()
+    if error is not None:
+        return error
+    path = getattr(tune_trial, "error_file", None)
+    with files.passing_faults():
+        if path is not None and files.seen(Path(path)):
+            return Path(path).read_text(errors="replace").partition("\n")[2]  # the first line says when
+    return ""
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Returns the exception inside one of Ray Train: that of its controller, or of a worker that was not just ended."""
+    inner = getattr(error, "controller_failure", None) or getattr(error, "health_check_failure", None)
+    failures = getattr(error, "worker_failures", None) or {}
+    if failures:
+        inner = min(failures.values(), key=lambda each: isinstance(each, ray.exceptions.RayActorError))
+    return error if inner is None else _unwrapped(inner)
+
+
+def _everything(error: BaseException | str) -> str:
+    """Returns all texts of an error: of several workers, any may be the one that had no memory."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return _plain("\n".join(str(each) for each in (*failures.values(), error)))
+
+
+def _plain(text: str) -> str:
+    return TERMINAL_CODES.sub("", text).strip()
+
+
+def _root(text: str) -> str:
+    """Returns the last exception of a text: the first line at the margin after what stands above an exception."""
+    lines = text.strip().splitlines() or [""]
+    position, above = 0, True
+    for number, line in enumerate(lines):
+        if ABOVE.match(line):
+            above = True
+        elif above and line.strip() and not line[0].isspace():
+            position, above = number, False
+    found = NAMED.match(lines[position].strip())
+    if found and not found["module"].startswith("ray."):
+        return f"{found['name']}: {found['message']}" if found["message"] else found["name"]
+    # an error of Ray itself says first that something has failed, and why at its end; what is indented are numbers
+    rest = [line.strip() for line in lines[position:] if not line[:1].isspace()]
+    told = RAY_LOGS.sub("", " ".join(rest))
+    if died := DIED.search(told):
+        return f"its process died: {died[1]}"
+    return told.removeprefix(found["module"]) if found else told

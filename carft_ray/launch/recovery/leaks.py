@@ -1,0 +1,99 @@
+"""Placement groups that a killed trial has left behind, and their removal.
+
+When the process that waits for a Ray Train group is killed (by the kernel for want of memory, say), the group's
+controller dies with it, and its placement group stays until the search ends: Ray's own cleaner asks a dashboard that
+need not run. The trials that follow would wait for these resources without a word. So the search removes the group.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from carft_ray import files
+from carft_ray.study.outcome import TrialSpec, read_alive
+
+TrialSpecKey = tuple[str, str, int]
+HEAD = "node:__internal_head__"  # Tune's own groups, which Tune removes, hold this alone
+
+
+def groups_of_job() -> dict[str, bool]:
+    """Returns the placement groups of this driver's trainings, and whether each has got its resources.
+
+    The identifier of a group ends with that of its job.
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    return {
+        name: group["state"] != "PENDING"
+        for name, group in ray.util.placement_group_table().items()
+        if name.endswith(job_id)
+        and group["state"] != "REMOVED"
+        and any(HEAD not in bundle for bundle in group["bundles"].values())
+    }
+
+
+def remove_group(name: str) -> None:
+    """Removes a placement group, and with it what runs in it."""
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
+class Leaks:
+    """Finds the groups of killed trials: those that were there when it died and belong to no other.
+
+    A training says which group is its own when its workers begin (``alive.json``). Until all that lived at that moment
+    have said so, have ended, or wait for resources, nothing is removed.
+
+    Args:
+        study_dir: The study directory.
+        groups: Lists the groups of the job.
+        remove: Removes one.
+    """
+
+    def __init__(
+        self,
+        study_dir: Path,
+        groups: Callable[[], dict[str, bool]] = groups_of_job,
+        remove: Callable[[str], None] = remove_group,
+    ) -> None:
+        self._study_dir, self._groups, self._remove = study_dir, groups, remove
+        self._suspects: list[tuple[set[str], set[TrialSpecKey]]] = []
+
+    def suspect(self, dead: TrialSpec, live: Iterable[TrialSpec]) -> None:
+        """Notes that the process of an attempt has died.
+
+        Args:
+            dead: The attempt.
+            live: What else runs.
+        """
+        self._suspects.append((set(self._groups()), {_key(spec) for spec in live} - {_key(dead)}))
+
+    def look(self, live: Iterable[TrialSpec]) -> int:
+        """Removes what is known to be left behind; returns how many groups that were."""
+        if not self._suspects:
+            return 0
+        owned = None
+        with files.passing_faults():  # nothing is removed on half of the answers
+            owned = {_key(spec): self._group(spec) for spec in live}
+        if owned is None:
+            return 0
+        now = self._groups()
+        num_waiting = sum(not has_resources for has_resources in now.values())
+        undecided, leaked = [], set()
+        for groups, others in self._suspects:
+            if sum(key in owned and not owned[key] for key in others) > num_waiting:
+                undecided.append((groups, others))
+            else:
+                leaked |= {name for name in groups - set(owned.values()) if now.get(name)}
+        self._suspects = undecided
+        for name in leaked:
+            self._remove(name)
+        return len(leaked)
+
+    def _group(self, spec: TrialSpec) -> str:
+        alive = read_alive(spec.folder(self._study_dir), spec.attempt)
+        return alive.group if alive else ""
+
+
+def _key(spec: TrialSpec) -> TrialSpecKey:
+    return spec.kind, spec.name, spec.attempt

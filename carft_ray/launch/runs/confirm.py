@@ -1,0 +1,88 @@
+"""Training configurations of a search again with fresh seeds; killed and run again, it goes on where it was."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.runs.search import set_aside_error
+from carft_ray.launch.runtime import RUNNER, Runner
+from carft_ray.launch.session import begin, computing
+from carft_ray.launch.trainings import run_trainings
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.study import Study, open_study
+from carft_ray.words import counted
+
+Trainings = Mapping[str, dict[str, Any]]
+
+
+def run_confirm(
+    recipe: Recipe,
+    study_dir: Path,
+    fix: Callable[[Study], Trainings],
+    resume_command: str,
+    address: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    runner: Runner | None = None,
+) -> list[TrialRow]:
+    """Trains what ``fix`` names, as trials of a search are trained; what is finished already is left alone.
+
+    The frozen model's targets are stored once per seed and shared by all trainings with it.
+
+    Args:
+        recipe: The study's resolved recipe.
+        study_dir: The study directory.
+        fix: Called with the study once its lock is held and before anything is trained. Returns the values over the
+            recipe's ``train`` by name, ``seed`` and ``alpha`` among them.
+        resume_command: Shown after an interruption.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        on_event: Told what happens, in the calling thread.
+        runner: What is trained; by default ``evaluation.run``.
+
+    Returns:
+        The rows of these trainings, in the order of their numbers.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        MachineError: Trainings were set aside; run it again to try these again.
+        CarftError: As ``run_search``.
+    """
+    with open_study(study_dir, recipe) as study:
+        for note in study.notes:
+            on_event(Note(note))
+        trainings = fix(study)
+        begin(study.study_dir, recipe)
+        for row in study.adopt_confirm(trainings):
+            on_event(TrialFinished(row, is_best=False))
+
+        def rows() -> list[TrialRow]:
+            return [row for row in study.rows("confirm") if row.name in trainings]
+
+        def num_finished() -> int:
+            return sum(row.outcome != "running" for row in rows())
+
+        def interrupted() -> InterruptedRunError:
+            what = f"stopped; {num_finished()} of {counted(len(trainings), 'training')} finished"
+            return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
+
+        def say(text: str) -> None:
+            on_event(Preparing(text))
+
+        if not study.done():
+            with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
+                on_event(Preparing())
+                for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
+                    run_prepare(replace(runtime, recipe=apply(runtime.recipe, {"seed": seed})), say)
+                    runtime = runtime.filled()
+                room = runtime.capacity
+                on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
+                if run_trainings(study, runtime, on_event):
+                    raise interrupted()
+        if set_aside := [row for row in rows() if row.set_aside]:
+            raise set_aside_error(set_aside, resume_command)
+        return rows()

@@ -1,0 +1,183 @@
+"""A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
+
+import shlex
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
+from carft_ray.launch.budget import used_up
+from carft_ray.launch.driver import no_successful_trial
+from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
+from carft_ray.launch.figures.study_figure import figure_at_the_end
+from carft_ray.launch.runtime import RUNNER, Runner, Runtime
+from carft_ray.launch.session import begin, computing, prepare
+from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.recipe.spaces.region import Direction
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_row
+from carft_ray.study.study import Study, open_study
+from carft_ray.words import counted
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        study_dir: The study directory, absolute.
+        best: The trial with the largest objective.
+        trials: All trials of the study.
+        baselines: Zero-shot and the recipe's baselines.
+        num_new: Trials that ended in this search; 0 when there was nothing to do.
+        elapsed_s: Seconds that this search took.
+        out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
+        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
+    """
+
+    study_dir: Path
+    best: TrialRow
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    num_new: int
+    elapsed_s: float
+    out_of_budget: str = ""
+    set_aside: tuple[TrialRow, ...] = ()
+
+
+def _ignore(event: Event) -> None:
+    del event
+
+
+def run_search(
+    recipe: Recipe,
+    study_dir: Path,
+    address: str | None = None,
+    on_event: Callable[[Event], None] = _ignore,
+    runner: Runner | None = None,
+    trusted: bool = False,
+    may: Collection[Direction] = (),
+) -> SearchResult:
+    """Runs a search to its end, or goes on with one.
+
+    ``best.yaml`` follows the best trial all the time; the figure is drawn at the end, however the search ends.
+
+    When its budget is used up, running trainings are asked to write a checkpoint, and the search ends with its best.
+    Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
+
+    Args:
+        recipe: The recipe. What may differ from that of an existing study is in ``study.identity``.
+        study_dir: The study directory; made when it is missing.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        on_event: Told what happens, in the calling thread.
+        runner: What is trained; by default ``evaluation.run``.
+        trusted: A study from elsewhere may be opened by a sampler that unpickles.
+        may: How the search space may change.
+
+    Returns:
+        The best trial, and all rows.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        NoSuccessfulTrialError: All trials have failed.
+        MachineError: No trial is complete, and some were set aside (``SearchResult.set_aside``).
+        BudgetError: The budget was used up before a trial was complete.
+        RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
+        HoldOutError: Two roles share images.
+        StorageError, ClusterError, DataError: As their messages say.
+    """
+    began = time.monotonic()
+    with open_study(study_dir, recipe, may) as study:
+        study_dir = study.study_dir
+        study.check_adoptable(trusted)
+        begin(study_dir, recipe)
+        num_before = _num_finished(study)
+        told = study.adopt(trusted)
+        for note in study.notes:
+            on_event(Note(note))
+        for row in told:
+            on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
+        ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
+        with figure_at_the_end(study, num_before):
+            if not ended and not study.done():
+                interrupted, say = partial(_interrupted, study, address), partial(_say, on_event)
+                with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:
+                    ended = _run(study, runtime, on_event, interrupted, began)
+            elapsed_s = time.monotonic() - began
+        rows = study.rows()
+        best = best_row(rows)
+        set_aside = study.set_aside()
+        if best is None and ended:
+            raise _nothing_within_budget(study, ended, address)
+        if best is None:
+            raise set_aside_error(set_aside, _resume(study, address)) if set_aside else no_successful_trial(study, rows)
+        num_new, baselines = _num_finished(study) - num_before, study.rows("baseline")
+        return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
+
+
+def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineError:
+    """Returns the error for trainings that are set aside: each with its reason, and the command that tries them again.
+
+    Args:
+        rows: Of the trainings.
+        resume_command: The command.
+    """
+    problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
+    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Mend the cause, then: {resume_command}")
+    return MachineError(problems)
+
+
+def _num_finished(study: Study) -> int:
+    return sum(row.outcome != "running" for row in study.rows())
+
+
+def _run(
+    study: Study,
+    runtime: Runtime,
+    on_event: Callable[[Event], None],
+    interrupted: Callable[[], InterruptedRunError],
+    began: float,
+) -> str:
+    """Prepares and trains; returns which limit of the budget ended it, if one did."""
+    on_event(Preparing())
+    metrics = prepare(runtime, partial(_say, on_event))
+    on_event(Prepared(metrics))
+    zero_shot = study.tell_zero_shot(metrics)
+    if zero_shot:
+        on_event(BaselineFinished(zero_shot))
+    room = runtime.capacity
+    on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
+    if study.recipe.budget.gpu_hours is not None and not room.gpus_per_worker:
+        on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
+    ended = run_trainings(study, runtime, on_event, began)
+    if ended == STOPPED:
+        raise interrupted()
+    return ended
+
+
+def _say(on_event: Callable[[Event], None], text: str) -> None:
+    on_event(Preparing(text))
+
+
+def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
+    finished, wanted = _num_finished(study), num_trials(study.recipe)
+    step = f"Resume with: {_resume(study, address)}"
+    what = f"stopped; {finished} of {counted(wanted, 'trial')} finished"
+    return InterruptedRunError(Problem("", what, next_step=step))
+
+
+def _nothing_within_budget(study: Study, ended: str, address: str | None) -> BudgetError:
+    begun = sum(row.outcome == "running" for row in study.rows())
+    rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
+    hours = study.recipe.budget.gpu_hours
+    more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
+    return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))
+
+
+def _resume(study: Study, address: str | None) -> str:
+    command = f"carft-ray resume {shlex.quote(str(study.study_dir))}"
+    return command if address is None else f"{command} --address {shlex.quote(address)}"

@@ -1,0 +1,157 @@
+"""One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.data.shared.shared_images import SharedRow, write_shared
+from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
+from carft_ray.evaluation.run import run_training
+from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.runtime import RUNNER, prepare_single
+from carft_ray.launch.session import begin, computing, prepare
+from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
+from carft_ray.learning.checkpoint import newest_checkpoint
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.region import DIRECTIONS
+from carft_ray.study.identity import claim
+from carft_ray.study.lock import gone_if_nothing_began, is_ours, study_lock
+from carft_ray.study.provenance import record_provenance
+from carft_ray.words import counted
+
+Row = dict[str, float]
+
+
+def train_once(
+    recipe: Recipe,
+    out_dir: Path,
+    resume: bool,
+    resume_command: str,
+    say: Callable[[str], None],
+    progress: Callable[[Row], None],
+    report: Callable[[Row], None],
+    address: str | None = None,
+    prepare_first: Callable[[Path], dict[str, Any]] | None = None,
+    shared: Sequence[SharedRow] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs one training to its end, or goes on with one.
+
+    Ctrl-C (or SIGTERM) writes a checkpoint and ends.
+
+    Args:
+        recipe: The recipe.
+        out_dir: Folder of the training.
+        resume: Whether a training in the folder is to be resumed; without it the folder must be new.
+        resume_command: Shown after an interruption.
+        say: Told what is being done.
+        progress: Given the metrics every few steps (one worker, in this process).
+        report: Given the metrics of every epoch (one worker, in this process).
+        address: Ray cluster to attach to when there are several workers.
+        prepare_first: Makes what the training shares with others in the folder given; by default it shares nothing.
+        shared: Images that stand in two roles; None: they are found now.
+
+    Returns:
+        Content of ``result.json``, and what ``prepare`` found of zero-shot.
+
+    Raises:
+        UsageError: The folder holds something, or nothing to resume.
+        InterruptedRunError: Stopped on request.
+        HoldOutError: Two roles share images.
+        RecipeError, DataError, StorageError, DivergedError: As their messages say.
+    """
+    out_dir = out_dir.resolve()
+    _check_folder(out_dir, resume)
+    is_new = not files.exists(out_dir / MANIFEST)
+    with (
+        study_lock(out_dir) as held,
+        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or files.exists(out_dir / CHECKPOINTS)),
+    ):
+        if held.note:
+            say(held.note)
+        claim(out_dir, recipe, may=DIRECTIONS)  # it has no space
+        files.remove_remains(out_dir)
+        _check_checkpoints(out_dir)
+        begin(out_dir, recipe)
+        if shared is not None:
+            write_shared(out_dir, shared)
+        at_once = partial(_interrupted, "stopped at once; what was written before is kept", resume_command)
+
+        def first(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+            return prepare_single(recipe, folder, say) if prepare_first is None else prepare_first(folder)
+
+        try:
+            if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:
+                from carft_ray.launch.runs.ray_train import train_with_ray
+
+                found = None if prepare_first is None else prepare_first(out_dir / PREPARED)
+                say(f"training with {counted(recipe.resources.num_workers, 'Ray Train worker')}")
+                result, prepared = train_with_ray(recipe, out_dir, address, resume_command, report, say=say)
+                zero_shot = found or prepared
+                record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
+                return result, zero_shot
+            with computing(
+                recipe, out_dir, replace(RUNNER, prepare=first), None, at_once, say, in_process=True
+            ) as runtime:
+                zero_shot = prepare(runtime, say)
+                attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
+                context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
+                with stop_file_on_signal(out_dir / STOP):
+                    result = _run(runtime.recipe, out_dir, context, attempt, say)
+        except StoppedRun as stopped:
+            raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
+        except KeyboardInterrupt:
+            raise at_once() from None
+        return result, zero_shot
+
+
+def _run(
+    recipe: Recipe, out_dir: Path, context: RunContext, attempt: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs a training with the micro-batch that fits, from its checkpoint with half of it whenever memory is short."""
+    while True:
+        tried = fitted(recipe, out_dir, context.world_size)
+        try:
+            return run_training(tried, out_dir, out_dir / PREPARED, context, attempt)
+        except OutOfMemoryError as error:
+            failure = memory_failure(error, tried, {}, out_dir, attempt)
+            if failure.outcome != "memory":
+                raise
+        say(failure.reason)  # the exception is gone by now, and with it what it held
+        attempt += 1
+
+
+def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
+    return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
+
+
+def _check_folder(out_dir: Path, resume: bool) -> None:
+    other = "Give another folder with --out."
+    if files.exists(out_dir / JOURNAL):
+        raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
+    has_training = files.exists(out_dir / MANIFEST)
+    if resume and not has_training:
+        step = "Leave --resume out to begin one."
+        raise UsageError(Problem(str(out_dir), "must hold a training to resume", "none", next_step=step))
+    if not resume and has_training:
+        done = files.exists(out_dir / RESULT)
+        state = "a finished training" if done else "an unfinished training"
+        step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
+        raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
+    if not has_training:
+        files.require_new(out_dir, "--out", is_ours)
+
+
+def _check_checkpoints(out_dir: Path) -> None:
+    """Refuses to begin again unasked when checkpoints are there and none can be read."""
+    if files.exists(out_dir / WEIGHTS):  # the checkpoints have done their work
+        return
+    checkpoint, damaged = newest_checkpoint(out_dir / CHECKPOINTS)
+    if checkpoint is None and damaged:
+        step = f"Remove {out_dir / 'checkpoint'} to begin again from the first step."
+        raise StorageError([*damaged, Problem(str(out_dir), "must hold a checkpoint that can be read", next_step=step)])

@@ -1,0 +1,188 @@
+"""CLIP models with their tokenizers and the preprocessing that belongs to them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from PIL import Image
+from torch import Tensor, nn
+
+from carft_ray.data.benchmark_sets.facts import load_facts
+from carft_ray.errors import DataError, Problem
+from carft_ray.learning.models.building import fetching, quiet
+from carft_ray.learning.models.catalog import OPEN_CLIP_CONFIG, tokenizer_files
+from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config
+from carft_ray.learning.models.weights import fill
+from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.fine_tuning import ModelConfig, PromptsConfig
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = OPEN_CLIP_CONFIG
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A CLIP model with everything that belongs to it.
+
+    Attributes:
+        model: The open_clip model, float32, eval mode, without gradients.
+        tokenizer: list of N sentences -> token ids [N, context length].
+        image_size: Side of the square input in pixels.
+        mean: Per channel, for pixels in [0, 1].
+        std: Per channel.
+        to_input: Resize and crop of the model's evaluation preprocessing, PIL image -> PIL image.
+        input_key: Names ``to_input`` in cache keys.
+        logit_scale: s = exp of the learned log-temperature, frozen.
+        logit_bias: Shift of all logits that a sigmoid loss has learned (SigLIP), else None. It is left out of the
+            class and the context logits: a constant shift changes no softmax.
+        config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
+        weights_hash: Hash of all weights, 16 hex digits.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    to_input: Callable[[Image.Image], Image.Image]
+    input_key: str
+    logit_scale: float
+    logit_bias: float | None
+    config: dict[str, Any]
+    weights_hash: str
+
+
+def load_clip(part: ModelConfig) -> Clip:
+    """Loads the model that a recipe names.
+
+    Args:
+        part: Name and weights.
+
+    Raises:
+        RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
+        DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
+    """
+    opened = open_model(part)
+    if opened.state is not None:
+        fill(opened.model, opened.state, opened.weights, opened.place)
+    return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
+
+
+def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the sentences with ``{}`` that a recipe's prompts name.
+
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
+    """
+    if not isinstance(prompts.templates, str):
+        return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return load_facts(prompts.templates).templates or ()
+    named = {
+        "sandbox": sandbox_templates,
+        "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+        "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    }
+    return named[prompts.templates]
+
+
+def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:
+    """Returns an open_clip model with what belongs to it; the preprocessing is the one that the model carries.
+
+    Args:
+        model: Built by open_clip; it is put into eval mode, without gradients.
+        tokenizer: Its tokenizer.
+        model_config: open_clip's ``model_cfg``, for exports.
+
+    Raises:
+        DataError: Its input is no square, or the tokenizer gives tokens that it does not have.
+    """
+    model.eval().requires_grad_(False)
+    preprocess = preprocess_config(model)
+    image_size = square_size(preprocess)
+    stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
+    kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
+    steps = [step for step in stock.transforms if type(step).__name__ in kept]
+
+    def to_input(image: Image.Image) -> Image.Image:
+        for step in steps:
+            image = step(image)
+        return image
+
+    vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
+    if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
+        rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
+        raise DataError(Problem("model.name", rule, f"token {largest}"))
+    bias = getattr(model, "logit_bias", None)
+    return Clip(
+        model=model,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        to_input=to_input,
+        input_key=f"{image_size}-{preprocess['interpolation']}-{preprocess['resize_mode']}",
+        logit_scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]  # untyped
+        logit_bias=None if bias is None else float(bias),
+        config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
+        weights_hash=state_hash(model.state_dict()),
+    )
+
+
+def square_size(preprocess: dict[str, Any]) -> int:
+    """Returns the side of a model's input in pixels.
+
+    Raises:
+        DataError: Its input is no square.
+    """
+    size = preprocess["size"]
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if sides[0] != sides[1]:
+        raise DataError(Problem("model.name", "the model must take square images", f"{sides[0]} x {sides[1]} pixels"))
+    return int(sides[0])
+
+
+def write_tokenizer(clip: Clip, folder: Path) -> None:
+    """Writes the files of a model's tokenizer, without which open_clip does not open a folder; CLIP's own has none."""
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(str(folder))
+
+
+def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
+    """Returns the tokenizer of a model: CLIP's own, or one of Hugging Face from the weights' folder or the hub."""
+    text, folder = opened.config["text_cfg"], opened.folder
+    context_length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
+    wanted = text.get("hf_tokenizer_name")
+    if not wanted:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length, **options)
+        return tokenizer
+    is_local = folder is not None and bool(tokenizer_files(folder))
+    mode = text.get("tokenizer_mode")
+    try:
+        with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
+            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, tokenizer_mode=mode, **options)
+    except ImportError as error:
+        rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
+        step = "Install it: pip install 'carft-ray[hf]'"
+        raise DataError(Problem("model.name", rule, str(error).splitlines()[0], next_step=step)) from error
+    except Exception as error:  # transformers and tokenizers raise many kinds, Exception itself among them
+        if isinstance(error, DataError):
+            raise
+        rule = f"the tokenizer files of {name} ({wanted}) must be readable by transformers"
+        raise DataError(Problem("model.name", rule, f"{folder}: {str(error).splitlines()[0]}")) from error
+    return tokenizer
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """Returns a hash of names, types, shapes and bytes of a state, 16 hex digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""A CLIPModel folder of Hugging Face (``transformers``) as an open_clip model: configuration, names and tensors.
+
+    CLIPModel                                            open_clip.CLIP
+    vision_model.embeddings.patch_embedding.weight       visual.conv1.weight
+    vision_model.encoder.layers.N.self_attn.{q,k,v}_proj visual.transformer.resblocks.N.attn.in_proj (rows q, k, v)
+    visual_projection.weight [D, W]                      visual.proj [W, D]
+
+Both compute the same function; a test compares logits. transformers is not needed here.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor
+
+from carft_ray.errors import DataError, Problem
+from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
+
+# what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
+_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+_TEXT = _DEFAULTS | {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+}
+_VISION = _DEFAULTS | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+# hidden_act -> open_clip's quick_gelu, and its act_kwargs of the tower
+_ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
+    "quick_gelu": (True, None),
+    "gelu": (False, None),
+    "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
+}
+_ARGMAX_EOS = 2  # eos_token_id of old configurations: the token with the highest id ends the sentence
+_EPS = 1e-5  # of open_clip's norms when nothing else is said
+FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+# name in open_clip -> name in transformers
+NAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # the library's spelling
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+}
+BLOCK_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
+_OURS = {theirs: ours for ours, theirs in NAMES.items()}
+_OUR_BLOCK_NAMES = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
+_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns open_clip's ``model_cfg`` and ``preprocess_cfg`` of a CLIPModel folder.
+
+    Raises:
+        DataError: The configuration is none, or asks for what open_clip cannot compute.
+    """
+    path = folder / HUGGING_FACE_CONFIG
+    config = _read(path, place)
+    text = {**_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    vision = {**_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    activations = [vision["hidden_act"], text["hidden_act"]]
+    known = [_ACTIVATIONS.get(activation) for activation in activations]
+    if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
+        allowed = ", ".join(_ACTIVATIONS)
+        rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
+        raise DataError(Problem(place, rule, f"{', '.join(activations)} in {path}"))
+    if vision.get("num_channels", 3) != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
+        raise DataError(Problem(place, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
+    eos, last = text["eos_token_id"], text["vocab_size"] - 1
+    pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
+    model_config = {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": _ACTIVATIONS[vision["hidden_act"]][0],
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            **_tower(vision),
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "heads": text["num_attention_heads"],
+            **_tower(text),
+            **pooling,
+        },
+    }
+    return model_config, _preprocessing(folder, vision["image_size"], place)
+
+
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name."""
+    renamed: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.endswith(".position_ids"):  # 0, 1, 2, ...: old versions stored it
+            continue
+        ours = _OURS.get(name, name)
+        if found := _BLOCK.fullmatch(name):
+            block = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
+            if part := re.fullmatch(r"self_attn\.([qkv])_proj", found[3]):
+                rows.setdefault(f"{block}.attn.in_proj_{found[4]}", {})[part[1]] = tensor
+                continue
+            ours = f"{block}.{_OUR_BLOCK_NAMES.get(found[3], found[3])}.{found[4]}"
+        renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
+    for name, parts in rows.items():  # rows: queries, then keys, then values
+        renamed[name] = torch.cat([parts[key] for key in "qkv" if key in parts])
+    return renamed
+
+
+def _tower(config: dict[str, Any]) -> dict[str, Any]:
+    tower: dict[str, Any] = {"width": config["hidden_size"], "layers": config["num_hidden_layers"]}
+    tower["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    if config["layer_norm_eps"] != _EPS:
+        tower["norm_kwargs"] = {"eps": config["layer_norm_eps"]}
+    if (options := _ACTIVATIONS[config["hidden_act"]][1]) is not None:
+        tower["act_kwargs"] = options
+    return tower
+
+
+def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").is_file():
+        found = _read(folder / "preprocessor_config.json", place)
+    elif (folder / "processor_config.json").is_file():  # transformers 5 writes both parts of a processor in one file
+        found = _read(folder / "processor_config.json", place).get("image_processor") or {}
+    resample = found.get("resample", 3)
+    if resample not in FILTERS:
+        rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
+        raise DataError(Problem(place, rule, f"{resample} in {folder}"))
+    size = found.get("size", image_size)
+    is_squash = isinstance(size, dict) and "height" in size
+    side = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    if side != image_size:
+        text = "%s: the folder's preprocessing resizes to %s pixels; the model's input of %s is used instead."
+        logging.getLogger(__name__).warning(text, place, side, image_size)
+    return {
+        "mean": tuple(found.get("image_mean", OPENAI_DATASET_MEAN)),
+        "std": tuple(found.get("image_std", OPENAI_DATASET_STD)),
+        "interpolation": FILTERS[resample],
+        "resize_mode": "squash" if is_squash and not found.get("do_center_crop", False) else "shortest",
+    }
+
+
+def _read(path: Path, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(Problem(place, "must be a JSON file", f"{path}: {error}")) from error
+    if not isinstance(value, dict):
+        raise DataError(Problem(place, "must be a JSON object", str(path)))
+    return value

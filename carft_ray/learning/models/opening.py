@@ -1,0 +1,268 @@
+"""Finding a model's weights, configuration and preprocessing, wherever a recipe says that they are."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg
+from torch import nn
+
+from carft_ray.errors import DataError, Problem, RecipeError, nearest
+from carft_ray.learning.models import hugging_face
+from carft_ray.learning.models.building import build_model, fetching, quiet
+from carft_ray.learning.models.catalog import (
+    HUB,
+    OPEN_CLIP_CONFIG,
+    QUICK,
+    RANDOM,
+    SANDBOX,
+    activation_problems,
+    check_model,
+    is_hugging_face_folder,
+    tag_in_path,
+    tokenizer_files,
+)
+from carft_ray.learning.models.weights import State, folder_files, is_from_openai, read_weights
+from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.recipe.loading import LOCAL_DIR
+
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError)  # of open_clip, for its configurations
+CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model and its weights, not yet put into it.
+
+    Attributes:
+        model: Built by open_clip, with its preprocessing.
+        config: open_clip's ``model_cfg``.
+        state: The weights, or None for untrained ones.
+        weights: What to call them in messages.
+        place: Key of the recipe that named them.
+        folder: Where they lie, which may hold the tokenizer's files.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    state: State | None = None
+    weights: str = ""
+    place: str = "model.pretrained"
+    folder: Path | None = None
+
+
+def open_model(
+    part: ModelConfig,
+    device: str = "cpu",
+    read: Callable[[Path, str], State] = read_weights,
+    may_fetch: bool = True,
+) -> Opened:
+    """Builds the model that a recipe names and reads its weights.
+
+    Args:
+        part: Name and weights.
+        device: 'cpu', or 'meta' for a model without memory.
+        read: Reads a weights file; gets the key of the recipe too.
+        may_fetch: Whether weights that are not on this machine are fetched; else they are left out.
+
+    Raises:
+        RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
+        DataError: The weights cannot be fetched or read.
+    """
+    if problems := check_model(part):
+        raise RecipeError(problems)
+    if part.name == SANDBOX:
+        with resources.as_file(resources.files("carft_ray.learning.models") / "sandbox_weights") as own:
+            return _open_folder(own, device, read)
+    if part.name.startswith(LOCAL_DIR):
+        return _open_folder(Path(part.name.removeprefix(LOCAL_DIR)), device, read)
+    if part.name.startswith(HUB):
+        page = part.name.removeprefix(HUB)
+        with fetching("model.name", part.name, page):
+            path = download_pretrained_from_hf(page, filename=OPEN_CLIP_CONFIG)
+            download_pretrained_from_hf(page)  # into the same folder of the hub's cache
+        return _open_folder(Path(path).parent, device, read)
+    name = part.name.replace("/", "-")
+    config = open_clip.get_model_config(name)
+    state, path, preprocessing = None, None, _usual_preprocessing(name)
+    if part.pretrained not in (None, RANDOM):
+        path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
+    if path is not None:
+        state = read(path, "model.pretrained")
+        if is_from_openai(state):
+            _require_activation(name, True, f"{path.name} (OpenAI's own)")
+    with fetching("model.name", f"the text tower of {name}", config["text_cfg"].get("hf_model_name")):
+        model = build_model(name, device)
+    set_preprocessing(model, preprocessing)
+    return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
+
+
+def image_tower(part: ModelConfig) -> nn.Module | None:
+    """Builds the image tower of a model from its configuration alone, without memory.
+
+    Args:
+        part: A model that has passed ``check_model``.
+
+    Returns:
+        The tower on the device 'meta'; None where its configuration is on the hub, or open_clip cannot build it.
+    """
+    if part.name.startswith(HUB):
+        return None
+    if part.name == SANDBOX or part.name.startswith(LOCAL_DIR):
+        folder = Path(part.name.removeprefix(LOCAL_DIR))
+        with resources.as_file(resources.files("carft_ray.learning.models") / "sandbox_weights") as own:
+            config = _folder_config(own if part.name == SANDBOX else folder)
+    else:
+        config = open_clip.get_model_config(part.name.replace("/", "-"))
+    try:
+        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        with quiet(), torch.device("meta"):
+            model: Any = open_clip.CLIP(
+                config["embed_dim"], vision, {"layers": 1}, quick_gelu=config.get("quick_gelu", False)
+            )
+    except BUILD_ERRORS:
+        return None
+    return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """Returns what open_clip builds the model of a folder from."""
+    if is_hugging_face_folder(folder):
+        return hugging_face.read_config(folder, "model.name")[0]
+    config: dict[str, Any] = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    return config
+
+
+def preprocess_config(model: nn.Module) -> dict[str, Any]:
+    """Returns the preprocessing that an open_clip model carries, with open_clip's defaults for what it leaves out."""
+    return {**vars(PreprocessCfg()), **open_clip.get_model_preprocess_cfg(model)}
+
+
+def set_preprocessing(model: nn.Module, preprocessing: dict[str, Any]) -> None:
+    """Gives a model mean, std, interpolation and resize mode; its size is that of its tower."""
+    known = {key: preprocessing[key] for key in PREPROCESSING if preprocessing.get(key) is not None}
+    open_clip.set_model_preprocess_cfg(model, {**preprocess_config(model), **known})
+
+
+def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) -> Opened:
+    place = "model.name"
+    state: State = {}
+    for path in folder_files(folder):
+        state |= read(path, place)
+    if is_hugging_face_folder(folder):
+        config, preprocessing = hugging_face.read_config(folder, place)
+        with torch.device(device):
+            model: nn.Module = open_clip.CLIP(**config)
+        set_preprocessing(model, preprocessing)
+        if tokenizer_files(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
+            # open_clip then looks for the tokenizer in the folder, in exports too
+            config["text_cfg"]["hf_tokenizer_name"] = folder.name
+        return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
+    config = _folder_config(folder)
+    if is_from_openai(state) and not config.get("quick_gelu", False):
+        rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
+        raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule))
+    try:
+        with fetching(place, f"the text tower of {folder.name}", config["text_cfg"].get("hf_model_name")):
+            model = build_model(f"{LOCAL_DIR}{folder.resolve()}", device)
+    except BUILD_ERRORS as error:
+        rule = "model_cfg must be one that open_clip can build"
+        raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule, f"{type(error).__name__}: {error}")) from error
+    return Opened(model, config, state, str(folder), place, folder)
+
+
+def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
+    """Returns the file of the weights, None when it may not be fetched, and what is known of their preprocessing."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags:
+        known = open_clip.get_pretrained_cfg(name, pretrained)
+        _require_activation(name, bool(known.get("quick_gelu", False)), f"'{pretrained}'")
+        what, page = f"the weights '{pretrained}' of {name}", known.get("hf_hub") or known.get("url")
+        try:
+            with fetching("model.pretrained", what, page, may_fetch):
+                return Path(open_clip.download_pretrained(known)), known
+        except DataError:
+            if may_fetch:
+                raise
+            return None, known
+    path = Path(pretrained)
+    if not path.is_file():
+        near = nearest(pretrained, tags)
+        rule = f"must be a tag of {name}, a weights file, or '{RANDOM}'"
+        raise RecipeError(Problem("model.pretrained", rule, repr(pretrained), tuple(tags), near))
+    if (tag := _released_as(name, path)) is not None:
+        known = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
+        _require_activation(name, bool(known.get("quick_gelu", False)), f"{path.name} ('{tag}' by its hash)")
+        return path, known
+    return path, _preprocessing_of(name, path)
+
+
+def _require_activation(name: str, trained_quick: bool, weights: str) -> None:
+    if problems := activation_problems(name, trained_quick, weights):
+        raise RecipeError(problems)
+
+
+def _released_as(name: str, path: Path) -> str | None:
+    """Returns the tag of a file that open_clip has released, whose address ends in the start of its SHA-256."""
+    addresses = {tag: open_clip.get_pretrained_url(name.removesuffix(QUICK), tag) for tag in _tags(name)}
+    hashes = {found[1]: tag for tag, url in addresses.items() if (found := re.search(r"-([0-9a-f]{8})\.pt$", url))}
+    if not hashes or path.suffix != ".pt":
+        return None
+    with path.open("rb") as file:
+        return hashes.get(hashlib.file_digest(file, "sha256").hexdigest()[:8])
+
+
+def _tags(name: str) -> list[str]:
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(name.removesuffix(QUICK))
+    return tags
+
+
+def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
+    """Returns the preprocessing of a weights file: what stands beside it, else that of open_clip's own weights."""
+    beside = path.parent / OPEN_CLIP_CONFIG
+    if beside.is_file():
+        found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+        return found
+    if (tag := tag_in_path(name, path)) in _tags(name):
+        known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
+        return known
+    kinds = preprocessing_kinds(name)
+    if len(kinds) > 1:
+        logging.getLogger(__name__).warning(
+            "model.pretrained: %s does not tell its preprocessing, and open_clip's weights of %s differ in it (such as "
+            "%s); mean, std and resizing of CLIP are used. Put the %s of the weights beside the file.",
+            *(path.name, name, ", ".join(next(iter(tags)) for tags in kinds.values()), OPEN_CLIP_CONFIG),
+        )
+    return _usual_preprocessing(name)
+
+
+def preprocessing_kinds(name: str) -> dict[str, list[str]]:
+    """Returns the tags of a model by the preprocessing of their weights, written as JSON."""
+    kinds: dict[str, list[str]] = {}
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        known = open_clip.get_pretrained_cfg(name, tag)
+        kinds.setdefault(json.dumps({key: known.get(key) for key in PREPROCESSING}), []).append(tag)
+    return kinds
+
+
+def _usual_preprocessing(name: str) -> dict[str, Any]:
+    """Returns the preprocessing that all of open_clip's weights of a model share, or nothing."""
+    kinds = list(preprocessing_kinds(name))
+    return dict(json.loads(kinds[0])) if len(kinds) == 1 else {}
+
+
+def _has_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
+    """Tells CLIP's own tokenizer, which open_clip brings along, from another one in a Hugging Face folder."""
+    path, own = folder / "tokenizer_config.json", "CLIPTokenizer"
+    kind = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class", own) if path.is_file() else own
+    return vocab_size == CLIP_VOCABULARY and str(kind).startswith(own)

@@ -1,0 +1,158 @@
+"""What of an image tower trains, and how it computes: layers that are frozen, LoRA, gradient checkpointing.
+
+Whether a tower can do what ``train`` asks shows in the model alone: a command looks at one without weights where its
+configuration is known (``opening.image_tower``), and ``check_tower`` at the model itself, before a study trains.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from carft_ray.errors import Problem, RecipeError
+from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.layers import layer_groups
+from carft_ray.learning.lora import add_corrections, matrices
+from carft_ray.learning.models.catalog import TOWER_DEFAULTS, TOWER_FIELDS
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.parameters import CategoricalParameter
+from carft_ray.recipe.schema import Recipe
+
+
+def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
+    """Makes trainable, in place, what the recipe says of the image tower.
+
+    Raises:
+        RecipeError: The tower cannot do it.
+    """
+    visual = classifier.visual
+    problems = tower_problems(visual, train)
+    if problems:
+        raise RecipeError(problems)
+    if train.freeze_layers:
+        for name in itertools.chain(*layer_groups(visual)[: train.freeze_layers]):
+            visual.get_parameter(name).requires_grad_(False)
+    if train.lora_rank is not None:
+        scale = 1.0 if train.lora_alpha is None else train.lora_alpha / train.lora_rank
+        add_corrections(visual, _adapted(visual, train.freeze_layers), train.lora_rank, scale, train.seed)
+    if train.grad_checkpointing:
+        visual.set_grad_checkpointing(True)  # type: ignore[operator]  # open_clip is untyped
+
+
+def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Returns the learning rate of each parameter of a tower, relative to that of the class head.
+
+    Layer l of n (from 0) has ``layer_decay ** (n - l)``; the class head is layer n. Source: BEiT, arXiv 2106.08254, and
+    timm's ``param_groups_layer_decay``, for which a classifier's last norm stands with its head, too.
+    """
+    if layer_decay == 1:
+        return {name: 1.0 for name, _ in visual.named_parameters()}
+    layers = layer_groups(visual)
+    return {name: layer_decay ** (len(layers) - index) for index, layer in enumerate(layers) for name in layer}
+
+
+def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
+    """Returns what a tower cannot do of what ``train`` asks."""
+    if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
+        return []
+    problems = []
+    layers = layer_groups(visual)
+    num_layers, frozen, rank = len(layers), train.freeze_layers, train.lora_rank
+    if frozen > num_layers:
+        rule = f"must be at most {num_layers}, the number of layers of the image tower"
+        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
+    elif frozen == num_layers and train.head_lr_factor == 0:
+        rule = f"must be at most {num_layers - 1} with head_lr_factor 0, or nothing trains"
+        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
+    if rank is not None and frozen <= num_layers:
+        problems += _lora_problems(visual, rank, frozen)
+    if train.grad_checkpointing and not any(hasattr(module, "grad_checkpointing") for module in visual.modules()):
+        rule = "must be false: this image tower has no gradient checkpointing"
+        step = "To need less memory, write a smaller train.micro_batch; the gradient stays the same."
+        problems.append(Problem("train.grad_checkpointing", rule, "true", next_step=step))
+    if train.recalibrate_batches and not any(isinstance(module, _BatchNorm) for module in visual.modules()):
+        rule = "must be 0: this image tower has no BatchNorm, whose statistics could be computed anew"
+        problems.append(Problem("train.recalibrate_batches", rule, str(train.recalibrate_batches)))
+    return problems
+
+
+def _lora_problems(visual: nn.Module, rank: int, frozen: int) -> list[Problem]:
+    if not _adapted(visual, 0):
+        rule = "must be null: the blocks of this image tower have no Linear layers"
+        return [
+            Problem("train.lora_rank", rule, str(rank), next_step="train.freeze_layers trains a part of any tower.")
+        ]
+    adapted = _adapted(visual, frozen)
+    if not adapted:
+        rule = f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
+        return [Problem("train.lora_rank", rule, str(rank))]
+    smallest = min(min(matrix.shape) for matrix in adapted.values())
+    if rank > smallest:
+        rule = f"must be at most {smallest}, the smallest side of a matrix"
+        return [Problem("train.lora_rank", rule, str(rank))]
+    return []
+
+
+def _adapted(visual: nn.Module, frozen: int) -> dict[str, Tensor]:
+    """Returns the matrices of the blocks over the frozen layers; the stem and what follows the blocks have none."""
+    blocks = range(max(1, frozen), len(layers := layer_groups(visual)) - 1)
+    return matrices(visual, [name for index in blocks for name in layers[index]])
+
+
+def num_trained(visual: nn.Module, train: TrainConfig) -> int:
+    """Returns how many numbers of a tower train: all, those of layers that are not frozen, or those of LoRA."""
+    if train.lora_rank is not None:
+        return sum(train.lora_rank * sum(matrix.shape) for matrix in _adapted(visual, train.freeze_layers).values())
+    sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
+    frozen = itertools.chain(*layer_groups(visual)[: train.freeze_layers]) if train.freeze_layers else ()
+    return sum(sizes.values()) - sum(sizes[name] for name in frozen)
+
+
+def training_bytes(num_weights: int, num_trained: int, has_average: bool = False) -> int:
+    """Returns the memory of a training without activations, in float32.
+
+    The weights of the tower and of the frozen one; for every weight that trains its gradient and the two moments of
+    AdamW, and where there is one its average.
+    """
+    return 4 * (2 * num_weights + (4 if has_average else 3) * num_trained)
+
+
+def check_tower(visual: nn.Module, recipe: Recipe) -> None:
+    """Refuses a recipe of which a training would ask what the tower cannot do.
+
+    Raises:
+        RecipeError: As ``recipe_problems``.
+    """
+    if problems := recipe_problems(visual, recipe):
+        raise RecipeError(problems)
+
+
+def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
+    """Returns what a tower cannot do of what a recipe may ask: as it stands, at the ends of its space, in a baseline.
+
+    Each value is named once, by its key in the recipe.
+    """
+    problems: dict[Problem, None] = {}
+    for values, place in _trainings(recipe):
+        for problem in tower_problems(visual, recipe.train.model_copy(update=values)):
+            name = problem.place.removeprefix("train.")
+            problems[dataclasses.replace(problem, place=f"{place}.{name}" if name in values else problem.place)] = None
+    return list(problems)
+
+
+def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields values over ``train`` that trainings of the recipe may have, with the key path that they stand under."""
+    searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
+    ends: list[list[Any]] = []
+    for name, parameter in searched.items():
+        values = (
+            list(parameter.choices) if isinstance(parameter, CategoricalParameter) else [parameter.low, parameter.high]
+        )
+        ends.append([*values, getattr(recipe.train, name)] if parameter.when else values)
+    for chosen in itertools.product(*ends):
+        yield dict(zip(searched, chosen, strict=True)), "search.space"
+    for name, given in recipe.search.baselines.items():
+        yield {key: value for key, value in given.items() if key in TOWER_FIELDS}, f"search.baselines.{name}"

@@ -1,0 +1,77 @@
+"""The points of a space that is finite: of choices, whole numbers and steps. Conditions count."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.conditions import active_values, in_order, is_active, same
+
+TOLERANCE = 1e-8  # of a step, by which a drawn value may miss the grid; Optuna's own
+
+
+def num_values(parameter: Parameter) -> int | None:
+    """Returns how many values a parameter can have; None when they cannot be counted."""
+    if isinstance(parameter, CategoricalParameter):
+        return len(parameter.choices)
+    if isinstance(parameter, IntParameter):
+        return (parameter.high - parameter.low) // parameter.step + 1
+    if parameter.step is None:
+        return None
+    return int((decimal(parameter.high) - decimal(parameter.low)) / decimal(parameter.step)) + 1
+
+
+def decimal(value: float) -> Decimal:
+    """Returns a number as it is written: 0.1 divides 0.9 then, which floats deny."""
+    return Decimal(str(value))
+
+
+def grid_size(space: Mapping[str, Parameter]) -> int | None:
+    """Returns the number of different trials of a space; None when a parameter has no step.
+
+    Only parameters that a condition names are enumerated; the others multiply.
+    """
+    sizes = {name: num_values(parameter) for name, parameter in space.items()}
+    if None in sizes.values():
+        return None
+    ordered = in_order(space)
+    named = {other for parameter in space.values() for other in parameter.when}
+    parents = {name: each for name, each in ordered.items() if name in named and isinstance(each, CategoricalParameter)}
+    total, seen = 0, set()
+    for choices in itertools.product(*(parent.choices for parent in parents.values())):
+        values = active_values(parents, dict(zip(parents, choices, strict=True)))
+        if (key := repr(sorted(values.items()))) not in seen:
+            seen.add(key)
+            free = (sizes[name] or 0 for name, each in space.items() if name not in parents and is_active(each, values))
+            total += math.prod(free)
+    return total
+
+
+def grid_index(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> tuple[tuple[str, int], ...] | None:
+    """Returns which point of the grid a trial is: a number per active parameter; None when it is none of them."""
+    active = active_values(space, values)
+    wanted = [name for name, parameter in in_order(space).items() if is_active(parameter, active)]
+    if list(active) != wanted or active.keys() != values.keys():
+        return None
+    numbers = [_number(space[name], value) for name, value in active.items()]
+    if None in numbers:
+        return None
+    return tuple((name, number or 0) for name, number in zip(active, numbers, strict=True))
+
+
+def _number(parameter: Parameter, value: Any) -> int | None:
+    if isinstance(parameter, CategoricalParameter):
+        return next((index for index, choice in enumerate(parameter.choices) if same(choice, value)), None)
+    steps = (value - parameter.low) / (parameter.step or 1)
+    inside = parameter.low <= value <= parameter.high and abs(steps - round(steps)) < TOLERANCE
+    return round(steps) if inside else None
+
+
+def num_trials(recipe: Recipe) -> int:
+    """Returns how many trials a search makes: ``search.trials``, or the points of the grid where they are fewer."""
+    search = recipe.search
+    size = grid_size(search.space) if search.sampler.name == "grid" else None
+    return search.trials if size is None else min(search.trials, size)

@@ -1,0 +1,315 @@
+"""Confirming the winner of a search: which configurations are trained again, with which seeds, and what that shows.
+
+    confirm/plan.json     the winner and all rows, fixed before the first of these trainings
+    confirm/summary.json  the numbers, once all of them have ended
+
+The best of N noisy objectives is too high, so it is measured again with fresh seeds, from a range that the search has
+not used. ``alpha`` belongs to a configuration and is never chosen again.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_ray import files
+from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
+from carft_ray.recipe.schema import CACHE_KEYS, Recipe
+from carft_ray.results.reading.overview import Overview, folder_of
+from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
+from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.words import counted
+
+FORMAT_VERSION = 1
+SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
+
+Role = Literal["winner", "candidate", "baseline"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One configuration; rows that differ in alpha alone share their trainings.
+
+    Attributes:
+        name: For people; unique.
+        role: The winner, another of the top, or a baseline.
+        training: Name of its trainings less the seed; None: the zero-shot model.
+        alpha: Its mixing coefficient.
+        values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
+            training is evaluated there and on the whole grid, at every point at which the trial may ever stand.
+        objective: That of the search, one training on the study's seed.
+    """
+
+    name: str
+    role: Role
+    training: str | None
+    alpha: float
+    values: dict[str, Any]
+    objective: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A comparison: the rows and the seeds that all of them are trained with."""
+
+    winner: str
+    seeds: tuple[int, ...]
+    rows: tuple[PlanRow, ...]
+
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """Returns the values of every training by its name, winner first, then seed by seed."""
+        found: dict[str, dict[str, Any]] = {}
+        for seed in self.seeds:
+            for row in self.rows:
+                if row.training is not None:
+                    # a row at alpha 1 needs no training of its own: alpha 1 is always measured
+                    name = training_name(row.training, seed)
+                    found.setdefault(name, {"alpha": row.alpha, **row.values, "seed": seed})
+        return found
+
+
+def training_name(training: str, seed: int) -> str:
+    """Returns the name of one training with a fresh seed, and of its folder."""
+    return f"{training}-seed{seed}"
+
+
+def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
+    """Returns seeds from a range that neither the search nor another stage uses.
+
+    Args:
+        recipe: Its ``train.seed`` is the seed of the search.
+        stage: 1, or 2 for the seeds after a choice among confirmed configurations.
+        num_seeds: How many; the first of more are those of fewer.
+    """
+    return tuple((recipe.train.seed + stage * SEED_STEP + index) % 2**63 for index in range(1, num_seeds + 1))
+
+
+def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
+    """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
+
+    A trial that misses constraints by more than the winner does is no candidate. A baseline stands there with its own
+    alpha and at alpha 1. The winner of another study counts as one more baseline.
+
+    Args:
+        view: The study.
+        top: Trials to confirm, the winner among them.
+        num_seeds: Fresh seeds of each.
+        against: Studies of the same model, data and objective, for instance of plain fine-tuning.
+
+    Raises:
+        NoSuccessfulTrialError: A study has no finished trial.
+        UsageError: A study of ``against`` cannot be compared.
+    """
+    ranked = _best_first(view)
+    winner, *others = [row for row in ranked if row.violation <= ranked[0].violation][:top]
+    rows = [_plan_row(row, "winner" if row is winner else "candidate") for row in (winner, *others)]
+    for row in view.baselines:
+        if row.objective is None:
+            continue
+        rows.append(_plan_row(row, "baseline"))
+        at_one = _at_alpha_one(view, row)
+        if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
+            name = f"{row.name}, alpha 1"
+            rows.append(PlanRow(name, "baseline", row.name, 1.0, rows[-1].values, at_one))
+    for other in against:
+        rows.append(_rival(view, other))
+    return Stage(winner.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
+
+
+def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
+    """Returns the comparison of the configuration that the first stage chose, on as many seeds that did not choose it.
+
+    Args:
+        first: The first stage.
+        chosen: Name of one of its trials.
+        recipe: The study's recipe.
+    """
+    rows = [_with_role(row, "winner") for row in first.rows if row.name == chosen]
+    rows += [row for row in first.rows if row.role == "baseline"]
+    return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
+
+
+def plan(
+    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()
+) -> tuple[Stage, Stage | None, list[str]]:
+    """Returns both stages as they stand after this call's wishes, and what is to be said about it.
+
+    What an earlier call has asked for stays: rows are added and seeds appended. When the search has gone on and found a
+    better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may stand at
+    another point of its curve by now; the trainings that are there were evaluated at that one, too.
+
+    Args:
+        view: The study.
+        top: As ``first_stage``.
+        num_seeds: As ``first_stage``.
+        against: As ``first_stage``.
+    """
+    before, second = read_plan(view.study_dir) or (None, None)
+    if before is None:
+        return first_stage(view, top, num_seeds, against), None, []
+    notes = []
+    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
+    if num_seeds < len(before.seeds):
+        notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
+    if first.winner != before.winner:
+        notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
+        second = None
+    for row, earlier in _moved(first, before):
+        notes.append(f"the search went on: {row.name} stood at alpha {earlier.alpha:.2f}, now at {row.alpha:.2f}")
+        second = None if row.role == "winner" else second
+    names = {row.name for row in first.rows}
+    kept = [_with_role(row, "candidate" if row.role == "winner" else row.role) for row in before.rows]
+    rows = (*first.rows, *(row for row in kept if row.name not in names))
+    return Stage(first.winner, first.seeds, rows), second, notes
+
+
+def cost(view: Overview, stage: Stage) -> str:
+    """Returns what training the rest of a stage takes, in a sentence."""
+    done = {row.name for row in view.confirmations if row.outcome != "running"}
+    missing = [name for name in stage.trainings() if name not in done]
+    if not missing:
+        return f"All {len(stage.trainings())} trainings with fresh seeds are there already."
+    configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
+    text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
+    seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
+    if seconds:
+        text += f" of about {sum(seconds) / len(seconds):.0f} s each"
+    sizes = [path.stat().st_size for path in view.study_dir.glob(f"*/*/{WEIGHTS}")]
+    if sizes:
+        text += f"; their weights take {len(missing) * max(sizes) / 1e6:.0f} MB"
+    return text + "."
+
+
+def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, stage: Stage) -> dict[str, dict[str, Any]]:
+    """Writes ledger and plan, before anything of it is trained; the study's lock is held.
+
+    Args:
+        study_dir: The study directory, absolute.
+        recipe: Its recipe.
+        first: The first stage.
+        second: The second one, where there is one.
+        stage: The one of them that is trained now.
+
+    Returns:
+        Values of the stage's trainings by name.
+
+    Raises:
+        HoldOutError: The ledger is not as carft-ray has written it.
+        StorageError: Something cannot be written.
+    """
+    sets = ("id_val", *recipe.data.ood_val)
+    details = {**_stage_data(stage), "chosen_by": "confirm" if stage is second else "search"}
+    written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
+    if details not in written[-2:]:  # the same command again, after a kill
+        record(study_dir, recipe, WINNER_FIXED, sets, details)
+    write_plan(study_dir, first, second)
+    return stage.trainings()
+
+
+def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
+    """Writes what is compared at the end at the top, and the first stage of two beside it.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    last = second or first
+    content = {"format_version": FORMAT_VERSION, **_stage_data(last), "stage1": _stage_data(first) if second else None}
+    files.write_json(study_dir / CONFIRM / CONFIRM_PLAN, content)
+
+
+def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
+    """Returns the first and the second stage of a study's confirm, or None before there is one.
+
+    Raises:
+        StorageError: The plan is damaged or of another version.
+    """
+    path = study_dir / CONFIRM / CONFIRM_PLAN
+    if not path.exists():
+        return None
+    content = files.read_json(path)
+    try:
+        if content["format_version"] != FORMAT_VERSION:
+            rule = f"must have format_version {FORMAT_VERSION}"
+            raise StorageError(Problem(str(path), rule, str(content["format_version"])))
+        last = _stage(content)
+        return (last, None) if content["stage1"] is None else (_stage(content["stage1"]), last)
+    except (KeyError, TypeError) as error:
+        raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
+
+
+def last_stage(study_dir: Path) -> Stage | None:
+    """Returns the comparison that counts, or None before there is one."""
+    plan = read_plan(study_dir)
+    return None if plan is None else plan[1] or plan[0]
+
+
+def _stage_data(stage: Stage) -> dict[str, Any]:
+    return {"winner": stage.winner, "seeds": list(stage.seeds), "rows": [asdict(row) for row in stage.rows]}
+
+
+def _stage(content: Mapping[str, Any]) -> Stage:
+    return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
+
+
+def _best_first(view: Overview) -> list[TrialRow]:
+    rows = [row for row in view.trials if row.objective is not None]
+    return best_first(require_finished(view.study_dir, rows))
+
+
+def _moved(now: Stage, before: Stage) -> list[tuple[PlanRow, PlanRow]]:
+    """Returns the rows that stand at another alpha than before, each with its earlier one."""
+    earlier = {row.name: row for row in before.rows}
+    known = [(row, earlier[row.name]) for row in now.rows if row.name in earlier]
+    return [(row, old) for row, old in known if row.alpha != old.alpha]
+
+
+def _plan_row(row: TrialRow, role: Role) -> PlanRow:
+    training = None if row.name == ZERO_SHOT else row.name
+    left_out = ("seed",) if row.standing else ("alpha", "seed")
+    values = {name: value for name, value in row.values.items() if name not in left_out}
+    return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
+
+
+def _with_role(row: PlanRow, role: Role) -> PlanRow:
+    return PlanRow(**{**asdict(row), "role": role})
+
+
+def _at_alpha_one(view: Overview, row: TrialRow) -> float | None:
+    """Returns the objective of a row's training at alpha 1, as the search measured it."""
+    result = read_result(folder_of(view.study_dir, row)) or {}
+    value = result.get("fine_tuned", {}).get("objective")
+    return None if value is None else float(value)
+
+
+def _rival(view: Overview, other: Overview) -> PlanRow:
+    """Returns the winner of another study as a baseline of this one."""
+    if other.study_dir == view.study_dir:
+        raise UsageError(Problem(f"--against {other.study_dir}", "must be another study", "this one"))
+    theirs = _shared(other.recipe)
+    differing = [key for key, value in _shared(view.recipe).items() if value != theirs[key]]
+    if differing:
+        step = "Search both with recipes that differ in train and search.space alone."
+        rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
+        raise UsageError(
+            Problem(f"--against {other.study_dir}", rule, f"another {', '.join(differing)}", next_step=step)
+        )
+    best = _best_first(other)[0]
+    values = {**other.recipe.train.model_dump(mode="json"), **best.values}
+    name = f"{other.study_dir.name} {best.name}"
+    training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    values = {key: value for key, value in values.items() if key not in ("alpha", "seed")}
+    values |= {"alpha": best.values.get("alpha", best.alpha)} if best.standing else {}
+    return PlanRow(name, "baseline", training, best.alpha or 0.0, values, best.objective or 0.0)
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """Returns what two studies must have in common, or their numbers are not of one comparison."""
+    return {
+        "model": recipe.model,
+        "data": recipe.data.model_dump(exclude={*CACHE_KEYS}),
+        "prompts": recipe.prompts,
+        "search.objective": recipe.search.objective,
+    }

@@ -1,0 +1,72 @@
+"""The log of one training of a study, whole or as it grows."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from carft_ray import files
+from carft_ray.layout import ALIVE, CUT, ERROR, LOG, RESULT
+from carft_ray.results.reading.overview import Overview, find_row, folder_of
+from carft_ray.study.lease import holder
+from carft_ray.study.outcome import TrialRow
+
+LOOK_EVERY_S = 0.5
+
+
+def find_log(overview: Overview, written: str) -> tuple[TrialRow, Path]:
+    """Returns the trial, baseline or training of a confirm that a user means, and the path of its log.
+
+    The log need not be there yet.
+
+    Raises:
+        UsageError: There is no such trial.
+    """
+    rows = [row for row in overview.confirmations if row.name == written]  # these have no numbers to be called by
+    row = rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
+    return row, folder_of(overview.study_dir, row) / LOG
+
+
+def read_log(path: Path) -> list[str] | None:
+    """Returns the lines of a log, or None when there is none yet.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise files.storage_error(path, error) from error
+
+
+def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
+    """Yields the whole lines of a log, old ones and new ones, until its training has ended or no search is left.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    position = 0
+    while True:
+        over = _ended(path.parent) or holder(study_dir) is None  # looked at before the last reading
+        try:
+            with open(path, "rb") as file:
+                file.seek(position)
+                content = file.read()
+        except FileNotFoundError:
+            content = b""
+        except OSError as error:
+            raise files.storage_error(path, error) from error
+        whole = content if over else content[: content.rfind(b"\n") + 1]
+        position += len(whole)
+        yield from whole.decode(errors="replace").splitlines()
+        if over:
+            return
+        time.sleep(LOOK_EVERY_S)
+
+
+def _ended(folder: Path) -> bool:
+    """Tells whether a training has finished, was cut or diverged; after another failure it may get one more attempt."""
+    failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
+    was_cut = (folder / CUT).exists() and not (folder / ALIVE).exists()
+    return (folder / RESULT).exists() or was_cut or failure.get("outcome") == "diverged"

@@ -1,0 +1,477 @@
+"""A study as its readers see it (`status`, `ls`, `logs`): nothing is locked, nothing is written, no torch is loaded."""
+
+import contextlib
+import functools
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.layout import JOURNAL, LOG, MANIFEST, METRICS, RESOLVED, STOP
+from carft_ray.recipe.constraints import violations
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.study.best import constraint_lines
+from carft_ray.study.identity import caught_up
+from carft_ray.study.lease import holder
+from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
+from carft_ray.study.lock import BUDGET_STOP
+from carft_ray.study.outcome import TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
+from carft_ray.words import counted
+
+STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A study at one moment.
+
+    Attributes:
+        study_dir: The study directory, absolute.
+        recipe: Its resolved recipe.
+        trials: In the order of their numbers.
+        baselines: Zero-shot and the recipe's baselines.
+        confirmations: Trainings with fresh seeds, of a confirm.
+        holder: What the live search says of itself; None: no search works on the study.
+        stopping: A stop was asked for and the live search has not ended yet.
+        running: Kinds and names of what trains at the moment.
+    """
+
+    study_dir: Path
+    recipe: Recipe
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    confirmations: list[TrialRow]
+    holder: str | None
+    stopping: bool
+    running: frozenset[tuple[str, str]]
+
+    @functools.cached_property
+    def best(self) -> TrialRow | None:
+        """The best trial (``study.rows.best_first``), in a Pareto search at its point of the front."""
+        return best_row(self.trials)
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """All trainings: baselines, trials, and those of a confirm."""
+        return [*self.baselines, *self.trials, *self.confirmations]
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that have ended, well or not."""
+        return sum(row.outcome != "running" for row in self.trials)
+
+    def state(self, row: TrialRow) -> str:
+        """Returns a row's outcome; of one that has none yet, whether it runs, was stopped, waits or is set aside."""
+        if row.outcome != "running" or row.set_aside or self.holder is None:
+            return state_at_rest(row)
+        return "running" if (row.kind, row.name) in self.running else "waiting"
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many trials are in each state."""
+        found = [self.state(row) for row in self.trials]
+        return {state: found.count(state) for state in STATES}
+
+    def data(self, row: TrialRow) -> dict[str, Any]:
+        """Returns a row as plain data: that of ``row_dict`` with number, state, attempt and start."""
+        return {
+            "number": row.number,
+            **row_dict(row, self.best, self.study_dir, self._own),
+            "outcome": self.state(row),
+            "attempt": row.attempt,
+            "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
+        }
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        return own_values(self.recipe, self.rows)
+
+
+def state_at_rest(row: TrialRow) -> str:
+    """Returns a row's outcome where no search runs; of one that has none: set aside, stopped, or not begun."""
+    if row.outcome != "running":
+        return row.outcome
+    return "set_aside" if row.set_aside else "stopped" if row.attempt else "waiting"
+
+
+def own_values(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any]:
+    """Returns the values of ``train`` that trainings have where they were given no other.
+
+    Args:
+        recipe: The study's.
+        rows: Its trainings; what they or the search space name is returned, but for what is drawn on a condition.
+    """
+    own, space = recipe.train.model_dump(mode="json"), recipe.search.space
+    names = dict.fromkeys([*space, *(name for row in rows for name in row.values)])
+    left_out = {"alpha", "seed", *(name for name, parameter in space.items() if parameter.when)}
+    return {name: own[name] for name in names if name in own and name not in left_out}
+
+
+def row_dict(row: TrialRow, best: TrialRow | None, study_dir: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a trial or baseline as plain data.
+
+    Args:
+        row: The row, of a study on which no search runs (``state_at_rest``).
+        best: The best row.
+        study_dir: The study directory, for the number of the last epoch of a training that has not ended.
+        own: As of ``own_values``.
+    """
+    return {
+        "kind": row.kind,
+        "name": row.name,
+        "values": row.values if row.name == ZERO_SHOT else {**own, **row.values},
+        "outcome": state_at_rest(row),
+        "epoch": last_epoch(folder_of(study_dir, row)) if row.outcome == "running" else None,
+        "reason": row.reason,
+        "alpha": row.alpha,
+        "objective": row.objective,
+        "fitted": row.fitted,
+        "at_chance": row.at_chance,
+        "metrics": row.metrics,
+        "violations": violations(row.metrics),
+        "on_front": row.standing > 0,
+        "elapsed_s": row.elapsed_s,
+        "outside": row.outside,
+        "best": best is not None and row.kind == best.kind and row.name == best.name,
+    }
+
+
+def read_study(folder: Path) -> Overview:
+    """Reads a study.
+
+    Raises:
+        UsageError: The folder is none.
+        RecipeError, StorageError: Its resolved recipe or its journal is damaged.
+    """
+    study_dir = require_study(folder)
+    found = holder(study_dir)
+    by_kind = rows_by_kind(study_dir)
+    rows, beside, fresh = by_kind["trial"], by_kind["baseline"], by_kind["confirm"]
+    live = frozenset((row.kind, row.name) for row in (*rows, *beside, *fresh) if found and _trains(study_dir, row))
+    stopping = found is not None and (study_dir / STOP).exists()
+    return Overview(study_dir, study_recipe(study_dir), rows, beside, fresh, found, stopping, live)
+
+
+def is_study(folder: Path) -> bool:
+    """Tells whether a folder holds a study."""
+    return (folder / JOURNAL).is_file()
+
+
+def studies_in(folder: Path) -> list[Path]:
+    """Returns the studies that lie directly in a folder, by name."""
+    return sorted(path for path in folder.iterdir() if is_study(path)) if folder.is_dir() else []
+
+
+def require_study(folder: Path, rule: str = "must be a study") -> Path:
+    """Returns a study's folder as an absolute path.
+
+    Raises:
+        UsageError: It is no study; names the nearest one beside it, or those inside it.
+    """
+    if is_study(folder):
+        return folder.resolve()
+    inside = tuple(str(path) for path in studies_in(folder))
+    beside = [str(path) for path in studies_in(folder.parent)]
+    step = f"Begin one: carft-ray search RECIPE --study {folder}"
+    if not folder.exists():
+        value = "no such folder"
+    elif not folder.is_dir():
+        value, step = "a file", "Give the folder that `search --study` was given."
+    elif (folder / MANIFEST).exists():
+        value, step = "the folder of one training", f"See it: carft-ray evaluate {folder}"
+    else:
+        value, step = f"one without {JOURNAL}", "Give the folder that `search --study` was given."
+    raise UsageError(Problem(str(folder), rule, value, inside, nearest(str(folder), beside), step))
+
+
+def require_claimed(folder: Path) -> Path:
+    """Returns the folder of a study or of a training as an absolute path.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder.resolve()
+    return require_study(folder, "must be a study or the folder of a training")
+
+
+def resolved_recipe(study_dir: Path) -> Path:
+    """Returns the path of the recipe with which a study goes on.
+
+    Raises:
+        UsageError: Its first search was killed before it wrote the recipe.
+    """
+    path = study_dir / RESOLVED
+    if not path.is_file():
+        step = f"Run its first command again: carft-ray search RECIPE --study {study_dir}"
+        value = "one whose first search was killed at its beginning"
+        raise UsageError(Problem(str(study_dir), f"must be a study with a {RESOLVED}", value, next_step=step))
+    return path
+
+
+def behind(study_dir: Path) -> list[str]:
+    """Returns what must be set over ``resolved.yaml``, as ``key=value``, where a kill has kept it from being written.
+
+    Raises:
+        RecipeError, StorageError: As ``study_recipe``.
+    """
+    return caught_up(study_dir, load_recipe(study_dir / RESOLVED))
+
+
+def study_recipe(study_dir: Path) -> Recipe:
+    """Returns the recipe of a study's last search: ``resolved.yaml``, else that of its manifest.
+
+    Raises:
+        RecipeError: The recipe breaks a rule.
+        StorageError: The manifest cannot be read.
+    """
+    if (study_dir / RESOLVED).exists():
+        recipe = load_recipe(study_dir / RESOLVED)
+        missing = caught_up(study_dir, recipe)
+        return load_recipe(study_dir / RESOLVED, missing) if missing else recipe
+    try:
+        return Recipe.model_validate(files.read_json(study_dir / MANIFEST)["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(Problem(str(study_dir / MANIFEST), "must be the manifest of a study", str(error))) from error
+
+
+def total_trials(written: str, overview: Overview) -> int:
+    """Returns the number of trials that a study shall have.
+
+    Args:
+        written: A total (``20``), or how many more (``+4``).
+        overview: The study.
+
+    Raises:
+        UsageError: It is no number, or less than the trials that have begun.
+    """
+    digits = written.strip().removeprefix("+")
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        rule = "must be a whole number of trials from 1, or +N for N more"
+        raise UsageError(Problem("--trials", rule, repr(written)))
+    begun = len(overview.trials)
+    if written.strip().startswith("+"):
+        return max(overview.recipe.search.trials, begun) + int(digits)
+    if int(digits) < begun:
+        waiting = begun - overview.num_finished
+        have = counted(overview.num_finished, "finished trial") + (f" and {waiting} begun" if waiting else "")
+        rule = f"must be at least {begun}: the study has {have}"
+        raise UsageError(Problem("--trials", rule, digits, next_step="For more trials: --trials +N."))
+    return int(digits)
+
+
+def folder_of(study_dir: Path, row: TrialRow) -> Path:
+    """Returns the folder of a row's training."""
+    return TrialSpec(row.kind, row.number, row.name, row.values, row.attempt).folder(study_dir)
+
+
+def last_epoch(folder: Path) -> int | None:
+    """Returns the number of the last epoch that a training has finished, or None."""
+    rows = files.read_json_lines(folder / METRICS)
+    return int(rows[-1].get("epoch", 0)) or None if rows else None
+
+
+def status(overview: Overview) -> dict[str, Any]:
+    """Returns what `status` tells, as plain data."""
+    best, rows = overview.best, overview.rows
+    fresh = [overview.state(row) for row in overview.confirmations]
+    seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
+    journal, pruner = overview.study_dir / JOURNAL, overview.recipe.search.pruner
+    return {
+        "study": str(overview.study_dir),
+        "name": overview.recipe.name,
+        "wanted": num_trials(overview.recipe),
+        "finished": overview.num_finished,
+        "selected_on": ["id_val", *overview.recipe.data.ood_val],
+        "trials": overview.counts(),
+        "outside": sum(row.outside for row in overview.trials),
+        "pruner": None if pruner.name == "none" else _foretold(overview),
+        "best": None if best is None else overview.data(best),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "front": front_data(overview.recipe, overview.trials),
+        "lines": [
+            *front_lines(front_data(overview.recipe, overview.trials)),
+            *constraint_lines(best),
+            *_failure_lines(overview.trials),
+        ],
+        "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
+        "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
+        "stopped": [overview.data(row) for row in rows if overview.state(row) == "stopped"],
+        "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
+        "search": {
+            "running": overview.holder is not None,
+            "holder": overview.holder,
+            "stopping": overview.stopping,
+        },
+        "ledger": ledger(overview.study_dir),
+        "budget": budget(overview),
+        "times": {
+            "created": _created(overview.study_dir),
+            "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
+            "training_s": round(sum(seconds), 1),
+            "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
+        },
+    }
+
+
+def _failure_lines(rows: list[TrialRow]) -> list[str]:
+    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
+    reasons = Counter(row.reason for row in rows if row.outcome == "error")
+    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
+
+
+def _foretold(overview: Overview) -> dict[str, Any]:
+    from carft_ray.results.statistics.pruner_quality import foretold
+
+    return foretold(overview.recipe.search.pruner, overview.trials)
+
+
+def ledger(study_dir: Path) -> dict[str, Any]:
+    """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
+    try:
+        problems = check_ledger(study_dir)
+        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+    except CarftError as error:
+        reads, problems = None, list(error.problems)
+    return {"test_reads": reads, "problems": [str(problem) for problem in problems]}
+
+
+def budget(overview: Overview) -> dict[str, Any]:
+    """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
+    limits, folder = overview.recipe.budget, overview.study_dir
+    ended = ""
+    if overview.holder is None:
+        with contextlib.suppress(OSError):
+            text = (folder / STOP).read_text().strip()
+            ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
+    began = search_began(folder) if overview.holder is not None else None
+    used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
+    return {
+        "wall_time_s": limits.wall_time,
+        "wall_time_used_s": used_s,
+        "gpu_hours": limits.gpu_hours,
+        "gpu_hours_used": round(sum(row.gpu_s for row in overview.rows) / 3600, 4),
+        "ended": ended,
+    }
+
+
+def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:
+    """Returns what `ls` tells of a study, as plain data: baselines, and the trials that come first."""
+    rows = list(overview.trials)
+    if by_objective:  # those without one last, in the order of their numbers
+        rows = best_first(rows)
+    return {
+        "study": str(overview.study_dir),
+        "num_trials": len(rows),
+        "lines": constraint_lines(overview.best),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "trials": [overview.data(row) for row in rows[:limit]],
+    }
+
+
+def list_studies(folder: Path) -> list[dict[str, Any]]:
+    """Returns a line per study in a folder; one that cannot be read has its ``problem`` there.
+
+    Raises:
+        UsageError: There is no study in it.
+    """
+    found = studies_in(folder)
+    if not found:
+        require_study(folder, "must be a study, or a folder with studies in it")
+    lines: list[dict[str, Any]] = []
+    for path in found:
+        try:
+            overview = read_study(path)
+        except CarftError as error:
+            lines.append({"name": path.name, "study": str(path.resolve()), "problem": str(error)})
+            continue
+        best = overview.best
+        lines.append(
+            {
+                "name": path.name,
+                "study": str(overview.study_dir),
+                "problem": None,
+                "wanted": num_trials(overview.recipe),
+                "trials": overview.counts(),
+                "best_objective": None if best is None else best.objective,
+                "running": overview.holder is not None,
+            }
+        )
+    return lines
+
+
+def find_row(rows: Sequence[TrialRow], written: str, place: str = "TRIAL") -> TrialRow:
+    """Returns the trial or baseline that a user means: ``7``, ``t7``, ``t0007``, or the full name.
+
+    Args:
+        rows: Of the study.
+        written: What the user wrote.
+        place: Where, for the message.
+
+    Raises:
+        UsageError: There is none, or several.
+    """
+    by_name = {row.name: row for row in rows}
+    if written in by_name:
+        return by_name[written]
+    digits = written.removeprefix("t")
+    if digits.isascii() and digits.isdigit():
+        for row in rows:
+            if row.kind == "trial" and row.number == int(digits):
+                return row
+    begun = [row for row in rows if written and row.name.startswith(written)]
+    if len(begun) == 1:
+        return begun[0]
+    names = tuple(by_name)
+    near = nearest(written, names) or nearest(written, [f"t{row.number:04d}" for row in rows if row.kind == "trial"])
+    raise UsageError(Problem(place, "must be the number or name of a trial or baseline", repr(written), names, near))
+
+
+def search_began(study_dir: Path) -> float | None:
+    """Returns when the last search or confirm began, in seconds since 1970: each writes ``resolved.yaml`` first."""
+    try:
+        return (study_dir / RESOLVED).stat().st_mtime
+    except OSError:
+        return None
+
+
+def alive_since(study_dir: Path, row: TrialRow) -> float | None:
+    """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
+    alive = None
+    with files.passing_faults():
+        alive = read_alive(folder_of(study_dir, row), row.attempt)
+    return None if alive is None else alive.began
+
+
+def _trains(study_dir: Path, row: TrialRow) -> bool:
+    """Tells whether a row's training has begun in the search that holds the study.
+
+    Every search writes ``resolved.yaml`` when it begins, and every attempt a line into its log; an attempt that has
+    left ``error.json`` waits for another one.
+    """
+    if row.outcome != "running" or not row.attempt:
+        return False
+    folder = folder_of(study_dir, row)
+    try:
+        begun = (folder / LOG).stat().st_mtime_ns >= (study_dir / RESOLVED).stat().st_mtime_ns
+    except OSError:
+        return False
+    return begun and read_failure(folder, row.attempt) is None
+
+
+def _created(study_dir: Path) -> str | None:
+    try:
+        created = json.loads((study_dir / MANIFEST).read_bytes())["created"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(created)

@@ -1,0 +1,320 @@
+"""Confirmed configurations side by side: intervals, paired differences with families of tests, the headline.
+
+For `confirm` (validation, fresh seeds) and `test` (test sets). The primary family is the winner minus each baseline on
+the objective, p-values by Holm over the baselines. Per baseline a secondary family holds the differences on ID and on
+every OOD set. Other configurations get intervals and no p-values.
+
+Shape letters: r seeds, n images of one set. Accuracies are fractions; text is in points (percent).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.statistics.intervals import (
+    Interval,
+    accuracy_interval,
+    crossed,
+    headline,
+    in_points,
+    objective_difference,
+    objective_interval,
+    paired_differences,
+    values_by_seed,
+)
+from carft_ray.results.statistics.selection import ID_MARGIN, holm, keeps_id, seed_variances
+from carft_ray.words import counted
+
+BoolArray = npt.NDArray[np.bool_]
+CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        name: Its name.
+        objective: Its objective.
+        id_accuracy: Its ID accuracy.
+        ood_accuracy: Mean of its OOD accuracies; None without an OOD set.
+        sets: Its accuracy on every set.
+    """
+
+    name: str
+    objective: Interval
+    id_accuracy: Interval
+    ood_accuracy: Interval | None
+    sets: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Winner minus another configuration, paired by image and seed.
+
+    Attributes:
+        other: Name of the other configuration.
+        objective: On the objective; its ``p_value`` is not adjusted.
+        p_holm: Adjusted over the baselines (primary family); None for what is no baseline.
+        sets: On ID and on every OOD set.
+        sets_p_holm: Adjusted over these sets (secondary family); empty for what is no baseline.
+        keeps_id: Whether ID is non-inferior.
+        sentence: The result in words.
+    """
+
+    other: str
+    objective: Interval
+    p_holm: float | None
+    sets: dict[str, Interval]
+    sets_p_holm: dict[str, float]
+    keeps_id: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """How much the search's objective of the winner exceeds its mean over fresh seeds.
+
+    Attributes:
+        searched: J of the search.
+        value: J - mean.
+        se: s sqrt(1 + 1 / r), s the pooled sd between seeds within a configuration, at least that of their
+            residual (``selection.seed_variances``); None with one seed.
+    """
+
+    searched: float
+    value: float
+    se: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of it.
+
+    Attributes:
+        label: What was measured: ``validation, fresh seeds`` or ``test``.
+        winner: Name of the winner, fixed before.
+        headline_baseline: The baseline with the highest validation objective; None without a baseline.
+        headline: The one sentence; None without a baseline.
+        id_margin: Of ``keeps_id``, a fraction.
+        rows: In the order given.
+        baselines: Winner minus each baseline.
+        others: Winner minus each other configuration.
+        optimism: None where the search's objective was not given.
+    """
+
+    label: str
+    winner: str
+    headline_baseline: str | None
+    headline: str | None
+    id_margin: float
+    rows: tuple[Row, ...]
+    baselines: tuple[Difference, ...]
+    others: tuple[Difference, ...]
+    optimism: Optimism | None
+
+    @property
+    def better_than_winner(self) -> list[str]:
+        """Names of other configurations whose whole paired interval is above the winner."""
+        return [each.other for each in self.others if each.objective.images_random[1] < 0]
+
+    def as_data(self) -> dict[str, Any]:
+        """Returns it as plain data for JSON, the text lines with it; infinite degrees of freedom become None."""
+        return {
+            **_plain(asdict(self)),
+            "better_than_winner": self.better_than_winner,
+            "row_lines": row_lines(self),
+            "lines": comparison_lines(self),
+            "brief": brief(self),
+        }
+
+
+def compare(
+    spec: ObjectiveSpec,
+    correct: Mapping[str, CorrectBySet],
+    winner: str,
+    baselines: Sequence[str],
+    headline_baseline: str | None = None,
+    id_margin: float = ID_MARGIN,
+    label: str = "validation, fresh seeds",
+    searched: float | None = None,
+) -> Comparison:
+    """Compares the winner with the baselines and the other configurations.
+
+    Args:
+        spec: The objective and its sets.
+        correct: Per configuration and set its correctness, bool [r, n], images and seeds in one order. One with r = 1
+            beside others with more (the zero-shot model) counts as the same for every seed in paired differences.
+        winner: Name of the winner, fixed before these results were seen.
+        baselines: Names of the baselines.
+        headline_baseline: The baseline with the highest validation objective, chosen without these results.
+        id_margin: How much ID accuracy may be lost at most, a fraction.
+        label: What was measured.
+        searched: The search's objective of the winner, for the optimism.
+
+    Raises:
+        ValueError: A name is not in ``correct``, or the numbers of seeds or images do not belong together.
+    """
+    named = [winner, *baselines, *([headline_baseline] if headline_baseline is not None else [])]
+    if missing := [name for name in named if name not in correct]:
+        raise ValueError(f"must be rows of the comparison ({', '.join(correct)}), but got {', '.join(missing)}")
+    if headline_baseline is not None and headline_baseline not in baselines:
+        raise ValueError(f"the headline's baseline must be one of {list(baselines)}, but got {headline_baseline!r}")
+    rows = tuple(_row(spec, name, by_set) for name, by_set in correct.items())
+    against = [_difference(spec, correct, winner, name, id_margin) for name in baselines]
+    adjusted = holm([each.objective.p_value for each in against])
+    primary = tuple(
+        replace(each, p_holm=p, sets_p_holm=_holm_by_set(each.sets)) for each, p in zip(against, adjusted, strict=True)
+    )
+    others = [name for name in correct if name != winner and name not in baselines]
+    chosen = next((each for each in primary if each.other == headline_baseline), None)
+    return Comparison(
+        label,
+        winner,
+        headline_baseline,
+        None if chosen is None else f"{winner}: {chosen.sentence}",
+        id_margin,
+        rows,
+        primary,
+        tuple(_difference(spec, correct, winner, name, id_margin) for name in others),
+        None if searched is None else _optimism(spec, correct, winner, searched),
+    )
+
+
+def row_lines(comparison: Comparison) -> list[str]:
+    """Returns the configurations as lines of text, in points, each interval with its words."""
+    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}; accuracies in percent:"]
+    for row in comparison.rows:
+        lines.append(f"{row.name}: objective {in_points(row.objective)}")
+        lines.append(f"    ID {in_points(row.id_accuracy)}")
+        if row.ood_accuracy is not None:
+            lines.append(f"    OOD mean {in_points(row.ood_accuracy)}")
+    return lines
+
+
+def brief(comparison: Comparison) -> dict[str, list[str]]:
+    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers, each with its meaning.
+
+    What is left out: differences by set, and intervals over seeds alone.
+    """
+    rows = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
+    for row in comparison.rows:
+        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
+        numbers = (f"{what} {in_points(found, short=True)}" for what, found in shown.items() if found)
+        rows.append(f"    {row.name}: {', '.join(numbers)}")
+    lines = []
+    if comparison.baselines or comparison.others:
+        lines.append(
+            f"{comparison.winner} less each other, objective in points with its 95 % interval. An interval on both "
+            "sides of 0 shows neither better nor worse."
+        )
+    for each in (*comparison.baselines, *comparison.others):
+        p_value = "" if each.p_holm is None else f"; {_p(each.p_holm)}"
+        id_kept = "" if each.p_holm is None else "; keeps ID" if each.keeps_id else "; keeping ID is not shown"
+        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=True)}{p_value}{id_kept}")
+    if comparison.baselines:
+        allowed = counted(100 * comparison.id_margin, "point")
+        lines.append(
+            "    p: how often chance alone gives such a difference, raised for the number of baselines (Holm); under "
+            f"0.05 counts. Keeps ID: at most {allowed} of ID accuracy lost."
+        )
+    return {"rows": rows, "lines": [*lines, *_last_lines(comparison)]}
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
+    lines = [f"Paired differences, points; {comparison.label}:"]
+    for each in comparison.baselines:
+        adjusted = "" if each.p_holm is None else f"; {_p(each.p_holm)} (Holm)"
+        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}{adjusted}")
+        for name, interval in each.sets.items():
+            text = f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)"
+            lines.append(text)
+        verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
+        lines.append(f"    {verdict}: a loss of {counted(100 * comparison.id_margin, 'point')} is allowed")
+    for each in comparison.others:
+        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}")
+    return [*lines, *_last_lines(comparison)]
+
+
+def _last_lines(comparison: Comparison) -> list[str]:
+    """Returns what follows from the differences, the headline last."""
+    lines = []
+    for name in comparison.better_than_winner:
+        lines.append(f"{name} is better than the winner by its paired interval; the winner was fixed before and stays.")
+    if comparison.optimism is not None:
+        found = comparison.optimism
+        se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
+        then = f"{100 * found.searched:.1f} when it was chosen, less its mean over these seeds"
+        lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
+    num_seeds = max(row.objective.num_seeds for row in comparison.rows)
+    # a row of one seed beside others with more is the zero-shot model, which has none to cover
+    shown = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
+    notes = dict.fromkeys(note for interval in shown for note in interval.notes)
+    lines += [f"Note: {note}." for note in notes]
+    if comparison.headline is not None:
+        words = _of(comparison.baselines, comparison.headline_baseline).objective.words
+        lines.append(f"{comparison.headline}; {comparison.label}; 95 %, {words}.")
+    return lines
+
+
+def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
+    ood = [correct[each] for each in spec.ood_sets]
+    return Row(
+        name,
+        objective_interval(spec, correct),
+        accuracy_interval(correct[spec.id_set]),
+        accuracy_interval(*ood) if ood else None,
+        {each: accuracy_interval(correct[each]) for each in (spec.id_set, *spec.ood_sets)},
+    )
+
+
+def _difference(
+    spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, other: str, id_margin: float
+) -> Difference:
+    names = (spec.id_set, *spec.ood_sets)
+    num_seeds = max(len(correct[row][spec.id_set]) for row in (winner, other))
+    a, b = ({name: _seeds(row, name, correct[row][name], num_seeds) for name in names} for row in (winner, other))
+    objective = objective_difference(spec, a, b)
+    differences = paired_differences(a, b)
+    sets = {name: crossed({name: differences[name]}, {name: 1.0}) for name in names}
+    sentence = headline(objective, other.replace("_", " "))
+    return Difference(other, objective, None, sets, {}, keeps_id(sets[spec.id_set], id_margin), sentence)
+
+
+def _seeds(row: str, name: str, correct_rn: BoolArray, num_seeds: int) -> BoolArray:
+    if len(correct_rn) not in (1, num_seeds):
+        raise ValueError(f"{row} must have {num_seeds} seeds on {name}, or one, but has {len(correct_rn)}")
+    return np.broadcast_to(correct_rn, (num_seeds, correct_rn.shape[1]))
+
+
+def _holm_by_set(sets: Mapping[str, Interval]) -> dict[str, float]:
+    return dict(zip(sets, holm([interval.p_value for interval in sets.values()]), strict=True))
+
+
+def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
+    own, pooled = values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
+    se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
+    return Optimism(searched, searched - float(np.mean(own)), se)
+
+
+def _of(differences: Sequence[Difference], name: str | None) -> Difference:
+    return next(each for each in differences if each.other == name)
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested dataclass content as JSON takes it."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

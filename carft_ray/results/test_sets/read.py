@@ -1,0 +1,302 @@
+"""The seal opened: winner and baselines read on the test sets, at the alphas that validation chose, every read counted.
+
+A read of every trial (``analysis``) is counted with the others and chooses nothing.
+
+    study_dir/test/summary.json                  of the newest finished read of winner and baselines
+    study_dir/test/analysis.json                 of the newest finished read of every trial
+    study_dir/test/read-N/summary.json           of either, written last: the read is finished
+    study_dir/test/read-N/**/*.parquet           predictions, a file per training, under the name of its folder
+
+The line in the ledger comes before the first image. It holds rows or trials with their alphas; a read that was killed
+goes on from there, whatever the study has become since, and needs no reason. Nothing of a read enters the trials.
+"""
+
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from carft_ray import files
+from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, open_source
+from carft_ray.data.shared.shared_images import find_shared, read_shared, without_shared, write_shared
+from carft_ray.data.source import ImageSet, Source
+from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
+from carft_ray.evaluation.evaluate import predict_all
+from carft_ray.evaluation.materials import Materials, load_materials
+from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
+from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.layout import ANALYSIS_SUMMARY, HEADS, PREPARED, SUMMARY, TEST_DIR
+from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import build_classifier
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.reading import overview
+from carft_ray.results.reading.configurations import Compared, Row, Run, compared_rows
+from carft_ray.results.reading.trained import open_run, require_weights
+from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
+from carft_ray.results.test_sets.summary import ID_TEST, summarise
+from carft_ray.study.identity import claim
+from carft_ray.study.lease import Lease
+from carft_ray.study.ledger import (
+    ANALYSIS,
+    TEST,
+    Entry,
+    Purpose,
+    check_reason,
+    mend,
+    read_ledger,
+    reads_of,
+    record,
+    told,
+)
+from carft_ray.study.lock import repair_journal, study_lock
+from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.words import counted, times
+
+
+def read_sealed(
+    study: Path, reason: str | None, say: Callable[[str], None], all_trials: bool = False
+) -> dict[str, Any]:
+    """Reads the test sets once, or goes on with a read that was killed; holds the study meanwhile.
+
+    Args:
+        study: The study directory.
+        reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
+            killed goes on.
+        say: Told what is being done.
+        all_trials: Read every complete trial whose weights are there, to judge the rules of selection, instead of
+            winner and baselines.
+
+    Returns:
+        Content of ``summary.json``.
+
+    Raises:
+        HoldOutError: They were read already and no reason is given; or the ledger is damaged.
+        RecipeError: The recipe has no test sets.
+        NoSuccessfulTrialError: There is no finished trial.
+        UsageError: The folder is no study, or the reason is empty.
+        DataError, StorageError: As their messages say.
+    """
+    check_reason(reason)
+    study_dir = overview.require_study(study)
+    recipe = overview.study_recipe(study_dir)
+    _require_test_sets(study_dir, recipe)
+    with study_lock(study_dir) as held:
+        claim(study_dir, recipe)
+        files.remove_remains(study_dir)
+        for note in [note for note in [held.note] if note] + repair_journal(study_dir):
+            say(note)
+        entries = read_ledger(study_dir)
+        mend(study_dir)
+        reads = reads_of(entries)
+        entry = reads[-1] if reads and reason is None else None
+        purpose = ANALYSIS if all_trials else TEST
+        if entry is not None:
+            _require_unfinished(study_dir, entry, len(reads), purpose)
+        elif reason is None and (number := inherited_reads(study_dir)):
+            rule = f"the test sets of studies that it has learned from (search.warm_start) were read {times(number)}"
+            command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
+            step = f"Every further read is counted and told: {command} --again REASON"
+            raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+        sources = _open_sources(recipe)
+        if entry is None:
+            _compare_before_first_read(study_dir, recipe, say)
+        read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
+        for run in read.runs.keys() - {ZERO_SHOT}:
+            require_weights(study_dir, study_dir / run, recipe)
+        if entry is None:
+            sets = tuple(source.name for source in sources)
+            entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
+            say(f"written to the ledger as line {entry.number}; opening the test sets")
+        else:
+            say(f"going on with the read of {told(entry)}")
+        number = 1 + sum(one.number < entry.number for one in reads)
+        folder = _read_dir(study_dir, number)
+        tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
+        summary = read.summarise(tables, entry, entries, number)
+        held.check()
+        files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
+        files.write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
+    if recipe.data.id_test is not None:
+        return
+    value = "one without data.id_test" + ("" if recipe.data.ood_test else " and data.ood_test")
+    step = (
+        "A study keeps its sets for good: write data.id_test and data.ood_test into the recipe, "
+        "and begin a new study with it."
+    )
+    raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
+
+
+def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Compares the test sets with the others again: one that can be read now may not have been when the list was made.
+
+    Raises:
+        HoldOutError: Images of a test set were trained or chosen with, and the list does not know it.
+    """
+    known = read_shared(study_dir)
+    found = find_shared(recipe, cache_dir(recipe), say)
+    pairs = {(row.images[0][:2], row.images[1][:2]) for row in known}
+    new = [row for row in found if (row.images[0][:2], row.images[1][:2]) not in pairs]
+    new = [row for row in new if {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}]
+    if not new:
+        return
+    if recipe.data.shared_images == "keep":
+        write_shared(study_dir, [*known, *new])
+        return
+    command = shlex.quote(str(study_dir))
+    problems = []
+    for sets in dict.fromkeys((row.set, row.other_set) for row in new):
+        rows = [row for row in new if (row.set, row.other_set) == sets]
+        rule = f"must not share images with {sets[0]}, and does; it could not be read when the study began"
+        value = f"{counted(len(rows), 'pair')}, such as {rows[0].image} and {rows[0].other_image}"
+        problems.append(Problem(sets[1], rule, value))
+    step = (
+        "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
+        f"carft-ray resume {command} --set data.shared_images=keep"
+    )
+    problems[-1] = dataclasses.replace(problems[-1], next_step=step)
+    raise HoldOutError(problems)
+
+
+def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
+    """Raises a ``HoldOutError`` unless the last read was killed and this one would go on with it."""
+    command = f"carft-ray test {shlex.quote(str(study_dir))}"
+    option = {TEST: "", ANALYSIS: " --all-trials"}
+    rule = f"its test sets were read already: {told(entry)}"
+    if (_read_dir(study_dir, number) / SUMMARY).exists():
+        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
+        step = f"What was found lies in {found}."
+    elif entry.purpose != purpose:
+        step = f"That read is not finished; go on with it: {command}{option[entry.purpose]}"
+    else:
+        return
+    step += f"\n    Every further read is counted and told: {command}{option[purpose]} --again REASON"
+    raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+
+
+def _read_dir(study_dir: Path, number: int) -> Path:
+    return study_dir / TEST_DIR / f"read-{number}"
+
+
+def _open_sources(recipe: Recipe) -> list[Source]:
+    """Lists the test sets, ``id_test`` first, and checks all sets; no image is opened."""
+    if problems := check_roles(recipe):
+        raise HoldOutError(problems)
+    if problems := check_sets(recipe):
+        raise DataError(problems)
+    classes = class_folders(recipe)
+    specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
+    return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What a read is of.
+
+    Attributes:
+        runs: Trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0.
+        details: For the ledger: what a read that was killed goes on with.
+        summarise: Returns the content of ``summary.json`` from the tables by folder, the line of this read, the lines
+            before it, and which read it is.
+    """
+
+    runs: dict[str, list[float]]
+    details: dict[str, Any]
+    summarise: Callable[[Mapping[str, pa.Table], Entry, Sequence[Entry], int], dict[str, Any]]
+
+
+def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+    """Returns winner and baselines: of a read that goes on, or those of the study."""
+    if entry is None:
+        compared = compared_rows(study_dir, recipe)
+    else:
+        rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in entry.details["rows"])
+        compared = Compared(tuple(rows), entry.details["confirmed"])
+    runs: dict[str, list[float]] = {}
+    if any(not row.runs for row in compared.rows):
+        runs[ZERO_SHOT] = [0.0]
+    for row in compared.rows:
+        for run in row.runs:
+            runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
+    details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
+    return _Read(runs, details, functools.partial(summarise, recipe, compared, read_shared(study_dir)))
+
+
+def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+    """Returns every trial whose weights are there: of a read that goes on, or those of the study."""
+    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
+    runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
+    return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
+
+
+def _evaluate(
+    study_dir: Path,
+    recipe: Recipe,
+    runs: Mapping[str, Sequence[float]],
+    sources: Sequence[Source],
+    folder: Path,
+    held: Lease,
+    say: Callable[[str], None],
+) -> dict[str, pa.Table]:
+    """Reads every training at its alphas; what is there already is not read again.
+
+    Returns:
+        Predictions by the folder of the training, zero-shot by its name.
+    """
+    torch.set_num_threads(num_threads(recipe))
+    materials = load_materials(without_shared(recipe, read_shared(study_dir)))
+    sets: list[ImageSet] = []
+
+    def test_sets() -> list[ImageSet]:
+        if not sets:
+            sets.extend(_decoded(source, materials, recipe) for source in sources)
+        return sets
+
+    tables: dict[str, pa.Table] = {}
+    for number, (name, alphas) in enumerate(runs.items(), start=1):
+        path = folder / f"{name}.parquet"
+        at = ", ".join(f"{alpha:.2f}" for alpha in alphas)
+        if path.exists():
+            say(f"{number}/{len(runs)} {name} at alpha {at}: read before")
+        else:
+            say(f"{number}/{len(runs)} {name} at alpha {at}")
+            table = _predict(study_dir, recipe, materials, name, alphas, test_sets())
+            held.check()
+            write_predictions(path, table)
+        tables[name] = read_predictions(path)
+    return tables
+
+
+def _decoded(source: Source, materials: Materials, recipe: Recipe) -> ImageSet:
+    clip = materials.clip
+    folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
+    images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
+    return dataclasses.replace(images, name=source.name)
+
+
+def _predict(
+    study_dir: Path,
+    recipe: Recipe,
+    materials: Materials,
+    name: str,
+    alphas: Sequence[float],
+    sets: Sequence[ImageSet],
+) -> pa.Table:
+    batch_size = recipe.evaluate.batch_size
+    if name == ZERO_SHOT:
+        heads = load_tensors(study_dir / PREPARED / HEADS)
+        classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device_of(recipe))
+        return predict_all(classifier, sets, 0.0, batch_size, RunContext())
+    trained = open_run(study_dir, study_dir / name, recipe, name)
+    return concat([predict_all(trained.classifier(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])

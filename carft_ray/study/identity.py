@@ -1,0 +1,286 @@
+"""What a study is about, and what may change when it goes on.
+
+The field of every key of a recipe says its class (``recipe.fields.Resume``). A space that changes with ``--narrow`` or
+``--widen`` gives the study another generation (``study.space_revisions``).
+
+``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
+It is written after the journal, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
+search, with all that is running.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import Problem, RecipeError, StorageError
+from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe.fields import Class
+from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
+from carft_ray.recipe.loading import is_weights_path
+from carft_ray.recipe.messages import shown
+from carft_ray.recipe.parameters import Parameter
+from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet, plain
+from carft_ray.recipe.spaces.region import DIRECTIONS, Direction, directions
+from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.study import provenance
+from carft_ray.study.lock import FORMAT_VERSION, check_free_or_claimed
+
+_CLASSES = {key.name: key.key.resume.kind for key in documented_keys()}
+_SETS = (("data", "train"), ("data", "id_val"), ("data", "id_test"))
+_NAMED_SETS = (("data", "ood_val"), ("data", "ood_test"))
+GENERATION = "generation"  # keys of the manifest
+RECIPES = "recipes"
+_MOVED = (f"{SET}path", f"{SET}root")
+_CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value differs between two recipes; ``MISSING`` where one has no such key."""
+
+    path: KeyPath
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What claiming a folder has found.
+
+    Attributes:
+        is_new: Whether the folder was empty.
+        recipe: The recipe of the search, with absolute paths.
+        kept: The recipe that the manifest has; the same for an empty folder.
+        space_changes: Whether the search has another space than the study.
+        is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
+            files.
+        generation: Number of the study's generation.
+    """
+
+    is_new: bool
+    recipe: Recipe
+    kept: Recipe
+    space_changes: bool = False
+    is_news: bool = False
+    generation: int = 1
+
+
+class _Missing:
+    """Stands for a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+def class_of(path: KeyPath) -> Class:
+    """Returns the class of a key path of a recipe, or of one below it."""
+    return _CLASSES[table_key(path)]
+
+
+def table_key(path: KeyPath) -> str:
+    """Returns the name that documents have for a key path: ``search.space.<parameter>.low`` for one of a parameter.
+
+    Raises:
+        KeyError: No key of a recipe is meant.
+    """
+    below = path[2:] if path[:2] in _SETS else path[3:] if path[:2] in _NAMED_SETS else ()
+    if below:  # the set that a corrupted one is made of has the keys of a set
+        return f"{SET}{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
+    if path[:2] == ("search", "space") and len(path) > 3:
+        return f"{PARAMETER}{path[3]}"
+    for end in range(len(path), 0, -1):
+        if dotted(path[:end]) in _CLASSES:
+            return dotted(path[:end])
+    raise KeyError(dotted(path))
+
+
+def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Claim:
+    """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
+
+    Of a study nothing is written: ``record_recipe`` does that, once the journal is ready for it.
+
+    Args:
+        study_dir: An empty folder, or a study.
+        recipe: The recipe of the search.
+        may: How the space may change.
+
+    Raises:
+        RecipeError: It is the study of another recipe; names the keys that differ.
+        UsageError: The folder holds something else.
+        StorageError: The manifest cannot be read or written.
+    """
+    path = study_dir / MANIFEST
+    if not files.exists(path):
+        check_free_or_claimed(study_dir)
+        created = datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
+        files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
+        return Claim(True, recipe, recipe)
+    manifest = read_manifest(study_dir)
+    kept = Recipe.model_validate(manifest["recipe"])
+    found = list(recipe_differences(kept, recipe))
+    refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
+    refused += list(_moved_apart(kept, recipe))
+    space = [one for one in found if class_of(one.path) == "space"]
+    names = dict.fromkeys(str(one.path[2]) for one in space)
+    how = {name: _how(name, kept, recipe) for name in names}
+    unasked = [one for one in space if not _asked(how[str(one.path[2])], may)]
+    if refused or unasked:
+        problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
+        step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
+        last = problems.pop()
+        raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
+    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
+    return Claim(False, recipe, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
+
+
+def record_recipe(study_dir: Path, claimed: Claim) -> None:
+    """Makes the recipe of a claim that of the study; the one before stays in ``recipes``. The lock must be held.
+
+    A space that has changed begins the next generation, which must be whole in the journal by now.
+
+    Raises:
+        StorageError: The manifest cannot be written.
+    """
+    manifest = files.read_json(study_dir / MANIFEST)
+    generation = manifest.get(GENERATION, 1)
+    until = datetime.now().astimezone().isoformat(timespec="seconds")
+    before = {GENERATION: generation, "until": until, "recipe": manifest["recipe"]}
+    changed = {
+        GENERATION: generation + claimed.space_changes,
+        "recipe": claimed.recipe.model_dump(mode="json"),
+        RECIPES: [*manifest.get(RECIPES, []), before],
+    }
+    files.write_json(study_dir / MANIFEST, {**manifest, **changed})
+
+
+def read_manifest(study_dir: Path) -> dict[str, Any]:
+    """Returns the manifest of a claimed folder, whose ``recipe`` is valid.
+
+    Raises:
+        StorageError: It cannot be read, or is of another format.
+    """
+    path = study_dir / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
+        version = manifest["format_version"]
+        Recipe.model_validate(manifest["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
+    if version != FORMAT_VERSION:
+        raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
+    return manifest
+
+
+def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
+    """Returns what a kill has kept from ``resolved.yaml``, as texts ``key=value`` to set over it; mostly nothing.
+
+    The manifest is written first. Where the resolved recipe has a part as it was before the last change of the
+    study, the part of the manifest holds.
+
+    Raises:
+        StorageError: The manifest cannot be read.
+    """
+    if not files.exists(study_dir / MANIFEST):
+        return []
+    manifest = read_manifest(study_dir)
+    if not manifest.get(RECIPES):
+        return []
+    before = Recipe.model_validate(manifest[RECIPES][-1]["recipe"]).model_dump(mode="json")
+    now, last = Recipe.model_validate(manifest["recipe"]).model_dump(mode="json"), resolved.model_dump(mode="json")
+    parts = [(key, *(_part(whole, key) for whole in (before, now, last))) for key in _CATCH_UP]
+    return [f"{key}={json.dumps(new)}" for key, old, new, found in parts if found == old != new]
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> Iterator[Difference]:
+    """Yields every key that differs; mappings that both have are looked into."""
+    yield from _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), ())
+
+
+def _differences(old: Any, new: Any, path: KeyPath) -> Iterator[Difference]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new or isinstance(old, bool) != isinstance(new, bool):
+            yield Difference(path, old, new)
+        return
+    for key in {**old, **new}:
+        yield from _differences(old.get(key, MISSING), new.get(key, MISSING), (*path, key))
+
+
+def _is_free(found: Difference) -> bool:
+    """Tells whether a difference of identity is one in words only: a file that has moved, a baseline that is added."""
+    if found.path[:2] == ("search", "baselines"):
+        return len(found.path) == 3 and found.old is MISSING
+    if found.path == ("model", "pretrained"):
+        return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
+    if found.path[-1] in ("class_names", "exclude") and found.path[0] == "data":
+        return all(isinstance(value, str) for value in (found.old, found.new))
+    if found.path == ("model", "name"):
+        return all(str(value).startswith("local-dir:") for value in (found.old, found.new))
+    return False
+
+
+def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
+    """Yields the paths of test sets that have not moved as ``data.train`` has: their contents are never looked at."""
+    train = [plain(recipe.data.train) for recipe in (old, new)]
+    sets: dict[KeyPath, Any] = {("data", "id_test"): (old.data.id_test, new.data.id_test)}
+    names = old.data.ood_test.keys() & new.data.ood_test.keys()
+    sets |= {("data", "ood_test", name): (old.data.ood_test[name], new.data.ood_test[name]) for name in sorted(names)}
+    for path, pair in sets.items():
+        before, now = (plain(spec) for spec in pair)
+        if not (isinstance(before, StoredSet) and isinstance(now, StoredSet)):
+            continue
+        inner = ("of",) if isinstance(pair[0], CorruptedSet) else ()
+        for key in before.path_keys:
+            places = [getattr(spec, key, None) for spec in (before, now)]
+            if places[0] == places[1] or any(isinstance(place, tuple) for place in places):
+                continue
+            together = [
+                os.path.relpath(place, root.path) if place and isinstance(root, StoredSet) else place
+                for place, root in zip(places, train, strict=True)
+            ]
+            if together[0] != together[1]:
+                yield Difference((*path, *inner, key), *places)
+
+
+def _how(name: str, old: Recipe, new: Recipe) -> frozenset[Direction]:
+    before: Parameter | None = old.search.space.get(name)
+    return directions(before, new.search.space.get(name), getattr(old.train, name))
+
+
+def _asked(how: frozenset[Direction], may: Collection[Direction]) -> bool:
+    return bool(how & set(may)) or set(may) == set(DIRECTIONS)
+
+
+def _problem(found: Difference, study_dir: Path) -> Problem:
+    there = "left out" if found.old is MISSING else shown(found.old)
+    value = "none" if found.new is MISSING else shown(found.new)
+    return Problem(dotted(found.path), f"must be {there} as in {study_dir}", value)
+
+
+def _other_folder(study_dir: Path) -> str:
+    return f"Go on with {study_dir / RESOLVED}, or give another folder."
+
+
+def _flags_step(study_dir: Path, how: dict[str, frozenset[Direction]], may: Collection[Direction]) -> str:
+    """Says with which options the space may change so."""
+    needed = [[one] for one in DIRECTIONS if all(one in found for found in how.values())] or [[*DIRECTIONS]]
+    flags = " ".join(f"--{one}" for one in needed[0])
+    words = {"--narrow": "shrinks", "--widen": "grows"}.get(flags, "changes both ways")
+    given = " ".join(f"--{one}" for one in DIRECTIONS if one in may)
+    step = f"{given} is not enough: the space {words}." if given else f"The space {words}."
+    step += f" To have it so, give {flags}, here or with: carft-ray search RECIPE --study {study_dir} {flags}."
+    return f"{step}\n    Trials that lie inside go on counting for the sampler. Or: {_other_folder(study_dir)}"
+
+
+def _part(value: dict[str, Any], key: str) -> Any:
+    for piece in key.split("."):
+        value = value[piece]
+    return value

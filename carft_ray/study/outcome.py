@@ -1,0 +1,322 @@
+"""What a training left in its folder, and the rows of a study's tables.
+
+``result.json`` means finished; ``error.json`` of the same attempt says why there is none. Both appear whole or not at
+all. A worker writes them, the driver reads them before it tells the study.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_ray import files
+from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
+from carft_ray.layout import ALIVE, CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, LOG, METRICS, RESULT, WEIGHTS
+from carft_ray.recipe.constraints import total_violation
+
+FORMAT_VERSION = 1
+
+Kind = Literal["trial", "baseline", "confirm"]
+_LONG_NUMBER = re.compile(r"(?<![\w./-])-?\d+\.\d{5,}(?:[eE][-+]?\d+)?(?!\w|\.\d|/)")  # none in a path or version
+Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One attempt at a training of a study.
+
+    Attributes:
+        kind: A trial of the search, a baseline, or a training with a fresh seed that confirms one of them.
+        number: Its number in the Optuna study of its kind.
+        name: Name of its folder: ``t0007-3f9c``, the baseline's name, or either with ``-seed<seed>``.
+        values: Values over the recipe's ``train``.
+        attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
+    """
+
+    kind: Kind
+    number: int
+    name: str
+    values: dict[str, Any]
+    attempt: int
+
+    def folder(self, study_dir: Path) -> Path:
+        """Returns the folder of the training."""
+        return study_dir / FOLDERS[self.kind] / self.name
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A training of a study as tables show it. Accuracies and objective are fractions.
+
+    Attributes:
+        fitted: The objective is that of the fitted alpha curve; the metrics are measured.
+        at_chance: The fine-tuned weights alone, alpha 1, are at chance; others of the curve are above.
+        outside: The search space has changed since, and the sampler looks at this trial no more.
+        points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
+        standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
+            front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
+        late_cut: Of a complete training that the pruner would have cut, but that had ended by then: why.
+    """
+
+    kind: Kind
+    number: int
+    name: str
+    values: dict[str, Any]
+    outcome: Outcome
+    attempt: int = 1
+    reason: str = ""
+    objective: float | None = None
+    alpha: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    started: datetime | None = None
+    elapsed_s: float | None = None
+    outside: bool = False
+    points: tuple[dict[str, float], ...] = ()
+    standing: int = 0
+    looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    fitted: bool = False
+    at_chance: bool = False
+    set_aside: bool = (
+        False  # its attempts were lost without advancing, so it is left to the next search; see ``reason``
+    )
+    spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
+    gpu_s: float = 0.0  # GPUs x seconds of all attempts
+    late_cut: str = ""
+
+    @cached_property
+    def violation(self) -> float:
+        """By how much all constraints are missed together; 0 when they are met."""
+        return total_violation(self.metrics)
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process of a running attempt (rank 0) and when it was last known to make a step.
+
+    Attributes:
+        attempt: The attempt.
+        pid: Number of its process.
+        node_id: Ray's name of the node that it runs on.
+        group: Ray's name of the placement group of its workers; empty when there is none.
+        last_step_ns: Time of the file system, to be compared with another of these only.
+        began: When the attempt began, seconds since 1970.
+        gpus: GPUs that its workers hold together.
+        nodes: Of each rank: Ray's name of its node, and the node's address.
+    """
+
+    attempt: int
+    pid: int
+    node_id: str
+    group: str
+    last_step_ns: int
+    began: float = 0.0
+    gpus: float = 0.0
+    nodes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Content of ``error.json``.
+
+    Attributes:
+        outcome: ``diverged`` and ``error`` are verdicts on the values. ``lost`` is none: a worker, node, connection,
+            device or disk failed, and another attempt follows. ``memory`` is none: the micro-batch was too large for
+            the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe are at fault
+            and every other trial would end the same way, so the search stops.
+        reason: One line; written with its numbers ``rounded``.
+        attempt: The attempt that failed.
+        exit_code: Of the error.
+        details: Of ``lost``: tracebacks of the workers that were left, for the log.
+        node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
+        step: Of ``lost``: the last known step when the device itself reported the error; None for other causes.
+    """
+
+    outcome: Literal["diverged", "error", "lost", "memory", "fatal"]
+    reason: str
+    attempt: int
+    exit_code: int = 1
+    details: str = ""
+    node: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
+
+    Attributes:
+        attempt: The attempt that was looked at.
+        percent: Of its schedule.
+        reason: One line.
+    """
+
+    attempt: int
+    percent: int
+    reason: str
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """Returns the name of a trial's folder: number and hash of the values."""
+    text = json.dumps(values, sort_keys=True)
+    return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def rounded(text: str) -> str:
+    """Returns text with its long decimal numbers rounded to four digits, as a line for a table has them."""
+    return _LONG_NUMBER.sub(lambda found: _short(found[0]), text)
+
+
+def _short(number: str) -> str:
+    value = float(number)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Returns the content of ``result.json`` when it is there and valid: known version, finite objective."""
+    content = _read(folder / RESULT)
+    if content is None or content.get("format_version") != FORMAT_VERSION:
+        return None
+    objective = content.get("objective")
+    valid = isinstance(objective, int | float) and math.isfinite(objective) and isinstance(content.get("metrics"), dict)
+    return content if valid else None
+
+
+def read_failure(folder: Path, attempt: int) -> Failure | None:
+    """Returns why this attempt failed, or None when it left no word."""
+    content = _read(folder / ERROR)
+    if content is None or content.get("attempt") != attempt:
+        return None
+    names = {each.name for each in fields(Failure)}
+    return Failure(**{name: value for name, value in content.items() if name in names})
+
+
+def write_failure(folder: Path, failure: Failure, details: str = "") -> None:
+    """Writes ``error.json`` and appends ``details`` (a traceback) to the log.
+
+    The first failure of an attempt stands: when one worker fails, the others fail after it. A ``lost`` attempt is
+    logged when it is settled, so that its cause stands above what followed from it.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    if failure.outcome != "lost":
+        line = f"attempt {failure.attempt}: {failure.outcome}: {rounded(failure.reason)}"
+        append_log(folder, f"{line}\n{details.rstrip()}")
+    if read_failure(folder, failure.attempt) is None:
+        replace_failure(folder, failure)
+
+
+def replace_failure(folder: Path, failure: Failure) -> None:
+    """Writes ``error.json`` over what an attempt has there.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    content = {**asdict(failure), "reason": rounded(failure.reason)}
+    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **content})
+
+
+def progress_of(folder: Path) -> list[int]:
+    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint."""
+    steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
+    return [int(files.exists(folder / WEIGHTS)), max(steps, default=0)]
+
+
+def progress_words(folder: Path) -> str:
+    """Returns from where another attempt at a training goes on: the newest checkpoint, by step and finished epoch."""
+    is_trained, step = progress_of(folder)
+    if is_trained:
+        return "the end of its training"
+    if not step:
+        return "its beginning"
+    epochs = [int(row["epoch"]) for row in files.read_json_lines(folder / METRICS) if row.get("step", 0) <= step]
+    return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
+
+
+def read_cut(folder: Path) -> Cut | None:
+    """Returns where and why a training was cut, or None when it was not."""
+    content = _read(folder / CUT)
+    return None if content is None else Cut(content["attempt"], content["percent"], content["reason"])
+
+
+def write_cut(folder: Path, cut: Cut) -> None:
+    """Writes ``cut.json``, which a running training takes as a request to end, and a line of the log.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
+    content = {"attempt": cut.attempt, "percent": cut.percent, "reason": cut.reason}
+    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **content})
+
+
+def raise_fence(folder: Path, attempt: int) -> None:
+    """Says that from now on only this attempt at a training may write into its folder; the driver's to call.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    files.write_json(folder / FENCE, {"attempt": attempt})
+
+
+def check_fence(folder: Path, attempt: int) -> None:
+    """Raises an ``OutdatedAttemptError`` when a newer attempt may write into the folder: this one was believed lost."""
+    content = _read(folder / FENCE)
+    if content is not None and content["attempt"] > attempt:
+        raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
+
+
+def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive | None:
+    """Returns the process of an attempt, or None when it has not begun or has ended.
+
+    Args:
+        folder: Of the training.
+        attempt: The attempt.
+        known: What was read of this attempt before: the file is not opened again then, and its time alone asked for.
+
+    Raises:
+        OSError: A network disk does not answer; it is asked once.
+    """
+    content = None if known else _read_once(folder / ALIVE)
+    if not known and (content is None or content.get("attempt") != attempt):
+        return None
+    try:
+        last_step_ns = (folder / ALIVE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    if content is None:
+        return known and replace(known, last_step_ns=last_step_ns)
+    began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
+    nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
+    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
+
+
+def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
+    """Returns the error that a worker met, with its exit code, for the one who waits in the driver."""
+    kind = DivergedError if failure.outcome == "diverged" else CarftError
+    error = kind(Problem(place, failure.reason, next_step=f"Details are in {folder / LOG}."))
+    error.exit_code = failure.exit_code
+    return error
+
+
+def append_log(folder: Path, text: str) -> None:
+    """Appends text with the time to the log of a training."""
+    files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return files.retried(path, lambda: _read_once(path))
+
+
+def _read_once(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,134 @@
+"""Optuna's samplers as a recipe asks for them. What each can do stands in ``recipe/sampler_rules.py``.
+
+A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
+study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as a running one beside itself.
+QMC counts its draws in the study, and a kill would skip one. NSGA-III chooses the parents of a generation with the
+generator that makes the child, unless they are chosen already. The grid stumbles over trials of another space.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.sampler_rules import population_size, startup_trials
+from carft_ray.recipe.schema import Recipe
+from carft_ray.study.proposals.optuna_private import on_one_thread
+
+GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together
+OPTUNA_NAMES = {"deterministic": "deterministic_objective", "type": "qmc_type"}  # our options that it calls otherwise
+
+
+def make_sampler(recipe: Recipe, number: int, index: int = 0) -> BaseSampler:
+    """Returns the recipe's sampler for one draw.
+
+    Args:
+        recipe: The recipe; its rules hold.
+        number: Of the trial.
+        index: Which draw of the trial: 0 for what is drawn together, then each parameter by its place in the space.
+    """
+    part = recipe.search.sampler
+    seed = int(np.random.SeedSequence([part.seed, number, index]).generate_state(1)[0])
+    options = {OPTUNA_NAMES.get(key, key): value for key, value in part.options.items() if value is not None}
+    with warnings.catch_warnings():  # a contract test holds what we use of Optuna, experimental or not
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        return _make(recipe, number, seed, options)
+
+
+def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> BaseSampler:
+    startup = startup_trials(recipe)
+    match recipe.search.sampler.name:
+        case "tpe":
+            return TPESampler(n_startup_trials=startup, seed=seed, **_together(options))
+        case "gp":
+            return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
+        case "cmaes":
+            return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
+        case "nsga2":
+            return NSGAIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
+        case "nsga3":
+            return NSGAIIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
+        case "qmc":
+            # one sequence: the seed must be the same for every draw
+            plain = {"scramble": True, "seed": recipe.search.sampler.seed % 2**32, **options}
+            return _QMC(recipe.search.space, number, RandomSampler(seed=seed), **plain)
+        case "grid":
+            return _Grid(recipe.search.space, seed)
+        case _:
+            return RandomSampler(seed=seed)
+
+
+def _together(options: dict[str, Any]) -> dict[str, Any]:
+    """Says ``multivariate`` where ``group`` implies it; Optuna warns of that with two objectives."""
+    return {"multivariate": True, **options} if options.get("group") else options
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """Returns a parameter as Optuna describes it."""
+    if isinstance(parameter, CategoricalParameter):
+        return CategoricalDistribution(list(parameter.choices))
+    if isinstance(parameter, IntParameter):
+        return IntDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)
+
+
+class _GP(GPSampler):  # type: ignore[misc]  # Optuna is untyped here
+    """GP that draws once per trial, whatever cuts it off, on one thread."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        drawn = trial.system_attrs.get(GP_DRAW)
+        if drawn is not None:
+            return {name: value for name, value in json.loads(drawn).items() if name in search_space}
+        with on_one_thread():  # trials on the same machine need the cores
+            values: dict[str, Any] = super().sample_relative(study, trial, search_space)
+        return values
+
+
+class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
+    """QMC over the recipe's space from the first trial on; a trial's place in the sequence is how many were before."""
+
+    def __init__(self, space: Mapping[str, Parameter], number: int, rest: BaseSampler, **options: Any) -> None:
+        super().__init__(independent_sampler=rest, warn_independent_sampling=False, **options)
+        self._space = {name: distribution(parameter) for name, parameter in sorted(space.items())}
+        self._number = number
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {name: each for name, each in self._space.items() if not each.single()}
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        trials = study.get_trials(deepcopy=False)  # those without a name tell of something and were never drawn
+        return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
+
+
+class _Grid(BruteForceSampler):  # type: ignore[misc]  # Optuna is untyped here
+    """Each point of the space once. Trials that have no values, or those of another space, are none of them."""
+
+    def __init__(self, space: Mapping[str, Parameter], seed: int) -> None:
+        super().__init__(seed=seed)
+        self._space = {name: distribution(parameter) for name, parameter in space.items()}
+
+    def _populate_tree(self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]) -> None:
+        fit = [trial for trial in trials if trial.params and trial.distributions.items() <= self._space.items()]
+        super()._populate_tree(tree, fit, params)

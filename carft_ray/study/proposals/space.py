@@ -1,0 +1,90 @@
+"""The values of a trial: asked of the recipe's sampler, or given by the recipe's points."""
+
+import optuna
+from optuna.trial import TrialState
+
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.conditions import in_order, is_active
+from carft_ray.recipe.spaces.grid import grid_index, grid_size
+from carft_ray.recipe.spaces.points import flat
+from carft_ray.study.proposals.optuna_private import running_trial
+from carft_ray.study.proposals.samplers import make_sampler
+
+Value = bool | int | float | str | None
+POINT = "point"  # attribute of a trial: the point of the recipe that it tries, flat
+
+
+def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
+    """Returns the value of a parameter in a trial: the one it has already, else a new draw of the study's sampler."""
+    if isinstance(parameter, CategoricalParameter):
+        choice: Value = trial.suggest_categorical(name, list(parameter.choices))
+        return choice
+    if isinstance(parameter, IntParameter):
+        low, high = parameter.low, parameter.high
+        return int(trial.suggest_int(name, low, high, step=parameter.step, log=parameter.log))
+    return float(trial.suggest_float(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log))
+
+
+def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
+    """Begins a trial: of the recipe's next point, in their order, else one that is drawn whole.
+
+    A point is entered with its trial, in one write: once, however often the search is killed.
+    """
+    entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
+    waiting = [point for point in map(flat, recipe.search.points) if point not in entered]
+    if not waiting:
+        return study.ask()
+    fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
+    state, attributes = TrialState.RUNNING, {POINT: waiting[0]}
+    study.add_trial(optuna.trial.create_trial(state=state, user_attrs=attributes, system_attrs=fixed))
+    return running_trial(study, study.get_trials(deepcopy=False)[-1])
+
+
+def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:
+    """Returns the values of a trial: those that it has already, else new draws; none of an inactive parameter.
+
+    Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the trials that are
+    told and on nothing else: a search that was killed, even between two parameters, draws what it would have drawn.
+    """
+    parameters = recipe.search.space
+    places = {name: place for place, name in enumerate(parameters, start=1)}
+    values: dict[str, Value] = {}
+    drawn = set(trial.params)
+    usual, together = study.sampler, False
+    try:
+        for name, parameter in in_order(parameters).items():
+            if not is_active(parameter, values):
+                continue
+            if name not in drawn and not together:
+                _draw_together(study, trial, recipe)
+                together = True
+            study.sampler = make_sampler(recipe, trial.number, places[name])
+            values[name] = suggest(trial, name, parameter)
+    finally:
+        study.sampler = usual  # told to ours, grid would end the study and cmaes complain of constraints
+    return {name: values[name] for name in parameters if name in values}
+
+
+def used_up(study: optuna.Study, recipe: Recipe) -> bool:
+    """Tells whether every point of the grid has a trial, where the sampler is the grid."""
+    if recipe.search.sampler.name != "grid":
+        return False
+    parameters, size = recipe.search.space, grid_size(recipe.search.space)
+    points = {grid_index(parameters, trial.params) for trial in study.get_trials(deepcopy=False)} - {None}
+    return size is not None and len(points) >= size
+
+
+def _draw_together(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
+    """Draws what the sampler draws at once, of which some may be there already; Optuna's trial keeps it."""
+    name = recipe.search.sampler.name
+    if name == "cmaes" and POINT in trial.user_attrs:
+        study.sampler = optuna.samplers.RandomSampler(seed=0)  # a given point is no draw of its distribution
+    elif name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
+        sampler = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
+        generation = sampler.get_trial_generation(study, trial._cached_frozen_trial)
+        sampler.get_parent_population(study, generation)
+        study.sampler = make_sampler(recipe, trial.number, 0)
+    else:
+        study.sampler = make_sampler(recipe, trial.number, 0)
+    _ = trial.relative_params

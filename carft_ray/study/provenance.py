@@ -1,0 +1,123 @@
+"""Where the numbers of a study come from: ``provenance`` of its manifest. What was written once is never overwritten.
+
+seeds, code, versions, hardware, test_sets          when the folder is claimed
+data, classes, class_names, templates, model,       after the preparation, which has read data and model;
+augmentation, hardware of the preparation,          says what every training of the folder starts from
+shared_images
+history                                             later searches on other code, versions or hardware
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import environment, files
+from carft_ray.data.shared.shared_images import read_shared, shared_counts
+from carft_ray.errors import DataError, Problem
+from carft_ray.layout import MANIFEST
+from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.text import dotted
+
+PROVENANCE = "provenance"
+CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
+TEST_ROLES = ("id_test", "ood_test")
+
+
+def known_at_once(recipe: Recipe) -> dict[str, Any]:
+    """Returns the provenance that needs neither data nor model. Of test sets it holds the specification only."""
+    specs = {dotted(path): spec for path, spec in named_sets(recipe).items() if path[1] in TEST_ROLES}
+    return {
+        "seeds": {"sampler": recipe.search.sampler.seed, "train": recipe.train.seed},
+        "code": environment.code(),
+        "versions": environment.versions(),
+        "hardware": {**environment.hardware(), "threads": recipe.resources.threads_per_worker},
+        "test_sets": {
+            name.removeprefix("data."): spec.model_dump(mode="json", exclude_defaults=True)
+            for name, spec in specs.items()
+        },
+    }
+
+
+def record_provenance(folder: Path, recipe: Recipe, found: dict[str, Any] | None) -> None:
+    """Completes the provenance of a study (or training) after its preparation. The lock must be held.
+
+    The first search writes; a later one adds what has changed to ``history``.
+
+    Args:
+        folder: The claimed folder.
+        recipe: The recipe of this search.
+        found: What the preparation has found of data, model and its machine; None: nothing to record.
+
+    Raises:
+        DataError: Data or model are not those of the study.
+        StorageError: The manifest cannot be read or written.
+    """
+    if found is None:
+        return
+    path = folder / MANIFEST
+    manifest = files.read_json(path)
+    before = manifest.get(PROVENANCE)
+    now = known_at_once(recipe)
+    now = {**now, **found, "hardware": {**now["hardware"], **found.get("hardware", {})}}
+    now["shared_images"] = {"policy": recipe.data.shared_images, "counts": shared_counts(read_shared(folder))}
+    if before is None or "data" not in before:  # nothing was trained from it yet
+        files.write_json(path, {**manifest, PROVENANCE: now})
+        return
+    if problems := identity_problems(before, now):
+        raise DataError(problems)
+    latest = (before.get("history") or [before])[-1]
+    if differences({key: latest.get(key) for key in CHANGING}, {key: now[key] for key in CHANGING}):
+        at = datetime.now().astimezone().isoformat(timespec="seconds")
+        entry = {"at": at, **{key: now[key] for key in CHANGING}}
+        files.write_json(path, {**manifest, PROVENANCE: {**before, "history": [*before.get("history", []), entry]}})
+
+
+def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:
+    """Returns a problem for every set, and for the model, that is not what the provenance says.
+
+    Args:
+        before: A complete provenance.
+        now: What was found now; a set that it does not name is not compared.
+    """
+    problems = []
+    for name, kept in before["data"].items():
+        found = now.get("data", {}).get(name)
+        if found is None or found == kept:
+            continue
+        place = f"data.{name}" if name in ("train", "id_val") else f"data.ood_val.{name}"
+        rule = f"the contents of this set must be those of the manifest, digest {kept['digest'][:12]}"
+        value = f"digest {found['digest'][:12]} now"
+        if found["num_images"] != kept["num_images"]:
+            value += f", {found['num_images']} images instead of {kept['num_images']}"
+        step = "Restore the images, or begin anew in another folder: numbers of two data sets do not mix."
+        problems.append(Problem(place, rule, value, next_step=step))
+    kept, found = before.get("classes"), now.get("classes")
+    if kept is not None and found is not None and kept != found:
+        rule = f"the classes must be those of the manifest: {', '.join(kept[:5])}{' ...' if len(kept) > 5 else ''}"
+        value = f"{', '.join(found[:5])}{' ...' if len(found) > 5 else ''} now"
+        step = "Restore their names and order, or begin anew in another folder."
+        problems.append(Problem("data.classes", rule, value, next_step=step))
+    if "model" in now and now["model"] != before["model"]:
+        kept, found = before["model"]["weights_hash"], now["model"]["weights_hash"]
+        rule = f"the weights must be those of the manifest, hash {kept}"
+        step = "Restore the weights, or begin anew in another folder."
+        problems.append(Problem("model", rule, f"hash {found} now", next_step=step))
+    return problems
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dictionaries by dotted key; lists are leaves."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, child in value.items():
+        found |= leaves(child, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """Returns ``(dotted key, before, now)`` for every leaf that differs; None where one side has none."""
+    old, new = leaves(json.loads(json.dumps(before))), leaves(json.loads(json.dumps(now)))
+    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -1,0 +1,205 @@
+"""The tables of a study: its trials as rows, read from the journal without a lock and without writing."""
+
+import contextlib
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from carft_ray import files
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.layout import JOURNAL, MANIFEST
+from carft_ray.study import front
+from carft_ray.study.outcome import Kind, TrialRow
+from carft_ray.study.spent import gpu_seconds_of, seconds_of
+
+Found = TypeVar("Found")
+
+STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
+ZERO_SHOT = "zero_shot"
+OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told before (search.generations)
+# user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
+# the training with that number, and a trial of another study
+TRAINING_OF, WARM_FROM = "training_of", "warm_from"
+LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
+LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
+SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
+
+
+def trials(study_dir: Path) -> list[TrialRow]:
+    """Reads a study's trials without locking or writing; ``running`` ones may run, wait, or belong to a dead search.
+
+    Raises:
+        StorageError: There is no study, or its journal is damaged.
+    """
+    return rows_by_kind(study_dir)["trial"]
+
+
+def baselines(study_dir: Path) -> list[TrialRow]:
+    """Reads a study's baselines as ``trials`` does, the zero-shot model among them."""
+    return rows_by_kind(study_dir)["baseline"]
+
+
+def confirmations(study_dir: Path) -> list[TrialRow]:
+    """Reads the trainings with fresh seeds as ``trials`` does; none before a confirm has begun."""
+    return rows_by_kind(study_dir)["confirm"]
+
+
+def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
+    """Reads trials, baselines and trainings of the confirm at once: the journal is read from its beginning each time.
+
+    Raises:
+        StorageError: As ``trials``.
+    """
+    if not files.exists(study_dir / JOURNAL):
+        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
+    names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the journal, which has them by then
+    with readable(study_dir):
+        storage = storage_of(study_dir)
+        known = optuna.get_all_study_names(storage)  # when its first search is just making them, not all are there
+        return {
+            kind: rows_of(kind, optuna.load_study(storage=storage, study_name=name)) if name in known else []
+            for kind, name in names.items()
+        }
+
+
+def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
+    """Returns rows from the best down, the earlier of equals first; those without an objective come last."""
+    return sorted(rows, key=rank)
+
+
+def rank(row: TrialRow) -> tuple[float, ...]:
+    """Returns what the best row has least of.
+
+    Rows that meet all constraints come before those that do not, and of these the less violating first. Then the
+    standing of a Pareto search counts, then the objective.
+    """
+    return row.objective is None, row.violation, -row.standing, -(row.objective or 0.0), row.number
+
+
+def require_finished(study_dir: Path, found: Found | None) -> Found:
+    """Returns what was found of the finished trials of a study.
+
+    Raises:
+        NoSuccessfulTrialError: That is nothing.
+    """
+    if not found:
+        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
+        raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
+    return found
+
+
+def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
+    """Returns the first complete row of ``best_first``."""
+    complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
+    return next(iter(best_first(complete)), None)
+
+
+def study_name(study_dir: Path, kind: Kind) -> str:
+    """Returns the name of the Optuna study that holds the trainings of a kind.
+
+    Raises:
+        StorageError: The manifest cannot be read.
+    """
+    if kind != "trial":
+        return STUDY_NAMES[kind]
+    path = study_dir / MANIFEST
+    manifest = files.read_json(path) if files.exists(path) else {}
+    return generation_name(manifest.get("generation", 1) if isinstance(manifest, dict) else 1)
+
+
+def generation_name(generation: int) -> str:
+    """Returns the name of the Optuna study that holds the trials of a generation, which count from 1."""
+    return STUDY_NAMES["trial"] if generation == 1 else f"{STUDY_NAMES['trial']}-{generation}"
+
+
+def told(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
+    """Returns state and objectives of a trial as they were told, whether it lies in the space of today or not."""
+    before = trial.user_attrs.get(OUTSIDE)
+    if before is None:
+        return trial.state, trial.values
+    return TrialState[before["state"]], before["objectives"]
+
+
+def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
+    """Returns the trainings of an Optuna study as rows, those of a Pareto search with their standing."""
+    rows = [row_of(kind, trial) for trial in trainings(study)]
+    rule = study.user_attrs.get(front.FRONT) if kind == "trial" else None
+    return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
+
+
+def trainings(study: optuna.Study) -> list[FrozenTrial]:
+    """Returns the trials of an Optuna study that are trainings of this study, in the order of their numbers."""
+    return [trial for trial in study.get_trials(deepcopy=False) if is_training(trial)]
+
+
+def is_training(trial: FrozenTrial) -> bool:
+    """Tells whether a trial is a training of this study; the others tell the sampler of something measured before."""
+    return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
+
+
+def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
+    """Returns a trial of an Optuna study as a row, without standing."""
+    attributes = trial.user_attrs
+    finished = trial.state.is_finished()
+    state, objectives = told(trial)
+    objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
+    elapsed_s = attributes.get("elapsed_s")
+    if elapsed_s is None and trial.duration is not None:
+        elapsed_s = trial.duration.total_seconds()
+    return TrialRow(
+        kind=kind,
+        number=trial.number,
+        name=attributes.get("name", f"t{trial.number:04d}"),
+        values=dict(attributes.get("values", trial.params)),
+        outcome=attributes.get("outcome", "error") if finished else "running",
+        attempt=attributes.get("attempt", 0),
+        reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
+        objective=objective if state == TrialState.COMPLETE else None,
+        alpha=attributes.get("alpha"),
+        fitted=attributes.get("fitted", False),
+        at_chance=attributes.get("at_chance", False),
+        metrics=attributes.get("metrics", {}),
+        started=trial.datetime_start,
+        elapsed_s=elapsed_s,
+        outside=OUTSIDE in attributes,
+        points=tuple(attributes.get("points", ())),
+        looks=looks_of(trial),
+        spent_s=seconds_of(attributes),
+        gpu_s=gpu_seconds_of(attributes),
+        late_cut=attributes.get(LATE_CUT, ""),
+        set_aside=not finished and bool(attributes.get(SET_ASIDE)),
+    )
+
+
+def looks_of(trial: FrozenTrial) -> dict[int, float]:
+    """Returns the looks at a trial: percent of its schedule -> objective on the subset."""
+    if trial.intermediate_values:
+        return dict(trial.intermediate_values)
+    named = {key.removeprefix(LOOK_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    return {int(percent): value for percent, value in named.items() if percent.isdigit()}
+
+
+def storage_of(study_dir: Path) -> JournalStorage:
+    """Returns the storage of a study's journal; Optuna's own lock spins for ever on a relative path."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(study_dir.resolve() / JOURNAL)))
+
+
+@contextlib.contextmanager
+def readable(study_dir: Path) -> Iterator[None]:
+    """Turns what Optuna raises on a damaged or foreign journal into a ``StorageError``."""
+    path = study_dir / JOURNAL
+    try:
+        yield
+    except OSError as error:
+        raise files.storage_error(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        step = "Restore the file from a copy; the results of finished trials are still in trials/."
+        cause = f"{type(error).__name__}: {error}"
+        raise StorageError(Problem(str(path), "must be an Optuna journal", cause, next_step=step)) from error

@@ -1,0 +1,130 @@
+"""A search space that shrinks or grows: the study gets another generation, an Optuna study of its own in the journal.
+
+    search, search-2, search-3, ...     names of the Optuna studies of the trials; the manifest names the one that holds
+
+A generation takes all trials of the one before, in their order: number, name and folder of a trial never change.
+
+| an earlier trial | in the new generation |
+|---|---|
+| inside the new space | as it was, RUNNING ones too: they are adopted |
+| outside, finished | FAIL, which no sampler looks at; what was told is kept in the attribute ``outside`` |
+| outside, not finished | as the line above, with outcome ``error`` |
+
+Trials outside stay rows of the study, and may be its best: they were trained for the same objective. One that lies
+inside again, in a later generation, is to Optuna what it was. What a sampler has kept of its own with a trial is left
+behind: it is about the old space.
+
+All is written to the journal first, then the manifest names it. So a kill leaves the old generation or the new one;
+what it leaves half made is removed when the study is opened next.
+"""
+
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.region import place
+from carft_ray.study.ledger import ATTRIBUTE as LEDGER
+from carft_ray.study.proposals.samplers import distribution
+from carft_ray.study.rows import OUTSIDE, generation_name, told
+from carft_ray.words import counted
+
+ENDED = "outside the search space, which was narrowed while it ran"
+
+
+def remove_half_made(storage: JournalStorage, generation: int) -> None:
+    """Removes the Optuna study of a generation that never came to hold. The lock of the study must be held.
+
+    Args:
+        storage: Of the journal.
+        generation: The one that holds.
+    """
+    name = generation_name(generation + 1)
+    if name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -> str:
+    """Writes the next generation of trials to the journal; it holds when the manifest says so.
+
+    Args:
+        storage: Of the journal.
+        generation: The one that holds now.
+        recipe: Has the new space.
+
+    Returns:
+        What became of the trials, in a sentence.
+    """
+    old = optuna.load_study(study_name=generation_name(generation), storage=storage)
+    new = optuna.create_study(study_name=generation_name(generation + 1), storage=storage, directions=old.directions)
+    for key, value in old.user_attrs.items():
+        if key != LEDGER:  # which stays where it began
+            new.set_user_attr(key, value)
+    for trial in old.get_trials(deepcopy=False):
+        new.add_trial(_carried(trial, recipe))
+    carried = new.get_trials(deepcopy=False)
+    num_inside = sum(OUTSIDE not in trial.user_attrs for trial in carried)
+    return f"the search space has changed: {num_inside} of {counted(len(carried), 'earlier trial')} inside the new one"
+
+
+def placed_trial(
+    trial: FrozenTrial,
+    recipe: Recipe,
+    values: dict[str, Any],
+    attributes: dict[str, Any],
+    with_looks: bool = True,
+) -> FrozenTrial:
+    """Returns a trial with what it was told, as one of a study with the recipe's space.
+
+    Args:
+        trial: The trial.
+        recipe: Has the space.
+        values: Of the parameters that are drawn, as ``recipe.spaces.region.place`` gives them.
+        attributes: The user attributes.
+        with_looks: Whether the intermediate values come along.
+    """
+    state, objectives = told(trial)
+    made: FrozenTrial = optuna.trial.create_trial(
+        state=state,
+        values=objectives,
+        params=values,
+        distributions={name: distribution(recipe.search.space[name]) for name in values},
+        user_attrs=attributes,
+        intermediate_values=trial.intermediate_values if with_looks else {},
+        constraints=_constraints(trial),
+    )
+    return _at_its_time(made, trial)
+
+
+def _carried(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
+    attributes = {key: value for key, value in trial.user_attrs.items() if key != OUTSIDE}
+    values = attributes.pop("values") if OUTSIDE in trial.user_attrs else trial.params
+    placed = place(values, recipe)
+    if not isinstance(placed, str):
+        return placed_trial(trial, recipe, placed, attributes)
+    state, objectives = told(trial)
+    if not state.is_finished():
+        attributes |= {"outcome": "error", "reason": ENDED}
+        state = TrialState.FAIL
+    outside = {"state": state.name, "objectives": objectives, "constraints": _constraints(trial)}
+    made: FrozenTrial = optuna.trial.create_trial(
+        state=TrialState.FAIL,
+        user_attrs={**attributes, "values": values, OUTSIDE: outside},
+        intermediate_values=trial.intermediate_values,
+    )
+    return _at_its_time(made, trial)
+
+
+def _constraints(trial: FrozenTrial) -> dict[str, float]:
+    if OUTSIDE in trial.user_attrs:
+        return dict(trial.user_attrs[OUTSIDE]["constraints"])
+    return dict(trial.constraints)
+
+
+def _at_its_time(made: FrozenTrial, trial: FrozenTrial) -> FrozenTrial:
+    made.datetime_start = trial.datetime_start
+    if made.state.is_finished() and trial.datetime_complete is not None:
+        made.datetime_complete = trial.datetime_complete
+    return made
