@@ -3,7 +3,8 @@ other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the las
 
 Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.caching.index``); then an image is
 one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
-samples change no name, and a packed tree has the names of the tree. Nothing but images, labels and JSON is ever looked into.
+samples change no name, and a packed tree has the names of the tree. Nothing but images, labels and JSON is ever looked
+into.
 """
 
 import bisect
