@@ -1,4 +1,4 @@
-"""Images that stand in two roles: what ``data.shared.shared_images`` does with them, and the list that a study keeps.
+"""Images that stand in two roles: what ``data.shared_images`` does with them, and the list that a study keeps.
 
 With ``drop`` an image stays in the role nearest to the test (``NEAREST_FIRST``) and leaves the others. Images of test
 sets never leave. Pairs that share an image belong together: of A ~ B ~ C in three roles the one nearest to the test
