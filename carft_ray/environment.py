@@ -5,13 +5,13 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from carft_ray import __version__
-from carft_ray.errors import Problem
+from carft_ray.errors import Problem, UsageError
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 GIT_TIMEOUT_S = 5.0
@@ -130,6 +130,25 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
             rule = f"carft-ray was run with {ranges} only" if is_newer else f"carft-ray needs {ranges}"
             (newer if is_newer else older).append(Problem(f"{each.name} {version}", f"{rule}; run: {command}"))
     return older, newer
+
+
+def private_name(library: str, name: str, find: Callable[[], Any]) -> Any:
+    """Returns a private name of a library, which a release may have no more.
+
+    Args:
+        library: Name of its distribution.
+        name: The name, for the message.
+        find: Returns what has the name.
+
+    Raises:
+        UsageError: This release has no such name.
+    """
+    try:
+        return find()
+    except (AttributeError, ImportError) as error:
+        step = f"Install a release of {library} that pyproject.toml allows."
+        rule = f"must have {name}, which carft-ray uses"
+        raise UsageError(Problem(library, rule, f"release {metadata.version(library)}", next_step=step)) from error
 
 
 def hardware() -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from carft_ray.errors import ClusterError, UsageError
+from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.study.proposals import optuna_private
 
@@ -47,7 +47,7 @@ def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
     monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
     with (
         pytest.raises(
-            ClusterError, match=rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
+            UsageError, match=rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
         ),
         ray_private.without_news_of_workers(),
     ):

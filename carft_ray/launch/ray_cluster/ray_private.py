@@ -11,14 +11,14 @@ from typing import Any
 
 import ray
 
-from carft_ray.errors import ClusterError, Problem
+from carft_ray.environment import private_name
 
 
 @contextlib.contextmanager
 def without_news_of_workers() -> Iterator[None]:
     """Within the block, Ray's driver prints no '(raylet) A worker died': the switch of its debugger."""
-    worker = _found("ray._private.worker", lambda: ray._private.worker)
-    _found("ray._private.worker._worker_logs_enabled", lambda: worker._worker_logs_enabled)
+    worker = private_name("ray", "ray._private.worker", lambda: ray._private.worker)
+    private_name("ray", "ray._private.worker._worker_logs_enabled", lambda: worker._worker_logs_enabled)
     worker._worker_logs_enabled = False
     try:
         yield
@@ -29,7 +29,9 @@ def without_news_of_workers() -> Iterator[None]:
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     """Returns what nobody holds, by Ray's name of the node; the public call has the sum over nodes only."""
     name = "ray._private.state.available_resources_per_node"
-    found: Mapping[str, Mapping[str, float]] = _found(name, lambda: ray._private.state.available_resources_per_node)()
+    found: Mapping[str, Mapping[str, float]] = private_name(
+        "ray", name, lambda: ray._private.state.available_resources_per_node
+    )()
     return found
 
 
@@ -39,9 +41,12 @@ def one_trial_dies() -> Iterator[None]:
 
     The exception is no ``RayActorError``, and at what it does not know Tune ends its whole run (read in Ray 2.60).
     """
-    manager = _found("ray.air.execution._internal.actor_manager.RayActorManager", _actor_manager)
+    manager = private_name("ray", "ray.air.execution._internal.actor_manager.RayActorManager", _actor_manager)
     names = ("_actor_start_failed", "_actor_task_failed")
-    before = {name: _found(f"RayActorManager.{name}", functools.partial(getattr, manager, name)) for name in names}
+    before = {
+        name: private_name("ray", f"RayActorManager.{name}", functools.partial(getattr, manager, name))
+        for name in names
+    }
 
     def known(plain: Callable[..., None]) -> Callable[..., None]:
         def failed(manager: Any, *, exception: Exception, **tracked: Any) -> None:
@@ -64,17 +69,3 @@ def _actor_manager() -> Any:
     from ray.air.execution._internal.actor_manager import RayActorManager
 
     return RayActorManager
-
-
-def _found(name: str, find: Callable[[], Any]) -> Any:
-    """Returns a private name of Ray.
-
-    Raises:
-        ClusterError: This release has no such name.
-    """
-    try:
-        return find()
-    except (AttributeError, ImportError) as error:
-        step = "Install a release of Ray that pyproject.toml allows: pip install 'ray[default,train,tune]>=2.52,<2.61'"
-        rule = f"must have {name}, which carft-ray uses"
-        raise ClusterError(Problem("Ray", rule, f"release {ray.__version__}", next_step=step)) from error

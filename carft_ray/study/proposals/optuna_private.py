@@ -4,14 +4,13 @@ Where a release has another name in its place, the message says which release an
 pins what each does. ``samplers`` overrides one private method besides, ``QMCSampler._find_sample_id``.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from carft_ray.errors import Problem, UsageError
+from carft_ray.environment import private_name
 
 
 def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.trial.Trial:
@@ -21,7 +20,7 @@ def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.trial.Tria
 
 def trial_id(frozen: FrozenTrial) -> int:
     """Returns the id of a trial in its storage, which is no number within its study."""
-    found: int = _found("FrozenTrial._trial_id", lambda: frozen._trial_id)
+    found: int = private_name("optuna", "FrozenTrial._trial_id", lambda: frozen._trial_id)
     return found
 
 
@@ -33,19 +32,7 @@ def on_one_thread() -> AbstractContextManager[None]:
 
         return limit_threads_in_optimization
 
-    block: AbstractContextManager[None] = _found("optuna._gp.thread_limiting.limit_threads_in_optimization", find)()
+    block: AbstractContextManager[None] = private_name(
+        "optuna", "optuna._gp.thread_limiting.limit_threads_in_optimization", find
+    )()
     return block
-
-
-def _found(name: str, find: Callable[[], Any]) -> Any:
-    """Returns a private name of Optuna.
-
-    Raises:
-        UsageError: This release has no such name.
-    """
-    try:
-        return find()
-    except (AttributeError, ImportError) as error:
-        step = "Install a release of Optuna that pyproject.toml allows: pip install 'optuna>=5.0,<5.1'"
-        rule = f"must have {name}, which carft-ray uses"
-        raise UsageError(Problem("Optuna", rule, f"release {optuna.__version__}", next_step=step)) from error
