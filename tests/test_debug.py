@@ -105,7 +105,9 @@ def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path):
     recipe = short_training.make(tmp_path)
     words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=40"]
     process = command(tmp_path, *words)
-    while not list((tmp_path / "study").glob("trials/*/checkpoint/*/*")):
+    while not any(
+        len(path.read_text().splitlines()) > 2 for path in (tmp_path / "study").glob("trials/*/metrics.jsonl")
+    ):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.kill()

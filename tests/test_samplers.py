@@ -432,7 +432,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import optuna
 from stand_in import make_recipe
-from carft_ray.study import space
+from carft_ray.study.proposals import space
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, "startup_trials": 1}})
 study = optuna.create_study(direction="maximize")

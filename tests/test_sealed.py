@@ -240,7 +240,7 @@ def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
 
 KILLED = """
 import os, sys
-from carft_ray.results import sealed
+from carft_ray.results.test_sets import read as sealed
 
 plain, calls = sealed.predict_all, []
 
