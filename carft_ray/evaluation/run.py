@@ -54,7 +54,7 @@ from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.recalibration import clean_views
 from carft_ray.recipe.schedule import is_looked_at
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, with_threads
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
 
@@ -79,8 +79,7 @@ def num_threads(recipe: Recipe) -> int:
 
 def on_all_cores(recipe: Recipe) -> Recipe:
     """Returns the recipe for what runs alone on a machine: with a torch thread for each core that it may use."""
-    threads = environment.usable_cores()
-    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": threads})})
+    return with_threads(recipe, environment.usable_cores())
 
 
 def prepare(

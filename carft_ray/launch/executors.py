@@ -91,7 +91,7 @@ def tune_trainable(runtime: Runtime) -> Any:
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         where = {"bundle_label_selector": [_anywhere_but(config["avoid"])]} if config["avoid"] else {}
-        return tune.PlacementGroupFactory([runtime.worker_resources], **where)
+        return tune.PlacementGroupFactory([runtime.capacity.worker_resources], **where)
 
     return tune.with_resources(inline_trial, resources)
 
@@ -301,7 +301,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
         scaling_config=ScalingConfig(
             num_workers=runtime.capacity.num_workers,
             use_gpu=use_gpu,
-            resources_per_worker=runtime.worker_resources,
+            resources_per_worker=runtime.capacity.worker_resources,
             placement_strategy="STRICT_PACK" if runtime.capacity.one_node else "PACK",
             **({"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}),
         ),

@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,7 +243,7 @@ def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
         say("preparing for a share of the sets")
         began = time.monotonic()
         filling_s = fill_nodes(plan, say)  # the sets stay in the caches: the search will not build them again
-        prepared = run_prepare(plan.filled(), say)
+        prepared = run_prepare(replace(plan, is_filled=True), say)
         prepared_s = time.monotonic() - began
         study.adopt_confirm(dict.fromkeys(names, values))
         say(f"training a little, {room.concurrency} at a time ({room.reason})")

@@ -23,7 +23,7 @@ from carft_ray.launch.recovery.lost import lost_rank
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import with_threads
 from carft_ray.words import counted
 
 NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
@@ -48,22 +48,24 @@ def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
 
 
 def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
-    """Builds what the caches of the nodes lack, on all nodes that can run trainings at once and with all cores of each.
+    """Lists the sets, and builds what the caches lack on all nodes that can run trainings, at once and with all cores.
 
-    No GPU and no place of a trial is held meanwhile. A node that dies or fails as a machine is passed over: its
-    trainings, should it come back, build for themselves, and so do those on a node that comes later.
+    Nodes, tasks and trials take the listing from the folder of the preparation. No GPU and no place of a trial is held
+    meanwhile. A node that dies or fails as a machine is passed over: its trainings, should it come back, build for
+    themselves, and so do those on a node that comes later.
 
     Args:
         runtime: Of the search.
         say: Told what the nodes do, as it goes on.
 
     Returns:
-        The seconds that the slowest node took.
+        The seconds that the slowest node took; 0 in this process, where the preparation builds.
 
     Raises:
         CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
     """
-    if runtime.runner.fill is None:
+    write_sets(runtime.recipe, runtime.study_dir / PREPARED)
+    if runtime.runner.fill is None or runtime.in_process:
         return 0.0
     nodes = _nodes_for_trainings(runtime.capacity)
     # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
@@ -109,12 +111,11 @@ def _check_not_stopped(runtime: Runtime) -> None:
 
 def _nodes_for_trainings(room: Capacity) -> dict[str, str]:
     """Returns the addresses of the live nodes on which a worker fits, by Ray's name."""
-    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    need = room.worker_resources.items()
     return {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
-        if node["Alive"]
-        and all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need.items())
+        if node["Alive"] and all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need)
     }
 
 
@@ -150,7 +151,7 @@ def _fill(runtime: Runtime) -> tuple[float, str]:
 
 
 def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Lists the sets, fills the caches of all nodes, then runs the preparation in a Ray task or in this process.
+    """Fills the caches of all nodes unless they are filled, then runs the preparation in a Ray task or in this process.
 
     The task asks for what a worker gets. All cores of the node are used.
 
@@ -162,14 +163,16 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     room, folder = runtime.capacity, runtime.study_dir / PREPARED
-    write_sets(runtime.recipe, folder)  # listed once, here; tasks and trials map it
     if runtime.in_process:
-        return runtime.runner.prepare(_with_threads(runtime.recipe, environment.usable_cores()), folder, say)
+        if not runtime.is_filled:
+            fill_nodes(runtime, say)
+        return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
     task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
     path, told = runtime.study_dir / RAY_FILES / DOING, ""
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
-        fill_nodes(runtime, say)
+        if not runtime.is_filled:
+            fill_nodes(runtime, say)
         pending, ended = task.remote(runtime), False
         while not ended:
             _check_not_stopped(runtime)
@@ -191,16 +194,8 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
 
 
 def _prepare(runtime: Runtime) -> dict[str, Any]:
-    _check_visible(runtime)
-    node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
-    num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    return runtime.runner.prepare(_with_threads(runtime.recipe, max(1, int(num_cpus))), folder, tells_driver(folder))
-
-
-def _with_threads(recipe: Recipe, number: int) -> Recipe:
-    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
-
-
-def _check_visible(runtime: Runtime) -> None:
     if problem := not_visible(runtime):
         raise ClusterError(problem)
+    node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
+    num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, tells_driver(folder))

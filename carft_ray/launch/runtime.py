@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Runtime:
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.
+        is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
     """
 
     recipe: Recipe
@@ -89,22 +90,13 @@ class Runtime:
     capacity: Capacity
     runner: Runner
     in_process: bool = False
-
-    def filled(self) -> "Runtime":
-        """Returns the runtime for another preparation of the same sets: no cache is filled again."""
-        return replace(self, runner=replace(self.runner, fill=None))
+    is_filled: bool = False
 
     @property
     def nested(self) -> bool:
         """Whether trainings run as a Ray Train group."""
         executor = self.recipe.resources.executor
         return executor == "ray-train" or (executor == "auto" and self.capacity.num_workers > 1)
-
-    @property
-    def worker_resources(self) -> dict[str, float]:
-        """What Ray reserves for one worker."""
-        gpus = {"GPU": self.capacity.gpus_per_worker} if self.capacity.gpus_per_worker else {}
-        return {"CPU": self.capacity.cpus_per_worker, **gpus}
 
 
 def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Runtime:

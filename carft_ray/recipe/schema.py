@@ -389,3 +389,8 @@ class Recipe(Config):
     search: SearchConfig = SearchConfig()
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
+
+
+def with_threads(recipe: Recipe, number: int) -> Recipe:
+    """Returns the recipe with so many torch threads for each worker."""
+    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})

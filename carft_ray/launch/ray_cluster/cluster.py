@@ -76,6 +76,11 @@ class Capacity:
     gpus_per_worker: float
     one_node: bool
 
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for one worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
 
 @contextlib.contextmanager
 def running_ray(address: str | None, log_path: Path, stop_path: Path | None = None) -> Iterator[tuple[Node, ...]]:

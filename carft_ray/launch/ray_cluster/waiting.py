@@ -61,7 +61,7 @@ def why_waiting(room: Capacity) -> str:
     free = available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
-    need = {"CPU": room.cpus_per_worker} | ({"GPU": room.gpus_per_worker} if room.gpus_per_worker else {})
+    need = room.worker_resources
     return lacking(need, room.num_workers, room.one_node, nodes) or "what it needs has just become free"
 
 

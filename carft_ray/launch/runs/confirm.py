@@ -78,7 +78,7 @@ def run_confirm(
                 on_event(Preparing())
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
                     run_prepare(replace(runtime, recipe=apply(runtime.recipe, {"seed": seed})), say)
-                    runtime = runtime.filled()
+                    runtime = replace(runtime, is_filled=True)
                 room = runtime.capacity
                 on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
                 if run_trainings(study, runtime, on_event):
