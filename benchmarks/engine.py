@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.layout import ALIVE, JOURNAL, METRICS, RESOLVED, RESULT
+from carft_ray.layout import HEARTBEAT, JOURNAL, METRICS, RESOLVED, RESULT
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
@@ -308,7 +308,7 @@ def driver_cost(
             assert spec is not None
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ALIVE).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
+            (folder / HEARTBEAT).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
             lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
             (folder / METRICS).write_text("".join(lines))
             driver.started(f"id{index}")
@@ -317,7 +317,7 @@ def driver_cost(
             for folder in folders:
                 with (folder / METRICS).open("a") as out:
                     out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
-                os.utime(folder / ALIVE)
+                os.utime(folder / HEARTBEAT)
             for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
                 driver.poll(at_once=True)  # though it looks less often where one look takes long

@@ -56,7 +56,7 @@ def measure(executor: str, concurrency: int) -> Measured:
     Raises:
         RuntimeError: It failed; with what it printed.
     """
-    settings = [*SETTINGS, f"search.concurrency={concurrency}", f"resources.executor={executor}"]
+    settings = [*SETTINGS, f"search.max_concurrent_trials={concurrency}", f"resources.executor={executor}"]
     with tempfile.TemporaryDirectory(prefix="carft-overhead-") as folder:
         study, printed = Path(folder) / "study", Path(folder) / "printed.txt"
         command = [sys.executable, "-m", "carft_ray.cli", "search", str(RECIPE), "--study", str(study)]

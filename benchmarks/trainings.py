@@ -38,9 +38,9 @@ from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
-from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.layout import RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
@@ -150,16 +150,16 @@ def open_bench(recipe: Recipe, out: Path) -> Bench:
         out: Folder of the benchmark; git ignores what is in it.
     """
     torch.set_num_threads(1)
-    materials = load_materials(recipe)
-    tests = _test_sets(recipe, materials)
-    parts = [materials.key, *(getattr(recipe, part).model_dump(mode="json") for part in ("data", "train", "search"))]
+    inputs = load_shared_inputs(recipe)
+    tests = _test_sets(recipe, inputs)
+    parts = [inputs.key, *(getattr(recipe, part).model_dump(mode="json") for part in ("data", "train", "search"))]
     bench = Bench(recipe, out / _digest(parts))
     bench.folder.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
     prepare(recipe, bench.prepared_dir, lambda text: print(text, file=sys.stderr))
     if not bench.zero_shot_test_path.exists():
         heads = load_tensors(bench.prepared_dir / "heads.safetensors")
-        classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
+        classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, CPU)
         table = predict_all(classifier, tests, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(bench.zero_shot_test_path, table)
     return bench
@@ -240,22 +240,22 @@ def _run(bench: Bench, planned: Planned) -> bool:
 
 
 def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
-    materials = load_materials(recipe)
+    inputs = load_shared_inputs(recipe)
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
-    classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, CPU)
+    classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, CPU)
     zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
-    tests, tables = _test_sets(recipe, materials), []
+    tests, tables = _test_sets(recipe, inputs), []
     for alpha in alphas:
         batch_size = recipe.evaluate.batch_size
         tables.append(predict_mixed(classifier, zero_shot, fine_tuned, alpha, tests, batch_size, RunContext()))
     return concat(tables)
 
 
-def _test_sets(recipe: Recipe, materials: Materials) -> list[ImageSet]:
+def _test_sets(recipe: Recipe, inputs: SharedInputs) -> list[ImageSet]:
     """Opens the test sets, ``id_test`` first, from the cache of decoded sets that all trainings share."""
     if recipe.data.id_test is None or not recipe.data.ood_test:
         raise ValueError("the recipe must have id_test and ood_test")
-    clip, folder, classes = materials.clip, cache_dir(recipe), class_folders(recipe)
+    clip, folder, classes = inputs.clip, cache_dir(recipe), class_folders(recipe)
     specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
     sources = {name: open_source(spec, name, classes) for name, spec in specs.items()}
     return [

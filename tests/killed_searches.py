@@ -37,7 +37,7 @@ SOON_LOST = {
 }
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
-STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "points": [VALUES], "baselines": {"calm": VALUES}}
+STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
 # calls of each place of struck.py in an epoch of them, at least; "curve" comes once, after the last epoch
 CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 1, "evaluation": 4, "checkpoint": 2}
 CURVE = 5
@@ -327,7 +327,7 @@ def wait_for_no_groups(address, auth, timeout_s=60):
 def running_pids(study_dir, epoch=1):
     """Returns the living processes of trainings that have got so far."""
     found = []
-    for path in study_dir.glob("*/*/alive.json"):
+    for path in study_dir.glob("*/*/heartbeat.json"):
         with contextlib.suppress(OSError, ValueError):
             pid, metrics = json.loads(path.read_text())["pid"], path.with_name("metrics.jsonl")
             if len(metrics.read_text().splitlines()) >= epoch and Path(f"/proc/{pid}/cmdline").read_bytes():

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from carft_ray.data.caching import packed
-from carft_ray.evaluation import materials, run  # noqa: F401  (with torch: nothing is imported within a trial)
+from carft_ray.evaluation import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
 from carft_ray.launch import runtime
 from carft_ray.layout import STOP
 
@@ -91,7 +91,7 @@ def prepare(recipe, folder, say=None):
 def prepare_and_empty(recipe, folder, say):
     """Leaves trials an empty cache, as that of a node that has come later."""
     prepared = runtime.prepare(recipe, folder, say)
-    materials._materials.clear()
+    shared_inputs._loaded.clear()
     shutil.rmtree(folder.parent.parent / "cache")
     return prepared
 

@@ -11,7 +11,7 @@ from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.study.outcome import read_alive
+from carft_ray.study.outcome import read_heartbeat
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}
@@ -34,11 +34,11 @@ def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_
     monkeypatch.setattr(BadNodes, "left_out", lambda self: [left_out])
     stand_in.tell(tmp_path, seconds=1)
     resources = {"executor": executor, "num_workers": 1, "gpus_per_worker": 0}
-    recipe = stand_in.make_recipe(3, baselines={}, concurrency=1, resources=resources)
+    recipe = stand_in.make_recipe(3, baselines={}, max_concurrent_trials=1, resources=resources)
     ran = []
 
     def on_event(event):
-        if isinstance(event, TrialEpoch) and (alive := read_alive(event.spec.folder(tmp_path / "study"), 1)):
+        if isinstance(event, TrialEpoch) and (alive := read_heartbeat(event.spec.folder(tmp_path / "study"), 1)):
             ran.append(alive.node_id)  # of a training that still runs when its epoch is seen
 
     run_search(recipe, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))

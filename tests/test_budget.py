@@ -20,7 +20,7 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import ALIVE
+from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results.reading import overview
 from carft_ray.study.rows import trials
@@ -141,8 +141,8 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": now - 1000, "gpus": 4.0}
-    (folder / ALIVE).write_text(json.dumps(alive))
-    os.utime(folder / ALIVE, (now - 100, now - 100))
+    (folder / HEARTBEAT).write_text(json.dumps(alive))
+    os.utime(folder / HEARTBEAT, (now - 100, now - 100))
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
             study.adopt()

@@ -223,7 +223,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
     tmp_path, bad_start, capsys, executor, mode, cause
 ):
     runner = bad_start(mode)
-    recipe = stand_in.make_recipe(2, baselines={}, concurrency=1, resources={"executor": executor})
+    recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1, resources={"executor": executor})
     study_dir = tmp_path / "study"
     with pytest.raises(ClusterError) as caught:
         run_search(recipe, study_dir, None, runner=runner)

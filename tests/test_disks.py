@@ -14,7 +14,7 @@ from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.study.outcome import TrialSpec, read_alive, read_failure, read_result
+from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result
 from carft_ray.study.study import open_study
 
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
@@ -108,7 +108,7 @@ def test_lines_that_could_not_be_read_come_with_the_next_look(disk, tmp_path):
 def alive(folder):
     folder.mkdir(parents=True, exist_ok=True)
     content = {"attempt": 1, "pid": 1, "node_id": "", "group": "beef", "began": 1.0}
-    (folder / "alive.json").write_text(json.dumps(content))
+    (folder / "heartbeat.json").write_text(json.dumps(content))
 
 
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
@@ -121,11 +121,11 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
         driver.started("one")
         (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         (study.study_dir / "stop").write_text("asked")
-        for name in ("stop", "alive.json", "metrics.jsonl"):
+        for name in ("stop", "heartbeat.json", "metrics.jsonl"):
             disk(name, FOREVER, errno.EHOSTDOWN)
         driver.poll()
         assert not driver.is_stopping
-        for name in ("stop", "alive.json", "metrics.jsonl"):
+        for name in ("stop", "heartbeat.json", "metrics.jsonl"):
             disk(name, 0)
         assert driver.check_stop()
         assert driver.failure is None
@@ -151,9 +151,9 @@ def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     folder = SPEC.folder(tmp_path)
     alive(folder)
     leaks.suspect(TrialSpec("trial", 1, "t0001-abcd", {}, 1), [SPEC])
-    disk("alive.json", 1)
+    disk("heartbeat.json", 1)
     assert leaks.look([SPEC]) == 0
-    assert read_alive(folder, 1).group == "beef"
+    assert read_heartbeat(folder, 1).group == "beef"
     assert leaks.look([SPEC]) == 1
     assert removed == ["dead"]
 

@@ -24,7 +24,7 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
-from carft_ray.launch.ray_cluster.cluster import Node, capacity
+from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.outcome import Failure, TrialSpec, write_failure
@@ -289,7 +289,7 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
 
 
 def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
-    path = tune.folder(trial) / "alive.json"
+    path = tune.folder(trial) / "heartbeat.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
@@ -521,8 +521,8 @@ def test_it_saves_nothing(tune, tmp_path):
     ],
 )
 def test_concurrency_is_what_the_nodes_hold(nodes, resources, concurrency, one_node, reason):
-    room = capacity(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
-    assert (room.concurrency, room.one_node, room.reason) == (concurrency, one_node, reason)
+    capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
+    assert (capacity.concurrency, capacity.one_node, capacity.reason) == (concurrency, one_node, reason)
 
 
 def test_a_reason_that_names_no_nodes_is_the_whole_reason():
@@ -533,27 +533,27 @@ def test_a_reason_that_names_no_nodes_is_the_whole_reason():
                 continue
             resources = {"cpus_per_worker": cpus, "gpus_per_worker": gpus, "num_workers": workers}
             try:
-                room = capacity(make_recipe(resources=resources), tuple(Node(*size) for size in sizes))
+                capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*size) for size in sizes))
             except ClusterError:
                 continue
-            found = re.fullmatch(r"([\d.]+) [CG]PUs?, ([\d.]+) a trial(?:: (\d) on each)?", room.reason)
+            found = re.fullmatch(r"([\d.]+) [CG]PUs?, ([\d.]+) a trial(?:: (\d) on each)?", capacity.reason)
             if found and found[3]:
-                assert room.concurrency == int(found[1]) * int(found[3])
+                assert capacity.concurrency == int(found[1]) * int(found[3])
             elif found:
-                assert room.concurrency == Fraction(found[1]) // Fraction(found[2])
+                assert capacity.concurrency == Fraction(found[1]) // Fraction(found[2])
             else:
-                assert re.match(r"2 nodes with .*( a trial on one node| workers a trial, .* each)$", room.reason)
+                assert re.match(r"2 nodes with .*( a trial on one node| workers a trial, .* each)$", capacity.reason)
 
 
 def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
-    room = capacity(make_recipe(concurrency=2), (Node(8, 0),))
-    assert (room.concurrency, room.reason) == (2, "search.concurrency")
-    assert capacity(make_recipe(concurrency=20), (Node(8, 0),)).concurrency == 8
+    capacity = capacity_of(make_recipe(max_concurrent_trials=2), (Node(8, 0),))
+    assert (capacity.concurrency, capacity.reason) == (2, "search.max_concurrent_trials")
+    assert capacity_of(make_recipe(max_concurrent_trials=20), (Node(8, 0),)).concurrency == 8
 
 
 def test_a_trial_that_fits_nowhere_is_refused():
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
-        capacity(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
+        capacity_of(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
     assert caught.value.exit_code == 5
 
 

@@ -157,7 +157,7 @@ def right_and_close(training, alpha, tolerance, k=1):
     It is where the k-th logit and the one below it are within ``tolerance``: there rounding may decide otherwise.
     """
     classifier = training.classifier(training.result["alpha"] if alpha is None else alpha)
-    id_val = next(each for each in training.materials.validation if each.name == "id_val")
+    id_val = next(each for each in training.inputs.validation if each.name == "id_val")
     rows = predict(classifier, id_val, 1.0, training.recipe.evaluate.batch_size, RunContext()).to_pylist()
     right = sum(row["label"] in row["top_classes"][:k] for row in rows)
     return right, sum(row["top_logits"][k - 1] - row["top_logits"][k] <= tolerance for row in rows)
@@ -216,7 +216,7 @@ def test_two_formats_hold_the_same_numbers(exports):
     ours, theirs = load_file(folder / "open_clip_model.safetensors"), load_file(folder / "model.safetensors")
     assert sum(tensor.numel() for tensor in ours.values()) == sum(tensor.numel() for tensor in theirs.values())
     assert torch.equal(ours["visual.proj"], theirs["visual_projection.weight"].T)
-    assert load_folder(folder).config == exports["all"][1].materials.clip.config
+    assert load_folder(folder).config == exports["all"][1].inputs.clip.config
 
 
 def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(exports):
@@ -305,7 +305,7 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     clip = load_folder(folder)
     assert clip.tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
-    other = dataclasses.replace(training, materials=dataclasses.replace(training.materials, clip=clip))
+    other = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=clip))
     export = export_model(other, tmp_path / "export")
     assert export.largest_difference < 1e-4
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
@@ -460,8 +460,8 @@ def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_
 
 def test_clip_benchmark_gives_the_accuracy_that_evaluate_prints_for_the_zero_shot_head(of_sandbox, tmp_path, capsys):
     training, folder, images, export = of_sandbox
-    materials = training.materials
-    write_webdataset(tmp_path / "wds", images, materials.class_names, materials.templates)
+    inputs = training.inputs
+    write_webdataset(tmp_path / "wds", images, inputs.class_names, inputs.templates)
     found = clip_benchmark(export, "id_val", tmp_path / "wds")
     capsys.readouterr()
     assert crash_host.call(["evaluate", folder, "--alpha", "1", "--head", "zero_shot", "--json"]) == 0

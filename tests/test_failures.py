@@ -216,7 +216,7 @@ MONITOR_NOW = """2 worker(s) were killed due to the node running low on memory. 
 ID: bd9a) was 27.63GB used / 28.80GB limit (0.959)
 OOM kill reason: Memory usage 2088845312B exceeded threshold of 1263825792B (5.0% of 25276514304B limit)"""
 FULL = "no memory was left on node 10.0.0.7 (27.63GB of 28.80GB used): Ray's memory monitor ended it"
-HELP = "; fewer trials at a time (search.concurrency) or a smaller evaluate.batch_size take less"
+HELP = "; fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(60)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
-        assert json.loads((folder / "alive.json").read_text())["pid"] == process.pid
+        assert json.loads((folder / "heartbeat.json").read_text())["pid"] == process.pid
         process.join(120)
         row = study.settle(second)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
@@ -450,16 +450,16 @@ def test_what_a_waiting_trial_lacks_is_named(need, workers, one_node, there, lin
 
 @pytest.mark.slow
 def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
-    room = Capacity(1, "", 2, 1.0, 0.0, True)
+    capacity = Capacity(1, "", 2, 1.0, 0.0, True)
     with running_ray(None, tmp_path / "ray.log") as (node,):
-        assert why_waiting(room) == "Ray has given it what it needs and is starting it"
+        assert why_waiting(capacity) == "Ray has given it what it needs and is starting it"
         held = ray.util.placement_group([{"CPU": node.num_cpus - 1}])
         ray.get(held.ready())
         ray.util.placement_group([{"CPU": 2}])
         end, why = time.monotonic() + 120, ""
         while "held" not in why and time.monotonic() < end:  # Ray tells its resources with a delay
             time.sleep(0.2)
-            why = why_waiting(room)
+            why = why_waiting(capacity)
         assert why == f"needs 2 CPUs, and {node.num_cpus - 1:g} of {node.num_cpus:g} CPUs are held by others"
 
 

@@ -14,12 +14,12 @@ from ray.cluster_utils import Cluster
 from test_lost import gloo
 
 from carft_ray.errors import DataError, InterruptedRunError
-from carft_ray.evaluation import materials
+from carft_ray.evaluation import shared_inputs
 from carft_ray.launch import executors
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import ALIVE
+from carft_ray.layout import HEARTBEAT
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import absolute_paths
@@ -128,7 +128,7 @@ def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for
     data = recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
     resources = recipe.resources.model_copy(update={"cpus_per_worker": 0.5})
     recipe = recipe.model_copy(update={"data": data, "resources": resources})
-    search = recipe.search.model_copy(update={"concurrency": 2})
+    search = recipe.search.model_copy(update={"max_concurrent_trials": 2})
     runner = Runner(slow_builds.prepare_and_empty, slow_builds.train)
     searched(recipe.model_copy(update={"search": search}), tmp_path, None, runner)
     notes = slow_builds.notes(tmp_path)
@@ -153,15 +153,15 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path)})})
     context = RunContext(should_stop=lambda: asked.append(1) or len(asked) == 7)
     with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
-        materials.materials_of_worker(recipe, context, PREPARED)
+        shared_inputs.shared_inputs_of_worker(recipe, context, PREPARED)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    assert len(materials.materials_of_worker(recipe, RunContext(), PREPARED).train) == 512
+    assert len(shared_inputs.shared_inputs_of_worker(recipe, RunContext(), PREPARED).train) == 512
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, rank):
     monkeypatch.setattr(executors, "STEP_TOLD_S", 0.0)
-    path = tmp_path / ALIVE
+    path = tmp_path / HEARTBEAT
     path.write_text("{}")
     nodes = (("node", "address"), ("node", "address"))
     with executors._alive(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
@@ -176,11 +176,11 @@ def stop_together(context, base_dir):
     data = recipe.data.model_copy(update={"cache_dir": str(base_dir / str(context.rank))})
     recipe = recipe.model_copy(update={"data": data})
     if context.rank == 0:
-        materials.load_materials(recipe)
-        materials._materials.clear()
+        shared_inputs.load_shared_inputs(recipe)
+        shared_inputs._loaded.clear()
     context = replace(context, should_stop=lambda: context.rank == 1)
     with pytest.raises(StoppedRun, match="stopped on request while train was built into the cache"):
-        materials.materials_of_worker(recipe, context, PREPARED)
+        shared_inputs.shared_inputs_of_worker(recipe, context, PREPARED)
 
 
 @pytest.mark.slow

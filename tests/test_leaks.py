@@ -31,8 +31,8 @@ from carft_ray.data.shared.overlap import TOLERANCE, alike, candidates, distance
 from carft_ray.data.shared.same_picture import LIMIT, look, picture_distance
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
-from carft_ray.evaluation import materials
 from carft_ray.evaluation import run as evaluation
+from carft_ray.evaluation import shared_inputs
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 
@@ -560,7 +560,7 @@ def test_a_second_train_opens_no_image_and_one_that_was_replaced_is_noticed(run,
     """Test images are read to compare them and for nothing else; the manifest's hashes are those of the comparison."""
 
     def data_of(name, opens):
-        materials._materials.clear()  # as in a process of its own
+        shared_inputs._loaded.clear()  # as in a process of its own
         with watched("images") as seen:
             assert run("train", "--out", name, "--set", "data.pack=always")[0] == 0
         assert {part for event, path in seen if event == "open" for part in Path(path).parts} >= {*opens}
@@ -577,7 +577,7 @@ def test_a_second_train_opens_no_image_and_one_that_was_replaced_is_noticed(run,
 
 def test_images_are_opened_once_by_all_commands_but_for_what_a_model_sees(run, here):
     def opens(*words):
-        materials._materials.clear()  # as in a process of its own
+        shared_inputs._loaded.clear()  # as in a process of its own
         with watched("images") as seen:
             assert run(*words)[0] == 0
         return Counter(Path(path).relative_to(here / "images") for event, path in seen if event == "open")

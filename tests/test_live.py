@@ -139,7 +139,7 @@ def test_what_must_not_be_overlooked_gets_a_line_above():
 def test_two_hundred_trials_fit_on_the_terminal_with_all_that_matters(width, height):
     finished = [row(number, 0.001 * number) for number in range(180)]
     view = progress.SearchView(4, [row(0, 0.1, kind="baseline"), *finished])
-    view.tell(Started(200, 180, 16, "search.concurrency"))
+    view.tell(Started(200, 180, 16, "search.max_concurrent_trials"))
     running(view, range(180, 196), epoch=1)
     lines = shown(view, width, height)
     assert len(lines) < height

@@ -17,7 +17,7 @@ from carft_ray.data.caching.cache import list_entries
 from carft_ray.evaluation.probe import FirstImages, share_of
 from carft_ray.launch import forecast as plan
 from carft_ray.launch.forecast import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
-from carft_ray.launch.ray_cluster.cluster import Node, capacity
+from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
 from carft_ray.recipe.spaces.draws import drawn, middle
 
@@ -53,8 +53,8 @@ def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, fir
 
 
 def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
-    recipe = make_recipe(7, concurrency=2)  # and one baseline
-    found = forecast(recipe, capacity(recipe, (Node(8, 0),)), measured())
+    recipe = make_recipe(7, max_concurrent_trials=2)  # and one baseline
+    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured())
     # two slots: first trainings of 15 s, then three more of 11 s on each
     assert found["search_s"][0] == pytest.approx(20 + 15 + 3 * 11 + 3)
     assert found["search_s"][1] == pytest.approx(71 / 1.1, rel=1e-5)
@@ -62,13 +62,13 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
     assert found["trial_s"][0] == 11
     assert found["cpu_hours"][0] == pytest.approx((8 * 10 + 2 * 5 + 6) / 3600, rel=1e-5)
     assert found["gpu_hours"] == (0.0, 0.0, 0.0)
-    assert (found["concurrency"], found["limited_by"]) == (2, "search.concurrency")
+    assert (found["concurrency"], found["limited_by"]) == (2, "search.max_concurrent_trials")
     json.dumps(found, allow_nan=False)
 
 
 def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
     recipe = make_recipe(4, resources={"num_workers": 2, "gpus_per_worker": 2}, baselines={})
-    found = forecast(recipe, capacity(recipe, (Node(16, 16),)), measured(first_s=0, next_s=0))
+    found = forecast(recipe, capacity_of(recipe, (Node(16, 16),)), measured(first_s=0, next_s=0))
     assert found["concurrency"] == 4
     assert found["gpu_hours"][0] == pytest.approx(4 * 10 * 2 * 2 / 3600, rel=1e-5)
     assert price(found, 3.0, None)[0] == pytest.approx(3 * found["gpu_hours"][0], abs=1e-4)
@@ -77,10 +77,10 @@ def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
 
 
 def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():
-    recipe = make_recipe(4, concurrency=1, baselines={}, space={"epochs": {"low": 1, "high": 9}})
-    room = capacity(recipe, (Node(1, 0),))
+    recipe = make_recipe(4, max_concurrent_trials=1, baselines={}, space={"epochs": {"low": 1, "high": 9}})
+    capacity = capacity_of(recipe, (Node(1, 0),))
     certain = Measured("probe", 0, 0, 0, 0, 0, lambda values: 1.0 * values["epochs"], 0.0)
-    found = forecast(recipe, room, certain)
+    found = forecast(recipe, capacity, certain)
     assert found["trial_s"][0] == pytest.approx(5, rel=0.05)
     assert found["search_s"][0] == pytest.approx(20, rel=0.05)
     low, high = found["search_s"][1:]
@@ -90,8 +90,8 @@ def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():
 
 
 def test_a_budget_that_is_too_small_is_told():
-    recipe = make_recipe(7, concurrency=2).model_copy(update={"budget": BudgetConfig(wall_time=35.5)})
-    found = forecast(recipe, capacity(recipe, (Node(8, 0),)), measured())
+    recipe = make_recipe(7, max_concurrent_trials=2).model_copy(update={"budget": BudgetConfig(wall_time=35.5)})
+    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured())
     assert beyond_budget(recipe, found) == "budget.wall_time (35.5 s) will end it after about 50%."
     assert beyond_budget(make_recipe(7), found) == ""
 
@@ -171,7 +171,7 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
     recipe = short_training.make(tmp_path)
     cache = tmp_path / "cache"
     study = tmp_path / "studies" / "short"
-    settings = [f"data.cache_dir={cache}", "search.concurrency=2", "search.baselines={plain: {kl_weight: 0}}"]
+    settings = [f"data.cache_dir={cache}", "search.max_concurrent_trials=2", "search.baselines={plain: {kl_weight: 0}}"]
     words = [word for setting in settings for word in ("--set", setting)]
     before = {path.name for path in tmp_path.iterdir()}
     done = cli("plan", recipe, "--study", study, *words, "--price-per-hour", "6", "--json")
@@ -211,9 +211,9 @@ def test_what_cannot_be_planned_is_told_before_anything_is_measured(words, messa
 def test_a_share_is_ten_steps_of_the_largest_batch(source):
     from types import SimpleNamespace
 
-    from carft_ray.evaluation.materials import Materials
+    from carft_ray.evaluation.shared_inputs import SharedInputs
 
-    whole = Materials(SimpleNamespace(), (), (), source, (), {}, "key")
+    whole = SharedInputs(SimpleNamespace(), (), (), source, (), {}, "key")
     share = share_of(whole, make_recipe(2), 3)
     assert len(share.train) == 30
     assert share.key != whole.key

@@ -14,8 +14,8 @@ from carft_ray import environment
 from carft_ray.data import content
 from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError
-from carft_ray.evaluation.materials import load_materials
 from carft_ray.evaluation.origin import set_contents
+from carft_ray.evaluation.shared_inputs import load_shared_inputs
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.study.identity import claim
@@ -79,7 +79,7 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     assert found["data"] == expected
     assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
     assert found["templates"] == list(recipe.prompts.templates)
-    assert found["model"] == {"weights_hash": load_materials(recipe).clip.weights_hash}
+    assert found["model"] == {"weights_hash": load_shared_inputs(recipe).clip.weights_hash}
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
     assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores()}
     assert found["hardware"]["gpus"] == []
@@ -193,7 +193,7 @@ def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
         f"  cache_dir: {tmp_path}\ntrain: {{batch_size: 8}}\n"
     )
     recipe = load_recipe(recipe_path)
-    found = set_contents(recipe, load_materials(recipe))
+    found = set_contents(recipe, load_shared_inputs(recipe))
     from carft_ray.data.synthetic.sandbox import sandbox_source
 
     for name, split in (("train", "train"), ("id_val", "val")):

@@ -21,7 +21,7 @@ from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import is_looked_at, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.results.reading.overview import read_study, status
-from carft_ray.results.statistics.pruner_quality import foretold
+from carft_ray.results.statistics.pruner_quality import pruner_quality
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import Looked, cut_reason, deciding_look, look_of
 from carft_ray.study.rows import trials
@@ -343,16 +343,16 @@ def complete(number, look, objective, **more):
 def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_one_warned_of():
     part = PrunerConfig(**HALVING)
     good = [complete(n, 0.1 * n, 0.2 + 0.01 * n) for n in range(10)]
-    found = foretold(part, good)
+    found = pruner_quality(part, good)
     assert (found["trials"], found["warning"]) == (10, None)
     assert found["rank_correlation"] == pytest.approx(1.0)
     bad = [complete(n, 0.1 * n, 0.2 - 0.01 * n) for n in range(10)]
-    assert "hardly foretell" in foretold(part, bad)["warning"]
-    assert foretold(part, bad[:9])["warning"] is None
-    assert foretold(part, [])["rank_correlation"] is None
+    assert "hardly foretell" in pruner_quality(part, bad)["warning"]
+    assert pruner_quality(part, bad[:9])["warning"] is None
+    assert pruner_quality(part, [])["rank_correlation"] is None
     pruned = TrialRow("trial", 10, "t10", {}, "pruned", looks={33: 0.0})
-    assert foretold(part, [*good, pruned])["trials"] == 10
-    assert "1 trial cut" in foretold(part, [*good, pruned])["lines"][0]
+    assert pruner_quality(part, [*good, pruned])["trials"] == 10
+    assert "1 trial cut" in pruner_quality(part, [*good, pruned])["lines"][0]
 
 
 def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end():

@@ -270,7 +270,7 @@ def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path
     more = {} if name == "cmaes" else {**CHOICE, **CHILD}
     points = [{"kl_weight": 2.0}]
     wanted = 5 if name == "gp" else 9
-    recipe = recipe_for(name, more, wanted, points=points, sampler=few.get(name, {}))
+    recipe = recipe_for(name, more, wanted, enqueue=points, sampler=few.get(name, {}))
 
     def journal(file):
         return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
@@ -545,7 +545,7 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 
 def test_points_are_tried_first_in_their_order_and_once(tmp_path):
     points = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"train": {"learning_rate": 1e-4}}, {"kl_weight": 10}]
-    recipe = make_recipe(6, baselines={}, points=points)
+    recipe = make_recipe(6, baselines={}, enqueue=points)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with open_study(whole, recipe) as study:
         study.adopt()
@@ -571,7 +571,7 @@ def test_points_are_tried_first_in_their_order_and_once(tmp_path):
 def test_a_point_begins_the_search_of_every_sampler(name):
     points = [{"kl_weight": 2.5}, {key: 2.0 if key == "kl_weight" else 10 for key in FINITE}]
     points = points if name == "grid" else [points[0]]
-    recipe = recipe_for(name, points=points)
+    recipe = recipe_for(name, enqueue=points)
     drawn = told(new_study(), recipe, lambda values: {"value": number(values)})
     assert drawn[0]["kl_weight"] == 2.5
     assert drawn[1]["kl_weight"] == 2.0 or name != "grid"
@@ -580,7 +580,7 @@ def test_a_point_begins_the_search_of_every_sampler(name):
 
 def test_cmaes_does_not_take_a_point_for_a_draw_of_its_own():
     points = [{"kl_weight": 2.5}, {"kl_weight": 0.5}]
-    recipe = recipe_for("cmaes", points=points, sampler={"options": {"popsize": 4, "with_margin": True}})
+    recipe = recipe_for("cmaes", enqueue=points, sampler={"options": {"popsize": 4, "with_margin": True}})
     study = new_study()
     told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
     mine = ["cmawm:generation" in trial.system_attrs for trial in study.trials]
@@ -591,7 +591,7 @@ def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
     parameters = (
         "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
     )
-    found = problems(tmp_path, f"{{space: {parameters}, points: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
+    found = problems(tmp_path, f"{{space: {parameters}, enqueue: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
     assert len(found) == 2
     assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
 
@@ -599,7 +599,7 @@ def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
 def test_points_that_are_added_to_a_study_are_tried_next():
     points = [{"kl_weight": 2.0}, {"kl_weight": 3.0}]
     recipes = [
-        make_recipe(6, space=NUMBERS, baselines={}, points=each) for each in (points, [{"kl_weight": 1.0}, *points])
+        make_recipe(6, space=NUMBERS, baselines={}, enqueue=each) for each in (points, [{"kl_weight": 1.0}, *points])
     ]
     study, drawn = new_study(), []
     for recipe, wanted in zip(recipes, (3, 2), strict=True):
@@ -611,7 +611,7 @@ def test_points_that_are_added_to_a_study_are_tried_next():
 
 def test_conditions_points_and_options_come_back_from_a_written_recipe(tmp_path):
     points = [{"train": {"decay": "matrices", "label_smoothing": 0.1}}, {"kl_weight": 1.0}]
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, points=points, sampler={"options": {"group": True}})
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, enqueue=points, sampler={"options": {"group": True}})
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_recipe(path) == recipe
@@ -655,7 +655,7 @@ POINTS = [
     ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean '\"matrices\"'? (allowed: \"all\", \"matrices\")"),  # noqa: E501
     ("[{decay: all, crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the point must fulfil: decay: \"matrices\", but got {\"decay\": \"all\", \"crop_scale\": 0.9}\n    Add that to the point, or remove crop_scale."),  # noqa: E501
     ("[{crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the point must fulfil: decay: \"matrices\", but got {\"crop_scale\": 0.9}\n    Add that to the point, or remove crop_scale."),  # noqa: E501
-    ("[{epochs: 2}, {train: {epochs: 2}}]", '1: must not repeat an earlier point, search.points.0, but got {"epochs": 2}'),  # noqa: E501
+    ("[{epochs: 2}, {train: {epochs: 2}}]", '1: must not repeat an earlier point, search.enqueue.0, but got {"epochs": 2}'),  # noqa: E501
     ("[{epochs: 2, train: {epochs: 3}}]", "0.train.epochs: must stand once, but epochs stands beside train, too"),
     ("[{}]", "0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
     ("[{train: 5}]", '0.train: must be a parameter of search.space, but got "train" (allowed: kl_weight, epochs, decay, crop_scale)'),  # noqa: E501
@@ -695,14 +695,14 @@ def test_alpha_is_drawn_in_every_trial(tmp_path):
 
 @pytest.mark.parametrize(("points", "message"), POINTS, ids=[each for each, _ in POINTS])
 def test_a_point_that_cannot_be_tried_is_one_message(tmp_path, points, message):
-    assert problems(tmp_path, f"{{{POINT_SPACE}, points: {points}}}") == [f"search.points.{message}"]
+    assert problems(tmp_path, f"{{{POINT_SPACE}, enqueue: {points}}}") == [f"search.enqueue.{message}"]
 
 
 def test_more_points_than_trials_and_all_mistakes_at_once(tmp_path):
     points = "[{epochs: 1}, {epochs: 2}, {epochs: 99}]"
-    found = problems(tmp_path, f"{{trials: 2, {POINT_SPACE}, points: {points}, sampler: {{options: {{x: 1}}}}}}")
+    found = problems(tmp_path, f"{{trials: 2, {POINT_SPACE}, enqueue: {points}, sampler: {{options: {{x: 1}}}}}}")
     assert len(found) == 3
-    assert "search.points: must be at most as many as search.trials, 2, but got 3" in found
+    assert "search.enqueue: must be at most as many as search.trials, 2, but got 3" in found
 
 
 @pytest.mark.parametrize(
@@ -721,8 +721,8 @@ def test_more_points_than_trials_and_all_mistakes_at_once(tmp_path):
             "search.sampler.startup_trials has no effect: the sampler is nsga3",
         ),
         (
-            {"sampler": {"name": "cmaes"}, "points": [{"kl_weight": 1.0}]},
-            "search.points are tried, but teach nothing: cmaes learns from its own draws alone",
+            {"sampler": {"name": "cmaes"}, "enqueue": [{"kl_weight": 1.0}]},
+            "search.enqueue are tried, but teach nothing: cmaes learns from its own draws alone",
         ),
     ],
 )

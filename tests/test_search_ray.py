@@ -31,7 +31,7 @@ from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 RUNNER = Runner(stand_in.prepare, stand_in.train)
-HALVING = {"pruner": {"name": "successive_halving", "first": 0.25}, "baselines": {}, "concurrency": 1}
+HALVING = {"pruner": {"name": "successive_halving", "first": 0.25}, "baselines": {}, "max_concurrent_trials": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_howe
     result = run_search(recipe, tmp_path / "study", None, on_event, RUNNER)
     assert not ray.is_initialized()
     assert left == []
-    assert [event.reason for event in seen if isinstance(event, Started)] == ["search.concurrency"]
+    assert [event.reason for event in seen if isinstance(event, Started)] == ["search.max_concurrent_trials"]
     good, cut, bad = result.trials
     assert [row.outcome for row in result.trials] == ["complete", "pruned", "diverged"]
     assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
@@ -190,7 +190,7 @@ def begun(study_dir):
 def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path):
     """Inline, one at a time: both run in the same process, which Tune reuses."""
     stand_in.tell(tmp_path, **{"0": "slow_end"}, tell_pid=True)
-    recipe = stand_in.make_recipe(2, baselines={}, concurrency=1)
+    recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1)
     seen = []
     result = run_search(recipe, tmp_path / "study", None, seen.append, RUNNER)
     assert len({row.metrics["pid"] for row in result.trials}) == 1

@@ -366,7 +366,7 @@ def test_a_study_of_another_recipe_is_refused_and_the_differing_keys_are_named(s
 def test_where_and_how_long_a_search_runs_may_change(study_dir):
     with open_study(study_dir, make_recipe(2)):
         pass
-    changed = make_recipe(9, concurrency=1, resources={"num_workers": 3, "executor": "ray-train"})
+    changed = make_recipe(9, max_concurrent_trials=1, resources={"num_workers": 3, "executor": "ray-train"})
     with open_study(study_dir, changed) as study:
         assert study.recipe.search.trials == 9
 

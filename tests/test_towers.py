@@ -462,14 +462,14 @@ def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
     metrics = trained.result["metrics"]
     assert evaluate_trained(trained, alpha) == metrics
     written = read_predictions(tmp_path / "recalibrate_batches" / "predictions" / "validation.parquet")
-    sets = trained.materials.validation
+    sets = trained.inputs.validation
     for at in (0.0, alpha):
         now = predict_all(trained.classifier(at), sets, at, trained.recipe.evaluate.batch_size, RunContext())
         then = concat([select(written, image_set.name, at) for image_set in sets])
         assert now.to_pylist() == then.to_pylist()
     exported = export_model(trained, tmp_path / "export")
     state = load_file(exported.folder / "open_clip_model.safetensors")
-    chosen, start = trained.classifier(alpha).state(), trained.materials.clip.model.state_dict()
+    chosen, start = trained.classifier(alpha).state(), trained.inputs.clip.model.state_dict()
     statistics = [name for name in start if name.endswith(("running_mean", "running_var"))]
     for name in statistics:
         assert torch.equal(state[name], chosen[name])
@@ -480,7 +480,7 @@ def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
 def test_what_lora_and_the_average_leave_are_plain_weights(tmp_path):
     path = short_training.make(tmp_path)
     trained = train_once_with(tmp_path, path, lora_rank=2, ema_decay=0.5, freeze_layers=1)
-    start = classifier_of(trained.materials.clip, (trained.class_head_CD,), settings()).state()
+    start = classifier_of(trained.inputs.clip, (trained.class_head_CD,), settings()).state()
     assert trained.fine_tuned.keys() == start.keys()
     assert evaluate_trained(trained, trained.result["alpha"]) == trained.result["metrics"]
 

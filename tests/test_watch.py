@@ -15,7 +15,7 @@ import pytest
 from stand_in import make_recipe
 from test_live import shown
 
-from carft_ray.layout import ALIVE, JOURNAL, RESOLVED
+from carft_ray.layout import HEARTBEAT, JOURNAL, RESOLVED
 from carft_ray.progress import SearchView
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.overview import read_study
@@ -52,7 +52,7 @@ def fill(study, num_finished):
         append_log(folder, "attempt 1: starts on here")
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
         alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 30, "gpus": 0.0}
-        (folder / ALIVE).write_text(json.dumps(alive))
+        (folder / HEARTBEAT).write_text(json.dumps(alive))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
 def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
-    newest = max(json.loads(path.read_text())["began"] for path in large.glob(f"*/*/{ALIVE}"))
+    newest = max(json.loads(path.read_text())["began"] for path in large.glob(f"*/*/{HEARTBEAT}"))
     lines = shown(SearchView.of(read_study(large), clock=lambda: newest + 30.2), width, height)
     text = "\n".join(lines)
     assert len(lines) < height

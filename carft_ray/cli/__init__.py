@@ -2,7 +2,7 @@
 
 # in the order of the help
 from carft_ray.cli import init, training, model, doctor, search, planning, reading, watching  # noqa: F401  # isort: skip
-from carft_ray.cli import confirming, sealed, reporting, reproducing, rescoring  # noqa: F401  # isort: skip
+from carft_ray.cli import confirming, test_sets, reporting, reproducing, rescoring  # noqa: F401  # isort: skip
 from carft_ray.cli import images, sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.common import app, main
 

@@ -55,7 +55,7 @@ def data_add(
     from carft_ray.data.caching.packed import PackedSource
     from carft_ray.data.sets import cache_dir
     from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
-    from carft_ray.evaluation.materials import load_materials
+    from carft_ray.evaluation.shared_inputs import load_shared_inputs
 
     value = load(recipe, set_)
     folder = cache_dir(value)
@@ -72,12 +72,12 @@ def data_add(
                 built[name] = begin(name)
             built[name](done, total)
 
-        materials = load_materials(without_shared(value, shared), on_image)
-    kinds = dict.fromkeys(materials.num_images, "decoded")
-    kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(materials.train), "files")
+        inputs = load_shared_inputs(without_shared(value, shared), on_image)
+    kinds = dict.fromkeys(inputs.num_images, "decoded")
+    kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(inputs.train), "files")
     sets: list[dict[str, Any]] = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
-        for name, number in materials.num_images.items()
+        for name, number in inputs.num_images.items()
     ]
     total = sum(entry.num_bytes for entry in list_entries(folder))
     if json_:

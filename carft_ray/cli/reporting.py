@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test is read."""
     from carft_ray import console
-    from carft_ray.cli.sealed import lost_cells, regret_table
+    from carft_ray.cli.test_sets import lost_cells, regret_table
     from carft_ray.results.reading import overview
     from carft_ray.results.report import study_report
 

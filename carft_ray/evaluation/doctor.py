@@ -27,10 +27,10 @@ from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
@@ -245,8 +245,8 @@ def _judge_images(place: str, on_bad_image: str, told: Mapping[str, Any], found:
 def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
     recipe = on_all_cores(recipe)
     torch.set_num_threads(num_threads(recipe))
-    materials = None if quick else load_materials(recipe)
-    clip = load_clip(recipe.model) if materials is None else materials.clip
+    inputs = None if quick else load_shared_inputs(recipe)
+    clip = load_clip(recipe.model) if inputs is None else inputs.clip
     words = class_names(recipe)
     prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
     _judge_words(clip, words, prompts, found)
@@ -283,9 +283,9 @@ def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosi
         sides = ", ".join(f"{place} {sizes[place]['median']:g}" for place in small)
         rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {sides}"
         found.add("note", Problem("model", rule))
-    if materials is not None:
+    if inputs is not None:
         say(f"measuring the zero-shot model on up to {num_images} images of each validation set")
-        _measure(recipe, materials, class_head_CD, context_head_TD, num_images, found)
+        _measure(recipe, inputs, class_head_CD, context_head_TD, num_images, found)
     _judge_contexts(context_head_TD, prompts, found)
 
 
@@ -325,24 +325,24 @@ def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found
 
 def _measure(
     recipe: Recipe,
-    materials: Materials,
+    inputs: SharedInputs,
     class_head_CD: torch.Tensor,
     context_head_TD: torch.Tensor,
     num_images: int,
     found: Diagnosis,
 ) -> None:
     device = device_of(recipe)
-    classifier = build_classifier(materials.clip, class_head_CD, recipe.train, device).eval()
-    for image_set in materials.validation:
+    classifier = build_classifier(inputs.clip, class_head_CD, recipe.train, device).eval()
+    for image_set in inputs.validation:
         few = subset(image_set, num_images)
         table = predict(classifier, few, 0.0, recipe.evaluate.batch_size, RunContext())
-        chance = 1 / (len(few.groups) if few.groups is not None else len(materials.class_names))
+        chance = 1 / (len(few.groups) if few.groups is not None else len(inputs.class_names))
         value = accuracy(select(table, few.name, 0.0))
         found.zero_shot[few.name] = {"accuracy": value, "num_images": len(few), "chance": chance}
-    first = subset(materials.validation[0], min(num_images, recipe.evaluate.batch_size))
+    first = subset(inputs.validation[0], min(num_images, recipe.evaluate.batch_size))
     with torch.inference_mode():
         features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
-        scale = recipe.train.context_scale or materials.clip.logit_scale
+        scale = recipe.train.context_scale or inputs.clip.logit_scale
         log_p_BT = context_distribution(features_BD, context_head_TD.to(features_BD), scale)
         found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
     found.findings += zero_shot_findings(found.zero_shot)

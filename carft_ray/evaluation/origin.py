@@ -16,11 +16,11 @@ from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
-from carft_ray.evaluation.materials import Materials
+from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.recipe.schema import Recipe
 
 
-def shared_origin(recipe: Recipe, materials: Materials, device: torch.device) -> dict[str, Any]:
+def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data.
 
     ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
@@ -29,12 +29,12 @@ def shared_origin(recipe: Recipe, materials: Materials, device: torch.device) ->
     Raises:
         DataError: An image cannot be read.
     """
-    clip = materials.clip
+    clip = inputs.clip
     return {
-        "data": set_contents(recipe, materials),
-        "classes": list(materials.train.class_names),
-        "class_names": list(materials.class_names),
-        "templates": list(materials.templates),
+        "data": set_contents(recipe, inputs),
+        "classes": list(inputs.train.class_names),
+        "class_names": list(inputs.class_names),
+        "templates": list(inputs.templates),
         "augmentation": {
             "view_version": VIEW_VERSION,
             "crop_scale": [recipe.train.crop_scale, 1.0],
@@ -49,20 +49,20 @@ def shared_origin(recipe: Recipe, materials: Materials, device: torch.device) ->
     }
 
 
-def set_contents(recipe: Recipe, materials: Materials | None = None) -> dict[str, dict[str, Any]]:
+def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str, dict[str, Any]]:
     """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
 
     ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
 
-    The digest of a set of files is that of the files. With ``materials``, files that are known (``data.records``) are
+    The digest of a set of files is that of the files. With ``inputs``, files that are known (``data.records``) are
     not read again; without, all are read now. Pictures of the sandbox are
-    drawn by the package, which takes long: they are taken as ``materials`` holds them; without, they are left out.
+    drawn by the package, which takes long: they are taken as ``inputs`` holds them; without, they are left out.
 
     Raises:
         DataError: A file cannot be read.
     """
-    sources = open_sets(recipe) if materials is None else materials.sources
-    decoded = {} if materials is None else {image_set.name: image_set for image_set in materials.validation}
+    sources = open_sets(recipe) if inputs is None else inputs.sources
+    decoded = {} if inputs is None else {image_set.name: image_set for image_set in inputs.validation}
     contents: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         images = source.images if isinstance(source, CorruptedSource) else source
@@ -70,15 +70,15 @@ def set_contents(recipe: Recipe, materials: Materials | None = None) -> dict[str
         if isinstance(images, StoredSource | ListedSource):
             if isinstance(images, ListedSource):
                 known = images.hashes()
-            elif materials is not None:
+            elif inputs is not None:
                 known = records(images, cache_dir(recipe)).hashes()
             if known is not None and isinstance(source, CorruptedSource):
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)
         elif name in decoded:
             digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
-        elif materials is not None:
-            digest = set_digest(source, image_digests(materials.train))
+        elif inputs is not None:
+            digest = set_digest(source, image_digests(inputs.train))
         else:
             continue
         contents[name] = {"digest": digest, "num_images": len(source)}

@@ -19,15 +19,15 @@ from carft_ray import files
 from carft_ray.data.caching.decoded import DecodedSource
 from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
-from carft_ray.evaluation import materials as opened_materials
+from carft_ray.evaluation import shared_inputs as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
 from carft_ray.evaluation.heads import IN_CACHE, cached_heads
-from carft_ray.evaluation.materials import Materials, load_materials, materials_of_worker
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
 from carft_ray.evaluation.run import RESULT_VERSION, device_of, num_threads, prepare, run_training
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
 from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
@@ -66,12 +66,12 @@ class FirstImages:
         return self._source.pixels(index)
 
 
-def share_of(materials: Materials, recipe: Recipe, largest_batch: int) -> Materials:
+def share_of(inputs: SharedInputs, recipe: Recipe, largest_batch: int) -> SharedInputs:
     """Returns a share: ten steps of the largest batch, and as many images of each set as a look or a batch takes."""
-    train = FirstImages(materials.train, min(len(materials.train), LOG_EVERY * largest_batch))
+    train = FirstImages(inputs.train, min(len(inputs.train), LOG_EVERY * largest_batch))
     number = max(recipe.evaluate.subset, recipe.evaluate.batch_size)
-    validation = tuple(subset(image_set, number) for image_set in materials.validation)
-    return dataclasses.replace(materials, train=train, validation=validation, key=f"share of {materials.key}")
+    validation = tuple(subset(image_set, number) for image_set in inputs.validation)
+    return dataclasses.replace(inputs, train=train, validation=validation, key=f"share of {inputs.key}")
 
 
 def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -88,17 +88,17 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
         images; ``num_train``, ``num_validation``, ``num_contexts``, ``cache_bytes``.
     """
     began = time.perf_counter()
-    materials = load_materials(recipe, prepared_dir=folder)  # sets that it decodes stay in the cache
-    clip, device = materials.clip, device_of(recipe)
+    inputs = load_shared_inputs(recipe, prepared_dir=folder)  # sets that it decodes stay in the cache
+    clip, device = inputs.clip, device_of(recipe)
     torch.set_num_threads(num_threads(recipe))
-    cached_heads(recipe, clip, materials.class_names, materials.templates, device, say)  # and so do the heads
-    opened_materials._materials.clear()
+    cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)  # and so do the heads
+    opened_materials._loaded.clear()
     again = time.perf_counter()
-    materials = load_materials(recipe, prepared_dir=folder)
+    inputs = load_shared_inputs(recipe, prepared_dir=folder)
     open_s = time.perf_counter() - again
-    shared_origin(recipe, materials, device_of(recipe))
+    shared_origin(recipe, inputs, device_of(recipe))
     origin_s = time.perf_counter() - again - open_s
-    share = share_of(materials, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
+    share = share_of(inputs, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
     marks: list[tuple[str, float]] = []
     space = {name: parameter for name, parameter in recipe.search.space.items() if name != "epochs"}
     short = recipe.model_copy(
@@ -114,13 +114,13 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     def total(words: str) -> float:
         return sum(seconds for text, seconds in spent if text.startswith(words))
 
-    images = materials.validation[0].images_NHWC
+    images = inputs.validation[0].images_NHWC
     kept = 0  # of the training set
-    if isinstance(materials.train, DecodedSource):
-        kept = len(materials.train) * int(np.prod(share.train.pixels(0).shape))
-    elif isinstance(materials.train, PackedSource):
-        kept = materials.train.num_bytes
-    num_validation = sum(map(len, materials.validation))
+    if isinstance(inputs.train, DecodedSource):
+        kept = len(inputs.train) * int(np.prod(share.train.pixels(0).shape))
+    elif isinstance(inputs.train, PackedSource):
+        kept = inputs.train.num_bytes
+    num_validation = sum(map(len, inputs.validation))
     return {
         "inside_s": time.perf_counter() - began,
         "open_s": open_s,
@@ -130,9 +130,9 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
         "num_evaluated": sum(map(len, share.validation)),
         "store_s": total("storing") / EPOCHS,
         "num_stored": len(share.train),
-        "num_train": len(materials.train),
+        "num_train": len(inputs.train),
         "num_validation": num_validation,
-        "num_contexts": len(materials.templates),
+        "num_contexts": len(inputs.templates),
         "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + kept),
     }
 
@@ -153,7 +153,7 @@ def probe_training(
         StoppedRun, DivergedError, CarftError: As ``run_training``.
     """
     asked = files.read_json(prepared_dir.parent / PROBE)
-    share = share_of(materials_of_worker(recipe, context, prepared_dir), recipe, asked["largest_batch"])
+    share = share_of(shared_inputs_of_worker(recipe, context, prepared_dir), recipe, asked["largest_batch"])
     if context.rank == 0:
         _meet(out_dir, asked["peers"])
     began = time.perf_counter()
@@ -183,7 +183,9 @@ def _meet(out_dir: Path, peers: int) -> None:
         time.sleep(0.05)
 
 
-def _timed(recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: Materials) -> dict[str, float]:
+def _timed(
+    recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: SharedInputs
+) -> dict[str, float]:
     """Runs one training of two epochs; returns the seconds of its parts.
 
     Returns:
@@ -238,7 +240,7 @@ def _timed(recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext
 
 
 def _evaluation(
-    recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: Materials
+    recipe: Recipe, folder: Path, prepared_dir: Path, context: RunContext, share: SharedInputs
 ) -> dict[str, float]:
     """Times an evaluation of the share and what is done with its predictions; returns sizes of files, too.
 

@@ -27,13 +27,13 @@ from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, step
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.materials import Materials, load_materials, materials_of_worker
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
 from carft_ray.evaluation.targets import TargetStore
 from carft_ray.layout import (
     CHECKPOINTS,
@@ -87,7 +87,7 @@ def prepare(
     folder: Path,
     on_progress: Callable[[str], None] | None = None,
     share_targets: bool = True,
-    opened: Materials | None = None,
+    opened: SharedInputs | None = None,
 ) -> dict[str, Any]:
     """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions, target store.
 
@@ -109,32 +109,32 @@ def prepare(
     say = on_progress or logger.info
     torch.set_num_threads(num_threads(recipe))
     say("opening model and sets")
-    materials = opened or load_materials(recipe, prepared_dir=folder)
-    check_tower(materials.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
+    inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
+    check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / PREPARATION
-    key = f"predictions {PREDICTIONS_VERSION}: {materials.key}"  # those of an older version are made anew
+    key = f"predictions {PREDICTIONS_VERSION}: {inputs.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
-        clip, device = materials.clip, device_of(recipe)
-        heads = cached_heads(recipe, clip, materials.class_names, materials.templates, device, say)
+        clip, device = inputs.clip, device_of(recipe)
+        heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
         with files.new_file(folder / HEADS) as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
-        table = predict_all(classifier, materials.validation, 0.0, recipe.evaluate.batch_size, RunContext())
+        table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / ZERO_SHOT_TABLE, table)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
-            "num_images": materials.num_images,
+            "num_images": inputs.num_images,
             "logit_scale": clip.logit_scale,
-            "num_contexts": len(materials.templates),
-            "provenance": shared_origin(recipe, materials, device) if opened is None else {},
+            "num_contexts": len(inputs.templates),
+            "provenance": shared_origin(recipe, inputs, device) if opened is None else {},
         }
         files.write_json(done, content)
     if share_targets:
         context_head_TD = load_tensors(folder / HEADS)["context_head"]
-        store = TargetStore(recipe.train, materials, context_head_TD, folder / TARGETS)
+        store = TargetStore(recipe.train, inputs, context_head_TD, folder / TARGETS)
         store.fill(recipe, device_of(recipe), say)
     found = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
@@ -142,7 +142,7 @@ def prepare(
 
 
 def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
-    """Returns what an earlier ``prepare`` wrote, or None when there is none, or it is of other materials or damaged."""
+    """Returns what an earlier ``prepare`` wrote, or None when there is none, or it is of other inputs or damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         return content if content["key"] == key and "provenance" in content else None
@@ -156,7 +156,7 @@ def run_training(
     prepared_dir: Path,
     context: RunContext,
     attempt: int = 1,
-    opened: Materials | None = None,
+    opened: SharedInputs | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
 
@@ -189,29 +189,29 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(num_threads(recipe))
     device, spec = device_of(recipe), objective_spec(recipe)
-    materials = opened or materials_of_worker(recipe, context, prepared_dir)
+    inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / HEADS)
     num_batches = recipe.train.recalibrate_batches
-    views_NHWC = clean_views(materials.clip, materials.train, num_batches) if num_batches else None
+    views_NHWC = clean_views(inputs.clip, inputs.train, num_batches) if num_batches else None
     if is_trained:  # an earlier attempt got so far
         fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path))
     else:
-        fine_tuned = _train(recipe, materials, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
-    targets = TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / TARGETS)
+        fine_tuned = _train(recipe, inputs, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
+    targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / TARGETS)
     stored = targets.num_stored(recipe.train.epochs)
 
-    classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
+    classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device)
     zero_shot = classifier.state()
 
     def at(alpha: float) -> pa.Table:
-        sets, batch_size = materials.validation, recipe.evaluate.batch_size
+        sets, batch_size = inputs.validation, recipe.evaluate.batch_size
         return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context, views_NHWC)
 
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
     start = read_predictions(prepared_dir / ZERO_SHOT_TABLE) if views_NHWC is None else at(0.0)
     table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
-    at_chance = _alphas_at_chance(curve, len(materials.class_names), materials.num_images[spec.id_set])
+    at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
     if context.rank == 0:
         write_predictions(out_dir / PREDICTIONS, table)
     result = {
@@ -226,7 +226,7 @@ def run_training(
         "at_chance": 1.0 in at_chance,
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
-        "num_images": materials.num_images,
+        "num_images": inputs.num_images,
         "elapsed_s": round(time.perf_counter() - started, 3),
         "environment": training_environment(device, context.world_size, stored),
     }
@@ -239,7 +239,7 @@ def run_training(
 
 def _train(
     recipe: Recipe,
-    materials: Materials,
+    inputs: SharedInputs,
     heads: dict[str, Tensor],
     out_dir: Path,
     prepared_dir: Path,
@@ -249,14 +249,14 @@ def _train(
     views_NHWC: PixelArray | None,
 ) -> dict[str, Tensor]:
     """Trains from the newest checkpoint; returns the fine-tuned state."""
-    small = [subset(image_set, recipe.evaluate.subset) for image_set in materials.validation]
+    small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
 
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not is_looked_at(every, pruner, epoch, recipe.train.epochs):
             return {}
-        mixed = build_classifier(materials.clip, heads["class_head"], recipe.train, device)
+        mixed = build_classifier(inputs.clip, heads["class_head"], recipe.train, device)
         zero_shot, now, batch_size = mixed.state(), state(), recipe.evaluate.batch_size
         looks: list[Metrics] = []
         for alpha in alphas:
@@ -265,19 +265,19 @@ def _train(
         best = max(looks, key=lambda look: look["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    told = told_with_numbers(recipe.train, materials.clip.image_size, device, context.world_size)
+    told = told_with_numbers(recipe.train, inputs.clip.image_size, device, context.world_size)
     with told, _recorder(out_dir, run_folder(out_dir, recipe), context) as recorded:
         state = fine_tune(
-            materials.clip,
+            inputs.clip,
             heads["class_head"],
             heads["context_head"],
-            materials.train,
+            inputs.train,
             recipe.train,
             recorded,
             device=device,
             checkpoint_dir=out_dir / CHECKPOINTS,
             attempt=attempt,
-            stored_targets=TargetStore(recipe.train, materials, heads["context_head"], prepared_dir / TARGETS),
+            stored_targets=TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / TARGETS),
             on_epoch=on_epoch,
             num_threads=num_threads(recipe),
         )

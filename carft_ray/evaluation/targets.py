@@ -19,7 +19,7 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.data.source import IntArray
 from carft_ray.data.views import VIEW_VERSION, view_batch
-from carft_ray.evaluation.materials import Materials
+from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution
@@ -36,17 +36,17 @@ class TargetStore:
 
     Args:
         train: Seed, crop scale, context scale and precision decide which targets.
-        materials: Model, prompts and training set.
+        inputs: Model, prompts and training set.
         context_head_TD: Unit rows [T, D].
         folder: All targets of the study.
     """
 
-    def __init__(self, train: TrainConfig, materials: Materials, context_head_TD: Tensor, folder: Path) -> None:
+    def __init__(self, train: TrainConfig, inputs: SharedInputs, context_head_TD: Tensor, folder: Path) -> None:
         self.train = train
-        self.materials = materials
+        self.inputs = inputs
         self.context_head_TD = context_head_TD
-        self.context_scale = train.context_scale or materials.clip.logit_scale
-        parts = [materials.key, VIEW_VERSION, train.seed, train.crop_scale, self.context_scale, train.precision]
+        self.context_scale = train.context_scale or inputs.clip.logit_scale
+        parts = [inputs.key, VIEW_VERSION, train.seed, train.crop_scale, self.context_scale, train.precision]
         self.folder = folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
         self._open: dict[int, npt.NDArray[np.float16]] = {}
 
@@ -77,7 +77,7 @@ class TargetStore:
         missing = [visit for visit in range(num_visits) if not files.exists(self._path(visit))]
         if not missing:
             return
-        clip, width = self.materials.clip, self.context_head_TD.shape[1]
+        clip, width = self.inputs.clip, self.context_head_TD.shape[1]
         unused_head_CD = torch.zeros(1, width, dtype=self.context_head_TD.dtype)
         frozen = build_classifier(clip, unused_head_CD, self.train, device).eval().requires_grad_(False)
         for visit in missing:
@@ -87,8 +87,8 @@ class TargetStore:
             files.write_bytes(self._path(visit), buffer.getvalue())
 
     def _compute(self, frozen: ImageClassifier, visit: int, batch_size: int) -> npt.NDArray[np.float16]:
-        source, device = self.materials.train, frozen.class_head.device
-        context_head_TD, image_size = self.context_head_TD.to(device), self.materials.clip.image_size
+        source, device = self.inputs.train, frozen.class_head.device
+        context_head_TD, image_size = self.context_head_TD.to(device), self.inputs.clip.image_size
         train = self.train
 
         def distributions(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:

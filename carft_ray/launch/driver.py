@@ -33,7 +33,7 @@ from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study.lock import BUDGET_STOP
-from carft_ray.study.outcome import Alive, Failure, TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, read_failure, read_heartbeat
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -63,7 +63,7 @@ class _Attempt:
     spec: TrialSpec
     began: float
     offset: int | None = None
-    alive: Alive | None = None
+    alive: Heartbeat | None = None
     step_ns: int = -1
     seen: float = 0.0
     hung: str = ""
@@ -101,7 +101,7 @@ class Driver:
         began: float | None = None,
         *,
         hang_timeout_s: float | None = None,
-        end_process: Callable[[Alive], None] = lambda alive: None,
+        end_process: Callable[[Heartbeat], None] = lambda alive: None,
         why_waiting: Callable[[], str] = lambda: "is the cluster full?",
         leaks: Leaks | None = None,
     ) -> None:
@@ -236,7 +236,7 @@ class Driver:
     def _look_for_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         with files.passing_faults():  # then nothing is new
-            alive = read_alive(spec.folder(self.study.study_dir), spec.attempt, alive)
+            alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
         attempt.alive = alive or attempt.alive
         step_ns = alive.last_step_ns if alive else 0
         if step_ns != attempt.step_ns:
@@ -337,7 +337,7 @@ class Driver:
         reason, _, details = gone.partition("\n")
         reason = attempt.hung or reason or "its process ended without a word"
         with files.passing_faults():
-            alive = read_alive(spec.folder(self.study.study_dir), spec.attempt)
+            alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt)
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node

@@ -40,20 +40,20 @@ from carft_ray.launch.recovery.causes import explained, root_cause
 from carft_ray.launch.recovery.host_memory import told_of_full_memory
 from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
-from carft_ray.layout import ALIVE, LOG, PREPARED, RAY_FILES
+from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.outcome import (
-    Alive,
     Failure,
+    Heartbeat,
     TrialSpec,
     append_log,
     check_fence,
     progress_words,
-    read_alive,
     read_failure,
+    read_heartbeat,
     replace_failure,
     write_failure,
 )
@@ -198,7 +198,7 @@ def _alive(
     Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
     to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
-    path, state = folder / ALIVE, {"next": time.monotonic() + STEP_TOLD_S}
+    path, state = folder / HEARTBEAT, {"next": time.monotonic() + STEP_TOLD_S}
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
         if time.monotonic() >= state["next"]:
@@ -231,11 +231,11 @@ def _alive(
         finally:
             faulthandler.cancel_dump_traceback_later()
             with contextlib.suppress(OSError):
-                if not has_failed and read_alive(folder, attempt):  # it is still ours
+                if not has_failed and read_heartbeat(folder, attempt):  # it is still ours
                     path.unlink(missing_ok=True)
 
 
-def end_process(alive: Alive) -> None:
+def end_process(alive: Heartbeat) -> None:
     """Ends the process of an attempt that hangs, on whatever node it runs; does not wait for it."""
     where = NodeAffinitySchedulingStrategy(node_id=alive.node_id, soft=False)
     ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_kill).remote(alive.pid)
@@ -337,7 +337,7 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
     dead = {rank: each for rank, each in failures.items() if is_death(each)}
     if not dead:
         return ""
-    rank, alive = min(dead), read_alive(folder, spec.attempt)
+    rank, alive = min(dead), read_heartbeat(folder, spec.attempt)
     node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
     cause = root_cause(dead[rank])
     where = f"rank {rank}{f' on {address}' if address else ''}"
@@ -354,7 +354,7 @@ def _late(error: Exception, runtime: Runtime) -> str:
     """Returns that the workers of a group did not come in time; empty when they failed in another way."""
     if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
         return ""
-    room, limit_s = runtime.capacity, os.environ.get(START_TIMEOUT, "60")
-    gpus = f" and {counted(room.gpus_per_worker, 'GPU')}" if room.gpus_per_worker else ""
-    what = f"{counted(room.num_workers, 'worker')} with {counted(room.cpus_per_worker, 'CPU')}{gpus} each did not start"
-    return f"{what} within {limit_s} s ({START_TIMEOUT}): is the cluster full?"
+    capacity, limit_s = runtime.capacity, os.environ.get(START_TIMEOUT, "60")
+    gpus = f" and {counted(capacity.gpus_per_worker, 'GPU')}" if capacity.gpus_per_worker else ""
+    what = f"{counted(capacity.num_workers, 'worker')} with {counted(capacity.cpus_per_worker, 'CPU')}{gpus} each"
+    return f"{what} did not start within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

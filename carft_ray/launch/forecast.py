@@ -86,7 +86,7 @@ class Measured:
     disk: dict[str, int] = field(default_factory=dict)
 
 
-def forecast(recipe: Recipe, room: Capacity, measured: Measured) -> dict[str, Any]:
+def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str, Any]:
     """Returns what a whole search will take, as plain data; seconds, hours and bytes.
 
     Each of ``trial_s``, ``search_s``, ``cpu_hours`` and ``gpu_hours`` is (expected, low, high).
@@ -98,19 +98,19 @@ def forecast(recipe: Recipe, room: Capacity, measured: Measured) -> dict[str, An
         values = [*baselines, *(drawn(recipe.search.space, rng) for _ in range(trials))]
         jobs = [measured.training_s(one) for one in values]
         each += jobs[len(baselines) :]
-        spans.append(makespan(jobs, room.concurrency, measured.first_s, measured.next_s))
-        slots = min(room.concurrency, len(jobs))
+        spans.append(makespan(jobs, capacity.concurrency, measured.first_s, measured.next_s))
+        slots = min(capacity.concurrency, len(jobs))
         works.append(sum(jobs) + slots * measured.first_s + (len(jobs) - slots) * measured.next_s)
     fixed = measured.before_s + measured.after_s
-    cpu_s = room.num_workers * room.cpus_per_worker
-    gpu_s = room.num_workers * room.gpus_per_worker
+    cpu_s = capacity.num_workers * capacity.cpus_per_worker
+    gpu_s = capacity.num_workers * capacity.gpus_per_worker
     return {
-        "concurrency": room.concurrency,
-        "limited_by": room.reason,
+        "concurrency": capacity.concurrency,
+        "limited_by": capacity.reason,
         "num_trials": trials,
         "num_baselines": len(baselines),
-        "num_workers": room.num_workers,
-        "gpus_per_worker": room.gpus_per_worker,
+        "num_workers": capacity.num_workers,
+        "gpus_per_worker": capacity.gpus_per_worker,
         "prepare_s": round(measured.before_s, 1),
         "trial_s": _range([one + measured.next_s for one in each], measured.doubt),
         "search_s": _range([span + fixed for span in spans], measured.doubt),
@@ -225,12 +225,12 @@ def _temporary(beside: Path | None) -> Iterator[Path]:
 
 def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the probes; returns their times, means over those of the last wave."""
-    recipe, room, study_dir = plan.recipe, plan.capacity, plan.study_dir
+    recipe, capacity, study_dir = plan.recipe, plan.capacity, plan.study_dir
     num_waves = 1 if plan.nested else 2  # a process is used again inline: the second wave shows what that saves
     values = middle(recipe.search.space)
     trainings = _trainings(recipe)
     batches = [one["batch_size"] for one in trainings.values()]
-    names = [f"probe-{wave}-{number}" for wave in range(num_waves) for number in range(room.concurrency)]
+    names = [f"probe-{wave}-{number}" for wave in range(num_waves) for number in range(capacity.concurrency)]
     ends: list[float] = []
 
     def on_event(event: Event) -> None:
@@ -238,7 +238,7 @@ def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
             ends.append(time.monotonic())
 
     with open_study(study_dir, recipe) as study:
-        given = {"trainings": trainings, "largest_batch": max(batches), "peers": room.concurrency}
+        given = {"trainings": trainings, "largest_batch": max(batches), "peers": capacity.concurrency}
         files.write_json(study_dir / PROBE, given)
         say("preparing for a share of the sets")
         began = time.monotonic()
@@ -246,13 +246,13 @@ def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
         prepared = run_prepare(replace(plan, is_filled=True), say)
         prepared_s = time.monotonic() - began
         study.adopt_confirm(dict.fromkeys(names, values))
-        say(f"training a little, {room.concurrency} at a time ({room.reason})")
+        say(f"training a little, {capacity.concurrency} at a time ({capacity.reason})")
         began = time.monotonic()
         if run_trainings(study, plan, on_event):
             raise _interrupted()
         _check(study.rows("confirm"))
     results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names]
-    wave = room.concurrency
+    wave = capacity.concurrency
     at = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
     results = results[-wave:]  # what a process does once is no part of the trainings that follow
     totals = [one["inside_s"] for one in results]
@@ -379,7 +379,7 @@ def num_visits(recipe: Recipe) -> int:
     return int(getattr(parameter, "high", recipe.train.epochs))
 
 
-def _disk(recipe: Recipe, room: Capacity, found: Mapping[str, Any]) -> dict[str, int]:
+def _disk(recipe: Recipe, capacity: Capacity, found: Mapping[str, Any]) -> dict[str, int]:
     prepared, num_baselines = found["prepared"], len(recipe.search.baselines)
     trials = num_trials(recipe)
     kept = min(recipe.search.keep_checkpoints, trials) + num_baselines
@@ -387,7 +387,7 @@ def _disk(recipe: Recipe, room: Capacity, found: Mapping[str, Any]) -> dict[str,
     targets = num_visits(recipe) * prepared["num_train"] * prepared["num_contexts"] * 2
     averages = recipe.train.ema_decay is not None or "ema_decay" in recipe.search.space
     in_checkpoint = CHECKPOINT_WEIGHTS + averages  # more than a training with frozen layers or LoRA needs
-    running = room.concurrency * (NUM_CHECKPOINTS * in_checkpoint + 1) * found["weights_bytes"]
+    running = capacity.concurrency * (NUM_CHECKPOINTS * in_checkpoint + 1) * found["weights_bytes"]
     return {
         "weights": int(kept * found["weights_bytes"]),
         "predictions": int((trials + num_baselines) * times * found["predictions_bytes"]),

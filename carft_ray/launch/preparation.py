@@ -109,9 +109,9 @@ def _check_not_stopped(runtime: Runtime) -> None:
         raise ClusterError(Problem("preparation", "was stopped on request"))
 
 
-def _nodes_for_trainings(room: Capacity) -> dict[str, str]:
+def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     """Returns the addresses of the live nodes on which a worker fits, by Ray's name."""
-    need = room.worker_resources.items()
+    need = capacity.worker_resources.items()
     return {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
@@ -162,12 +162,12 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
-    room, folder = runtime.capacity, runtime.study_dir / PREPARED
+    capacity, folder = runtime.capacity, runtime.study_dir / PREPARED
     if runtime.in_process:
         if not runtime.is_filled:
             fill_nodes(runtime, say)
         return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
-    task = ray.remote(num_cpus=room.cpus_per_worker, num_gpus=room.gpus_per_worker, max_retries=0)(_prepare)
+    task = ray.remote(num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, max_retries=0)(_prepare)
     path, told = runtime.study_dir / RAY_FILES / DOING, ""
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:

@@ -11,7 +11,7 @@ import ray
 from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
-from carft_ray.launch.ray_cluster.cluster import Capacity, Node, capacity
+from carft_ray.launch.ray_cluster.cluster import Capacity, Node, capacity_of
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
@@ -25,11 +25,11 @@ STOP_CHECK_S = 0.5
 
 
 def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
-    """``evaluation.materials.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
-    from carft_ray.evaluation import materials
+    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
+    from carft_ray.evaluation import shared_inputs
 
     began = time.monotonic()
-    materials.fill_cache(recipe, prepared_dir, say)
+    shared_inputs.fill_cache(recipe, prepared_dir, say)
     return time.monotonic() - began
 
 
@@ -106,10 +106,10 @@ def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runne
     Raises:
         ClusterError: A training does not fit.
     """
-    room = capacity(recipe, nodes)
-    resources = recipe.resources.model_copy(update={"gpus_per_worker": room.gpus_per_worker})
+    capacity = capacity_of(recipe, nodes)
+    resources = recipe.resources.model_copy(update={"gpus_per_worker": capacity.gpus_per_worker})
     recipe = without_shared(recipe, read_shared(study_dir))
-    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, room, runner)
+    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner)
 
 
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:

@@ -49,17 +49,17 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
     """
     forget_listings()
-    room = runtime.capacity
+    capacity = runtime.capacity
     driver = Driver(
         study,
-        room.concurrency,
+        capacity.concurrency,
         on_event,
-        room.num_workers * room.gpus_per_worker,
+        capacity.num_workers * capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
         began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
-        why_waiting=functools.partial(why_waiting, room),
+        why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
     )
     with stop_file_on_signal(study.study_dir / STOP):

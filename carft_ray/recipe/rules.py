@@ -15,7 +15,7 @@ from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, Recipe, SetSpec, plain
 from carft_ray.recipe.spaces.conditions import condition_findings
-from carft_ray.recipe.spaces.points import point_findings
+from carft_ray.recipe.spaces.enqueue import point_findings
 from carft_ray.recipe.text import KeyPath
 
 # field of train -> why no search space may have it

@@ -122,7 +122,7 @@ USES: dict[Feature, Callable[[Recipe], bool]] = {
     "categorical": lambda recipe: bool(categorical_names(recipe)),
     "pareto": lambda recipe: recipe.search.objective.kind == "pareto",
     "resume": lambda recipe: True,
-    "many at a time": lambda recipe: recipe.search.concurrency != 1,
+    "many at a time": lambda recipe: recipe.search.max_concurrent_trials != 1,
 }
 _WORDS: dict[Feature, str] = {
     "pruning": "a pruner",
@@ -248,8 +248,8 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if sampler.name in ("nsga2", "nsga3") and search.trials <= population_size(recipe):
         what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, of only"
         yield "search.sampler.name", f"{what} {counted(search.trials, 'trial')}"
-    if sampler.name == "cmaes" and search.points:
-        yield "search.points", "are tried, but teach nothing: cmaes learns from its own draws alone"
+    if sampler.name == "cmaes" and search.enqueue:
+        yield "search.enqueue", "are tried, but teach nothing: cmaes learns from its own draws alone"
     size = grid_size(search.space) if sampler.name == "grid" else None
     if search.space and size is not None and size < search.trials:
         there = counted(size, "point")

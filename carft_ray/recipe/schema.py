@@ -273,7 +273,7 @@ class SearchConfig(Config):
     constraints: ConstraintsConfig = ConstraintsConfig()
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
-    points: tuple[dict[str, Any], ...] = key(
+    enqueue: tuple[dict[str, Any], ...] = key(
         (),
         "values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; "
         "they count as trials",
@@ -297,7 +297,7 @@ class SearchConfig(Config):
         type="name: fields of train",
         range="any name but `zero_shot`, which is always shown",
     )
-    concurrency: PositiveInt | None = key(
+    max_concurrent_trials: PositiveInt | None = key(
         None,
         "trials at a time; null: what the machine or cluster holds; one fewer each time that Ray ends a trial for want "
         "of memory",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
-from carft_ray.layout import ALIVE, CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, LOG, METRICS, RESULT, WEIGHTS
+from carft_ray.layout import CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, HEARTBEAT, LOG, METRICS, RESULT, WEIGHTS
 from carft_ray.recipe.constraints import total_violation
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ class TrialRow:
 
 
 @dataclass(frozen=True)
-class Alive:
+class Heartbeat:
     """The process of a running attempt (rank 0) and when it was last known to make a step.
 
     Attributes:
@@ -272,7 +272,7 @@ def check_fence(folder: Path, attempt: int) -> None:
         raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
 
 
-def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive | None:
+def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -> Heartbeat | None:
     """Returns the process of an attempt, or None when it has not begun or has ended.
 
     Args:
@@ -283,18 +283,18 @@ def read_alive(folder: Path, attempt: int, known: Alive | None = None) -> Alive 
     Raises:
         OSError: A network disk does not answer; it is asked once.
     """
-    content = None if known else _read_once(folder / ALIVE)
+    content = None if known else _read_once(folder / HEARTBEAT)
     if not known and (content is None or content.get("attempt") != attempt):
         return None
     try:
-        last_step_ns = (folder / ALIVE).stat().st_mtime_ns
+        last_step_ns = (folder / HEARTBEAT).stat().st_mtime_ns
     except FileNotFoundError:
         return None
     if content is None:
         return known and replace(known, last_step_ns=last_step_ns)
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
     nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
-    return Alive(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
+    return Heartbeat(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.recipe.schema import ResourcesConfig
-from carft_ray.study.outcome import read_alive, read_result
+from carft_ray.study.outcome import read_heartbeat, read_result
 
 ATTRIBUTE = "attempts_s"
 
@@ -34,7 +34,7 @@ def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> list[
         attempt: The attempt.
         resources: Of the recipe, for a training that came to its end.
     """
-    alive = files.retried(folder, lambda: read_alive(folder, attempt))
+    alive = files.retried(folder, lambda: read_heartbeat(folder, attempt))
     if alive is not None:
         return [max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus]
     result = read_result(folder)

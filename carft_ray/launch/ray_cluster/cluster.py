@@ -276,7 +276,7 @@ def _nodes() -> tuple[Node, ...]:
     return tuple(Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive)
 
 
-def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
+def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
 
     Raises:
@@ -307,9 +307,9 @@ def capacity(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     if num_trials(slots[scarcest]) == fitting:
         need = {scarcest: need[scarcest]}  # the others do not matter
     reason = _limit(fitting, need, there, num_workers, one_node)
-    wanted = recipe.search.concurrency
+    wanted = recipe.search.max_concurrent_trials
     if wanted is not None and wanted <= fitting:
-        fitting, reason = wanted, "search.concurrency"
+        fitting, reason = wanted, "search.max_concurrent_trials"
     if recipe.resources.executor == "debug":
         fitting, reason = 1, "executor debug: one after the other"
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)

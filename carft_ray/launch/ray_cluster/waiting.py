@@ -53,7 +53,7 @@ def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[N
     return ""
 
 
-def why_waiting(room: Capacity) -> str:
+def why_waiting(capacity: Capacity) -> str:
     """Returns why the process of a trial does not come, from what Ray knows at this moment."""
     groups = ray.util.placement_group_table().values()
     if not any(group["state"] == "PENDING" for group in groups):
@@ -61,8 +61,8 @@ def why_waiting(room: Capacity) -> str:
     free = available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
-    need = room.worker_resources
-    return lacking(need, room.num_workers, room.one_node, nodes) or "what it needs has just become free"
+    need = capacity.worker_resources
+    return lacking(need, capacity.num_workers, capacity.one_node, nodes) or "what it needs has just become free"
 
 
 def _rooms(nodes: Sequence[Node]) -> tuple[list[Resources], list[Resources]]:

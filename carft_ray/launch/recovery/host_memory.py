@@ -18,7 +18,7 @@ MONITOR = re.compile(
 # what an attempt says that met it by itself: Python, NumPy, torch
 OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
 FULL = "no memory was left on"
-STEP = "fewer trials at a time (search.concurrency) or a smaller evaluate.batch_size take less"
+STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
 
 
 def host_memory(text: str) -> str:

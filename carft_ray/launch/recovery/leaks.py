@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from carft_ray import files
-from carft_ray.study.outcome import TrialSpec, read_alive
+from carft_ray.study.outcome import TrialSpec, read_heartbeat
 
 TrialSpecKey = tuple[str, str, int]
 HEAD = "node:__internal_head__"  # Tune's own groups, which Tune removes, hold this alone
@@ -41,8 +41,8 @@ def remove_group(name: str) -> None:
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
-    A training says which group is its own when its workers begin (``alive.json``). Until all that lived at that moment
-    have said so, have ended, or wait for resources, nothing is removed.
+    A training says which group is its own when its workers begin (``heartbeat.json``). Until all that lived
+    at that moment have said so, have ended, or wait for resources, nothing is removed.
 
     Args:
         study_dir: The study directory.
@@ -91,7 +91,7 @@ class Leaks:
         return len(leaked)
 
     def _group(self, spec: TrialSpec) -> str:
-        alive = read_alive(spec.folder(self._study_dir), spec.attempt)
+        alive = read_heartbeat(spec.folder(self._study_dir), spec.attempt)
         return alive.group if alive else ""
 
 

@@ -79,8 +79,8 @@ def run_confirm(
                 for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
                     run_prepare(replace(runtime, recipe=apply(runtime.recipe, {"seed": seed})), say)
                     runtime = replace(runtime, is_filled=True)
-                room = runtime.capacity
-                on_event(Started(len(trainings), num_finished(), room.concurrency, room.reason))
+                capacity = runtime.capacity
+                on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason))
                 if run_trainings(study, runtime, on_event):
                     raise interrupted()
         if set_aside := [row for row in rows() if row.set_aside]:

@@ -19,7 +19,7 @@ from carft_ray.launch.session import computing
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
-from carft_ray.study.outcome import TrialSpec, failure_error, progress_of, read_alive, read_failure, read_result
+from carft_ray.study.outcome import TrialSpec, failure_error, progress_of, read_failure, read_heartbeat, read_result
 from carft_ray.study.study import LOST_ATTEMPTS
 
 LOOK_EVERY_S = 0.5
@@ -91,7 +91,7 @@ def train_with_ray(
     gone = f"{failure.reason}\n{failure.details}" if failure else gone or "they ended without a word"
     reason, now = log_cause(out_dir, attempt, gone), progress_of(out_dir)
     number = 1 if now > lost[1] else lost[0] + 1
-    has_begun = failure is not None or read_alive(out_dir, attempt) is not None
+    has_begun = failure is not None or read_heartbeat(out_dir, attempt) is not None
     if has_begun and number < LOST_ATTEMPTS:
         logger.warning("the training gets another attempt: %s", reason)
         return train_with_ray(recipe, out_dir, address, resume_command, on_epoch, runner, (number, now), say)

@@ -149,9 +149,9 @@ def _run(
     zero_shot = study.tell_zero_shot(metrics)
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
-    room = runtime.capacity
-    on_event(Started(num_trials(study.recipe), _num_finished(study), room.concurrency, room.reason))
-    if study.recipe.budget.gpu_hours is not None and not room.gpus_per_worker:
+    capacity = runtime.capacity
+    on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))
+    if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     ended = run_trainings(study, runtime, on_event, began)
     if ended == STOPPED:

@@ -112,7 +112,7 @@ def export_model(
     """
     out_dir = out_dir.resolve()
     require_new(out_dir, "--to")
-    _require_possible(trained.materials.clip, formats)
+    _require_possible(trained.inputs.clip, formats)
     alpha = trained.result["alpha"] if alpha is None else alpha
     classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
     classifier.autocast_dtype = None  # all these libraries compute in float32
@@ -122,7 +122,7 @@ def export_model(
         head["class_head"] = classifier.class_head.detach().float()
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
-    about = {"class_names": json.dumps(trained.materials.class_names), "form": "folded", "alpha": repr(alpha)}
+    about = {"class_names": json.dumps(trained.inputs.class_names), "form": "folded", "alpha": repr(alpha)}
     with new_folder(out_dir) as folder:
         save_tensors(folder / HEAD_NAME, head, about)
         recipe = portable_paths(trained.recipe)
@@ -130,7 +130,7 @@ def export_model(
         write_text(folder / "recipe.yaml", RECIPE_HEAD + dump_recipe(fixed))
         card = model_card(replace(trained, recipe=recipe), alpha, formats, "class_bias" in head)
         write_text(folder / "README.md", card)
-        _write(folder, trained.materials.clip, classifier, formats, about)
+        _write(folder, trained.inputs.clip, classifier, formats, about)
         for path in folder.iterdir():
             fsync_file(path)
         differences = {name: _difference(folder, name, question, expected) for name in formats}
@@ -175,9 +175,9 @@ def _write(
 
 def _question(trained: Trained, classifier: ImageClassifier) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns pixels and sentences to ask an export for, and the logits that it must give."""
-    materials, clip = trained.materials, trained.materials.clip
-    pixels_NHWC = torch.from_numpy(materials.validation[0].images_NHWC[:NUM_CHECKED].copy())
-    sentences = [template.replace("{}", name) for template in materials.templates for name in materials.class_names]
+    inputs, clip = trained.inputs, trained.inputs.clip
+    pixels_NHWC = torch.from_numpy(inputs.validation[0].images_NHWC[:NUM_CHECKED].copy())
+    sentences = [template.replace("{}", name) for template in inputs.templates for name in inputs.class_names]
     sentences = sentences[:: -(-len(sentences) // NUM_SENTENCES)]
     model: Any = clip.model
     with torch.inference_mode():

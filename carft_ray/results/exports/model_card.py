@@ -19,7 +19,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         formats: What the folder holds, names of ``export.FORMATS``.
         has_bias: The class head has a bias.
     """
-    recipe, result, materials = trained.recipe, trained.result, trained.materials
+    recipe, result, inputs = trained.recipe, trained.result, trained.inputs
     metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
     metrics = metrics or evaluate_trained(trained, alpha)
     chosen = ", which was chosen on these very sets" if alpha == result["alpha"] else ""
@@ -47,12 +47,12 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     lines += ["", f"Training: {values}.", ""]
     bias = ' + head["class_bias"]' if has_bias else ""
     for name in formats:
-        lines += [f"## Use with {_TITLES[name]}", "", "```python", *_code(name, materials.clip, bias), "```", ""]
+        lines += [f"## Use with {_TITLES[name]}", "", "```python", *_code(name, inputs.clip, bias), "```", ""]
         lines += [*_NOTES[name], ""] if name in _NOTES else []
     lines += [
-        f"Classes, in the order of the logits: {', '.join(materials.class_names)}.",
+        f"Classes, in the order of the logits: {', '.join(inputs.class_names)}.",
         "",
-        f"Images: {preprocessing(materials.clip)}.",
+        f"Images: {preprocessing(inputs.clip)}.",
         "",
         'Three kinds of images had other pixels here than `convert("RGB")` gives, which the code above calls: fully',
         "transparent pixels were white, grey of 16 bits was scaled to 8, photos turned upright. Change them first.",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import ALIVE, CUT, ERROR, LOG, RESULT
+from carft_ray.layout import CUT, ERROR, HEARTBEAT, LOG, RESULT
 from carft_ray.results.reading.overview import Overview, find_row, folder_of
 from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow
@@ -68,5 +68,5 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
 def _ended(folder: Path) -> bool:
     """Tells whether a training has finished, was cut or diverged; after another failure it may get one more attempt."""
     failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
-    was_cut = (folder / CUT).exists() and not (folder / ALIVE).exists()
+    was_cut = (folder / CUT).exists() and not (folder / HEARTBEAT).exists()
     return (folder / RESULT).exists() or was_cut or failure.get("outcome") == "diverged"

@@ -24,7 +24,7 @@ from carft_ray.study.identity import caught_up
 from carft_ray.study.lease import holder
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.lock import BUDGET_STOP
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_alive, read_failure
+from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
 from carft_ray.words import counted
@@ -295,7 +295,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
         "outside": sum(row.outside for row in overview.trials),
-        "pruner": None if pruner.name == "none" else _foretold(overview),
+        "pruner": None if pruner.name == "none" else _pruner_quality(overview),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front_data(overview.recipe, overview.trials),
@@ -330,10 +330,10 @@ def _failure_lines(rows: list[TrialRow]) -> list[str]:
     return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
-def _foretold(overview: Overview) -> dict[str, Any]:
-    from carft_ray.results.statistics.pruner_quality import foretold
+def _pruner_quality(overview: Overview) -> dict[str, Any]:
+    from carft_ray.results.statistics.pruner_quality import pruner_quality
 
-    return foretold(overview.recipe.search.pruner, overview.trials)
+    return pruner_quality(overview.recipe.search.pruner, overview.trials)
 
 
 def ledger(study_dir: Path) -> dict[str, Any]:
@@ -449,7 +449,7 @@ def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
     alive = None
     with files.passing_faults():
-        alive = read_alive(folder_of(study_dir, row), row.attempt)
+        alive = read_heartbeat(folder_of(study_dir, row), row.attempt)
     return None if alive is None else alive.began
 
 

@@ -12,7 +12,7 @@ from carft_ray.results.pareto import front_data, front_lines, mean_words
 from carft_ray.results.reading.overview import STATES, own_values, row_dict, state_at_rest
 from carft_ray.results.reading.stored import predictions_path
 from carft_ray.results.statistics.intervals import headline, objective_difference
-from carft_ray.results.statistics.pruner_quality import foretold
+from carft_ray.results.statistics.pruner_quality import pruner_quality
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first
@@ -29,7 +29,7 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     return {
         "study": str(result.study_dir),
         "trials": {name: states.count(name) for name in STATES},
-        "pruner": None if recipe.search.pruner.name == "none" else foretold(recipe.search.pruner, result.trials),
+        "pruner": None if recipe.search.pruner.name == "none" else pruner_quality(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),
         "best": next(row for row in rows if row["best"]),

@@ -14,10 +14,10 @@ from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.evaluate import metrics_at, predict_all
-from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.predictions import select
 from carft_ray.evaluation.run import device_of, num_threads, objective_spec
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.layout import HEADS, JOURNAL, MANIFEST, PREPARED, RESOLVED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier
@@ -43,7 +43,7 @@ class Trained:
         name: Folder of the training, or study and trial.
         recipe: With the values of this training in ``train``; all paths absolute.
         result: Content of its ``result.json``; a trial of a Pareto search stands at its point of the front.
-        materials: Model, prompts and sets.
+        inputs: Model, prompts and sets.
         class_head_CD: Zero-shot head, unit rows [C, D].
         fine_tuned: State at alpha 1.
         shared: What was done with images that stand in two roles (``shared_images.shared_lines``).
@@ -52,7 +52,7 @@ class Trained:
     name: str
     recipe: Recipe
     result: dict[str, Any]
-    materials: Materials
+    inputs: SharedInputs
     class_head_CD: Tensor
     fine_tuned: dict[str, Tensor]
     shared: tuple[str, ...] = ()
@@ -64,10 +64,10 @@ class Trained:
         """
         recipe, device = self.recipe, device_of(self.recipe)
         torch.set_num_threads(num_threads(recipe))
-        classifier = build_classifier(self.materials.clip, self.class_head_CD, recipe.train, device)
+        classifier = build_classifier(self.inputs.clip, self.class_head_CD, recipe.train, device)
         classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
         if num_batches := recipe.train.recalibrate_batches:
-            recalibrate(classifier, clean_views(self.materials.clip, self.materials.train, num_batches))
+            recalibrate(classifier, clean_views(self.inputs.clip, self.inputs.train, num_batches))
         return classifier.eval()
 
 
@@ -138,7 +138,7 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
         name,
         recipe,
         result,
-        load_materials(without_shared(recipe, shared)),
+        load_shared_inputs(without_shared(recipe, shared)),
         heads["class_head"],
         load_tensors(run_dir / WEIGHTS),
         tuple(shared_lines(shared)),
@@ -188,18 +188,18 @@ def evaluate_by_set(
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Returns what ``evaluate_trained`` does, and per set ``set_metrics`` with the name of the worst class."""
     table, by_set = _predict(trained, alpha, zero_shot_head), {}
-    for image_set in trained.materials.validation:
+    for image_set in trained.inputs.validation:
         found = set_metrics(answers(select(table, image_set.name, alpha)))
-        name = trained.materials.class_names[found["worst_class"]["index"]]
+        name = trained.inputs.class_names[found["worst_class"]["index"]]
         by_set[image_set.name] = {**found, "worst_class": {"name": name, **found["worst_class"]}}
     return metrics_at(table, objective_spec(trained.recipe), alpha), by_set
 
 
 def _predict(trained: Trained, alpha: float, zero_shot_head: bool) -> pa.Table:
-    recipe, sets = trained.recipe, trained.materials.validation
+    recipe, sets = trained.recipe, trained.inputs.validation
     classifier = trained.classifier(alpha)
     if zero_shot_head:
-        start = build_classifier(trained.materials.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
+        start = build_classifier(trained.inputs.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
         classifier.class_head.data.copy_(start.class_head.data)
         if classifier.class_bias is not None:
             classifier.class_bias.data.zero_()

@@ -13,7 +13,7 @@ WEAK = 0.3  # rank correlation under which a warning is given,
 ENOUGH = 10  # from this many complete trials on
 
 
-def foretold(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any]:
+def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any]:
     """Returns what is told of a pruner, as plain data.
 
     Args:

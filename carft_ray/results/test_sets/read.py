@@ -28,9 +28,9 @@ from carft_ray.data.shared.shared_images import find_shared, read_shared, withou
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.evaluate import predict_all
-from carft_ray.evaluation.materials import Materials, load_materials
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.run import device_of, num_threads
+from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.layout import ANALYSIS_SUMMARY, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext
@@ -255,12 +255,12 @@ def _evaluate(
         Predictions by the folder of the training, zero-shot by its name.
     """
     torch.set_num_threads(num_threads(recipe))
-    materials = load_materials(without_shared(recipe, read_shared(study_dir)))
+    inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
     sets: list[ImageSet] = []
 
     def test_sets() -> list[ImageSet]:
         if not sets:
-            sets.extend(_decoded(source, materials, recipe) for source in sources)
+            sets.extend(_decoded(source, inputs, recipe) for source in sources)
         return sets
 
     tables: dict[str, pa.Table] = {}
@@ -271,15 +271,15 @@ def _evaluate(
             say(f"{number}/{len(runs)} {name} at alpha {at}: read before")
         else:
             say(f"{number}/{len(runs)} {name} at alpha {at}")
-            table = _predict(study_dir, recipe, materials, name, alphas, test_sets())
+            table = _predict(study_dir, recipe, inputs, name, alphas, test_sets())
             held.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
     return tables
 
 
-def _decoded(source: Source, materials: Materials, recipe: Recipe) -> ImageSet:
-    clip = materials.clip
+def _decoded(source: Source, inputs: SharedInputs, recipe: Recipe) -> ImageSet:
+    clip = inputs.clip
     folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
     images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
     return dataclasses.replace(images, name=source.name)
@@ -288,7 +288,7 @@ def _decoded(source: Source, materials: Materials, recipe: Recipe) -> ImageSet:
 def _predict(
     study_dir: Path,
     recipe: Recipe,
-    materials: Materials,
+    inputs: SharedInputs,
     name: str,
     alphas: Sequence[float],
     sets: Sequence[ImageSet],
@@ -296,7 +296,7 @@ def _predict(
     batch_size = recipe.evaluate.batch_size
     if name == ZERO_SHOT:
         heads = load_tensors(study_dir / PREPARED / HEADS)
-        classifier = build_classifier(materials.clip, heads["class_head"], recipe.train, device_of(recipe))
+        classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
         return predict_all(classifier, sets, 0.0, batch_size, RunContext())
     trained = open_run(study_dir, study_dir / name, recipe, name)
     return concat([predict_all(trained.classifier(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])

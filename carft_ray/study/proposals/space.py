@@ -6,8 +6,8 @@ from optuna.trial import TrialState
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import in_order, is_active
+from carft_ray.recipe.spaces.enqueue import flat
 from carft_ray.recipe.spaces.grid import grid_index, grid_size
-from carft_ray.recipe.spaces.points import flat
 from carft_ray.study.proposals.optuna_private import running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 
@@ -32,7 +32,7 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
     A point is entered with its trial, in one write: once, however often the search is killed.
     """
     entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
-    waiting = [point for point in map(flat, recipe.search.points) if point not in entered]
+    waiting = [point for point in map(flat, recipe.search.enqueue) if point not in entered]
     if not waiting:
         return study.ask()
     fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it

@@ -95,7 +95,7 @@ def contents(folder):
 def right(study, name, domain, alpha):
     """Counts right answers by hand: weights mixed here, images decoded here, one at a time."""
     trained = open_trained(study, name)
-    recipe, clip = trained.recipe, trained.materials.clip
+    recipe, clip = trained.recipe, trained.inputs.clip
     spec = recipe.data.id_test if domain == "photo_test" else recipe.data.ood_test[domain]
     source = open_source(spec, domain, class_folders(recipe))
     classifier = trained.classifier(0.0)

@@ -16,7 +16,7 @@ PANEL = "Trusting the numbers"  # of the help
 
 
 @app.command("test", epilog="Example:  carft-ray test studies/quickstart", rich_help_panel=PANEL)
-def open_seal(
+def evaluate_test_sets(
     study: StudyArgument,
     again: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""``search.points``: values that are tried first. A point may be written flat or under ``train``."""
+"""``search.enqueue``: values that are tried first. A point may be written flat or under ``train``."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -32,20 +32,20 @@ def _entries(point: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
 def point_findings(recipe: Recipe) -> Iterator[Finding]:
     """Finds points that the search could not try as they are written."""
     search = recipe.search
-    if len(search.points) > search.trials:
+    if len(search.enqueue) > search.trials:
         yield Finding(
-            ("search", "points"),
+            ("search", "enqueue"),
             f"must be at most as many as search.trials, {search.trials}",
-            str(len(search.points)),
+            str(len(search.enqueue)),
             reads=(("search", "trials"),),
         )
-    for index, point in enumerate(search.points):
-        path: KeyPath = ("search", "points", index)
+    for index, point in enumerate(search.enqueue):
+        path: KeyPath = ("search", "enqueue", index)
         for finding in _point(path, point, search.space):
             yield replace(finding, reads=_read(finding.path[-1], search.space))
-        earlier = [number for number in range(index) if _equal(flat(search.points[number]), flat(point))]
+        earlier = [number for number in range(index) if _equal(flat(search.enqueue[number]), flat(point))]
         if earlier and point:
-            yield Finding(path, f"must not repeat an earlier point, search.points.{earlier[0]}", shown(flat(point)))
+            yield Finding(path, f"must not repeat an earlier point, search.enqueue.{earlier[0]}", shown(flat(point)))
 
 
 def _read(name: str | int, space: Mapping[str, Parameter]) -> tuple[KeyPath, ...]:

@@ -23,11 +23,11 @@ from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe, SandboxSet, plain
 from carft_ray.words import told_time_left
 
-__all__ = ["ID_SET", "Materials", "fill_cache", "load_materials", "materials_of_worker"]
+__all__ = ["ID_SET", "SharedInputs", "fill_cache", "load_shared_inputs", "shared_inputs_of_worker"]
 
 
 @dataclass(frozen=True, eq=False)
-class Materials:
+class SharedInputs:
     """What every training of a study shares; read-only.
 
     Attributes:
@@ -54,14 +54,14 @@ class Materials:
         return {"train": len(self.train), **{image_set.name: len(image_set) for image_set in self.validation}}
 
 
-_materials: dict[str, Materials] = {}  # of the last recipe: a process that runs many trials loads once
+_loaded: dict[str, SharedInputs] = {}  # of the last recipe: a process that runs many trials loads once
 
 
-def load_materials(
+def load_shared_inputs(
     recipe: Recipe,
     on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
     prepared_dir: Path | None = None,
-) -> Materials:
+) -> SharedInputs:
     """Opens model, training set and validation sets; test roles are never touched.
 
     Args:
@@ -75,7 +75,7 @@ def load_materials(
     """
     parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "prompts")}
     asked = json.dumps(parts, sort_keys=True)
-    if asked not in _materials:
+    if asked not in _loaded:
         clip = load_clip(recipe.model)
         folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
         sources = open_sets(recipe, prepared_dir)
@@ -96,9 +96,9 @@ def load_materials(
         names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
         fingerprints = [source.fingerprint for source in sources.values()]
         key = json.dumps([clip.weights_hash, names, prompts, fingerprints])
-        _materials.clear()
-        _materials[asked] = Materials(clip, names, prompts, train, validation, sources, key)
-    return _materials[asked]
+        _loaded.clear()
+        _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
+    return _loaded[asked]
 
 
 def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -> None:
@@ -106,11 +106,11 @@ def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -
 
     Args:
         recipe: The recipe.
-        prepared_dir: As of ``load_materials``.
+        prepared_dir: As of ``load_shared_inputs``.
         say: Told which set is built, and how long it will take where it takes more than a moment.
 
     Raises:
-        RecipeError, DataError, StorageError: As ``load_materials``.
+        RecipeError, DataError, StorageError: As ``load_shared_inputs``.
     """
     told: dict[str, Callable[[int, int], None]] = {}
 
@@ -124,33 +124,33 @@ def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -
             told[name] = told_time_left(say, f"building {name} into the cache")
         told[name](done, total)
 
-    load_materials(recipe, on_image, prepared_dir)
+    load_shared_inputs(recipe, on_image, prepared_dir)
 
 
-def materials_of_worker(recipe: Recipe, context: RunContext, prepared_dir: Path) -> Materials:
+def shared_inputs_of_worker(recipe: Recipe, context: RunContext, prepared_dir: Path) -> SharedInputs:
     """Opens model and sets in a worker of a training. While it builds a set into the cache, or waits for another
     process that does, it asks whether to stop, which is a sign of life.
 
     Args:
         recipe: The recipe.
         context: Of the worker; every rank calls this.
-        prepared_dir: As of ``load_materials``.
+        prepared_dir: As of ``load_shared_inputs``.
 
     Raises:
         StoppedRun: Stopped on request, on all ranks; the entry that was being built is gone.
-        RecipeError, DataError, StorageError: As ``load_materials``.
+        RecipeError, DataError, StorageError: As ``load_shared_inputs``.
     """
-    materials, stopped = None, ""
+    inputs, stopped = None, ""
 
     def on_image(name: str, done: int, total: int) -> None:
         if context.should_stop():
             raise StoppedRun(f"stopped on request while {name} was built into the cache")
 
     try:
-        materials = load_materials(recipe, on_image, prepared_dir)
+        inputs = load_shared_inputs(recipe, on_image, prepared_dir)
     except StoppedRun as error:  # raised below, once the others know of it
         stopped = str(error)
     stopped = next(filter(None, gather(context, stopped)), "")
-    if materials is None or stopped:
+    if inputs is None or stopped:
         raise StoppedRun(stopped)
-    return materials
+    return inputs
