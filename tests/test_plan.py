@@ -19,7 +19,7 @@ from carft_ray.launch import forecast as plan
 from carft_ray.launch.forecast import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
 from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
-from carft_ray.recipe.spaces.draws import drawn, middle
+from carft_ray.recipe.spaces.space import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 

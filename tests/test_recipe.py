@@ -29,7 +29,8 @@ from carft_ray.recipe.loading import (
 )
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
-from carft_ray.recipe.schema import Corruption, Recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import Corruption
 from carft_ray.recipe.spaces.space import apply
 
 BASE = """\

@@ -14,7 +14,7 @@ from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.rules import SEARCHABLE
-from carft_ray.recipe.schema import SandboxSet, SetSpec
+from carft_ray.recipe.sets import SandboxSet, SetSpec
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -40,9 +40,8 @@ from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
 from carft_ray.recipe.schedule import is_looked_at, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.draws import drawn, middle
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.spaces.space import apply, drawn, middle
 from carft_ray.study.identity import claim
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind

@@ -18,7 +18,8 @@ from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CorruptedSet, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))

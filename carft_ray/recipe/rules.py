@@ -13,7 +13,8 @@ from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
-from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, Recipe, SetSpec, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
 from carft_ray.recipe.spaces.conditions import condition_findings
 from carft_ray.recipe.spaces.enqueue import point_findings
 from carft_ray.recipe.text import KeyPath

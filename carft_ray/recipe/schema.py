@@ -1,7 +1,7 @@
 """The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
-study goes on (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
+study is resumed (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
 ``python -m carft_ray.recipe.tables``. Rules that concern several keys stand in ``rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
+from carft_ray.recipe.constraints import ConstraintsConfig
 from carft_ray.recipe.fields import (
     Config,
     Fraction,
@@ -25,59 +26,9 @@ from carft_ray.recipe.fields import (
     key,
     nothing_is_empty,
 )
-from carft_ray.recipe.fine_tuning import (
-    EvaluateConfig,
-    ModelConfig,
-    PromptsConfig,
-    TrainConfig,
-)
+from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
 from carft_ray.recipe.parameters import SPACE, Parameter, name_types
-from carft_ray.recipe.sets import (
-    CACHE_KEYS,
-    BenchmarkSet,
-    ColumnSet,
-    CorruptedSet,
-    Corruption,
-    DataConfig,
-    FolderSet,
-    HuggingFaceSet,
-    PlainSet,
-    SandboxSet,
-    SetSpec,
-    StoredSet,
-    TableSet,
-    WebDatasetSet,
-    plain,
-)
-
-__all__ = [  # of this module and of those below
-    "CACHE_KEYS",
-    "FORMAT_VERSION",
-    "AlphaConfig",
-    "BenchmarkSet",
-    "BudgetConfig",
-    "ColumnSet",
-    "ConstraintsConfig",
-    "CorruptedSet",
-    "Corruption",
-    "DataConfig",
-    "FolderSet",
-    "HuggingFaceSet",
-    "ObjectiveConfig",
-    "PlainSet",
-    "PrunerConfig",
-    "Recipe",
-    "ResourcesConfig",
-    "SamplerConfig",
-    "SandboxSet",
-    "SearchConfig",
-    "SetSpec",
-    "StoredSet",
-    "TableSet",
-    "WebDatasetSet",
-    "plain",
-    "seconds_of",
-]
+from carft_ray.recipe.sets import DataConfig
 
 FORMAT_VERSION = 1
 LEAST_AMOUNT = 0.0001  # of a resource
@@ -85,7 +36,6 @@ LEAST_AMOUNT = 0.0001  # of a resource
 OBJECTIVE = Resume("identity", "part of the objective")
 RANKING = Resume("identity", "ranks the trials")
 BEST = Resume("identity", "chooses the best trial")
-ALPHA = Resume("identity", "part of the choice of alpha")
 CUT = Resume("identity", "it decides which trainings end early, and they are compared with those before")
 SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; it judges none")
 PROPOSED = Resume("running", "proposals to come")
@@ -154,23 +104,6 @@ class ObjectiveConfig(Config):
     """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
     tolerance: Fraction = key(0.005, "0.01", BEST)
     """with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides"""
-
-
-class ConstraintsConfig(Config):
-    """What the chosen weights of a trial must keep; part of its choice of alpha, and told to the sampler."""
-
-    id_drop: dict[SetName, Fraction] = key(
-        {},
-        "{zero_shot: 0.01}",
-        ALPHA,
-        type="baseline: float",
-        range="`zero_shot` or a name of `search.baselines`: 0 to 1",
-    )
-    """ID accuracy that may be lost under a baseline; trials wait for it"""
-    ece: dict[SetName, Fraction] = key(
-        {}, "{id_val: 0.05}", ALPHA, type="set: float", range="`id_val` or a name of `data.ood_val`: 0 to 1"
-    )
-    """largest expected calibration error (15 bins) of a validation set"""
 
 
 class SamplerConfig(Config):
@@ -316,3 +249,12 @@ class Recipe(Config):
 def with_threads(recipe: Recipe, number: int) -> Recipe:
     """Returns the recipe with so many torch threads for each worker."""
     return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints, one number."""
+    objective = recipe.search.objective
+    if objective.kind == "pareto":
+        objective = objective.model_copy(update={"kind": "weighted_mean"})
+    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig(), "objective": objective})
+    return recipe.model_copy(update={"search": search})
