@@ -31,13 +31,15 @@ SEED_REASON = (
 )
 ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
+TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
+CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
 
 
 def _templates(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
-        raise ValueError("must be the name of a set of templates, file:PATH, or a list of texts with {}")
+        raise ValueError(TEMPLATES_RULE)
     return tuple(value)
 
 
@@ -45,7 +47,7 @@ def _words(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
-        raise ValueError("must be the name of a benchmark or a list of texts")
+        raise ValueError(CLASS_NAMES_RULE)
     if not all(word.strip() for word in value):
         raise ValueError("must not hold an empty text")
     return tuple(value)

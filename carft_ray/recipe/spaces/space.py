@@ -1,10 +1,8 @@
 """The values of a trial: drawn from a search space, applied to a recipe. Optuna is not needed here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.fine_tuning import TrainConfig
@@ -35,28 +33,24 @@ def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return applied
 
 
-def drawn(space: Mapping[str, Parameter], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns the values of one trial: uniform between the ends (of the logarithm with ``log``), conditions heeded."""
-    return at_shares(space, lambda: float(rng.uniform()))
-
-
-def middle(space: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Returns the values of the trial in the middle of a space."""
-    return at_shares(space, lambda: 0.5)
-
-
-def at_shares(space: Mapping[str, Parameter], share: Any) -> dict[str, Any]:
-    """Returns the values of a trial.
+def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:
+    """Returns the values of one trial as random search draws them, without those of inactive parameters.
 
     Args:
         space: The search space.
-        share: Called for each parameter; returns how far up its range the value lies, in [0, 1).
+        share: Called for each parameter, for example ``rng.uniform``: how far up its range (of the logarithm with
+            ``log``) the value lies, in [0, 1).
     """
     values: dict[str, Any] = {}
     for name, parameter in in_order(space).items():
         if is_active(parameter, values):
             values[name] = _value(parameter, share())
     return values
+
+
+def middle(space: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Returns the values of the trial in the middle of a space."""
+    return drawn(space, lambda: 0.5)
 
 
 def _value(parameter: Parameter, share: float) -> Any:
