@@ -40,7 +40,7 @@ from carft_ray.learning import loop
 from carft_ray.learning.classifier import normalised
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.schema import FolderSet
+from carft_ray.recipe.sets import FolderSet
 
 SIDE = 224
 SIZES = ((224, 224), (500, 375))

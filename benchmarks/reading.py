@@ -34,7 +34,7 @@ from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
-from carft_ray.recipe.schema import FolderSet
+from carft_ray.recipe.sets import FolderSet
 
 PASS_RATIO = 0.8
 SIZES = ((500, 375), (224, 224))

@@ -38,7 +38,8 @@ from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Corruption, Recipe, SetSpec, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import Corruption, SetSpec, plain
 
 pytestmark = pytest.mark.slow
 

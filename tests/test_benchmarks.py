@@ -30,7 +30,7 @@ from carft_ray.data.readers import list_set
 from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.recipe.schema import FolderSet
+from carft_ray.recipe.sets import FolderSet
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import trials
 

@@ -16,9 +16,9 @@ from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
 from carft_ray.recipe.advice import warnings
-from carft_ray.recipe.constraints import alone, constraint_names, total_violation, violation_words
+from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import ConstraintsConfig
+from carft_ray.recipe.schema import alone
 from carft_ray.results.reading.overview import listing, read_study, status
 from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
 from carft_ray.study.outcome import Failure, write_failure

@@ -13,7 +13,7 @@ from sources import folder_source
 from carft_ray.data.formats.folder import list_folder_set
 from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
-from carft_ray.recipe.schema import FolderSet
+from carft_ray.recipe.sets import FolderSet
 
 
 def picture(width=8, height=6, seed=0):

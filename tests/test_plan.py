@@ -19,7 +19,7 @@ from carft_ray.launch import forecast as plan
 from carft_ray.launch.forecast import Measured, between, beyond_budget, forecast, kind_of, makespan, num_visits, price
 from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
-from carft_ray.recipe.spaces.draws import drawn, middle
+from carft_ray.recipe.spaces.space import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +109,7 @@ def test_draws_are_uniform_between_the_ends_and_heed_steps_logarithms_and_condit
         weight_decay={"low": 0.0, "high": 1.0, "when": {"decay": "matrices"}},
     )
     rng = np.random.default_rng(1)
-    draws = [drawn(described, rng) for _ in range(2000)]
+    draws = [drawn(described, rng.uniform) for _ in range(2000)]
     assert {each["epochs"] for each in draws} == {2, 4, 6, 8}
     assert statistics.fmean(each["epochs"] for each in draws) == pytest.approx(5, abs=0.15)
     assert {round(each["crop_scale"], 6) for each in draws} == {0.5, 0.6, 0.7, 0.8, 0.9}

@@ -29,7 +29,8 @@ from carft_ray.recipe.loading import (
 )
 from carft_ray.recipe.messages import findings
 from carft_ray.recipe.rules import TEMPLATE_SETS
-from carft_ray.recipe.schema import Corruption, Recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import Corruption
 from carft_ray.recipe.spaces.space import apply
 
 BASE = """\
@@ -410,13 +411,12 @@ BAD = [
     (
         "search: {space: {alpha: {low: 0.2, high: 1}}}",
         "r.yaml:9: search.space.alpha: must stand in the space in mode sample only\n"
-        "    Set search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole alpha curve "
-        "at no further training.",
+        "    Write search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole curve.",
     ),
     (
         "search: {alpha: {mode: sample}}",
         "r.yaml:9: search.alpha.mode: sample needs alpha in search.space\n"
-        "    Add alpha: {low: 0.1, high: 1} to search.space, or remove the mode.",
+        "    Add search.space.alpha: {low: 0.1, high: 1}, or remove the mode.",
     ),
     (
         "search: {alpha: {mode: sample}, space: {alpha: {low: 0, high: 1}}}",
@@ -478,7 +478,7 @@ BAD = [
     ),
     (
         "resources: {gpus_per_worker: 0.5, num_workers: 2}",
-        "r.yaml:9: resources.gpus_per_worker: must be whole with 2 workers: NCCL wants a GPU for each of them, "
+        "r.yaml:9: resources.gpus_per_worker: must be whole with 2 workers: NCCL needs a GPU for each of them, "
         "but got 0.5\n    Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU.",
     ),
     (

@@ -17,7 +17,7 @@ from carft_ray.data.sets import open_source
 from carft_ray.evaluation.doctor import examine
 from carft_ray.recipe.loading import load_recipe, resolve_path
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import BenchmarkSet, FolderSet, plain
+from carft_ray.recipe.sets import BenchmarkSet, FolderSet, plain
 
 pytestmark = pytest.mark.slow
 

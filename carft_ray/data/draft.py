@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.survey import ClassRoot
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.recipe.backbones import ranges_for
+from carft_ray.recipe.presets import ranges_for
 
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there

@@ -28,7 +28,8 @@ from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource, corrupted_source
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import SETS
-from carft_ray.recipe.schema import CorruptedSet, Recipe, SetSpec, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CorruptedSet, SetSpec, plain
 
 FORMAT_VERSION = 1
 TRAIN, ID_VAL = "train", "id_val"

@@ -16,7 +16,7 @@ import numpy as np
 from carft_ray.data.images import decode_image, small_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema import StoredSet
+from carft_ray.recipe.sets import StoredSet
 from carft_ray.words import counted
 
 

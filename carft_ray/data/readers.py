@@ -18,7 +18,7 @@ from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
+from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, PlainSet, Recipe, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 
 TEST_ROLES = ("id_test", "ood_test")

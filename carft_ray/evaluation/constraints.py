@@ -22,8 +22,7 @@ from carft_ray.evaluation.metrics import NUM_BINS, answers, equal_width_bins, ex
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import BoolArray, FloatArray, accuracy, select
 from carft_ray.layout import REFERENCES
-from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION
-from carft_ray.recipe.schema import ConstraintsConfig
+from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION, ConstraintsConfig
 
 _ROUNDING = 1e-12
 

@@ -39,7 +39,8 @@ from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.models.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Recipe, StoredSet
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import StoredSet
 from carft_ray.recipe.text import dotted
 
 Level = Literal["error", "warning", "note"]

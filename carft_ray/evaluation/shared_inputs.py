@@ -20,7 +20,8 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.ranks import gather
-from carft_ray.recipe.schema import Recipe, SandboxSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import SandboxSet, plain
 from carft_ray.words import told_time_left
 
 __all__ = ["ID_SET", "SharedInputs", "fill_cache", "load_shared_inputs", "shared_inputs_of_worker"]

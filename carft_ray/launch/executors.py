@@ -43,7 +43,7 @@ from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
-from carft_ray.recipe.constraints import alone
+from carft_ray.recipe.schema import alone
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.outcome import (
     Failure,

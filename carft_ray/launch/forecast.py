@@ -40,9 +40,8 @@ from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
 from carft_ray.recipe.schedule import is_looked_at, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.draws import drawn, middle
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.spaces.space import apply, drawn, middle
 from carft_ray.study.identity import claim
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
@@ -95,7 +94,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
     trials, baselines = num_trials(recipe), list(recipe.search.baselines.values())
     spans, works, each = [], [], []
     for _ in range(NUM_SEARCHES):
-        values = [*baselines, *(drawn(recipe.search.space, rng) for _ in range(trials))]
+        values = [*baselines, *(drawn(recipe.search.space, rng.uniform) for _ in range(trials))]
         jobs = [measured.training_s(one) for one in values]
         each += jobs[len(baselines) :]
         spans.append(makespan(jobs, capacity.concurrency, measured.first_s, measured.next_s))
@@ -295,7 +294,7 @@ def kind_of(recipe: Recipe, values: Mapping[str, Any]) -> Kind:
 def _trainings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns the values of the trainings that a probe runs: each kind at the smallest and the largest batch."""
     rng, centre = np.random.default_rng(0), middle(recipe.search.space)
-    likely = [*recipe.search.baselines.values(), *(drawn(recipe.search.space, rng) for _ in range(50)), centre]
+    likely = [*recipe.search.baselines.values(), *(drawn(recipe.search.space, rng.uniform) for _ in range(50)), centre]
     kinds = dict.fromkeys(kind_of(recipe, values) for values in likely)
     given = [values.get("batch_size", recipe.train.batch_size) for values in recipe.search.baselines.values()]
     batches = sorted({*given, *possible_values(recipe, "batch_size")})

@@ -11,17 +11,8 @@ from carft_ray.recipe.messages import shown
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
-from carft_ray.recipe.schema import (
-    BenchmarkSet,
-    CorruptedSet,
-    Corruption,
-    PrunerConfig,
-    Recipe,
-    SandboxSet,
-    SetSpec,
-    StoredSet,
-    plain,
-)
+from carft_ray.recipe.schema import PrunerConfig, Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.words import counted
 

@@ -1,4 +1,4 @@
-"""What the constraints of a search are called, and how a violation is told. Nothing is measured here.
+"""The constraints of a search: their keys and names, and the words for a violation. Nothing is measured here.
 
 A violation is a difference of fractions: 0 or less where the constraint is met. Measured ones stand among the metrics
 of a training under ``violation/<name>``.
@@ -6,11 +6,28 @@ of a training under ``violation/<name>``.
 
 from collections.abc import Mapping
 
-from carft_ray.recipe.schema import ConstraintsConfig, Recipe
+from carft_ray.recipe.fields import Config, Fraction, Resume, SetName, key
 
 VIOLATION = "violation/"  # before the name of a constraint, in metrics
 ID_DROP, ECE = "id_drop", "ece"
-# in the folder of the preparation: ID accuracy of the baselines under which a trial may fall only so far
+ALPHA = Resume("identity", "part of the choice of alpha")
+
+
+class ConstraintsConfig(Config):
+    """What the chosen weights of a trial must keep; part of its choice of alpha, and passed to the sampler."""
+
+    id_drop: dict[SetName, Fraction] = key(
+        {},
+        "{zero_shot: 0.01}",
+        ALPHA,
+        type="baseline: float",
+        range="`zero_shot` or a name of `search.baselines`: 0 to 1",
+    )
+    """ID accuracy that may be lost under a baseline; trials wait for it"""
+    ece: dict[SetName, Fraction] = key(
+        {}, "{id_val: 0.05}", ALPHA, type="set: float", range="`id_val` or a name of `data.ood_val`: 0 to 1"
+    )
+    """largest expected calibration error (15 bins) of a validation set"""
 
 
 def constraint_names(constraints: ConstraintsConfig) -> tuple[str, ...]:
@@ -31,17 +48,6 @@ def total_violation(metrics: Mapping[str, float]) -> float:
 
 def violation_words(metrics: Mapping[str, float]) -> str:
     """Returns which constraints are missed and by how much: ``violates id_drop zero_shot by 0.6 points``; else ''."""
-    missed = [(name.replace("/", " "), 100 * value) for name, value in violations(metrics).items() if value > 0]
-    words = [
-        f"{name} by {value:.1f} points" if value >= 0.1 else f"{name} by {value:.1g} points" for name, value in missed
-    ]
+    missed = {name.replace("/", " "): 100 * value for name, value in violations(metrics).items() if value > 0}
+    words = [f"{name} by {value:{'.1f' if value >= 0.1 else '.1g'}} points" for name, value in missed.items()]
     return "violates " + " and ".join(words) if words else ""
-
-
-def alone(recipe: Recipe) -> Recipe:
-    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints, one number."""
-    objective = recipe.search.objective
-    if objective.kind == "pareto":
-        objective = objective.model_copy(update={"kind": "weighted_mean"})
-    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig(), "objective": objective})
-    return recipe.model_copy(update={"search": search})

@@ -50,16 +50,14 @@ class Key:
     """What the documents say of a key, in Markdown. Attributes after ``resume`` are for what the field cannot say.
 
     Attributes:
-        meaning: The meaning, in one line.
         example: A value, as a recipe has it.
-        resume: Whether it may change when a study goes on.
+        resume: Whether it may change when a study is resumed.
         type: Words for its type.
         range: Words for the values that are allowed.
         left_out: Words for its default.
         not_searched: Of a field of ``train``: why no search space may have it.
     """
 
-    meaning: str
     example: str
     resume: Resume
     type: str = ""
@@ -68,16 +66,19 @@ class Key:
     not_searched: str = ""
 
 
-def key(default: T, meaning: str, example: str, resume: Resume, **words: str) -> T:
-    """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it; ``words`` as in ``Key``."""
-    said = Key(meaning, example, resume, **words)
-    field: T = Field(default, description=meaning, json_schema_extra={"key": vars(said)})
+def key(default: T, example: str, resume: Resume, **words: str) -> T:
+    """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it, as in ``Key``.
+
+    The docstring under the field is its meaning.
+    """
+    said: dict[str, Any] = {"example": example, "resume": resume, **words}
+    field: T = Field(default, json_schema_extra=said)
     return field
 
 
 def key_of(field: FieldInfo) -> Key:
     """Returns what the documents say of a field that ``key`` has made."""
-    return Key(**cast(dict[str, Any], field.json_schema_extra)["key"])
+    return Key(**cast(dict[str, Any], field.json_schema_extra))
 
 
 def core_type(annotation: Any) -> Any:

@@ -1,6 +1,9 @@
 """Every key of a recipe, by the name that documents call it: ``train.epochs``, ``<set>.path``."""
 
+import ast
 import functools
+import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +37,11 @@ class DocumentedKey:
         """What the documents say of it."""
         return key_of(self.field)
 
+    @property
+    def meaning(self) -> str:
+        """Its meaning in one line; empty where another part of the same union documents the key."""
+        return _docstrings(self.part).get(self.name.rpartition(".")[2], "")
+
 
 @functools.cache
 def documented_keys() -> tuple[DocumentedKey, ...]:
@@ -56,6 +64,21 @@ def _keys(part: type[Config], prefix: str) -> Iterator[DocumentedKey]:
             yield DocumentedKey(f"{prefix}{name}", _home(part, name), field)
     for kind, path in inner:
         yield from _keys(kind, path)
+
+
+@functools.cache
+def _docstrings(part: type[Config]) -> dict[str, str]:
+    """Returns the docstrings under the fields of a part.
+
+    Pydantic's ``use_attribute_docstrings`` reads them, too, but at every import: it adds a third to its time.
+    """
+    (node,) = ast.parse(inspect.getsource(part)).body
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(ast.iter_child_nodes(node))
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def _home(part: type[Config], name: str) -> type[Config]:

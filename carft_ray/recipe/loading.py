@@ -17,8 +17,9 @@ from carft_ray.recipe import text
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
-from carft_ray.recipe.rules import WEIGHTS_ENDINGS, broken_rules
-from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet
+from carft_ray.recipe.rules import ROLES, WEIGHTS_ENDINGS, broken_rules
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CorruptedSet, StoredSet
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
@@ -169,11 +170,6 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     return _with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
 
 
-def absolute_set(spec: Any, base_dir: Path) -> Any:
-    """Returns a set of a recipe, or None, with absolute paths; arguments as ``absolute_paths``."""
-    return _set_with_paths(spec, lambda written: str(resolve_path(written, base_dir)))
-
-
 def absolute_model(model: ModelConfig, base_dir: Path) -> ModelConfig:
     """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
     if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():
@@ -217,27 +213,18 @@ def _ends(path: Path, end: Path) -> bool:
 
 def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """Returns the recipe with another text for each of its paths."""
-
-    data = recipe.data
-    sets: dict[str, Any] = {
-        role: _set_with_paths(getattr(data, role), change) for role in ("train", "id_val", "id_test")
-    }
-    for role in ("ood_val", "ood_test"):
-        sets[role] = {name: _set_with_paths(spec, change) for name, spec in getattr(data, role).items()}
-    sets["cache_dir"] = None if data.cache_dir is None else change(data.cache_dir)
-    search = recipe.search.model_copy(
-        update={"warm_start": tuple(change(source) for source in recipe.search.warm_start)}
-    )
-    return recipe.model_copy(
-        update={
-            "data": data.model_copy(update=sets),
-            "model": _model_with_paths(recipe.model, change),
-            "search": search,
-        }
-    )
+    data, search = recipe.data, recipe.search
+    parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
+    parts["cache_dir"] = data.cache_dir and change(data.cache_dir)
+    search = search.model_copy(update={"warm_start": tuple(change(source) for source in search.warm_start)})
+    model = _model_with_paths(recipe.model, change)
+    return recipe.model_copy(update={"data": data.model_copy(update=parts), "model": model, "search": search})
 
 
 def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
+    """Returns a set, sets by name, or None with another text for each path."""
+    if isinstance(spec, dict):
+        return {name: _set_with_paths(one, change) for name, one in spec.items()}
     if isinstance(spec, CorruptedSet):
         return spec.model_copy(update={"of": _set_with_paths(spec.of, change)})
     if not isinstance(spec, StoredSet):

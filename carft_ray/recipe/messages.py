@@ -6,7 +6,7 @@ A *finding* is a problem whose place is still a key path; ``loading`` adds file 
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -84,6 +84,12 @@ def shown(value: Any) -> str:
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def unlisted(path: KeyPath, rule: str, value: Any, allowed: Iterable[Any], *reads: KeyPath) -> Finding:
+    """Returns the finding that a value is none of those allowed, with the nearest of them."""
+    words = tuple(one if isinstance(one, str) else shown(one) for one in allowed)
+    return Finding(path, rule, shown(value), words, nearest(str(value), words), reads=reads)
 
 
 def findings(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -> list[Finding]:

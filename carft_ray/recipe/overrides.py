@@ -27,24 +27,24 @@ class Places:
 
     def place(self, path: KeyPath) -> str:
         """Returns the words for a key path: ``file.yaml:12: train.epochs`` or ``--set train.epochs=0``."""
-        for end in range(len(path), -1, -1):
-            known = path[:end]
-            if known in self.options:
-                option = self.options[known]
-                return option if known == path else f"{option}: {dotted(path)}"
-            if known in self.lines:
-                return ": ".join(filter(None, (f"{self.file}:{self.lines[known]}", dotted(path))))
-        return f"{self.file}: {dotted(path)}"
+        known = self._known(path)
+        if known in self.options:
+            option = self.options[known]
+            return option if known == path else f"{option}: {dotted(path)}"
+        line = f":{self.lines[known]}" if known in self.lines else ""
+        return ": ".join(filter(None, (f"{self.file}{line}", dotted(path))))
 
     def order(self, path: KeyPath) -> tuple[int, int]:
         """Sorts problems: by line of the file, then by option."""
-        for end in range(len(path), -1, -1):
-            known = path[:end]
-            if known in self.options:
-                return 1, list(self.options).index(known)
-            if known in self.lines:
-                return 0, self.lines[known]
-        return 0, 0
+        known = self._known(path)
+        if known in self.options:
+            return 1, list(self.options).index(known)
+        return 0, self.lines.get(known, 0)
+
+    def _known(self, path: KeyPath) -> KeyPath:
+        """Returns the longest beginning of a key path that an option or a line gave."""
+        beginnings = (path[:end] for end in range(len(path), 0, -1))
+        return next((each for each in beginnings if each in self.options or each in self.lines), ())
 
 
 def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tuple[Any, list[Problem]]:
@@ -101,6 +101,6 @@ def _set(value: Any, path: KeyPath, new: Any) -> Any:
         return new
     if value is None:
         value = {}
-    if not isinstance(value, dict):  # the file itself is wrong here, and is told so
+    if not isinstance(value, dict):  # the file itself is wrong here, and has its own message
         return value
     return {**value, path[0]: _set(value.get(path[0]), path[1:], new)}

@@ -33,51 +33,28 @@ When = Annotated[dict[str, Annotated[Any, BeforeValidator(_choices)]], BeforeVal
 Choice = Annotated[bool | int | float | str | None, BeforeValidator(plain_value)]
 
 
-# keys that several kinds of parameters have
+class FloatParameter(Config):
+    """A real number between two ends."""
 
-
-def _type(default: Any) -> Any:
-    return key(default, "kind of the parameter", "float", SPACE, left_out="from the keys and the field")
-
-
-def _low() -> Any:
-    return key(REQUIRED, "lower end, included", "1e-4", SPACE, range="inside the field's own range")
-
-
-def _high() -> Any:
-    return key(REQUIRED, "upper end, included", "1e-1", SPACE, range=">= low")
-
-
-def _log() -> bool:
-    return key(False, "draw on a log scale", "true", SPACE, range="`true` needs low > 0 and no step")
-
-
-def _step(default: Any) -> Any:
-    meaning = "distance of the values that are drawn; an int parameter has 1"
-    return key(default, meaning, "null", SPACE, range="> 0, divides high - low")
-
-
-def _when() -> Any:
-    return key(
+    type: Literal["float"] = key("float", "float", SPACE, left_out="from the keys and the field")
+    """kind of the parameter"""
+    low: Number = key(REQUIRED, "1e-4", SPACE, range="inside the field's own range")
+    """lower end, included"""
+    high: Number = key(REQUIRED, "1e-1", SPACE, range=">= low")
+    """upper end, included"""
+    log: Flag = key(False, "true", SPACE, range="`true` needs low > 0 and no step")
+    """draw on a log scale"""
+    step: PositiveFloat | None = key(None, "null", SPACE, range="> 0, divides high - low")
+    """distance of the values that are drawn; an int parameter has 1"""
+    when: When = key(
         {},
-        "categorical parameter: its value or values for which this one is drawn; elsewhere the field keeps its value "
-        "in `train`",
         "{head_bias: true}",
         SPACE,
         type="parameter: value or list",
         range="categorical parameters of the space, their choices; no circle; not for `alpha`",
     )
-
-
-class FloatParameter(Config):
-    """A real number between two ends."""
-
-    type: Literal["float"] = _type("float")
-    low: Number = _low()
-    high: Number = _high()
-    log: Flag = _log()
-    step: PositiveFloat | None = _step(None)
-    when: When = _when()
+    """categorical parameter: its value or values for which this one is drawn; elsewhere the field keeps its value in
+    `train`"""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -86,14 +63,14 @@ class FloatParameter(Config):
 
 
 class IntParameter(Config):
-    """A whole number between two ends, both included."""
+    """A whole number between two ends, both included; ``FloatParameter`` documents the keys."""
 
-    type: Literal["int"] = _type(REQUIRED)
-    low: Annotated[int, Field(strict=True)] = _low()
-    high: Annotated[int, Field(strict=True)] = _high()
-    log: Flag = _log()
-    step: PositiveInt = _step(1)
-    when: When = _when()
+    type: Literal["int"] = key(REQUIRED, "float", SPACE)
+    low: Annotated[int, Field(strict=True)] = key(REQUIRED, "1e-4", SPACE)
+    high: Annotated[int, Field(strict=True)] = key(REQUIRED, "1e-1", SPACE)
+    log: Flag = key(False, "true", SPACE)
+    step: PositiveInt = key(1, "null", SPACE)
+    when: When = key({}, "{head_bias: true}", SPACE)
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -104,16 +81,12 @@ class IntParameter(Config):
 class CategoricalParameter(Config):
     """One of a list of values."""
 
-    type: Literal["categorical"] = _type(REQUIRED)
+    type: Literal["categorical"] = key(REQUIRED, "float", SPACE)
     choices: Annotated[tuple[Choice, ...], Field(min_length=1)] = key(
-        REQUIRED,
-        "the values of a categorical parameter",
-        "[0.05, 0.1]",
-        SPACE,
-        type="list",
-        range="at least 1, none twice",
+        REQUIRED, "[0.05, 0.1]", SPACE, type="list", range="at least 1, none twice"
     )
-    when: When = _when()
+    """the values of a categorical parameter"""
+    when: When = key({}, "{head_bias: true}", SPACE)
 
     @field_validator("choices")
     @classmethod

@@ -1,6 +1,7 @@
-"""Rules that read more than one key of a recipe, and settings that have no effect."""
+"""Rules that read more than one key of a recipe."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -8,15 +9,16 @@ from pydantic import ValidationError
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.fields import core_type, key_of
-from carft_ray.recipe.fine_tuning import TemplateSet, TrainConfig, field_kind
-from carft_ray.recipe.messages import Finding, findings, nearest_key, shown
+from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
+from carft_ray.recipe.messages import Finding, findings, nearest_key, shown, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
-from carft_ray.recipe.schema import BenchmarkSet, CorruptedSet, Recipe, SetSpec, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
 from carft_ray.recipe.spaces.conditions import condition_findings
-from carft_ray.recipe.spaces.enqueue import point_findings
-from carft_ray.recipe.text import KeyPath
+from carft_ray.recipe.spaces.enqueue import enqueue_findings
+from carft_ray.recipe.text import KeyPath, dotted
 
 # field of train -> why no search space may have it
 NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() if (why := key_of(field).not_searched)}
@@ -30,30 +32,22 @@ def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
         *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints, _search),
-        *(_pruner, _resources, condition_findings, point_findings, sampler_findings),
+        *(_pruner, _resources, condition_findings, enqueue_findings, sampler_findings),
     )
     return [finding for rule in rules for finding in rule(recipe)]
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
-    name, path = recipe.model.name, ("model", "pretrained")
-    if name == "sandbox" and recipe.model.pretrained is not None:
+    name, pretrained = recipe.model.name, recipe.model.pretrained
+    path, reads = ("model", "pretrained"), (("model", "name"),)
+    if name == "sandbox" and pretrained is not None:
+        rule = "must be left out for the sandbox, which brings its own weights"
         step = "Remove it, or give the model that it belongs to as model.name."
-        yield Finding(
-            path,
-            "must be left out for the sandbox, which brings its own weights",
-            shown(recipe.model.pretrained),
-            next_step=step,
-            reads=(("model", "name"),),
-        )
-    if name != "sandbox" and ":" not in name and recipe.model.pretrained is None:
+        yield Finding(path, rule, shown(pretrained), next_step=step, reads=reads)
+    if name != "sandbox" and ":" not in name and pretrained is None:
+        rule = f"is required for {name}: without weights the model knows nothing"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
-        yield Finding(
-            path,
-            f"is required for {name}: without weights the model knows nothing",
-            next_step=step,
-            reads=(("model", "name"),),
-        )
+        yield Finding(path, rule, next_step=step, reads=reads)
 
 
 def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
@@ -67,58 +61,46 @@ def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
 
 
 def _sets(recipe: Recipe) -> Iterator[Finding]:
-    for role in ("ood_val", "ood_test"):
-        for name in getattr(recipe.data, role):
-            if name in ROLES:
-                yield Finding(("data", role, name), "a set must not have the name of a role")
-            elif role == "ood_test" and name in recipe.data.ood_val:
-                yield Finding(
-                    ("data", role, name),
-                    "must differ from the names in data.ood_val",
-                    reads=(("data", "ood_val", name),),
-                )
     for path, spec in named_sets(recipe).items():
+        other: KeyPath = ("data", "ood_val", path[-1])
+        if len(path) > 2 and path[-1] in ROLES:
+            yield Finding(path, "a set must not have the name of a role")
+        elif path[1] == "ood_test" and path[-1] in recipe.data.ood_val:
+            yield Finding(path, "must differ from the names in data.ood_val", reads=(other,))
         if isinstance(images := plain(spec), BenchmarkSet):
             yield from _benchmark((*path, "of") if isinstance(spec, CorruptedSet) else path, images)
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
+    key: KeyPath = (*path, "split")
+    reads: tuple[KeyPath, ...] = ((*path, "name"),)
     known = BENCHMARKS.get(spec.name)
     if known is None:
         rule = f"must be the name of a benchmark: {', '.join(BENCHMARKS)}"
-        yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
+        yield Finding(reads[0], rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
         return
-    reads: tuple[KeyPath, ...] = ((*path, "name"),)
-    key: KeyPath = (*path, "split")
     if spec.split is None and known.needs_split:
         yield Finding(key, f"is required for {spec.name}", allowed=known.splits, reads=reads)
     elif spec.split is not None and not known.splits:
         yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split), reads=reads)
     elif spec.split is not None and spec.split not in known.splits:
-        rule, near = f"must be a split of {spec.name}", nearest(spec.split, known.splits)
-        yield Finding(key, rule, shown(spec.split), known.splits, near, reads=reads)
+        yield unlisted(key, f"must be a split of {spec.name}", spec.split, known.splits, *reads)
     if spec.domains is not None and not known.has_domains:
         rule = f"must be left out: {spec.name} has no domains"
         yield Finding((*path, "domains"), rule, shown(list(spec.domains)), reads=reads)
     if known.only_tests and path[1] not in ("id_test", "ood_test"):
         rule = f"{spec.name} must have a test role: {known.only_tests}"
-        yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
+        yield Finding(reads[0], rule, next_step="Move it to data.ood_test.")
 
 
 def _classes(recipe: Recipe) -> Iterator[Finding]:
-    classes, words = recipe.data.classes, recipe.prompts.class_names
+    classes, words, path = recipe.data.classes, recipe.prompts.class_names, ("prompts", "class_names")
     if isinstance(words, str):
         if words not in BENCHMARKS:
-            rule, near = "must be the name of a benchmark or a list of texts", nearest(words, BENCHMARKS)
-            yield Finding(("prompts", "class_names"), rule, shown(words), tuple(BENCHMARKS), near)
-        return
-    if classes is not None and words is not None and len(classes) != len(words):
-        yield Finding(
-            ("prompts", "class_names"),
-            f"must hold one text per class of data.classes ({len(classes)})",
-            f"{len(words)}",
-            reads=(("data", "classes"),),
-        )
+            yield unlisted(path, CLASS_NAMES_RULE, words, BENCHMARKS)
+    elif classes is not None and words is not None and len(classes) != len(words):
+        rule = f"must hold one text per class of data.classes ({len(classes)})"
+        yield Finding(path, rule, str(len(words)), reads=(("data", "classes"),))
 
 
 def _prompts(recipe: Recipe) -> Iterator[Finding]:
@@ -126,14 +108,7 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
     if isinstance(templates, str):
         if templates not in TEMPLATE_SETS:
             step = f"Write one template as a list: [{shown(templates)}]." if "{" in templates else ""
-            yield Finding(
-                path,
-                "must be the name of a set of templates, file:PATH, or a list of texts with {}",
-                shown(templates),
-                TEMPLATE_SETS,
-                nearest(templates, TEMPLATE_SETS),
-                step,
-            )
+            yield replace(unlisted(path, TEMPLATES_RULE, templates, TEMPLATE_SETS), next_step=step)
         return
     if not templates:
         yield Finding(path, "must not be empty", "[]")
@@ -147,15 +122,13 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
 
 def batch_findings(recipe: Recipe) -> Iterator[Finding]:
     """Finds a micro-batch that is larger than the smallest batch."""
-    micro, whole = recipe.train.micro_batch, ("train", "batch_size")
-    parameter = recipe.search.space.get("batch_size")
+    micro, parameter = recipe.train.micro_batch, recipe.search.space.get("batch_size")
     searched = _ends(parameter).values() if parameter else ()
-    sizes = [recipe.train.batch_size, *(size for size in searched if type(size) is int)]
-    if micro is not None and micro > min(sizes):
-        reads: tuple[KeyPath, ...] = (whole, ("search", "space", "batch_size"))
-        yield Finding(
-            ("train", "micro_batch"), f"must be at most the batch size, {min(sizes)}", str(micro), reads=reads
-        )
+    smallest = min([recipe.train.batch_size, *(size for size in searched if type(size) is int)])
+    if micro is not None and micro > smallest:
+        reads: tuple[KeyPath, ...] = (("train", "batch_size"), ("search", "space", "batch_size"))
+        rule = f"must be at most the batch size, {smallest}"
+        yield Finding(("train", "micro_batch"), rule, str(micro), reads=reads)
 
 
 def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
@@ -183,9 +156,8 @@ def _space(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
         elif name not in SEARCHABLE:
             meant = nearest_key(name.removeprefix("train."), SEARCHABLE)
-            yield Finding(
-                path, "must be a field of train", shown(name), SEARCHABLE, meant if meant in SEARCHABLE else None
-            )
+            near = meant if meant in SEARCHABLE else None
+            yield Finding(path, "must be a field of train", shown(name), SEARCHABLE, near)
         else:
             yield from _parameter(path, name, parameter)
 
@@ -194,67 +166,48 @@ def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Findi
     kind = field_kind(name)
     if kind in (bool, str) and not isinstance(parameter, CategoricalParameter):
         words = ("true", "false") if kind is bool else get_args(core_type(TrainConfig.model_fields[name].annotation))
-        yield Finding(
-            path,
-            f"{name} is no number and needs choices",
-            parameter.type,
-            next_step=f"Write {name}: {{choices: [{', '.join(words)}]}}.",
-        )
+        step = f"Write {name}: {{choices: [{', '.join(words)}]}}."
+        yield Finding(path, f"{name} is no number and needs choices", parameter.type, next_step=step)
     elif kind is int and not isinstance(parameter, CategoricalParameter | IntParameter):
-        yield Finding(
-            path,
-            f"{name} takes whole numbers only",
-            f"type {parameter.type}",
-            next_step="Write type: int, or leave the type out.",
-        )
+        step = "Write type: int, or leave the type out."
+        yield Finding(path, f"{name} takes whole numbers only", f"type {parameter.type}", next_step=step)
     else:
         for key, value in _ends(parameter).items():
             for found in train_findings({name: value}, ()):
-                yield Finding((*path, *key), f"train.{name} {found.rule}", found.value, found.allowed, found.nearest)
+                yield replace(found, path=(*path, *key), rule=f"train.{name} {found.rule}")
 
 
 def _alpha(recipe: Recipe) -> Iterator[Finding]:
     search = recipe.search
-    path, mode, lowest = ("search", "space", "alpha"), ("search", "alpha", "mode"), search.alpha.lowest
-    parameter = search.space.get("alpha")
+    path, mode, kind = ("search", "space", "alpha"), ("search", "alpha", "mode"), ("search", "objective", "kind")
+    parameter, lowest = search.space.get("alpha"), search.alpha.lowest
+    add, profile = f"search.space.alpha: {{low: {lowest}, high: 1}}", search.alpha.mode == "profile"
     if search.objective.kind == "pareto":
-        kind = ("search", "objective", "kind")
         if not recipe.data.ood_val:
             step = "Add a set to data.ood_val, or choose another kind."
             yield Finding(kind, "pareto needs an OOD validation set", next_step=step, reads=(("data", "ood_val"),))
-        if search.alpha.mode == "profile":
-            wanted = "" if parameter else f" and search.space.alpha: {{low: {lowest}, high: 1}}"
-            step = f"Write search.alpha.mode: sample{wanted}."
-            yield Finding(
-                kind,
-                "pareto needs alpha as a parameter of the space",
-                next_step=step,
-                reads=(mode, path),
-            )
+        if profile:
+            step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
+            yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step, reads=(mode, path))
             return
     if parameter is None:
-        if search.alpha.mode == "sample":
-            step = f"Add alpha: {{low: {lowest}, high: 1}} to search.space, or remove the mode."
+        if not profile:
+            step = f"Add {add}, or remove the mode."
             yield Finding(mode, "sample needs alpha in search.space", next_step=step, reads=(path,))
         return
-    if search.alpha.mode == "profile":
-        step = (
-            "Set search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole alpha "
-            "curve at no further training."
-        )
+    if profile:
+        step = "Write search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole curve."
         yield Finding(path, "must stand in the space in mode sample only", next_step=step, reads=(mode,))
     for key, value in _ends(parameter).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
-            yield Finding(
-                (*path, *key),
-                f"must be at least search.alpha.lowest, {lowest}",
-                shown(value),
-                next_step="alpha near 0 is the zero-shot model, which is a baseline and no trial.",
-                reads=(("search", "alpha", "lowest"),),
-            )
+            rule = f"must be at least search.alpha.lowest, {lowest}"
+            step = "alpha near 0 is the zero-shot model, which is a baseline and no trial."
+            reads = (("search", "alpha", "lowest"),)
+            yield Finding((*path, *key), rule, shown(value), next_step=step, reads=reads)
 
 
 def _baselines(recipe: Recipe) -> Iterator[Finding]:
+    reads = (("train", "micro_batch"), ("train", "batch_size"))
     for name, values in recipe.search.baselines.items():
         path = ("search", "baselines", name)
         if name == "zero_shot":
@@ -265,81 +218,57 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
         micro, whole = merged["micro_batch"], merged["batch_size"]
         if not found and micro is not None and micro > whole:
             key = "micro_batch" if "micro_batch" in values else "batch_size"
-            yield Finding(
-                (*path, key),
-                f"micro_batch must be at most batch_size, {whole}",
-                f"micro_batch {micro}",
-                reads=(("train", "micro_batch"), ("train", "batch_size")),
-            )
+            rule = f"micro_batch must be at most batch_size, {whole}"
+            yield Finding((*path, key), rule, f"micro_batch {micro}", reads=reads)
 
 
 def _constraints(recipe: Recipe) -> Iterator[Finding]:
-    baselines, sets = ("search", "baselines"), ("data", "ood_val")
-    known = {
-        "id_drop": (
-            ("zero_shot", *recipe.search.baselines),
-            "must be zero_shot or a name of search.baselines",
-            baselines,
-        ),
-        "ece": (("id_val", *recipe.data.ood_val), "must be id_val or a name of data.ood_val", sets),
-    }
-    for kind, (allowed, rule, read) in known.items():
+    for kind, first, keys, names in (
+        ("id_drop", "zero_shot", ("search", "baselines"), recipe.search.baselines),
+        ("ece", "id_val", ("data", "ood_val"), recipe.data.ood_val),
+    ):
         for name in getattr(recipe.search.constraints, kind):
-            if name not in allowed:
-                path, near = ("search", "constraints", kind, name), nearest(name, allowed)
-                yield Finding(path, rule, shown(name), allowed, near, reads=((*read, name), read))
+            if name not in (first, *names):
+                path, rule = ("search", "constraints", kind, name), f"must be {first} or a name of {dotted(keys)}"
+                yield unlisted(path, rule, name, (first, *names), (*keys, name), keys)
 
 
 def _search(recipe: Recipe) -> Iterator[Finding]:
     startup, trials = recipe.search.sampler.startup_trials, recipe.search.trials
     if startup is not None and startup > trials:
-        yield Finding(
-            ("search", "sampler", "startup_trials"),
-            f"must be at most search.trials, {trials}",
-            str(startup),
-            reads=(("search", "trials"),),
-        )
+        path, rule = ("search", "sampler", "startup_trials"), f"must be at most search.trials, {trials}"
+        yield Finding(path, rule, str(startup), reads=(("search", "trials"),))
 
 
 def _pruner(recipe: Recipe) -> Iterator[Finding]:
     """A pruner that could cut nothing, however the trials are drawn."""
-    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    pruner, every = recipe.search.pruner, ("evaluate", "every_epochs")
+    name: KeyPath = ("search", "pruner", "name")
     if pruner.name == "none" or can_cut(recipe):
         return
-    epochs: tuple[KeyPath, ...] = (("train", "epochs"), ("search", "space", "epochs"))
-    if every == 0 and pruner.name != HALVING:
-        yield Finding(
-            ("evaluate", "every_epochs"),
-            f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
-            "0",
-            next_step="successive_halving looks at the end of each rung by itself.",
-            reads=(("search", "pruner", "name"),),
-        )
+    if recipe.evaluate.every_epochs == 0 and pruner.name != HALVING:
+        rule = f"must be at least 1 with the pruner {pruner.name}, which needs evaluations while a training runs"
+        step = "successive_halving evaluates at the end of each rung automatically."
+        yield Finding(every, rule, "0", next_step=step, reads=(name,))
         return
-    yield Finding(
-        ("search", "pruner", "name"),
-        "needs a look between search.pruner.first and the last epoch of a training",
-        pruner.name,
-        next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
-        reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),
-    )
+    rule = "needs an evaluation between search.pruner.first and the last epoch of a training"
+    step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
+    reads = (name[:2], every, ("train", "epochs"), ("search", "space", "epochs"))
+    yield Finding(name, rule, pruner.name, next_step=step, reads=reads)
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:
-    resources = recipe.resources
-    if resources.executor in ("inline", "debug") and resources.num_workers > 1:
-        yield Finding(
-            ("resources", "num_workers"),
-            f"must be 1 with executor: {resources.executor}",
-            str(resources.num_workers),
-            next_step="Write executor: ray-train, or leave the executor out.",
-            reads=(("resources", "executor"),),
-        )
-    gpus, path = resources.gpus_per_worker or 0.0, ("resources", "gpus_per_worker")
+    executor, workers = recipe.resources.executor, recipe.resources.num_workers
+    gpus = recipe.resources.gpus_per_worker or 0.0
+    num_workers, path = ("resources", "num_workers"), ("resources", "gpus_per_worker")
+    if executor in ("inline", "debug") and workers > 1:
+        step = "Write executor: ray-train, or leave the executor out."
+        reads = (("resources", "executor"),)
+        yield Finding(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step, reads=reads)
     if gpus > 1 and gpus != int(gpus):
         step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
         yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
-    elif 0 < gpus < 1 and resources.num_workers > 1:
+    elif 0 < gpus < 1 and workers > 1:
         step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
-        rule = f"must be whole with {resources.num_workers} workers: NCCL wants a GPU for each of them"
-        yield Finding(path, rule, shown(gpus), next_step=step, reads=(("resources", "num_workers"),))
+        rule = f"must be whole with {workers} workers: NCCL needs a GPU for each of them"
+        yield Finding(path, rule, shown(gpus), next_step=step, reads=(num_workers,))

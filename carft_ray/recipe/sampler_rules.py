@@ -6,9 +6,10 @@ The verdicts were read in Optuna 5.0 and are held by a test each. ``study/propos
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from carft_ray.errors import nearest
+from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.messages import Finding, shown
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
@@ -101,8 +102,7 @@ Verdict = Literal["ok", "warns", "refused"]
 Feature = Literal["pruning", "constraints", "conditional", "categorical", "pareto", "resume", "many at a time"]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What a sampler makes of a feature.
 
     Attributes:
@@ -114,27 +114,31 @@ class Cell:
     why: str
 
 
-# how a recipe uses a feature; every search may be resumed, and may run several trials at a time
-USES: dict[Feature, Callable[[Recipe], bool]] = {
-    "pruning": lambda recipe: recipe.search.pruner.name != "none",
-    "constraints": lambda recipe: bool(recipe.search.constraints.id_drop or recipe.search.constraints.ece),
-    "conditional": lambda recipe: any(parameter.when for parameter in recipe.search.space.values()),
-    "categorical": lambda recipe: bool(categorical_names(recipe)),
-    "pareto": lambda recipe: recipe.search.objective.kind == "pareto",
-    "resume": lambda recipe: True,
-    "many at a time": lambda recipe: recipe.search.max_concurrent_trials != 1,
-}
-_WORDS: dict[Feature, str] = {
-    "pruning": "a pruner",
-    "constraints": "constraints",
-    "conditional": "conditional parameters",
-    "categorical": "categorical parameters",
-    "pareto": "a Pareto search",
-    "resume": "a resumed search",
-    "many at a time": "several trials at a time",
+class Use(NamedTuple):
+    """How a recipe uses a feature of a sampler.
+
+    Attributes:
+        words: What it uses.
+        applies: Whether a recipe does.
+    """
+
+    words: str
+    applies: Callable[[Recipe], bool]
+
+
+# every search may be resumed, and may run several trials at a time
+USES: dict[Feature, Use] = {
+    "pruning": Use("a pruner", lambda recipe: recipe.search.pruner.name != "none"),
+    "constraints": Use("constraints", lambda recipe: bool(constraint_names(recipe.search.constraints))),
+    "conditional": Use("conditional parameters", lambda recipe: any(one.when for one in recipe.search.space.values())),
+    "categorical": Use("categorical parameters", lambda recipe: bool(categorical_names(recipe))),
+    "pareto": Use("a Pareto search", lambda recipe: recipe.search.objective.kind == "pareto"),
+    "resume": Use("a resumed search", lambda recipe: True),
+    "many at a time": Use("several trials at a time", lambda recipe: recipe.search.max_concurrent_trials != 1),
 }
 
-_UNSEEN = "its draws do not depend on results"
+_INDEPENDENT = Cell("ok", "its draws do not depend on results")
+_UNSEEN: dict[Feature, Cell] = {"pruning": _INDEPENDENT, "constraints": _INDEPENDENT, "pareto": _INDEPENDENT}
 _DISTINCT = "the draw depends on seed and trial alone"
 _COMPLETE = "a pruned trial teaches it nothing"
 _GENETIC_CELLS: dict[Feature, Cell] = {
@@ -177,29 +181,24 @@ CELLS: dict[str, dict[Feature, Cell]] = {
     "nsga2": _GENETIC_CELLS,
     "nsga3": {**_GENETIC_CELLS, "pareto": Cell("ok", "made for three objectives and more; nsga2 suits two")},
     "qmc": {
-        "pruning": Cell("ok", _UNSEEN),
-        "constraints": Cell("ok", _UNSEEN),
+        **_UNSEEN,
         "conditional": Cell("ok", "an inactive parameter leaves its coordinate unused"),
         "categorical": Cell("ok", "a coordinate is cut into as many parts as choices"),
-        "pareto": Cell("ok", _UNSEEN),
         "resume": Cell("ok", "its place in the sequence is the number of trials before"),
         "many at a time": Cell("ok", _DISTINCT),
     },
     "random": {
-        "pruning": Cell("ok", _UNSEEN),
-        "constraints": Cell("ok", _UNSEEN),
+        **_UNSEEN,
         "conditional": Cell("ok", "each parameter is drawn alone"),
         "categorical": Cell("ok", "each choice is as likely"),
-        "pareto": Cell("ok", _UNSEEN),
         "resume": Cell("ok", _DISTINCT),
         "many at a time": Cell("ok", _DISTINCT),
     },
     "grid": {
+        **_UNSEEN,
         "pruning": Cell("ok", "a pruned trial counts as tried"),
-        "constraints": Cell("ok", _UNSEEN),
         "conditional": Cell("ok", "the grid is a tree: an inactive parameter does not multiply it"),
         "categorical": Cell("ok", "a branch per choice"),
-        "pareto": Cell("ok", _UNSEEN),
         "resume": Cell("ok", "what is tried is read from the trials"),
         "many at a time": Cell("ok", "running trials count as tried"),
     },
@@ -239,8 +238,8 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yields what a valid sampler should still be told of: the key, and what about it."""
     search, sampler, options = recipe.search, recipe.search.sampler, recipe.search.sampler.options
     for feature, cell in CELLS[sampler.name].items():
-        if cell.verdict == "warns" and USES[feature](recipe):
-            yield "search.sampler.name", f"{sampler.name} with {_WORDS[feature]}: {cell.why}"
+        if cell.verdict == "warns" and USES[feature].applies(recipe):
+            yield "search.sampler.name", f"{sampler.name} with {USES[feature].words}: {cell.why}"
     if sampler.name not in STARTUP_SAMPLERS and sampler.startup_trials is not None:
         yield "search.sampler.startup_trials", f"has no effect: the sampler is {sampler.name}"
     if sampler.name == "qmc" and options.get("scramble") is False and sampler.seed:
@@ -258,12 +257,12 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _refused(recipe: Recipe) -> Iterator[Finding]:
     name = recipe.search.sampler.name
-    used: list[Feature] = [feature for feature, uses in USES.items() if uses(recipe)]
+    used: list[Feature] = [feature for feature, use in USES.items() if use.applies(recipe)]
     refused = [feature for feature in used if CELLS[name][feature].verdict == "refused"]
     if "categorical" in refused and "conditional" in refused:
         refused.remove("conditional")  # there is none without the other
     if refused:
-        parts = " and ".join(f"{_WORDS[feature]} ({CELLS[name][feature].why})" for feature in refused)
+        parts = " and ".join(f"{USES[feature].words} ({CELLS[name][feature].why})" for feature in refused)
         value = ", ".join(categorical_names(recipe)) if "categorical" in refused else ""
         fit = tuple(
             other for other, cells in CELLS.items() if all(cells[feature].verdict != "refused" for feature in used)

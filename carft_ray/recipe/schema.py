@@ -1,7 +1,7 @@
 """The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
-study goes on (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
+study is resumed (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
 ``python -m carft_ray.recipe.tables``. Rules that concern several keys stand in ``rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
+from carft_ray.recipe.constraints import ConstraintsConfig
 from carft_ray.recipe.fields import (
     Config,
     Fraction,
@@ -25,59 +26,9 @@ from carft_ray.recipe.fields import (
     key,
     nothing_is_empty,
 )
-from carft_ray.recipe.fine_tuning import (
-    EvaluateConfig,
-    ModelConfig,
-    PromptsConfig,
-    TrainConfig,
-)
+from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
 from carft_ray.recipe.parameters import SPACE, Parameter, name_types
-from carft_ray.recipe.sets import (
-    CACHE_KEYS,
-    BenchmarkSet,
-    ColumnSet,
-    CorruptedSet,
-    Corruption,
-    DataConfig,
-    FolderSet,
-    HuggingFaceSet,
-    PlainSet,
-    SandboxSet,
-    SetSpec,
-    StoredSet,
-    TableSet,
-    WebDatasetSet,
-    plain,
-)
-
-__all__ = [  # of this module and of those below
-    "CACHE_KEYS",
-    "FORMAT_VERSION",
-    "AlphaConfig",
-    "BenchmarkSet",
-    "BudgetConfig",
-    "ColumnSet",
-    "ConstraintsConfig",
-    "CorruptedSet",
-    "Corruption",
-    "DataConfig",
-    "FolderSet",
-    "HuggingFaceSet",
-    "ObjectiveConfig",
-    "PlainSet",
-    "PrunerConfig",
-    "Recipe",
-    "ResourcesConfig",
-    "SamplerConfig",
-    "SandboxSet",
-    "SearchConfig",
-    "SetSpec",
-    "StoredSet",
-    "TableSet",
-    "WebDatasetSet",
-    "plain",
-    "seconds_of",
-]
+from carft_ray.recipe.sets import DataConfig
 
 FORMAT_VERSION = 1
 LEAST_AMOUNT = 0.0001  # of a resource
@@ -85,7 +36,6 @@ LEAST_AMOUNT = 0.0001  # of a resource
 OBJECTIVE = Resume("identity", "part of the objective")
 RANKING = Resume("identity", "ranks the trials")
 BEST = Resume("identity", "chooses the best trial")
-ALPHA = Resume("identity", "part of the choice of alpha")
 CUT = Resume("identity", "it decides which trainings end early, and they are compared with those before")
 SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; it judges none")
 PROPOSED = Resume("running", "proposals to come")
@@ -113,24 +63,16 @@ def _amount(value: float) -> float:
 class AlphaConfig(Config):
     """How the mixing coefficient is found."""
 
-    mode: Literal["profile", "sample"] = key(
-        "profile",
-        "profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter "
-        "of the space",
-        "profile",
-        OBJECTIVE,
-    )
+    mode: Literal["profile", "sample"] = key("profile", "profile", OBJECTIVE)
+    """profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter of
+    the space"""
     grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = key(
-        (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-        "where the alpha curve is measured, beside `lowest` and up to two points next to the best "
-        "([docs/objectives.md](../docs/objectives.md))",
-        "[0, 0.25, 0.5, 0.75, 1]",
-        OBJECTIVE,
-        range="rises from 0 to 1",
+        (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "[0, 0.25, 0.5, 0.75, 1]", OBJECTIVE, range="rises from 0 to 1"
     )
-    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(
-        0.1, "lowest alpha that a trial may choose, always measured; alpha 0 is a baseline", "0.2", OBJECTIVE
-    )
+    """where the alpha curve is measured, beside `lowest` and up to two points next to the best
+    ([docs/objectives.md](../docs/objectives.md))"""
+    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, "0.2", OBJECTIVE)
+    """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
 
     @property
     def measured(self) -> tuple[float, ...]:
@@ -149,125 +91,71 @@ class AlphaConfig(Config):
 class ObjectiveConfig(Config):
     """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
 
-    kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key(
-        "weighted_mean",
-        "weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a "
-        "Pareto front, which needs `alpha.mode: sample`",
-        "harmonic",
-        RANKING,
-    )
-    id_weight: Fraction = key(
-        0.5,
-        "weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: of the number "
-        "by which a running training is looked at",
-        "0.3",
-        RANKING,
-    )
-    id_margin: Fraction = key(
-        0.005,
-        'in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it '
-        "ranks nothing",
-        "0.01",
-        Resume("identity", "what a confirm claims is fixed before it is seen"),
-    )
-    best: Literal["knee", "lexicographic"] = key(
-        "knee",
-        "with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID",
-        "lexicographic",
-        BEST,
-    )
-    tolerance: Fraction = key(
-        0.005,
-        "with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides",
-        "0.01",
-        BEST,
-    )
-
-
-class ConstraintsConfig(Config):
-    """What the chosen weights of a trial must keep; part of its choice of alpha, and told to the sampler."""
-
-    id_drop: dict[SetName, Fraction] = key(
-        {},
-        "ID accuracy that may be lost under a baseline; trials wait for it",
-        "{zero_shot: 0.01}",
-        ALPHA,
-        type="baseline: float",
-        range="`zero_shot` or a name of `search.baselines`: 0 to 1",
-    )
-    ece: dict[SetName, Fraction] = key(
-        {},
-        "largest expected calibration error (15 bins) of a validation set",
-        "{id_val: 0.05}",
-        ALPHA,
-        type="set: float",
-        range="`id_val` or a name of `data.ood_val`: 0 to 1",
-    )
+    kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key("weighted_mean", "harmonic", RANKING)
+    """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
+    Pareto front, which needs `alpha.mode: sample`"""
+    id_weight: Fraction = key(0.5, "0.3", RANKING)
+    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: of the number by
+    which a running training is looked at"""
+    id_margin: Fraction = key(0.005, "0.01", Resume("identity", "what a confirm claims is fixed before it is seen"))
+    """in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it ranks
+    nothing"""
+    best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
+    """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
+    tolerance: Fraction = key(0.005, "0.01", BEST)
+    """with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides"""
 
 
 class SamplerConfig(Config):
     """Who proposes the next values."""
 
-    name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = key(
-        "tpe", "who proposes the next values", "random", SAMPLING
-    )
+    name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
+    """who proposes the next values"""
     seed: Seed = key(
-        0,
-        "seed of the sampler",
-        "1",
-        Resume("identity", "choosing a luckier seed is selection on noise; qmc goes on with its own"),
+        0, "1", Resume("identity", "choosing a luckier seed is selection on noise; qmc goes on with its own")
     )
-    startup_trials: PositiveInt | None = key(
-        None,
-        "random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, "
-        "which learns nothing from them",
-        "8",
-        SAMPLING,
-        range="1 to `search.trials`",
-    )
+    """seed of the sampler"""
+    startup_trials: PositiveInt | None = key(None, "8", SAMPLING, range="1 to `search.trials`")
+    """random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, which
+    learns nothing from them"""
     options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key(
-        {},  # see sampler_rules.py
-        "options of this sampler; null is its default",
+        {},
         "{n_ei_candidates: 48}",
         SAMPLING,
         type="option: value",
         range="as [docs/samplers.md](../docs/samplers.md) lists them",
     )
+    """options of this sampler; null is its default"""
 
 
 class PrunerConfig(Config):
     """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
 
-    name: Literal["none", "successive_halving", "median", "percentile"] = key(
-        "none", "how a training is compared with the others", "median", CUT
-    )
-    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(
-        1 / 3, "share of the schedule before which no training is cut; the first rung", "0.25", CUT
-    )
-    factor: Annotated[int, Field(ge=2, strict=True)] = key(
-        2,
-        "`successive_halving`: one in so many trainings goes on, and the next rung is so many times later",
-        "3",
-        CUT,
-    )
-    startup_trials: PositiveInt = key(4, "`median`, `percentile`: complete trials before anything is cut", "8", CUT)
-    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(
-        25.0, "`percentile`: the best share of the trainings that goes on, in percent", "50.0", CUT
-    )
+    name: Literal["none", "successive_halving", "median", "percentile"] = key("none", "median", CUT)
+    """how a training is compared with the others"""
+    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, "0.25", CUT)
+    """share of the schedule before which no training is cut; the first rung"""
+    factor: Annotated[int, Field(ge=2, strict=True)] = key(2, "3", CUT)
+    """`successive_halving`: one in so many trainings goes on, and the next rung is so many times later"""
+    startup_trials: PositiveInt = key(4, "8", CUT)
+    """`median`, `percentile`: complete trials before anything is cut"""
+    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, "50.0", CUT)
+    """`percentile`: the best share of the trainings that goes on, in percent"""
 
 
 class SearchConfig(Config):
     """What is searched and how long."""
 
-    trials: PositiveInt = key(16, "trainings, baselines not counted", "30", HOW_FAR)
+    trials: PositiveInt = key(16, "30", HOW_FAR)
+    """trainings, baselines not counted"""
     space: Annotated[dict[str, Parameter], BeforeValidator(name_types)] = key(
         {},
-        "the search space; `search` needs at least one parameter",
         "{learning_rate: {low: 1e-4, high: 5e-3, log: true}}",
         SPACE,
         type="field of train: parameter",
         range="fields of train marked *",
     )
+    """the search space; `search` needs at least one parameter"""
     alpha: AlphaConfig = AlphaConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     constraints: ConstraintsConfig = ConstraintsConfig()
@@ -275,74 +163,51 @@ class SearchConfig(Config):
     pruner: PrunerConfig = PrunerConfig()
     enqueue: tuple[dict[str, Any], ...] = key(
         (),
-        "values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; "
-        "they count as trials",
         "[{learning_rate: 5e-4, kl_weight: 10}]",
         PROPOSED,
         type="list of fields of train",
         range="values inside the space, no point twice",
     )
-    warm_start: tuple[str, ...] = key(
-        (),
-        "other studies whose trials the sampler is told of; they are no trials of this one",
-        "[../studies/first]",
-        PROPOSED,
-        range="folders of studies",
-    )
+    """values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; they
+    count as trials"""
+    warm_start: tuple[str, ...] = key((), "[../studies/first]", PROPOSED, range="folders of studies")
+    """other studies whose trials the sampler is told of; they are no trials of this one"""
     baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(nothing_is_empty)] = key(
         {},
-        "values over `train`, trained before the trials and shown beside them, never told to the sampler",
         "{fine_tuning: {kl_weight: 0}}",
         Resume("identity", "a trained baseline keeps its values; further ones may be added"),
         type="name: fields of train",
         range="any name but `zero_shot`, which is always shown",
     )
-    max_concurrent_trials: PositiveInt | None = key(
-        None,
-        "trials at a time; null: what the machine or cluster holds; one fewer each time that Ray ends a trial for want "
-        "of memory",
-        "2",
-        HOW_FAST,
-    )
-    keep_checkpoints: PositiveInt = key(
-        3,
-        "best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings "
-        "on a Pareto front); the results of the others stay",
-        "10",
-        Resume("running", "what is kept"),
-    )
+    """values over `train`, trained before the trials and shown beside them, never told to the sampler"""
+    max_concurrent_trials: PositiveInt | None = key(None, "2", HOW_FAST)
+    """trials at a time; null: what the machine or cluster holds; one fewer each time that Ray ends a trial for want of
+    memory"""
+    keep_checkpoints: PositiveInt = key(3, "10", Resume("running", "what is kept"))
+    """best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings on a
+    Pareto front); the results of the others stay"""
 
 
 class ResourcesConfig(Config):
     """What one trial gets."""
 
-    executor: Literal["auto", "inline", "ray-train", "debug"] = key(
-        "auto",
-        "auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after "
-        "the other, without Ray",
-        "ray-train",
-        HOW_FAST,
-    )
-    num_workers: PositiveInt = key(1, "workers of one trial", "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
-    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] = key(
-        1.0, "CPU cores per worker", "4", HOW_FAST, range=">= 0.0001"
-    )
+    executor: Literal["auto", "inline", "ray-train", "debug"] = key("auto", "ray-train", HOW_FAST)
+    """auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after the
+    other, without Ray"""
+    num_workers: PositiveInt = key(1, "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
+    """workers of one trial"""
+    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] = key(1.0, "4", HOW_FAST, range=">= 0.0001")
+    """CPU cores per worker"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
-        None,
-        "GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share lies on one GPU: with 0.3, three trials "
-        "run on each",
-        "0.5",
-        HOW_FAST,
-        range="0, a whole number, or 0.0001 to 1 with one worker",
+        None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )
-    threads: PositiveInt | None = key(None, "torch threads per worker; null: `cpus_per_worker`", "1", HOW_FAST)
-    hang_timeout_s: PositiveFloat | None = key(
-        3600.0,
-        "in a search: a trial without a training step for so many seconds is ended and tried again, and its log says "
-        "what its threads did; longer than its evaluations; null: never",
-        "600",
-        HOW_FAST,
-    )
+    """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share lies on one GPU: with 0.3, three trials run
+    on each"""
+    threads: PositiveInt | None = key(None, "1", HOW_FAST)
+    """torch threads per worker; null: `cpus_per_worker`"""
+    hang_timeout_s: PositiveFloat | None = key(3600.0, "600", HOW_FAST)
+    """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
+    its threads did; longer than its evaluations; null: never"""
 
     @property
     def threads_per_worker(self) -> int:
@@ -354,33 +219,23 @@ class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
     wall_time: Annotated[PositiveFloat, BeforeValidator(seconds_of)] | None = key(
-        None,
-        "time of one `search` or `resume`, in seconds or as a text; then it ends with its best and can be resumed",
-        "8h",
-        HOW_FAR,
-        type="float or text",
-        range="> 0; `45m`, `8h`, `1h30m`",
+        None, "8h", HOW_FAR, type="float or text", range="> 0; `45m`, `8h`, `1h30m`"
     )
-    gpu_hours: PositiveFloat | None = key(
-        None,
-        "GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with "
-        "its best",
-        "24",
-        HOW_FAR,
-    )
+    """time of one `search` or `resume`, in seconds or as a text; then it ends with its best and can be resumed"""
+    gpu_hours: PositiveFloat | None = key(None, "24", HOW_FAR)
+    """GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with its
+    best"""
 
 
 class Recipe(Config):
     """Everything about one study. A value of this type is valid."""
 
-    format_version: Literal[1] = key(1, "version of this format", "1", Resume("identity", "the form of the folder"))
+    format_version: Literal[1] = key(1, "1", Resume("identity", "the form of the folder"))
+    """version of this format"""
     name: SetName = key(
-        "study",
-        "name of the study, for people",
-        "my_search",
-        Resume("running", "for people; nothing is computed from it"),
-        range="a name",
+        "study", "my_search", Resume("running", "for people; nothing is computed from it"), range="a name"
     )
+    """name of the study, for people"""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     prompts: PromptsConfig = PromptsConfig()
@@ -394,3 +249,12 @@ class Recipe(Config):
 def with_threads(recipe: Recipe, number: int) -> Recipe:
     """Returns the recipe with so many torch threads for each worker."""
     return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints, one number."""
+    objective = recipe.search.objective
+    if objective.kind == "pareto":
+        objective = objective.model_copy(update={"kind": "weighted_mean"})
+    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig(), "objective": objective})
+    return recipe.model_copy(update={"search": search})

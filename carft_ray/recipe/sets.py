@@ -97,23 +97,17 @@ ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
 
 
-def _source() -> Any:
-    return key(REQUIRED, "where the images come from", "sandbox", IMAGES)
-
-
 class SandboxSet(Config):
     """A set of procedural images: one domain, every class equally often."""
 
-    source: Literal["sandbox"] = _source()
-    domain: str = key(
-        REQUIRED,
-        "what the pictures look like",
-        "silhouette",
-        IMAGES,
-        range="a sandbox domain, such as `photo`, `sketch`, `painting`",
-    )
-    split: Literal["train", "val", "test"] = key(REQUIRED, "other split, other images", "val", IMAGES)
-    num_per_class: PositiveInt = key(REQUIRED, "images per class", "20", IMAGES)
+    source: Literal["sandbox"] = key(REQUIRED, "sandbox", IMAGES)
+    """where the images come from"""
+    domain: str = key(REQUIRED, "silhouette", IMAGES, range="a sandbox domain, such as `photo`, `sketch`, `painting`")
+    """what the pictures look like"""
+    split: Literal["train", "val", "test"] = key(REQUIRED, "val", IMAGES)
+    """other split, other images"""
+    num_per_class: PositiveInt = key(REQUIRED, "20", IMAGES)
+    """images per class"""
 
 
 class StoredSet(Config):
@@ -121,170 +115,118 @@ class StoredSet(Config):
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
 
-    path: str = key(REQUIRED, "where the images lie", "../my_images", MOVED, range="a path")
+    path: str = key(REQUIRED, "../my_images", MOVED, range="a path")
+    """where the images lie"""
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(
-        None,
-        "the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no "
-        "image, so `id_val` can be cut from the images of `train`",
-        "[0, 0.1]",
-        IMAGES,
-        range="0 <= from < to <= 1",
+        None, "[0, 0.1]", IMAGES, range="0 <= from < to <= 1"
     )
-    shots: PositiveInt | None = key(None, "images per class, of the part; fewer shots are among more", "16", IMAGES)
-    shots_seed: Seed = key(0, "other seed, other shots", "1", IMAGES)
+    """the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no image,
+    so `id_val` can be cut from the images of `train`"""
+    shots: PositiveInt | None = key(None, "16", IMAGES)
+    """images per class, of the part; fewer shots are among more"""
+    shots_seed: Seed = key(0, "1", IMAGES)
+    """other seed, other shots"""
     classes: Literal["all", "some"] = key(
-        "all",
-        "`all`: the set has every class of the class list; `some`: it has some of them, and its images are told apart "
-        "between those only",
-        "some",
-        Resume("identity", "between which classes images are told apart"),
+        "all", "some", Resume("identity", "between which classes images are told apart")
     )
-    on_bad_image: Literal["fail", "skip"] = key(
-        "fail",
-        "an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first "
-        "of a set and says where all are named, and the manifest counts them (every image is decoded once to find "
-        "them)",
-        "skip",
-        IMAGES,
-    )
+    """`all`: the set has every class of the class list; `some`: it has some of them, and its images are told apart
+    between those only"""
+    on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
+    """an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first of a
+    set and says where all are named, and the manifest counts them (every image is decoded once to find them)"""
     exclude: SampleIds | None = key(
         None,
-        "images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the "
-        "column `sample_id` of a CSV file",
         "lists/bad_labels.csv",
         Resume("identity", "which images; a file may move, the images that are left are compared"),
         range="sample ids of the set, or a path",
     )
+    """images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
+    `sample_id` of a CSV file"""
 
 
 class FolderSet(StoredSet):
     """Images in a tree ``path/domain/class/*.png|jpg``, or ``path/class/*`` without domains."""
 
-    source: Literal["folder"] = _source()
+    source: Literal["folder"] = key(REQUIRED, "sandbox", IMAGES)
     domains: Domains | None = key(
-        None,
-        "the folders of the tree that belong to the set; null: the class folders stand at `path`",
-        "[silhouette, quickdraw]",
-        IMAGES,
-        range="at least 1 name of a folder, none twice",
+        None, "[silhouette, quickdraw]", IMAGES, range="at least 1 name of a folder, none twice"
     )
+    """the folders of the tree that belong to the set; null: the class folders stand at `path`"""
 
 
 class ColumnSet(StoredSet):
     """A row per image: which columns hold what, and which rows belong to the set."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
-    image: str | None = key(
-        None,
-        "column with the images: paths, or the bytes of files; null: `image`, or the one column that can be it",
-        "file_name",
-        IMAGES,
-        range="a column",
-    )
-    label: str | None = key(
-        None,
-        "column with the labels: texts, or whole numbers from 0; null: `label`, or the one column that can be it",
-        "category",
-        LABELS,
-        range="a column",
-    )
+    image: str | None = key(None, "file_name", IMAGES, range="a column")
+    """column with the images: paths, or the bytes of files; null: `image`, or the one column that can be it"""
+    label: str | None = key(None, "category", LABELS, range="a column")
+    """column with the labels: texts, or whole numbers from 0; null: `label`, or the one column that can be it"""
     id: str | None = key(
         None,
-        "column with a stable name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash of the "
-        "bytes, for which the files are read once",
         "image_id",
         Resume("identity", "the names of the images, from which parts, shots and views are drawn"),
         range="a column, no value twice",
     )
-    root: str | None = key(
-        None,
-        "folder that paths of images count from; null: that of the files",
-        "../my_images",
-        MOVED,
-        range="a path; only with paths",
-    )
+    """column with a stable name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash of the
+    bytes, for which the files are read once"""
+    root: str | None = key(None, "../my_images", MOVED, range="a path; only with paths")
+    """folder that paths of images count from; null: that of the files"""
     where: Where = key(
         {},
-        "the rows that belong to the set, by the values of columns; sets without a value in common share no row",
         "{fold: [1, 2]}",
         IMAGES,
         type="column: value or list",
         range="columns of texts, whole numbers, true and false",
     )
-    class_names: ClassNames | None = key(
-        None,
-        "names of the classes in the order of the numbers, as a list or a text file with one per line; null: those "
-        "that the files name (features of Hugging Face), else the texts of the labels, sorted",
-        "[cat, dog]",
-        CLASS_NAMES,
-        range="none twice",
-    )
+    """the rows that belong to the set, by the values of columns; sets without a value in common share no row"""
+    class_names: ClassNames | None = key(None, "[cat, dog]", CLASS_NAMES, range="none twice")
+    """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those that
+    the files name (features of Hugging Face), else the texts of the labels, sorted"""
 
 
 class TableSet(ColumnSet):
     """CSV, Parquet or Arrow files with equal columns."""
 
-    source: Literal["table"] = _source()
+    source: Literal["table"] = key(REQUIRED, "sandbox", IMAGES)
 
 
 class HuggingFaceSet(ColumnSet):
     """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
 
-    source: Literal["huggingface"] = _source()
-    split: str | None = key(
-        None, "split of the data set; null: the only one", "train", IMAGES, range="a split of the data set"
-    )
+    source: Literal["huggingface"] = key(REQUIRED, "sandbox", IMAGES)
+    split: str | None = key(None, "train", IMAGES, range="a split of the data set")
+    """split of the data set; null: the only one"""
 
 
 class WebDatasetSet(StoredSet):
     """Tar archives of samples: files of one name with several endings."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "class_names")
-    source: Literal["webdataset"] = _source()
-    image: str | None = key(
-        None, "ending of the images; null: the one image of each sample", "jpg", IMAGES, range="an ending"
-    )
+    source: Literal["webdataset"] = key(REQUIRED, "sandbox", IMAGES)
+    image: str | None = key(None, "jpg", IMAGES, range="an ending")
+    """ending of the images; null: the one image of each sample"""
     label: Annotated[str | None, BeforeValidator(_sample_label)] = key(
-        None,
-        "ending of the file with the label, or `json:KEY`; null: `cls`",
-        "json:category",
-        LABELS,
-        range="an ending, or `json:KEY`",
+        None, "json:category", LABELS, range="an ending, or `json:KEY`"
     )
-    class_names: ClassNames | None = key(
-        None,
-        "names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of "
-        "`classnames.txt` beside the shards, else the texts of the labels, sorted",
-        "[cat, dog]",
-        CLASS_NAMES,
-        range="none twice",
-    )
+    """ending of the file with the label, or `json:KEY`; null: `cls`"""
+    class_names: ClassNames | None = key(None, "[cat, dog]", CLASS_NAMES, range="none twice")
+    """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of
+    `classnames.txt` beside the shards, else the texts of the labels, sorted"""
 
 
 class BenchmarkSet(StoredSet):
     """A public benchmark as its archives unpack, with its own class list, splits and masks."""
 
-    source: Literal["benchmark"] = _source()
-    name: str = key(
-        REQUIRED,
-        "which benchmark: its class list, masks and splits",
-        "vlcs",
-        IMAGES,
-        range="a name of the table above",  # a key of recipe/benchmarks.py
-    )
-    split: str | None = key(
-        None, "split of the benchmark; null: all its images", "out", IMAGES, range="as the table above says"
-    )
-    domains: Domains | None = key(
-        None,
-        "domains of DomainBed's sets; null: all of them",
-        "[sketch]",
-        IMAGES,
-        range="at least 1 name of a domain, none twice",
-    )
-    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = key(
-        0, "DomainBed's `--trial_seed`, of its splits `in` and `out`", "1", IMAGES
-    )
+    source: Literal["benchmark"] = key(REQUIRED, "sandbox", IMAGES)
+    name: str = key(REQUIRED, "vlcs", IMAGES, range="a name of the table above")
+    """which benchmark: its class list, masks and splits"""
+    split: str | None = key(None, "out", IMAGES, range="as the table above says")
+    """split of the benchmark; null: all its images"""
+    domains: Domains | None = key(None, "[sketch]", IMAGES, range="at least 1 name of a domain, none twice")
+    """domains of DomainBed's sets; null: all of them"""
+    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = key(0, "1", IMAGES)
+    """DomainBed's `--trial_seed`, of its splits `in` and `out`"""
 
 
 # every kind of set but those that are made of another
@@ -294,30 +236,22 @@ PlainSet = SandboxSet | FolderSet | TableSet | WebDatasetSet | HuggingFaceSet | 
 class CorruptedSet(Config):
     """Another set under ImageNet-C's corruptions, each image under one of them."""
 
-    source: Literal["corrupted"] = _source()
+    source: Literal["corrupted"] = key(REQUIRED, "sandbox", IMAGES)
     of: Annotated[PlainSet, Field(discriminator="source")] = key(
-        REQUIRED,
-        "the set that is shown",
-        "{source: folder, path: images, part: [0, 0.1]}",
-        IMAGES,
-        range="a set of another source",
+        REQUIRED, "{source: folder, path: images, part: [0, 0.1]}", IMAGES, range="a set of another source"
     )
+    """the set that is shown"""
     corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1), AfterValidator(distinct_names)] | None = key(
-        None,
-        "the corruptions that are drawn from; null: ImageNet-C's fifteen",
-        "[fog, gaussian_noise]",
-        SHOWN,
-        range="names of ImageNet-C, none twice",
+        None, "[fog, gaussian_noise]", SHOWN, range="names of ImageNet-C, none twice"
     )
-    severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, "how strong, as in ImageNet-C", "5", SHOWN)
-    seed: Seed = key(0, "other seed, other corruptions and other noise", "1", SHOWN)
-    size: PositiveInt = key(
-        224,
-        "larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as "
-        "ImageNet-C's were",
-        "336",
-        SHOWN,
-    )
+    """the corruptions that are drawn from; null: ImageNet-C's fifteen"""
+    severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, "5", SHOWN)
+    """how strong, as in ImageNet-C"""
+    seed: Seed = key(0, "1", SHOWN)
+    """other seed, other corruptions and other noise"""
+    size: PositiveInt = key(224, "336", SHOWN)
+    """larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as
+    ImageNet-C's were"""
 
 
 SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
@@ -334,77 +268,50 @@ class DataConfig(Config):
 
     train: SetSpec = key(
         REQUIRED,
-        "training images",
         "{source: sandbox, domain: photo, split: train, num_per_class: 32}",
         Resume("identity", "what is trained on"),
         range="a set",
     )
+    """training images"""
     id_val: SetSpec = key(
-        REQUIRED,
-        "validation images like the training images",
-        "{source: sandbox, domain: photo, split: val, num_per_class: 125}",
-        MEASURED,
-        range="a set",
+        REQUIRED, "{source: sandbox, domain: photo, split: val, num_per_class: 125}", MEASURED, range="a set"
     )
+    """validation images like the training images"""
     ood_val: SetSpecs = key(
         {},
-        "validation images under other shifts, each set with the same weight",
         "{silhouette: {source: sandbox, domain: silhouette, split: val, num_per_class: 63}}",
         MEASURED,
         range="names of sets",
     )
+    """validation images under other shifts, each set with the same weight"""
     id_test: SetSpec | None = key(
-        None,
-        "test images like the training images",
-        "{source: sandbox, domain: photo, split: test, num_per_class: 125}",
-        TESTED,
-        range="a set",
+        None, "{source: sandbox, domain: photo, split: test, num_per_class: 125}", TESTED, range="a set"
     )
+    """test images like the training images"""
     ood_test: SetSpecs = key(
         {},
-        "test images under shifts, names other than in `ood_val`",
         "{cartoon: {source: sandbox, domain: cartoon, split: test, num_per_class: 63}}",
         TESTED,
         range="names of sets",
     )
+    """test images under shifts, names other than in `ood_val`"""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(_folder_names)] | None = key(
-        None,
-        "classes in the order of the labels; null: those of `train` (folders: sorted)",
-        "null",
-        Resume("identity", "the meaning of the labels"),
-        range="at least 2 names, none twice",
+        None, "null", Resume("identity", "the meaning of the labels"), range="at least 2 names, none twice"
     )
-    shared_images: Literal["drop", "keep", "fail"] = key(
-        "drop",
-        "images that stand in two roles: `drop` leaves them to the role nearest to the test, `keep` leaves all, and "
-        "test numbers are given without them too, `fail` ends with exit code 8",
-        "keep",
-        SHARED,
-    )
-    shared_limit: Fraction = key(
-        0.05,
-        "largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely "
-        "wrong",
-        "0.1",
-        SHARED,
-    )
-    cache_dir: str | None = key(
-        None, "folder for decoded images; null: the user's cache folder", "~/carft-cache", KEPT_IMAGES, range="a path"
-    )
-    cache_gb: PositiveFloat | None = key(
-        None,
-        "size of that folder in 10^9 bytes; after a build, what was not used for longest goes until it fits, but "
-        "nothing in use; null: no limit",
-        "50",
-        KEPT_IMAGES,
-    )
-    pack: Literal["auto", "always", "never"] = key(
-        "auto",
-        "keep the files of `train` as one file in the cache; auto: where they lie on network disks and the cache does "
-        "not, and the images of Parquet files",
-        "always",
-        KEPT_IMAGES,
-    )
+    """classes in the order of the labels; null: those of `train` (folders: sorted)"""
+    shared_images: Literal["drop", "keep", "fail"] = key("drop", "keep", SHARED)
+    """images that stand in two roles: `drop` leaves them to the role nearest to the test, `keep` leaves all, and test
+    numbers are given without them too, `fail` ends with exit code 8"""
+    shared_limit: Fraction = key(0.05, "0.1", SHARED)
+    """largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely wrong"""
+    cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES, range="a path")
+    """folder for decoded images; null: the user's cache folder"""
+    cache_gb: PositiveFloat | None = key(None, "50", KEPT_IMAGES)
+    """size of that folder in 10^9 bytes; after a build, what was not used for longest goes until it fits, but nothing
+    in use; null: no limit"""
+    pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
+    """keep the files of `train` as one file in the cache; auto: where they lie on network disks and the cache does not,
+    and the images of Parquet files"""
 
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study

@@ -90,8 +90,9 @@ def _row(keys: Sequence[DocumentedKey]) -> str:
     key, field = keys[0].key, keys[0].field
     types = key.type or " or ".join(dict.fromkeys(_type_words(one.field.annotation) for one in keys))
     ranges = key.range or ", ".join(_range_words(one) for one in keys)
-    marked = f"* {key.meaning}" if keys[0].part is TrainConfig and not key.not_searched else key.meaning
-    return _line(f"`{keys[0].name}`", marked, types, key.left_out or _default_words(field), ranges, f"`{key.example}`")
+    mark = "* " if keys[0].part is TrainConfig and not key.not_searched else ""
+    default, example = key.left_out or _default_words(field), f"`{key.example}`"
+    return _line(f"`{keys[0].name}`", f"{mark}{keys[0].meaning}", types, default, ranges, example)
 
 
 def _line(*cells: str) -> str:

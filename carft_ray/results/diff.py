@@ -13,7 +13,7 @@ import pyarrow as pa
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, sample_ids, select
-from carft_ray.recipe.schema import CACHE_KEYS
+from carft_ray.recipe.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
 from carft_ray.study.provenance import differences

@@ -24,8 +24,7 @@ from carft_ray.evaluation.run import prepare
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import FOLDERS, PREPARED, REFERENCES, ZERO_SHOT_TABLE
 from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.recipe.constraints import alone
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
 from carft_ray.study.outcome import read_result
 from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves

@@ -24,7 +24,8 @@ from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.parameters import Parameter
-from carft_ray.recipe.schema import CorruptedSet, Recipe, StoredSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.spaces.region import DIRECTIONS, Direction, directions
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance

@@ -14,7 +14,7 @@ from carft_ray.data.caching.index import told_stamp
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

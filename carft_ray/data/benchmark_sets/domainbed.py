@@ -9,7 +9,7 @@ import numpy as np
 from carft_ray.data.benchmark_sets.facts import Facts
 from carft_ray.data.benchmark_sets.layouts import Row, listing_of, tree_rows
 from carft_ray.data.listing import Listing
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 HOLDOUT = 0.2  # DomainBed's holdout_fraction
 

@@ -9,7 +9,7 @@ from carft_ray.data.images import decode_image
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 from carft_ray.words import counted
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"

@@ -15,7 +15,7 @@ from carft_ray.data.benchmark_sets.facts import Facts
 from carft_ray.data.formats.folder import file_listing, folders, is_image
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "The layout of each benchmark stands in docs/data.md."

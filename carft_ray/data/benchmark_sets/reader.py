@@ -18,7 +18,7 @@ from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from carft_ray.data.benchmark_sets.layouts import (
     tree_rows,
 )
 from carft_ray.data.listing import Listing
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 PARTITION = 1  # of DTD's ten and SUN397's ten: the one that is commonly used
 BACKGROUND = "BACKGROUND_Google"  # Caltech-101: no class

@@ -13,7 +13,7 @@ from carft_ray.data.benchmark_sets.facts import Facts
 from carft_ray.data.benchmark_sets.layouts import STEP, Row, by_number, listed, unreadable_list
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema import BenchmarkSet
+from carft_ray.recipe.sets import BenchmarkSet
 
 FMOW_TABLE, TABLE = "rgb_metadata.csv", "metadata.csv"
 VAL_YEAR, TEST_YEAR = "2013", "2016"  # FMoW: first years of OOD validation and OOD test

@@ -15,7 +15,7 @@ from carft_ray.data.caching.index import told_stamp
 from carft_ray.data.images import IMAGE_ENDINGS, read_bytes
 from carft_ray.data.listing import Listing, normal
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.schema import FolderSet
+from carft_ray.recipe.sets import FolderSet
 
 KIND = "folder-2"
 _LAYOUT = "Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."

@@ -17,7 +17,7 @@ from typing import Any
 from carft_ray.data.formats.tables import list_rows
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema import HuggingFaceSet
+from carft_ray.recipe.sets import HuggingFaceSet
 from carft_ray.words import counted
 
 KIND = "huggingface-1"

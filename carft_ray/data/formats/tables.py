@@ -35,7 +35,7 @@ from carft_ray.data.formats.table_rows import (
 )
 from carft_ray.data.listing import Listing, first_repeat, normal
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema import ColumnSet, TableSet
+from carft_ray.recipe.sets import ColumnSet, TableSet
 
 KIND = "table-1"
 _STEP = "A table is expected: a CSV, Parquet or Arrow file, or a folder of such files with equal columns."

@@ -26,7 +26,7 @@ from carft_ray.data.formats.shards import find_files, folder_of
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, first_repeat
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.schema import WebDatasetSet
+from carft_ray.recipe.sets import WebDatasetSet
 
 KIND = "webdataset-1"
 CLASS_NAMES = "classnames.txt"  # beside the shards or in the folder above, as clip_benchmark writes it

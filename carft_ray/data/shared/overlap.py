@@ -49,7 +49,8 @@ from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import SetSpec, StoredSet, plain
 from carft_ray.words import counted
 
 FORMAT_VERSION = 3  # rises when other pairs are found in the same records

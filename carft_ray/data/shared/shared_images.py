@@ -22,7 +22,8 @@ from carft_ray.data.shared.overlap import SharedImage, SharedPair, shared_pairs,
 from carft_ray.errors import HoldOutError, Problem, StorageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import CorruptedSet, Recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CorruptedSet
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")

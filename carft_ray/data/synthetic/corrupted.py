@@ -14,7 +14,7 @@ from carft_ray.data.content import image_digest
 from carft_ray.data.listing import sample_id
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, EXTRA, corrupt
-from carft_ray.recipe.schema import CorruptedSet, Corruption
+from carft_ray.recipe.sets import CorruptedSet, Corruption
 
 FIFTEEN = tuple(name for name in get_args(Corruption) if name not in EXTRA)
 MARGIN = 256 / 224  # short side before the crop, over the side of the square: ImageNet-C's Resize(256), CenterCrop(224)

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from carft_ray.errors import nearest
-from carft_ray.recipe.messages import Finding, shown
+from carft_ray.recipe.messages import Finding, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath
@@ -16,7 +15,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def is_active(parameter: Parameter, values: Mapping[str, Any]) -> bool:
-    """Tells whether a parameter is drawn beside these values; a parent that is not drawn fulfils no condition."""
+    """Tells whether a parameter is drawn in addition to these values; a parent without a value fulfils no condition."""
     return all(
         name in values and any(same(values[name], wanted) for wanted in allowed)
         for name, allowed in parameter.when.items()
@@ -43,61 +42,48 @@ def active_values(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> 
 
 
 def condition_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Finds conditions that cannot be: on no parameter, on a number, on a value that is no choice, in a circle."""
+    """Finds conditions that cannot hold: on no parameter, on a number, on a value that is no choice, in a circle."""
     space = recipe.search.space
-    categorical = tuple(name for name, parameter in space.items() if isinstance(parameter, CategoricalParameter))
-    told: set[str] = set()
+    reported: set[str] = set()
     for name, parameter in space.items():
         path: KeyPath = ("search", "space", name, "when")
         if name == "alpha" and parameter.when:
-            step = (
-                "A trial without its own alpha would take the best of its curve, and others not: they do not compare."
-            )
+            step = "Trials without an alpha of their own would take the best of their curve: they do not compare."
             yield Finding(path, "alpha must be drawn in every trial", next_step=step)
         for other, allowed in parameter.when.items():
-            yield from _condition((*path, other), name, other, allowed, space, categorical)
+            yield from _condition((*path, other), name, other, allowed, space)
         circle = _circle(space, name)
-        if circle and not told & {*circle}:
-            told |= {*circle}
+        if circle and not reported & {*circle}:
+            reported |= {*circle}
             yield Finding(path, "conditions must not form a circle", " -> ".join([*circle, name]))
 
 
 def _condition(
-    path: KeyPath,
-    name: str,
-    other: str,
-    allowed: tuple[Any, ...],
-    space: Mapping[str, Parameter],
-    categorical: tuple[str, ...],
+    path: KeyPath, name: str, other: str, allowed: tuple[Any, ...], space: Mapping[str, Parameter]
 ) -> Iterator[Finding]:
-    reads: tuple[KeyPath, ...] = (("search", "space", other),)
-    others = tuple(known for known in categorical if known != name)
-    parent = space.get(other)
+    parents = tuple(key for key, each in space.items() if isinstance(each, CategoricalParameter) and key != name)
+    parent, read = space.get(other), ("search", "space", other)
     if parent is None:
-        rule = "must be a categorical parameter of search.space"
-        yield Finding(path, rule, shown(other), others, nearest(other, others), reads=(("search", "space"), *reads))
+        yield unlisted(path, "must be a categorical parameter of search.space", other, parents, read[:2], read)
     elif not isinstance(parent, CategoricalParameter):
         rule = f"must be a categorical parameter, and {other} has no choices"
-        yield Finding(path, rule, allowed=others, reads=reads)
+        yield Finding(path, rule, allowed=parents, reads=(read,))
     else:
-        choices = tuple(shown(choice) for choice in parent.choices)
         for value in allowed:
             if not any(same(value, choice) for choice in parent.choices):
-                rule = f"must be among the choices of {other}"
-                near = nearest(shown(value), choices)
-                yield Finding(path, rule, shown(value), choices, near, reads=reads)
+                yield unlisted(path, f"must be among the choices of {other}", value, parent.choices, read)
 
 
 def _circle(space: Mapping[str, Parameter], name: str) -> list[str]:
-    """Returns the names on a way from a parameter along its conditions back to itself, or nothing."""
-    ways = [[name]]
+    """Returns the names on a path from a parameter along its conditions back to it, or nothing."""
+    paths = [[name]]
     seen: set[str] = set()
-    while ways:
-        way = ways.pop()
-        for parent in space[way[-1]].when:
+    while paths:
+        path = paths.pop()
+        for parent in space[path[-1]].when:
             if parent == name:
-                return way
+                return path
             if parent in space and parent not in seen:
                 seen.add(parent)
-                ways.append([*way, parent])
+                paths.append([*path, parent])
     return []

@@ -1,12 +1,11 @@
-"""``search.enqueue``: values that are tried first. A point may be written flat or under ``train``."""
+"""``search.enqueue``: values of trials that are tried first. An entry may be written flat or under ``train``."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from carft_ray.errors import nearest
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.messages import SYNONYMS, Finding, shown
+from carft_ray.recipe.messages import SYNONYMS, Finding, shown, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import is_active, same
@@ -16,91 +15,85 @@ from carft_ray.recipe.text import KeyPath
 NESTED = "train"
 
 
-def flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a point by field of ``train``: ``{train: {learning_rate: 1e-4}}`` is ``{learning_rate: 1e-4}``."""
-    return {path[-1]: value for path, value in _entries(point)}
+def flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an entry by field of ``train``: ``{train: {learning_rate: 1e-4}}`` is ``{learning_rate: 1e-4}``."""
+    return {path[-1]: value for path, value in _values(entry)}
 
 
-def _entries(point: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
-    """Returns the values of a point, each with its keys in the recipe."""
-    nested = point.get(NESTED)
-    below = nested if isinstance(nested, Mapping) else {}
-    outer = [((name,), value) for name, value in point.items() if name != NESTED or not isinstance(nested, Mapping)]
-    return outer + [((NESTED, name), value) for name, value in below.items()]
+def _values(entry: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+    """Returns the values of an entry, each with its keys in the recipe."""
+    nested = entry.get(NESTED)
+    if not isinstance(nested, Mapping):
+        return [((name,), value) for name, value in entry.items()]
+    outer = [((name,), value) for name, value in entry.items() if name != NESTED]
+    return outer + [((NESTED, name), value) for name, value in nested.items()]
 
 
-def point_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Finds points that the search could not try as they are written."""
-    search = recipe.search
-    if len(search.enqueue) > search.trials:
-        yield Finding(
-            ("search", "enqueue"),
-            f"must be at most as many as search.trials, {search.trials}",
-            str(len(search.enqueue)),
-            reads=(("search", "trials"),),
-        )
-    for index, point in enumerate(search.enqueue):
-        path: KeyPath = ("search", "enqueue", index)
-        for finding in _point(path, point, search.space):
+def enqueue_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Finds entries that the search could not try as they are written."""
+    search, path = recipe.search, ("search", "enqueue")
+    entries = [flat(entry) for entry in search.enqueue]
+    if len(entries) > search.trials:
+        rule, reads = f"must be at most as many as search.trials, {search.trials}", (("search", "trials"),)
+        yield Finding(path, rule, str(len(entries)), reads=reads)
+    for index, entry in enumerate(search.enqueue):
+        for finding in _entry((*path, index), entry, search.space):
             yield replace(finding, reads=_read(finding.path[-1], search.space))
-        earlier = [number for number in range(index) if _equal(flat(search.enqueue[number]), flat(point))]
-        if earlier and point:
-            yield Finding(path, f"must not repeat an earlier point, search.enqueue.{earlier[0]}", shown(flat(point)))
+        earlier = [number for number in range(index) if _equal(entries[number], entries[index])]
+        if earlier and entry:
+            rule = f"must not repeat an earlier entry, search.enqueue.{earlier[0]}"
+            yield Finding((*path, index), rule, shown(entries[index]))
 
 
 def _read(name: str | int, space: Mapping[str, Parameter]) -> tuple[KeyPath, ...]:
-    """Returns the parameters that a rule about a value of a point has looked at."""
+    """Returns the parameters that a rule about a value has read."""
     parents = space[str(name)].when if name in space else ()
     return ("search", "space"), *(("search", "space", each) for each in (name, *parents))
 
 
-def _point(path: KeyPath, point: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[Finding]:
-    entries = _entries(point)
-    if not entries:
+def _entry(path: KeyPath, entry: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[Finding]:
+    values = _values(entry)
+    if not values:
         yield Finding(path, "must hold a value of at least one parameter", "{}", tuple(space))
-    values = flat(point)
-    for keys, value in entries:
+    names = [keys[-1] for keys, _ in values]
+    for keys, value in values:
         name, place = keys[-1], (*path, *keys)
-        if sum(other[-1] == name for other, _ in entries) > 1 and len(keys) > 1:
-            yield Finding(place, f"must stand once, but {name} stands beside train, too")
+        if len(keys) > 1 and names.count(name) > 1:
+            yield Finding(place, f"must stand once, but {name} stands next to train, too")
         elif name not in space:
-            yield _stranger(place, name, value, space)
-        elif not is_active(space[name], values):
-            wanted = ", ".join(f"{other}: {_alternatives(allowed)}" for other, allowed in space[name].when.items())
-            rule = f"{name} is drawn under a condition, which the point must fulfil: {wanted}"
-            yield Finding(place, rule, shown(dict(values)), next_step=f"Add that to the point, or remove {name}.")
+            yield _unknown(place, name, value, space)
+        elif not is_active(space[name], flat(entry)):
+            when = {other: wanted[0] if len(wanted) == 1 else [*wanted] for other, wanted in space[name].when.items()}
+            condition = ", ".join(f"{other}: {shown(wanted)}" for other, wanted in when.items())
+            rule = f"{name} is drawn under a condition, which the entry must meet: {condition}"
+            yield Finding(place, rule, shown(flat(entry)), next_step=f"Add that to the entry, or remove {name}.")
         else:
             yield from _value(place, space[name], value)
 
 
-def _stranger(place: KeyPath, name: str, value: Any, space: Mapping[str, Parameter]) -> Finding:
-    meant = SYNONYMS.get(name, name).removeprefix("train.")
+def _unknown(place: KeyPath, name: str, value: Any, space: Mapping[str, Parameter]) -> Finding:
+    rule = "must be a parameter of search.space"
     if name in TrainConfig.model_fields:
-        step = f"A value that all trials share belongs into train: {name}: {shown(value)}."
-        return Finding(place, "must be a parameter of search.space", allowed=tuple(space), next_step=step)
-    near = meant if meant in space else nearest(meant, tuple(space))
-    return Finding(place, "must be a parameter of search.space", shown(name), tuple(space), near)
+        step = f"A value that all trials share belongs in train: {name}: {shown(value)}."
+        return Finding(place, rule, allowed=tuple(space), next_step=step)
+    meant = SYNONYMS.get(name)
+    found = unlisted(place, rule, name, space)
+    return replace(found, nearest=meant) if meant in space else found
 
 
 def _value(place: KeyPath, parameter: Parameter, value: Any) -> Iterator[Finding]:
     if isinstance(parameter, CategoricalParameter):
         if not any(same(value, choice) for choice in parameter.choices):
-            choices = tuple(shown(choice) for choice in parameter.choices)
-            yield Finding(place, "must be one of the choices", shown(value), choices, nearest(shown(value), choices))
+            yield unlisted(place, "must be one of the choices", value, parameter.choices)
         return
     whole = isinstance(parameter, IntParameter)
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         yield Finding(place, f"must be a {'whole ' if whole else ''}number", shown(value))
     elif not parameter.low <= value <= parameter.high:
         yield Finding(place, f"must be in the range {parameter.low} to {parameter.high}", shown(value))
     elif parameter.step is not None and (decimal(value) - decimal(parameter.low)) % decimal(parameter.step):
         rule = f"must be a whole number of steps of {parameter.step} above {parameter.low}"
         yield Finding(place, rule, shown(value))
-
-
-def _alternatives(allowed: tuple[Any, ...]) -> str:
-    return shown(allowed[0]) if len(allowed) == 1 else shown(list(allowed))
 
 
 def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:

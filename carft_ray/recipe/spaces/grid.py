@@ -10,7 +10,7 @@ from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Para
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import active_values, in_order, is_active, same
 
-TOLERANCE = 1e-8  # of a step, by which a drawn value may miss the grid; Optuna's own
+TOLERANCE = Decimal("1e-8")  # of a step, by which a drawn value may miss the grid; Optuna's own
 
 
 def num_values(parameter: Parameter) -> int | None:
@@ -56,18 +56,25 @@ def grid_index(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> tup
     wanted = [name for name, parameter in in_order(space).items() if is_active(parameter, active)]
     if list(active) != wanted or active.keys() != values.keys():
         return None
-    numbers = [_number(space[name], value) for name, value in active.items()]
-    if None in numbers:
-        return None
-    return tuple((name, number or 0) for name, number in zip(active, numbers, strict=True))
+    numbers = {name: _number(space[name], value) for name, value in active.items()}
+    return None if None in numbers.values() else tuple((name, number or 0) for name, number in numbers.items())
+
+
+def contains(parameter: Parameter, value: Any) -> bool:
+    """Tells whether a parameter may have a value."""
+    return _number(parameter, value) is not None
 
 
 def _number(parameter: Parameter, value: Any) -> int | None:
+    """Returns which of a parameter's values a value is (0 for any of a range without steps); None when it is none."""
     if isinstance(parameter, CategoricalParameter):
         return next((index for index, choice in enumerate(parameter.choices) if same(choice, value)), None)
-    steps = (value - parameter.low) / (parameter.step or 1)
-    inside = parameter.low <= value <= parameter.high and abs(steps - round(steps)) < TOLERANCE
-    return round(steps) if inside else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not parameter.low <= value <= parameter.high:
+        return None
+    if parameter.step is None:
+        return 0
+    steps = (decimal(value) - decimal(parameter.low)) / decimal(parameter.step)
+    return round(steps) if abs(steps - round(steps)) <= TOLERANCE else None
 
 
 def num_trials(recipe: Recipe) -> int:

@@ -5,28 +5,17 @@ is a set of values over all fields of ``train``, and two spaces can be compared 
 """
 
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any, Literal
 
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.rules import SEARCHABLE
 from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.conditions import active_values, same
+from carft_ray.recipe.spaces.grid import contains, decimal, num_values
 
 Direction = Literal["narrow", "widen"]
 DIRECTIONS: tuple[Direction, ...] = ("narrow", "widen")
-_MOST_POINTS = 10_000  # of a grid that is looked at point by point
-_CLOSE = Decimal("1e-8")  # of a step: how far a float may lie beside its grid
-
-
-def contains(parameter: Parameter, value: Any) -> bool:
-    """Tells whether a parameter may have a value."""
-    if isinstance(parameter, CategoricalParameter):
-        return any(_same(choice, value) for choice in parameter.choices)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if isinstance(parameter, IntParameter) and value != int(value):
-        return False
-    return parameter.low <= value <= parameter.high and _on_grid(parameter, value)
+_MOST_POINTS = 10_000  # of a parameter whose values are compared one by one
 
 
 def place(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | str:
@@ -41,15 +30,12 @@ def place(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | str:
     """
     own = recipe.train.model_dump(mode="json")
     whole, space = {**own, **values}, recipe.search.space
-    placed: dict[str, Any] = {}
+    drawn = active_values(space, whole)
     for name in SEARCHABLE:
-        value = whole[name]
-        drawn = _is_drawn(name, space, whole)
-        if drawn and contains(space[name], value):
-            placed[name] = value
-        elif drawn or not _same(value, own[name]):
+        inside = contains(space[name], whole[name]) if name in drawn else same(whole[name], own[name])
+        if not inside:
             return name
-    return {name: placed[name] for name in space if name in placed}
+    return {name: drawn[name] for name in space if name in drawn}
 
 
 def directions(old: Parameter | None, new: Parameter | None, own: Any) -> frozenset[Direction]:
@@ -60,12 +46,8 @@ def directions(old: Parameter | None, new: Parameter | None, own: Any) -> frozen
         new: The parameter now.
         own: The value of its field in ``train``, which it has where it is not drawn.
     """
-    found: set[Direction] = set()
-    if _covers(old, new, own):
-        found.add("narrow")
-    if _covers(new, old, own):
-        found.add("widen")
-    return frozenset(found)
+    covers: dict[Direction, bool] = {"narrow": _covers(old, new, own), "widen": _covers(new, old, own)}
+    return frozenset(direction for direction, holds in covers.items() if holds)
 
 
 def _covers(outer: Parameter | None, inner: Parameter | None, own: Any) -> bool:
@@ -88,9 +70,7 @@ def _within(inner: Parameter, outer: Parameter) -> bool:
         return False
     if not (contains(outer, inner.low) and contains(outer, inner.high)):
         return False
-    if outer.step is None:
-        return True
-    return inner.step is not None and Decimal(str(inner.step)) % Decimal(str(outer.step)) == 0
+    return outer.step is None or (inner.step is not None and decimal(inner.step) % decimal(outer.step) == 0)
 
 
 def _points(parameter: Parameter) -> list[Any] | None:
@@ -99,41 +79,18 @@ def _points(parameter: Parameter) -> list[Any] | None:
         return list(parameter.choices)
     if parameter.low == parameter.high:
         return [parameter.low]
-    if parameter.step is None:
-        return None
-    low, step = Decimal(str(parameter.low)), Decimal(str(parameter.step))
-    count = int((Decimal(str(parameter.high)) - low) / step) + 1
-    if count > _MOST_POINTS:
+    count = num_values(parameter)
+    if parameter.step is None or count is None or count > _MOST_POINTS:
         return None
     kind = int if isinstance(parameter, IntParameter) else float
-    return [kind(low + index * step) for index in range(count)]
+    return [kind(decimal(parameter.low) + index * decimal(parameter.step)) for index in range(count)]
 
 
 def _only(parameter: Parameter, value: Any) -> bool:
     points = _points(parameter)
-    return points is not None and all(_same(point, value) for point in points)
-
-
-def _on_grid(parameter: Any, value: float) -> bool:
-    if parameter.step is None:
-        return True
-    steps = (Decimal(str(value)) - Decimal(str(parameter.low))) / Decimal(str(parameter.step))
-    return abs(steps - round(steps)) <= _CLOSE
-
-
-def _is_drawn(name: str, space: Mapping[str, Parameter], values: Mapping[str, Any]) -> bool:
-    """Tells whether a parameter is drawn beside these values; one that is not drawn fulfils no condition."""
-    return name in space and all(
-        _is_drawn(other, space, values) and any(_same(one, values[other]) for one in wanted)
-        for other, wanted in space[name].when.items()
-    )
+    return points is not None and all(same(point, value) for point in points)
 
 
 def _implies(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> bool:
     """Tells whether a condition holds nowhere where another one does not."""
-    return all(name in one and all(any(_same(v, w) for w in other[name]) for v in one[name]) for name in other)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Tells whether two plain values are one; 1 and 1.0 are, 1 and true are not."""
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
+    return all(name in one and all(any(same(v, w) for w in other[name]) for v in one[name]) for name in other)

@@ -1,12 +1,15 @@
-"""The search space as plain values: what a trial's values mean for a recipe. Optuna is not needed here."""
+"""The values of a trial: drawn from a search space, applied to a recipe. Optuna is not needed here."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.rules import batch_findings, train_findings
 from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.conditions import in_order, is_active
 from carft_ray.recipe.text import dotted
 
 
@@ -28,3 +31,40 @@ def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     if found:
         raise RecipeError([finding.at(dotted(finding.path)) for finding in found])
     return applied
+
+
+def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:
+    """Returns the values of one trial as random search draws them, without those of inactive parameters.
+
+    Args:
+        space: The search space.
+        share: Called for each parameter, for example ``rng.uniform``: how far up its range (of the logarithm with
+            ``log``) the value lies, in [0, 1).
+    """
+    values: dict[str, Any] = {}
+    for name, parameter in in_order(space).items():
+        if is_active(parameter, values):
+            values[name] = _value(parameter, share())
+    return values
+
+
+def middle(space: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Returns the values of the trial in the middle of a space."""
+    return drawn(space, lambda: 0.5)
+
+
+def _value(parameter: Parameter, share: float) -> Any:
+    if isinstance(parameter, CategoricalParameter):
+        return parameter.choices[int(share * len(parameter.choices))]
+    low, high = parameter.low, parameter.high
+    if parameter.log:
+        # a whole number n has the range from n - 1/2 to n + 1/2
+        half = 0.5 if isinstance(parameter, IntParameter) else 0.0
+        bottom, top = math.log(low - half), math.log(high + half)
+        value = math.exp(bottom + share * (top - bottom))
+        return min(max(round(value), low), high) if isinstance(parameter, IntParameter) else value
+    if parameter.step is not None:
+        number = round((high - low) / parameter.step) + 1
+        value = low + int(share * number) * parameter.step
+        return int(value) if isinstance(parameter, IntParameter) else float(value)
+    return low + share * (high - low)

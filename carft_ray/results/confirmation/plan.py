@@ -16,7 +16,8 @@ from typing import Any, Literal
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
-from carft_ray.recipe.schema import CACHE_KEYS, Recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import CACHE_KEYS
 from carft_ray.results.reading.overview import Overview, folder_of
 from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
 from carft_ray.study.outcome import TrialRow, read_result

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from carft_ray import __version__
 from carft_ray.learning.models.clip import Clip
-from carft_ray.recipe.schema import plain
+from carft_ray.recipe.sets import plain
 from carft_ray.results.reading.trained import Trained, evaluate_trained
 
 _TITLES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnxruntime"}
