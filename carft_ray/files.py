@@ -309,13 +309,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             _check_fence()
             os.rename(temporary, path)
             fsync_file(path.parent)
-    except StorageError as error:  # of a file inside: it is known by its last name
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, StorageError):
+            raise
+        # of a file inside: it is known by its last name
         named = [dataclasses.replace(p, place=p.place.replace(str(temporary), str(path))) for p in error.problems]
         raise StorageError(named) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def remove_folder(path: Path) -> None:

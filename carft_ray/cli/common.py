@@ -38,11 +38,11 @@ RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.",
 StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
 TrainedArgument = Annotated[Path, typer.Argument(help="Folder of a training or a study.", show_default=False)]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DetailsOption = Annotated[
-    bool, typer.Option("--details", help="All numbers: differences by set, intervals over seeds alone, full words.")
+    bool, typer.Option("--details", help="All numbers, by set and over seeds alone, and full sentences.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
@@ -57,7 +57,7 @@ NotifyCommandOption = Annotated[
 NotifyUrlOption = Annotated[str | None, typer.Option(metavar="URL", help="Post the same JSON to this webhook.")]
 AlphaOption = Annotated[float | None, typer.Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[
-    str | None, typer.Option(help="Number or name of a trial of the study, or name of a baseline; without it the best.")
+    str | None, typer.Option(help="Number or name of a trial, or name of a baseline; default: the best.")
 ]
 
 

@@ -16,9 +16,7 @@ TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
 
 @common.command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A study, or the folder of a training.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
     trial: Annotated[
         str | None,
         typer.Argument(
@@ -26,9 +24,7 @@ def reproduce(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Keep the new training in this folder; must be new or empty.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the new training in this folder, new or empty.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""

@@ -19,7 +19,7 @@ def confirm(
     study: common.StudyArgument,
     top: Annotated[int, typer.Option(min=1, help="Trials to train again, from the best down.")] = 3,
     seeds: Annotated[
-        int, typer.Option(min=2, help="Fresh seeds of each; 5 for publication. More may be added later.")
+        int, typer.Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")
     ] = 3,
     winner: Annotated[
         str,
@@ -30,7 +30,7 @@ def confirm(
         ),
     ] = "search",
     against: Annotated[
-        list[Path] | None, typer.Option(help="Study whose winner is one more baseline, trained too; may be repeated.")
+        list[Path] | None, typer.Option(help="Study whose winner is one more baseline; repeatable.")
     ] = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,

@@ -15,7 +15,7 @@ from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
 CacheOption = Annotated[
-    Path | None, typer.Option(help="Folder of the cache (data.cache_dir of recipes); without it the user's own.")
+    Path | None, typer.Option(help="Folder of the cache (data.cache_dir); default: the user's own.")
 ]
 
 
@@ -90,7 +90,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 def data_clean(
     all_: Annotated[bool, typer.Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Remove what was not used for so long, such as 12h or 30d.")
+        str | None, typer.Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")
     ] = None,
     to_gb: Annotated[
         float | None,

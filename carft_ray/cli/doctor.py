@@ -16,9 +16,7 @@ from carft_ray.words import counted
 def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
-    images: Annotated[
-        int, typer.Option(min=1, help="Images of each validation set that zero-shot is measured on.")
-    ] = 1000,
+    images: Annotated[int, typer.Option(min=1, help="Images of each validation set for zero-shot.")] = 1000,
     quick: Annotated[bool, typer.Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
     pairs: Annotated[
         Path | None,

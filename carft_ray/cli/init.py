@@ -1,9 +1,10 @@
 """A recipe to begin with: for a folder of images, or a copy of one that ships with the package."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,20 +22,14 @@ def init(
     preset: Annotated[str | None, typer.Option(help="Name of a recipe that ships with carft-ray.")] = None,
     to: Annotated[Path | None, typer.Option(help="File to write; without it the recipe is printed.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
-    model: Annotated[
-        str, typer.Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images only).")
-    ] = MODEL,
+    model: Annotated[str, typer.Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
     pretrained: Annotated[
-        str | None, typer.Option(help="Its weights: a tag or a file; openai for the default model.")
+        str | None, typer.Option(help="Its weights: a tag or a file; the default has openai.")
     ] = None,
     train: Annotated[str | None, typer.Option(help="Domain that trains; the largest.")] = None,
-    ood_val: Annotated[
-        DomainsOption, typer.Option(help="Domain that chooses; may be repeated. Half of the others.")
-    ] = None,
-    ood_test: Annotated[DomainsOption, typer.Option(help="Domain that tests; may be repeated. The rest.")] = None,
-    hold_out: Annotated[
-        str | None, typer.Option(help="Domain of the test, for a preset that leaves one domain out.")
-    ] = None,
+    ood_val: Annotated[DomainsOption, typer.Option(help="Domain that chooses; repeatable. Half of the others.")] = None,
+    ood_test: Annotated[DomainsOption, typer.Option(help="Domain that tests; repeatable. The rest.")] = None,
+    hold_out: Annotated[str | None, typer.Option(help="Domain of the test, in a preset that leaves one out.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe: --from a folder of images (by its domains, splits and classes), or a --preset."""
@@ -59,18 +54,9 @@ def init(
         raise UsageError(Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove it."))
     if preset is not None:
         common.require_choice("--preset", "must be a preset", preset, presets())
-        text, roots = preset_text(preset, hold_out), []
+        text, roots = preset_text(preset, hold_out), ()
     else:
-        from carft_ray.data.draft import choose_roles, draft, set_name
-        from carft_ray.data.survey import survey
-
-        root = from_ or Path()
-        roots = survey(root)
-        roles = choose_roles(roots, train, ood_val, ood_test)
-        weights = PRETRAINED if pretrained is None and model == MODEL else pretrained
-        _check_model(model, weights, to)
-        name, path = set_name(root.resolve().name), _written(root, to)
-        text = draft(name, path, roots, roles, model, weights, os.cpu_count() or 1)
+        text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
     if to is None:
         typer.echo(text, nl=False)
         return
@@ -90,21 +76,36 @@ def init(
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)
 
 
-def _check_model(model: str, pretrained: str | None, to: Path | None) -> None:
-    """Raises a ``UsageError`` for a model or weights that no recipe may name; nothing is loaded."""
+def _draft(
+    root: Path, to: Path | None, domains: tuple[str | None, DomainsOption, DomainsOption], model: str, tag: str | None
+) -> tuple[str, Sequence[Any]]:
+    """Returns the text of a recipe for a folder of images, and what was found there; no model is loaded.
+
+    Args:
+        root: The folder.
+        to: File of the recipe. Its paths are relative to it where images lie in the same folder or below; None: to the
+            working directory.
+        domains: Those of train, ood_val and ood_test that the user has named.
+        model: Its model.
+        tag: Weights of the model.
+
+    Raises:
+        UsageError: No recipe may name this model or these weights, or there are no such domains.
+        DataError: The folder cannot be read, or holds no images in an order that is known.
+    """
+    from carft_ray.data.draft import choose_roles, draft, set_name
+    from carft_ray.data.survey import survey
     from carft_ray.learning.models.catalog import check_model
     from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import absolute_model
 
-    base_dir = Path.cwd() if to is None else to.absolute().parent
-    options = {"model.name": "--model", "model.pretrained": "--pretrained"}
-    problems = check_model(absolute_model(ModelConfig(name=model, pretrained=pretrained), base_dir))
-    if problems:
+    roots = survey(root)
+    roles = choose_roles(roots, *domains)
+    weights = PRETRAINED if tag is None and model == MODEL else tag
+    base = Path.cwd() if to is None else to.absolute().parent
+    if problems := check_model(absolute_model(ModelConfig(name=model, pretrained=weights), base)):
+        options = {"model.name": "--model", "model.pretrained": "--pretrained"}
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
-
-
-def _written(root: Path, to: Path | None) -> str:
-    """Returns a path as the recipe writes it: relative where the folder lies beside or below the recipe."""
-    base = (to.absolute().parent if to is not None else Path.cwd()).resolve()
-    whole = root.resolve()
-    return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
+    whole, base = root.resolve(), base.resolve()
+    path = whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
+    return draft(set_name(whole.name), path, roots, roles, model, weights, os.cpu_count() or 1), roots

@@ -25,9 +25,7 @@ def model(
             show_default=False,
         ),
     ],
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG|FILE", help="Its weights: a tag of open_clip or a file.")
-    ] = None,
+    pretrained: Annotated[str | None, typer.Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -56,7 +56,7 @@ def rescore(
         typer.Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain; without it that of the recipe."),
     ] = None,
     id_weight: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Weight of ID in weighted_mean; without it the recipe's.")
+        float | None, typer.Option(min=0, max=1, help="Weight of ID in weighted_mean; default: the recipe's.")
     ] = None,
     sets: Annotated[
         str | None, typer.Option(metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in.")
@@ -65,15 +65,14 @@ def rescore(
 ) -> None:
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray.layout import FOLDERS, WEIGHTS
+    from carft_ray.results import rescore as rescoring
     from carft_ray.results.reading import overview
-    from carft_ray.results.rescore import asked_objective
-    from carft_ray.results.rescore import rescore as rescored
 
     view = overview.read_study(study)
-    spec = asked_objective(view.recipe, objective, id_weight, sets)
+    spec = rescoring.asked_objective(view.recipe, objective, id_weight, sets)
     if id_weight is not None and spec.kind != "weighted_mean":
         console.warn(f"--id-weight has no effect: {spec.kind} has no weight")
-    answer = rescored(view, spec)
+    answer = rescoring.rescore(view, spec)
     if console.print_json(answer, json_):
         return
     weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""

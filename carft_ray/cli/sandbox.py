@@ -38,7 +38,7 @@ def sandbox_images(
     to: Annotated[Path, typer.Option(help="Folder of the images; must be new or empty.")],
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
+    """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""
     from carft_ray.data.synthetic.sandbox import export_images
 
     with console.counting() as begin:

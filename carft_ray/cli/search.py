@@ -15,18 +15,16 @@ from carft_ray.words import counted
 NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
 WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
 WallTimeOption = Annotated[
-    str | None, typer.Option(metavar="TIME", help="End after this time, such as 45m or 8h; the study can be resumed.")
+    str | None, typer.Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
 ]
 WarmStartOption = Annotated[
-    list[Path] | None, typer.Option(metavar="DIR", help="Give the sampler the trials of another study; repeatable.")
+    list[Path] | None, typer.Option(metavar="DIR", help="Use the trials of another study; repeatable.")
 ]
 AgainOption = Annotated[
     str | None,
     typer.Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Open a study from elsewhere although its sampler, cmaes, reads pickles of it.")
-]
+TrustOption = Annotated[bool, typer.Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 @common.command("search search_spaces/quickstart.yaml --study studies/quickstart", common.SEARCH)
@@ -56,7 +54,7 @@ def search(
 def resume(
     study: common.StudyArgument,
     trials: Annotated[
-        str | None, typer.Option(metavar="N|+N", help="Trials in all, or with a plus how many more.")
+        str | None, typer.Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")
     ] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
@@ -198,19 +196,15 @@ def stop(
 @common.command("plan search_spaces/quickstart.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[
-        Path | None, typer.Option(help="Study directory; the times of its trainings count, where it has some.")
-    ] = None,
+    study: Annotated[Path | None, typer.Option(help="Study directory; its trainings give the times.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of one GPU; adds what the search costs.")
+        float | None, typer.Option(min=0, help="Of one GPU, for the cost of the search.")
     ] = None,
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of the whole machine or cluster, instead.")
-    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Measure what a search will take: trials at a time, time, GPU hours, disk, money. A minute in the sandbox.

@@ -21,9 +21,7 @@ ORDERS = ("objective", "number")
 @common.command("status studies/quickstart", common.READING)
 def status(
     study: common.StudyArgument,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again and again until the search ends or Ctrl-C.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
@@ -160,12 +158,8 @@ def list_(
 @common.command("logs studies/quickstart 7 --follow", common.READING)
 def logs(
     study: common.StudyArgument,
-    trial: Annotated[
-        str, typer.Argument(help="Number or name of a trial (7, t0007), or name of a baseline.", show_default=False)
-    ],
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print new lines until the training or its search ends.")
-    ] = False,
+    trial: Annotated[str, typer.Argument(help="Trial (7, t0007) or name of a baseline.", show_default=False)],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until its training ends.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
