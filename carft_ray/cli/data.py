@@ -100,7 +100,7 @@ def data_clean(
     cache: CacheOption = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Remove sets and heads from the cache, but none in use. What is needed again is built again."""
+    """Remove sets and heads from the cache, except those in use. What is needed again is built again."""
     from carft_ray.data.caching.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
 

@@ -52,9 +52,10 @@ def init(
         return
     if to is not None and to.exists():
         raise UsageError(Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove it."))
+    roots: Sequence[Any] = ()
     if preset is not None:
         common.require_choice("--preset", "must be a preset", preset, presets())
-        text, roots = preset_text(preset, hold_out), ()
+        text = preset_text(preset, hold_out)
     else:
         text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
     if to is None:

@@ -24,7 +24,7 @@ def report(
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """What the best trial is worth: corrected for having been chosen, other rules, baselines. No test set is read."""
+    """Show what the best trial is worth: corrected for the choice, other rules, baselines. No test set is read."""
     from carft_ray.results.reading import overview
     from carft_ray.results.report import study_report
 

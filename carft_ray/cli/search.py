@@ -45,7 +45,7 @@ def search(
     trust: TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Search for the best hyperparameters. Run again, it resumes where it was."""
+    """Search for the best hyperparameters. The same command again resumes the search."""
     value = _load(recipe, set_ or [], wall_time, warm_start, executor, num_workers)
     _search(value, study, address, again, trust, json_, _allowed(narrow, widen), (notify_command, notify_url))
 
@@ -162,7 +162,7 @@ def stop(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Ask a running search to write its checkpoints and end, as its own Ctrl-C does. It can be resumed."""
+    """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.spaces.grid import num_trials
     from carft_ray.results.reading import overview
@@ -207,9 +207,10 @@ def plan(
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Measure what a search will take: trials at a time, time, GPU hours, disk, money. A minute in the sandbox.
+    """Measure what a search will take: trials at a time, time, GPU hours, disk, money.
 
-    It trains a little, as many trainings at a time as the search will. Only decoded images stay.
+    It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
+    stay.
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_probe, measure_by_study, price
     from carft_ray.recipe.advice import check_searchable

@@ -25,7 +25,7 @@ def status(
     every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
-    """How far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
+    """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
     from carft_ray.results.reading import overview
 
     if watch and json_:

@@ -120,7 +120,7 @@ def export(
     trial: common.TrialOption = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the mixed model for open_clip, transformers or onnxruntime, and open it with that to verify it."""
+    """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
     from carft_ray.results.exports.export import export_model, parse_formats
     from carft_ray.results.reading.trained import open_trained
 
