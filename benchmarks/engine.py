@@ -289,7 +289,8 @@ def driver_cost(
 
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
-    from carft_ray.progress import REFRESH_PER_S, SearchView
+    from carft_ray.live import SearchView
+    from carft_ray.progress import REFRESH_PER_S
     from carft_ray.study.rows import trials
 
     fill(study_dir, num_finished, "random")  # proposals are not what is measured here
@@ -300,8 +301,8 @@ def driver_cost(
     told: list[str | None] = []
     with open_study(study_dir, recipe) as study:
         study.adopt()
-        driver = Driver(study, num_live, lambda event: told.append(view.tell(event)), hang_timeout_s=3600.0)
-        view.tell(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
+        driver = Driver(study, num_live, lambda event: told.append(view.update(event)), hang_timeout_s=3600.0)
+        view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []
         for index in range(num_live):
             spec = driver.propose(f"id{index}")

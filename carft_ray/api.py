@@ -30,6 +30,9 @@ from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import baselines, best_row, trials
 
 Kind = Literal["trial", "baseline"]
+# attributes of a row, with their types in Arrow
+COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double"}
+COLUMNS |= {"alpha": "double", "fitted": "bool", "elapsed_s": "double", "reason": "string"}
 
 
 @dataclass(frozen=True)
@@ -123,28 +126,20 @@ def open_study(path: str | Path) -> Study:
 
 def _table(rows: Sequence[TrialRow]) -> pa.Table:
     own = {
-        "number": pa.array([row.number for row in rows], pa.int64()),
-        "name": pa.array([row.name for row in rows], pa.string()),
-        "outcome": pa.array([row.outcome for row in rows], pa.string()),
-        "objective": pa.array([row.objective for row in rows], pa.float64()),
-        "alpha": pa.array([row.alpha for row in rows], pa.float64()),
-        "fitted": pa.array([row.fitted for row in rows], pa.bool_()),
-        "elapsed_s": pa.array([row.elapsed_s for row in rows], pa.float64()),
-        "reason": pa.array([row.reason or None for row in rows], pa.string()),
+        name: pa.array([getattr(row, name) for row in rows], pa.type_for_alias(kind)) for name, kind in COLUMNS.items()
     }
+    own["reason"] = pa.array([row.reason or None for row in rows], pa.string())
     values = dict.fromkeys(name for row in rows for name in row.values if name not in own)
     metrics = dict.fromkeys(name for row in rows for name in row.metrics if name not in own)
-    columns = {**own, **{name: _column([row.values.get(name) for row in rows]) for name in values}}
-    return pa.table(
-        columns | {name: pa.array([row.metrics.get(name) for row in rows], pa.float64()) for name in metrics}
-    )
+    columns = own | {name: _column([row.values.get(name) for row in rows]) for name in values}
+    measured = {name: pa.array([row.metrics.get(name) for row in rows], pa.float64()) for name in metrics}
+    return pa.table(columns | measured)
 
 
 def _column(values: list[object]) -> pa.Array:
-    """Returns hyperparameters as a column; those of several kinds (``auto`` beside 0.5) as texts."""
+    """Returns hyperparameters as a column; those of several kinds (``auto`` as well as 0.5) as texts."""
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float} and len(kinds) > 1:
-        return pa.array([None if value is None else float(str(value)) for value in values], pa.float64())
     if len(kinds) > 1:
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
+        kind = float if kinds == {int, float} else str
+        values = [None if value is None else kind(str(value)) for value in values]
     return pa.array(values)

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,35 +13,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from carft_ray.errors import CarftError, InterruptedRunError
-from carft_ray.recipe.constraints import VIOLATION, violation_words
+
+if TYPE_CHECKING:
+    from carft_ray.data.caching.cache import Entry
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
-_NAMES = {"id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
+_NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def show(text: str) -> None:
+    """Prints a part of the result; plain text, no markup."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
 def say(text: str) -> None:
-    """Tells what is going on; plain text, no markup."""
+    """Prints what happens; plain text, no markup."""
     err.print(text, markup=False)
 
 
+def sayer(show: bool) -> Callable[[str], None]:
+    """Returns ``say``, or what prints nothing."""
+    return say if show else lambda text: None
+
+
 def warn(text: str) -> None:
-    """Tells of a setting without effect or something passed over."""
+    """Warns of a setting without effect or something left out."""
     err.print(f"warning: {text}", style="yellow", markup=False)
 
 
 def show_error(error: CarftError) -> None:
     """Prints all problems of an error; a stop that was asked for is none."""
-    count = len(error.problems)
     if isinstance(error, InterruptedRunError):
         err.print(str(error), style="yellow", markup=False)
         return
-    if count > 1:
-        err.print(f"error: {count} problems", style="bold red", markup=False)
+    several = len(error.problems) > 1
+    if several:
+        err.print(f"error: {len(error.problems)} problems", style="bold red", markup=False)
     for problem in error.problems:
-        prefix = "  - " if count > 1 else "error: "
-        err.print(f"{prefix}{problem}", style="red", markup=False)
+        err.print(f"{'  - ' if several else 'error: '}{problem}", style="red", markup=False)
 
 
 def next_step(*commands: str) -> None:
@@ -51,13 +62,19 @@ def next_step(*commands: str) -> None:
         err.print(f"  {command}", markup=False)
 
 
-def print_json(value: Any) -> None:
-    """Prints one JSON document to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+def print_json(value: Any, asked: bool = True) -> bool:
+    """Prints one JSON document to standard output where it is asked for; returns whether it is."""
+    if asked:
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    return asked
 
 
-def percent(accuracy: float, num_images: int | None = None) -> str:
-    """Returns an accuracy in percent, with Wilson's 95 % interval over images when their number is given."""
+def percent(accuracy: float | None, num_images: int | None = None) -> str:
+    """Returns an accuracy in percent, with Wilson's 95 % interval over images when their number is given; ``-`` for
+    None.
+    """
+    if accuracy is None:
+        return "-"
     text = f"{100 * accuracy:.1f}"
     if num_images:
         from carft_ray.evaluation.metrics import wilson
@@ -79,13 +96,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def elapsed_cell(seconds: float | None) -> str:
+    """Returns how long a training took, for a table; empty for the zero-shot model, which takes no time."""
+    return "" if seconds is None or seconds < 0.5 else duration(seconds)
+
+
 def size_text(num_bytes: float) -> str:
     """Returns a size in three digits, ``1.23 GB`` for 1.23 * 10^9 bytes."""
-    size, units = num_bytes / 1000, ["kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
+    for power, unit in enumerate(("kB", "MB", "GB", "TB"), start=1):
+        if unit == "TB" or num_bytes / 1000**power < 999.5:
+            break
+    return f"{num_bytes / 1000**power:.3g} {unit}"
 
 
 def numbers(*names: str, no_wrap: bool = False) -> list[Column]:
@@ -112,7 +133,7 @@ def table(
 
 
 def _set_name(name: str) -> str:
-    return _NAMES["id_accuracy"] if name == "id_val" else name
+    return _NAMES.get(name, name)
 
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
@@ -122,36 +143,28 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
         rows: Name of the model -> metrics (``accuracy/<set>``, ``ood_accuracy``, ``objective``).
         num_images: Images per set, in the order of the columns; ``train`` is left out.
     """
-    sets = [name for name in num_images if name != "train"]
-    has_ood = any("ood_accuracy" in metrics for metrics in rows.values())
+    sets = {name: number for name, number in num_images.items() if name != "train"}
+    ood = ["ood_accuracy"] if any("ood_accuracy" in metrics for metrics in rows.values()) else []
     lines = []
     for model, metrics in rows.items():
-        cells = [percent(metrics[f"accuracy/{name}"], num_images[name]) for name in sets]
-        if has_ood:
-            cells.append(percent(metrics["ood_accuracy"]) if "ood_accuracy" in metrics else "-")
-        lines.append([model, *cells, percent(metrics["objective"])])
-    titles = [*map(_set_name, sets), *(["OOD mean"] if has_ood else []), "objective"]
+        cells = [percent(metrics[f"accuracy/{name}"], number) for name, number in sets.items()]
+        lines.append([model, *cells, *(percent(metrics.get(name)) for name in (*ood, "objective"))])
+    titles = map(_set_name, (*sets, *ood, "objective"))
     return table(["accuracy, % [95 %]", *numbers(*titles)], lines)
 
 
 def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table of what accuracy does not tell: a line per set.
+    """Returns a table of what accuracy does not show: a line per set.
 
     Args:
         rows: Name of the set -> ``set_metrics``, the worst class with its ``name``.
     """
-    lines = (
-        [
-            _set_name(name),
-            f"{metrics['num_images']:,}",
-            percent(metrics["top5"]),
-            f"{metrics['nll']:.3f}",
-            f"{metrics['brier']:.3f}",
-            percent(metrics["ece"]),
-            f"{metrics['worst_class']['name']} {percent(metrics['worst_class']['accuracy'])}",
-        ]
-        for name, metrics in rows.items()
-    )
+    lines = []
+    for name, metrics in rows.items():
+        worst = metrics["worst_class"]
+        losses = [f"{metrics['nll']:.3f}", f"{metrics['brier']:.3f}", percent(metrics["ece"])]
+        cells = [f"{metrics['num_images']:,}", percent(metrics["top5"]), *losses]
+        lines.append([_set_name(name), *cells, f"{worst['name']} {percent(worst['accuracy'])}"])
     titles = numbers("images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %")
     return table(["set", *titles], lines)
 
@@ -159,8 +172,8 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 FITTED = "~: of the fitted alpha curve, not measured"
 
 
-def objective_cell(value: float | None, fitted: bool) -> str:
-    """Returns an objective for a table, in percent, marked where it is of the fitted curve; empty without one."""
+def objective_cell(value: float | None, fitted: bool = False) -> str:
+    """Returns an accuracy or objective for a table, in percent, marked where it is fitted; empty without one."""
     return "" if value is None else ("~" if fitted else "") + percent(value)
 
 
@@ -171,17 +184,15 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
             ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``fitted``, ``violations``.
     """
-    lines = (
-        [
-            row["name"],
-            *("" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")),
-            f"{row['alpha']:.2f}",
-            *(objective_cell(row[key], not row["measured"]) for key in ("id_accuracy", "ood_accuracy")),
-            objective_cell(row["objective"], row["fitted"]),
-            violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()}),
-        ]
-        for row in rows
-    )
+    from carft_ray.recipe.constraints import VIOLATION, violation_words
+
+    lines = []
+    for row in rows:
+        ranks = ["" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")]
+        accuracies = [objective_cell(row[key], not row["measured"]) for key in ("id_accuracy", "ood_accuracy")]
+        missed = violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()})
+        objective = objective_cell(row["objective"], row["fitted"])
+        lines.append([row["name"], *ranks, f"{row['alpha']:.2f}", *accuracies, objective, missed])
     titles = numbers("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %")
     return table(["", *titles, ""], lines, [index for index, row in enumerate(rows) if row["new_rank"] == 1])
 
@@ -194,18 +205,14 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ``elapsed_s``, ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
-    lines = (
-        [
-            row["name"],
-            *(value_text(row["values"][name]) if name in row["values"] else "" for name in names),
-            "" if row["alpha"] is None else f"{row['alpha']:.2f}",
-            *(objective_cell(row["metrics"].get(name), False) for name in ("id_accuracy", "ood_accuracy")),
-            objective_cell(row["objective"], row["fitted"]),
-            duration(row["elapsed_s"]) if (row["elapsed_s"] or 0) >= 0.5 else "",  # zero-shot takes none
-            _remark(row),
-        ]
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        values = [value_text(row["values"].get(name, "")) for name in names]
+        accuracies = [objective_cell(row["metrics"].get(name)) for name in ("id_accuracy", "ood_accuracy")]
+        alpha = "" if row["alpha"] is None else f"{row['alpha']:.2f}"
+        time = elapsed_cell(row["elapsed_s"])
+        objective = objective_cell(row["objective"], row["fitted"])
+        lines.append([row["name"], *values, alpha, *accuracies, objective, time, _remark(row)])
     titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
     best = [index for index, row in enumerate(rows) if row["best"]]
     made = table(["", *titles, Column("", max_width=40)], lines, best)
@@ -231,6 +238,8 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _remark(row: Mapping[str, Any]) -> str:
+    from carft_ray.recipe.constraints import violation_words
+
     if row["outcome"] == "complete":
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
         outside = "outside the space" if row.get("outside") else ""
@@ -257,7 +266,7 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             lines.append([row["name"], *[""] * (len(states) + 2), f"cannot be read: {first}"])
             continue
         counts = [str(row["trials"][state] or "") for state in states]
-        best = objective_cell(row["best_objective"], False)
+        best = objective_cell(row["best_objective"])
         lines.append([row["name"], str(row["wanted"]), *counts, best, "runs" if row["running"] else ""])
     broken = [index for index, row in enumerate(rows) if row["problem"] is not None]
     return table(["study", *numbers("wanted", *states, "objective, %"), ""], lines, broken, "red")
@@ -283,7 +292,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     """
     lines = []
     for row in found["rows"]:
-        cells = ["-" if row[side] is None else percent(row[side]) for side in ("a", "b")]
+        cells = [percent(row[side]) for side in ("a", "b")]
         difference = "not comparable"
         if row["difference"] is not None:
             difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
@@ -300,26 +309,21 @@ def fact_table(facts: Mapping[str, str]) -> Table:
     return made
 
 
-def cache_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of the entries of the cache.
-
-    Args:
-        rows: ``name``, ``kind``, ``source``, ``num_images``, ``image_size``, ``num_bytes``, ``created`` and
-            ``last_used`` (seconds since 1970), ``in_use`` (None: not known).
-    """
+def cache_table(entries: Sequence["Entry"]) -> Table:
+    """Returns the table of the entries of the cache."""
     lines = []
-    for row in rows:
-        days = [datetime.fromtimestamp(row[key]).strftime("%Y-%m-%d %H:%M") for key in ("created", "last_used")]
-        images = f"{row['num_images']:,}" if row["num_images"] else ""
-        cells = [images, row["image_size"], size_text(row["num_bytes"]), days[0] if row["created"] else "", days[1]]
-        state = {True: "in use", False: "", None: "may be in use"}[row["in_use"]]
-        lines.append([row["name"] or "?", row["kind"], row["source"], *cells, state])
+    for one in entries:
+        built, used = (datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M") for time in (one.created, one.last_used))
+        images = f"{one.num_images:,}" if one.num_images else ""
+        cells = [images, one.image_size, size_text(one.num_bytes), built if one.created else "", used]
+        state = {True: "in use", False: "", None: "may be in use"}[one.in_use]
+        lines.append([one.name or "?", one.kind, one.source, *cells, state])
     counts = numbers("images", "pixels", "size", "built", "last used", no_wrap=True)
     return table(["set or model", "kind", "source", *counts, ""], lines)
 
 
 def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str, Mapping[str, float]]) -> Table:
-    """Returns the table of what the doctor found in the sets: a line per set.
+    """Returns the table of what the doctor found in the sets: a line per set; columns without a value are left out.
 
     Args:
         sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.image_facts`` returns.
@@ -328,59 +332,41 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     rows = {}
     for place, one in sets.items():
         expected, measured = one.get("num_expected"), zero_shot.get(place.rpartition(".")[2])
+        of_expected = "" if expected in (None, one["num_images"]) else f" of {expected:,}"
         side = one.get("short_side")
-        rows[place] = {
-            "images": f"{one['num_images']:,}"
-            + (f" of {expected:,}" if expected not in (None, one["num_images"]) else ""),
+        rows[place.removeprefix("data.")] = {
+            "images": f"{one['num_images']:,}{of_expected}",
             "classes": str(one["num_classes"]),
-            "per class": _spread(one["images_per_class"]),
-            "short side, px": "" if side is None else _spread(side),
+            "per class": _range(one["images_per_class"]),
+            "short side, px": "" if side is None else _range(side),
             "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
             "unreadable": str(one.get("num_unreadable", "")),
             "repeated": str(one.get("num_twice", "")),
             "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
         }
-    names = next(iter(rows.values()), {})
-    columns = [name for name in names if any(row[name] for row in rows.values())]
-    lines = [[place.removeprefix("data."), *map(row.__getitem__, columns)] for place, row in rows.items()]
+    columns = dict.fromkeys(name for row in rows.values() for name, text in row.items() if text)
+    lines = [[place, *map(row.__getitem__, columns)] for place, row in rows.items()]
     return table(["set", *numbers(*columns)], lines)
 
 
-def _spread(of: Mapping[str, Any]) -> str:
-    """Returns a range in few words: one number where all are the same."""
+def _range(of: Mapping[str, Any]) -> str:
     return f"{of['min']}" if of["min"] == of["max"] else f"{of['min']} to {of['max']}"
 
 
-def training_progress() -> Progress:
-    """Returns the progress bar of a training; its fields are ``detail``."""
-    return Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
+def progress_bars() -> Progress:
+    """Returns bars with a count, a text (the field ``detail``) and the time left."""
+    count, detail = MofNCompleteColumn(), TextColumn("{task.fields[detail]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, detail, TimeRemainingColumn())
+    return Progress(*columns, console=err, transient=True)
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a callback (done, in all) that is shown as a bar on a terminal."""
-    bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=err, transient=True)
-    task = bar.add_task(what, total=None)
-    with bar if err.is_terminal else contextlib.nullcontext():
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def counting_several() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """Gives a function from the name of a task to a callback (done, in all); the tasks are bars on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=err, transient=True)
+    bars = progress_bars()
 
     def begin(what: str) -> Callable[[int, int], None]:
-        task = bars.add_task(what, total=None, visible=err.is_terminal)
+        task = bars.add_task(what, total=None, visible=err.is_terminal, detail="")
         return lambda done, total: bars.update(task, completed=done, total=total)
 
     with bars if err.is_terminal else contextlib.nullcontext():

@@ -16,33 +16,20 @@ from carft_ray.errors import Problem, UsageError
 PACKAGE_DIR = Path(__file__).resolve().parent
 GIT_TIMEOUT_S = 5.0
 LIBRARIES = (
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "ray",
-    "optuna",
-    "numpy",
-    "scipy",
-    "pyarrow",
-    "pillow",
-    "safetensors",
-    "pydantic",
+    *("torch", "torchvision", "open_clip_torch", "ray", "optuna"),
+    *("numpy", "scipy", "pyarrow", "pillow", "safetensors", "pydantic"),
 )
 
 
 @functools.cache
-def _code() -> tuple[tuple[str, Any], ...]:
-    commit, dirty = git_state(PACKAGE_DIR)
-    return tuple({"version": __version__, "commit": commit, "dirty": dirty, "source": source_digest()}.items())
-
-
 def code() -> dict[str, Any]:
-    """Returns what code this process runs, as it was when it was first asked.
+    """Returns what code this process runs, as it was at the first call; the caller does not change it.
 
     ``version`` of carft-ray; ``commit`` and ``dirty`` (changes that are not committed) of the git checkout that it
-    lies in, None without one; ``source``, a hash of the package's own files, which tells any two codes apart.
+    lies in, None without one; ``source``, a hash of the package's own files, which differs for any two codes.
     """
-    return dict(_code())
+    commit, dirty = git_state(PACKAGE_DIR)
+    return {"version": __version__, "commit": commit, "dirty": dirty, "source": source_digest()}
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
@@ -85,13 +72,14 @@ def versions() -> dict[str, str | None]:
 
 def versions_of(libraries: Sequence[str]) -> dict[str, str | None]:
     """Returns the versions of libraries; None for one that is missing."""
-    found: dict[str, str | None] = {}
-    for name in libraries:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: _version(name) for name in libraries}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
@@ -102,24 +90,20 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
     release that it leads to (2.9.0a0+git as 2.9.0).
 
     Args:
-        extra: Look at the requirements of this extra, not at those of every installation.
+        extra: Check the requirements of this extra, not at those of every installation.
     """
     from packaging.requirements import Requirement
     from packaging.version import InvalidVersion, Version
 
-    try:
-        wanted = [Requirement(text) for text in metadata.requires("carft-ray") or ()]
-    except metadata.PackageNotFoundError:
-        return [], []
+    texts = metadata.requires("carft-ray") if _version("carft-ray") else None
     older: list[Problem] = []
     newer: list[Problem] = []
-    for each in wanted:
-        if not (not extra if each.marker is None else each.marker.evaluate({"extra": extra})):
-            continue
+    for each in map(Requirement, texts or ()):
+        wanted = each.marker.evaluate({"extra": extra}) if each.marker else not extra
+        version = _version(each.name) if wanted else None
         try:
-            version = metadata.version(each.name)
-            release = Version(version).base_version
-        except (metadata.PackageNotFoundError, InvalidVersion):
+            release = Version(version or "").base_version
+        except InvalidVersion:
             continue
         broken = [one for one in each.specifier if not one.contains(release)]
         if broken:
@@ -133,7 +117,7 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
 
 
 def private_name(library: str, name: str, find: Callable[[], Any]) -> Any:
-    """Returns a private name of a library, which a release may have no more.
+    """Returns a private name of a library, which a release may no longer have.
 
     Args:
         library: Name of its distribution.

@@ -18,7 +18,7 @@ class Problem:
         rule: What must hold, as a sentence without a full stop.
         value: What was given instead, already as text; empty when there is nothing to show.
         allowed: The values that would do, when they can be listed.
-        nearest: The allowed value that looks most like the given one.
+        nearest: The allowed value that is most similar to the given one.
         next_step: What to do now.
     """
 
@@ -47,7 +47,7 @@ class CarftError(Exception):
     """Root of all errors that carft-ray raises for a user's mistake or a broken surrounding.
 
     Args:
-        problems: Problems to tell at once, or a plain message.
+        problems: All problems at once, or a plain message.
     """
 
     exit_code = 1
@@ -157,6 +157,6 @@ class OutdatedAttemptError(InterruptedRunError):
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
-    """Returns the allowed word that looks most like ``value``, or None when none is close."""
+    """Returns the allowed word that is most similar to ``value``, or None when none is close."""
     matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
     return matches[0] if matches else None

@@ -21,14 +21,9 @@ from carft_ray.errors import Problem, StorageError, UsageError
 
 # of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
 # missing permission is not among them: another attempt would meet it again
-MACHINE_ERRNOS: tuple[int, ...] = tuple(
-    getattr(errno, name)
-    for name in (
-        *("ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE"),
-        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN"),
-    )
-    if hasattr(errno, name)
-)
+_MACHINE = """ESTALE EIO ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN
+ENETUNREACH EREMOTEIO ESHUTDOWN"""
+MACHINE_ERRNOS: tuple[int, ...] = tuple(getattr(errno, name) for name in _MACHINE.split() if hasattr(errno, name))
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
@@ -95,7 +90,7 @@ def passing_faults() -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Tells whether a file or folder is there; asks again while a network disk does not answer.
+    """Returns whether a file or folder is there; asks again while a network disk does not answer.
 
     Raises:
         StorageError: As ``retried``.
@@ -104,7 +99,7 @@ def exists(path: Path) -> bool:
 
 
 def seen(path: Path) -> bool:
-    """As ``exists``, but answers at once: False when the disk does not answer. For a file that is looked for often."""
+    """As ``exists``, but answers at once: False when the disk does not answer. For a file that is checked often."""
     with passing_faults():
         return _is_there(path)
     return False
@@ -122,13 +117,12 @@ def _is_there(path: Path) -> bool:
 def storage_error(path: Path, error: OSError, rule: str = "must be writable") -> StorageError:
     """Returns the ``StorageError`` for a failed write to ``path``, or for the rule that is broken otherwise."""
     steps = {
-        errno.ENOSPC: "Free some space or choose another folder, then run the same command again.",
-        errno.EDQUOT: "Free some space or choose another folder, then run the same command again.",
-        errno.EFBIG: "Raise the limit on file sizes (ulimit -f), then run the same command again.",
-        errno.EACCES: "Choose a folder that you may write to.",
-        errno.EROFS: "Choose a folder that you may write to.",
+        (errno.ENOSPC, errno.EDQUOT): "Free some space or choose another folder, then run the same command again.",
+        (errno.EFBIG,): "Raise the limit on file sizes (ulimit -f), then run the same command again.",
+        (errno.EACCES, errno.EROFS): "Choose a folder that you may write to.",
     }
-    step = steps.get(error.errno or 0, "Mend that or choose another folder, then run the same command again.")
+    other = "Mend that or choose another folder, then run the same command again."
+    step = next((text for codes, text in steps.items() if error.errno in codes), other)
     cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
     return StorageError(Problem(str(path), rule, cause, next_step=step))
 
@@ -139,7 +133,7 @@ def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda 
     Args:
         folder: The folder.
         option: The option that names it, for the message.
-        ours: Tells names in it that do not count.
+        ours: Whether a name in it does not count.
 
     Raises:
         UsageError: It is a file, or holds something.
@@ -154,9 +148,9 @@ def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda 
         raise UsageError(Problem(str(folder), "must be a new folder", value, next_step=step))
 
 
-def fsync_dir(folder: Path) -> None:
-    """Flushes a folder, so that a rename inside it survives a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync_file(path: Path) -> None:
+    """Flushes a file that a library has written, or a folder, so that a rename inside it survives a power failure."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -184,7 +178,7 @@ def new_file(path: Path) -> Iterator[Path]:
             yield temporary
             _check_fence()
             os.replace(temporary, path)
-            fsync_dir(path.parent)
+            fsync_file(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -257,27 +251,30 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         content = retried(path, path.read_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return _whole_rows(content)
+
+
+def _whole_rows(content: bytes) -> list[dict[str, Any]]:
+    """Returns the objects of JSON lines; an incomplete last line and what is no object are left out."""
     rows = []
     for line in content.split(b"\n")[:-1]:
-        try:
+        with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
             rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads the JSON lines that were appended since the last look; what was read before is not read again.
+    """Reads the JSON lines that were appended since the last read; what was read before is not read again.
 
     A file that has become shorter was begun anew, and is read from its beginning. A disk that does not answer has
     nothing new.
 
     Args:
         path: The file, which need not be there.
-        offset: Where the last look ended; 0 at first.
+        offset: Where the last read ended; 0 at first.
 
     Returns:
-        The new lines, and where this look ended: behind the last whole line.
+        The new lines, and where this read ended: after the last whole line.
     """
     start, content = offset, b""
     try:
@@ -290,12 +287,7 @@ def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
                 content = file.read()
     except FileNotFoundError:
         return [], 0
-    whole = content.rfind(b"\n") + 1
-    rows = []
-    for line in content[:whole].split(b"\n"):
-        with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)], start + whole
+    return _whole_rows(content), start + content.rfind(b"\n") + 1
 
 
 @contextlib.contextmanager
@@ -313,17 +305,17 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            fsync_dir(temporary)
+            fsync_file(temporary)
             _check_fence()
             os.rename(temporary, path)
-            fsync_dir(path.parent)
-    except StorageError as error:  # of a file inside: it is known by its last name
+            fsync_file(path.parent)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, StorageError):
+            raise
+        # of a file inside: it is known by its last name
         named = [dataclasses.replace(p, place=p.place.replace(str(temporary), str(path))) for p in error.problems]
         raise StorageError(named) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def remove_folder(path: Path) -> None:
@@ -368,9 +360,3 @@ def remove_remains(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)  # it may have been in a folder that is gone
-
-
-def fsync_file(path: Path) -> None:
-    """Flushes a file that a library has written."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

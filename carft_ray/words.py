@@ -1,9 +1,10 @@
 """Counts in words, for messages and tables, and how long something will take."""
 
+import math
 import time
 from collections.abc import Callable
 
-FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # when it is told how far something is
+FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # between messages of progress
 
 
 def counted(number: float, noun: str) -> str:
@@ -23,25 +24,27 @@ def times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-def told_time_left(
+def time_left(
     say: Callable[[str], None], what: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
-    """Returns a callback (done, in all) that tells how long the rest will take, at most every ten seconds.
+    """Returns a callback (done, in all) that says how long the rest will take, at most every ten seconds.
 
     Args:
-        say: Told a line; nothing in the first three seconds.
+        say: Takes a line; nothing in the first three seconds.
         what: What is done.
         clock: Seconds.
     """
-    began = clock()
-    next_at = began + FIRST_AFTER_S
+    next_at = clock() + FIRST_AFTER_S
+    first: tuple[float, int] | None = None  # when the first call came, and how much was done by then
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal next_at
+        nonlocal next_at, first
         now = clock()
-        if now >= next_at and done < total:
-            left_s = (now - began) * (total - done) / done
-            say(f"{what}: {done:,} of {total:,}, about {left_s:.0f} s left")
+        began, before = first = first or (now, done)
+        if now >= next_at and before < done < total:
+            left_s = (now - began) * (total - done) / (done - before)
+            left = f"{left_s:.0f} s" if left_s < 120 else counted(math.ceil(left_s / 60), "minute")
+            say(f"{what}: {done:,} of {total:,}, about {left} left")
             next_at = now + THEN_EVERY_S
 
     return on_progress

@@ -267,7 +267,7 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
     assert crash_host.call(["status", "study", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outside"] == sum(row.outside for row in trials(study_dir))
     assert crash_host.call(["status", "study"]) == 0
-    assert "Outside the search space of today: " in capsys.readouterr().out
+    assert "Outside the present search space: " in capsys.readouterr().out
 
 
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):

@@ -22,7 +22,7 @@ from carft_ray.learning.models.clip import templates
 from carft_ray.recipe.fine_tuning import PromptsConfig
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.words import told_time_left
+from carft_ray.words import time_left
 
 
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
@@ -167,7 +167,7 @@ def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip
 
 def test_how_long_the_embedding_takes_is_told_after_a_moment_and_not_too_often():
     said, now = [], [0.0]
-    on_progress = told_time_left(said.append, "embedding sentences", lambda: now[0])
+    on_progress = time_left(said.append, "embedding sentences", lambda: now[0])
     for done in range(1, 41):
         now[0] = float(done)
         on_progress(7 * done, 280)

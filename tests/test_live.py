@@ -8,7 +8,7 @@ import pytest
 from ray import cloudpickle
 from rich.console import Console
 
-from carft_ray import console, progress
+from carft_ray import console, live, progress
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
@@ -60,39 +60,39 @@ def row(number, objective=None, outcome="complete", kind="trial", reason=""):
 
 def running(view, numbers, epoch=0):
     for number in numbers:
-        view.tell(TrialStarted(spec(number)))
+        view.update(TrialStarted(spec(number)))
         if epoch:
             metrics = {"epoch": epoch, "subset/id_accuracy": 0.61, "subset/ood_accuracy": 0.5, "subset/objective": 0.55}
-            view.tell(TrialEpoch(spec(number), metrics))
+            view.update(TrialEpoch(spec(number), metrics))
 
 
 def test_a_search_from_its_first_to_its_last_event():
     clock = Clock()
-    view = progress.SearchView(4, clock=clock)
+    view = live.SearchView(4, clock=clock)
     assert shown(view) == ["starting Ray · 0:00 elapsed"]
-    view.tell(Preparing())
+    view.update(Preparing())
     assert shown(view)[-1].startswith("preparing: model, sets")
-    view.tell(Prepared({}))
-    view.tell(BaselineFinished(row(0, 0.3, kind="baseline")))
-    view.tell(Started(8, 0, 2, "2 CPUs"))
+    view.update(Prepared({}))
+    view.update(BaselineFinished(row(0, 0.3, kind="baseline")))
+    view.update(Started(8, 0, 2, "2 CPUs"))
     assert shown(view)[-1] == "0 of 8 trials finished · 2 at a time (2 CPUs) · 0:00 elapsed"
     running(view, [0])
     clock.now = 30
     running(view, [1], epoch=2)
     clock.now = 60
-    view.tell(TrialFinished(row(0, 0.4), is_best=True))
-    header, baseline, best, live, note, bar, last = shown(view)
+    view.update(TrialFinished(row(0, 0.4), is_best=True))
+    header, baseline, best, runs, note, bar, last = shown(view)
     assert header.replace(",", "").replace(" %", "").split() == [*values(0), "epoch", "ID", "OOD", "objective", "time"]
     assert baseline.split() == ["base0", "0.0001", "0.5", "40.0", "20.0", "30.0", "1:01"]
     assert best.split() == ["★", "t0000-abcd", "0.0001", "0.5", "50.0", "30.0", "40.0", "1:01"]
-    assert live.split() == ["t0001-abcd", "0.0002", "0.5", "2/4", "61.0", "50.0", "55.0", "0:30"]
+    assert runs.split() == ["t0001-abcd", "0.0002", "0.5", "2/4", "61.0", "50.0", "55.0", "0:30"]
     assert note.strip() == "of running trials: on a subset, at the best of a few alphas"
     assert bar == "━" * 5 + "─" * 35 + " 12 %"
     # the running one needs 30 s more, six others 60 s each, two at a time
     assert last == "1 of 8 trials finished · 2 at a time (2 CPUs) · 1:00 elapsed · about 3:15 left"
-    view.tell(TrialFinished(row(1, 0.6), is_best=True))
+    view.update(TrialFinished(row(1, 0.6), is_best=True))
     assert [line.split()[:2] for line in shown(view)[2:4]] == [["★", "t0001-abcd"], ["t0000-abcd", "0.0001"]]
-    view.tell(Stopping(2))
+    view.update(Stopping(2))
     last = shown(view)[-1]
     assert last.startswith("stopping; saving checkpoints of 2 trainings · 2 of 8 trials finished")
     assert "left" not in last
@@ -100,14 +100,14 @@ def test_a_search_from_its_first_to_its_last_event():
 
 def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer():
     clock = Clock()
-    view = progress.SearchView(4, clock=clock)
-    view.tell(ConcurrencyChanged(1, "memory was full"))  # before it says how many: nothing to change
-    view.tell(Started(5, 0, 2, "2 CPUs, 1 a trial"))
+    view = live.SearchView(4, clock=clock)
+    view.update(ConcurrencyChanged(1, "memory was full"))  # before it says how many: nothing to change
+    view.update(Started(5, 0, 2, "2 CPUs, 1 a trial"))
     running(view, [0])
     clock.now = 60
-    view.tell(TrialFinished(row(0, 0.4), is_best=True))
+    view.update(TrialFinished(row(0, 0.4), is_best=True))
     assert shown(view)[-1].endswith("2 at a time (2 CPUs, 1 a trial) · 1:00 elapsed · about 2:00 left")
-    assert view.tell(ConcurrencyChanged(1, "memory was full")) is None
+    assert view.update(ConcurrencyChanged(1, "memory was full")) is None
     assert shown(view)[-1].endswith("1 at a time (memory was full) · 1:00 elapsed · about 4:00 left")
 
 
@@ -119,18 +119,18 @@ def test_an_objective_of_the_fitted_curve_is_marked_beside_what_was_measured():
         assert objectives == ["50.0", "~57.0"][: len(rows)]
         assert (table.caption == console.FITTED) is marked
         assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True][: len(rows)]
-    line = progress._line(fitted, " ")
+    line = live._line(fitted, " ")
     assert line.cells[1:4] == ["67.0", "47.0", "~57.0"]
     text = progress._result(fitted)
     assert "ID 67.0, OOD 47.0, objective 57.0 % (fitted) at alpha 0.50; alpha 1.00 at chance" in text
 
 
 def test_what_must_not_be_overlooked_gets_a_line_above():
-    view = progress.SearchView(4)
-    view.tell(Started(8, 0, 2, "2 CPUs"))
-    assert view.tell(Note("moved a torn line")) == "warning: moved a torn line"
-    assert view.tell(TrialFinished(row(0, 0.5), is_best=True)) is None
-    told = view.tell(TrialFinished(row(1, outcome="diverged", reason="loss not finite at step 3"), is_best=False))
+    view = live.SearchView(4)
+    view.update(Started(8, 0, 2, "2 CPUs"))
+    assert view.update(Note("moved a torn line")) == "warning: moved a torn line"
+    assert view.update(TrialFinished(row(0, 0.5), is_best=True)) is None
+    told = view.update(TrialFinished(row(1, outcome="diverged", reason="loss not finite at step 3"), is_best=False))
     assert told == "t0001-abcd: diverged, loss not finite at step 3"
     assert "2 of 8 trials finished, 1 of them failed" in shown(view)[-1]
 
@@ -138,8 +138,8 @@ def test_what_must_not_be_overlooked_gets_a_line_above():
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (110, 12), (60, 8), (200, 60)])
 def test_two_hundred_trials_fit_on_the_terminal_with_all_that_matters(width, height):
     finished = [row(number, 0.001 * number) for number in range(180)]
-    view = progress.SearchView(4, [row(0, 0.1, kind="baseline"), *finished])
-    view.tell(Started(200, 180, 16, "search.max_concurrent_trials"))
+    view = live.SearchView(4, [row(0, 0.1, kind="baseline"), *finished])
+    view.update(Started(200, 180, 16, "search.max_concurrent_trials"))
     running(view, range(180, 196), epoch=1)
     lines = shown(view, width, height)
     assert len(lines) < height
@@ -155,15 +155,15 @@ def test_two_hundred_trials_fit_on_the_terminal_with_all_that_matters(width, hei
 
 
 def test_another_attempt_takes_the_row_of_the_first():
-    view = progress.SearchView(4)
+    view = live.SearchView(4)
     running(view, [3], epoch=2)
-    view.tell(TrialStarted(spec(3, attempt=2)))
+    view.update(TrialStarted(spec(3, attempt=2)))
     [line] = [line for line in shown(view) if "t0003" in line]
     assert "0/4" in line
 
 
 def test_a_terminal_without_stars_gets_an_asterisk(monkeypatch):
-    view = progress.SearchView(4, [row(0, 0.4)])
+    view = live.SearchView(4, [row(0, 0.4)])
     monkeypatch.setattr(Console, "encoding", "ascii")
     assert shown(view)[1].startswith("* t0000")
 

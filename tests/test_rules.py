@@ -24,6 +24,7 @@ LAYERS = ("cli", "results", "launch", "study", "evaluation", "learning", "data",
 SIDE_BY_SIDE = ("study", "evaluation")  # neither imports the other
 TOP_FILES = {
     "console": "cli",
+    "live": "cli",
     "progress": "cli",
     "errors": "base",
     "files": "base",

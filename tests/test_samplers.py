@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from stand_in import make_recipe
 from test_study import optuna_study, run_all
 
-from carft_ray import api, cli, console, progress
+from carft_ray import api, cli, console, live
 from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
 from carft_ray.recipe import advice
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -883,7 +883,7 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     blank = []
     for table in (
         console.trial_table([row_dict(row, rows[0], tmp_path / "study", own_values(recipe, rows)) for row in rows]),
-        progress._fitting_table([progress._line(row, " ") for row in rows], 300),
+        live._fitting_table([live._line(row, " ") for row in rows], 300),
     ):
         [column] = [column for column in table.columns if column.header == "label_smoothing"]
         blank.append([cell == "" for cell in column.cells])

@@ -404,7 +404,7 @@ def test_ctrl_c_ends_the_waiting_only(run, here):
     with open_study(here / "first", make_recipe(8)), meanwhile(lambda: interrupted(here / "first" / "stop")):
         code, _, err = run("stop", "first")
     assert code == 130
-    assert err.endswith("no longer waiting; it stops by itself\n    See: carft-ray status first\n")
+    assert err.endswith("no longer waiting; it still stops\n    See: carft-ray status first\n")
 
 
 def test_a_lock_of_a_dead_process_is_none(here):

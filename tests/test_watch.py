@@ -16,7 +16,7 @@ from stand_in import make_recipe
 from test_live import shown
 
 from carft_ray.layout import HEARTBEAT, JOURNAL, RESOLVED
-from carft_ray.progress import SearchView
+from carft_ray.live import SearchView
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
@@ -128,7 +128,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
         impatient.stdout.readline()
         err = ended(impatient)
         assert (impatient.returncode, "Traceback" in err) == (0, False)
-        assert "The search goes on." in err
+        assert "The search continues." in err
     out, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 0, err
     assert "5 of 9 trials finished." in out

@@ -1,9 +1,28 @@
-"""The commands, a file for each group. Everything heavy is imported inside them, so that `--help` answers at once."""
+"""The commands, a module for each or for a few that belong together.
+
+=============  ==============================================
+module         commands
+=============  ==============================================
+``init``       ``init``
+``train``      ``validate``, ``train``, ``evaluate``, ``export``
+``model``      ``model``
+``doctor``     ``doctor``
+``search``     ``search``, ``resume``, ``stop``, ``plan``
+``status``     ``status``, ``ls``, ``logs``, ``dashboard``
+``confirm``    ``confirm``
+``test``       ``test``
+``report``     ``report``, ``rescore``
+``compare``    ``compare``, ``reproduce``
+``data``       ``data ls``, ``data add``, ``data clean``
+``sandbox``    ``sandbox build``, ``sandbox images``
+=============  ==============================================
+
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
 
 # in the order of the help
-from carft_ray.cli import init, training, model, doctor, search, planning, reading, watching  # noqa: F401  # isort: skip
-from carft_ray.cli import confirming, test_sets, reporting, reproducing, rescoring  # noqa: F401  # isort: skip
-from carft_ray.cli import images, sandbox  # noqa: F401  # isort: skip
+from carft_ray.cli import init, train, model, doctor, search, status, confirm, test, report  # noqa: F401  # isort: skip
+from carft_ray.cli import compare, data, sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.common import app, main
 
 __all__ = ["app", "main"]

@@ -1,15 +1,19 @@
 """The app, what all commands share, and the one place where an error ends as a message and an exit code."""
 
+import functools
+import inspect
 import logging
 import shlex
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError
+from carft_ray import __version__, console, environment
+from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,66 +30,69 @@ data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what tra
 app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
+ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
 READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
+TrainedArgument = Annotated[Path, typer.Argument(help="Folder of a training or a study.", show_default=False)]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
 ]
-NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
-WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DetailsOption = Annotated[
-    bool, typer.Option("--details", help="All numbers: differences by set, intervals over seeds alone, full words.")
+    bool, typer.Option("--details", help="All numbers, by set and over seeds alone, and full sentences.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
-    str | None,
-    typer.Option(
-        "--executor", help="inline, ray-train, debug (this process, without Ray) or auto; over the recipe's resources."
-    ),
+    str | None, typer.Option(help="inline, ray-train, debug (without Ray) or auto; replaces that of the recipe.")
 ]
-WorkersOption = Annotated[
-    int | None, typer.Option("--num-workers", min=1, help="Workers of one training; over the recipe's resources.")
-]
-AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Address of a running Ray cluster; without it a Ray of its own.")
-]
-WallTimeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--wall-time", metavar="TIME", help="End after this time, such as 45m or 8h, with the best so far; resumable."
-    ),
-]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Workers of one training; replaces that of the recipe.")]
+AddressOption = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; without it, a local Ray.")]
 NotifyCommandOption = Annotated[
     str | None,
-    typer.Option(
-        "--notify-command",
-        metavar="CMD",
-        help="Run this on a new best, a failed trial and at the end; it gets JSON on its standard input.",
-    ),
+    typer.Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
 ]
-NotifyUrlOption = Annotated[
-    str | None, typer.Option("--notify-url", metavar="URL", help="Post the same JSON to this address (a webhook).")
-]
-AlphaOption = Annotated[
-    float | None, typer.Option("--alpha", min=0, max=1, help="Mixing coefficient; without it the chosen one.")
-]
+NotifyUrlOption = Annotated[str | None, typer.Option(metavar="URL", help="Post the same JSON to this webhook.")]
+AlphaOption = Annotated[float | None, typer.Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[
-    str | None,
-    typer.Option("--trial", help="Number or name of a trial of the study, or name of a baseline; without it the best."),
+    str | None, typer.Option(help="Number or name of a trial, or name of a baseline; default: the best.")
 ]
+
+
+Command = Callable[..., None]
+
+
+def command(example: str, panel: str | None = None, to: typer.Typer = app) -> Callable[[Command], Command]:
+    """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
+
+    Args:
+        example: For the help; begins with the name of the command.
+        panel: Of the help.
+        to: The app that the command belongs to; the example begins with its name, too.
+    """
+
+    def register(function: Command) -> Command:
+        @functools.wraps(function)
+        def run(*, debug: bool, **given: Any) -> None:
+            function(**given)
+
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
+        signature = inspect.signature(function)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        name = example.split()[to is not app]
+        to.command(name, epilog=f"Example:  carft-ray {example}", rich_help_panel=panel)(run)
+        return function
+
+    return register
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from carft_ray import __version__, environment
-
-        told = environment.versions()
-        libraries = ", ".join(f"{name} {told[name]}" for name in ("torch", "open_clip_torch", "ray", "optuna"))
-        typer.echo(f"carft-ray {__version__} (Python {told['python']}, {libraries})")
+        found = environment.versions()
+        libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "open_clip_torch", "ray", "optuna"))
+        typer.echo(f"carft-ray {__version__} (Python {found['python']}, {libraries})")
         raise typer.Exit
 
 
@@ -108,13 +115,11 @@ def require_versions(extra: str = "") -> None:
     """Warns of every library that is newer than its range in pyproject.toml.
 
     Args:
-        extra: Look at the libraries of this extra.
+        extra: Check the libraries of this extra.
 
     Raises:
         UsageError: A library is older than its range.
     """
-    from carft_ray import console, environment
-
     older, newer = environment.outside_ranges(extra)
     if older:
         raise UsageError(older)
@@ -126,8 +131,6 @@ class _Warnings(logging.Handler):
     """Shows the warnings that the library logs as those of the commands."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from carft_ray import console
-
         console.warn(self.format(record))
 
 
@@ -138,8 +141,6 @@ def main() -> None:
     try:
         app()
     except Exception as error:  # the outermost boundary: nothing is swallowed, everything ends the process
-        from carft_ray import console
-
         if "--debug" in sys.argv:
             traceback.print_exc()
         if not isinstance(error, CarftError):
@@ -151,9 +152,11 @@ def main() -> None:
         logger.removeHandler(handler)
 
 
-def budget_overrides(wall_time: str | None) -> list[str]:
-    """Returns the option of the budget as a setting of the recipe."""
-    return [] if wall_time is None else [f"budget.wall_time={wall_time}"]
+def require_choice(option: str, rule: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises a ``UsageError`` for a value of an option that is none of those allowed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise UsageError(Problem(option, rule, repr(value), allowed, nearest(value, allowed)))
 
 
 def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:
@@ -161,7 +164,6 @@ def load(path: Path, overrides: list[str] | None, executor: str | None = None, n
 
     Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
     """
-    from carft_ray import console
     from carft_ray.data.sets import check_roles, check_sets
     from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
     from carft_ray.recipe.advice import warnings
@@ -196,7 +198,6 @@ def suggest(study: Path, after: str, *more: str) -> None:
         after: Name of the command that ends here.
         more: Further command lines.
     """
-    from carft_ray import console
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
     from carft_ray.results.reading.overview import read_study
 
@@ -206,29 +207,31 @@ def suggest(study: Path, after: str, *more: str) -> None:
     console.next_step(*next_steps(view, study, after), *more)
 
 
-def begin_line(value: Any, words: str, study: Path | None = None) -> str:
+def command_line(*words: object, **options: object) -> str:
+    """Returns a command as a user would type it.
+
+    Args:
+        words: Name and arguments.
+        options: Values by the name of the option; one that is None is left out, a list repeats the option.
+    """
+    line = ["carft-ray", *map(str, words)]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            line += [f"--{name.strip('_').replace('_', '-')}", str(one)]
+    return shlex.join(line)
+
+
+def begin_line(value: Any, recipe: Path, study: Path | None = None, **options: object) -> str:
     """Returns the command that begins with a recipe: a search, or one training where it has nothing to search.
 
     Args:
         value: The recipe.
-        words: As of ``quoted``.
+        recipe: Its file.
         study: The study directory; None: one of the recipe's name.
+        options: As of ``command_line``.
     """
     from carft_ray.recipe.advice import check_searchable
 
     if check_searchable(value):
-        return f"carft-ray train {words} --out {shlex.quote(str(Path('runs') / value.name))}"
-    return f"carft-ray search {words} --study {shlex.quote(str(study or Path('studies') / value.name))}"
-
-
-def quoted(
-    recipe: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
-) -> str:
-    words = [str(recipe)]
-    for override in overrides or ():
-        words += ["--set", override]
-    if executor is not None:
-        words += ["--executor", executor]
-    if num_workers is not None:
-        words += ["--num-workers", str(num_workers)]
-    return shlex.join(words)
+        return command_line("train", recipe, **options, out=Path("runs") / value.name)
+    return command_line("search", recipe, **options, study=study or Path("studies") / value.name)

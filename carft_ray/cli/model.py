@@ -1,20 +1,21 @@
 """What a model is: its input, tokens, layers, memory and known weights."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, SetOption, app
+from carft_ray import console
+from carft_ray.cli import common
+from carft_ray.console import size_text
 from carft_ray.errors import Problem, RecipeError, UsageError
 
-PANEL = "One training"  # of the help
 RECIPES = (".yaml", ".yml")
+RESIZE = {"shortest": "shortest side, then centre crop", "longest": "longest side, then padding", "squash": "squash"}
 
 
-@app.command(epilog="Example:  carft-ray model ViT-B-16-quickgelu --pretrained openai", rich_help_panel=PANEL)
+@common.command("model ViT-B-16-quickgelu --pretrained openai", common.ONE_TRAINING)
 def model(
     name: Annotated[
         str,
@@ -24,15 +25,11 @@ def model(
             show_default=False,
         ),
     ],
-    pretrained: Annotated[
-        str | None, typer.Option("--pretrained", metavar="TAG|FILE", help="Its weights: a tag of open_clip or a file.")
-    ] = None,
-    set_: SetOption = None,
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    pretrained: Annotated[str | None, typer.Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
+    set_: common.SetOption = None,
+    json_: common.JsonOption = False,
 ) -> None:
     """Show what a model is: input, tokens, s, layers by depth, memory, known weights. No weights are loaded."""
-    from carft_ray import console
     from carft_ray.learning.models.catalog import RANDOM, SANDBOX, check_model, model_warnings
     from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import LOCAL_DIR, load_recipe
@@ -58,8 +55,7 @@ def model(
     from carft_ray.learning.models.describe import describe
 
     found = describe(part, train)
-    if json_:
-        console.print_json(found)
+    if console.print_json(found, json_):
         return
     console.out.print(console.fact_table(_facts(found)))
     console.out.print()
@@ -67,70 +63,56 @@ def model(
     rows = [[str(layer["layer"]), layer["name"], f"{layer['num_parameters']:,}"] for layer in found["layers"]]
     if is_recipe:
         columns.append("learning rate")
-        factors = [layer["lr_factor"] for layer in found["layers"]]
-        rows = [[*row, f"{factor:.3g} x" if factor else "frozen"] for row, factor in zip(rows, factors, strict=True)]
+        for row, layer in zip(rows, found["layers"], strict=True):
+            row.append(f"{layer['lr_factor']:.3g} x" if layer["lr_factor"] else "frozen")
     console.out.print(console.table(columns, rows))
-    console.next_step(*_next(name, part.name, found, is_recipe))
+    console.next_step(common.command_line("validate", name) if is_recipe else _next(part.name, found))
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, str]:
-    from carft_ray.console import size_text
+    """Returns what a model is, as texts by their titles."""
 
-    image, widths = found["input"], found["widths"]
-    shown = {key: ", ".join(f"{value:.4g}" for value in image[key]) for key in ("mean", "std")}
-    resize = {
-        "shortest": "shortest side, then centre crop",
-        "longest": "longest side, then padding",
-        "squash": "squash",
-    }
-    preprocessing = (
-        f"{resize[image['resize_mode']]}, {image['interpolation']}; mean {shown['mean']}; std {shown['std']}"
-    )
-    if found["preprocessing_differs"]:
-        preprocessing += " (that of CLIP: the known weights differ in it)"
-    parameters = ", ".join(f"{part} {count:,}" for part, count in found["num_parameters"].items())
-    memory, norms = found["memory_bytes"], ", ".join(f"{count} {kind}" for kind, count in found["norms"].items())
+    def listed(of: Mapping[str, Any], form: str = "") -> str:
+        return ", ".join(f"{part} {value:{form}}" for part, value in of.items() if value)
+
+    image, memory, own_name = found["input"], found["memory_bytes"], found["name"].replace("/", "-")
+    mean, std = (", ".join(f"{value:.4g}" for value in image[key]) for key in ("mean", "std"))
+    differs = " (that of CLIP: the known weights differ in it)" if found["preprocessing_differs"] else ""
+    weights = f"{found['pretrained'] or 'its own'}, {found['weights']}"
+    fixed = "; the statistics of BatchNorm stay fixed while training" if found["has_batch_norm"] else ""
     facts = {
         "model": found["name"],
-        "weights": _weights(found),
+        "weights": "none named" if found["weights"] == "untrained" else weights,
         "family": found["family"],
         "input": f"{image['size']} x {image['size']} pixels",
-        "preprocessing": preprocessing,
+        "preprocessing": f"{RESIZE[image['resize_mode']]}, {image['interpolation']}; mean {mean}; std {std}{differs}",
         "tokens": f"{found['context_length']}, of a vocabulary of {found['vocabulary']:,}",
         "tokenizer": found["tokenizer"],
         "s": "comes with the weights" if found["logit_scale"] is None else f"{found['logit_scale']:.4g}",
-        "activations": ", ".join(f"{part} {activation}" for part, activation in found["activations"].items()),
-        "parameters": parameters,
-        "widths": ", ".join(f"{part} {width}" for part, width in widths.items() if width),
+        "activations": listed(found["activations"]),
+        "parameters": listed(found["num_parameters"], ","),
+        "widths": listed(found["widths"]),
         "blocks": str(found["num_blocks"]),
-        "norms": norms + ("; the statistics of BatchNorm stay fixed while training" if found["has_batch_norm"] else ""),
+        "norms": ", ".join(f"{count} {kind}" for kind, count in found["norms"].items()) + fixed,
         "memory": f"weights {size_text(memory['weights'])}; training the image tower {size_text(memory['training'])} "
-        "(weights, gradients, AdamW and the frozen tower in float32), besides activations",
+        "(weights, gradients, AdamW and the frozen tower in float32), plus activations",
     }
     if found["has_logit_bias"]:
         value = "" if found["logit_bias"] is None else f"{found['logit_bias']:.4g}; "
         facts["logit_bias"] = f"{value}left out: a constant shift of all logits changes no softmax"
     if found["tags"]:
-        own = [tag["tag"] for tag in found["tags"] if tag["name"] == found["name"].replace("/", "-")]
-        others = {tag["name"] for tag in found["tags"]} - {found["name"].replace("/", "-")}
-        facts["known weights"] = ", ".join(own) or "none"
-        for other in sorted(others):
-            facts[f"as {other}"] = ", ".join(tag["tag"] for tag in found["tags"] if tag["name"] == other)
+        by_name: dict[str, list[str]] = {own_name: []}
+        for tag in sorted(found["tags"], key=lambda tag: str(tag["name"])):
+            by_name.setdefault(tag["name"], []).append(tag["tag"])
+        facts["known weights"] = ", ".join(by_name.pop(own_name)) or "none"
+        facts |= {f"as {other}": ", ".join(tags) for other, tags in by_name.items()}
     return facts
 
 
-def _weights(found: Mapping[str, Any]) -> str:
-    if found["weights"] == "untrained":
-        return "none named"
-    return f"{found['pretrained'] or 'its own'}, {found['weights']}"
-
-
-def _next(given: str, name: str, found: Mapping[str, Any], is_recipe: bool) -> list[str]:
-    if is_recipe:
-        return [f"carft-ray validate {shlex.quote(given)}"]
+def _next(name: str, found: Mapping[str, Any]) -> str:
+    """Returns the command that follows: the model with known weights, or a recipe with the model."""
     tags = [tag for tag in found["tags"] if tag["name"] == name.replace("/", "-")] or found["tags"]
     if found["weights"] == "untrained" and tags:
-        return [f"carft-ray model {tags[0]['name']} --pretrained {tags[0]['tag']}"]
+        return f"carft-ray model {tags[0]['name']} --pretrained {tags[0]['tag']}"
     weights = "" if found["pretrained"] in (None, "random") else f", pretrained: {found['pretrained']}"
-    setting = shlex.quote("model={" + f"name: {name}{weights}" + "}")
-    return [f"carft-ray validate RECIPE.yaml --set {setting}"]
+    return common.command_line("validate", "RECIPE.yaml", set="model={" + f"name: {name}{weights}" + "}")

@@ -6,20 +6,17 @@ from typing import Annotated
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, sandbox_app
+from carft_ray import console
+from carft_ray.cli import common
 
 
-@sandbox_app.command("build", epilog="Example:  carft-ray sandbox build --to /tmp/tiny-clip")
+@common.command("sandbox build --to /tmp/tiny-clip", to=common.sandbox_app)
 def sandbox_build(
-    to: Annotated[Path, typer.Option("--to", help="Folder of the model; must be new or empty.")],
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=10, help="Pre-training steps; fewer make a weaker model.")
-    ] = None,
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    to: Annotated[Path, typer.Option(help="Folder of the model; must be new or empty.")],
+    steps: Annotated[int | None, typer.Option(min=10, help="Pre-training steps; fewer make a weaker model.")] = None,
+    json_: common.JsonOption = False,
 ) -> None:
     """Pre-train the tiny CLIP again from nothing (about ten minutes on an idle core)."""
-    from carft_ray import console
     from carft_ray.learning.models.pretrain import NUM_STEPS, pretrain
 
     num_steps = steps or NUM_STEPS
@@ -31,28 +28,22 @@ def sandbox_build(
             console.say(f"{what} {done}/{total}  {numbers}")
 
     pretrain(to, num_steps, progress=progress)
-    if json_:
-        console.print_json({"folder": str(to), "steps": num_steps})
-        return
-    console.next_step(
-        f"carft-ray train search_spaces/quickstart.yaml --set model.name=local-dir:{to.absolute()} --out runs/own"
-    )
+    if not console.print_json({"folder": str(to), "steps": num_steps}, json_):
+        model = f"model.name=local-dir:{to.absolute()}"
+        console.next_step(f"carft-ray train search_spaces/quickstart.yaml --set {model} --out runs/own")
 
 
-@sandbox_app.command("images", epilog="Example:  carft-ray sandbox images --to sandbox_png")
+@common.command("sandbox images --to sandbox_png", to=common.sandbox_app)
 def sandbox_images(
-    to: Annotated[Path, typer.Option("--to", help="Folder of the images; must be new or empty.")],
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    to: Annotated[Path, typer.Option(help="Folder of the images; must be new or empty.")],
+    json_: common.JsonOption = False,
 ) -> None:
-    """Write the sandbox as PNG files, domain/class/number.png, to look at or for other tools."""
-    from carft_ray import console
+    """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""
     from carft_ray.data.synthetic.sandbox import export_images
 
-    with console.counting("images") as progress:
-        export_images(to, progress)
-    if json_:
-        console.print_json({"folder": str(to)})
+    with console.counting() as begin:
+        export_images(to, begin("images"))
+    if console.print_json({"folder": str(to)}, json_):
         return
     console.say(f"Wrote {to}: domain/class/number.png.")
     own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"

@@ -25,7 +25,7 @@ from carft_ray.files import fsync_file
 from carft_ray.learning.heads import BATCH_SIZE, build_heads
 from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.schema import Recipe
-from carft_ray.words import told_time_left
+from carft_ray.words import time_left
 
 FORMAT_VERSION = 1
 IN_CACHE = "the heads are in the cache"  # what is told then
@@ -63,7 +63,7 @@ def cached_heads(
     def embed() -> dict[str, Tensor]:
         if not embedded:
             say(f"embedding {number} sentences for the heads")
-            told = told_time_left(say, "embedding sentences")
+            told = time_left(say, "embedding sentences")
             heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress=told)
             clip.model.to("cpu")
             embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())

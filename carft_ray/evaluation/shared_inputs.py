@@ -22,7 +22,7 @@ from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SandboxSet, plain
-from carft_ray.words import told_time_left
+from carft_ray.words import time_left
 
 __all__ = ["ID_SET", "SharedInputs", "fill_cache", "load_shared_inputs", "shared_inputs_of_worker"]
 
@@ -119,10 +119,10 @@ def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -
         if not done:
             if name not in told:
                 say(f"waiting for another process that builds {name} into the cache")
-            told[name] = told_time_left(say, f"building {name} into the cache")
+            told[name] = time_left(say, f"building {name} into the cache")
             return
         if name not in told:
-            told[name] = told_time_left(say, f"building {name} into the cache")
+            told[name] = time_left(say, f"building {name} into the cache")
         told[name](done, total)
 
     load_shared_inputs(recipe, on_image, prepared_dir)

@@ -27,8 +27,6 @@ Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K 
 import functools
 import itertools
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ from carft_ray.data.caching.cache import key_of, lock
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
-from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, OnProgress, Records, identity, records, without_bad_images
+from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, identity, records, without_bad_images
 from carft_ray.data.sets import TEST_ROLES, may_share, open_source, plain_place
 from carft_ray.data.shared.same_picture import LIMIT, Look, look, picture_distance
 from carft_ray.data.source import IntArray, PixelArray, Source
@@ -51,7 +49,7 @@ from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SetSpec, StoredSet, plain
-from carft_ray.words import counted
+from carft_ray.words import time_left
 
 FORMAT_VERSION = 3  # rises when other pairs are found in the same records
 INSIDE = len(VIEWS)
@@ -66,7 +64,6 @@ STEP = (
     "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
     "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
-TOLD_EVERY_S = 10.0
 LOOKS_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
@@ -339,7 +336,7 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
 
     found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
     maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
-    on_progress = _progress(f"comparing {first.place} and {second.place}, pictures that may be the same", say)
+    on_progress = time_left(say, f"comparing {first.place} and {second.place}, pictures that may be the same")
     with ThreadPoolExecutor(reading_threads()) as pool:
         for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
             on_progress(number, len(maybe))
@@ -372,7 +369,7 @@ def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[
     try:
         source = unlabelled_source(list_set(images, place), images, place)
         if images.on_bad_image == "skip" and role not in TEST_ROLES:
-            source = without_bad_images(source, cache_dir, _progress(f"reading the images of {place}", say))
+            source = without_bad_images(source, cache_dir, time_left(say, f"reading the images of {place}"))
         if not len(source):
             raise DataError(Problem(place, "must have an image"))
         return _Set(place, role, spec, source, identity(source))
@@ -384,7 +381,7 @@ def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[
 def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records | None:
     """Returns what is known of a set; None for a test set with files that cannot be read."""
     try:
-        on_progress = _progress(f"reading the images of {each.place}", say)
+        on_progress = time_left(say, f"reading the images of {each.place}")
         found = records(each.source, cache_dir, each.role in TEST_ROLES, on_progress)
         if found.problems:
             raise DataError(list(found.problems.values())[:NUM_NAMED])
@@ -392,24 +389,6 @@ def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records |
         _pass_over(each.place, each.role, error)
         return None
     return found
-
-
-def _progress(what: str, say: Callable[[str], None]) -> OnProgress:
-    """Returns what tells of images done and in all, and the time left, now and then."""
-    began = told = time.monotonic()
-    before = 0  # images that were done when it began
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal began, told, before
-        now = time.monotonic()
-        if not before:
-            began, before = now, done
-        if now - told >= TOLD_EVERY_S and done > before:
-            told = now
-            minutes = math.ceil((now - began) / (done - before) * (total - done) / 60)
-            say(f"{what}: {done:,} of {total:,}, about {counted(minutes, 'minute')} left")
-
-    return on_progress
 
 
 def _pass_over(place: str, role: str, error: DataError) -> None:

@@ -2,25 +2,21 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Column, Table
 
-from carft_ray.cli.common import DebugOption, DetailsOption, JsonOption, StudyArgument, app, suggest
+from carft_ray import console
+from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem
 
-if TYPE_CHECKING:
-    from rich.table import Table
 
-PANEL = "Trusting the numbers"  # of the help
-
-
-@app.command("test", epilog="Example:  carft-ray test studies/quickstart", rich_help_panel=PANEL)
+@common.command("test studies/quickstart", common.TRUST)
 def evaluate_test_sets(
-    study: StudyArgument,
+    study: common.StudyArgument,
     again: Annotated[
-        str | None,
-        typer.Option("--again", metavar="REASON", help="Read once more; the ledger and every report keep the reason."),
+        str | None, typer.Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
     ] = None,
     all_trials: Annotated[
         bool,
@@ -30,36 +26,28 @@ def evaluate_test_sets(
             "`search --set search.keep_checkpoints=N` keeps the weights of the best N. The winner stays what it is.",
         ),
     ] = False,
-    details: DetailsOption = False,
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    details: common.DetailsOption = False,
+    json_: common.JsonOption = False,
 ) -> None:
-    """Open the seal: measure winner and baselines on id_test and ood_test, once; every read goes into the ledger."""
-    from carft_ray import console
+    """Open the test sets: measure winner and baselines on id_test and ood_test, once. The ledger records every read."""
     from carft_ray.results.test_sets.read import read_sealed
 
-    folder = shlex.quote(str(study))
     try:
-        summary = read_sealed(study, again, (lambda text: None) if json_ else console.say, all_trials)
+        summary = read_sealed(study, again, console.sayer(not json_), all_trials)
     except KeyboardInterrupt:
-        step = f"Go on with: carft-ray test {folder}{' --all-trials' if all_trials else ''}"
+        step = f"Resume with: carft-ray test {shlex.quote(str(study))}{' --all-trials' if all_trials else ''}"
         raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
-    if json_:
-        console.print_json({"study": str(study.resolve()), **summary})
+    if console.print_json({"study": str(study.resolve()), **summary}, json_):
         return
     console.out.print(regret_table(summary["rules"]) if all_trials else _table(summary))
     short = not details and not all_trials  # an analysis is its table
     console.say("\n" + "\n".join(summary["brief"]["lines"] if short else summary["lines"]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
-    suggest(study, "test")
+    common.suggest(study, "test")
 
 
-def regret_table(rules: Sequence[Mapping[str, Any]]) -> "Table":
+def regret_table(rules: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of an analysis: what each rule picks, what that is worth on the test sets, what it has lost."""
-    from rich.table import Column
-
-    from carft_ray import console
-
     lines = []
     for rule in rules:
         cells = ["-" if rule["alpha"] is None else f"{rule['alpha']:.2f}"]
@@ -75,24 +63,18 @@ def lost_cells(rule: Mapping[str, Any]) -> list[str]:
     return ["-" if rule[key] is None else f"{100 * rule[key]:.1f}" for key in ("regret", "se")]
 
 
-def _table(summary: Mapping[str, Any]) -> "Table":
+def _table(summary: Mapping[str, Any]) -> Table:
     """Returns the table of a read: a line per row, a column per set, and the interval of the objective."""
-    from rich.table import Column
-
-    from carft_ray import console
-
     columns = {name: "ID test" if name == "id_test" else name for name in summary["sets"]}
     if summary["ood_mean_over"]:
         columns["ood_mean"] = "OOD mean"
     columns["objective"] = "objective"
     lines = []
     for row in summary["rows"]:
-        found = row["test"]
-        low, high = found["objective"]["interval"]
-        cells = [f"{row['alpha']:.2f}", str(row["num_seeds"] or "-")]
-        cells += [console.percent(found[name]["mean"]) for name in columns]
-        cells.append(f"[{console.percent(low)}, {console.percent(high)}]")
-        lines.append([row["name"], *cells, row["role"]])
+        low, high = map(console.percent, row["test"]["objective"]["interval"])
+        means = [console.percent(row["test"][name]["mean"]) for name in columns]
+        seeds = str(row["num_seeds"] or "-")
+        lines.append([row["name"], f"{row['alpha']:.2f}", seeds, *means, f"[{low}, {high}]", row["role"]])
     titles = [*console.numbers("alpha", "seeds", *columns.values()), *console.numbers("95 % of it", no_wrap=True)]
     winners = [index for index, row in enumerate(summary["rows"]) if row["role"] == "winner"]
     return console.table(["test accuracy, %", *titles, Column("", no_wrap=True)], lines, winners)

@@ -1,7 +1,6 @@
 """The cache of images and heads: what is in it, filling it ahead, clearing it."""
 
 import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,46 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, RecipeArgument, SetOption, begin_line, data_app, load, quoted
+from carft_ray import console
+from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
 CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Folder of the cache (data.cache_dir of recipes); without it the user's own."),
+    Path | None, typer.Option(help="Folder of the cache (data.cache_dir); default: the user's own.")
 ]
 
 
-@data_app.command("ls", epilog="Example:  carft-ray data ls")
-def data_ls(cache: CacheOption = None, json_: JsonOption = False, debug: DebugOption = False) -> None:
+@common.command("data ls", to=common.data_app)
+def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
     """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
-    from carft_ray import console
     from carft_ray.data.caching.cache import list_entries, notes
 
     folder = _folder(cache)
     entries, others = list_entries(folder), notes(folder)
-    total = sum(entry.num_bytes for entry in entries)
-    if json_:
-        rows = [dataclasses.asdict(entry) for entry in entries]
-        also = {"num_files": len(others), "num_bytes": sum(others.values())}
-        console.print_json({"cache": str(folder), "entries": rows, "num_bytes": total, "notes": also})
+    total, of_notes = sum(entry.num_bytes for entry in entries), sum(others.values())
+    found = {"cache": str(folder), "entries": [dataclasses.asdict(entry) for entry in entries], "num_bytes": total}
+    if console.print_json({**found, "notes": {"num_files": len(others), "num_bytes": of_notes}}, json_):
         return
     if entries:
-        console.out.print(console.cache_table([vars(entry) for entry in entries]))
-    more = f", and {console.size_text(sum(others.values()))} of notes about images" if others else ""
+        console.out.print(console.cache_table(entries))
+    more = f", and {console.size_text(of_notes)} of notes about images" if others else ""
     console.say(f"{folder}: {counted(len(entries), 'entry')}, {console.size_text(total)}{more}.")
     if entries:
-        console.next_step(f"carft-ray data clean --older-than 30d{_option(cache)}")
+        console.next_step(common.command_line("data", "clean", older_than="30d", cache=cache))
     else:
         console.next_step("carft-ray data add search_spaces/quickstart.yaml")
 
 
-@data_app.command("add", epilog="Example:  carft-ray data add search_spaces/quickstart.yaml")
-def data_add(
-    recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, debug: DebugOption = False
-) -> None:
+@common.command("data add search_spaces/quickstart.yaml", to=common.data_app)
+def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
-    from carft_ray import console
     from carft_ray.data.caching.cache import list_entries
     from carft_ray.data.caching.decoded import DecodedSource
     from carft_ray.data.caching.packed import PackedSource
@@ -57,13 +50,13 @@ def data_add(
     from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.shared_inputs import load_shared_inputs
 
-    value = load(recipe, set_)
+    value = common.load(recipe, set_)
     folder = cache_dir(value)
     shared = find_shared(value, folder, console.say)
     for line in shared_lines(shared):
         console.say(line)
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
-    with console.counting_several() as begin:
+    with console.counting() as begin:
 
         def on_image(name: str, done: int, total: int) -> None:
             if not done:
@@ -80,43 +73,39 @@ def data_add(
         for name, number in inputs.num_images.items()
     ]
     total = sum(entry.num_bytes for entry in list_entries(folder))
-    if json_:
-        console.print_json({"cache": str(folder), "sets": sets, "num_bytes": total})
+    if console.print_json({"cache": str(folder), "sets": sets, "num_bytes": total}, json_):
         return
     for each in sets:
-        console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {_state(each)}")
+        state = f"{each['kind']}, {'built' if each['built'] else 'was there'}"
+        state = "read from their files (data.pack)" if each["kind"] == "files" else state
+        console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {state}")
     console.say(f"{folder} holds {console.size_text(total)} now.")
     console.next_step(
-        begin_line(value, quoted(recipe, set_)),
-        f"carft-ray data ls{'' if value.data.cache_dir is None else f' --cache {shlex.quote(str(folder))}'}",
+        common.begin_line(value, recipe, set=set_),
+        common.command_line("data", "ls", cache=None if value.data.cache_dir is None else folder),
     )
 
 
-@data_app.command("clean", epilog="Example:  carft-ray data clean --older-than 30d")
+@common.command("data clean --older-than 30d", to=common.data_app)
 def data_clean(
     all_: Annotated[bool, typer.Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[
-        str | None,
-        typer.Option("--older-than", metavar="TIME", help="Remove what was not used for so long, such as 12h or 30d."),
+        str | None, typer.Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")
     ] = None,
     to_gb: Annotated[
         float | None,
-        typer.Option(
-            "--to-gb", min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."
-        ),
+        typer.Option(min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     cache: CacheOption = None,
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    json_: common.JsonOption = False,
 ) -> None:
-    """Remove sets and heads from the cache, but none in use. What is needed again is built again."""
-    from carft_ray import console
+    """Remove sets and heads from the cache, except those in use. What is needed again is built again."""
     from carft_ray.data.caching.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
 
-    given = [name for name, value in (("--all", all_), ("--older-than", older_than), ("--to-gb", to_gb)) if value]
-    given += ["--to-gb"] if to_gb == 0 else []
+    options = {"--all": all_ or None, "--older-than": older_than or None, "--to-gb": to_gb}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
         rule = "one of --all, --older-than and --to-gb must say what goes"
         raise UsageError(Problem("data clean", rule, " and ".join(given) or "none of them"))
@@ -135,28 +124,34 @@ def data_clean(
     for path in others:
         with writing(path):
             path.unlink(missing_ok=True)
-    num_dead = remove_dead(folder, before)
-    freed = sum(each.num_bytes for each in removed)
-    kept = list_entries(folder)
-    in_use, unknown = (sum(each.in_use is state for each in kept) for state in (True, None))
-    if json_:
-        answer = {"cache": str(folder), "removed": [each.key for each in removed], "num_bytes_freed": freed}
-        left = {"num_kept": len(kept), "num_bytes_kept": sum(each.num_bytes for each in kept), "num_in_use": in_use}
-        left["num_use_unknown"] = unknown
-        console.print_json({**answer, "num_dead_builds": num_dead, **left})
-        return
-    dead = " What killed builds had left is gone too." if num_dead else ""
-    console.say(f"Removed {counted(len(removed), 'entry')}, {console.size_text(freed)}, from {folder}.{dead}")
-    if in_use:
+    num_dead, kept = remove_dead(folder, before), list_entries(folder)
+    answer = {
+        "cache": str(folder),
+        "removed": [each.key for each in removed],
+        "num_bytes_freed": sum(each.num_bytes for each in removed),
+        "num_dead_builds": num_dead,
+        "num_kept": len(kept),
+        "num_bytes_kept": sum(each.num_bytes for each in kept),
+        "num_in_use": sum(each.in_use is True for each in kept),
+        "num_use_unknown": sum(each.in_use is None for each in kept),
+    }
+    if not console.print_json(answer, json_):
+        _show_removed(answer, all_)
+        console.next_step(common.command_line("data", "ls", cache=cache))
+
+
+def _show_removed(answer: Mapping[str, Any], all_: bool) -> None:
+    """Prints what was removed, and what had to stay."""
+    dead = " What killed builds had left is gone too." if answer["num_dead_builds"] else ""
+    what = f"{counted(len(answer['removed']), 'entry')}, {console.size_text(answer['num_bytes_freed'])}"
+    console.say(f"Removed {what}, from {answer['cache']}.{dead}")
+    if answer["num_in_use"]:
+        console.say(f"{counted(answer['num_in_use'], 'entry')} in use{': not removed' if all_ else ''}.")
+    if answer["num_use_unknown"]:
         console.say(
-            f"{counted(in_use, 'entry')} in use: not removed." if all_ else f"{counted(in_use, 'entry')} in use."
+            f"{counted(answer['num_use_unknown'], 'entry')} that may be in use: this disk has no locks, so only "
+            "--older-than removes sets there. Give a time longer than any training."
         )
-    if unknown:
-        console.say(
-            f"{counted(unknown, 'entry')} that may be in use: this disk has no locks, so only --older-than removes "
-            "sets there. Give a time longer than any training."
-        )
-    console.next_step(f"carft-ray data ls{_option(cache)}")
 
 
 def _folder(cache: Path | None) -> Path:
@@ -180,23 +175,11 @@ def _seconds(text: str) -> float:
 
 def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
     """Shows what would go and asks; ends the command where the answer is no."""
-    from carft_ray import console
-
     if json_ or not sys.stdin.isatty():
         rule = "must be given where nobody can be asked"
         raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
-    console.err.print(console.cache_table([vars(each) for each in going]))
+    console.err.print(console.cache_table(going))
     more = f" and {counted(len(others), 'file')} of notes" if others else ""
     if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):
         console.say("Nothing was removed.")
         raise typer.Exit
-
-
-def _option(cache: Path | None) -> str:
-    return "" if cache is None else f" --cache {shlex.quote(str(cache))}"
-
-
-def _state(each: dict[str, Any]) -> str:
-    if each["kind"] == "files":
-        return "read from their files (data.pack)"
-    return f"{each['kind']}, {'built' if each['built'] else 'was there'}"

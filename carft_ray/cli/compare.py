@@ -1,4 +1,4 @@
-"""Doing a training again, and two trainings side by side."""
+"""Two trainings side by side, and a training that is done again."""
 
 import contextlib
 import shlex
@@ -8,17 +8,15 @@ from typing import Annotated
 
 import typer
 
-from carft_ray.cli.common import DebugOption, JsonOption, app
+from carft_ray import console
+from carft_ray.cli import common
 
-PANEL = "Trusting the numbers"  # of the help
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
 
 
-@app.command(epilog="Example:  carft-ray reproduce studies/quickstart t0003", rich_help_panel=PANEL)
+@common.command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A study, or the folder of a training.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
     trial: Annotated[
         str | None,
         typer.Argument(
@@ -26,21 +24,17 @@ def reproduce(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Keep the new training in this folder; must be new or empty.")
-    ] = None,
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    out: Annotated[Path | None, typer.Option(help="Keep the new training in this folder, new or empty.")] = None,
+    json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""
-    from carft_ray import console
     from carft_ray.progress import training_shown
     from carft_ray.results.reading.finished import open_finished
 
     finished = open_finished(folder, trial)
     from carft_ray.results.reproduce import reproduce, shown_changes
 
-    say = (lambda text: None) if json_ else console.say
+    say = console.sayer(not json_)
     with contextlib.ExitStack() as stack:
         out_dir = out
         if out_dir is None:
@@ -48,48 +42,43 @@ def reproduce(
         say(f"reproducing {finished.title}")
         progress, report = stack.enter_context(training_shown(not json_))
         found = reproduce(finished, out_dir, say, progress, report)
-    if json_:
-        console.print_json({**found.data(), "folder": None if out is None else str(out)})
+    console.print_json({**found.data(), "folder": None if out is None else str(out)}, json_)
     if not found.same:
         raise found.error()
     if json_:
         return
-    console.out.print(found.sentence, markup=False, soft_wrap=True)
+    console.show(found.sentence)
     if found.changes:
-        console.say("And that although the manifest says otherwise than it is now:")
+        console.say("The manifest differs from this code and machine nevertheless:")
         console.say("\n".join(f"  {line}" for line in shown_changes(found.changes)))
-    quoted, name = shlex.quote(str(folder)), shlex.quote(f"{folder}:{finished.name}" if finished.name else str(folder))
+    name = f"{folder}:{finished.name}" if finished.name else folder
     if out is not None:
-        console.next_step(f"carft-ray compare {name} {shlex.quote(str(out))}")
+        console.next_step(common.command_line("compare", name, out))
     elif finished.name:
-        console.next_step(f"carft-ray compare {name} {shlex.quote(f'{folder}:zero_shot')}", f"carft-ray ls {quoted}")
+        console.next_step(
+            common.command_line("compare", name, f"{folder}:zero_shot"), common.command_line("ls", folder)
+        )
     else:
-        console.next_step(f"carft-ray evaluate {quoted}")
+        console.next_step(common.command_line("evaluate", folder))
 
 
-@app.command(epilog="Example:  carft-ray compare studies/quickstart:t0003 studies/quickstart:7", rich_help_panel=PANEL)
+@common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST)
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=TARGET, show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help=TARGET, show_default=False)],
-    json_: JsonOption = False,
-    debug: DebugOption = False,
+    json_: common.JsonOption = False,
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""
-    from carft_ray import console
     from carft_ray.results.diff import compare
 
     found = compare(a, b)
-    if json_:
-        console.print_json(found)
+    if console.print_json(found, json_):
         return
     for key, title, none in (
         ("recipe", "Recipes differ in", "The recipes are the same."),
         ("origin", "Data, code and machines differ in", "Data, code, versions and machines are the same."),
     ):
-        if found[key]:
-            console.out.print(console.differing_table(title, found[key]))
-        else:
-            console.out.print(none)
+        console.out.print(console.differing_table(title, found[key]) if found[key] else none)
         console.out.print()
     console.out.print(console.comparison_table(found))
     console.say("\n" + (f"Difference A - B in points, paired, 95 % {found['words']}." if found["words"] else ""))

@@ -1,0 +1,98 @@
+"""What a study's best is worth, from what is stored: a report, and another objective. Nothing is locked or written."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carft_ray import console
+from carft_ray.cli import common
+from carft_ray.cli.test import lost_cells, regret_table
+from carft_ray.words import counted
+
+
+@common.command("report studies/quickstart", common.TRUST)
+def report(
+    study: common.StudyArgument,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
+        ),
+    ] = None,
+    details: common.DetailsOption = False,
+    json_: common.JsonOption = False,
+) -> None:
+    """Show what the best trial is worth: corrected for the choice, other rules, baselines. No test set is read."""
+    from carft_ray.results.reading import overview
+    from carft_ray.results.report import study_report
+
+    answer = study_report(overview.read_study(study), reference)
+    if console.print_json(answer, json_):
+        return
+    for line in answer["lines" if details else "brief"]:
+        console.show(line)
+    if answer["rules"]:
+        console.show("\nRules of selection, each judged on an OOD validation set that it did not see:")
+        rows = [[rule["rule"], *lost_cells(rule), rule["note"]] for rule in answer["rules"]]
+        titles = console.numbers("regret, points", "standard error")
+        console.out.print(console.table(["rule", *titles, ""], rows))
+        console.show(
+            "Regret: what the pick of a rule loses to the best pick there; the rule with the smallest is the best. "
+            "That best pick is noisy itself, so all regrets are too high alike."
+        )
+    if answer["analysis"]:
+        console.show("\n" + "\n".join(answer["analysis"]["lines"]))
+        console.out.print(regret_table(answer["analysis"]["rules"]))
+    common.suggest(study, "report")
+
+
+@common.command("rescore studies/quickstart --objective worst_domain", common.TRUST)
+def rescore(
+    study: common.StudyArgument,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain; without it that of the recipe."),
+    ] = None,
+    id_weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Weight of ID in weighted_mean; default: the recipe's.")
+    ] = None,
+    sets: Annotated[
+        str | None, typer.Option(metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in.")
+    ] = None,
+    json_: common.JsonOption = False,
+) -> None:
+    """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
+    from carft_ray.layout import FOLDERS, WEIGHTS
+    from carft_ray.results import rescore as rescoring
+    from carft_ray.results.reading import overview
+
+    view = overview.read_study(study)
+    spec = rescoring.asked_objective(view.recipe, objective, id_weight, sets)
+    if id_weight is not None and spec.kind != "weighted_mean":
+        console.warn(f"--id-weight has no effect: {spec.kind} has no weight")
+    answer = rescoring.rescore(view, spec)
+    if console.print_json(answer, json_):
+        return
+    weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""
+    sets_text = ", ".join(spec.ood_sets)
+    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: ID alone counts."
+    if spec.kind == "worst_domain" and spec.ood_sets:
+        ood = f"The lowest accuracy of {sets_text} counts; the column OOD is their mean, and ID does not count."
+    own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
+    console.show(f"Objective: {spec.kind}{weight}{own}. {ood}\n")
+    rows = [*answer["baselines"], *answer["trials"]]
+    console.out.print(console.rescored_table(rows))
+    if any(row["fitted"] or not row["measured"] for row in rows):
+        console.say(f"{console.FITTED}.")
+    if answer["constraints"]:
+        console.say("The study's constraints hold here too; trials that miss them come last.")
+    if answer["unfinished"]:
+        console.say(f"Without a result: {counted(answer['unfinished'], 'more trial')}.")
+    console.say(f"\n{answer['note']}")
+    first, folder = answer["trials"][0], shlex.quote(str(study))
+    steps = [f"carft-ray ls {folder}"]
+    if (view.study_dir / FOLDERS["trial"] / first["name"] / WEIGHTS).exists():  # a study keeps those of its best
+        steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}")
+    console.next_step(*steps)

@@ -1,0 +1,134 @@
+"""One training: check a recipe, train, evaluate, export."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carft_ray import console
+from carft_ray.cli import common
+
+HEADS = ("fine_tuned", "zero_shot")
+
+
+@common.command("validate search_spaces/quickstart.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
+def validate(
+    recipe: common.RecipeArgument,
+    set_: common.SetOption = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the complete resolved recipe.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
+    json_: common.JsonOption = False,
+) -> None:
+    """Check a recipe and its folders; without --deep nothing is loaded or decoded."""
+    from carft_ray.recipe.loading import dump_recipe, recipe_hash
+
+    value = common.load(recipe, set_)
+    if deep:
+        from carft_ray.data.sets import cache_dir
+        from carft_ray.data.shared.shared_images import find_shared, shared_lines
+
+        for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
+            console.say(line)
+    if json_:
+        console.print_json({"valid": True, "recipe_hash": recipe_hash(value), "recipe": value.model_dump(mode="json")})
+    elif show:
+        sys.stdout.write(dump_recipe(value))
+    else:
+        console.say(f"{recipe} is valid.")
+        console.next_step(common.begin_line(value, recipe, set=set_))
+
+
+@common.command("train search_spaces/quickstart.yaml --out runs/first", common.ONE_TRAINING)
+def train(
+    recipe: common.RecipeArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the training.")],
+    set_: common.SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
+    executor: common.ExecutorOption = None,
+    num_workers: common.WorkersOption = None,
+    address: common.AddressOption = None,
+    json_: common.JsonOption = False,
+) -> None:
+    """Fine-tune once and measure the alpha curve on the validation sets."""
+    value = common.load(recipe, set_, executor, num_workers)
+    if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
+        console.warn("--address has no effect: one worker trains in this process")
+    given = {"set": set_, "executor": executor, "num_workers": num_workers, "out": out, "address": address}
+    command = f"{common.command_line('train', recipe, **given)} --resume"
+    from carft_ray.launch.runs.single import train_once
+    from carft_ray.progress import training_shown
+    from carft_ray.results.next_steps import export_folder
+
+    with training_shown(not json_) as (progress, report):
+        say = console.sayer(not json_)
+        result, zero_shot = train_once(value, out, resume, command, say, progress, report, address)
+    if console.print_json({"folder": str(out), "zero_shot": zero_shot, **result}, json_):
+        return
+    rows = {
+        "zero-shot": zero_shot,
+        "fine-tuned, alpha 1": result["fine_tuned"],
+        f"mixed, alpha {result['alpha']:g}": result["metrics"],
+    }
+    console.out.print(console.accuracy_table(rows, result["num_images"]))
+    console.say("Validation sets; alpha was chosen on them. Intervals: over images.")
+    folder = shlex.quote(str(out))
+    console.next_step(
+        f"carft-ray evaluate {folder}",
+        f"carft-ray export {folder} --to {export_folder(value.name)}",
+        f"tensorboard --logdir {folder}",
+    )
+
+
+@common.command("evaluate runs/first --alpha 0.5", common.ONE_TRAINING)
+def evaluate(
+    folder: common.TrainedArgument,
+    alpha: common.AlphaOption = None,
+    trial: common.TrialOption = None,
+    head: Annotated[str, typer.Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = HEADS[0],
+    json_: common.JsonOption = False,
+) -> None:
+    """Measure a trained model on id_val and ood_val again, at any alpha."""
+    common.require_choice("--head", "must be the name of a head", head, HEADS)
+    from carft_ray.results.next_steps import export_folder
+    from carft_ray.results.reading.trained import evaluate_by_set, open_trained
+
+    trained = open_trained(folder, trial)
+    used = trained.result["alpha"] if alpha is None else alpha
+    metrics, by_set = evaluate_by_set(trained, used, head == "zero_shot")
+    found = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
+    if console.print_json(found, json_):
+        return
+    rows = {f"{trained.name}, alpha {used:g}": metrics}
+    console.out.print(console.accuracy_table(rows, trained.result["num_images"]))
+    console.out.print()
+    console.out.print(console.set_table(by_set))
+    line = common.command_line("export", folder, trial=trial)
+    console.next_step(f"{line} --to {export_folder(trained.recipe.name)} --alpha {used:g}")
+
+
+@common.command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
+def export(
+    folder: common.TrainedArgument,
+    to: Annotated[Path, typer.Option(help="Folder of the export; must be new or empty.")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; or A,B."),
+    ] = None,
+    alpha: common.AlphaOption = None,
+    trial: common.TrialOption = None,
+    json_: common.JsonOption = False,
+) -> None:
+    """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
+    from carft_ray.results.exports.export import export_model, parse_formats
+    from carft_ray.results.reading.trained import open_trained
+
+    formats = parse_formats(format_ or ())
+    exported = export_model(open_trained(folder, trial), to, alpha, formats)
+    if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
+        return
+    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")
+    for name, difference in exported.formats.items():
+        console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
+    console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")

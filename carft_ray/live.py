@@ -1,0 +1,304 @@
+"""A search as a live table on a terminal: the best trials, those that ended last, what runs, and how far it is."""
+
+import heapq
+import itertools
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from carft_ray import console, files
+from carft_ray.words import counted
+
+if TYPE_CHECKING:
+    from carft_ray.launch.events import Event, Started, Stopping
+    from carft_ray.results.reading.overview import Overview
+    from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+
+NUM_BEST = 5  # rows of the best trials in the live table
+NUM_LATEST = 3  # and of those that ended last, where they fit
+BAR_WIDTH = 40
+SEEN_FOR_A_RANGE = 3  # trainings that must have ended before the rest of the time has a range
+IN_RANGE = 1.28  # standard deviations on either side hold 80 %
+
+
+def counted_trainings(number: int, kind: "Kind") -> str:
+    """Returns a number with what a search or a confirm counts."""
+    return counted(number, "trial") if kind == "trial" else f"{counted(number, 'training')} with fresh seeds"
+
+
+def stopping_text(event: "Stopping") -> str:
+    """Returns why a search stops, and what it waits for."""
+    why = f" ({event.reason})" if event.reason else ""
+    saving = f"; saving checkpoints of {counted(event.num_running, 'training')}" if event.num_running else ""
+    return f"stopping{why}{saving}"
+
+
+@dataclass
+class _Running:
+    spec: "TrialSpec"
+    began: float
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
+
+
+class SearchView:
+    """A search as a table: the best trials, those that ended last, what runs, a bar, and a line that counts. It keeps
+    to the height of the terminal. Rich renders it again and again from a thread of its own, while events come in.
+
+    Args:
+        num_epochs: Epochs of a training whose values do not say otherwise.
+        earlier: Rows that the study has already.
+        clock: Seconds.
+        kind: What is counted.
+    """
+
+    def __init__(
+        self,
+        num_epochs: int,
+        earlier: Sequence["TrialRow"] = (),
+        clock: Callable[[], float] = time.monotonic,
+        kind: "Kind" = "trial",
+    ) -> None:
+        self._num_epochs = num_epochs
+        self._kind = kind
+        self._clock = clock
+        self._began = clock()
+        self._lock = threading.Lock()
+        self._phase = "starting Ray"
+        self._started: Started | None = None
+        self._running: dict[tuple[str, str], _Running] = {}
+        self._rows = {(row.kind, row.name): row for row in earlier if row.outcome != "running"}
+        self._best = ""  # name of the best trial, as the search has reported it
+        self._seconds: list[float] = []  # of the trainings that ended in this search
+
+    @classmethod
+    def of(cls, overview: "Overview", clock: Callable[[], float] = time.time) -> "SearchView":
+        """Returns a study as another process sees it on disk.
+
+        Args:
+            overview: The study.
+            clock: Seconds since 1970.
+        """
+        from carft_ray.launch.events import Started
+        from carft_ray.layout import METRICS
+        from carft_ray.recipe.spaces.grid import num_trials
+        from carft_ray.results.reading.overview import alive_since, folder_of, search_began
+        from carft_ray.study.outcome import TrialSpec
+        from carft_ray.study.rows import ZERO_SHOT
+
+        view = cls(overview.recipe.train.epochs, overview.rows, clock)
+        view._began = search_began(overview.study_dir) or clock()
+        for row in overview.rows:
+            if overview.state(row) == "running":
+                spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
+                lines = files.read_json_lines(folder_of(overview.study_dir, row) / METRICS)
+                began = alive_since(overview.study_dir, row) or clock()
+                view._running[row.kind, row.name] = _Running(spec, began, lines[-1] if lines else {})
+            elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):
+                view._seconds.append(seconds)
+        view._phase = "" if overview.holder else "no search runs"
+        view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
+        view._best = "" if overview.best is None else overview.best.name
+        num_running = max(1, len(view._running))
+        view._started = Started(num_trials(overview.recipe), overview.num_finished, num_running, "")
+        return view
+
+    def line(self) -> str:
+        """Returns counts, the best trial and times, for where there is no terminal."""
+        with self._lock:
+            best = self._ranked(1)
+            found = [f"best {console.percent(best[0].objective or 0.0)} % ({best[0].name})"] if best else []
+            return " · ".join([*self._pieces(), *found])
+
+    def update(self, event: "Event") -> str | None:
+        """Records an event.
+
+        Returns:
+            A line to show above the table, for what must not be overlooked.
+        """
+        from carft_ray.launch import events
+
+        with self._lock:
+            match event:
+                case events.Note():
+                    return f"warning: {event.text}"
+                case events.Preparing():
+                    self._phase = event.what
+                case events.Started():
+                    self._started, self._phase = event, ""
+                case events.ConcurrencyChanged() if self._started is not None:
+                    self._started = replace(self._started, concurrency=event.concurrency, reason=event.reason)
+                case events.TrialStarted():
+                    self._running[event.spec.kind, event.spec.name] = _Running(event.spec, self._clock())
+                case events.TrialEpoch():
+                    if (found := self._running.get((event.spec.kind, event.spec.name))) is not None:
+                        found.metrics = event.metrics
+                case events.Stopping():
+                    self._phase = stopping_text(event)
+                case events.TrialSetAside():
+                    self._running.pop((event.spec.kind, event.spec.name), None)
+                    return f"{event.spec.name}: set aside, {event.reason}"
+                case events.BaselineFinished():
+                    return self._end(event.row)
+                case events.TrialFinished():
+                    self._best = event.best or self._best
+                    return self._end(event.row)
+            return None
+
+    def _end(self, row: "TrialRow") -> str | None:
+        key = (row.kind, row.name)
+        ran = self._running.pop(key, None)
+        if ran is not None:
+            self._seconds.append(self._clock() - ran.began)
+        self._rows.pop(key, None)  # the latest stands last
+        self._rows[key] = row
+        return None if row.outcome in ("complete", "pruned") else f"{row.name}: {row.outcome}, {row.reason}"
+
+    def __rich_console__(self, console_: Console, options: ConsoleOptions) -> RenderResult:
+        with self._lock:
+            parts = Group(*self._parts(options.max_width, console_.size.height, console_.encoding.startswith("utf")))
+        # the console of messages lets long lines run on; a table must keep to the terminal
+        yield from console_.render(parts, options.update(no_wrap=True, overflow="ellipsis"))
+
+    def _parts(self, width: int, height: int, can_star: bool) -> Iterator[Table | Text]:
+        space = max(3, height - 9)  # lines but for header, notes, bar, last lines, and one above
+        baselines = [row for row in self._rows.values() if row.kind == "baseline"][: space // 4]
+        best = self._ranked(min(NUM_BEST, max(1, space // 3)))
+        running = list(self._running.values())
+        shown = running[: max(1, space - len(baselines) - len(best))]
+        left = min(NUM_LATEST, space - len(baselines) - len(best) - len(shown))
+        ended = (row for row in reversed(self._rows.values()) if row.kind == self._kind and row not in best)
+        latest = list(itertools.islice(ended, max(0, left)))
+        if baselines or best or shown:
+            star = ("★" if can_star else "*") if self._ranks else " "
+            lines = [_line(row, " ") for row in baselines]
+            lines += [_line(row, " " if index else star) for index, row in enumerate(best)]
+            lines += [_line(row, "…" if can_star else " ") for row in latest]
+            lines += [self._running_line(each) for each in shown]
+            yield _fitting_table(lines, width)
+        if any(row.fitted for row in (*baselines, *best, *latest)):
+            yield Text(f"  {console.FITTED}", style="dim")
+        if len(running) > len(shown):
+            yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
+        if any("subset/id_accuracy" in each.metrics for each in shown):
+            yield Text("  of running trials: on a subset, at the best of a few alphas", style="dim")
+        is_low = height < 12
+        if self._started is not None and not is_low:
+            yield self._bar(self._started.num_trials, min(width - 8, BAR_WIDTH), can_star)
+        last = " · ".join(self._pieces())
+        yield Text(last, style="bold", no_wrap=is_low, overflow="ellipsis" if is_low else "fold")
+
+    def _running_line(self, running: _Running) -> "_Line":
+        spec, metrics = running.spec, running.metrics
+        epoch = f"{metrics.get('epoch', 0):.0f}/{spec.values.get('epochs', self._num_epochs)}"
+        names = ("id_accuracy", "ood_accuracy", "objective")
+        accuracies = [console.objective_cell(metrics.get(f"subset/{name}")) for name in names]
+        elapsed = console.duration(self._clock() - running.began)
+        return _Line(f"  {spec.name}", spec.values, [epoch, *accuracies, elapsed], "cyan")
+
+    @property
+    def _ranks(self) -> bool:
+        return self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
+
+    def _ranked(self, number: int) -> list["TrialRow"]:
+        """Returns the first trials from the best down; trainings of a confirm from the latest back."""
+        from carft_ray.study.rows import rank
+
+        return heapq.nsmallest(
+            number,
+            (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
+            key=lambda row: (row.name != self._best, *rank(row)) if self._ranks else (-row.number,),
+        )  # the search names the best: of a front, one row does not show it
+
+    def _bar(self, num_trials: int, width: int, can_draw: bool) -> Text:
+        ended = sum(row.kind == self._kind for row in self._rows.values())
+        share = min(1.0, ended / max(1, num_trials))
+        full = int(share * width)
+        dash, rest = ("━", "─") if can_draw else ("#", "-")
+        return Text.assemble((dash * full, "green"), (rest * (width - full), "dim"), f" {100 * share:.0f} %")
+
+    def _pieces(self) -> list[str]:
+        trials = [row for row in self._rows.values() if row.kind == self._kind]
+        pruned = sum(row.outcome == "pruned" for row in trials)
+        failed = sum(row.objective is None for row in trials) - pruned
+        pieces = [f"{console.duration(self._clock() - self._began)} elapsed"]
+        if (started := self._started) is not None:
+            count = f"{len(trials)} of {counted_trainings(started.num_trials, self._kind)} finished"
+            count += "".join(f", {n} of them {what}" for what, n in (("pruned", pruned), ("failed", failed)) if n)
+            at_a_time = f"{started.concurrency} at a time ({started.reason})"
+            pieces = [count, at_a_time if started.reason else f"{len(self._running)} running", *pieces]
+            left = self._seconds_left(started.num_trials - len(trials))
+            if left is not None and not self._phase:
+                spread = self._spread(started.num_trials - len(trials))
+                between = f"{console.duration(max(0.0, left - spread))} to {console.duration(left + spread)}"
+                pieces.append(f"about {console.duration(left)} left" + (f" ({between})" if spread >= 1 else ""))
+        return [self._phase, *pieces] if self._phase else pieces
+
+    def _spread(self, num_left: int) -> float:
+        """Returns half the width of the range of the rest that holds 80 %, 0 before enough has been seen.
+
+        The sum of k further trainings, with the mean of n as its forecast, has the standard error sd sqrt(k + k^2 / n).
+        """
+        seen = len(self._seconds)
+        if self._started is None or seen < SEEN_FOR_A_RANGE or num_left <= 0:
+            return 0.0
+        of_sum = statistics.stdev(self._seconds) * math.sqrt(num_left + num_left**2 / seen)
+        return IN_RANGE * of_sum / self._started.concurrency
+
+    def _seconds_left(self, num_left: int) -> float | None:
+        """Estimates the rest from the trainings that ended in this search; None before the first has."""
+        if self._started is None or not self._seconds:
+            return None
+        each = sum(self._seconds) / len(self._seconds)
+        running = [max(each - (self._clock() - ran.began), 0.0) for ran in self._running.values()]
+        num_running = sum(ran.spec.kind == self._kind for ran in self._running.values())
+        waiting = each * max(num_left - num_running, 0)
+        return max((sum(running) + waiting) / self._started.concurrency, max(running, default=0.0))
+
+
+class _Line(NamedTuple):
+    """A row of the live table.
+
+    Attributes:
+        name: With the mark of the best.
+        values: Hyperparameters.
+        cells: Epoch, ID, OOD, objective (``~``: of the fitted curve), time.
+        style: Of Rich.
+    """
+
+    name: str
+    values: dict[str, Any]
+    cells: list[str]
+    style: str
+
+
+def _line(row: "TrialRow", mark: str) -> _Line:
+    accuracies = [console.objective_cell(row.metrics.get(name)) for name in ("id_accuracy", "ood_accuracy")]
+    objective = console.objective_cell(row.objective, row.fitted)
+    style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
+    ended = "" if row.outcome in ("complete", "running") else row.outcome
+    cells = [ended, *accuracies, objective, console.elapsed_cell(row.elapsed_s)]
+    return _Line(f"{mark} {row.name}", row.values, cells, style)
+
+
+def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
+    """Returns the table of these rows; hyperparameters that do not fit are left out, the last ones first."""
+    names = list(dict.fromkeys(name for line in lines for name in line.values if name != "alpha"))
+    columns = {"": [line.name for line in lines]}
+    columns |= {name: [console.value_text(line.values.get(name, "")) for line in lines] for name in names}
+    for index, name in enumerate(("epoch", "ID, %", "OOD, %", "objective, %", "time")):
+        columns[name] = [line.cells[index] for line in lines]
+    while names and sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) > width:
+        del columns[names.pop()]
+    made = console.table([*console.numbers(*columns, no_wrap=True)], [])
+    made.columns[0].justify = "left"
+    for line, *cells in zip(lines, *columns.values(), strict=True):
+        made.add_row(*cells, style=line.style)
+    return made
