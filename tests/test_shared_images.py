@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
-from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource, sample_id
+from carft_ray.data.readers import excluded_ids
 from carft_ray.data.sets import check_sets, open_source
 from carft_ray.data.shared import overlap
 from carft_ray.data.shared.shared_images import (

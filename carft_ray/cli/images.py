@@ -50,8 +50,8 @@ def data_add(
 ) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
     from carft_ray import console
+    from carft_ray.data.caching.arrays import DecodedSource
     from carft_ray.data.caching.cache import list_entries
-    from carft_ray.data.caching.decoded import DecodedSource
     from carft_ray.data.caching.packed import PackedSource
     from carft_ray.data.sets import cache_dir
     from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared

@@ -7,7 +7,7 @@ that read one. All else is the same for every kind of set and stands here: ids, 
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -346,6 +346,11 @@ def first_repeat(names: Sequence[str]) -> tuple[int, int] | None:
 def normal(name: str) -> str:
     """Returns a name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def and_more(wrong: Sized) -> str:
+    """Returns how many others there are of what is wrong, behind the one that a message names."""
+    return f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
 
 
 def _some(names: Sequence[str]) -> str:

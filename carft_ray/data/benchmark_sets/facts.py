@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter
 
 from carft_ray.errors import DataError, Problem, nearest
 
@@ -24,14 +26,10 @@ class Source:
     Attributes:
         repo: ``owner/name`` of the repository or data set, or the number of a paper.
         path: File in it, ``issues/NUMBER``, or a table.
-        version: Commit, or package with its release; empty where neither exists.
-        note: What the source says, where that is not the whole item.
     """
 
     repo: str
     path: str
-    version: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Provenance:
     sources: tuple[Source, ...]
     sha256: str
     sure: bool
-    note: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Facts:
     within: str | None
     groups: tuple[tuple[int, ...], ...] | None
     domains: tuple[str, ...] | None
-    counts: Mapping[str, int]
+    counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
     templates: tuple[str, ...] | None
     table: Mapping[str, Any] | None
     licence_note: str
@@ -88,6 +86,9 @@ class Facts:
     def is_sure(self, item: str) -> bool:
         """Tells whether two independent sources agree on an item; False for one that is not given."""
         return any(p.sure for p in self.provenance if p.item == item)
+
+
+_FACTS = TypeAdapter(Facts)
 
 
 @functools.cache
@@ -106,27 +107,12 @@ def load_facts(name: str) -> Facts:
     if name not in fact_names():
         rule = "must be a benchmark whose facts are known"
         raise DataError(Problem("", rule, repr(name), fact_names(), nearest(name, fact_names())))
-    read = read_file(name)
-    return Facts(
-        name=read["name"],
-        title=read["title"],
-        classes=tuple(read["classes"]),
-        words=_tuple(read["words"]),
-        within=read["within"],
-        groups=None if read["groups"] is None else tuple(map(tuple, read["groups"])),
-        domains=_tuple(read["domains"]),
-        counts=MappingProxyType(read["counts"]),
-        templates=_tuple(read["templates"]),
-        table=None if read["table"] is None else MappingProxyType(read["table"]),
-        licence_note=read["licence_note"],
-        provenance=tuple(map(_provenance, read["provenance"])),
-    )
+    return _FACTS.validate_python(read_file(name))
 
 
 def read_file(name: str) -> dict[str, Any]:
     """Returns the file of a set as it stands."""
-    read: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return read
+    return dict(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def label_groups(facts: Facts) -> tuple[tuple[int, ...], ...] | None:
@@ -152,14 +138,3 @@ def prompt_words(facts: Facts) -> tuple[str, ...]:
         return tuple(name.replace("_", " ") for name in facts.classes)
     words = prompt_words(load_facts(facts.within))
     return tuple(words[group[0]] for group in groups)
-
-
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values)
-
-
-def _provenance(read: dict[str, Any]) -> Provenance:
-    sources = tuple(
-        Source(s["repo"], s["path"], s.get("commit", s.get("release", "")), s.get("note", "")) for s in read["sources"]
-    )
-    return Provenance(read["item"], sources, read["sha256"], read["sure"], read.get("note", ""))

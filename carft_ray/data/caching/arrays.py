@@ -19,7 +19,7 @@ from PIL import Image
 from carft_ray.data.caching import cache
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
-from carft_ray.data.source import ImageSet, PixelArray, Source
+from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import fsync_file
 
@@ -73,6 +73,35 @@ def image_set(
 
     parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
     return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
+
+
+class DecodedSource(DerivedSource):
+    """A training set whose images, all of one size, are drawn or decoded into the cache once and then only read.
+
+    Args:
+        source: The images.
+        cache_dir: Folder of the cache.
+        on_image: As for ``image_set``.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+
+    Raises:
+        DataError: An image cannot be read, or sizes differ.
+        StorageError: The set cannot be written.
+    """
+
+    def __init__(
+        self, source: Source, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
+    ) -> None:
+        super().__init__(source)
+        self._images_NHWC = image_set(source, None, "as-is", cache_dir, on_image, limit_gb).images_NHWC
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
+        return np.asarray(self._images_NHWC[index])
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of image ``index``."""
+        return self.pixels(index).tobytes()
 
 
 def waiting(source: Source, on_image: OnImage | None) -> Callable[[], None] | None:

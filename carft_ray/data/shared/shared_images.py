@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.readers import excluded_ids
 from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, plain_place
 from carft_ray.data.shared.overlap import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.errors import HoldOutError, Problem, StorageError

@@ -220,7 +220,7 @@ def snow(
     flakes = fields.zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
     flakes = fields.smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
-    whitened = np.maximum(x, (x @ _LUMA)[..., None] * 1.5 + 0.5)
+    whitened: Floats = np.maximum(x, (x @ _LUMA)[..., None] * 1.5 + 0.5)
     return mix * x + (1 - mix) * whitened + flakes + flakes[::-1, ::-1]
 
 
