@@ -74,7 +74,8 @@ def data_add(
 
         inputs = load_shared_inputs(without_shared(value, shared), on_image)
     kinds = dict.fromkeys(inputs.num_images, "decoded")
-    kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(inputs.train), "files")
+    kept_as: dict[type, str] = {DecodedSource: "decoded", PackedSource: "packed"}
+    kinds["train"] = kept_as.get(type(inputs.train), "files")
     sets: list[dict[str, Any]] = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
         for name, number in inputs.num_images.items()

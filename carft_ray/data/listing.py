@@ -334,15 +334,6 @@ def sample_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(_encoded(normal(name))).digest()[:8], "little")
 
 
-def first_repeat(names: Sequence[str]) -> tuple[int, int] | None:
-    """Returns the positions of the first name that repeats an earlier one, and of that; None where all differ."""
-    first: dict[str, int] = {}
-    for index, name in enumerate(map(normal, names)):
-        if first.setdefault(name, index) != index:
-            return first[name], index
-    return None
-
-
 def normal(name: str) -> str:
     """Returns a name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)

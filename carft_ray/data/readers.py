@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ READERS: dict[type[StoredSet], Reader] = {
     ),
     TableSet: _of_files(
         tables.table_files,
-        tables.list_table,
+        tables.list_rows,
         tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,
@@ -121,7 +122,7 @@ READERS: dict[type[StoredSet], Reader] = {
     ),
     HuggingFaceSet: _of_files(
         huggingface.data_files,
-        huggingface.list_data_files,
+        partial(tables.list_rows, kind=huggingface.KIND),
         tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, TypeAdapter
+from typing import Any
 
 from carft_ray.errors import DataError, Problem, nearest
 
@@ -77,7 +75,7 @@ class Facts:
     within: str | None
     groups: tuple[tuple[int, ...], ...] | None
     domains: tuple[str, ...] | None
-    counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
+    counts: Mapping[str, int]
     templates: tuple[str, ...] | None
     table: Mapping[str, Any] | None
     licence_note: str
@@ -86,9 +84,6 @@ class Facts:
     def is_sure(self, item: str) -> bool:
         """Tells whether two independent sources agree on an item; False for one that is not given."""
         return any(p.sure for p in self.provenance if p.item == item)
-
-
-_FACTS = TypeAdapter(Facts)
 
 
 @functools.cache
@@ -107,7 +102,17 @@ def load_facts(name: str) -> Facts:
     if name not in fact_names():
         rule = "must be a benchmark whose facts are known"
         raise DataError(Problem("", rule, repr(name), fact_names(), nearest(name, fact_names())))
-    return _FACTS.validate_python(read_file(name))
+    read = read_file(name)
+    tuples = {key: read[key] and tuple(read[key]) for key in ("classes", "words", "domains", "templates")}
+    groups = read["groups"] and tuple(map(tuple, read["groups"]))
+    provenance = tuple(map(_provenance, read["provenance"]))
+    counts = MappingProxyType(read["counts"])
+    return Facts(**{**read, **tuples, "groups": groups, "counts": counts, "provenance": provenance})
+
+
+def _provenance(read: dict[str, Any]) -> Provenance:
+    sources = tuple(Source(source["repo"], source["path"]) for source in read["sources"])
+    return Provenance(**{**read, "sources": sources})
 
 
 def read_file(name: str) -> dict[str, Any]:

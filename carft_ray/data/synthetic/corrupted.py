@@ -29,7 +29,8 @@ class CorruptedSource(DerivedSource):
 
     def __init__(self, images: Source, spec: CorruptedSet) -> None:
         super().__init__(images)
-        self.corruptions, self._spec = tuple(sorted(spec.corruptions or FIFTEEN)), spec
+        self._spec = spec
+        self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or FIFTEEN))
         shown = f"{','.join(self.corruptions)}/{spec.severity}/{spec.seed}/{spec.size}"
         self._key = f"corrupted-{CORRUPTION_VERSION}/{shown}"
         self.fingerprint = f"{self._key}/{images.fingerprint}"
