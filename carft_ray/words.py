@@ -33,14 +33,16 @@ def told_time_left(
         what: What is done.
         clock: Seconds.
     """
-    began = clock()
+    began, before = clock(), 0  # before: done when it began, where work that was cut off is resumed
     next_at = began + FIRST_AFTER_S
 
     def on_progress(done: int, total: int) -> None:
-        nonlocal next_at
+        nonlocal began, before, next_at
         now = clock()
-        if now >= next_at and done < total:
-            left_s = (now - began) * (total - done) / done
+        if not before:
+            began, before = now, done
+        if now >= next_at and before < done < total:
+            left_s = (now - began) * (total - done) / (done - before)
             say(f"{what}: {done:,} of {total:,}, about {left_s:.0f} s left")
             next_at = now + THEN_EVERY_S
 

@@ -67,8 +67,7 @@ def init(
             raise UsageError(Problem("--preset", "must be a preset", repr(preset), tuple(presets()), near))
         text = preset_text(preset, hold_out)
     else:
-        from carft_ray.data.draft import choose_roles, draft, set_name
-        from carft_ray.data.survey import survey
+        from carft_ray.data.draft import choose_roles, draft, set_name, survey
 
         root = from_ or Path()
         found = survey(root)

@@ -34,7 +34,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
@@ -140,15 +140,12 @@ def records(
     """
     whole = selection(source) if isinstance(source, StoredSource) else source
     path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole)])}.arrow"
-    table = _opened(path, len(whole))
-    if table is None:
-        with lock(path.with_suffix(".lock")) as alone:
-            if alone:
-                for left in path.parent.glob(f".{path.stem}.*.tmp"):
-                    left.unlink(missing_ok=True)  # of a process that was killed
-            table = _opened(path, len(whole))
-            if table is None:
-                table = _read(whole, path, is_test, on_progress)
+    table = made_once(
+        path,
+        path.with_suffix(".lock"),
+        lambda path: _opened(path, len(whole)),
+        lambda: _read(whole, path, is_test, on_progress),
+    )
     kept = None
     if isinstance(source, StoredSource) and isinstance(whole, StoredSource) and len(source) < len(whole):
         kept = np.searchsorted(whole.rows, source.rows)
@@ -227,8 +224,7 @@ def _inside(pixels: PixelArray) -> PixelArray:
     rows, columns = fine.shape[:2]
     inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
     small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
-    view: PixelArray = _means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0]
-    return view
+    return np.asarray(_means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0])
 
 
 def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[PixelArray, tuple[float, float]]:
@@ -271,8 +267,7 @@ def _means(
     for some in (slice(first, first + TOGETHER) for first in range(0, number, TOGETHER)):
         rows = down @ pixels[some].reshape(-1, 1, height, width * channels).astype(np.float32)
         tiles[some] = across[:, None] @ rows.reshape(-1, len(boxes), SIDE, width, channels)
-    means: PixelArray = (tiles / SHARES**2 + 0.5).astype(np.uint8)
-    return means
+    return np.asarray(tiles / SHARES**2 + 0.5, np.uint8)
 
 
 @lru_cache
@@ -294,8 +289,7 @@ def _shares(length: int, size: float, original: int, spans: tuple[tuple[float, f
     if original * (high - low).min() >= SIDE:  # else some would have no pixel
         edges = np.floor(original * edges + 0.5) / original
     passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
-    shares: npt.NDArray[np.float32] = np.diff(np.rint(SHARES * np.clip(passed, 0, 1))).astype(np.float32)
-    return shares
+    return np.asarray(np.diff(np.rint(SHARES * np.clip(passed, 0, 1))), np.float32)
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -431,5 +425,4 @@ def _column(table: pa.Table, name: str) -> PixelArray:
     if not len(column):
         return np.empty(0, np.uint8)
     width = column.type.bit_width // 8
-    whole: PixelArray = np.frombuffer(column.buffers()[1], np.uint8)
-    return whole[column.offset * width : (column.offset + len(column)) * width]
+    return np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.images import unreadable
 from carft_ray.errors import DataError
 from carft_ray.files import fsync_file, new_file
@@ -82,14 +82,13 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     """
     key = key_of([FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)])
     entry = user_cache_dir() / "index" / f"{key}.arrow"
-    if (found := open_table(entry)) is not None:
-        return found
-    with lock(entry.parent / f"{key[:2]}.lock"):
-        if (found := open_table(entry)) is not None:
-            return found
+
+    def write() -> pa.Table:
         made = make()
         write_table(entry, made)
         return made
+
+    return made_once(entry, entry.parent / f"{key[:2]}.lock", open_table, write)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

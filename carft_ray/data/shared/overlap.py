@@ -27,8 +27,6 @@ Shape letters: N images of a set, M of another, V = 4 views, F = 96 features, K 
 import functools
 import itertools
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,11 +36,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
-from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, OnProgress, Records, identity, records, without_bad_images
+from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, identity, records, without_bad_images
 from carft_ray.data.sets import TEST_ROLES, may_share, open_source, plain_place
 from carft_ray.data.shared.same_picture import LIMIT, Look, look, picture_distance
 from carft_ray.data.source import IntArray, PixelArray, Source
@@ -50,7 +48,7 @@ from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
 from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe, SetSpec, StoredSet, plain
-from carft_ray.words import counted
+from carft_ray.words import told_time_left
 
 FORMAT_VERSION = 3  # rises when other pairs are found in the same records
 INSIDE = len(VIEWS)
@@ -65,7 +63,6 @@ STEP = (
     "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
     "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
-TOLD_EVERY_S = 10.0
 LOOKS_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
@@ -123,7 +120,6 @@ class _Set:
     role: str
     spec: SetSpec
     source: Source
-    key: str
 
 
 def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
@@ -155,14 +151,9 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
     opened = (_open(spec, places[path], str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
-    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.key}" for each in sets)])
+    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {identity(each.source)}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
-    rows = _kept(path)
-    if rows is None:
-        with lock(path.with_suffix(".lock")):
-            rows = _kept(path)
-            if rows is None:
-                rows = _found(sets, path, say)
+    rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))
     return [_pair(sets[a], sets[b], found) for a, b, *found in rows]
 
 
@@ -308,16 +299,13 @@ def _features(thumbnails: PixelArray) -> tuple[_Floats, _Floats]:
 
 
 def _centred(part: _Floats) -> _Floats:
-    centred: _Floats = part - part.mean(1, keepdims=True)
-    return centred
+    return np.asarray(part - part.mean(1, keepdims=True))
 
 
-def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[tuple[Any, ...]]:
+def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[Any]:
     """Compares the sets of different roles, and keeps the pairs where all sets can be read."""
-    for left in path.parent.glob(f".{path.stem}.*.tmp"):
-        left.unlink(missing_ok=True)  # of a process that was killed
     known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, path.parent, say))]
-    rows: list[tuple[Any, ...]] = []
+    rows: list[Any] = []
     for (a, mine), (b, theirs) in itertools.combinations(known, 2):
         first, second = sets[a], sets[b]
         with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
@@ -338,7 +326,7 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
 
     found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
     maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
-    on_progress = _progress(f"comparing {first.place} and {second.place}, pictures that may be the same", say)
+    on_progress = told_time_left(say, f"comparing {first.place} and {second.place}, pictures that may be the same")
     with ThreadPoolExecutor(reading_threads()) as pool:
         for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
             on_progress(number, len(maybe))
@@ -350,10 +338,9 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
 def _kept(path: Path) -> list[Any] | None:
     """Returns the pairs that were found before; None where that is not known."""
     try:
-        rows: list[Any] = read_json(path)["pairs"]
+        return list(read_json(path)["pairs"])
     except StorageError:
         return None
-    return rows
 
 
 def _pair(first: _Set, second: _Set, found: Sequence[Any]) -> SharedPair:
@@ -366,15 +353,15 @@ def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
     images = plain(spec)
     if not isinstance(images, StoredSet):
-        drawn = open_source(images, place, None)
-        return _Set(place, role, spec, drawn, identity(drawn))
+        return _Set(place, role, spec, open_source(images, place, None))
     try:
         source = unlabelled_source(list_set(images, place), images, place)
         if images.on_bad_image == "skip" and role not in TEST_ROLES:
-            source = without_bad_images(source, cache_dir, _progress(f"reading the images of {place}", say))
+            source = without_bad_images(source, cache_dir, told_time_left(say, f"reading the images of {place}"))
         if not len(source):
             raise DataError(Problem(place, "must have an image"))
-        return _Set(place, role, spec, source, identity(source))
+        identity(source)  # asks for size and date of each file
+        return _Set(place, role, spec, source)
     except DataError as error:
         _pass_over(place, role, error)
         return None
@@ -383,7 +370,7 @@ def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[
 def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records | None:
     """Returns what is known of a set; None for a test set with files that cannot be read."""
     try:
-        on_progress = _progress(f"reading the images of {each.place}", say)
+        on_progress = told_time_left(say, f"reading the images of {each.place}")
         found = records(each.source, cache_dir, each.role in TEST_ROLES, on_progress)
         if found.problems:
             raise DataError(list(found.problems.values())[:NUM_NAMED])
@@ -391,24 +378,6 @@ def _known(each: _Set, cache_dir: Path, say: Callable[[str], None]) -> Records |
         _pass_over(each.place, each.role, error)
         return None
     return found
-
-
-def _progress(what: str, say: Callable[[str], None]) -> OnProgress:
-    """Returns what tells of images done and in all, and the time left, now and then."""
-    began = told = time.monotonic()
-    before = 0  # images that were done when it began
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal began, told, before
-        now = time.monotonic()
-        if not before:
-            began, before = now, done
-        if now - told >= TOLD_EVERY_S and done > before:
-            told = now
-            minutes = math.ceil((now - began) / (done - before) * (total - done) / 60)
-            say(f"{what}: {done:,} of {total:,}, about {counted(minutes, 'minute')} left")
-
-    return on_progress
 
 
 def _pass_over(place: str, role: str, error: DataError) -> None:

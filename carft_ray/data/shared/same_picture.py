@@ -169,14 +169,8 @@ def _aligned(part_SS: _Floats, whole_SS: _Floats, at: _Map, n: int, blur: float,
             break
         down_NN, across_NN = (slope / (points_N[1] - points_N[0]) for slope in np.gradient(there_NN))
         across_NN, down_NN = across_NN / at[0], down_NN / at[2]
-        columns = (
-            across_NN * points_N,
-            across_NN,
-            down_NN * points_N[:, None],
-            down_NN,
-            there_NN,
-            np.ones_like(there_NN),
-        )
+        ones_NN = np.ones_like(there_NN)
+        columns = (across_NN * points_N, across_NN, down_NN * points_N[:, None], down_NN, there_NN, ones_NN)
         slopes = np.stack(columns, axis=-1).reshape(-1, 6)
         normal = slopes.T @ slopes
         normal[np.diag_indices(6)] = np.diagonal(normal) * 1.001 + 1e-6  # of a blank picture it is singular

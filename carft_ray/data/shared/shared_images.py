@@ -229,23 +229,16 @@ def _key(image: SharedImage) -> _Key:
     return image.place, image.index
 
 
-def _components(pairs: Iterable[SharedPair]) -> list[list[_Key]]:
-    """Returns the images that hang together by pairs."""
-    partners: dict[_Key, list[_Key]] = {}
-    for pair in pairs:
-        partners.setdefault(_key(pair.first), []).append(_key(pair.second))
-        partners.setdefault(_key(pair.second), []).append(_key(pair.first))
-    seen: set[_Key] = set()
-    components = []
-    for start in partners:
-        component = [start] if start not in seen else []
-        seen.add(start)
-        for key in component:  # grows meanwhile
-            new = [other for other in dict.fromkeys(partners[key]) if other not in seen]
-            seen.update(new)
-            component += new
-        components.append(component)
-    return components
+def _components(pairs: Iterable[SharedPair]) -> list[set[_Key]]:
+    """Returns the images that are connected by pairs."""
+    from scipy.cluster.hierarchy import DisjointSet
+
+    images = DisjointSet()
+    for ends in ((_key(pair.first), _key(pair.second)) for pair in pairs):
+        for end in ends:
+            images.add(end)
+        images.merge(*ends)
+    return list(images.subsets())
 
 
 def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Problem]:
