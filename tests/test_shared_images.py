@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
+from carft_ray import words
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.readers import excluded_ids
 from carft_ray.data.sets import check_sets, open_source
-from carft_ray.data.shared import overlap
 from carft_ray.data.shared.shared_images import (
     find_shared,
     read_shared,
@@ -140,12 +140,14 @@ def test_test_sets_lose_no_image(here):
 def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
     copy(here, "test/cat/0.png", "train/cat/a.png")
     copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
-    monkeypatch.setattr(overlap, "TOLD_EVERY_S", 0)
+    monkeypatch.setattr(words, "FIRST_AFTER_S", 0.0)
+    monkeypatch.setattr(words, "THEN_EVERY_S", 0.0)
     said = []
     rows = find_shared(loaded(here), here / "cache", said.append)
     assert len(rows) == 2
     for name, count in {"train": 49, "id_val": 41, "ood_val.sketch": 40, "id_test": 40}.items():
-        assert f"reading the images of data.{name}: 32 of {count}, about 1 minute left" in said
+        start = f"reading the images of data.{name}: 32 of {count}, about "
+        assert any(line.startswith(start) and line.endswith(" s left") for line in said)
     monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
     assert find_shared(loaded(here), here / "cache", said.append) == rows
 

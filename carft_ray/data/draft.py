@@ -11,6 +11,7 @@ is ``id_test`` unless the tree has splits; the other domains are shared out betw
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +131,12 @@ def choose_roles(
     Raises:
         UsageError: A domain is not there or has two roles.
     """
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for one in found:
-        sizes[one.domain] = sizes.get(one.domain, 0) + one.num_images
-    asked = [("--train", train), *(("--ood-val", name) for name in ood_val or ())]
-    asked += [("--ood-test", name) for name in ood_test or ()]
+        sizes[one.domain] += one.num_images
+    asked = {"--train": () if train is None else (train,), "--ood-val": ood_val or (), "--ood-test": ood_test or ()}
     problems, seen = [], dict[str, str]()
-    for option, name in asked:
-        if name is None:
-            continue
+    for option, name in ((option, name) for option, names in asked.items() for name in names):
         if name not in sizes:
             rule = "must be a domain of the folder"
             problems.append(Problem(option, rule, repr(name), tuple(sorted(sizes)), nearest(name, sizes)))
@@ -204,13 +202,9 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):
         lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split)}}}")
         if role == "train" and missing:
-            lines.append(
-                "  # id_val and id_test are other images of the same domain, told apart by a hash of their names"
-            )
+            lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     halves = bool(roles.ood_val) and not roles.ood_test
-    lines.append(
-        "  # Shifts. Those of ood_val choose, so what ood_test shows must be other shifts, not only other images."
-    )
+    lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
         of = _id_set(path, found, roles.train, "val")
         lines += [

@@ -7,7 +7,7 @@ import contextlib
 import csv
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ class Reader:
     """How one kind of set is read. Every function gets the set.
 
     Attributes:
-        listing: Lists the images; the second argument is where the set is named, for messages.
+        listing: Lists the images; the second argument is where the set is named, for messages. Raises ``DataError`` for
+            what is missing, and ``OSError``.
         problems: What is missing, found without listing: all that commands other than `test` check of a test set. The
             second argument as above.
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
@@ -63,20 +64,13 @@ def _of_files(
     """
 
     def list_files(spec: Any, place: str) -> Listing:
-        problems: Sequence[Problem]
-        try:
-            return listing(spec, files(spec, place), place)
-        except DataError as error:
-            problems = error.problems
-        except PermissionError as error:
-            problems = [unreadable(f"{place}: {error.filename}", error)]
-        return Listing("", os.path.realpath(spec.path), problems=tuple(problems))
+        return listing(spec, files(spec, place), place)
 
     def problems(spec: Any, place: str) -> list[Problem]:
         found: list[Problem] = []
-        for look in (files, class_names):
+        for check in (files, class_names):
             try:
-                look(spec, place)
+                check(spec, place)
             except DataError as error:
                 found += error.problems
             except PermissionError:
@@ -173,7 +167,12 @@ def list_set(spec: StoredSet, place: str) -> Listing:
     key = spec.model_dump_json(exclude=_TAKES)
     listing = _kept.get(key) if _kept is not None else None
     if listing is None:
-        listing = reader_of(spec).listing(spec, place)
+        try:
+            listing = reader_of(spec).listing(spec, place)
+        except DataError as error:
+            return Listing("", "", problems=error.problems)
+        except OSError as error:
+            return Listing("", "", problems=(unreadable(f"{place}: {error.filename}", error),))
         if _kept is not None and not listing.problems:  # problems name the set
             _kept[key] = listing
     if spec.exclude is None or listing.problems:

@@ -93,7 +93,7 @@ def plain_place(path: KeyPath, spec: SetSpec) -> str:
 
 
 def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
-    """Tells whether two sets, each with its role, may hold the same images.
+    """Returns whether two sets, each with its role, may hold the same images.
 
     Sets of one role may. So may an ID and an OOD set for validation, or for test, when one of them is corrupted: the
     images are the same and the shift is another.
@@ -200,13 +200,13 @@ def _places(spec: PlainSet) -> list[str]:
 
 
 def _same_images(one: str, other: str) -> bool:
-    """Tells whether two places are the same, or one lies inside the other."""
+    """Returns whether two places are the same, or one lies inside the other."""
     paths = Path(one), Path(other)
     return one == other or paths[0] in paths[1].parents or paths[1] in paths[0].parents
 
 
 def _disjoint(one: PlainSet, other: PlainSet) -> bool:
-    """Tells whether two sets of one place share no image all the same."""
+    """Returns whether two sets of one place share no image all the same."""
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
         return False
     if type(one) is type(other) and reader_of(one).disjoint(one, other):
@@ -244,7 +244,7 @@ def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str
 
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:
-    """Tells whether one image has one name in both sets: a part is of the hash of the name."""
+    """Returns whether one image has one name in both sets: a part is of the hash of the name."""
     names = {(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)}
     return len(names) == 1
 
@@ -268,7 +268,7 @@ def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
 def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
-        step = "Classes are the folders below the domains: look whether data.train.path is one level too deep."
+        step = "Classes are the folders below the domains: check whether data.train.path is one level too deep."
         problems.append(Problem("data.train", "there must be at least two classes", str(len(classes)), next_step=step))
     spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
@@ -280,7 +280,8 @@ def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | N
             rule = f"must be at most the size of the training set, {size} images"
             problems.append(Problem(place, rule, str(batch_size)))
     if not problems and recipe.search.pruner.name != "none" and can_cut(recipe) and not can_cut(recipe, size):
-        rule = f"must end early enough for a look by the pruner {recipe.search.pruner.name}: none is before its end"
+        pruner = recipe.search.pruner.name
+        rule = f"must end early enough for the pruner {pruner}: no intermediate value comes before the end"
         step = "Shorten the warm-up, train longer, or use a smaller batch."
         problems.append(Problem("train.warmup_steps", rule, str(recipe.train.warmup_steps), next_step=step))
     return problems

@@ -47,11 +47,9 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Returns N."""
-        ...
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages, such as the path of its file."""
-        ...
 
     def content(self, index: int) -> bytes:
         """Returns what image ``index`` is, byte for byte: its file, or its pixels where it was never encoded.
@@ -59,7 +57,6 @@ class Source(Protocol):
         Raises:
             DataError: The image cannot be read.
         """
-        ...
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3].
@@ -67,7 +64,6 @@ class Source(Protocol):
         Raises:
             DataError: The image cannot be read.
         """
-        ...
 
 
 class DerivedSource:

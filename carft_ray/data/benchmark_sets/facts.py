@@ -82,7 +82,7 @@ class Facts:
     provenance: tuple[Provenance, ...]
 
     def is_sure(self, item: str) -> bool:
-        """Tells whether two independent sources agree on an item; False for one that is not given."""
+        """Returns whether two independent sources agree on an item; False for one that is not given."""
         return any(p.sure for p in self.provenance if p.item == item)
 
 

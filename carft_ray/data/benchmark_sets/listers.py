@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv
 
 from carft_ray.data.benchmark_sets.facts import Facts
 from carft_ray.data.benchmark_sets.layouts import (
@@ -37,7 +35,8 @@ from carft_ray.data.benchmark_sets.layouts import (
     tree_rows,
     unreadable_list,
 )
-from carft_ray.data.caching.index import told_stamp
+from carft_ray.data.caching.index import checked_stamp
+from carft_ray.data.formats.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.data.images import decode_image
 from carft_ray.data.listing import Listing
 from carft_ray.data.source import PixelArray
@@ -63,14 +62,14 @@ def class_tree(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
 
 
 def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
-    """Lists ``train/wnid/*`` or ``val/wnid/*``; a flat ``val/*`` by the devkit's ground truth beside it."""
+    """Lists ``train/wnid/*`` or ``val/wnid/*``; a flat ``val/*`` by the devkit's ground truth next to it."""
     rows = tree_rows(root, str(spec.split))
     images = images_in(root / "val") if spec.split == "val" and not rows else []
     if not images:
         return listing_of(root, rows)
     devkit = root / DEVKIT
     if not (devkit / TRUTH).is_file():
-        rule = f"must have a folder per class in val, or {DEVKIT}/{TRUTH} beside it"
+        rule = f"must have a folder per class in val, or {DEVKIT}/{TRUTH} next to it"
         raise DataError(Problem(place, rule, f"{counted(len(images), 'image')} without labels", next_step=STEP))
     numbers = read_lines(devkit / TRUTH)
     if len(images) != len(numbers):
@@ -175,15 +174,14 @@ def camelyon17(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
 
 def _columns(path: Path, *names: str) -> list[list[str]]:
     """Returns columns of a CSV file as texts."""
-    texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
     try:
-        table = csv.read_csv(path, convert_options=texts)
-    except (OSError, pa.ArrowException) as error:
+        there = tuple(read_schema(path).names)
+        if absent := [name for name in names if name not in there]:
+            rule = f"must have the columns {', '.join(names)}"
+            raise DataError(Problem(str(path), rule, f"no {absent[0]}", there, nearest(absent[0], there), STEP))
+        table = read_columns(path, names)
+    except READ_ERRORS as error:
         raise unreadable_list(path, error) from error
-    if absent := [name for name in names if name not in table.column_names]:
-        there = tuple(table.column_names)
-        rule = f"must have the columns {', '.join(names)}"
-        raise DataError(Problem(str(path), rule, f"no {absent[0]}", there, nearest(absent[0], there), STEP))
     return [table[name].to_pylist() for name in names]
 
 
@@ -302,7 +300,7 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_p
         classes=classes,
         found=tuple(sorted(set(classes))),
         read=lambda index: bytes(batches[rows[index][0]][rows[index][1], label_bytes:]),
-        stamp=lambda index: told_stamp(paths[rows[index][0]]),
+        stamp=lambda index: checked_stamp(paths[rows[index][0]]),
         place=lambda index: f"{paths[rows[index][0]]}, image {rows[index][1]}",
         decode=decode,
     )

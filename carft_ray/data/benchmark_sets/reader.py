@@ -13,9 +13,8 @@ from pathlib import Path
 
 from carft_ray.data.benchmark_sets import listers
 from carft_ray.data.benchmark_sets.facts import Facts, label_groups, load_facts, prompt_words
-from carft_ray.data.benchmark_sets.layouts import KIND, STEP
+from carft_ray.data.benchmark_sets.layouts import STEP
 from carft_ray.data.benchmark_sets.listers import HOLDOUT, chosen_domains
-from carft_ray.data.images import unreadable
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
@@ -54,17 +53,15 @@ def list_benchmark(spec: BenchmarkSet, place: str) -> Listing:
     Args:
         spec: The set.
         place: Where the set is named, for the problems.
+
+    Raises:
+        DataError: Something is missing or damaged.
+        OSError: A folder cannot be read.
     """
-    problems = benchmark_problems(spec, place)
-    if problems:
-        return Listing(KIND, str(Path(spec.path)), problems=tuple(problems))
-    root, facts = _root(spec), known_facts(spec.name)
-    try:
-        listing = getattr(listers, LAYOUTS[spec.name].lister)(root, spec, facts, place)
-    except DataError as error:
-        return Listing(KIND, str(root), problems=error.problems)
-    except OSError as error:
-        return Listing(KIND, str(root), problems=(unreadable(str(error.filename), error),))
+    if problems := benchmark_problems(spec, place):
+        raise DataError(problems)
+    facts = known_facts(spec.name)
+    listing: Listing = getattr(listers, LAYOUTS[spec.name].lister)(_root(spec), spec, facts, place)
     problems = list(_class_problems(listing, spec, facts, place))
     return replace(_in_class_list(listing, spec, facts), problems=tuple(problems))
 
@@ -92,7 +89,7 @@ def benchmark_places(spec: BenchmarkSet) -> list[str]:
 
 
 def are_disjoint(one: BenchmarkSet, other: BenchmarkSet) -> bool:
-    """Tells whether two sets of one benchmark are of splits that share no image."""
+    """Returns whether two sets of one benchmark are of splits that share no image."""
     if one.name != other.name or one.trial_seed != other.trial_seed or one.split is None or other.split is None:
         return False
     return not set(_PARTS.get(one.split, (one.split,))) & set(_PARTS.get(other.split, (other.split,)))
@@ -184,7 +181,7 @@ def _needed(spec: BenchmarkSet) -> tuple[str, ...]:
 
 
 def _is_there(root: Path, pattern: str) -> bool:
-    """Tells whether a file or folder is there, or hides whether it is."""
+    """Returns whether a file or folder is there, or hides whether it is."""
     try:
         return any(root.glob(pattern)) if "*" in pattern else (root / pattern).exists()
     except PermissionError:

@@ -148,7 +148,9 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
         for index, pixels in enumerate(images):
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                raise DataError(_other_size(source, index, pixels.shape, shape))
+                (height, width), (first_height, first_width) = pixels.shape[:2], shape[:2]
+                value = f"{width} x {height} for image {index} and {first_width} x {first_height} for image 0"
+                raise DataError(Problem(source.name, "all images of a decoded set must have one size", value))
             file.write(pixels.tobytes())
             if on_image is not None:
                 on_image(index + 1, len(source))
@@ -170,8 +172,3 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
     fsync_file(path)
     pixels_path.unlink()
     return height, width
-
-
-def _other_size(source: Source, index: int, shape: tuple[int, ...], first: tuple[int, ...]) -> Problem:
-    value = f"{shape[1]} x {shape[0]} for image {index} and {first[1]} x {first[0]} for image 0"
-    return Problem(source.name, "all images of a decoded set must have one size", value)

@@ -59,8 +59,8 @@ class Entry:
         created: When it was built, seconds since 1970; 0 where that is unknown.
         last_used: When it was last opened, seconds since 1970.
         num_bytes: Size on disk.
-        in_use: Whether a process has it open, or it belongs to another user; None where a disk without locks does not
-            tell.
+        in_use: Whether a process has it open, or it belongs to another user; None where that is not known, on a
+            disk without locks.
     """
 
     key: str
@@ -248,12 +248,12 @@ def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
 
 
 def remove(cache_dir: Path, key: str, unknown: bool = False) -> bool:
-    """Removes an entry unless it is in use; tells whether it did.
+    """Removes an entry unless it is in use; returns whether it did.
 
     Args:
         cache_dir: Folder of all entries.
         key: Name of the entry.
-        unknown: Remove it, too, where a disk without locks does not tell whether it is in use.
+        unknown: Remove it, too, where a disk without locks leaves open whether it is in use.
 
     Raises:
         StorageError: It cannot be removed.
@@ -321,7 +321,7 @@ def _entry(folder: Path) -> Entry:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[bool | None]:
-    """Tells whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
+    """Returns whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
 
     Gives None on a disk without locks.
     """

@@ -96,7 +96,7 @@ class PackedSource(DerivedSource):
 
 
 def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) -> bool:
-    """Tells whether images are worth packing.
+    """Returns whether images are worth packing.
 
     They are where they can be read quickly in their order alone, or lie on another machine's disks and the cache does
     not.
@@ -119,7 +119,7 @@ def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) 
 
 
 def _is_remote(path: str, mounts: str) -> bool:
-    """Tells whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
+    """Returns whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
     best, kind = "", ""
     for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")

@@ -28,7 +28,7 @@ def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
 
     Raises:
         DataError: The layout is another one, or the split or a file is missing.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     root = Path(spec.path)
     names = set(os.listdir(root)) if root.is_dir() else set()

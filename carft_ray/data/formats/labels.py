@@ -31,15 +31,10 @@ def read_class_names(written: tuple[str, ...] | str | None, place: str) -> tuple
         rule = "must be a readable text file with a class name per line"
         raise DataError(Problem(place, rule, f"{path}: {cause_of(error)}")) from error
     names = tuple(line.strip() for line in lines)
-    first: dict[str, int] = {}
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise DataError(Problem(f"{path}:{number}", "must hold the name of a class, but is empty"))
-        if normal(name) in first:
-            rule = f"the names of two classes must differ, and line {first[normal(name)]} has this one"
-            step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
-            raise DataError(Problem(f"{path}:{number}", rule, repr(name), next_step=step))
-        first[normal(name)] = number
+    if "" in names:
+        raise DataError(Problem(f"{path}:{names.index('') + 1}", "must hold the name of a class, but is empty"))
+    step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
+    check_names(names, "classes", lambda index: f"{path}:{index + 1}", place, step)
     return names
 
 

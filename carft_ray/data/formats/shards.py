@@ -1,6 +1,6 @@
 """Sets that lie in a few large files: from the ``path`` of a set to the files, in order.
 
-A path is a file, a folder of files, or a pattern: ``{000..012}`` counts, ``{a,b}`` lists, ``*``, ``?``, ``[ab]`` look.
+A path is a file, a folder of files, or a pattern: ``{000..012}`` counts, ``{a,b}`` lists, ``*``, ``?``, ``[ab]`` match.
 """
 
 import bisect
@@ -20,7 +20,7 @@ _COUNT, _LIST = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*
 
 
 def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> list[Path]:
-    """Returns the files that a path means, sorted where a folder or a pattern is looked through.
+    """Returns the files that a path means, sorted where a folder or a pattern is searched.
 
     Args:
         written: The path, as the recipe has it.
@@ -30,7 +30,7 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
 
     Raises:
         DataError: There are none, or others.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     path = Path(written)
     mode = _mode(path)

@@ -25,7 +25,7 @@ _ROWS, _RECENT = 32, 8  # rows of a Parquet file that are read at a time, and ho
 
 
 def is_text_format(path: Path) -> bool:
-    """Tells whether all values of a file are texts."""
+    """Returns whether all values of a file are texts."""
     return path.suffix.lower() in (".csv", ".tsv")
 
 
@@ -83,7 +83,6 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Returns the number of rows."""
-        ...
 
     def value(self, row: int) -> Any:
         """Returns the value of a row, None for none.
@@ -91,7 +90,6 @@ class Rows(Protocol):
         Raises:
             READ_ERRORS: It cannot be read.
         """
-        ...
 
 
 def open_rows(path: Path, column: str) -> Rows:
@@ -118,7 +116,7 @@ class ParquetRows:
         self._starts: list[int] = [0, *itertools.accumulate(groups)]
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, pa.Array] = OrderedDict()  # first row -> values
-        self._group, self._next, self._parts = -1, 0, iter(())  # where reading goes on
+        self._group, self._next, self._parts = -1, 0, iter(())  # where reading continues
 
     def __len__(self) -> int:
         """Returns the number of rows."""

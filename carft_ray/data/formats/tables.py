@@ -57,7 +57,7 @@ def own_class_names(spec: ColumnSet, place: str) -> tuple[str, ...] | None:
 
 
 def rows_disjoint(one: ColumnSet, other: ColumnSet) -> bool:
-    """Tells whether ``where`` gives two sets of one table different rows: no value of one column in common."""
+    """Returns whether ``where`` gives two sets of one table different rows: no value of one column in common."""
     both = one.where.keys() & other.where.keys()
     return any(not set(map(_text, one.where[name])) & set(map(_text, other.where[name])) for name in both)
 

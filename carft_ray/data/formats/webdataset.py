@@ -3,8 +3,7 @@ other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the las
 
 Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.caching.index``); then an image is
 one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
-samples change no name, and a packed tree has the names of the tree. Nothing but images, labels and JSON is ever looked
-into.
+samples change no name, and a packed tree has the names of the tree. Only images, labels and JSON are ever read.
 """
 
 import json
@@ -27,7 +26,7 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema import WebDatasetSet
 
 KIND = "webdataset-1"
-CLASS_NAMES = "classnames.txt"  # beside the shards or in the folder above, as clip_benchmark writes it
+CLASS_NAMES = "classnames.txt"  # next to the shards or in the folder above, as clip_benchmark writes it
 NUM_SHARDS = "nshards.txt"
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -91,7 +90,7 @@ def shards(spec: WebDatasetSet, place: str) -> list[Path]:
 
     Raises:
         DataError: One is missing or compressed.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     found = find_files(spec.path, _ENDINGS, place, _STEP)
     if packed := [shard for shard in found if shard.name.lower().endswith(_COMPRESSED)]:

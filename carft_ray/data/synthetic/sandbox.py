@@ -27,10 +27,7 @@ CLASSES: tuple[str, ...] = tuple(sorted(SHAPE_NAMES))  # as a reader of folders 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "pretrain")
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "round thing": SHAPE_NAMES[0:4],
-    "boxy thing": SHAPE_NAMES[4:8],
-    "pointed thing": SHAPE_NAMES[8:12],
-    "living thing": SHAPE_NAMES[12:16],
+    f"{kind} thing": SHAPE_NAMES[4 * i : 4 * i + 4] for i, kind in enumerate(("round", "boxy", "pointed", "living"))
 }
 
 # domain -> how a caption names the picture
