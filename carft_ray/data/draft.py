@@ -173,7 +173,8 @@ def draft(
     """
     ranges = ranges_for(model)
     classes = sorted({c for one in found if one.domain == roles.train for c in one.counts})
-    train = _size(found, roles.train)
+    by_split, missing = _splits(found, roles.train)
+    train = round((1 - SHARE * len(missing)) * by_split["train"].num_images)
     return _TEMPLATE.substitute(
         path=_text(path),
         num_classes=len(classes),
@@ -224,7 +225,8 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         if halves and role == "ood_test":
             lines.append("    # the same shift, other images: what it shows is too good for a new shift")
         for domain in domains:
-            some = _some(found, domain, classes)
+            there = {name for one in found if one.domain == domain for name in one.counts}
+            some = ", classes: some" if there < set(classes) else ""
             half = {"ood_val": ", part: [0, 0.5]", "ood_test": ", part: [0.5, 1]"}[role] if halves else ""
             own = set_name(domain) + ("_test" if halves and role == "ood_test" else "")
             lines.append(f"    {_text(own)}: {{{_ood_set(path, found, domain)}{half}{some}}}")
@@ -260,16 +262,6 @@ def _folder(path: str, one: ClassRoot) -> str:
         return f"source: folder, path: {_text(path)}"
     above, _, last = one.folder.rpartition("/")
     return f"source: folder, path: {_text(f'{path}/{above}' if above else path)}, domains: [{_text(last)}]"
-
-
-def _some(found: Sequence[ClassRoot], domain: str, classes: Sequence[str]) -> str:
-    there = {name for one in found if one.domain == domain for name in one.counts}
-    return ", classes: some" if there < set(classes) else ""
-
-
-def _size(found: Sequence[ClassRoot], domain: str) -> int:
-    by_split, missing = _splits(found, domain)
-    return round((1 - SHARE * len(missing)) * by_split["train"].num_images)
 
 
 def _words(classes: Sequence[str]) -> list[str]:

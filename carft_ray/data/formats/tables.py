@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import posixpath
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,23 +127,8 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
     check_names(ids, "images", spot, place, step)
     if columns.has_paths:
         return file_listing(kind, root, ids, classes, found, files=paths)
-    stamps = container_stamps(files)
-    # a Parquet file keeps what it has read last; threads share what is open
-    is_parquet = files[0].suffix.lower() == ".parquet"
-    rows_of = functools.lru_cache(2 if is_parquet else 256)(lambda number: open_rows(files[number], columns.image))
-
-    def spot_of_file(index: int) -> str:
-        number, row = at(index)
-        return f"{files[number]}, row {row + 1}"
-
-    def read(index: int) -> bytes:
-        number, row = at(index)
-        try:
-            value = rows_of(number).value(row)
-        except READ_ERRORS as error:
-            raise DataError(_unreadable(spot_of_file(index), error)) from error
-        return _bytes(value, spot_of_file(index))
-
+    stamps, is_parquet = container_stamps(files), files[0].suffix.lower() == ".parquet"
+    read, place_of = _reading(files, columns.image, at, 2 if is_parquet else 256)
     return Listing(
         kind=kind,
         home=os.path.realpath(spec.path),
@@ -151,9 +137,39 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
         found=found,
         read=read,
         stamp=lambda index: stamps(at(index)[0]),
-        place=spot_of_file,
+        place=place_of,
         in_order=is_parquet,
     )
+
+
+def _reading(
+    files: Sequence[Path], column: str, at: Callable[[int], tuple[int, int]], most_open: int
+) -> tuple[Callable[[int], bytes], Spot]:
+    """Returns two functions of an index: the bytes of its image, and its name for messages. Threads may share them.
+
+    Args:
+        files: The files.
+        column: The column with the bytes.
+        at: Index -> number of the file, and row.
+        most_open: Files that are open at a time: each Parquet file keeps what it has read last.
+    """
+    opened = functools.lru_cache(most_open)(lambda number: open_rows(files[number], column))
+    lock = threading.Lock()  # no two threads open one file
+
+    def place(index: int) -> str:
+        number, row = at(index)
+        return f"{files[number]}, row {row + 1}"
+
+    def read(index: int) -> bytes:
+        number, row = at(index)
+        try:
+            with lock:
+                rows = opened(number)
+            return _bytes(rows.value(row), place, index)
+        except READ_ERRORS as error:
+            raise DataError(_unreadable(place(index), error)) from error
+
+    return read, place
 
 
 def _id_column(spec: ColumnSet) -> list[str]:
@@ -337,11 +353,11 @@ def _hash_names(files: Sequence[Path], column: str, labels: Sequence[Any]) -> li
 
 def _digests(file: Path, column: str) -> pa.Table:
     rows = open_rows(file, column)
-    contents = (_bytes(rows.value(row), f"{file}, row {row + 1}") for row in range(len(rows)))
+    contents = (_bytes(rows.value(row), lambda row: f"{file}, row {row + 1}", row) for row in range(len(rows)))
     return pa.table({"digest": pa.array([image_digest(content).hex() for content in contents], pa.string())})
 
 
-def _bytes(value: Any, place: str) -> bytes:
+def _bytes(value: Any, spot: Spot, index: int) -> bytes:
     """Returns the bytes of an image.
 
     Raises:
@@ -350,7 +366,7 @@ def _bytes(value: Any, place: str) -> bytes:
     content: bytes | None = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         step = "Write the table with the bytes of every image, or name a column with paths."
-        raise DataError(Problem(place, "every row must hold the bytes of an image", "none", next_step=step))
+        raise DataError(Problem(spot(index), "every row must hold the bytes of an image", "none", next_step=step))
     return content
 
 

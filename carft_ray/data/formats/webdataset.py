@@ -224,9 +224,7 @@ def _labels(texts: Sequence[str], spec: WebDatasetSet, spot: Spot, place: str) -
 
 def _plain(name: str) -> str:
     """Returns the name of a file in an archive without the ./ of the folder that was packed."""
-    while name.startswith("./"):
-        name = name[2:].lstrip("/")
-    return name
+    return re.sub(r"^(?:\./+)+", "", name)
 
 
 def _cut_off(place: str) -> Problem:

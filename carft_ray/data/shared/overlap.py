@@ -154,7 +154,11 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
     key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {identity(each.source)}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
     rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))
-    return [_pair(sets[a], sets[b], found) for a, b, *found in rows]
+
+    def image(number: int, index: int) -> SharedImage:
+        return SharedImage(sets[number].place, sets[number].source, index)
+
+    return [SharedPair(image(a, i), image(b, j), how, distance) for a, b, i, j, how, distance in rows]
 
 
 def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
@@ -341,12 +345,6 @@ def _kept(path: Path) -> list[Any] | None:
         return list(read_json(path)["pairs"])
     except StorageError:
         return None
-
-
-def _pair(first: _Set, second: _Set, found: Sequence[Any]) -> SharedPair:
-    i, j, how, distance = found
-    one = SharedImage(first.place, first.source, i)
-    return SharedPair(one, SharedImage(second.place, second.source, j), how, distance)
 
 
 def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[str], None]) -> _Set | None:
