@@ -25,7 +25,7 @@ from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
 from carft_ray.data.records import Records, thumbnails_of
 from carft_ray.data.shared.overlap import candidates, distances
-from carft_ray.data.shared.same_picture import LIMIT, look, picture_distance
+from carft_ray.data.shared.same_picture import LIMIT, grey_picture, picture_distance
 from carft_ray.data.source import PixelArray
 from carft_ray.data.synthetic.sandbox import DOMAINS, sandbox_source
 
@@ -120,7 +120,8 @@ def pairs_of(
 ) -> tuple[set[tuple[int, int]], int]:
     """Returns the pairs of two sets, as a search finds them, and the number of candidates."""
     maybe = candidates(mine, theirs).tolist()
-    return {(i, j) for i, j in maybe if picture_distance(look(first[i]), look(second[j])) <= LIMIT}, len(maybe)
+    found = {(i, j) for i, j in maybe if picture_distance(grey_picture(first[i]), grey_picture(second[j])) <= LIMIT}
+    return found, len(maybe)
 
 
 def measure(

@@ -176,7 +176,7 @@ def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
     truth.write_text("\n".join(lines[:-1]))
     assert "must have one line per image of val, 1000, but got 999" in refused(tmp_path, "imagenet", "val")
     truth.unlink()
-    rule = f"train: must have a folder per class in val, or {DEVKIT}/{truth.name} beside it"
+    rule = f"train: must have a folder per class in val, or {DEVKIT}/{truth.name} next to it"
     assert f"{rule}, but got 1,000 images without labels" in refused(tmp_path, "imagenet", "val")
 
 

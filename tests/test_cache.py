@@ -91,7 +91,7 @@ def test_opening_an_entry_makes_it_the_last_used(tmp_path):
 @pytest.fixture
 def no_locks(monkeypatch):
     monkeypatch.setattr("fcntl.flock", cache_builds.no_locks)
-    monkeypatch.setattr(cache, "_told", set())
+    monkeypatch.setattr(cache, "_warned", set())
 
 
 def test_a_disk_without_locks_has_a_cache_that_warns_once_and_removes_nothing(tmp_path, no_locks, caplog):

@@ -14,8 +14,17 @@ from PIL import Image
 from scipy import ndimage
 
 from carft_ray.data.synthetic import corruptions as module
-from carft_ray.data.synthetic.corruption_tables import PARAMETERS, SIDES
-from carft_ray.data.synthetic.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, corrupt, generator, table_side
+from carft_ray.data.synthetic import fields
+from carft_ray.data.synthetic.corruptions import (
+    CORRUPTIONS,
+    EXTRA,
+    PARAMETERS,
+    SEVERITIES,
+    SIDES,
+    corrupt,
+    generator,
+    table_side,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +90,7 @@ def rows(name):
     """Every published setting of a corruption, over tables and severities."""
     for row in PARAMETERS[name].values():
         for setting in row:
-            yield setting if isinstance(setting, tuple) else (setting,)
+            yield setting if isinstance(setting, list) else [setting]
 
 
 def rng(seed=0):
@@ -342,7 +351,7 @@ def test_defocus_blur_is_the_mean_over_a_disc(radius):
 
 def test_motion_blur_is_half_a_gaussian_along_a_line():
     x = dot()
-    kernel = module._smear(x[..., 0], 10, 3, 0.0)[32]
+    kernel = fields.smear(x[..., 0], 10, 3, 0.0)[32]
     weights = np.exp(-0.5 * (np.arange(21) / 3) ** 2)
     np.testing.assert_allclose(kernel[12:33][::-1], weights / weights.sum())
     assert kernel[33:].sum() == 0
@@ -363,7 +372,7 @@ def test_enlargement_is_the_centre_of_scipys(factor, side):
     first = (side - kept) // 2
     large = ndimage.zoom(x[first : first + kept, first : first + kept], factor, order=1)
     cut = (len(large) - side) // 2
-    np.testing.assert_allclose(module._zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
+    np.testing.assert_allclose(fields.zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
 
 
 def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
@@ -388,7 +397,7 @@ def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
 def test_fog_adds_a_cloud_and_keeps_the_maximum():
     x = picture(64, 64) / 255
     for density, decay in rows("fog"):
-        cloud = module._plasma(64, 64, rng(), decay)
+        cloud = fields.plasma(64, 64, rng(), decay)
         assert (cloud.min(), cloud.max()) == (0, 1)
         expected = (x + density * cloud[..., None]) * x.max() / (x.max() + density)
         np.testing.assert_allclose(CORRUPTIONS["fog"](x, rng(), density, decay), expected)
@@ -396,7 +405,7 @@ def test_fog_adds_a_cloud_and_keeps_the_maximum():
 
 def test_a_cloud_that_decays_faster_is_smoother():
     roughness = [
-        np.mean([np.abs(np.diff(module._plasma(128, 100, rng(seed), decay), 2)).mean() for seed in range(5)])
+        np.mean([np.abs(np.diff(fields.plasma(128, 100, rng(seed), decay), 2)).mean() for seed in range(5)])
         for decay in (1.4, 2, 3)
     ]
     assert roughness[0] > 2 * roughness[1] > 4 * roughness[2]
@@ -445,13 +454,13 @@ def test_spatter_is_mud_that_covers_or_water_that_shines():
 def test_cannys_edge_of_a_step_is_one_pixel_thin_and_weak_edges_count_where_they_touch_strong_ones():
     step = np.zeros((20, 20))
     step[:, 10:] = 100
-    edges = module._canny(step, 50, 150)
+    edges = fields.canny(step, 50, 150)
     assert np.all(edges.sum(axis=1) == 1)
     faint = np.zeros((20, 20))
     faint[:, 10:] = 20  # 80 by Sobel: between the thresholds
-    assert not module._canny(faint, 50, 150).any()
+    assert not fields.canny(faint, 50, 150).any()
     faint[:3, 10:] = 100
-    assert module._canny(faint, 50, 150)[10:].any()
+    assert fields.canny(faint, 50, 150)[10:].any()
 
 
 # Digital
@@ -526,6 +535,6 @@ def test_elastic_roughly_keeps_the_histogram():
 
 @pytest.mark.parametrize("sigma", [0, 0.3, 1.6, 19.5, 60])
 def test_smoothing_by_cosines_equals_the_filter(sigma):
-    fields = rng().random((2, 37, 50))
-    expected = [ndimage.gaussian_filter(field, sigma, mode="reflect", truncate=3) for field in fields]
-    np.testing.assert_allclose(module._smooth(fields, sigma), expected, atol=1e-12)
+    waves = rng().random((2, 37, 50))
+    expected = [ndimage.gaussian_filter(field, sigma, mode="reflect", truncate=3) for field in waves]
+    np.testing.assert_allclose(fields.smooth(waves, sigma), expected, atol=1e-12)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sources import folder_source
 
-from carft_ray.data.formats.folder import list_folder_set
+from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
 from carft_ray.recipe.sets import FolderSet
@@ -171,7 +171,7 @@ def test_a_missing_root_is_told_with_the_layout(tmp_path):
 
 def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
     spec = FolderSet.model_construct(source="folder", path=str(tree), domains=("photos", "../tree", "art", "art", ""))
-    text = "\n".join(str(problem) for problem in list_folder_set(spec, "data.id_val").problems)
+    text = "\n".join(str(problem) for problem in folder_set_problems(spec, "data.id_val"))
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
     assert "not a path, but got '../tree'" in text
     assert "a domain must be listed once, but got 'art'" in text

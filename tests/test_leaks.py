@@ -28,7 +28,7 @@ from benchmarks.pairs import signed
 from carft_ray.data import records
 from carft_ray.data.records import thumbnails_of
 from carft_ray.data.shared.overlap import TOLERANCE, alike, candidates, distances
-from carft_ray.data.shared.same_picture import LIMIT, look, picture_distance
+from carft_ray.data.shared.same_picture import LIMIT, grey_picture, picture_distance
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation import run as evaluation
@@ -411,7 +411,7 @@ def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are(num_per_clas
 
 
 def apart(first, second):
-    return picture_distance(look(first), look(second))
+    return picture_distance(grey_picture(first), grey_picture(second))
 
 
 def test_the_search_for_thumbnails_finds_what_comparing_each_with_each_finds():

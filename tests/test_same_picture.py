@@ -23,7 +23,7 @@ from carft_ray.data.shared.overlap import (
     shared_problems,
 )
 from carft_ray.data.shared.pairs_file import write_pairs
-from carft_ray.data.shared.same_picture import LIMIT, WHOLE, inside_border, look, picture_distance
+from carft_ray.data.shared.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
 from carft_ray.errors import DataError, UsageError
 
 
@@ -47,19 +47,19 @@ def test_a_copy_is_a_candidate_and_then_the_same_picture(name, kind):
     original = PICTURES[name]
     copy = np.asarray(COPIES[kind](Image.fromarray(original)))
     assert candidates(signed([original], 1), signed([copy], 2)).tolist() == [[0, 0]]
-    assert picture_distance(look(original), look(copy)) <= LIMIT
+    assert picture_distance(grey_picture(original), grey_picture(copy)) <= LIMIT
 
 
 def test_drawings_whose_thumbnails_agree_are_not_one_picture():
     drawings = [drawing(code) for code in (0, 0b0000011111, 0b1111100000, 0b1111111111)]  # half differ, or all
     pairs = [(i, j) for i in range(4) for j in range(i)]
     assert all(distances(*(thumbnails_of(drawings[k])[None, 0] for k in pair))[0] <= TOLERANCE for pair in pairs)
-    assert min(picture_distance(*(look(drawings[k]) for k in pair)) for pair in pairs) > LIMIT
+    assert min(picture_distance(*(grey_picture(drawings[k]) for k in pair)) for pair in pairs) > LIMIT
 
 
 def test_other_photos_are_far_apart_and_the_order_makes_no_difference():
-    looks = [look(pixels) for pixels in (*PICTURES.values(), photo(5, 200, 160), drawing(31))]
-    looks.append(look(np.asarray(COPIES["5 % margin off"](Image.fromarray(PICTURES["photo"])))))
+    looks = [grey_picture(pixels) for pixels in (*PICTURES.values(), photo(5, 200, 160), drawing(31))]
+    looks.append(grey_picture(np.asarray(COPIES["5 % margin off"](Image.fromarray(PICTURES["photo"])))))
     for i, one in enumerate(looks):
         assert picture_distance(one, one) == 0
         for other in looks[:i]:
@@ -68,8 +68,8 @@ def test_other_photos_are_far_apart_and_the_order_makes_no_difference():
 
 
 def test_a_picture_of_one_colour_has_distances():
-    blank = look(np.full((40, 40, 3), 90, np.uint8))
-    assert 0 <= picture_distance(blank, look(PICTURES["photo"])) <= 1
+    blank = grey_picture(np.full((40, 40, 3), 90, np.uint8))
+    assert 0 <= picture_distance(blank, grey_picture(PICTURES["photo"])) <= 1
 
 
 def test_the_same_shape_elsewhere_on_a_plain_ground_is_another_picture():
@@ -77,7 +77,7 @@ def test_the_same_shape_elsewhere_on_a_plain_ground_is_another_picture():
     for box in ((10, 10, 60, 60), (30, 40, 90, 100)):
         image = Image.new("RGB", (128, 128), "white")
         ImageDraw.Draw(image).ellipse(box, fill="black")
-        shapes.append(look(np.asarray(image)))
+        shapes.append(grey_picture(np.asarray(image)))
     assert picture_distance(*shapes) > LIMIT
 
 

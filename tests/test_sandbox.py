@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from crash_host import call
 from PIL import Image
 
+from carft_ray.data.sets import open_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.data.synthetic.sandbox import (
     CLASSES,
@@ -26,6 +27,7 @@ from carft_ray.data.synthetic.sandbox import (
 from carft_ray.errors import DataError, UsageError
 from carft_ray.learning.models import pretrain
 from carft_ray.learning.models.pretrain import contrastive_loss
+from carft_ray.recipe.sets import SandboxSet
 
 WEIGHTS = Path(pretrain.__file__).parent / "sandbox_weights"
 
@@ -132,11 +134,11 @@ def test_the_quickstart_sets_have_the_sizes_that_give_usable_standard_errors():
     assert not set(QUICKSTART_SETS["ood_val"]) & set(QUICKSTART_SETS["ood_test"])
 
 
-def test_unknown_domain_and_split_are_told_at_once_with_the_nearest():
+def test_an_unknown_domain_and_another_class_list_are_reported_at_once_with_the_nearest():
+    spec = SandboxSet(source="sandbox", domain="sketsh", split="val", num_per_class=1)
     with pytest.raises(DataError) as caught:
-        sandbox_source("sketsh", "vel", 0, "ood_val/sketch")
-    assert [problem.nearest for problem in caught.value.problems] == ["sketch", "val", None]
-    assert len(caught.value.problems) == 3
+        open_source(spec, "ood_val/sketch", ("sqare", *CLASSES[1:]))
+    assert [problem.nearest for problem in caught.value.problems] == ["sketch", "square"]
 
 
 def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_path, small_sets):

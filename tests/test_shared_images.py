@@ -10,8 +10,8 @@ from PIL import Image
 from sources import open_train, open_validation
 
 from carft_ray import words
-from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource, sample_id
+from carft_ray.data.readers import excluded_ids
 from carft_ray.data.sets import check_sets, open_source
 from carft_ray.data.shared.shared_images import (
     find_shared,

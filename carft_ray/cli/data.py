@@ -43,8 +43,8 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
 @common.command("data add search_spaces/quickstart.yaml", to=common.data_app)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
+    from carft_ray.data.caching.arrays import DecodedSource
     from carft_ray.data.caching.cache import list_entries
-    from carft_ray.data.caching.decoded import DecodedSource
     from carft_ray.data.caching.packed import PackedSource
     from carft_ray.data.sets import cache_dir
     from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
@@ -67,7 +67,8 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 
         inputs = load_shared_inputs(without_shared(value, shared), on_image)
     kinds = dict.fromkeys(inputs.num_images, "decoded")
-    kinds["train"] = {DecodedSource: "decoded", PackedSource: "packed"}.get(type(inputs.train), "files")
+    kept_as: dict[type, str] = {DecodedSource: "decoded", PackedSource: "packed"}
+    kinds["train"] = kept_as.get(type(inputs.train), "files")
     sets: list[dict[str, Any]] = [
         {"name": name, "num_images": number, "kind": kinds[name], "built": name in built}
         for name, number in inputs.num_images.items()

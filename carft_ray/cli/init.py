@@ -94,8 +94,7 @@ def _draft(
         UsageError: No recipe may name this model or these weights, or there are no such domains.
         DataError: The folder cannot be read, or holds no images in an order that is known.
     """
-    from carft_ray.data.draft import choose_roles, draft, set_name
-    from carft_ray.data.survey import survey
+    from carft_ray.data.draft import choose_roles, draft, set_name, survey
     from carft_ray.learning.models.catalog import check_model
     from carft_ray.recipe.fine_tuning import ModelConfig
     from carft_ray.recipe.loading import absolute_model

@@ -16,11 +16,11 @@ from carft_ray.data.records import Records
 from carft_ray.data.source import Source
 
 NUM_EXAMPLES = 5  # of images that are named
-IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is told
+IMBALANCE = 10  # images of the largest class over those of the smallest from which on it is reported
 
 
 def image_facts(source: StoredSource, found: Records) -> dict[str, Any]:
-    """Returns what a set's images tell, as plain data for JSON.
+    """Returns what is found in a set's images, as plain data for JSON.
 
     Args:
         source: The set.
@@ -68,7 +68,7 @@ def _repeated(source: StoredSource, found: Records) -> tuple[int, list[str]]:
 
 
 def class_counts(source: Source) -> dict[str, Any]:
-    """Returns what a set's labels tell, as plain data for JSON; no image is read."""
+    """Returns counts of a set's labels, as plain data for JSON; no image is read."""
     counts = Counter(source.labels.tolist())
     fewest = min(counts, key=lambda label: (counts[label], label))
     return {

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from carft_ray import environment
-from carft_ray.data.source import PixelArray, Source
+from carft_ray.data.source import Source
 
 DIGEST_BYTES = 16
 MOST_AT_ONCE = 128  # images in memory while a set is read, with up to half as many threads
@@ -78,11 +78,6 @@ def image_digests(source: Source) -> list[bytes]:
     """
     with ThreadPoolExecutor(reading_threads()) as pool:
         return list(pool.map(lambda index: image_digest(source.content(index)), range(len(source))))
-
-
-def pixel_digest(pixels: PixelArray) -> bytes:
-    """Returns the hash of an image that is no file: of its pixels, uint8 [H, W, 3]."""
-    return image_digest(pixels.tobytes())
 
 
 def set_digest(source: Source, digests: list[bytes] | None = None) -> str:

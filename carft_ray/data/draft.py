@@ -1,24 +1,111 @@
 """A recipe for a folder of images that somebody has, written with comments, to be read and changed.
 
+First the tree is surveyed. A *class root* is a folder whose folders hold images. Words such as ``train`` and ``val`` on
+the way to it name a split, the other words a domain: ``photo``, ``train`` (no domain), ``photo/train`` and
+``train/photo`` are all found.
+
 The roles are a proposal: the largest domain (or the one that is asked for) trains, a part of it is ``id_val`` and one
 is ``id_test`` unless the tree has splits; the other domains are shared out between ``ood_val`` and ``ood_test``.
 """
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from string import Template
 
 from carft_ray.data.benchmark_sets.reader import benchmark_words
-from carft_ray.data.survey import ClassRoot
-from carft_ray.errors import Problem, UsageError, nearest
+from carft_ray.data.formats.folder import folders, is_image
+from carft_ray.data.images import cause_of
+from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+DEEPEST = 3  # folders between the root and a class
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
 SEVERITY = 3
 IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
 WEATHER = ("fog", "frost", "gaussian_noise", "defocus_blur", "jpeg_compression")
+
+
+_TEMPLATE = Template(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class ClassRoot:
+    """A folder of class folders.
+
+    Attributes:
+        folder: Relative to the root, with '/'; '.' for the root itself.
+        domain: Its domain; '' where the tree has none.
+        split: ``train``, ``val``, ``test``, or '' where the tree has none.
+        counts: Class folder -> images.
+    """
+
+    folder: str
+    domain: str
+    split: str
+    counts: dict[str, int]
+
+    @property
+    def num_images(self) -> int:
+        """Images of all classes."""
+        return sum(self.counts.values())
+
+
+def survey(root: Path) -> list[ClassRoot]:
+    """Finds the class roots of a tree; no image is opened.
+
+    Raises:
+        DataError: There is no such folder, or no image in class folders, or images stand at two depths.
+    """
+    step = "Images are found in ROOT/class, ROOT/domain/class, ROOT/split/class and both orders of domain and split."
+    try:
+        found = list(_class_roots(root, "."))
+    except OSError as error:
+        place = str(error.filename or root)
+        raise DataError(Problem(place, "must be a folder that can be read", cause_of(error))) from error
+    if not found:
+        raise DataError(Problem(str(root), "must hold folders of images", "none", next_step=step))
+    depths = {0 if one.folder == "." else one.folder.count("/") + 1 for one in found}
+    if len(depths) > 1:
+        examples = ", ".join(one.folder for one in found[:3])
+        rule = "all class folders must stand at one depth"
+        raise DataError(Problem(str(root), rule, f"class folders in {examples}", next_step=step))
+    seen: dict[tuple[str, str], ClassRoot] = {}
+    for one in found:
+        other = seen.setdefault((one.domain, one.split), one)
+        if other is not one:
+            rule = "each domain must have one folder for each split"
+            raise DataError(Problem(str(root), rule, f"{other.folder} and {one.folder}", next_step=step))
+    return found
+
+
+def _class_roots(root: Path, folder: str) -> Iterator[ClassRoot]:
+    inside = folders(root / folder)
+    counts = {name: count for name in inside if (count := _num_images(root / folder / name))}
+    parts = [] if folder == "." else folder.split("/")
+    if counts:
+        splits = [split for part in parts for split, words in SPLITS.items() if part.lower() in words]
+        others = [part for part in parts if not any(part.lower() in words for words in SPLITS.values())]
+        yield ClassRoot(folder, "/".join(others), next(iter(splits), ""), counts)
+        return
+    if len(parts) + 1 < DEEPEST:
+        for name in inside:
+            yield from _class_roots(root, "/".join([*parts, name]))
+
+
+def _num_images(folder: Path) -> int:
+    with os.scandir(folder) as entries:
+        return sum(is_image(entry.name) and entry.is_file() for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -44,15 +131,12 @@ def choose_roles(
     Raises:
         UsageError: A domain is not there or has two roles.
     """
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for one in found:
-        sizes[one.domain] = sizes.get(one.domain, 0) + one.num_images
-    asked = [("--train", train), *(("--ood-val", name) for name in ood_val or ())]
-    asked += [("--ood-test", name) for name in ood_test or ()]
+        sizes[one.domain] += one.num_images
+    asked = {"--train": () if train is None else (train,), "--ood-val": ood_val or (), "--ood-test": ood_test or ()}
     problems, seen = [], dict[str, str]()
-    for option, name in asked:
-        if name is None:
-            continue
+    for option, name in ((option, name) for option, names in asked.items() for name in names):
         if name not in sizes:
             rule = "must be a domain of the folder"
             problems.append(Problem(option, rule, repr(name), tuple(sorted(sizes)), nearest(name, sizes)))
@@ -89,71 +173,39 @@ def draft(
     """
     ranges = ranges_for(model)
     classes = sorted({c for one in found if one.domain == roles.train for c in one.counts})
-    train = _size(found, roles.train)
-    batch = max(2, min(ranges.batch_size, 2 ** max(1, (train // 8).bit_length() - 1)))
-    low, high = ranges.learning_rate
-    about_rate = "" if ranges.sure else "   # a wide guess: no public table for this model"
-    weights = "" if pretrained is None else f", pretrained: {_text(pretrained)}"
-    templates = "sandbox" if model == "sandbox" else "openai"
-    lines = [
-        f"# A recipe for {_text(path)}: {len(classes)} classes. Choose the roles in `data`, then:",
-        "#",
-        "#     carft-ray doctor FILE                      looks at images, prompts and model",
-        "#     carft-ray plan FILE                        how long it will take",
-        "#     carft-ray search FILE --study studies/NAME",
-        "#",
-        "# Every key is explained in search_spaces/README.md; a key that is left out keeps its default.",
-        "",
-        "format_version: 1",
-        f"name: {_text(name)}",
-        "",
-        f"model: {{name: {_text(model)}{weights}}}",
-        "",
-        *_data(path, found, roles, classes),
-        "",
-        "prompts:",
-        f"  templates: {templates}",
-        "  # The words for the classes, in label order. They stand in the sentences, so they must be words.",
-        *_words(classes),
-        "",
-        "train:",
-        f"  learning_rate: {ranges.start}",
-        f"  kl_weight: {ranges.kl_start}",
-        "  epochs: 10",
-        f"  batch_size: {batch}             # the training set has about {train:,} images",
-        "",
-        "search:",
-        "  trials: 16",
-        "  space:",
-        f"    learning_rate: {{low: {low}, high: {high}, log: true}}{about_rate}",
-        f"    kl_weight: {{low: {ranges.kl_weight[0]}, high: {ranges.kl_weight[1]}, log: true}}",
-        "  # Trained first and shown beside the trials. The zero-shot model is always shown.",
-        "  baselines:",
-        f"    fine_tuning: {{kl_weight: 0, learning_rate: {ranges.start}}}",
-        f"    paper: {{kl_weight: {ranges.kl_start}, learning_rate: {ranges.start}}}",
-        "",
-        "resources:",
-        "  num_workers: 1             # of one training; more are run by Ray Train, each with a GPU of its own",
-        f"  threads: {max(1, num_cores // 2)}                 # of a worker on the CPU; trials run beside each other",
-        "",
-    ]
-    return "\n".join(lines)
+    by_split, missing = _splits(found, roles.train)
+    train = round((1 - SHARE * len(missing)) * by_split["train"].num_images)
+    return _TEMPLATE.substitute(
+        path=_text(path),
+        num_classes=len(classes),
+        name=_text(name),
+        model=f"name: {_text(model)}" + ("" if pretrained is None else f", pretrained: {_text(pretrained)}"),
+        data="\n".join(_data(path, found, roles, classes)),
+        templates="sandbox" if model == "sandbox" else "openai",
+        words="\n".join(_words(classes)),
+        learning_rate=ranges.start,
+        kl_weight=ranges.kl_start,
+        batch_size=max(2, min(ranges.batch_size, 2 ** max(1, (train // 8).bit_length() - 1))),
+        num_train=f"{train:,}",
+        rates="low: {}, high: {}".format(*ranges.learning_rate),
+        about_rate="" if ranges.sure else "   # a wide guess: no public table for this model",
+        kl_weights="low: {}, high: {}".format(*ranges.kl_weight),
+        threads=max(1, num_cores // 2),
+    )
 
 
 def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str]) -> list[str]:
     missing = _splits(found, roles.train)[1]
-    lines = ["# Sets by role. train trains; id_val and ood_val choose; id_test and ood_test are read by `test` alone."]
-    lines.append("data:")
+    lines = [
+        "# Sets by role. train trains; id_val and ood_val choose; id_test and ood_test are read by `test` alone.",
+        "data:",
+    ]
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):
         lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split)}}}")
         if role == "train" and missing:
-            lines.append(
-                "  # id_val and id_test are other images of the same domain, told apart by a hash of their names"
-            )
+            lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     halves = bool(roles.ood_val) and not roles.ood_test
-    lines.append(
-        "  # Shifts. Those of ood_val choose, so what ood_test shows must be other shifts, not only other images."
-    )
+    lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
         of = _id_set(path, found, roles.train, "val")
         lines += [
@@ -173,7 +225,8 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         if halves and role == "ood_test":
             lines.append("    # the same shift, other images: what it shows is too good for a new shift")
         for domain in domains:
-            some = _some(found, domain, classes)
+            there = {name for one in found if one.domain == domain for name in one.counts}
+            some = ", classes: some" if there < set(classes) else ""
             half = {"ood_val": ", part: [0, 0.5]", "ood_test": ", part: [0.5, 1]"}[role] if halves else ""
             own = set_name(domain) + ("_test" if halves and role == "ood_test" else "")
             lines.append(f"    {_text(own)}: {{{_ood_set(path, found, domain)}{half}{some}}}")
@@ -209,16 +262,6 @@ def _folder(path: str, one: ClassRoot) -> str:
         return f"source: folder, path: {_text(path)}"
     above, _, last = one.folder.rpartition("/")
     return f"source: folder, path: {_text(f'{path}/{above}' if above else path)}, domains: [{_text(last)}]"
-
-
-def _some(found: Sequence[ClassRoot], domain: str, classes: Sequence[str]) -> str:
-    there = {name for one in found if one.domain == domain for name in one.counts}
-    return ", classes: some" if there < set(classes) else ""
-
-
-def _size(found: Sequence[ClassRoot], domain: str) -> int:
-    by_split, missing = _splits(found, domain)
-    return round((1 - SHARE * len(missing)) * by_split["train"].num_images)
 
 
 def _words(classes: Sequence[str]) -> list[str]:

@@ -108,10 +108,14 @@ def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tupl
         return pixels, (pixels.shape[0], pixels.shape[1]), file.mode
 
 
+def cause_of(error: BaseException) -> str:
+    """Returns why a file cannot be read, in the words of the system where it has some."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def unreadable(place: str, error: OSError | ValueError) -> Problem:
-    """Returns the problem of a file that the system does not give."""
-    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return Problem(place, "must be readable", cause, next_step="Restore the file, or take it out of the set.")
+    """Returns the problem of a file that the system cannot read."""
+    return Problem(place, "must be readable", cause_of(error), next_step="Restore the file, or take it out of the set.")
 
 
 def _plain_jpeg(content: bytes, side: int = 0) -> PixelArray | None:

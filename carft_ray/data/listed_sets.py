@@ -25,7 +25,7 @@ from carft_ray.data.readers import listing_once
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
-from carft_ray.data.synthetic.corrupted import CorruptedSource, corrupted_source
+from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import SETS
 from carft_ray.recipe.schema import Recipe
@@ -57,6 +57,8 @@ class ListedSource:
         in_order: See ``Listing``.
         are_files: Whether each image is a file of its own; its place is the path then.
         num_skipped: Images that were left out because they cannot be decoded.
+        labels: Label of every image, int64 [N].
+        sample_ids: Stable ids, uint64 [N].
         table: Columns ``sample_id``, ``label``, ``place``, ``digest`` (of the file's bytes).
         open_again: Lists the set again: for images that are no files of their own.
     """
@@ -69,20 +71,10 @@ class ListedSource:
     in_order: bool
     are_files: bool
     num_skipped: int
+    labels: IntArray
+    sample_ids: IdArray
     table: pa.Table
     open_again: Callable[[], Source]
-
-    @cached_property
-    def labels(self) -> IntArray:
-        """Label of every image, int64 [N]."""
-        labels: IntArray = self.table["label"].to_numpy()
-        return labels
-
-    @cached_property
-    def sample_ids(self) -> IdArray:
-        """Stable ids, uint64 [N]."""
-        ids: IdArray = self.table["sample_id"].to_numpy()
-        return ids
 
     @cached_property
     def _images(self) -> StoredSource:
@@ -98,13 +90,11 @@ class ListedSource:
 
     def hashes(self) -> list[bytes]:
         """Returns the hash of every file, in order."""
-        hashes: list[bytes] = self.table["digest"].to_pylist()
-        return hashes
+        return list(self.table["digest"].to_pylist())
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages."""
-        place: bytes = self.table["place"][index].as_py()
-        return os.fsdecode(place)
+        return os.fsdecode(self.table["place"][index].as_py())
 
     def content(self, index: int) -> bytes:
         """Returns the bytes of image ``index``.
@@ -179,17 +169,8 @@ def _key(recipe: Recipe, name: str) -> str:
 
 
 def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
-    about = {
-        "key": key,
-        "name": source.name,
-        "class_names": source.class_names,
-        "fingerprint": source.fingerprint,
-        "groups": source.groups,
-        "home": source.home,
-        "in_order": source.in_order,
-        "are_files": source.listing.are_files,
-        "num_skipped": source.num_skipped,
-    }
+    names = ("name", "class_names", "fingerprint", "groups", "home", "in_order", "num_skipped")
+    about = {"key": key, "are_files": source.listing.are_files, **{name: getattr(source, name) for name in names}}
     places = [os.fsencode(source.place(index)) for index in range(len(source))]
     columns = [source.sample_ids, source.labels, places, digests]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
@@ -204,13 +185,9 @@ def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | No
     about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])
     if about.pop("key") != _key(recipe, name):
         return None
-    groups = about.pop("groups")
-    classes = tuple(about.pop("class_names"))
-    listed = ListedSource(
-        **about,
-        class_names=classes,
-        groups=None if groups is None else tuple(map(tuple, groups)),
-        table=table,
-        open_again=partial(open_source, plain(spec), name, classes, cache_dir(recipe)),
-    )
-    return corrupted_source(listed, spec) if isinstance(spec, CorruptedSet) else listed
+    classes, groups = tuple(about["class_names"]), about["groups"]
+    about |= {"class_names": classes, "groups": None if groups is None else tuple(map(tuple, groups))}
+    open_again = partial(open_source, plain(spec), name, classes, cache_dir(recipe))
+    labels, ids = table["label"].to_numpy(), table["sample_id"].to_numpy()
+    listed = ListedSource(**about, labels=labels, sample_ids=ids, table=table, open_again=open_again)
+    return CorruptedSource(listed, spec) if isinstance(spec, CorruptedSet) else listed

@@ -6,8 +6,8 @@ that read one. All else is the same for every kind of set and stands here: ids, 
 
 import hashlib
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -92,7 +92,7 @@ class StoredSource:
     class_names: tuple[str, ...]
     labels: IntArray
     groups: tuple[tuple[int, ...], ...] | None = None
-    skipped: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = ()
     selection: IntArray | None = None
 
     @cached_property
@@ -222,14 +222,13 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     members = _members(listing, spec)
     groups_of = {own: tuple(sorted(label_of[normal(target)] for target in targets)) for own, targets in members.items()}
     labels = np.array([groups_of[normal(listing.classes[row])][0] for row in rows.tolist()], dtype=np.int64)
-    groups = None
-    if listing.within is not None or spec.classes == "some":
-        groups = tuple(sorted(set(groups_of.values())))
+    partly = listing.within is not None or spec.classes == "some"
+    groups = tuple(sorted(set(groups_of.values()))) if partly else None
     return StoredSource(name, listing, rows, wanted, labels, groups, selection=chosen)
 
 
 def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
-    """Returns the images of a set whose classes nobody has looked at; all labels are 0.
+    """Returns the images of a set whose classes are not checked; all labels are 0.
 
     Raises:
         DataError: Something is missing.
@@ -262,14 +261,10 @@ def _part_and_shots(listing: Listing, spec: StoredSet) -> IntArray:
         rows = rows[(spec.part[0] <= fractions) & (fractions < spec.part[1] if spec.part[1] < 1 else True)]
     if spec.shots is None:
         return rows
-    taken: Counter[str] = Counter()
-    chosen = []
-    order = sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}"))
-    for row in order:
-        taken[listing.classes[row]] += 1
-        if taken[listing.classes[row]] <= spec.shots:
-            chosen.append(row)
-    return np.array(sorted(chosen), dtype=np.int64)
+    by_class: defaultdict[str, list[int]] = defaultdict(list)
+    for row in sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}")):
+        by_class[listing.classes[row]].append(row)
+    return np.array(sorted(row for own in by_class.values() for row in own[: spec.shots]), dtype=np.int64)
 
 
 def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], place: str) -> list[Problem]:
@@ -318,7 +313,7 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
 def _members(listing: Listing, spec: StoredSet) -> dict[str, tuple[str, ...]]:
     """Returns for each class of the set the classes of the class list that stand for it.
 
-    A set of some classes has those that hold an image; otherwise also the empty ones, so that they are told.
+    A set of some classes has those that hold an image; otherwise also the empty ones, so that they are reported.
     """
     if listing.within is not None:
         return {normal(own): tuple(targets) for own, targets in listing.within.items()}
@@ -334,18 +329,14 @@ def sample_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(_encoded(normal(name))).digest()[:8], "little")
 
 
-def first_repeat(names: Sequence[str]) -> tuple[int, int] | None:
-    """Returns the positions of the first name that repeats an earlier one, and of that; None where all differ."""
-    first: dict[str, int] = {}
-    for index, name in enumerate(map(normal, names)):
-        if first.setdefault(name, index) != index:
-            return first[name], index
-    return None
-
-
 def normal(name: str) -> str:
     """Returns a name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def and_more(wrong: Sized) -> str:
+    """Returns how many others there are of what is wrong, behind the one that a message names."""
+    return f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,19 +4,22 @@ A new kind of set is a class in ``recipe/sets.py``, a file with its reader's fun
 """
 
 import contextlib
+import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from carft_ray.data.benchmark_sets import reader as benchmarks
-from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
-from carft_ray.data.images import unreadable
+from carft_ray.data.images import cause_of, unreadable
 from carft_ray.data.listing import Listing
+from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 
@@ -26,13 +29,14 @@ class Reader:
     """How one kind of set is read. Every function gets the set.
 
     Attributes:
-        listing: Lists the images; the second argument is where the set is named, for messages.
-        problems: What is missing at the first look, without listing: all that is asked of a test set by anybody but
-            the command that opens the seal. The second argument as above.
+        listing: Lists the images; the second argument is where the set is named, for messages. Raises ``DataError`` for
+            what is missing, and ``OSError``.
+        problems: What is missing, found without listing: all that commands other than `test` check of a test set. The
+            second argument as above.
         places: Resolved paths of the folders or files that hold the images: two sets with one place, or one inside the
             other's, share images unless they are ``disjoint``.
         disjoint: Whether two sets of one place share no image all the same, such as those of two splits.
-        naming: What the names of the images depend on, besides ``path``: parts are of the hashes of names.
+        naming: What the names of the images depend on, in addition to ``path``: parts are of the hashes of names.
         num_expected: How many images the set must have, where that is known of it: a public benchmark.
     """
 
@@ -60,20 +64,13 @@ def _of_files(
     """
 
     def list_files(spec: Any, place: str) -> Listing:
-        problems: Sequence[Problem]
-        try:
-            return listing(spec, files(spec, place), place)
-        except DataError as error:
-            problems = error.problems
-        except PermissionError as error:
-            problems = [unreadable(f"{place}: {error.filename}", error)]
-        return Listing("", os.path.realpath(spec.path), problems=tuple(problems))
+        return listing(spec, files(spec, place), place)
 
     def problems(spec: Any, place: str) -> list[Problem]:
         found: list[Problem] = []
-        for look in (files, class_names):
+        for check in (files, class_names):
             try:
-                look(spec, place)
+                check(spec, place)
             except DataError as error:
                 found += error.problems
             except PermissionError:
@@ -106,7 +103,7 @@ READERS: dict[type[StoredSet], Reader] = {
     ),
     TableSet: _of_files(
         tables.table_files,
-        tables.list_table,
+        tables.list_rows,
         tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,
@@ -119,13 +116,16 @@ READERS: dict[type[StoredSet], Reader] = {
     ),
     HuggingFaceSet: _of_files(
         huggingface.data_files,
-        huggingface.list_data_files,
+        partial(tables.list_rows, kind=huggingface.KIND),
         tables.own_class_names,
         disjoint=tables.rows_disjoint,
         naming=tables.naming,
     ),
 }
 
+
+ID_COLUMN = "sample_id"
+NUM_NAMED = 3  # lines of a file of ids that are named
 
 _TAKES = {"part", "shots", "shots_seed", "on_bad_image", "exclude"}  # which images of a listing a set takes
 _kept: dict[str, Listing] | None = None  # while ``listing_once`` is in force
@@ -164,29 +164,61 @@ def list_set(spec: StoredSet, place: str) -> Listing:
         spec: The set.
         place: Where the set is named, for the problems.
     """
-    listing = _listing(spec, place)
+    key = spec.model_dump_json(exclude=_TAKES)
+    listing = _kept.get(key) if _kept is not None else None
+    if listing is None:
+        try:
+            listing = reader_of(spec).listing(spec, place)
+        except DataError as error:
+            return Listing("", "", problems=error.problems)
+        except OSError as error:
+            return Listing("", "", problems=(unreadable(f"{place}: {error.filename}", error),))
+        if _kept is not None and not listing.problems:  # problems name the set
+            _kept[key] = listing
     if spec.exclude is None or listing.problems:
         return listing
     excluded, problems = excluded_ids(spec.exclude, f"{place}.exclude")
     if not problems and not np.isin(excluded, listing.ids).any():
         step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
         value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
-        problems = [
-            Problem(f"{place}.exclude", "must name images of the set by their sample ids", value, next_step=step)
-        ]
+        rule = "must name images of the set by their sample ids"
+        problems = [Problem(f"{place}.exclude", rule, value, next_step=step)]
     return replace(listing, excluded=excluded, problems=tuple(problems))
 
 
-def _listing(spec: StoredSet, place: str) -> Listing:
-    key = spec.model_dump_json(exclude=_TAKES)
-    if _kept is not None and key in _kept:
-        return _kept[key]
-    listing = reader_of(spec).listing(spec, place)
-    if _kept is not None and not listing.problems:  # problems name the set
-        _kept[key] = listing
-    return listing
+def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, list[Problem]]:
+    """Returns the sample ids that ``exclude`` names, uint64 [K], and what is wrong with its file.
+
+    Args:
+        written: The ids, or the path of a text file with one per line or of a CSV file with a column ``sample_id``.
+        place: Where it is written, for the problems.
+    """
+    if not isinstance(written, str):
+        return np.array(written, np.uint64), []
+    path = Path(written)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = [(number, text.strip()) for number, text in _texts(file) if text.strip()]
+    except (OSError, ValueError, csv.Error) as error:  # of which UnicodeDecodeError is one
+        rule = f"must be a text file with a sample id per line, or a CSV file with a column {ID_COLUMN}"
+        return np.empty(0, np.uint64), [Problem(place, rule, f"{path}: {cause_of(error)}")]
+    wrong = [(number, text) for number, text in found if not _is_id(text)]
+    problems = [
+        Problem(f"{path}:{number}", "must be a sample id, a whole number from 0 to 2**64 - 1", repr(text))
+        for number, text in wrong[:NUM_NAMED]
+    ]
+    return np.array([int(text) for _, text in found if _is_id(text)], np.uint64), problems
 
 
-def first_problems(spec: StoredSet, place: str) -> list[Problem]:
-    """Returns what is missing at the first look; nothing is listed."""
-    return reader_of(spec).problems(spec, place)
+def _texts(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """Yields line number and text of every id: of the column of that name, else of the first."""
+    column = 0
+    for row in (reader := csv.reader(lines)):
+        if reader.line_num == 1 and ID_COLUMN in row:
+            column = row.index(ID_COLUMN)
+        elif row:
+            yield reader.line_num, row[column] if column < len(row) else ""
+
+
+def _is_id(text: str) -> bool:
+    return re.fullmatch(r"\d{1,20}", text) is not None and int(text) < 2**64

@@ -2,18 +2,18 @@
 
 Of each image: the hash of its bytes and their number, the thumbnails by which the same picture is known
 (``data.shared.overlap``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
-nothing is kept that tells of its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
+nothing is kept that shows its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
 - **Freshness.** The key is a hash of the place of the set and of its fingerprint: names, sizes and dates of the files.
   A file with another size or date makes it another set, which is read anew. Bytes that change while size and date
   stay are not noticed.
 - **Kills.** Every ``PART`` images the pass writes what it has found, ``records-<key>.<number>.part``; the next pass
-  goes on from there. Files that cannot be read are told and not kept: the next pass tries their part again.
+  continues from there. Files that cannot be read are reported and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.
 
-The look at 128 x 128 pixels that decides on candidates (``data.shared.same_picture``) is not among it: 16 kB an image
-would be 21 GB for ImageNet. It reads the candidates a second time, which are few.
+The grey picture of 128 x 128 pixels that decides on candidates (``data.shared.same_picture``) is not kept: 16 kB an
+image would be 21 GB for ImageNet. The candidates, which are few, are read a second time.
 
 Shape letters: N images of a set, V = 4 views.
 """
@@ -34,7 +34,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
@@ -44,7 +44,7 @@ from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 2  # rises when other things are found in the same files
-PART = 4096  # images after which a killed pass goes on
+PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 TOGETHER = 4  # pictures whose thumbnails are made at a time: what that takes stays in the processor's cache
 SIDE = 8  # pixels of a thumbnail
@@ -58,7 +58,7 @@ NUM_NAMED = 3  # images that a warning names
 OnProgress = Callable[[int, int], None]
 
 _log = logging.getLogger(__name__)
-_told: set[tuple[str, ...]] = set()  # of this process: images left out; commands open a set several times
+_warned: set[tuple[str, ...]] = set()  # of this process: images left out; commands open a set several times
 
 _SHAPE = (NUM_VIEWS, SIDE, SIDE, 3)
 _BLACK = bytes(math.prod(_SHAPE))
@@ -126,13 +126,13 @@ def records(
     """Returns what is known of the images of a set, from the cache or from reading each of its files once now.
 
     Images that ``exclude`` or ``on_bad_image`` leave out are read with the others of their part, so that they can be
-    told and the set is known with and without them.
+    reported and the set is known with and without them.
 
     Args:
         source: The set.
         cache_dir: Folder of the cache; made when missing.
         is_test: Keep nothing of sizes, modes, and of what cannot be decoded.
-        on_progress: Told the number of images done and in all, now and then; not where all is known.
+        on_progress: Called with the number of images done and in all, now and then; not where all is known.
 
     Raises:
         DataError: A file has vanished since the set was listed.
@@ -140,15 +140,12 @@ def records(
     """
     whole = selection(source) if isinstance(source, StoredSource) else source
     path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole)])}.arrow"
-    table = _opened(path, len(whole))
-    if table is None:
-        with lock(path.with_suffix(".lock")) as alone:
-            if alone:
-                for left in path.parent.glob(f".{path.stem}.*.tmp"):
-                    left.unlink(missing_ok=True)  # of a process that was killed
-            table = _opened(path, len(whole))
-            if table is None:
-                table = _read(whole, path, is_test, on_progress)
+    table = made_once(
+        path,
+        path.with_suffix(".lock"),
+        lambda path: _opened(path, len(whole)),
+        lambda: _read(whole, path, is_test, on_progress),
+    )
     kept = None
     if isinstance(source, StoredSource) and isinstance(whole, StoredSource) and len(source) < len(whole):
         kept = np.searchsorted(whole.rows, source.rows)
@@ -158,7 +155,7 @@ def records(
 def without_bad_images(
     source: StoredSource, cache_dir: Path, on_progress: OnProgress = lambda done, total: None
 ) -> StoredSource:
-    """Returns a set without the images that cannot be decoded. The log tells how many, once per process.
+    """Returns a set without the images that cannot be decoded. The log states how many, once per process.
 
     Args:
         source: The set.
@@ -173,13 +170,14 @@ def without_bad_images(
     if not bad:
         return source
     left = source.without(list(bad))
-    if left.skipped not in _told:
-        _told.add(left.skipped)
+    if left.skipped not in _warned:
+        _warned.add(left.skipped)
         few = "; ".join(str(problem).splitlines()[0] for problem in list(bad.values())[:NUM_NAMED])
-        names = "carft-ray doctor RECIPE --json names all of training and validation"
-        more = f"; and {len(bad) - NUM_NAMED} more ({names})" if len(bad) > NUM_NAMED else ""
-        told = "%s: %d of %d images are left out, which cannot be decoded (on_bad_image: skip): %s%s"
-        _log.warning(told, source.name, len(bad), len(source), few, more)
+        if len(bad) > NUM_NAMED:
+            names = "carft-ray doctor RECIPE --json names all of training and validation"
+            few += f"; and {len(bad) - NUM_NAMED} more ({names})"
+        text = "%s: %d of %d images are left out, which cannot be decoded (on_bad_image: skip): %s"
+        _log.warning(text, source.name, len(bad), len(source), few)
     if not len(left):
         rule = "there must be at least one image that can be decoded"
         raise DataError(Problem(source.name, rule, f"none of {len(bad)}, such as {next(iter(bad.values()))}"))
@@ -227,8 +225,7 @@ def _inside(pixels: PixelArray) -> PixelArray:
     rows, columns = fine.shape[:2]
     inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
     small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
-    view: PixelArray = _means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0]
-    return view
+    return np.asarray(_means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0])
 
 
 def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[PixelArray, tuple[float, float]]:
@@ -271,8 +268,7 @@ def _means(
     for some in (slice(first, first + TOGETHER) for first in range(0, number, TOGETHER)):
         rows = down @ pixels[some].reshape(-1, 1, height, width * channels).astype(np.float32)
         tiles[some] = across[:, None] @ rows.reshape(-1, len(boxes), SIDE, width, channels)
-    means: PixelArray = (tiles / SHARES**2 + 0.5).astype(np.uint8)
-    return means
+    return np.asarray(tiles / SHARES**2 + 0.5, np.uint8)
 
 
 @lru_cache
@@ -294,8 +290,7 @@ def _shares(length: int, size: float, original: int, spans: tuple[tuple[float, f
     if original * (high - low).min() >= SIDE:  # else some would have no pixel
         edges = np.floor(original * edges + 0.5) / original
     passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
-    shares: npt.NDArray[np.float32] = np.diff(np.rint(SHARES * np.clip(passed, 0, 1))).astype(np.float32)
-    return shares
+    return np.asarray(np.diff(np.rint(SHARES * np.clip(passed, 0, 1))), np.float32)
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -331,7 +326,7 @@ def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) ->
 
 
 def _keep(path: Path, table: pa.Table) -> bool:
-    """Writes records unless one is of a file that cannot be read; tells whether it did."""
+    """Writes records unless one is of a file that cannot be read; returns whether it did."""
     complete = _UNREAD not in table["num_bytes"].to_numpy()
     if complete:
         write_table(path, table)
@@ -407,10 +402,10 @@ def _records(table: pa.Table, source: Source, kept: IntArray | None) -> Records:
     if kept is not None:
         table = table.take(pa.array(kept))
     num_images = len(source)
-    told = table["problem"].combine_chunks()
+    texts = table["problem"].combine_chunks()
     problems = {
-        index: Problem(source.place(index), **json.loads(told[index].as_py()))
-        for index in np.flatnonzero(told.is_valid().to_numpy(zero_copy_only=False)).tolist()
+        index: Problem(source.place(index), **json.loads(texts[index].as_py()))
+        for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
     }
     seen = {}
     if "mode" in table.column_names:
@@ -431,5 +426,4 @@ def _column(table: pa.Table, name: str) -> PixelArray:
     if not len(column):
         return np.empty(0, np.uint8)
     width = column.type.bit_width // 8
-    whole: PixelArray = np.frombuffer(column.buffers()[1], np.uint8)
-    return whole[column.offset * width : (column.offset + len(column)) * width]
+    return np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]

@@ -9,9 +9,10 @@ from pathlib import Path
 from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.caching.index import user_cache_dir
 from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
-from carft_ray.data.readers import first_problems, list_set, reader_of
+from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
+from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.rules import named_sets
@@ -28,8 +29,8 @@ def check_sets(recipe: Recipe) -> list[Problem]:
 
     Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
     each with images; the words for the classes go with the list; no batch is larger than the training set. Of a test
-    role only the existence is looked at. An empty list means that the sets of
-    training and validation can be opened; otherwise raise it as a ``DataError``.
+    role only the existence is checked. An empty list means that the sets of training and validation can be opened;
+    otherwise raise it as a ``DataError``.
 
     Args:
         recipe: The recipe.
@@ -39,9 +40,9 @@ def check_sets(recipe: Recipe) -> list[Problem]:
     sets = {path: (plain_place(path, spec), plain(spec)) for path, spec in named_sets(recipe).items()}
     for path, (place, spec) in sets.items():
         if isinstance(spec, SandboxSet):
-            problems += _sandbox_problems(spec, place)
+            problems += sandbox.domain_problems(spec.domain, place)
         elif path[1] in TEST_ROLES:
-            problems += first_problems(spec, place)
+            problems += reader_of(spec).problems(spec, place)
         else:
             listings[place] = list_set(spec, place)
             problems += listings[place].problems
@@ -51,7 +52,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
     classes = _class_list(recipe, train)
     for path, (place, spec) in sets.items():
         if isinstance(spec, SandboxSet):
-            problems += _sandbox_class_problems(classes, place)
+            problems += sandbox.class_problems(classes, place)
         elif path[1] not in TEST_ROLES and not listings[place].problems:
             problems += class_problems(listings[place], spec, classes, place)
     return problems + _count_problems(recipe, classes, train)
@@ -71,7 +72,7 @@ def check_roles(recipe: Recipe) -> list[Problem]:
     seen: list[tuple[SetSpec, str, str, str]] = []  # set, role, place in the recipe, what it holds
     for path, spec in named_sets(recipe).items():
         place, role = dotted(path), str(path[1])
-        for held in _held(plain(spec)):
+        for held in _places(plain(spec)):
             others = {
                 there: other
                 for other, its, there, holds in seen
@@ -93,7 +94,7 @@ def plain_place(path: KeyPath, spec: SetSpec) -> str:
 
 
 def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
-    """Tells whether two sets, each with its role, may hold the same images.
+    """Returns whether two sets, each with its role, may hold the same images.
 
     Sets of one role may. So may an ID and an OOD set for validation, or for test, when one of them is corrupted: the
     images are the same and the shift is another.
@@ -116,17 +117,17 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
         DataError: Something is missing, or the classes do not match.
     """
     if isinstance(spec, CorruptedSet):
-        from carft_ray.data.synthetic.corrupted import corrupted_source
+        from carft_ray.data.synthetic.corrupted import CorruptedSource
 
-        return corrupted_source(open_source(spec.of, name, classes, cache_dir), spec)
+        return CorruptedSource(open_source(spec.of, name, classes, cache_dir), spec)
     if isinstance(spec, StoredSet):
         source = stored_source(list_set(spec, name), spec, classes, name)
         if spec.on_bad_image == "fail":
             return source
         return without_bad_images(source, cache_dir or user_cache_dir())
-    from carft_ray.data.synthetic import sandbox
-
-    if classes is not None and (problems := _sandbox_class_problems(classes, name)):
+    problems = sandbox.domain_problems(spec.domain, name)
+    problems += [] if classes is None else sandbox.class_problems(classes, name)
+    if problems:
         raise DataError(problems)
     return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
 
@@ -183,36 +184,30 @@ def cache_dir(recipe: Recipe) -> Path:
     Args:
         recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
     """
-    if recipe.data.cache_dir is not None:
-        return Path(recipe.data.cache_dir)
-    return user_cache_dir()
+    return user_cache_dir() if recipe.data.cache_dir is None else Path(recipe.data.cache_dir)
 
 
 def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     if recipe.data.classes is not None:
         return recipe.data.classes
-    if train is not None:
-        return train.found
-    from carft_ray.data.synthetic import sandbox
-
-    return sandbox.CLASSES
+    return sandbox.CLASSES if train is None else train.found
 
 
-def _held(spec: PlainSet) -> list[str]:
-    """Returns what holds a set's images, as words for a message: folders and files, or a domain of the sandbox."""
+def _places(spec: PlainSet) -> list[str]:
+    """Returns where a set's images are, as texts for a message: folders and files, or a domain of the sandbox."""
     if isinstance(spec, SandboxSet):
         return [f"sandbox domain {spec.domain}, split {spec.split}"]
     return reader_of(spec).places(spec)
 
 
 def _same_images(one: str, other: str) -> bool:
-    """Tells whether two places are the same, or one lies inside the other."""
+    """Returns whether two places are the same, or one lies inside the other."""
     paths = Path(one), Path(other)
     return one == other or paths[0] in paths[1].parents or paths[1] in paths[0].parents
 
 
 def _disjoint(one: PlainSet, other: PlainSet) -> bool:
-    """Tells whether two sets of one place share no image all the same."""
+    """Returns whether two sets of one place share no image all the same."""
     if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
         return False
     if type(one) is type(other) and reader_of(one).disjoint(one, other):
@@ -230,6 +225,10 @@ def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str
         return "", step
     if one.part is None and other.part is None:
         return "", step
+
+    def written(start: float, end: float) -> str:
+        return f"[{start:.12g}, {end:.12g}]"
+
     ends = [one.part or (0.0, 1.0), other.part or (0.0, 1.0)]
     keys = [f"{place}.of.part" if isinstance(spec, CorruptedSet) else f"{place}.part" for place, spec in (here, there)]
     low, high = max(start for start, _ in ends), min(end for _, end in ends)
@@ -241,40 +240,14 @@ def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str
     ]
     middle = (low + high) / 2
     apart = rests[:1] or [(keys[1], low, middle), (keys[0], middle, high)]
-    about = f", part {_part(*ends[0])} against {_part(*ends[1])}: both have {_part(low, high)}"
-    return about, "Such as " + " and ".join(f"{key}: {_part(*rest)}" for key, *rest in apart) + "."
-
-
-def _part(start: float, end: float) -> str:
-    return f"[{start:.12g}, {end:.12g}]"
+    about = f", part {written(*ends[0])} against {written(*ends[1])}: both have {written(low, high)}"
+    return about, "Such as " + " and ".join(f"{key}: {written(*rest)}" for key, *rest in apart) + "."
 
 
 def _same_names(one: StoredSet, other: StoredSet) -> bool:
-    """Tells whether one image has one name in both sets: a part is of the hash of the name."""
-    names = [(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)]
-    return names[0] == names[1]
-
-
-def _sandbox_problems(spec: SandboxSet, place: str) -> list[Problem]:
-    from carft_ray.data.synthetic import sandbox
-
-    if spec.domain in sandbox.DOMAINS:
-        return []
-    allowed = tuple(sandbox.DOMAINS)
-    rule = "must be a domain of the sandbox"
-    return [Problem(f"{place}.domain", rule, repr(spec.domain), allowed, nearest(spec.domain, allowed))]
-
-
-def _sandbox_class_problems(classes: tuple[str, ...], place: str) -> list[Problem]:
-    from carft_ray.data.synthetic import sandbox
-
-    if classes == sandbox.CLASSES:
-        return []
-    unknown = [name for name in classes if name not in sandbox.CLASSES]
-    rule = "a sandbox set has all classes of the sandbox, in their order, so the class list must be that too"
-    value = f"{unknown[0]!r}" if unknown else f"a list of {len(classes)}"
-    match = nearest(unknown[0], sandbox.CLASSES) if unknown else None
-    return [Problem(place, rule, value, sandbox.CLASSES, match, "Leave data.classes out.")]
+    """Returns whether one image has one name in both sets: a part is of the hash of the name."""
+    names = {(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)}
+    return len(names) == 1
 
 
 def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
@@ -296,21 +269,20 @@ def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
 def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
     problems = _word_problems(recipe, classes)
     if len(classes) < 2:
-        step = "Classes are the folders below the domains: look whether data.train.path is one level too deep."
+        step = "Classes are the folders below the domains: check whether data.train.path is one level too deep."
         problems.append(Problem("data.train", "there must be at least two classes", str(len(classes)), next_step=step))
     spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
         size = spec.num_per_class * len(classes)
-    else:
-        size = 0 if train is None or train.problems else len(selected_rows(train, spec))
-    if not size:
+    elif train is None or train.problems or not (size := len(selected_rows(train, spec))):
         return problems
     for place, batch_size in _batch_sizes(recipe):
         if batch_size > size:
             rule = f"must be at most the size of the training set, {size} images"
             problems.append(Problem(place, rule, str(batch_size)))
     if not problems and recipe.search.pruner.name != "none" and can_cut(recipe) and not can_cut(recipe, size):
-        rule = f"must end early enough for a look by the pruner {recipe.search.pruner.name}: none is before its end"
+        pruner = recipe.search.pruner.name
+        rule = f"must end early enough for the pruner {pruner}: no intermediate value comes before the end"
         step = "Shorten the warm-up, train longer, or use a smaller batch."
         problems.append(Problem("train.warmup_steps", rule, str(recipe.train.warmup_steps), next_step=step))
     return problems

@@ -47,11 +47,9 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Returns N."""
-        ...
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages, such as the path of its file."""
-        ...
 
     def content(self, index: int) -> bytes:
         """Returns what image ``index`` is, byte for byte: its file, or its pixels where it was never encoded.
@@ -59,7 +57,6 @@ class Source(Protocol):
         Raises:
             DataError: The image cannot be read.
         """
-        ...
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3].
@@ -67,7 +64,32 @@ class Source(Protocol):
         Raises:
             DataError: The image cannot be read.
         """
-        ...
+
+
+class DerivedSource:
+    """What a ``Source`` has of another whose images it shows in its own way; a subclass has ``pixels``.
+
+    Args:
+        images: The other.
+    """
+
+    def __init__(self, images: Source) -> None:
+        self.images = images
+        self.name, self.class_names, self.labels = images.name, images.class_names, images.labels
+        self.sample_ids, self.fingerprint = images.sample_ids, images.fingerprint
+        self.groups, self.home = images.groups, images.home
+
+    def __len__(self) -> int:
+        """Returns N."""
+        return len(self.labels)
+
+    def place(self, index: int) -> str:
+        """Returns the name of image ``index`` for messages."""
+        return self.images.place(index)
+
+    def content(self, index: int) -> bytes:
+        """Returns what image ``index`` is in the other source, byte for byte."""
+        return self.images.content(index)
 
 
 @dataclass(frozen=True, eq=False)

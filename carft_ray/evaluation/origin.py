@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from carft_ray import environment
-from carft_ray.data.content import image_digest, image_digests, pixel_digest, set_digest
+from carft_ray.data.content import image_digest, image_digests, set_digest
 from carft_ray.data.listed_sets import ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
@@ -76,7 +76,7 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
                 known = [image_digest(source.shown_content(digest)) for digest in known]
             digest = set_digest(source, known)
         elif name in decoded:
-            digest = set_digest(source, [pixel_digest(pixels) for pixels in decoded[name].images_NHWC])
+            digest = set_digest(source, [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC])
         elif inputs is not None:
             digest = set_digest(source, image_digests(inputs.train))
         else:

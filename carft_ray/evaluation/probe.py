@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from carft_ray import files
-from carft_ray.data.caching.decoded import DecodedSource
+from carft_ray.data.caching.arrays import DecodedSource
 from carft_ray.data.caching.packed import PackedSource
-from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.data.source import DerivedSource, PixelArray, Source
 from carft_ray.evaluation import shared_inputs as opened_materials
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
@@ -42,28 +42,17 @@ EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end 
 MEETING_S = 60.0  # a probe waits so long for the others that shall run beside it
 
 
-class FirstImages:
+class FirstImages(DerivedSource):
     """The first images of a source."""
 
     def __init__(self, source: Source, number: int) -> None:
-        self._source = source
-        self.name = source.name
-        self.class_names = source.class_names
-        self.labels: IntArray = source.labels[:number]
-        self.sample_ids: IdArray = source.sample_ids[:number]
+        super().__init__(source)
+        self.labels, self.sample_ids = source.labels[:number], source.sample_ids[:number]
         self.fingerprint = f"{source.fingerprint}, the first {number}"
-        self.groups = source.groups
-        self.home = source.home
-        self.place = source.place
-        self.content = source.content
-
-    def __len__(self) -> int:
-        """Returns N."""
-        return len(self.labels)
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
-        return self._source.pixels(index)
+        return self.images.pixels(index)
 
 
 def share_of(inputs: SharedInputs, recipe: Recipe, largest_batch: int) -> SharedInputs:

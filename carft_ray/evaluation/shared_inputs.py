@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from carft_ray.data.caching.arrays import image_set
-from carft_ray.data.caching.decoded import DecodedSource
+from carft_ray.data.caching.arrays import DecodedSource, image_set
 from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
 from carft_ray.data.listing import StoredSource

@@ -24,14 +24,10 @@ class Source:
     Attributes:
         repo: ``owner/name`` of the repository or data set, or the number of a paper.
         path: File in it, ``issues/NUMBER``, or a table.
-        version: Commit, or package with its release; empty where neither exists.
-        note: What the source says, where that is not the whole item.
     """
 
     repo: str
     path: str
-    version: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Provenance:
     sources: tuple[Source, ...]
     sha256: str
     sure: bool
-    note: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Facts:
     provenance: tuple[Provenance, ...]
 
     def is_sure(self, item: str) -> bool:
-        """Tells whether two independent sources agree on an item; False for one that is not given."""
+        """Returns whether two independent sources agree on an item; False for one that is not given."""
         return any(p.sure for p in self.provenance if p.item == item)
 
 
@@ -107,26 +103,21 @@ def load_facts(name: str) -> Facts:
         rule = "must be a benchmark whose facts are known"
         raise DataError(Problem("", rule, repr(name), fact_names(), nearest(name, fact_names())))
     read = read_file(name)
-    return Facts(
-        name=read["name"],
-        title=read["title"],
-        classes=tuple(read["classes"]),
-        words=_tuple(read["words"]),
-        within=read["within"],
-        groups=None if read["groups"] is None else tuple(map(tuple, read["groups"])),
-        domains=_tuple(read["domains"]),
-        counts=MappingProxyType(read["counts"]),
-        templates=_tuple(read["templates"]),
-        table=None if read["table"] is None else MappingProxyType(read["table"]),
-        licence_note=read["licence_note"],
-        provenance=tuple(map(_provenance, read["provenance"])),
-    )
+    tuples = {key: read[key] and tuple(read[key]) for key in ("classes", "words", "domains", "templates")}
+    groups = read["groups"] and tuple(map(tuple, read["groups"]))
+    provenance = tuple(map(_provenance, read["provenance"]))
+    counts = MappingProxyType(read["counts"])
+    return Facts(**{**read, **tuples, "groups": groups, "counts": counts, "provenance": provenance})
+
+
+def _provenance(read: dict[str, Any]) -> Provenance:
+    sources = tuple(Source(source["repo"], source["path"]) for source in read["sources"])
+    return Provenance(**{**read, "sources": sources})
 
 
 def read_file(name: str) -> dict[str, Any]:
     """Returns the file of a set as it stands."""
-    read: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return read
+    return dict(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def label_groups(facts: Facts) -> tuple[tuple[int, ...], ...] | None:
@@ -152,14 +143,3 @@ def prompt_words(facts: Facts) -> tuple[str, ...]:
         return tuple(name.replace("_", " ") for name in facts.classes)
     words = prompt_words(load_facts(facts.within))
     return tuple(words[group[0]] for group in groups)
-
-
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values)
-
-
-def _provenance(read: dict[str, Any]) -> Provenance:
-    sources = tuple(
-        Source(s["repo"], s["path"], s.get("commit", s.get("release", "")), s.get("note", "")) for s in read["sources"]
-    )
-    return Provenance(read["item"], sources, read["sha256"], read["sure"], read.get("note", ""))

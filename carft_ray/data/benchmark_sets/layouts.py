@@ -1,27 +1,24 @@
 """What the layouts of benchmarks have in common: trees of class folders, and lists of images in files.
 
-A layout is a function from (root of the set, the set, what is known of it, its place in the recipe) to a ``Listing``.
-It raises ``DataError`` for what is broken. Its ``found`` are the classes that are there; ``benchmarks.py`` compares
-them with those that should be.
+The functions of ``listers.py`` are made of these. They raise ``DataError`` for what is broken. ``found`` of a listing
+are the classes that are there; ``reader.py`` compares them with those that should be.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from carft_ray.data.benchmark_sets.facts import Facts
-from carft_ray.data.formats.folder import file_listing, folders, is_image
+from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.sets import BenchmarkSet
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "The layout of each benchmark stands in docs/data.md."
 
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
-Lister = Callable[[Path, BenchmarkSet, Facts, str], Listing]
 
 
 def tree_rows(root: Path, prefix: str = "") -> list[Row]:
@@ -55,11 +52,11 @@ def listed(root: Path, rows: Iterable[Row], place: str) -> Listing:
         DataError: Files are not there, or are named twice.
     """
     rows = list(rows)
-    names = {name for name, _ in rows}
+    names = sorted({name for name, _ in rows})
     problems = []
-    if absent := _absent(root, names):
+    if absent := missing_files(root, names):
         rule = "every image of the list must be there"
-        value = f"{len(absent)} of {len(names)} that are missing in {root}, such as {absent[0]}"
+        value = f"{len(absent)} of {len(names)} that are missing in {root}, such as {names[absent[0]]}"
         problems.append(Problem(place, rule, value, next_step=STEP))
     if len(names) < len(rows):
         problems.append(Problem(place, "a list must name an image once", f"{len(rows) - len(names)} named again"))
@@ -149,19 +146,3 @@ def fields(line: str, count: int, path: Path, separator: str | None = None) -> l
     if len(found) < count:
         raise DataError(Problem(str(path), f"a line must have {count} fields", repr(line), next_step=STEP))
     return found
-
-
-def _absent(root: Path, names: Iterable[str]) -> list[str]:
-    """Returns which files are not there, sorted; every folder is listed once."""
-    by_folder: dict[str, set[str]] = {}
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        by_folder.setdefault(folder, set()).add(file)
-    absent: list[str] = []
-    for folder, files in by_folder.items():
-        try:
-            there: Sequence[str] = os.listdir(root / folder)
-        except OSError:
-            there = ()
-        absent += [f"{folder}/{file}".lstrip("/") for file in files.difference(there)]
-    return sorted(absent)

@@ -1,21 +1,21 @@
 """Public benchmarks by name: where their images lie, how they are labelled, and how many there should be.
 
 Class lists, masks, words and counts come from ``facts.py``. A set that is another than its name says is refused: a
-class too many or missing, a list that names other images. Only its size may differ, which `doctor` tells.
+class too many or missing, a list that names other images. Only its size may differ, which `doctor` reports.
 """
 
 import functools
 import os
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from carft_ray.data.benchmark_sets import cifar, imagenet_sets, torchvision_sets, wilds
-from carft_ray.data.benchmark_sets.domainbed import HOLDOUT, chosen_domains, domainbed
+from carft_ray.data.benchmark_sets import listers
 from carft_ray.data.benchmark_sets.facts import Facts, label_groups, load_facts, prompt_words
-from carft_ray.data.benchmark_sets.layouts import KIND, STEP, Lister
-from carft_ray.data.images import unreadable
-from carft_ray.data.listing import Listing
+from carft_ray.data.benchmark_sets.layouts import STEP
+from carft_ray.data.benchmark_sets.listers import HOLDOUT, chosen_domains
+from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS, IN_OUT
 from carft_ray.recipe.sets import BenchmarkSet
@@ -23,68 +23,18 @@ from carft_ray.recipe.sets import BenchmarkSet
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a benchmark lie.
+    """How the files of a benchmark lie; ``layouts.toml`` explains each attribute and has the values."""
 
-    Attributes:
-        folders: Where under the set's ``path`` its root may be, by preference: the archives' folders; '' is ``path``.
-        list: Lists the images.
-        images: Folders of the root that hold the images, ``{split}`` for the split; '' is the root. Sets of domains
-            have the folders of the domains instead.
-        signs: What else must be in the root, as a pattern: lists of the split, or what tells it from another folder.
-        is_sparse: Whether a split may lack classes while its images are told apart between all of them.
-        step: What to do about a folder without all this.
-    """
-
-    folders: tuple[str, ...]
-    list: Lister
-    images: tuple[str, ...] = ("",)
-    signs: tuple[str, ...] = ()
+    folders: Sequence[str]
+    lister: str
+    images: Sequence[str] = ("",)
+    signs: Sequence[str] = ()
     is_sparse: bool = False
     step: str = STEP
 
 
-_META = ("imagelabels.mat", "setid.mat")
-LAYOUTS: dict[str, Layout] = {
-    "imagenet": Layout(("", "imagenet", "ILSVRC/Data/CLS-LOC"), imagenet_sets.imagenet, ("{split}",)),
-    "imagenet-v2": Layout(("imagenetv2-matched-frequency-format-val", ""), imagenet_sets.class_tree, signs=("0",)),
-    "imagenet-r": Layout(("imagenet-r", ""), imagenet_sets.class_tree, signs=("n*",)),
-    "imagenet-a": Layout(("imagenet-a", ""), imagenet_sets.class_tree, signs=("n*",)),
-    "imagenet-sketch": Layout(
-        ("sketch", "imagenet-sketch", "ImageNet-Sketch", ""), imagenet_sets.class_tree, signs=("n*",)
-    ),
-    "objectnet": Layout(("objectnet-1.0/images", "images", ""), imagenet_sets.objectnet),
-    "pacs": Layout(("PACS", ""), domainbed),
-    "vlcs": Layout(("VLCS", ""), domainbed),
-    "office-home": Layout(("office_home", ""), domainbed),
-    "terra-incognita": Layout(("terra_incognita", ""), domainbed, is_sparse=True),
-    "domain-net": Layout(("domain_net", ""), domainbed),
-    "fmow": Layout(("fmow_v1.1", ""), wilds.fmow, ("images",), (wilds.FMOW_TABLE,), is_sparse=True),
-    "iwildcam": Layout(("iwildcam_v2.0", ""), wilds.iwildcam, ("train",), (wilds.TABLE,), is_sparse=True),
-    "camelyon17": Layout(("camelyon17_v1.0", ""), wilds.camelyon17, ("patches",), (wilds.TABLE,)),
-    "cifar10": Layout(
-        ("cifar-10-batches-bin", ""), cifar.cifar10, signs=("*_batch*.bin",), step=cifar.STEP.format("cifar-10")
-    ),
-    "cifar100": Layout(
-        ("cifar-100-binary", ""), cifar.cifar100, signs=("{split}.bin",), step=cifar.STEP.format("cifar-100")
-    ),
-    "flowers102": Layout(("flowers-102", ""), torchvision_sets.flowers102, ("jpg",), _META),
-    "fgvc-aircraft": Layout(
-        ("fgvc-aircraft-2013b/data", "data", ""),
-        torchvision_sets.fgvc_aircraft,
-        ("images",),
-        ("images_variant_{split}.txt",),
-    ),
-    "stanford-cars": Layout(("stanford_cars", ""), torchvision_sets.stanford_cars, ("cars_{split}",)),
-    "food101": Layout(("food-101", ""), torchvision_sets.food101, ("images",), ("meta/{split}.json",)),
-    "dtd": Layout(("dtd/dtd", "dtd", ""), torchvision_sets.dtd, ("images",), ("labels/{split}1.txt",)),
-    "sun397": Layout(("SUN397", ""), torchvision_sets.sun397, signs=("a",)),
-    "oxford-pets": Layout(
-        ("oxford-iiit-pet", ""), torchvision_sets.oxford_pets, ("images",), ("annotations/{split}.txt",)
-    ),
-    "caltech101": Layout(
-        ("caltech101/101_ObjectCategories", "101_ObjectCategories", ""), torchvision_sets.caltech101, signs=("Faces",)
-    ),
-}
+_TABLES = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+LAYOUTS = {name: Layout(**table) for name, table in _TABLES.items()}
 _PARTS = {"trainval": ("train", "val")}  # splits that are made of others
 
 
@@ -103,17 +53,15 @@ def list_benchmark(spec: BenchmarkSet, place: str) -> Listing:
     Args:
         spec: The set.
         place: Where the set is named, for the problems.
+
+    Raises:
+        DataError: Something is missing or damaged.
+        OSError: A folder cannot be read.
     """
-    problems = benchmark_problems(spec, place)
-    if problems:
-        return Listing(KIND, str(Path(spec.path)), problems=tuple(problems))
-    root, facts = _root(spec), known_facts(spec.name)
-    try:
-        listing = LAYOUTS[spec.name].list(root, spec, facts, place)
-    except DataError as error:
-        return Listing(KIND, str(root), problems=error.problems)
-    except OSError as error:
-        return Listing(KIND, str(root), problems=(unreadable(str(error.filename), error),))
+    if problems := benchmark_problems(spec, place):
+        raise DataError(problems)
+    facts = known_facts(spec.name)
+    listing: Listing = getattr(listers, LAYOUTS[spec.name].lister)(_root(spec), spec, facts, place)
     problems = list(_class_problems(listing, spec, facts, place))
     return replace(_in_class_list(listing, spec, facts), problems=tuple(problems))
 
@@ -122,9 +70,8 @@ def benchmark_problems(spec: BenchmarkSet, place: str) -> list[Problem]:
     """Returns a problem for a path without the benchmark's folders and lists; nothing is listed."""
     facts, path = known_facts(spec.name), Path(spec.path)
     if facts.domains and BENCHMARKS[spec.name].has_domains:
-        wrong = [domain for domain in spec.domains or () if domain not in facts.domains]
         key, rule = f"{place}.domains", f"must be a domain of {facts.title}"
-        if wrong:
+        if wrong := [domain for domain in spec.domains or () if domain not in facts.domains]:
             return [Problem(key, rule, repr(one), facts.domains, nearest(one, facts.domains)) for one in wrong]
     root = _root(spec)
     absent = [pattern for pattern in _needed(spec) if not _is_there(root, pattern)]
@@ -142,7 +89,7 @@ def benchmark_places(spec: BenchmarkSet) -> list[str]:
 
 
 def are_disjoint(one: BenchmarkSet, other: BenchmarkSet) -> bool:
-    """Tells whether two sets of one benchmark are of splits that share no image."""
+    """Returns whether two sets of one benchmark are of splits that share no image."""
     if one.name != other.name or one.trial_seed != other.trial_seed or one.split is None or other.split is None:
         return False
     return not set(_PARTS.get(one.split, (one.split,))) & set(_PARTS.get(other.split, (other.split,)))
@@ -188,14 +135,12 @@ def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: s
     if unknown := sorted(there.difference(facts.classes)):
         near = nearest(unknown[0], facts.classes)
         rule = f"must hold the {len(facts.classes)} classes of {facts.title} and no other"
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        yield Problem(place, rule, f"{unknown[0]!r}{more}", nearest=near, next_step=STEP)
+        yield Problem(place, rule, f"{unknown[0]!r}{and_more(unknown)}", nearest=near, next_step=STEP)
     missing = [name for name in facts.classes if name not in there]
     if missing and spec.classes == "all" and not LAYOUTS[spec.name].is_sparse:
         rule = f"every one of the {len(facts.classes)} classes of {facts.title} must have an image"
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         step = "Where the set has part of the classes, write classes: some."
-        yield Problem(place, rule, f"none of {missing[0]!r}{more}", next_step=step)
+        yield Problem(place, rule, f"none of {missing[0]!r}{and_more(missing)}", next_step=step)
 
 
 def _in_class_list(listing: Listing, spec: BenchmarkSet, facts: Facts) -> Listing:
@@ -236,7 +181,7 @@ def _needed(spec: BenchmarkSet) -> tuple[str, ...]:
 
 
 def _is_there(root: Path, pattern: str) -> bool:
-    """Tells whether a file or folder is there, or hides whether it is."""
+    """Returns whether a file or folder is there, or hides whether it is."""
     try:
         return any(root.glob(pattern)) if "*" in pattern else (root / pattern).exists()
     except PermissionError:

@@ -19,7 +19,7 @@ from PIL import Image
 from carft_ray.data.caching import cache
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
-from carft_ray.data.source import ImageSet, PixelArray, Source
+from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import fsync_file
 
@@ -75,6 +75,35 @@ def image_set(
     return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
 
 
+class DecodedSource(DerivedSource):
+    """A training set whose images, all of one size, are drawn or decoded into the cache once and then only read.
+
+    Args:
+        source: The images.
+        cache_dir: Folder of the cache.
+        on_image: As for ``image_set``.
+        limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+
+    Raises:
+        DataError: An image cannot be read, or sizes differ.
+        StorageError: The set cannot be written.
+    """
+
+    def __init__(
+        self, source: Source, cache_dir: Path, on_image: OnImage | None = None, limit_gb: float | None = None
+    ) -> None:
+        super().__init__(source)
+        self._images_NHWC = image_set(source, None, "as-is", cache_dir, on_image, limit_gb).images_NHWC
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index`` as RGB, uint8 [H, W, 3]."""
+        return np.asarray(self._images_NHWC[index])
+
+    def content(self, index: int) -> bytes:
+        """Returns the pixels of image ``index``."""
+        return self.pixels(index).tobytes()
+
+
 def waiting(source: Source, on_image: OnImage | None) -> Callable[[], None] | None:
     """Returns what ``cache.entry`` calls while another process builds the entry: ``on_image`` with no image done."""
     return None if on_image is None else partial(on_image, 0, len(source))
@@ -119,7 +148,9 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
         for index, pixels in enumerate(images):
             shape = shape or pixels.shape
             if pixels.shape != shape:
-                raise DataError(_other_size(source, index, pixels.shape, shape))
+                (height, width), (first_height, first_width) = pixels.shape[:2], shape[:2]
+                value = f"{width} x {height} for image {index} and {first_width} x {first_height} for image 0"
+                raise DataError(Problem(source.name, "all images of a decoded set must have one size", value))
             file.write(pixels.tobytes())
             if on_image is not None:
                 on_image(index + 1, len(source))
@@ -141,8 +172,3 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
     fsync_file(path)
     pixels_path.unlink()
     return height, width
-
-
-def _other_size(source: Source, index: int, shape: tuple[int, ...], first: tuple[int, ...]) -> Problem:
-    value = f"{shape[1]} x {shape[0]} for image {index} and {first[1]} x {first[0]} for image 0"
-    return Problem(source.name, "all images of a decoded set must have one size", value)

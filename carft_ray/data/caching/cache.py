@@ -7,7 +7,7 @@ arrays live, however the process ends: an entry in use is not removed. When it w
 ``entry.json``.
 
 Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the first rename
-decides: what two have built is the same. Which entries are in use is not known there, so none goes by itself.
+decides: what two have built is the same. Which entries are in use is not known there, so none is removed automatically.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +33,18 @@ from carft_ray.files import NO_FLOCK, discard_folder, new_folder, read_json, wri
 FILE = "set.arrow"
 ABOUT = "entry.json"
 GB = 10**9  # bytes
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two looks whether a lock is free
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
 _NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/*.arrow")  # of ``data.records`` and others
 
 _log = logging.getLogger(__name__)
-_told: set[int] = set()  # disks without locks, of which a warning has told
+_warned: set[int] = set()  # disks without locks that a warning has named
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """What is known of an entry without opening it.
 
@@ -59,18 +59,18 @@ class Entry:
         created: When it was built, seconds since 1970; 0 where that is unknown.
         last_used: When it was last opened, seconds since 1970.
         num_bytes: Size on disk.
-        in_use: Whether a process has it open, or it belongs to another user; None where a disk without locks does not
-            tell.
+        in_use: Whether a process has it open, or it belongs to another user; None where that is not known, on a
+            disk without locks.
     """
 
     key: str
-    kind: str
-    name: str
-    source: str
-    num_images: int
-    image_size: str
-    transform: str
-    created: float
+    kind: str = "unknown"
+    name: str = ""
+    source: str = ""
+    num_images: int = 0
+    image_size: str = ""
+    transform: str = ""
+    created: float = 0.0
     last_used: float
     num_bytes: int
     in_use: bool | None
@@ -186,6 +186,26 @@ def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool
         os.close(handle)
 
 
+def made_once(path: Path, lock_path: Path, read: Callable[[Path], T | None], make: Callable[[], T]) -> T:
+    """Returns what a file of the cache has, or makes it: by one of the processes that ask for it, the others wait.
+
+    Args:
+        path: The file.
+        lock_path: Its lock file; made when it is missing.
+        read: Reads the file; None: it is missing or damaged.
+        make: Writes the file, and returns what it has.
+
+    Raises:
+        StorageError: The lock file cannot be written.
+    """
+    if (found := read(path)) is not None:
+        return found
+    with lock(lock_path) as alone:
+        for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
+            left.unlink(missing_ok=True)  # of a process that was killed
+        return make() if (found := read(path)) is None else found
+
+
 def _flock(handle: int, operation: int, path: Path) -> bool:
     """Takes a lock; returns False, after one warning, on a disk without locks."""
     try:
@@ -194,8 +214,8 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
         if error.errno not in NO_FLOCK:
             raise
         device = os.fstat(handle).st_dev
-        if device not in _told:
-            _told.add(device)
+        if device not in _warned:
+            _warned.add(device)
             text = "%s: this disk has no locks (flock), so several processes may build the same at once, data.cache_gb "
             text += "has no effect, and only `carft-ray data clean --older-than` removes sets"
             _log.warning(text, path.parent)
@@ -228,12 +248,12 @@ def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
 
 
 def remove(cache_dir: Path, key: str, unknown: bool = False) -> bool:
-    """Removes an entry unless it is in use; tells whether it did.
+    """Removes an entry unless it is in use; returns whether it did.
 
     Args:
         cache_dir: Folder of all entries.
         key: Name of the entry.
-        unknown: Remove it, too, where a disk without locks does not tell whether it is in use.
+        unknown: Remove it, too, where a disk without locks leaves open whether it is in use.
 
     Raises:
         StorageError: It cannot be removed.
@@ -285,33 +305,23 @@ def _folders(cache_dir: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _entry(folder: Path) -> Entry:
-    about: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     last_used, num_bytes = 0.0, 0
     with contextlib.suppress(StorageError, OSError):
         about = read_json(folder / ABOUT)
+        known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
         last_used = (folder / ABOUT).stat().st_mtime
     with contextlib.suppress(OSError):
         num_bytes = (folder / FILE).stat().st_size
         last_used = last_used or (folder / FILE).stat().st_mtime
     with _alone(folder / FILE) as free:
-        return Entry(
-            folder.name,
-            about.get("kind", "unknown"),
-            about.get("name", ""),
-            about.get("source", ""),
-            about.get("num_images", 0),
-            about.get("image_size", ""),
-            about.get("transform", ""),
-            about.get("created", 0.0),
-            last_used,
-            num_bytes,
-            None if free is None else not free,
-        )
+        in_use = None if free is None else not free
+    return Entry(key=folder.name, last_used=last_used, num_bytes=num_bytes, in_use=in_use, **known)
 
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[bool | None]:
-    """Tells whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
+    """Returns whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
 
     Gives None on a disk without locks.
     """

@@ -1,7 +1,7 @@
 """Indexes of large files: what one reading of a file has found, kept in the user's cache folder until the file changes.
 
-An entry is one Arrow file ``index/<key>.arrow``; its key is a hash of what was looked for and of the file's place, size
-and date. Entries appear whole, and may be deleted at any time.
+An entry is one Arrow file ``index/<key>.arrow``; its key is a hash of what was searched for and of the file's place,
+size and date. Entries appear whole, and may be deleted at any time.
 """
 
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.images import unreadable
 from carft_ray.errors import DataError
 from carft_ray.files import fsync_file, new_file
@@ -51,7 +51,7 @@ def container_stamp(path: Path) -> str:
     return f"{file_stamp(path)}\0{digest.hexdigest()}"
 
 
-def told_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:
+def checked_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:
     """Returns the stamp of a file of images.
 
     Raises:
@@ -64,8 +64,8 @@ def told_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:
 
 
 def container_stamps(files: Sequence[Path]) -> Callable[[int], str]:
-    """Returns a function from the number of a file of many images to its stamp, taken once; see ``told_stamp``."""
-    return functools.cache(lambda number: told_stamp(files[number], container_stamp))
+    """Returns a function from the number of a file of many images to its stamp, taken once; see ``checked_stamp``."""
+    return functools.cache(lambda number: checked_stamp(files[number], container_stamp))
 
 
 def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
@@ -73,7 +73,7 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
 
     Args:
         path: The file.
-        what: Names completely what is looked for.
+        what: Names completely what is searched for.
         make: Reads the file.
 
     Raises:
@@ -82,14 +82,13 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     """
     key = key_of([FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)])
     entry = user_cache_dir() / "index" / f"{key}.arrow"
-    if (found := open_table(entry)) is not None:
-        return found
-    with lock(entry.parent / f"{key[:2]}.lock"):
-        if (found := open_table(entry)) is not None:
-            return found
+
+    def write() -> pa.Table:
         made = make()
         write_table(entry, made)
         return made
+
+    return made_once(entry, entry.parent / f"{key[:2]}.lock", open_table, write)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

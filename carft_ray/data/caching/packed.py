@@ -21,7 +21,7 @@ from carft_ray.data.caching.arrays import OnImage, about, check_same, waiting
 from carft_ray.data.content import in_order
 from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.source import IdArray, IntArray, PixelArray
+from carft_ray.data.source import DerivedSource, PixelArray
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 1
@@ -29,19 +29,8 @@ BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
 
 # file systems whose disks are elsewhere, as mount tables name them; those of FUSE are mostly that too
 _NETWORK = (
-    "9p",
-    "afs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "fuse",
-    "gpfs",
-    "lustre",
-    "nfs",
-    "pvfs2",
-    "smb3",
-    "virtiofs",
-    "wekafs",
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs"),
+    *("lustre", "nfs", "pvfs2", "smb3", "virtiofs", "wekafs"),
 )
 _SCHEMA = pa.schema(
     [
@@ -53,7 +42,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class PackedSource:
+class PackedSource(DerivedSource):
     """A source whose images are decoded from one file of the cache.
 
     Args:
@@ -84,26 +73,14 @@ class PackedSource:
             return about(source, "packed")
 
         key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint])
-        self._source = source
+        super().__init__(source)  # ``content`` is for hashes: of the files themselves, as they are now
+        self._decode = source.decode
         self._images = cache.entry(cache_dir, key, read, build, limit_gb, waiting(source, on_image))["image"]
-        self.name = source.name
-        self.class_names = source.class_names
-        self.labels: IntArray = source.labels
-        self.sample_ids: IdArray = source.sample_ids
-        self.fingerprint = source.fingerprint
-        self.groups = source.groups
-        self.home = source.home
-        self.place = source.place
-        self.content = source.content  # for hashes: of the files themselves, as they are now
 
     @property
     def num_bytes(self) -> int:
         """Size of all images as they were packed."""
         return int(self._images.nbytes)
-
-    def __len__(self) -> int:
-        """Returns N."""
-        return len(self._images)
 
     def pixels(self, index: int) -> PixelArray:
         """Returns image ``index`` as RGB, uint8 [H, W, 3].
@@ -111,16 +88,15 @@ class PackedSource:
         Raises:
             DataError: The image is damaged.
         """
-        return self._source.decode(self.packed_bytes(index), index)
+        return self._decode(self.packed_bytes(index), index)
 
     def packed_bytes(self, index: int) -> bytes:
         """Returns the bytes of image ``index`` as they were packed."""
-        content: bytes = self._images[index].as_py()
-        return content
+        return bytes(self._images[index].as_py())
 
 
 def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) -> bool:
-    """Tells whether images are worth packing.
+    """Returns whether images are worth packing.
 
     They are where they can be read quickly in their order alone, or lie on another machine's disks and the cache does
     not.
@@ -143,7 +119,7 @@ def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) 
 
 
 def _is_remote(path: str, mounts: str) -> bool:
-    """Tells whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
+    """Returns whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
     best, kind = "", ""
     for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")

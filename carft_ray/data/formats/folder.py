@@ -5,16 +5,17 @@ Hidden files, hidden folders, other files and deeper folders are ignored. Images
 so neither the order of the domains in a recipe nor the file system's order matters.
 """
 
+import contextlib
 import functools
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from carft_ray.data.caching.index import told_stamp
-from carft_ray.data.images import IMAGE_ENDINGS, read_bytes
+from carft_ray.data.caching.index import checked_stamp
+from carft_ray.data.images import IMAGE_ENDINGS, cause_of, read_bytes
 from carft_ray.data.listing import Listing, normal
-from carft_ray.errors import Problem, nearest
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import FolderSet
 
 KIND = "folder-2"
@@ -27,6 +28,9 @@ def list_folder_set(spec: FolderSet, place: str) -> Listing:
     Args:
         spec: The set.
         place: Where the set is named, for the problems.
+
+    Raises:
+        DataError: Something is missing, or a folder cannot be read.
     """
     root = Path(spec.path)
     problems = folder_set_problems(spec, place)
@@ -41,9 +45,11 @@ def list_folder_set(spec: FolderSet, place: str) -> Listing:
                 found.add(normal(class_folder))
                 rows += [(f"{prefix}/{file}", normal(class_folder)) for file in files]
         except OSError as error:
-            problems.append(_unreadable(f"{place}: {error.filename}", error))
+            problems.append(Problem(f"{place}: {error.filename}", "must be readable", cause_of(error)))
+    if problems:
+        raise DataError(problems)
     rows.sort()
-    return file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], sorted(found), problems)
+    return file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], sorted(found))
 
 
 def file_listing(
@@ -52,7 +58,6 @@ def file_listing(
     names: Sequence[str],
     classes: Sequence[str],
     found: Sequence[str],
-    problems: Sequence[Problem] = (),
     files: Sequence[str] | None = None,
 ) -> Listing:
     """Returns the listing of images that are files.
@@ -63,7 +68,6 @@ def file_listing(
         names: Stable names, [N].
         classes: Class of every image, [N].
         found: All classes in label order.
-        problems: What is missing.
         files: Relative names of the files where they are not ``names``.
     """
     paths = names if files is None else files
@@ -78,17 +82,16 @@ def file_listing(
         classes=classes,
         found=tuple(found),
         read=lambda index: read_bytes(place(index)),
-        stamp=functools.cache(lambda index: told_stamp(root / paths[index])),
+        stamp=functools.cache(lambda index: checked_stamp(root / paths[index])),
         place=place,
         are_files=True,
-        problems=tuple(problems),
     )
 
 
 def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
     """Returns a problem for a missing root and for every domain that is not a folder of it.
 
-    Nothing below the domains is looked at. A folder that may not be entered is not a problem here.
+    Nothing below the domains is checked. A folder that may not be entered is not a problem here.
     """
     root, domains = Path(spec.path), spec.domains or ()
     if not may_be_folder(root):
@@ -115,7 +118,7 @@ def folder_set_places(spec: FolderSet) -> list[str]:
 
 
 def may_be_folder(path: Path) -> bool:
-    """Tells whether a path is a folder, or hides whether it is one."""
+    """Returns whether a path is a folder, or hides whether it is one."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except PermissionError:
@@ -124,16 +127,27 @@ def may_be_folder(path: Path) -> bool:
         return False
 
 
-def _unreadable(place: str, error: OSError) -> Problem:
-    return Problem(place, "must be readable", error.strerror or str(error))
-
-
 def folders(folder: Path) -> list[str]:
     """Returns the sorted names of the visible folders inside a folder."""
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
+def missing_files(root: Path, names: Sequence[str]) -> list[int]:
+    """Returns the indices of relative names that are no files. A folder is read once: quicker than asking per file."""
+    there: dict[str, frozenset[str]] = {}
+    missing = []
+    for index, path in enumerate(names):
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = frozenset()
+            with contextlib.suppress(OSError):
+                there[folder] = frozenset(os.listdir(root / folder))
+        if name not in there[folder] and not os.path.isfile(root / path):
+            missing.append(index)
+    return missing
+
+
 def is_image(name: str) -> bool:
-    """Tells whether a file is one of the images of a tree, by its name."""
+    """Returns whether a file is one of the images of a tree, by its name."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)

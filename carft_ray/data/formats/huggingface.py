@@ -10,12 +10,10 @@ The library ``datasets`` is not needed. Columns, labels and names are those of a
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.formats.tables import list_rows
-from carft_ray.data.listing import Listing
+from carft_ray.data.images import cause_of
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import HuggingFaceSet
 from carft_ray.words import counted
@@ -25,17 +23,12 @@ _PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[
 _STEP = "Expected are a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
 
 
-def list_data_files(spec: HuggingFaceSet, files: Sequence[Path], place: str) -> Listing:
-    """Lists the rows of a data set."""
-    return list_rows(KIND, files, spec, place)
-
-
 def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
     """Returns the files of a set, in order.
 
     Raises:
         DataError: The layout is another one, or the split or a file is missing.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     root = Path(spec.path)
     names = set(os.listdir(root)) if root.is_dir() else set()
@@ -50,8 +43,7 @@ def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
         return _saved(root, place)
     for folder in (root / "data", root):
         if shards := _shards(folder):
-            split = _chosen(sorted(shards), spec, place)
-            return _all(folder, split, shards[split], place)
+            return _all(folder, shards[_chosen(sorted(shards), spec, place)], place)
     within = [name for name in sorted(names) if _shards(root / name) or _shards(root / name / "data")]
     rule = "must be the folder of a data set"
     value = f"no such folder: {root}" if not root.is_dir() else f"{root}, which is none"
@@ -85,25 +77,23 @@ def _saved(folder: Path, place: str) -> list[Path]:
     return files
 
 
-def _shards(folder: Path) -> dict[str, list[str]]:
-    """Returns the Parquet files of a folder by split, sorted."""
-    splits: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
-        if (found := _PARQUET.fullmatch(name)) is not None:
-            splits.setdefault(found["split"], []).append(name)
+def _shards(folder: Path) -> dict[str, list[re.Match[str]]]:
+    """Returns the names of the Parquet files of a folder by split, sorted."""
+    splits: dict[str, list[re.Match[str]]] = {}
+    for found in map(_PARQUET.fullmatch, sorted(os.listdir(folder)) if folder.is_dir() else []):
+        if found is not None:
+            splits.setdefault(found["split"], []).append(found)
     return splits
 
 
-def _all(folder: Path, split: str, names: list[str], place: str) -> list[Path]:
+def _all(folder: Path, shards: list[re.Match[str]], place: str) -> list[Path]:
     """Returns the files of a split, of which none may be missing."""
-    found = [match for name in names if (match := _PARQUET.fullmatch(name)) is not None]
-    numbers = {int(match["number"] or 0) for match in found}
-    expected = max(int(match["of"] or 1) for match in found)
-    if missing := sorted(set(range(expected)) - numbers):
+    expected, split = max(int(found["of"] or 1) for found in shards), shards[0]["split"]
+    if missing := sorted(set(range(expected)) - {int(found["number"] or 0) for found in shards}):
         rule = f"the split {split} must have {counted(expected, 'file')}"
         first = f"{split}-{missing[0]:05d}-of-{expected:05d}.parquet"
-        raise DataError(Problem(f"{place}: {folder}", rule, f"{len(names)}, without {first}"))
-    return [folder / name for name in names]
+        raise DataError(Problem(f"{place}: {folder}", rule, f"{len(shards)}, without {first}"))
+    return [folder / found.string for found in shards]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,8 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except (OSError, ValueError) as error:
-        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise DataError(Problem(str(path), "must be a readable JSON file", cause)) from error
+        raise DataError(Problem(str(path), "must be a readable JSON file", cause_of(error))) from error
     if not isinstance(value, dict):
         raise DataError(Problem(str(path), "must be a JSON object", type(value).__name__))
     return value

@@ -5,17 +5,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_ray.data.listing import normal
+from carft_ray.data.images import cause_of
+from carft_ray.data.listing import and_more, normal
 from carft_ray.errors import DataError, Problem, nearest
 
 NAMES_STEP = "Name the classes, in the order of the numbers: class_names: [cat, dog], or a text file with one per line."
 
 
-def read_class_names(written: tuple[str, ...] | str, place: str) -> tuple[str, ...]:
+def read_class_names(written: tuple[str, ...] | str | None, place: str) -> tuple[str, ...] | None:
     """Returns the class names of a set in the order of the labels: a list, or the lines of a text file.
 
     Args:
-        written: The list, or the path of the file.
+        written: The list, or the path of the file; None: there are none.
         place: Where they are named, for the problems.
 
     Raises:
@@ -27,20 +28,34 @@ def read_class_names(written: tuple[str, ...] | str, place: str) -> tuple[str, .
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError) as error:  # of which UnicodeDecodeError is one
-        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
         rule = "must be a readable text file with a class name per line"
-        raise DataError(Problem(place, rule, f"{path}: {cause}")) from error
+        raise DataError(Problem(place, rule, f"{path}: {cause_of(error)}")) from error
     names = tuple(line.strip() for line in lines)
-    first: dict[str, int] = {}
-    for number, name in enumerate(names, start=1):
-        if not name:
-            raise DataError(Problem(f"{path}:{number}", "must hold the name of a class, but is empty"))
-        if normal(name) in first:
-            rule = f"the names of two classes must differ, and line {first[normal(name)]} has this one"
-            step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
-            raise DataError(Problem(f"{path}:{number}", rule, repr(name), next_step=step))
-        first[normal(name)] = number
+    if "" in names:
+        raise DataError(Problem(f"{path}:{names.index('') + 1}", "must hold the name of a class, but is empty"))
+    step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
+    check_names(names, "classes", lambda index: f"{path}:{index + 1}", place, step)
     return names
+
+
+def check_names(names: Sequence[str], what: str, spot: Callable[[int], str], place: str, step: str) -> None:
+    """Checks that no two images have one name.
+
+    Args:
+        names: Name of every image, [N].
+        what: What an image is called in the message.
+        spot: Index -> where the image stands, for the message.
+        place: Where the set is named, for the problem.
+        step: What to do about it.
+
+    Raises:
+        DataError: Two have.
+    """
+    first: dict[str, int] = {}
+    for index, name in enumerate(map(normal, names)):
+        if first.setdefault(name, index) != index:
+            value = f"{name!r} in {spot(first[name])} and {spot(index)}"
+            raise DataError(Problem(place, f"the names of two {what} must differ", value, next_step=step))
 
 
 def whole_numbers(labels: Sequence[Any]) -> Sequence[Any]:
@@ -66,8 +81,7 @@ def named_classes(
     """
 
     def problem(rule: str, wrong: list[int], allowed: tuple[str, ...] = (), step: str = "") -> Problem:
-        value = f"{labels[wrong[0]]!r} in {spot(wrong[0])}"
-        value += f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        value = f"{labels[wrong[0]]!r} in {spot(wrong[0])}{and_more(wrong)}"
         near = nearest(str(labels[wrong[0]]), allowed) if allowed else None
         return Problem(f"{place}.label", rule, value, allowed, near, step)
 

@@ -1,14 +1,15 @@
 """Sets that lie in a few large files: from the ``path`` of a set to the files, in order.
 
-A path is a file, a folder of files, or a pattern: ``{000..012}`` counts, ``{a,b}`` lists, ``*``, ``?``, ``[ab]`` look.
+A path is a file, a folder of files, or a pattern: ``{000..012}`` counts, ``{a,b}`` lists, ``*``, ``?``, ``[ab]`` match.
 """
 
+import bisect
 import glob
 import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from carft_ray.errors import DataError, Problem, nearest
@@ -19,7 +20,7 @@ _COUNT, _LIST = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*
 
 
 def find_files(written: str, endings: tuple[str, ...], place: str, step: str) -> list[Path]:
-    """Returns the files that a path means, sorted where a folder or a pattern is looked through.
+    """Returns the files that a path means, sorted where a folder or a pattern is searched.
 
     Args:
         written: The path, as the recipe has it.
@@ -29,7 +30,7 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
 
     Raises:
         DataError: There are none, or others.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     path = Path(written)
     mode = _mode(path)
@@ -74,6 +75,21 @@ def folder_of(written: str) -> Path:
     if os.path.isdir(path):
         return path
     return next(parent for parent in path.parents if not re.search(r"[{*?\[]", str(parent)) or parent.is_dir())
+
+
+def finder(lengths: Iterable[int]) -> Callable[[int], tuple[int, int]]:
+    """Returns a function from a position in several files, one behind the other, to the number of the file and the row.
+
+    Args:
+        lengths: Rows of each file.
+    """
+    starts = [0, *itertools.accumulate(lengths)]
+
+    def at(position: int) -> tuple[int, int]:
+        number = bisect.bisect_right(starts, position) - 1
+        return number, position - starts[number]
+
+    return at
 
 
 def _mode(path: Path) -> int | None:

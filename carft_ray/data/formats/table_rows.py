@@ -8,7 +8,6 @@ rows come in their order.
 import bisect
 import csv
 import itertools
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ _ROWS, _RECENT = 32, 8  # rows of a Parquet file that are read at a time, and ho
 
 
 def is_text_format(path: Path) -> bool:
-    """Tells whether all values of a file are texts."""
+    """Returns whether all values of a file are texts."""
     return path.suffix.lower() in (".csv", ".tsv")
 
 
@@ -84,7 +83,6 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Returns the number of rows."""
-        ...
 
     def value(self, row: int) -> Any:
         """Returns the value of a row, None for none.
@@ -92,7 +90,6 @@ class Rows(Protocol):
         Raises:
             READ_ERRORS: It cannot be read.
         """
-        ...
 
 
 def open_rows(path: Path, column: str) -> Rows:
@@ -119,7 +116,7 @@ class ParquetRows:
         self._starts: list[int] = [0, *itertools.accumulate(groups)]
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, pa.Array] = OrderedDict()  # first row -> values
-        self._group, self._next, self._parts = -1, 0, iter(())  # where reading goes on
+        self._group, self._next, self._parts = -1, 0, iter(())  # where reading continues
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -160,21 +157,34 @@ class ArrowRows:
     """
 
     def __init__(self, path: Path, column: str) -> None:
-        self._parts: list[pa.Array] = []
+        parts: list[pa.Array] = []
         with _mapped(path) as file:  # the arrays keep the mapping
-            _check_plain(file)
+            whole = file.read_buffer()
+            kind = _reader(file, None).schema.field(column).type
             for batch in _batches(file, None):  # all columns: of a choice of them, pyarrow makes copies
-                self._parts.append(batch.column(column))
-        self._starts = [0, *itertools.accumulate(len(part) for part in self._parts)]
+                parts.append(batch.column(column))
+                _check_mapped(parts[-1], whole)
+        self._values = pa.chunked_array(parts, kind)
 
     def __len__(self) -> int:
         """Returns the number of rows."""
-        return self._starts[-1]
+        return len(self._values)
 
     def value(self, row: int) -> Any:
         """Returns the value of a row, None for none."""
-        number = bisect.bisect_right(self._starts, row) - 1
-        return self._parts[number][row - self._starts[number]].as_py()
+        return self._values[row].as_py()
+
+
+def _check_mapped(values: pa.Array, whole: pa.Buffer) -> None:
+    """Raises where values are not views of their file: those of a compressed one are unpacked into memory.
+
+    Raises:
+        ValueError: They are not.
+    """
+    for buffer in values.buffers():
+        if buffer is not None and buffer.size and not 0 <= buffer.address - whole.address < whole.size:
+            rule = "a compressed Arrow file, of which no image can be read alone: write it with no compression"
+            raise ValueError(rule)
 
 
 def _mapped(path: Path) -> pa.MemoryMappedFile:
@@ -210,34 +220,6 @@ def _batches(file: pa.MemoryMappedFile, columns: Sequence[str] | None) -> Iterat
         yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
     else:
         yield from reader
-
-
-def _check_plain(file: pa.MemoryMappedFile) -> None:
-    """Raises where the first batch of an Arrow file is compressed: its rows would be unpacked into memory.
-
-    Raises:
-        ValueError: It is.
-    """
-    file.seek(0)
-    file.seek(8 if file.read(6) == b"ARROW1" else 0)
-    try:
-        while (message := pa.ipc.read_message(file)).type != "record batch":
-            pass
-    except EOFError:
-        return  # there is no batch
-    # Message.fbs of Arrow: field 2 of a message is its header, field 3 of a record batch its compression
-    content = message.metadata.to_pybytes()
-    place = _field(content, struct.unpack_from("<I", content)[0], 2)
-    if _field(content, place + struct.unpack_from("<I", content, place)[0], 3):
-        raise ValueError("a compressed Arrow file, of which no image can be read alone: write it with no compression")
-
-
-def _field(content: bytes, table: int, number: int) -> int:
-    """Returns the place of a field in a table of a flatbuffer, 0 where it is left out."""
-    listing = table - struct.unpack_from("<i", content, table)[0]
-    size = struct.unpack_from("<H", content, listing)[0]
-    offset = struct.unpack_from("<H", content, listing + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
-    return table + offset if offset else 0
 
 
 def _delimiter(path: Path) -> str:

@@ -3,33 +3,30 @@ other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the las
 
 Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.caching.index``); then an image is
 one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
-samples change no name, and a packed tree has the names of the tree. Nothing but images, labels and JSON is ever looked
-into.
+samples change no name, and a packed tree has the names of the tree. Only images, labels and JSON are ever read.
 """
 
-import bisect
-import itertools
 import json
 import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from carft_ray.data.caching.index import container_stamps, kept_index
-from carft_ray.data.formats.labels import named_classes, read_class_names, whole_numbers
-from carft_ray.data.formats.shards import find_files, folder_of
+from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
+from carft_ray.data.formats.shards import find_files, finder, folder_of
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
-from carft_ray.data.listing import Listing, first_repeat
+from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import WebDatasetSet
 
 KIND = "webdataset-1"
-CLASS_NAMES = "classnames.txt"  # beside the shards or in the folder above, as clip_benchmark writes it
+CLASS_NAMES = "classnames.txt"  # next to the shards or in the folder above, as clip_benchmark writes it
 NUM_SHARDS = "nshards.txt"
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
@@ -37,18 +34,10 @@ _ENDINGS = (".tar", *_COMPRESSED)
 _STEP = "Shards are expected: path: shards/{000..012}.tar, or the folder that holds them."
 _COMPRESSED_STEP = "Unpack it (gunzip), or write it anew without compression: images gain nothing by it."
 _LARGEST_LABEL = 2**20  # bytes
+_ALONE = "a shard must not be compressed: of a compressed one no image can be read alone"
+_INDEX = pa.schema({"name": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.string()})
 
 Spot = Callable[[int], str]
-
-
-@dataclass(frozen=True, eq=False)
-class _Index:
-    """The samples of a shard: name, place and size of each image, and what the file with its label holds."""
-
-    names: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[str]
 
 
 def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> Listing:
@@ -57,8 +46,7 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
     Raises:
         DataError: A shard, its labels or names are not what they must be.
     """
-    home = os.path.realpath(spec.path)
-    indexes = []
+    indexes: list[pa.Table] = []
     problems: list[Problem] = []
     for shard in shards:
         try:
@@ -67,37 +55,33 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
             problems += error.problems
     if problems:
         raise DataError(problems)
-    starts = [0, *itertools.accumulate(len(index.names) for index in indexes)]
-    names = [name for index in indexes for name in index.names]
-
-    def at(position: int) -> tuple[int, int]:
-        number = bisect.bisect_right(starts, position) - 1
-        return number, position - starts[number]
+    at = finder(map(len, indexes))
+    whole = pa.concat_tables(indexes)
+    names, offsets, sizes, texts = (whole[column].to_pylist() for column in ("name", "offset", "size", "label"))
 
     def spot(position: int) -> str:
         return f"{shards[at(position)[0]].name}: {names[position]}"
 
-    if not names:
-        raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
-    labels = _labels([label for index in indexes for label in index.labels], spec, spot, place)
-    classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
-    if problems or (problems := _doubled(names, spot, place)):
-        raise DataError(problems)
-
-    def read(position: int) -> bytes:
-        number, row = at(position)
-        try:
-            content = _content(shards[number], indexes[number].offsets[row], indexes[number].sizes[row])
-        except OSError as error:
-            raise DataError(unreadable(spot_of_file(position), error)) from error
-        if len(content) < indexes[number].sizes[row]:
-            raise DataError(_cut_off(spot_of_file(position)))
-        return content
-
     def spot_of_file(position: int) -> str:
         return f"{shards[at(position)[0]]}: {names[position]}"
 
-    stamps = container_stamps(shards)
+    def read(position: int) -> bytes:
+        try:
+            content = _content(shards[at(position)[0]], offsets[position], sizes[position])
+        except OSError as error:
+            raise DataError(unreadable(spot_of_file(position), error)) from error
+        if len(content) < sizes[position]:
+            raise DataError(_cut_off(spot_of_file(position)))
+        return content
+
+    if not names:
+        raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
+    labels = _labels(texts, spec, spot, place)
+    classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
+    if problems:
+        raise DataError(problems)
+    check_names(names, "samples", spot, place, "Write the shards anew with keys that differ in all of them.")
+    stamps, home = container_stamps(shards), os.path.realpath(spec.path)
     return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
 
 
@@ -106,55 +90,43 @@ def shards(spec: WebDatasetSet, place: str) -> list[Path]:
 
     Raises:
         DataError: One is missing or compressed.
-        PermissionError: A folder may not be looked into.
+        PermissionError: A folder may not be read.
     """
     found = find_files(spec.path, _ENDINGS, place, _STEP)
     if packed := [shard for shard in found if shard.name.lower().endswith(_COMPRESSED)]:
-        rule = "a shard must not be compressed: of a compressed one no image can be read alone"
-        raise DataError(Problem(place, rule, str(packed[0]), next_step=_COMPRESSED_STEP))
+        raise DataError(Problem(place, _ALONE, str(packed[0]), next_step=_COMPRESSED_STEP))
     folder = folder_of(spec.path)
     if folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
         written = (folder / NUM_SHARDS).read_text(errors="replace").strip()
         if written != str(len(found)):
-            rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} tells of"
+            rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} states"
             raise DataError(Problem(f"{place}: {folder}", rule, str(len(found))))
     return found
 
 
 def own_class_names(spec: WebDatasetSet, place: str) -> tuple[str, ...] | None:
-    """Returns the class names that a set gives or that lie beside its shards, None for none.
+    """Returns the class names that a set gives or that lie next to its shards, None for none.
 
     Raises:
         DataError: They cannot be read.
     """
-    written = spec.class_names
-    if written is None:
-        folder = folder_of(spec.path)
-        there = [path for path in (folder / CLASS_NAMES, folder.parent / CLASS_NAMES) if path.is_file()]
-        if not there:
-            return None
-        written = str(there[0])
-    return read_class_names(written, f"{place}.class_names")
+    folder = folder_of(spec.path)
+    there = (str(path) for path in (folder / CLASS_NAMES, folder.parent / CLASS_NAMES) if path.is_file())
+    return read_class_names(spec.class_names or next(there, None), f"{place}.class_names")
 
 
-def _index(shard: Path, spec: WebDatasetSet) -> _Index:
-    """Returns the index of a shard, from the cache or made now.
+def _index(shard: Path, spec: WebDatasetSet) -> pa.Table:
+    """Returns the index of a shard, from the cache or made now: columns ``name``, ``offset``, ``size``, ``label``.
 
     Raises:
         DataError: The shard is damaged, or a sample has not one image and a label.
     """
-    image = (spec.image or "").lower().lstrip(".")
-    label = _label_ending(spec)
+    image, label = (spec.image or "").lower().lstrip("."), (spec.label or "cls").lower().lstrip(".")
+    label = "json" if label.startswith("json:") else label
     try:
-        found = kept_index(shard, f"samples {image} {label}", lambda: _make_index(shard, image, label))
+        return kept_index(shard, f"samples {image} {label}", lambda: _make_index(shard, image, label))
     except OSError as error:
         raise DataError(unreadable(str(shard), error)) from error
-    return _Index(*(found.column(name).to_pylist() for name in ("name", "offset", "size", "label")))
-
-
-def _label_ending(spec: WebDatasetSet) -> str:
-    written = spec.label or "cls"
-    return "json" if written.startswith("json:") else written.lower().lstrip(".")
 
 
 def _make_index(shard: Path, image: str, label: str) -> pa.Table:
@@ -172,26 +144,20 @@ def _make_index(shard: Path, image: str, label: str) -> pa.Table:
                 raise DataError(Problem(f"{shard}: {member.name}", rule, str(member.size)))
             labels.append(_content(shard, member.offset_data, member.size).decode("utf-8", "replace"))
             continue
-        there = ", ".join(f".{ending}" for ending in files)
         if len(endings) != 1:
             rule = f"every sample must have a .{image}" if image else "every sample must have one image"
             step = "Say with image which ending is meant." if len(known) > 1 else ""
-            problems.append(Problem(f"{shard}: {key}", rule, there, next_step=step))
         else:
+            rule = f"every sample must have a .{label}"
             step = "Say with label where the label stands: an ending, or json:KEY."
-            problems.append(Problem(f"{shard}: {key}", f"every sample must have a .{label}", there, next_step=step))
+        there = ", ".join(f".{ending}" for ending in files)
+        problems.append(Problem(f"{shard}: {key}", rule, there, next_step=step))
     if problems:
-        more = f" and {len(problems) - 1} more samples like it" if len(problems) > 1 else ""
-        first = problems[0]
-        raise DataError(Problem(first.place, first.rule, first.value + more, next_step=first.next_step))
-    return pa.table(
-        {
-            "name": pa.array([_plain(member.name) for member in images], pa.string()),
-            "offset": pa.array([member.offset_data for member in images], pa.int64()),
-            "size": pa.array([member.size for member in images], pa.int64()),
-            "label": pa.array(labels, pa.string()),
-        }
-    )
+        more = f"{and_more(problems)} samples like it" if len(problems) > 1 else ""
+        raise DataError(replace(problems[0], value=problems[0].value + more))
+    names = [_plain(member.name) for member in images]
+    offsets, sizes = [member.offset_data for member in images], [member.size for member in images]
+    return pa.table([names, offsets, sizes, labels], schema=_INDEX)
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -215,24 +181,15 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                 if ending in files:
                     raise DataError(Problem(f"{shard}: {member.name}", "must stand in its sample once", "two"))
                 files[ending] = member
-            _check_end(shard, archive.offset)
+            # ``tarfile`` takes damage for the end; an archive that was closed ends with zeros
+            if _content(shard, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise DataError(_cut_off(str(shard)))
     except (tarfile.TarError, EOFError) as error:
         if _content(shard, 0, 6).startswith(_MAGIC):
-            rule = "a shard must not be compressed: of a compressed one no image can be read alone"
-            raise DataError(Problem(str(shard), rule, next_step=_COMPRESSED_STEP)) from error
+            raise DataError(Problem(str(shard), _ALONE, next_step=_COMPRESSED_STEP)) from error
         raise DataError(_cut_off(str(shard))) from error
     if files:
         yield current, files
-
-
-def _check_end(shard: Path, offset: int) -> None:
-    """Raises where the archive does not end as one that was closed does: ``tarfile`` takes damage for its end.
-
-    Raises:
-        DataError: There is no block of zeros.
-    """
-    if _content(shard, offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DataError(_cut_off(str(shard)))
 
 
 def _content(shard: Path, offset: int, size: int) -> bytes:
@@ -265,19 +222,9 @@ def _labels(texts: Sequence[str], spec: WebDatasetSet, spot: Spot, place: str) -
     return labels
 
 
-def _doubled(names: Sequence[str], spot: Spot, place: str) -> list[Problem]:
-    if (pair := first_repeat(names)) is None:
-        return []
-    value = f"one in {spot(pair[0])} and in {spot(pair[1])}"
-    step = "Write the shards anew with keys that differ in all of them."
-    return [Problem(place, "the names of two samples must differ", value, next_step=step)]
-
-
 def _plain(name: str) -> str:
     """Returns the name of a file in an archive without the ./ of the folder that was packed."""
-    while name.startswith("./"):
-        name = name[2:].lstrip("/")
-    return name
+    return re.sub(r"^(?:\./+)+", "", name)
 
 
 def _cut_off(place: str) -> Problem:

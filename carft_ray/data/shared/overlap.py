@@ -5,8 +5,8 @@ Two images are the same when
 - their files have the same bytes (copies, renamed files, links, other class folders), or
 - they show one picture (saved in another format or at another size, slightly cropped, bordered, with a small mark).
 
-The second is found in two steps. Thumbnails name candidates, among all images quickly; each candidate is then looked at
-again with more pixels (``data.shared.same_picture``), which tells apart drawings whose thumbnails agree.
+The second is found in two steps. Thumbnails name candidates, among all images quickly; each candidate is then compared
+again with more pixels (``data.shared.same_picture``), which separates drawings whose thumbnails agree.
 
 A thumbnail is a view of the picture averaged over 8 x 8 tiles, compared as brightness (8 x 8) and colour (4 x 4,
 weighted twice), since that is what JPEG keeps. Their distance, divided by the contrast of the two views, must be below
@@ -36,13 +36,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.data.caching.cache import key_of, lock
+from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource, unlabelled_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, identity, records, without_bad_images
 from carft_ray.data.sets import TEST_ROLES, may_share, open_source, plain_place
-from carft_ray.data.shared.same_picture import LIMIT, Look, look, picture_distance
+from carft_ray.data.shared.same_picture import LIMIT, GreyPicture, grey_picture, picture_distance
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
@@ -55,7 +55,7 @@ FORMAT_VERSION = 3  # rises when other pairs are found in the same records
 INSIDE = len(VIEWS)
 MATCHED = ((0, 0), (0, 1), (1, 0), (2, 2), (0, INSIDE), (INSIDE, 0), (INSIDE, INSIDE))  # views of two images
 TOLERANCE = 0.25  # largest distance of two thumbnails of candidates, relative to their contrast
-NEAREST = 8  # candidates of an image that are looked at: of frames of a video each is one of all others
+NEAREST = 8  # candidates of an image that are compared: of frames of a video each is one of all others
 FLOOR = 10.0  # variance, in squared grey levels, below which contrast is rounding and compression
 LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be known by
 NUM_EXAMPLES = 2
@@ -64,7 +64,7 @@ STEP = (
     "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
     "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
-LOOKS_KEPT = 4096  # of 16 kB
+GREY_KEPT = 4096  # of 16 kB
 
 _log = logging.getLogger(__name__)
 
@@ -121,23 +121,22 @@ class _Set:
     role: str
     spec: SetSpec
     source: Source
-    key: str
 
 
 def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
-    """Returns the images that two roles share. Two sets of one role may, and sandbox sets are told by name.
+    """Returns the images that two roles share. Two sets of one role may, and sandbox sets are compared by name.
 
     Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
 
     Every stored file is read once (``data.records``), and candidates once more; what was found stays in the cache, so
-    the next call only looks at dates. A test set that cannot be read is passed over, with a warning in the log: it may
+    the next call only checks dates. A test set that cannot be read is passed over, with a warning in the log: it may
     be kept under lock. Images of training and validation that ``on_bad_image: skip`` leaves out are not compared; the
-    log tells of them.
+    log names them.
 
     Args:
         recipe: The recipe; its sets have passed ``check_sets``.
         cache_dir: Folder of the decoded sets; made when missing.
-        say: Told what is being done where that takes time.
+        say: Called with what is being done where that takes time.
 
     Returns:
         Every image that is shared stands in a pair. Of many with the same bytes, and of more than ``NEAREST`` alike,
@@ -153,15 +152,14 @@ def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = l
     places = {path: plain_place(path, spec) for path, spec in specs.items()}
     opened = (_open(spec, places[path], str(path[1]), cache_dir, say) for path, spec in specs.items())
     sets = [each for each in opened if each is not None]
-    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {each.key}" for each in sets)])
+    key = key_of([FORMAT_VERSION, *(f"{each.role} {each.spec.source} {identity(each.source)}" for each in sets)])
     path = cache_dir / f"overlap-{key}.json"
-    rows = _kept(path)
-    if rows is None:
-        with lock(path.with_suffix(".lock")):
-            rows = _kept(path)
-            if rows is None:
-                rows = _found(sets, path, say)
-    return [_pair(sets[a], sets[b], found) for a, b, *found in rows]
+    rows = made_once(path, path.with_suffix(".lock"), _kept, lambda: _found(sets, path, say))
+
+    def image(number: int, index: int) -> SharedImage:
+        return SharedImage(sets[number].place, sets[number].source, index)
+
+    return [SharedPair(image(a, i), image(b, j), how, distance) for a, b, i, j, how, distance in rows]
 
 
 def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
@@ -248,7 +246,7 @@ def alike(first: PixelArray, second: PixelArray) -> Iterator[tuple[IntArray, Int
     """Yields pairs of indices of thumbnails within the tolerance, int64 [K] each, and distances, a block at a time.
 
     With its mean taken off, the floor as one more feature, and length 1, a picture is a point; the points of pictures
-    x, y are at most ``|x - y| / sqrt(|x| |y|)`` apart (Dunkl and Williams 1964), which is no more than the distance
+    x, y are at most ``|x - y| / sqrt(|x| |y|)`` apart (Dunkl and Williams 1964), which is at most the distance
     that decides. So what agrees has points nearer than the tolerance, and so have their projections on any axis:
     sorted along the axis on which the first set is widest, only a stretch of it is compared.
     """
@@ -306,16 +304,13 @@ def _features(thumbnails: PixelArray) -> tuple[_Floats, _Floats]:
 
 
 def _centred(part: _Floats) -> _Floats:
-    centred: _Floats = part - part.mean(1, keepdims=True)
-    return centred
+    return np.asarray(part - part.mean(1, keepdims=True))
 
 
-def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[tuple[Any, ...]]:
+def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list[Any]:
     """Compares the sets of different roles, and keeps the pairs where all sets can be read."""
-    for left in path.parent.glob(f".{path.stem}.*.tmp"):
-        left.unlink(missing_ok=True)  # of a process that was killed
     known = [(number, made) for number, each in enumerate(sets) if (made := _known(each, path.parent, say))]
-    rows: list[tuple[Any, ...]] = []
+    rows: list[Any] = []
     for (a, mine), (b, theirs) in itertools.combinations(known, 2):
         first, second = sets[a], sets[b]
         with_files = isinstance(first.source, StoredSource) or isinstance(second.source, StoredSource)
@@ -327,18 +322,18 @@ def _found(sets: Sequence[_Set], path: Path, say: Callable[[str], None]) -> list
 
 
 def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Callable[[str], None]) -> list[_Found]:
-    @functools.lru_cache(LOOKS_KEPT)
-    def look_at(is_second: bool, index: int) -> Look:
-        return look((second if is_second else first).source.pixels(index))
+    @functools.lru_cache(GREY_KEPT)
+    def grey_at(is_second: bool, index: int) -> GreyPicture:
+        return grey_picture((second if is_second else first).source.pixels(index))
 
-    def second_look(pair: tuple[int, int]) -> float:
-        return picture_distance(look_at(False, pair[0]), look_at(True, pair[1]))
+    def distance_of(pair: tuple[int, int]) -> float:
+        return picture_distance(grey_at(False, pair[0]), grey_at(True, pair[1]))
 
     found: list[_Found] = [(i, j, "same bytes", 0.0) for i, j in same_bytes(mine, theirs).tolist()]
     maybe = [(i, j) for i, j in candidates(mine, theirs).tolist()]
     on_progress = time_left(say, f"comparing {first.place} and {second.place}, pictures that may be the same")
     with ThreadPoolExecutor(reading_threads()) as pool:
-        for number, (pair, distance) in enumerate(zip(maybe, pool.map(second_look, maybe), strict=True), start=1):
+        for number, (pair, distance) in enumerate(zip(maybe, pool.map(distance_of, maybe), strict=True), start=1):
             on_progress(number, len(maybe))
             if distance <= LIMIT:
                 found.append((*pair, "same picture", distance))
@@ -348,31 +343,24 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
 def _kept(path: Path) -> list[Any] | None:
     """Returns the pairs that were found before; None where that is not known."""
     try:
-        rows: list[Any] = read_json(path)["pairs"]
+        return list(read_json(path)["pairs"])
     except StorageError:
         return None
-    return rows
-
-
-def _pair(first: _Set, second: _Set, found: Sequence[Any]) -> SharedPair:
-    i, j, how, distance = found
-    one = SharedImage(first.place, first.source, i)
-    return SharedPair(one, SharedImage(second.place, second.source, j), how, distance)
 
 
 def _open(spec: SetSpec, place: str, role: str, cache_dir: Path, say: Callable[[str], None]) -> _Set | None:
     """Opens a set without looking at its classes; None for a test set that cannot be listed."""
     images = plain(spec)
     if not isinstance(images, StoredSet):
-        drawn = open_source(images, place, None)
-        return _Set(place, role, spec, drawn, identity(drawn))
+        return _Set(place, role, spec, open_source(images, place, None))
     try:
         source = unlabelled_source(list_set(images, place), images, place)
         if images.on_bad_image == "skip" and role not in TEST_ROLES:
             source = without_bad_images(source, cache_dir, time_left(say, f"reading the images of {place}"))
         if not len(source):
             raise DataError(Problem(place, "must have an image"))
-        return _Set(place, role, spec, source, identity(source))
+        identity(source)  # asks for size and date of each file
+        return _Set(place, role, spec, source)
     except DataError as error:
         _pass_over(place, role, error)
         return None

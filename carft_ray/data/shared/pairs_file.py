@@ -8,43 +8,23 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
 from PIL import Image
 
+from carft_ray.data.shared import shared_images
 from carft_ray.data.shared.overlap import SharedImage, SharedPair
 from carft_ray.data.shared.same_picture import LIMIT
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import write_text
 from carft_ray.words import counted
 
-COLUMNS = ("set", "image", "sample_id", "other_set", "other_image", "other_sample_id", "found_by", "distance")
+COLUMNS = [name for name in shared_images.COLUMNS if not name.endswith("done")]
 ENDINGS = (".csv", ".html")
 MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
 SIDE = 240  # pixels of a shown picture
 
-STYLE = """\
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.4rem; }
-article { display: grid; grid-template-columns: 240px 240px 1fr; gap: .6rem; border-top: 1px solid #bbb;
-  padding: .8rem 0; break-inside: avoid; }
-article img, article > p { width: 240px; height: 240px; object-fit: contain; background: #eee; margin: 0; }
-article div { margin-left: .4rem; }
-h2 { font-size: 1rem; margin: 0 0 .5rem; }
-dl { font-size: .9rem; margin: 0; }
-dt { font-weight: 600; }
-dd { margin: 0 0 .6rem; overflow-wrap: anywhere; }
-small { color: #555; font-size: .85em; }
-@media (max-width: 46rem) {
-  article { grid-template-columns: 1fr 1fr; }
-  article img, article > p { width: 100%; height: auto; aspect-ratio: 1; }
-  article div { grid-column: 1 / -1; margin: 0; }
-}
-@media print {
-  body { margin: 0; max-width: none; font-size: 10pt; }
-  article { grid-template-columns: 4.5cm 4.5cm 1fr; }
-  article img, article > p { width: 4.5cm; height: 4.5cm; print-color-adjust: exact; }
-}
-"""
+_PAGE = Template(Path(__file__).with_name("pairs.html").read_text(encoding="utf-8"))
 
 
 def check_pairs_path(path: Path) -> None:
@@ -90,28 +70,7 @@ def _page(pairs: Sequence[SharedPair]) -> str:
     shown = "\n".join(_article(number, pair, common) for number, pair in enumerate(pairs[:MOST_SHOWN], start=1))
     rest = f"<p>The first {MOST_SHOWN:,} are shown; a .csv file has all.</p>" if len(pairs) > MOST_SHOWN else ""
     below = f"<p>All names count from {_breakable(common)}</p>" if common else ""
-    return f"""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<ul>
-{"".join(lines)}
-</ul>
-<p>Distance: the share of the picture, by contrast, that differs, from 0 to 1; the same picture up to {LIMIT:g}.</p>
-{below}
-{rest}
-{shown}
-</body>
-</html>
-"""
+    return _PAGE.substitute(title=title, counts="".join(lines), limit=f"{LIMIT:g}", below=below, rest=rest, pairs=shown)
 
 
 def _article(number: int, pair: SharedPair, common: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether two images are one picture: a look at 128 x 128 grey pixels, which tells apart drawings that are alike.
+"""Whether two images are one picture: a comparison of 128 x 128 grey pixels, which separates drawings that are alike.
 
 1. **Alignment.** The second picture is laid on the first by a scale and an offset per axis, found by Gauss-Newton on
    grey levels with gain and offset (Lucas and Kanade 1981; Baker and Matthews 2004), first coarsely, from a few starts:
@@ -8,14 +8,14 @@
    contrast: white paper says nothing, and a watermark spoils the few blocks that it covers.
 
 The distance is the share of blocks, by weight, that disagree. Both pictures are blurred by a pixel of the smaller one,
-or of a look, so that resizing changes little.
+or of a grey picture, so that resizing changes little.
 
 ``LIMIT`` lies between copies and other pictures of a sample of PACS (2,045 real images of four domains). 1,736 made
 copies (JPEG, half and double size, cropped by 5 %, bordered, a text over a third of the width) have distances up to
 .16, and the 1,989 nearest pairs that are no copies from .33 on: a cartoon on two backgrounds, then .38 two versions of
-a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/data.md tells what is found.
+a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/data.md lists what is found.
 
-Shape letters: S = 128 pixels of a look, N of a grid, B = 64 blocks.
+Shape letters: S = 128 pixels of a grey picture, N of a grid, B = 64 blocks.
 """
 
 from bisect import bisect_left, bisect_right
@@ -27,13 +27,13 @@ from PIL import Image
 
 from carft_ray.data.source import PixelArray
 
-SIDE = 128  # pixels of a look
+SIDE = 128  # pixels of a grey picture
 LIMIT = 0.3  # largest distance of one picture from itself
 BLOCK = 0.92  # agreement from which on a block shows the same
 BLOCKS = 8  # along a side
 FLOOR = 20.0  # variance, in squared grey levels, of what compression leaves in a block of one colour
 HALF_WEIGHT = 10.0  # contrast, in grey levels, of a block that weighs half of the most
-BLUR = 1 / 128  # of the side of the picture: a pixel of a look
+BLUR = 1 / 128  # of the side of the picture: a pixel of a grey picture
 EDGE = 0.06  # of the side: left out, since a border bleeds into it
 COARSE, COARSE_BLUR, COARSE_STEPS, FINE_STEPS = 32, 0.02, 6, 3
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as Pillow has it
@@ -49,7 +49,7 @@ STARTS = (AS_THEY_ARE, (0.9, 0.05, 0.9, 0.05), (1 / 0.9, -0.05 / 0.9, 1 / 0.9, -
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class GreyPicture:
     """What a picture is compared by.
 
     Attributes:
@@ -61,14 +61,14 @@ class Look:
     short_side: int
 
 
-def look(pixels: PixelArray) -> Look:
+def grey_picture(pixels: PixelArray) -> GreyPicture:
     """Returns what a picture, uint8 [H, W, 3], is compared by."""
     grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return Look(np.asarray(grey), min(pixels.shape[:2]))
+    return GreyPicture(np.asarray(grey), min(pixels.shape[:2]))
 
 
 def may_have_border(pixels: PixelArray) -> npt.NDArray[np.bool_]:
-    """Tells of which pictures an outermost line may have one colour: of all others ``inside_border`` is the whole.
+    """Returns of which pictures an outermost line may have one colour: of all others ``inside_border`` is the whole.
 
     Args:
         pixels: uint8 [N, H, W, 3].
@@ -104,12 +104,12 @@ def _border_width(lines: PixelArray) -> int:
     first = sorted(lines[0].tolist())
     middle = (first[(len(first) - 1) // 2] + first[len(first) // 2]) // 2
     if bisect_right(first, middle + FLAT) - bisect_left(first, middle - FLAT) < 0.98 * len(first):
-        return 0  # as in most pictures: the others need not be looked at
+        return 0  # as in most pictures: the others need not be compared
     near = np.abs(lines.astype(np.int16) - middle) <= FLAT
     return int(np.argmin(np.append(near.mean(1) >= 0.98, False)))
 
 
-def picture_distance(first: Look, second: Look) -> float:
+def picture_distance(first: GreyPicture, second: GreyPicture) -> float:
     """Returns how much of two pictures differs, 0 to 1, the same in either order; ``LIMIT`` is the limit of one."""
     if first.grey_SS.tobytes() > second.grey_SS.tobytes():
         first, second = second, first
@@ -169,14 +169,8 @@ def _aligned(part_SS: _Floats, whole_SS: _Floats, at: _Map, n: int, blur: float,
             break
         down_NN, across_NN = (slope / (points_N[1] - points_N[0]) for slope in np.gradient(there_NN))
         across_NN, down_NN = across_NN / at[0], down_NN / at[2]
-        columns = (
-            across_NN * points_N,
-            across_NN,
-            down_NN * points_N[:, None],
-            down_NN,
-            there_NN,
-            np.ones_like(there_NN),
-        )
+        ones_NN = np.ones_like(there_NN)
+        columns = (across_NN * points_N, across_NN, down_NN * points_N[:, None], down_NN, there_NN, ones_NN)
         slopes = np.stack(columns, axis=-1).reshape(-1, 6)
         normal = slopes.T @ slopes
         normal[np.diag_indices(6)] = np.diagonal(normal) * 1.001 + 1e-6  # of a blank picture it is singular

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.data.excluded import excluded_ids
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.readers import excluded_ids
 from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, plain_place
 from carft_ray.data.shared.overlap import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.errors import HoldOutError, Problem, StorageError
@@ -30,7 +30,7 @@ NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
 LEAVES: Literal["leaves"] = "leaves"
 STAYS: Literal["stays"] = "stays"
 NUM_EXAMPLES = 2
-LOOK_STEP = "Look at the pairs: carft-ray doctor RECIPE --pairs pairs.html."
+PAIRS_STEP = "Inspect the pairs: carft-ray doctor RECIPE --pairs pairs.html."
 
 _Key = tuple[str, int]  # key path of a set, index of an image there
 
@@ -86,7 +86,7 @@ def shared_of_study(
         recipe: The recipe; its sets have passed ``check_sets``.
         cache_dir: Folder of the decoded sets; made when missing.
         study_dir: Folder of the study or training.
-        say: Told what is being done where that takes time, and what was done.
+        say: Called with what is being done where that takes time, and with what was done.
 
     Raises:
         HoldOutError: Roles share images, and the recipe refuses that; or so many that the roles are likely wrong.
@@ -137,12 +137,13 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
         if problems := _limit_problems(recipe, list(leaving.values())):
             raise HoldOutError(problems)
 
-    def told(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
+    def with_done(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
         done = LEAVES if _key(image) in leaving else STAYS
         return image.place, image.name, image.sample_id, done
 
     return [
-        SharedRow(*told(pair.first), *told(pair.second), pair.how, round(float(pair.distance), 4)) for pair in pairs
+        SharedRow(*with_done(pair.first), *with_done(pair.second), pair.how, round(float(pair.distance), 4))
+        for pair in pairs
     ]
 
 
@@ -230,23 +231,16 @@ def _key(image: SharedImage) -> _Key:
     return image.place, image.index
 
 
-def _components(pairs: Iterable[SharedPair]) -> list[list[_Key]]:
-    """Returns the images that hang together by pairs."""
-    partners: dict[_Key, list[_Key]] = {}
-    for pair in pairs:
-        partners.setdefault(_key(pair.first), []).append(_key(pair.second))
-        partners.setdefault(_key(pair.second), []).append(_key(pair.first))
-    seen: set[_Key] = set()
-    components = []
-    for start in partners:
-        component = [start] if start not in seen else []
-        seen.add(start)
-        for key in component:  # grows meanwhile
-            new = [other for other in dict.fromkeys(partners[key]) if other not in seen]
-            seen.update(new)
-            component += new
-        components.append(component)
-    return components
+def _components(pairs: Iterable[SharedPair]) -> list[set[_Key]]:
+    """Returns the images that are connected by pairs."""
+    from scipy.cluster.hierarchy import DisjointSet
+
+    images = DisjointSet()
+    for ends in ((_key(pair.first), _key(pair.second)) for pair in pairs):
+        for end in ends:
+            images.add(end)
+        images.merge(*ends)
+    return list(images.subsets())
 
 
 def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Problem]:
@@ -259,7 +253,7 @@ def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Prob
     for place, images in by_set.items():
         source, count = images[0].source, len(images)
         value = f"{count} of {len(source)} images, such as {', '.join(image.name for image in images[:NUM_EXAMPLES])}"
-        own = f"{LOOK_STEP} Give each role images of its own, or write data.shared_images: keep"
+        own = f"{PAIRS_STEP} Give each role images of its own, or write data.shared_images: keep"
         if not isinstance(source, StoredSource):
             rule = "its images stand in another role too, and cannot be left out: the sandbox draws them"
             problems.append(Problem(place, rule, value, next_step=f"{own}."))

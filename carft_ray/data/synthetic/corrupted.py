@@ -4,7 +4,6 @@ Each image is shown under one of the corruptions, drawn by a hash of (seed, samp
 same. So the picture depends on neither the order of the images nor the machine.
 """
 
-from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from carft_ray.data.content import image_digest
 from carft_ray.data.listing import sample_id
-from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.data.source import DerivedSource, PixelArray, Source
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, EXTRA, corrupt
 from carft_ray.recipe.sets import CorruptedSet, Corruption
 
@@ -20,67 +19,21 @@ FIFTEEN = tuple(name for name in get_args(Corruption) if name not in EXTRA)
 MARGIN = 256 / 224  # short side before the crop, over the side of the square: ImageNet-C's Resize(256), CenterCrop(224)
 
 
-@dataclass(frozen=True, eq=False)
-class CorruptedSource:
+class CorruptedSource(DerivedSource):
     """The ``Source`` of a set under corruptions; ids and labels are those of its images.
 
-    Attributes:
+    Args:
         images: The set without corruptions.
-        corruptions: What an image may be shown under, sorted.
-        severity: 1 to 5.
-        seed: Of the draws.
-        size: Side of the square to which larger images are brought first, pixels.
+        spec: The corruptions that the recipe names, ImageNet-C's fifteen where it names none, and how strong they are.
     """
 
-    images: Source
-    corruptions: tuple[str, ...]
-    severity: int
-    seed: int
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Role or name of the set, for messages."""
-        return self.images.name
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The class list."""
-        return self.images.class_names
-
-    @property
-    def labels(self) -> IntArray:
-        """Label of every image, int64 [N]."""
-        return self.images.labels
-
-    @property
-    def sample_ids(self) -> IdArray:
-        """Stable ids, uint64 [N]: those of the images without corruptions."""
-        return self.images.sample_ids
-
-    @property
-    def groups(self) -> tuple[tuple[int, ...], ...] | None:
-        """See ``ImageSet``."""
-        return self.images.groups
-
-    @property
-    def home(self) -> str:
-        """Where the images are."""
-        return self.images.home
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the images, and all that decides how they are shown."""
-        return f"{self._key}/{self.images.fingerprint}"
-
-    @property
-    def _key(self) -> str:
-        shown = f"{','.join(self.corruptions)}/{self.severity}/{self.seed}/{self.size}"
-        return f"corrupted-{CORRUPTION_VERSION}/{shown}"
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-        return len(self.images)
+    def __init__(self, images: Source, spec: CorruptedSet) -> None:
+        super().__init__(images)
+        self._spec = spec
+        self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or FIFTEEN))
+        shown = f"{','.join(self.corruptions)}/{spec.severity}/{spec.seed}/{spec.size}"
+        self._key = f"corrupted-{CORRUPTION_VERSION}/{shown}"
+        self.fingerprint = f"{self._key}/{images.fingerprint}"
 
     def place(self, index: int) -> str:
         """Returns the name of image ``index`` for messages."""
@@ -88,7 +41,7 @@ class CorruptedSource:
 
     def corruption(self, index: int) -> str:
         """Returns the corruption under which image ``index`` is shown."""
-        drawn = sample_id(f"corruption {self.seed} {int(self.sample_ids[index])}")
+        drawn = sample_id(f"corruption {self._spec.seed} {int(self.sample_ids[index])}")
         return self.corruptions[drawn % len(self.corruptions)]
 
     def content(self, index: int) -> bytes:
@@ -105,14 +58,9 @@ class CorruptedSource:
         Raises:
             DataError: The image cannot be read.
         """
-        pixels = squared(self.images.pixels(index), self.size)
-        return corrupt(pixels, self.corruption(index), self.severity, self.seed, int(self.sample_ids[index]))
-
-
-def corrupted_source(images: Source, spec: CorruptedSet) -> CorruptedSource:
-    """Returns a set under the corruptions that the recipe names; ImageNet-C's fifteen where it names none."""
-    names = tuple(sorted(spec.corruptions or FIFTEEN))
-    return CorruptedSource(images, names, spec.severity, spec.seed, spec.size)
+        pixels = squared(self.images.pixels(index), self._spec.size)
+        name, id_ = self.corruption(index), int(self.sample_ids[index])
+        return corrupt(pixels, name, self._spec.severity, self._spec.seed, id_)
 
 
 def squared(pixels: PixelArray, size: int) -> PixelArray:

@@ -2,7 +2,7 @@
 
 Hendrycks, Dietterich: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (ICLR 2019). The
 formulas are those of hendrycks/robustness, ``ImageNet-C/create_c/make_imagenet_c.py``, written anew on NumPy, SciPy and
-Pillow; the constants stand in ``corruption_tables.py``. Differences from the published code:
+Pillow; the constants stand in ``corruptions.toml``. Differences from the published code:
 
 - every draw comes from a generator whose key is made of (seed, sample id, name) by the words of ``philox.py``. The five
   severities of one image share their draws, so a stronger one is the same noise made larger;
@@ -18,23 +18,24 @@ leave that range, ``corrupt`` clips.
 
 import io
 import math
+import tomllib
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
-from scipy import fft, ndimage
+from scipy import ndimage
 
 from carft_ray.data.philox import STREAM_CORRUPTION, words
 from carft_ray.data.source import PixelArray
-from carft_ray.data.synthetic.corruption_tables import PARAMETERS, SIDES
+from carft_ray.data.synthetic import fields
+from carft_ray.data.synthetic.fields import Floats, Rng
 
 CORRUPTION_VERSION = 1  # changes when the same arguments give other bytes; part of the key of whatever stores them
 SEVERITIES = (1, 2, 3, 4, 5)
-
-Floats = npt.NDArray[np.float64]
-Rng = np.random.Generator
+SIDES = (32, 64, 224)  # pixels; the tables that were published
 
 # mean and standard deviation of red, green and blue of the five photographs of frost that ImageNet-C draws from
 _FROST_PANES = (
@@ -47,6 +48,19 @@ _FROST_PANES = (
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _WATER = np.array([175, 238, 238]) / 255
 _MUD = np.array([63, 42, 20]) / 255
+
+
+def _tables() -> dict[str, dict[int, list[Any]]]:
+    """Returns for each corruption and side the five settings: a number, or a list of the function's arguments."""
+    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    tables = {name: {side: rows[str(side)] for side in SIDES} for name, rows in tomllib.loads(text).items()}
+    # ImageNet-C moves its 224 pixels by fractions of 244, which its authors call a slip and kept
+    elastic = tables["elastic_transform"]
+    elastic[224] = [[244 / 224 * number for number in setting] for setting in elastic[224]]
+    return tables
+
+
+PARAMETERS = _tables()
 
 
 def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: int) -> PixelArray:
@@ -74,7 +88,7 @@ def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: 
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be one of {SEVERITIES}, but got {severity}")
     setting = PARAMETERS[name][table_side(*pixels.shape[:2])][severity - 1]
-    arguments = setting if isinstance(setting, tuple) else (setting,)
+    arguments = setting if isinstance(setting, list) else [setting]
     return _to_bytes(CORRUPTIONS[name](pixels / 255, generator(name, seed, sample_id), *arguments))
 
 
@@ -123,7 +137,7 @@ def speckle_noise(x: Floats, rng: Rng, deviation: float) -> Floats:
 
 def gaussian_blur(x: Floats, rng: Rng, sigma: float) -> Floats:
     """Convolves with a Gaussian, cut at 4 sigma; the edge is continued."""
-    return _gaussian(x, sigma)
+    return fields.gaussian(x, sigma)
 
 
 def defocus_blur(x: Floats, rng: Rng, radius: float, edge_sigma: float) -> Floats:
@@ -156,7 +170,7 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
     pixel at a uniform offset in [-reach, reach). The published code means to swap the two, but assigns through views
     of one array, which copies: so the published images are copies too.
     """
-    blurred = np.rint(_gaussian(x, sigma) * 255) / 255
+    blurred = np.rint(fields.gaussian(x, sigma) * 255) / 255
     height, width = x.shape[:2]
     visited = np.arange(height * width).reshape(height, width)[
         reach + 1 : height - reach + 1, reach + 1 : width - reach + 1
@@ -168,12 +182,12 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
         others = targets + offsets[:, 0] * width + offsets[:, 1]
         for target, other in zip(targets.tolist(), others.tolist(), strict=True):
             origin[target] = origin[other]
-    return _gaussian(blurred.reshape(-1, 3)[origin].reshape(x.shape), sigma)
+    return fields.gaussian(blurred.reshape(-1, 3)[origin].reshape(x.shape), sigma)
 
 
 def motion_blur(x: Floats, rng: Rng, radius: float, sigma: float) -> Floats:
-    """Smears the picture along a line at a uniform angle within 45 degrees of the horizontal (``_smear``)."""
-    return _smear(x, radius, sigma, rng.uniform(-45, 45))
+    """Smears the picture along a line at a uniform angle within 45 degrees of the horizontal (``fields.smear``)."""
+    return fields.smear(x, radius, sigma, rng.uniform(-45, 45))
 
 
 def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
@@ -181,7 +195,7 @@ def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
     factors = np.arange(1, end, step).tolist()
     total = x.copy()
     for factor in factors:
-        total += _zoom(x, factor)
+        total += fields.zoom(x, factor)
     return total / (len(factors) + 1)
 
 
@@ -203,10 +217,10 @@ def snow(
 
     Flakes are normal noise, enlarged, cut below a threshold and smeared within 45 degrees of the vertical.
     """
-    flakes = _zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
+    flakes = fields.zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
-    flakes = _layer(_smear(flakes, radius, sigma, rng.uniform(-135, -45)))
-    whitened = np.maximum(x, _layer(x @ _LUMA) * 1.5 + 0.5)
+    flakes = fields.smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
+    whitened: Floats = np.maximum(x, (x @ _LUMA)[..., None] * 1.5 + 0.5)
     return mix * x + (1 - mix) * whitened + flakes + flakes[::-1, ::-1]
 
 
@@ -220,7 +234,7 @@ def frost(x: Floats, rng: Rng, picture: float, ice: float) -> Floats:
     """
     means, deviations = _FROST_PANES[int(rng.integers(len(_FROST_PANES)))]
     height, width, _ = x.shape
-    pane = np.array(means) + np.array(deviations) * _layer(_needles(height, width, rng))
+    pane = np.array(means) + np.array(deviations) * fields.needles(height, width, rng)[..., None]
     return picture * x + ice * np.clip(pane / 255, 0, 1)
 
 
@@ -228,7 +242,7 @@ def fog(x: Floats, rng: Rng, density: float, decay: float) -> Floats:
     """Adds a fractal cloud and keeps the picture's maximum: (x + density * cloud) * max / (max + density)."""
     height, width, _ = x.shape
     brightest = float(x.max())
-    return (x + density * _layer(_plasma(height, width, rng, decay))) * brightest / (brightest + density)
+    return (x + density * fields.plasma(height, width, rng, decay)[..., None]) * brightest / (brightest + density)
 
 
 def spatter(
@@ -237,15 +251,15 @@ def spatter(
     """Puts drops on the lens, where smoothed normal noise is above a threshold: mud that covers, or water that shines.
 
     Mud takes the place of the picture in proportion to the smoothed drops, where these are above 0.8. Water adds pale
-    turquoise in proportion to an emboss of the distance from the rim of the drops (``_shine``).
+    turquoise in proportion to an emboss of the distance from the rim of the drops (``fields.shine``).
     """
-    liquid = _gaussian(rng.normal(mean, deviation, x.shape[:2]), sigma)
+    liquid = fields.gaussian(rng.normal(mean, deviation, x.shape[:2]), sigma)
     if mud:
-        cover = _gaussian((liquid > threshold).astype(np.float64), strength)
-        cover = _layer(np.where(cover < 0.8, 0, cover))
+        cover = fields.gaussian((liquid > threshold).astype(np.float64), strength)
+        cover = np.where(cover < 0.8, 0, cover)[..., None]
         return x * (1 - cover) + _MUD * cover
-    shine = _shine(np.where(liquid < threshold, 0, np.clip(liquid, 0, 1)))
-    return x + strength * _layer(shine) * _WATER
+    shine = fields.shine(np.where(liquid < threshold, 0, np.clip(liquid, 0, 1)))
+    return x + strength * shine[..., None] * _WATER
 
 
 # Digital
@@ -290,9 +304,9 @@ def elastic_transform(x: Floats, rng: Rng, strength: float, sigma: float, jitter
     # affine map from places of the result to places of the picture, by its three points
     affine = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)
     grid = np.indices((height, width), dtype=np.float64)
-    x = _sample(x, np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None], "mirror")
+    x = fields.sample(x, np.tensordot(affine[:2], grid, (0, 0)) + affine[2][:, None, None], "mirror")
     waves = rng.uniform(-1, 1, (2, height, width))
-    return _sample(x, grid + strength * side * _smooth(waves, sigma * side), "reflect")
+    return fields.sample(x, grid + strength * side * fields.smooth(waves, sigma * side), "reflect")
 
 
 def pixelate(x: Floats, rng: Rng, share: float) -> Floats:
@@ -324,169 +338,5 @@ CORRUPTIONS: dict[str, Callable[..., Floats]] = {
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # ImageNet-C's four for validation, not in its mean
 
 
-# Helpers
-
-
 def _to_bytes(x: Floats) -> PixelArray:
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
-
-
-def _layer(field: Floats) -> Floats:
-    """[H, W] as one layer for all colours, [H, W, 1]."""
-    return field.reshape(*field.shape, 1)
-
-
-def _gaussian(x: Floats, sigma: float) -> Floats:
-    """Gaussian blur of each colour, cut at 4 sigma, [H, W] or [H, W, C]."""
-    blurred: Floats = ndimage.gaussian_filter(x, sigma, mode="nearest", truncate=4, axes=(0, 1))
-    return blurred
-
-
-def _smear(x: Floats, radius: float, sigma: float, angle: float) -> Floats:
-    """ImageMagick's motion blur of [H, W] or [H, W, C]: half a Gaussian along a line of 2 * radius + 1 pixels.
-
-    Pixel i of the line lies at i * (cos, sin) of the angle, rounded (halves down); the edge is continued.
-    """
-    length = 2 * math.ceil(radius) + 1
-    steps = np.arange(length)
-    weights = np.exp(-0.5 * (steps / sigma) ** 2)
-    weights /= weights.sum()
-    turn = math.radians(angle)
-    downs = np.ceil(steps * math.sin(turn) - 0.5).astype(int) + length
-    rights = np.ceil(steps * math.cos(turn) - 0.5).astype(int) + length
-    height, width = x.shape[:2]
-    padded = np.pad(x, ((length, length), (length, length)) + ((0, 0),) * (x.ndim - 2), "edge")
-    total = np.zeros_like(x)
-    for weight, down, right in zip(weights.tolist(), downs.tolist(), rights.tolist(), strict=True):
-        total += weight * padded[down : down + height, right : right + width]
-    return total
-
-
-def _zoom(x: Floats, factor: float) -> Floats:
-    """Enlarges the middle of [H, W] or [H, W, C] to the whole, linearly, corners on corners, surplus cut evenly."""
-    for axis in (0, 1):
-        size = x.shape[axis]
-        kept = math.ceil(size / factor)
-        grown = round(kept * factor)
-        spacing = (kept - 1) / max(grown - 1, 1)
-        places = (size - kept) // 2 + (np.arange(size) + (grown - size) // 2) * spacing
-        low = places.astype(np.int64)
-        part = (places - low).reshape((-1,) + (1,) * (x.ndim - axis - 1))
-        x = x.take(low, axis) * (1 - part) + x.take(np.minimum(low + 1, size - 1), axis) * part
-    return x
-
-
-def _sample(x: Floats, places: Floats, mode: str) -> Floats:
-    """Reads [H, W, C] at places [2, H, W] (down, right), linearly; ``mode`` continues the picture as in SciPy."""
-    return np.stack([ndimage.map_coordinates(x[..., c], places, order=1, mode=mode) for c in range(3)], axis=-1)
-
-
-def _smooth(fields: Floats, sigma: float) -> Floats:
-    """Gaussian blur of fields [n, H, W], cut at 3 sigma, mirrored at the edge, by the cosine transform.
-
-    Equals SciPy's ``gaussian_filter(mode="reflect", truncate=3)`` at a cost that does not grow with sigma, which
-    ``elastic_transform`` sets to three quarters of the side.
-    """
-    steps = np.arange(1, int(3 * sigma + 0.5) + 1)
-    weights = np.exp(-0.5 * (steps / sigma) ** 2) if len(steps) else np.zeros(0)
-    spectrum = fft.dctn(fields, axes=(1, 2))
-    for axis in (1, 2):
-        size = fields.shape[axis]
-        response = (1 + 2 * np.cos(np.pi / size * np.outer(np.arange(size), steps)) @ weights) / (1 + 2 * weights.sum())
-        spectrum *= response.reshape(-1, 1) if axis == 1 else response
-    smoothed: Floats = fft.idctn(spectrum, axes=(1, 2))
-    return smoothed
-
-
-def _plasma(height: int, width: int, rng: Rng, decay: float) -> Floats:
-    """A cloud between 0 and 1, [H, W]: diamond-square on a torus of the next power of two.
-
-    Every midpoint is the mean of its four neighbours plus uniform noise, whose spread falls by decay**2 per halving:
-    the published code multiplies a uniform number of that spread with the spread.
-    """
-    step = 2
-    while step < max(height, width):
-        step *= 2
-    cloud = np.zeros((step, step))
-    spread = 1.0
-    while step > 1:
-        half = step // 2
-        corners = cloud[::step, ::step]
-        across, below = corners + np.roll(corners, -1, 1), corners + np.roll(corners, -1, 0)
-        noise = rng.uniform(-spread, spread, (3, *corners.shape))
-        centres = (across + np.roll(across, -1, 0)) / 4 + noise[0]
-        cloud[half::step, half::step] = centres
-        cloud[::step, half::step] = (across + centres + np.roll(centres, 1, 0)) / 4 + noise[1]
-        cloud[half::step, ::step] = (below + centres + np.roll(centres, 1, 1)) / 4 + noise[2]
-        step, spread = half, spread / decay**2
-    cloud -= cloud.min()
-    cloud /= cloud.max()
-    return cloud[:height, :width]
-
-
-def _needles(height: int, width: int, rng: Rng) -> Floats:
-    """Needles of ice [H, W] of mean 0 and deviation 1: streaks in six directions, the strongest of which shows.
-
-    They are an eighth of the shorter side long, at most 28 pixels, and as soft as the photographs: neighbouring pixels
-    differ by 0.4 to 0.5 standard deviations. The noise is wider than the picture, since a streak that meets the edge
-    would grow thick.
-    """
-    length = min(max(min(height, width) // 8, 1), 28)
-    margin = 2 * length
-    ice = np.full((height + 2 * margin, width + 2 * margin), -np.inf)
-    for angle in rng.uniform(0, 360, 6).tolist():
-        streaks = _smear(_gaussian(rng.standard_normal(ice.shape), length / 28), length, length / 1.5, angle)
-        np.maximum(ice, streaks / float(streaks.std()), out=ice)
-    ice = ice[margin : margin + height, margin : margin + width]
-    return (ice - float(ice.mean())) / max(float(ice.std()), 1e-9)
-
-
-def _shine(liquid: Floats) -> Floats:
-    """How water shines, [H, W] from 0 to 1: emboss of the equalised distance from the rims, where liquid is.
-
-    Steps and roundings are those of the published code (OpenCV), with Euclidean distances for its 5 x 5 chamfer.
-    """
-    levels = np.floor(liquid * 255)
-    rims = _canny(levels, 50, 150)
-    if not rims.any():
-        return np.zeros_like(liquid)
-    distance = _box(np.minimum(ndimage.distance_transform_edt(~rims), 20)).astype(np.int64)
-    counts = np.bincount(distance.ravel())
-    counts[distance.min()] = 0
-    equalised = np.rint(counts.cumsum() * (255 / max(counts.sum(), 1)))[distance]
-    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    shine = levels * np.rint(_box(np.clip(ndimage.correlate(equalised, emboss, mode="mirror"), 0, 255)))
-    return shine / max(float(shine.max()), 1.0)
-
-
-def _box(x: Floats) -> Floats:
-    """Means over 3 x 3 pixels of [H, W]; exact sums of whole numbers, so that rounding them has no ties."""
-    means: Floats = ndimage.correlate(x, np.ones((3, 3)), mode="mirror") / 9
-    return means
-
-
-def _canny(levels: Floats, low: float, high: float) -> npt.NDArray[np.bool_]:
-    """Canny's edges of grey levels [H, W], with the choices of OpenCV: Sobel, |down| + |right|, four directions."""
-    down, right = (ndimage.sobel(levels, axis, mode="nearest") for axis in (0, 1))
-    strength = np.abs(down) + np.abs(right)
-    padded = np.pad(strength, 1)
-    height, width = levels.shape
-
-    def near(rows: int, columns: int) -> Floats:
-        return padded[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
-
-    flat = np.abs(down) < math.tan(math.pi / 8) * np.abs(right)
-    steep = np.abs(down) > math.tan(3 * math.pi / 8) * np.abs(right)
-    peak = np.select(
-        [flat, steep, down * right >= 0],
-        [
-            (strength > near(0, -1)) & (strength >= near(0, 1)),
-            (strength > near(-1, 0)) & (strength >= near(1, 0)),
-            (strength > near(-1, -1)) & (strength > near(1, 1)),
-        ],
-        (strength > near(-1, 1)) & (strength > near(1, -1)),
-    )
-    edges: npt.NDArray[np.bool_] = ndimage.binary_propagation(
-        peak & (strength > high), np.ones((3, 3)), mask=peak & (strength > low)
-    )
-    return edges

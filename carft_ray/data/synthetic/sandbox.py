@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES, draw_mask
-from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.errors import Problem, nearest
 from carft_ray.files import new_folder, require_new
 from carft_ray.recipe.sets import SandboxSet
 
@@ -27,26 +27,16 @@ CLASSES: tuple[str, ...] = tuple(sorted(SHAPE_NAMES))  # as a reader of folders 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "pretrain")
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "round thing": SHAPE_NAMES[0:4],
-    "boxy thing": SHAPE_NAMES[4:8],
-    "pointed thing": SHAPE_NAMES[8:12],
-    "living thing": SHAPE_NAMES[12:16],
+    f"{kind} thing": SHAPE_NAMES[4 * i : 4 * i + 4] for i, kind in enumerate(("round", "boxy", "pointed", "living"))
 }
 
 # domain -> how a caption names the picture
 DOMAINS: dict[str, str] = {
-    "photo": "a photo of a {}",
-    "noisy_photo": "a noisy photo of a {}",
-    "blurry_photo": "a blurry photo of a {}",
-    "painting": "a painting of a {}",
-    "negative": "a negative of a {}",
-    "sketch": "a sketch of a {}",
-    "cartoon": "a cartoon of a {}",
-    "striped": "a striped picture of a {}",
-    "dark_photo": "a dark photo of a {}",
-    "bright_photo": "a bright photo of a {}",
-    "silhouette": "a silhouette of a {}",
-    "pixelated_photo": "a pixelated photo of a {}",
+    name.removesuffix(" picture").replace(" ", "_"): f"a {name} of a {{}}"
+    for name in (
+        *("photo", "noisy photo", "blurry photo", "painting", "negative", "sketch", "cartoon", "striped picture"),
+        *("dark photo", "bright photo", "silhouette", "pixelated photo"),
+    )
 }
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -128,20 +118,13 @@ class SandboxSource:
     class_names: tuple[str, ...]
     labels: IntArray
     sample_ids: IdArray
+    groups: None = None  # the pictures are told apart between all classes
+    home: str = ""  # the pictures are drawn
 
     @property
     def fingerprint(self) -> str:
         """A text that names the pictures completely."""
         return f"sandbox-{FORMAT}/{self.domain}/{self.split}/{self.num_per_class}"
-
-    @property
-    def groups(self) -> None:
-        """None: the pictures are told apart between all classes."""
-
-    @property
-    def home(self) -> str:
-        """'': the pictures are drawn."""
-        return ""
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -161,24 +144,29 @@ class SandboxSource:
 
 
 def sandbox_source(domain: str, split: str, num_per_class: int, name: str) -> SandboxSource:
-    """Returns a set of one domain and split, class by class, every class ``num_per_class`` times.
-
-    Raises:
-        DataError: The domain or the split is unknown, or there would be no image.
-    """
-    problems = []
-    for key, value, allowed in (("domain", domain, tuple(DOMAINS)), ("split", split, SPLITS)):
-        if value not in allowed:
-            problems.append(
-                Problem(name, f"{key} must be one of the sandbox's", repr(value), allowed, nearest(value, allowed))
-            )
-    if num_per_class < 1:
-        problems.append(Problem(name, "num_per_class must be at least 1", str(num_per_class)))
-    if problems:
-        raise DataError(problems)
+    """Returns a set of one domain and split, class by class, every class ``num_per_class`` times."""
     ids = [_key(domain, split, class_name, i)[0] for class_name in CLASSES for i in range(num_per_class)]
     labels = np.repeat(np.arange(len(CLASSES), dtype=np.int64), num_per_class)
     return SandboxSource(name, domain, split, num_per_class, CLASSES, labels, np.array(ids, dtype=np.uint64))
+
+
+def domain_problems(domain: str, place: str) -> list[Problem]:
+    """Returns a problem for a name that is no domain of the sandbox."""
+    if domain in DOMAINS:
+        return []
+    rule, allowed = "must be a domain of the sandbox", tuple(DOMAINS)
+    return [Problem(f"{place}.domain", rule, repr(domain), allowed, nearest(domain, allowed))]
+
+
+def class_problems(classes: tuple[str, ...], place: str) -> list[Problem]:
+    """Returns a problem for a class list that is not the sandbox's."""
+    if classes == CLASSES:
+        return []
+    unknown = [name for name in classes if name not in CLASSES]
+    rule = "a sandbox set has all classes of the sandbox, in their order, so the class list must be that too"
+    value = repr(unknown[0]) if unknown else f"a list of {len(classes)}"
+    match = nearest(unknown[0], CLASSES) if unknown else None
+    return [Problem(place, rule, value, CLASSES, match, "Leave data.classes out.")]
 
 
 def render(domain: str, split: str, class_name: str, index: int) -> tuple[PixelArray, Attributes]:
@@ -316,8 +304,7 @@ def _painting(rng: np.random.Generator, mask: Image.Image, figure: _Floats, grou
     scene = scene[rows.clip(0, _DRAWN - 1), columns.clip(0, _DRAWN - 1)]
     strokes = rng.standard_normal((_DRAWN // 2, 8, 1), dtype=np.float32) * 16
     scene = scene + np.repeat(np.repeat(strokes, 2, axis=0), 8, axis=1)
-    painted: _Floats = np.round(scene / 36) * np.float32(36)
-    return painted
+    return np.asarray(np.round(scene / 36) * np.float32(36))
 
 
 def _sketch(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -328,8 +315,7 @@ def _sketch(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground
     hatching = _weight(mask) * slant[:, :, None] * np.float32(0.45)
     paper = 232 + 0.06 * (ground - 128) + _patches(rng, 16, 5)
     ink = np.minimum(figure * 0.75, 150)
-    drawn: _Floats = paper + np.maximum(edge, hatching) * (ink - paper)
-    return drawn
+    return np.asarray(paper + np.maximum(edge, hatching) * (ink - paper))
 
 
 def _cartoon(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -337,8 +323,7 @@ def _cartoon(rng: np.random.Generator, mask: Image.Image, figure: _Floats, groun
     scene = np.broadcast_to(ground * 0.7 + 76, (_DRAWN, _DRAWN, 3))
     scene = scene * (1 - outline) + outline * 12
     vivid = np.clip((figure - 128) * 1.3 + 128, 0, 255)
-    drawn: _Floats = scene + body * (vivid - scene)
-    return drawn
+    return np.asarray(scene + body * (vivid - scene))
 
 
 def _striped(rng: np.random.Generator, mask: Image.Image, figure: _Floats, ground: _Floats) -> _Floats:
@@ -389,8 +374,7 @@ def _pixelated(rng: np.random.Generator, picture: _Floats) -> _Floats:
 
 
 def _to_bytes(picture: _Floats) -> PixelArray:
-    pixels: PixelArray = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
-    return pixels
+    return np.asarray(np.clip(picture + 0.5, 0, 255), np.uint8)
 
 
 _Large = Callable[[np.random.Generator, Image.Image, _Floats, _Floats], _Floats]
