@@ -27,8 +27,9 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.confirmation.plan import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirmation.summary import summarise
+from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.finished import open_finished
-from carft_ray.results.reading.overview import read_study, status, total_trials
+from carft_ray.results.reading.overview import read_study, total_trials
 from carft_ray.results.reading.summary import study_summary
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.report import study_report

@@ -20,7 +20,8 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import is_looked_at, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
-from carft_ray.results.reading.overview import read_study, status
+from carft_ray.results.reading.documents import status
+from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.pruner_quality import pruner_quality
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import Looked, cut_reason, deciding_look, look_of

@@ -27,14 +27,14 @@ def status(
 ) -> None:
     """How far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
     from carft_ray import console
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import documents, overview
 
     if watch and json_:
         raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
     if watch and not watch_search(study, every):
         return
     view = overview.read_study(study)
-    answer = overview.status(view)
+    answer = documents.status(view)
     if json_:
         console.print_json(answer)
         return
@@ -90,14 +90,14 @@ def list_(
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
     from carft_ray import console
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import documents, overview
 
     orders = ("objective", "number")
     if sort not in orders:
         raise UsageError(Problem("--sort", "must be an order", repr(sort), orders, nearest(sort, orders)))
     quoted = shlex.quote(str(folder))
     if not overview.is_study(folder):
-        studies = overview.list_studies(folder)
+        studies = documents.list_studies(folder)
         if json_:
             console.print_json({"folder": str(folder), "studies": studies})
             return
@@ -105,7 +105,7 @@ def list_(
         console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
         return
     view = overview.read_study(folder)
-    answer = overview.listing(view, by_objective=sort == "objective", limit=limit)
+    answer = documents.listing(view, by_objective=sort == "objective", limit=limit)
     if json_:
         console.print_json(answer)
         return

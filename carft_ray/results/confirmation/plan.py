@@ -1,4 +1,4 @@
-"""Confirming the winner of a search: which configurations are trained again, with which seeds, and what that shows.
+"""Confirming the winner of a search: which configurations are trained again, and with which seeds.
 
     confirm/plan.json     the winner and all rows, fixed before the first of these trainings
     confirm/summary.json  the numbers, once all of them have ended
@@ -9,7 +9,7 @@ not used. ``alpha`` belongs to a configuration and is never chosen again.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,10 @@ class Stage:
     seeds: tuple[int, ...]
     rows: tuple[PlanRow, ...]
 
+    def names(self, row: PlanRow) -> list[str]:
+        """Returns the names of a row's trainings, seed by seed; none of the zero-shot model."""
+        return [] if row.training is None else [training_name(row.training, seed) for seed in self.seeds]
+
     def trainings(self) -> dict[str, dict[str, Any]]:
         """Returns the values of every training by its name, winner first, then seed by seed."""
         found: dict[str, dict[str, Any]] = {}
@@ -104,19 +108,18 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         UsageError: A study of ``against`` cannot be compared.
     """
     ranked = _best_first(view)
-    winner, *others = [row for row in ranked if row.violation <= ranked[0].violation][:top]
-    rows = [_plan_row(row, "winner" if row is winner else "candidate") for row in (winner, *others)]
+    best = [row for row in ranked if row.violation <= ranked[0].violation][:top]
+    rows = [_plan_row(row, "winner" if row is best[0] else "candidate") for row in best]
     for row in view.baselines:
         if row.objective is None:
             continue
         rows.append(_plan_row(row, "baseline"))
-        at_one = _at_alpha_one(view, row)
+        result = read_result(folder_of(view.study_dir, row)) or {}
+        at_one = result.get("fine_tuned", {}).get("objective")
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
-            name = f"{row.name}, alpha 1"
-            rows.append(PlanRow(name, "baseline", row.name, 1.0, rows[-1].values, at_one))
-    for other in against:
-        rows.append(_rival(view, other))
-    return Stage(winner.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
+            rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
+    rows += [_rival(view, other) for other in against]
+    return Stage(best[0].name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
 def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
@@ -127,7 +130,7 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
         chosen: Name of one of its trials.
         recipe: The study's recipe.
     """
-    rows = [_with_role(row, "winner") for row in first.rows if row.name == chosen]
+    rows = [replace(row, role="winner") for row in first.rows if row.name == chosen]
     rows += [row for row in first.rows if row.role == "baseline"]
     return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
 
@@ -135,11 +138,11 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
 def plan(
     view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()
 ) -> tuple[Stage, Stage | None, list[str]]:
-    """Returns both stages as they stand after this call's wishes, and what is to be said about it.
+    """Returns both stages with what this call asks for, and notes for the user.
 
-    What an earlier call has asked for stays: rows are added and seeds appended. When the search has gone on and found a
-    better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may stand at
-    another point of its curve by now; the trainings that are there were evaluated at that one, too.
+    What an earlier call has asked for stays: rows are added and seeds appended. When the search has continued and found
+    a better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may now be
+    at another point of its curve; the trainings that are there were evaluated at that point, too.
 
     Args:
         view: The study.
@@ -157,13 +160,14 @@ def plan(
     if first.winner != before.winner:
         notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
         second = None
-    for row, earlier in _moved(first, before):
-        notes.append(f"the search went on: {row.name} stood at alpha {earlier.alpha:.2f}, now at {row.alpha:.2f}")
-        second = None if row.role == "winner" else second
-    names = {row.name for row in first.rows}
-    kept = [_with_role(row, "candidate" if row.role == "winner" else row.role) for row in before.rows]
-    rows = (*first.rows, *(row for row in kept if row.name not in names))
-    return Stage(first.winner, first.seeds, rows), second, notes
+    earlier = {row.name: row for row in before.rows}
+    for row in first.rows:
+        old = earlier.pop(row.name, row)
+        if row.alpha != old.alpha:
+            notes.append(f"the search went on: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
+            second = None if row.role == "winner" else second
+    kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
+    return Stage(first.winner, first.seeds, (*first.rows, *kept)), second, notes
 
 
 def cost(view: Overview, stage: Stage) -> str:
@@ -210,7 +214,7 @@ def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, sta
 
 
 def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
-    """Writes what is compared at the end at the top, and the first stage of two beside it.
+    """Writes the stage that is compared at the end, and of two stages the first one under ``stage1``.
 
     Raises:
         StorageError: It cannot be written.
@@ -259,29 +263,11 @@ def _best_first(view: Overview) -> list[TrialRow]:
     return best_first(require_finished(view.study_dir, rows))
 
 
-def _moved(now: Stage, before: Stage) -> list[tuple[PlanRow, PlanRow]]:
-    """Returns the rows that stand at another alpha than before, each with its earlier one."""
-    earlier = {row.name: row for row in before.rows}
-    known = [(row, earlier[row.name]) for row in now.rows if row.name in earlier]
-    return [(row, old) for row, old in known if row.alpha != old.alpha]
-
-
 def _plan_row(row: TrialRow, role: Role) -> PlanRow:
     training = None if row.name == ZERO_SHOT else row.name
     left_out = ("seed",) if row.standing else ("alpha", "seed")
     values = {name: value for name, value in row.values.items() if name not in left_out}
     return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
-
-
-def _with_role(row: PlanRow, role: Role) -> PlanRow:
-    return PlanRow(**{**asdict(row), "role": role})
-
-
-def _at_alpha_one(view: Overview, row: TrialRow) -> float | None:
-    """Returns the objective of a row's training at alpha 1, as the search measured it."""
-    result = read_result(folder_of(view.study_dir, row)) or {}
-    value = result.get("fine_tuned", {}).get("objective")
-    return None if value is None else float(value)
 
 
 def _rival(view: Overview, other: Overview) -> PlanRow:
@@ -297,12 +283,12 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
             Problem(f"--against {other.study_dir}", rule, f"another {', '.join(differing)}", next_step=step)
         )
     best = _best_first(other)[0]
-    values = {**other.recipe.train.model_dump(mode="json"), **best.values}
+    values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
+    if best.standing:
+        values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
-    training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    values = {key: value for key, value in values.items() if key not in ("alpha", "seed")}
-    values |= {"alpha": best.values.get("alpha", best.alpha)} if best.standing else {}
-    return PlanRow(name, "baseline", training, best.alpha or 0.0, values, best.objective or 0.0)
+    row = _plan_row(replace(best, values=values), "baseline")
+    return replace(row, name=name, training=re.sub(r"[^A-Za-z0-9_-]+", "-", name))
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirmation.plan import Role, Stage, last_stage, training_name
-from carft_ray.results.confirmation.summary import is_whole
+from carft_ray.results.confirmation.plan import Role, Stage, last_stage
+from carft_ray.results.confirmation.summary import whole_rows
 from carft_ray.results.reading.overview import folder_of
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
 
@@ -110,23 +110,18 @@ def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
     path = study_dir / CONFIRM / SUMMARY
     summary = files.read_json(path) if path.exists() else {}
     failed = {line.split(":")[0] for line in summary.get("failed", ())}
-    whole = [row for row in stage.rows if is_whole(study_dir, row, stage.seeds)]
-    open_rows = [
-        row.name
-        for row in stage.rows
-        if row not in whole and not failed & {training_name(str(row.training), seed) for seed in stage.seeds}
-    ]
+    whole = whole_rows(study_dir, stage)
+    unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
-    if open_rows or not has_winner or summary.get("seeds") != list(stage.seeds):
-        folder = shlex.quote(str(study_dir))
-        step = f"Finish it: carft-ray confirm {folder}\n    "
+    if unfinished or not has_winner or summary.get("seeds") != list(stage.seeds):
+        step = f"Finish it: carft-ray confirm {shlex.quote(str(study_dir))}\n    "
         step += f"Or move {study_dir / CONFIRM} away, and one training of each is compared."
-        value = f"one without all seeds of {', '.join(open_rows)}" if open_rows else "one without its summary"
+        value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
         rule = "a confirm that was begun must be finished"
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
     rows = []
     for row in whole:
-        names = [] if row.training is None else [training_name(row.training, seed) for seed in stage.seeds]
+        names = stage.names(row)  # none of the zero-shot model
         runs = tuple(Run(seed, f"{CONFIRM}/{name}") for seed, name in zip(stage.seeds, names, strict=False))
         rows.append(Row(row.name, row.role, row.alpha, row.objective, runs))
     return Compared(tuple(sorted(rows, key=lambda row: ROLES.index(row.role))), confirmed=True)

@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from carft_ray.data.source import IntArray
 from carft_ray.evaluation.alpha import AlphaChoices, choose_alphas
 from carft_ray.evaluation.constraints import Gaps, Limit
 from carft_ray.evaluation.metrics import NUM_BINS
 from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
 NUM_RESAMPLES = 1000
 _CHUNK = 8_000_000  # image draws held at a time
 _MET = 1e-6  # a violation that is rounding: calibration gaps are summed in float32
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,44 +100,37 @@ def resample(
     Raises:
         ValueError: There is no candidate, or a set has fewer than two images.
     """
-    names = (spec.id_set, *spec.ood_sets)
     if not candidates:
         raise ValueError("the bootstrap needs at least one candidate")
     rng = np.random.default_rng(seed)
-    sums = {
-        name: _sums(
-            rng, [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates],
-            num_resamples,
-        )
-        for name in names
-    }  # fmt: skip
-    num_images = {name: candidates[0].correct[name].shape[1] for name in names}
+    by_set = {}
+    for name in spec.sets:
+        correct, gaps = [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates]
+        by_set[name] = _sums(rng, correct, gaps, num_resamples)
+    num_images = {name: x.shape[1] for name, x in candidates[0].correct.items()}
     choices, scores, accuracies, outside, missed_at = [], [], [], [], []
     for index, candidate in enumerate(candidates):
-        own = {name: found[index] for name, found in sums.items()}
+        own = {name: found[index] for name, found in by_set.items()}
         violations = [
             limit.bound - own[limit.set_name].drawn
             if limit.measure == "accuracy"
             else own[limit.set_name].errors - limit.bound
             for limit in bounds
         ]
-        choice = _choose(candidate, spec, lowest, own, num_images, violations)
-        left_out = {name: found.left_out for name, found in own.items()}
-        choices.append(choice)
-        scores.append((choice.readers * spec.values(left_out)).sum(axis=1))
+        choices.append(_choose(candidate, spec, lowest, own, num_images, violations))
         accuracies.append({name: found.drawn for name, found in own.items()})
-        outside.append(left_out)
-        nothing = np.zeros_like(left_out[spec.id_set])
-        missed_at.append(sum((np.maximum(each, 0) for each in violations), nothing))
+        outside.append({name: found.left_out for name, found in own.items()})
+        scores.append((choices[-1].readers * spec.values(outside[-1])).sum(axis=1))
+        missed_at.append(np.sum([np.zeros_like(own[spec.id_set].drawn), *np.maximum(violations, 0)], axis=0))
     return Resamples(
-        tuple(candidate.name for candidate in candidates),
-        np.stack([choice.values for choice in choices], axis=1),
-        np.stack(scores, axis=1),
-        np.stack([choice.alphas for choice in choices], axis=1),
-        tuple(accuracies),
-        np.stack([choice.missed for choice in choices], axis=1),
-        tuple(outside),
-        tuple(missed_at),
+        names=tuple(candidate.name for candidate in candidates),
+        in_bag=np.stack([choice.values for choice in choices], axis=1),
+        out_of_bag=np.stack(scores, axis=1),
+        alphas=np.stack([choice.alphas for choice in choices], axis=1),
+        accuracies=tuple(accuracies),
+        missed=np.stack([choice.missed for choice in choices], axis=1),
+        outside=tuple(outside),
+        missed_at=tuple(missed_at),
     )
 
 

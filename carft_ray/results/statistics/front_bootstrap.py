@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics.bootstrap import Candidate, FloatArray, Resamples
+from carft_ray.evaluation.predictions import FloatArray
+from carft_ray.results.statistics.bootstrap import Candidate, Resamples
 from carft_ray.study.front import TIE, FrontRule, non_dominated
 
 

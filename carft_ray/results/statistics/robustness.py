@@ -1,4 +1,4 @@
-"""What the report says of the best trial's alpha curve, and of its OOD accuracy beyond that of its ID accuracy."""
+"""The best trial's alpha curve in the report, and its OOD accuracy beyond what its ID accuracy predicts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +20,16 @@ from carft_ray.results.reading.overview import Overview, folder_of
 from carft_ray.study.outcome import TrialRow, read_result
 
 
-def curve_line(view: Overview, best: TrialRow) -> str:
-    """Returns a sentence on the alpha curve of the best trial, as measured; empty where alpha was not profiled."""
+def curve_line(view: Overview, best: TrialRow) -> list[str]:
+    """Returns a line on the alpha curve of the best trial, as measured; none where alpha was not profiled."""
     points = (read_result(folder_of(view.study_dir, best)) or {}).get("curve", [])
     if len(points) < 3:
-        return ""
+        return []
     area = alpha_area([point["alpha"] for point in points], [point["objective"] for point in points])
     text = f"Alpha curve: area under the objective {100 * area:.1f} %; best ID at alpha {_best(points, 'id_accuracy')}"
     if "ood_accuracy" in points[0]:
         text += f", best OOD mean at alpha {_best(points, 'ood_accuracy')}"
-    return f"{text}; chosen {best.alpha or 0:.2f}."
+    return [f"{text}; chosen {best.alpha or 0:.2f}."]
 
 
 def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[str, list[Robustness]]:
@@ -64,12 +64,13 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
         if len(plain) >= MIN_MODELS:
             models = {one: (at["id_accuracy"], at[f"accuracy/{name}"]) for one, at in plain.items()}
             lines.append(gain_over_ft_line(models, model, images))
-        found[name] = lines
-    return {name: lines for name, lines in found.items() if lines}
+        if lines:
+            found[name] = lines
+    return found
 
 
 def robustness_lines(found: Mapping[str, list[Robustness]]) -> list[str]:
-    """Returns them as lines of text, with what must be known beside them."""
+    """Returns them as lines of text, with their caveat."""
     lines = [f"{name}: {one.words}." for name, several in found.items() for one in several]
     has_reference = any(one.measure == "effective_robustness" for several in found.values() for one in several)
     return [*lines, CAVEAT] if has_reference else lines

@@ -1,4 +1,4 @@
-"""The seal opened: winner and baselines read on the test sets, at the alphas that validation chose, every read counted.
+"""Evaluation on the test sets: winner and baselines at the alphas that validation chose; every read is counted.
 
 A read of every trial (``analysis``) is counted with the others and chooses nothing.
 
@@ -8,7 +8,7 @@ A read of every trial (``analysis``) is counted with the others and chooses noth
     study_dir/test/read-N/**/*.parquet           predictions, a file per training, under the name of its folder
 
 The line in the ledger comes before the first image. It holds rows or trials with their alphas; a read that was killed
-goes on from there, whatever the study has become since, and needs no reason. Nothing of a read enters the trials.
+continues from there, however the study has changed since, and needs no reason. Nothing of a read enters the trials.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from carft_ray.results.reading import overview
 from carft_ray.results.reading.configurations import Compared, Row, Run, compared_rows
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import ID_TEST, summarise
+from carft_ray.results.test_sets.summary import ID_TEST, ReadRecord, read_record, summarise
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
 from carft_ray.study.ledger import (
@@ -64,13 +64,13 @@ from carft_ray.words import counted, times
 def read_sealed(
     study: Path, reason: str | None, say: Callable[[str], None], all_trials: bool = False
 ) -> dict[str, Any]:
-    """Reads the test sets once, or goes on with a read that was killed; holds the study meanwhile.
+    """Reads the test sets once, or continues a read that was killed; holds the study meanwhile.
 
     Args:
         study: The study directory.
         reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
-            killed goes on.
-        say: Told what is being done.
+            killed continues.
+        say: Gets lines about what is being done.
         all_trials: Read every complete trial whose weights are there, to judge the rules of selection, instead of
             winner and baselines.
 
@@ -91,8 +91,9 @@ def read_sealed(
     with study_lock(study_dir) as held:
         claim(study_dir, recipe)
         files.remove_remains(study_dir)
-        for note in [note for note in [held.note] if note] + repair_journal(study_dir):
-            say(note)
+        for note in (held.note, *repair_journal(study_dir)):
+            if note:
+                say(note)
         entries = read_ledger(study_dir)
         mend(study_dir)
         reads = reads_of(entries)
@@ -103,7 +104,7 @@ def read_sealed(
         elif reason is None and (number := inherited_reads(study_dir)):
             rule = f"the test sets of studies that it has learned from (search.warm_start) were read {times(number)}"
             command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
-            step = f"Every further read is counted and told: {command} --again REASON"
+            step = f"Every further read is counted and reported: {command} --again REASON"
             raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
         sources = _open_sources(recipe)
         if entry is None:
@@ -116,11 +117,11 @@ def read_sealed(
             entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            say(f"going on with the read of {told(entry)}")
+            say(f"continuing the read of {told(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
-        summary = read.summarise(tables, entry, entries, number)
+        summary = read.summarise(tables, read_record(entry, entries, number))
         held.check()
         files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
         files.write_json(folder / SUMMARY, summary)
@@ -131,10 +132,7 @@ def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
     if recipe.data.id_test is not None:
         return
     value = "one without data.id_test" + ("" if recipe.data.ood_test else " and data.ood_test")
-    step = (
-        "A study keeps its sets for good: write data.id_test and data.ood_test into the recipe, "
-        "and begin a new study with it."
-    )
+    step = "A study keeps its sets: write data.id_test and data.ood_test into the recipe, and begin a new study."
     raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
 
 
@@ -147,14 +145,17 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     known = read_shared(study_dir)
     found = find_shared(recipe, cache_dir(recipe), say)
     pairs = {(row.images[0][:2], row.images[1][:2]) for row in known}
-    new = [row for row in found if (row.images[0][:2], row.images[1][:2]) not in pairs]
-    new = [row for row in new if {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}]
+    new = [
+        row
+        for row in found
+        if (row.images[0][:2], row.images[1][:2]) not in pairs
+        and {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}
+    ]
     if not new:
         return
     if recipe.data.shared_images == "keep":
         write_shared(study_dir, [*known, *new])
         return
-    command = shlex.quote(str(study_dir))
     problems = []
     for sets in dict.fromkeys((row.set, row.other_set) for row in new):
         rows = [row for row in new if (row.set, row.other_set) == sets]
@@ -163,25 +164,25 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         problems.append(Problem(sets[1], rule, value))
     step = (
         "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
-        f"carft-ray resume {command} --set data.shared_images=keep"
+        f"carft-ray resume {shlex.quote(str(study_dir))} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)
     raise HoldOutError(problems)
 
 
 def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
-    """Raises a ``HoldOutError`` unless the last read was killed and this one would go on with it."""
+    """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
     command = f"carft-ray test {shlex.quote(str(study_dir))}"
     option = {TEST: "", ANALYSIS: " --all-trials"}
     rule = f"its test sets were read already: {told(entry)}"
     if (_read_dir(study_dir, number) / SUMMARY).exists():
         found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
-        step = f"What was found lies in {found}."
+        step = f"Its results are in {found}."
     elif entry.purpose != purpose:
-        step = f"That read is not finished; go on with it: {command}{option[entry.purpose]}"
+        step = f"That read is not finished; continue it: {command}{option[entry.purpose]}"
     else:
         return
-    step += f"\n    Every further read is counted and told: {command}{option[purpose]} --again REASON"
+    step += f"\n    Every further read is counted and reported: {command}{option[purpose]} --again REASON"
     raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
 
 
@@ -206,26 +207,23 @@ class _Read:
 
     Attributes:
         runs: Trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0.
-        details: For the ledger: what a read that was killed goes on with.
-        summarise: Returns the content of ``summary.json`` from the tables by folder, the line of this read, the lines
-            before it, and which read it is.
+        details: For the ledger: what a read that was killed continues with.
+        summarise: Returns the content of ``summary.json`` from the tables by folder and the record of this read.
     """
 
     runs: dict[str, list[float]]
     details: dict[str, Any]
-    summarise: Callable[[Mapping[str, pa.Table], Entry, Sequence[Entry], int], dict[str, Any]]
+    summarise: Callable[[Mapping[str, pa.Table], ReadRecord], dict[str, Any]]
 
 
 def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
-    """Returns winner and baselines: of a read that goes on, or those of the study."""
+    """Returns winner and baselines: of a read that continues, or those of the study."""
     if entry is None:
         compared = compared_rows(study_dir, recipe)
     else:
         rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in entry.details["rows"])
         compared = Compared(tuple(rows), entry.details["confirmed"])
-    runs: dict[str, list[float]] = {}
-    if any(not row.runs for row in compared.rows):
-        runs[ZERO_SHOT] = [0.0]
+    runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
@@ -234,7 +232,7 @@ def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
 
 
 def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
-    """Returns every trial whose weights are there: of a read that goes on, or those of the study."""
+    """Returns every trial whose weights are there: of a read that continues, or those of the study."""
     judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
     runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
     return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
@@ -256,33 +254,27 @@ def _evaluate(
     """
     torch.set_num_threads(num_threads(recipe))
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
-    sets: list[ImageSet] = []
 
+    @functools.cache
     def test_sets() -> list[ImageSet]:
-        if not sets:
-            sets.extend(_decoded(source, inputs, recipe) for source in sources)
-        return sets
+        clip, folder = inputs.clip, cache_dir(recipe)
+        sets = [
+            image_set(source, clip.to_input, clip.input_key, folder, limit_gb=recipe.data.cache_gb)
+            for source in sources
+        ]
+        return [dataclasses.replace(each, name=source.name) for each, source in zip(sets, sources, strict=True)]
 
     tables: dict[str, pa.Table] = {}
     for number, (name, alphas) in enumerate(runs.items(), start=1):
         path = folder / f"{name}.parquet"
         at = ", ".join(f"{alpha:.2f}" for alpha in alphas)
-        if path.exists():
-            say(f"{number}/{len(runs)} {name} at alpha {at}: read before")
-        else:
-            say(f"{number}/{len(runs)} {name} at alpha {at}")
+        say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
+        if not path.exists():
             table = _predict(study_dir, recipe, inputs, name, alphas, test_sets())
             held.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
     return tables
-
-
-def _decoded(source: Source, inputs: SharedInputs, recipe: Recipe) -> ImageSet:
-    clip = inputs.clip
-    folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
-    images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
-    return dataclasses.replace(images, name=source.name)
 
 
 def _predict(

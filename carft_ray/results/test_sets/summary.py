@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from carft_ray.data.shared.shared_images import SharedRow, shared_counts, shared_lines
-from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.configurations import Compared
@@ -24,63 +24,94 @@ FORMAT_VERSION = 1
 ID_TEST = "id_test"
 
 
+@dataclass(frozen=True)
+class ReadRecord:
+    """Which read of the test sets it was, as its summary has it.
+
+    Attributes:
+        read: Counts from 1.
+        reason: Of the user; empty for the first read.
+        time: ISO 8601.
+        user: Name of the account.
+        ledger_line: Its line in the ledger.
+        searches_after_a_read: How often the search had continued after an earlier read.
+    """
+
+    read: int
+    reason: str
+    time: str
+    user: str
+    ledger_line: int
+    searches_after_a_read: int
+
+    def lines(self, title: str) -> list[str]:
+        """Returns the first lines of a summary."""
+        reason = f"; reason: {self.reason}" if self.reason else ""
+        again = f"The search went on {times(self.searches_after_a_read)} after a test read."
+        first = f"{title} {self.read}, {self.time} by {self.user}{reason}."
+        return [first, again] if self.searches_after_a_read else [first]
+
+
+def read_record(entry: Entry, before: Sequence[Entry], number: int) -> ReadRecord:
+    """Returns the record of a read.
+
+    Args:
+        entry: The line of this read in the ledger.
+        before: The lines that the ledger held when it began.
+        number: Which read it is, from 1.
+    """
+    went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
+    return ReadRecord(number, entry.reason, entry.time, entry.user, entry.number, went_on)
+
+
+def objective_on_test(recipe: Recipe) -> ObjectiveSpec:
+    """Returns the objective of a recipe over its test sets."""
+    return replace(objective_spec(recipe), id_set=ID_TEST, ood_sets=tuple(recipe.data.ood_test))
+
+
 def summarise(
     recipe: Recipe,
     compared: Compared,
     shared: Sequence[SharedRow],
     tables: Mapping[str, pa.Table],
-    entry: Entry,
-    before: Sequence[Entry],
-    number: int,
+    record: ReadRecord,
 ) -> dict[str, Any]:
     """Returns the content of ``summary.json``.
 
     Args:
         recipe: Of the study.
         compared: The rows that were read.
-        shared: The study's list of images in two roles: where test images stand among them, the numbers are given
-            without these, too.
+        shared: The study's list of images in two roles: where it has test images, the numbers are given without
+            these, too.
         tables: Predictions on the test sets by the folder of the training, zero-shot by its name.
-        entry: The line of this read in the ledger.
-        before: The lines that the ledger held when it began.
-        number: Which read it is, from 1.
+        record: Of this read.
     """
-    part = recipe.search.objective
-    spec = replace(objective_spec(recipe), id_set=ID_TEST, ood_sets=tuple(recipe.data.ood_test))
-    names = (spec.id_set, *spec.ood_sets)
-    correct = {
-        row.name: {
-            name: correct_matrix(
-                [(tables[run.folder], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)], name
-            )
-            for name in names
-        }
+    spec, winner = objective_on_test(recipe), compared.winner
+    evaluations = {
+        row.name: [(tables[run.folder], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)]
         for row in compared.rows
     }
-    rival = max(compared.baselines, key=lambda row: row.objective, default=None)
+    correct = {row: {name: correct_matrix(found, name) for name in spec.sets} for row, found in evaluations.items()}
     compare_rows = functools.partial(
         compare,
         spec,
-        winner=compared.winner.name,
-        baselines=[row.name for row in compared.baselines],
-        headline_baseline=None if rival is None else rival.name,
-        id_margin=part.id_margin,
+        winner=winner.name,
+        baselines={row.name: row.objective for row in compared.baselines},
+        id_margin=recipe.search.objective.id_margin,
     )
     comparison = compare_rows(correct=correct, label="test sets")
-    any_row = compared.rows[0]
-    table, alpha = (tables[any_row.runs[0].folder], any_row.alpha) if any_row.runs else (tables[ZERO_SHOT], 0.0)
-    alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in names}
+    table, alpha = evaluations[winner.name][0]
+    alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in spec.sets}
     without = None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
-        fewer = {row: {name: by_set[name][:, alone[name]] for name in names} for row, by_set in correct.items()}
-        without = compare_rows(correct=fewer, label="test sets without images that stand in other roles")
-    num_images = {name: int(correct[compared.winner.name][name].shape[1]) for name in names}
-    read = of_read(entry, before, number)
-    begin = [*_lines(compared, num_images, entry, number, read["searches_after_a_read"]), *shared_lines(shared)]
-    short = brief(comparison)
+        fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
+        without = compare_rows(correct=fewer, label="test sets without images that are in other roles")
+    num_images = {name: len(mask) for name, mask in alone.items()}
+    begin = [*record.lines("Test read"), *_lines(compared, num_images), *shared_lines(shared)]
+    both = [comparison] if without is None else [without, comparison]
     return {
         "format_version": FORMAT_VERSION,
-        **read,
+        **asdict(record),
         "confirmed": compared.confirmed,
         "seeds": list(compared.seeds),
         "sets": num_images,
@@ -110,35 +141,19 @@ def summarise(
             "differences": {each.other: _difference_data(each) for each in without.baselines},
             "headline": without.headline,
         },
-        "row_lines": row_lines(comparison) + ([] if without is None else row_lines(without)),
-        "lines": [
-            *begin,
-            *([] if without is None else comparison_lines(without)),
-            *comparison_lines(comparison),
-        ],
+        "row_lines": [line for each in reversed(both) for line in row_lines(each)],
+        "lines": [*begin, *(line for each in both for line in comparison_lines(each))],
         "brief": {
-            "rows": short["rows"],
-            "lines": [*begin, *([] if without is None else brief(without)["lines"]), *short["lines"]],
+            "rows": brief(comparison)["rows"],
+            "lines": [*begin, *(line for each in both for line in brief(each)["lines"])],
         },
     }
 
 
 def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
-    """Returns the sample ids of a test set's images that stand in other roles too."""
+    """Returns the sample ids of a test set's images that are in other roles, too."""
     places = {f"data.{role}" for role in (name, f"{name}.of", f"ood_test.{name}", f"ood_test.{name}.of")}
     return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
-
-
-def of_read(entry: Entry, before: Sequence[Entry], number: int) -> dict[str, Any]:
-    """Returns what a summary says of the read itself; the arguments are those of ``summarise``."""
-    return {
-        "read": number,
-        "reason": entry.reason,
-        "time": entry.time,
-        "user": entry.user,
-        "ledger_line": entry.number,
-        "searches_after_a_read": sum(one.purpose == WENT_ON and one.number < entry.number for one in before),
-    }
 
 
 def _row_data(row: ComparedRow) -> dict[str, Any]:
@@ -170,16 +185,10 @@ def _plain(interval: Interval) -> dict[str, Any]:
     }
 
 
-def _lines(compared: Compared, num_images: Mapping[str, int], entry: Entry, number: int, num_went_on: int) -> list[str]:
-    """Returns what a report says of a read before the numbers."""
-    ood = [name for name in num_images if name != ID_TEST]
-    reason = f"; reason: {entry.reason}" if entry.reason else ""
-    lines = [f"Test read {number}, {entry.time} by {entry.user}{reason}."]
-    if num_went_on:
-        lines.append(f"The search went on {times(num_went_on)} after a test read.")
+def _lines(compared: Compared, num_images: Mapping[str, int]) -> list[str]:
+    """Returns what was read, as lines of text."""
     sets = f"ID: {ID_TEST} ({counted(num_images[ID_TEST], 'image')})."
-    if ood:
-        sets += f" OOD mean: over {', '.join(f'{name} ({num_images[name]})' for name in ood)}."
-    lines.append(sets)
+    if ood := [f"{name} ({count})" for name, count in num_images.items() if name != ID_TEST]:
+        sets += f" OOD mean: over {', '.join(ood)}."
     seeds = f"{len(compared.seeds)} fresh seeds" if compared.confirmed else "one training each"
-    return [*lines, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
+    return [sets, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
