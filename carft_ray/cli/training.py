@@ -123,11 +123,11 @@ def evaluate(
         heads = ("fine_tuned", "zero_shot")
         raise UsageError(Problem("--head", "must be the name of a head", repr(head), heads, nearest(head, heads)))
     from carft_ray.results.next_steps import export_folder
-    from carft_ray.results.reading.trained import evaluate_by_set, open_trained
+    from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
     trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
-    metrics, by_set = evaluate_by_set(trained, used, head == "zero_shot")
+    metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
     if json_:
         console.print_json({"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set})
         return

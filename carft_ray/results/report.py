@@ -23,13 +23,13 @@ from carft_ray.results.statistics.bootstrap import (
     Resamples,
     Win,
     bbc,
+    front_choice,
     incumbent_values,
     meeting,
     overtuning,
     resample,
     share_meeting,
 )
-from carft_ray.results.statistics.front_bootstrap import front_choice
 from carft_ray.results.statistics.robustness import curve_line, robustness, robustness_lines
 from carft_ray.results.statistics.selection import Pick, correct_best, one_se_pick, ranking_noise, regret_table
 from carft_ray.study.best import constraint_lines

@@ -29,10 +29,7 @@ _RESIZE = {
         "square.paste(image.resize(shape, {resampling}), [({size} - side) // 2 for side in shape])\n"
         "return np.asarray(square)",
     ),
-    "squash": (
-        "resized to {size} x {size} pixels",
-        "return np.asarray(image.resize(({size}, {size}), {resampling}))",
-    ),
+    "squash": ("resized to {size} x {size} pixels", "return np.asarray(image.resize(({size}, {size}), {resampling}))"),
 }
 
 
@@ -47,7 +44,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     """
     recipe, result, inputs = trained.recipe, trained.result, trained.inputs
     metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
-    metrics = metrics or evaluate_trained(trained, alpha)
+    metrics = metrics or evaluate_trained(trained, alpha)[0]
     accuracies = [
         f"| {name} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |"
         for name, count in result["num_images"].items()

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,21 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.layout import JOURNAL, MANIFEST, STOP
+from carft_ray.recipe.schema import PrunerConfig
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
-from carft_ray.results.reading.overview import (
-    STATES,
-    Overview,
-    read_study,
-    require_study,
-    search_began,
-    studies_in,
-)
+from carft_ray.results.reading.overview import STATES, Overview, read_study, require_study, search_began, studies_in
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import TrialRow
+from carft_ray.study.proposals.pruning import deciding_look
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, best_first
 from carft_ray.words import counted
+
+WEAK = 0.3  # rank correlation under which a warning is given,
+ENOUGH = 10  # from this many complete trials on
 
 
 def status(overview: Overview) -> dict[str, Any]:
@@ -36,11 +35,6 @@ def status(overview: Overview) -> dict[str, Any]:
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
     changed, pruner = (overview.study_dir / JOURNAL).stat().st_mtime, overview.recipe.search.pruner
     manifest = overview.study_dir / MANIFEST
-    quality = None
-    if pruner.name != "none":
-        from carft_ray.results.statistics.pruner_quality import pruner_quality  # loads SciPy
-
-        quality = pruner_quality(pruner, overview.trials)
     return {
         "study": str(overview.study_dir),
         "name": overview.recipe.name,
@@ -49,7 +43,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "selected_on": ["id_val", *overview.recipe.data.ood_val],
         "trials": overview.counts(),
         "outside": sum(row.outside for row in overview.trials),
-        "pruner": quality,
+        "pruner": pruner_quality(pruner, overview.trials),
         "best": None if best is None else overview.data(best),
         "baselines": [overview.data(row) for row in overview.baselines],
         "front": front,
@@ -147,3 +141,53 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
+    """Returns what `status` and `search` report of a pruner, as JSON; None without one.
+
+    Args:
+        pruner: The recipe's.
+        rows: The trials.
+
+    Returns:
+        ``name``, ``num_cut``, ``num_late`` (complete trials that would have been cut, but had ended by then),
+        ``trials`` (complete ones with such values), ``rank_correlation`` (Spearman's, of the last intermediate value at
+        which a training could have been cut with its final objective; None where it is not defined), ``lines``, and
+        ``warning`` (None, or a sentence).
+    """
+    if pruner.name == "none":
+        return None
+    pairs = [
+        (look, row.objective)
+        for row in rows
+        if row.outcome == "complete"
+        and row.objective is not None
+        and (look := deciding_look(pruner, row.looks)) is not None
+    ]
+    from carft_ray.results.statistics.intervals import rank_correlation  # loads SciPy
+
+    value = rank_correlation([look for look, _ in pairs], [objective for _, objective in pairs])
+    num_cut = sum(row.outcome == "pruned" for row in rows)
+    num_late = sum(bool(row.late_cut) for row in rows)
+    late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
+    shown = "not known yet" if value is None else f"{value:.2f}"
+    line = (
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last intermediate value "
+        f"with the final objective: {shown} ({counted(len(pairs), 'complete trial')})."
+    )
+    warning = None
+    if value is not None and value < WEAK and len(pairs) >= ENOUGH:
+        warning = (
+            f"the intermediate values of the pruner {pruner.name} hardly predict the end (rank correlation "
+            f"{value:.2f}): it may have cut good trials. A later search.pruner.first or a larger evaluate.subset helps."
+        )
+    return {
+        "name": pruner.name,
+        "num_cut": num_cut,
+        "num_late": num_late,
+        "trials": len(pairs),
+        "rank_correlation": value,
+        "warning": warning,
+        "lines": [line],
+    }

@@ -8,9 +8,9 @@ from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.results.reading.documents import pruner_quality
 from carft_ray.results.reading.overview import STATES, own_values, row_dict, state_at_rest
 from carft_ray.results.reading.stored import against_baseline, read_stored
-from carft_ray.results.statistics.pruner_quality import pruner_quality
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.rows import best_first
 from carft_ray.words import counted
@@ -26,7 +26,7 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     return {
         "study": str(result.study_dir),
         "trials": {name: states.count(name) for name in STATES},
-        "pruner": None if recipe.search.pruner.name == "none" else pruner_quality(recipe.search.pruner, result.trials),
+        "pruner": pruner_quality(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),
         "best": next(row for row in rows if row["best"]),

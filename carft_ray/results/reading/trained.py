@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -139,34 +138,26 @@ def require_weights(study_dir: Path, run_dir: Path, recipe: Recipe) -> None:
     raise StorageError(Problem(str(run_dir), rule, next_step=step))
 
 
-def evaluate_trained(trained: Trained, alpha: float, zero_shot_head: bool = False) -> dict[str, float]:
-    """Returns the metrics on the validation sets at ``alpha``.
+def evaluate_trained(
+    trained: Trained, alpha: float, zero_shot_head: bool = False
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Returns the metrics on the validation sets, and per set ``set_metrics`` with the name of the worst class.
 
     Args:
         trained: The training.
         alpha: Mixing coefficient.
         zero_shot_head: Score with the class head of the prompts instead of the mixed one.
     """
-    return metrics_at(_predict(trained, alpha, zero_shot_head), objective_spec(trained.recipe), alpha)
-
-
-def evaluate_by_set(
-    trained: Trained, alpha: float, zero_shot_head: bool = False
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Returns what ``evaluate_trained`` does, and per set ``set_metrics`` with the name of the worst class."""
-    table, by_set = _predict(trained, alpha, zero_shot_head), {}
-    for image_set in trained.inputs.validation:
-        found = set_metrics(answers(select(table, image_set.name, alpha)))
-        name = trained.inputs.class_names[found["worst_class"]["index"]]
-        by_set[image_set.name] = {**found, "worst_class": {"name": name, **found["worst_class"]}}
-    return metrics_at(table, objective_spec(trained.recipe), alpha), by_set
-
-
-def _predict(trained: Trained, alpha: float, zero_shot_head: bool) -> pa.Table:
-    recipe, classifier = trained.recipe, trained.classifier(alpha)
+    recipe, inputs, classifier = trained.recipe, trained.inputs, trained.classifier(alpha)
     if zero_shot_head:
-        start = build_classifier(trained.inputs.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
+        start = build_classifier(inputs.clip, trained.class_head_CD, recipe.train, torch.device("cpu"))
         classifier.class_head.data.copy_(start.class_head.data)
         if classifier.class_bias is not None:
             classifier.class_bias.data.zero_()
-    return predict_all(classifier, trained.inputs.validation, alpha, recipe.evaluate.batch_size, RunContext())
+    table = predict_all(classifier, inputs.validation, alpha, recipe.evaluate.batch_size, RunContext())
+    by_set = {}
+    for image_set in inputs.validation:
+        found = set_metrics(answers(select(table, image_set.name, alpha)))
+        name = inputs.class_names[found["worst_class"]["index"]]
+        by_set[image_set.name] = {**found, "worst_class": {"name": name, **found["worst_class"]}}
+    return metrics_at(table, objective_spec(recipe), alpha), by_set

@@ -178,59 +178,51 @@ def compare(
     )
 
 
-def row_lines(comparison: Comparison) -> list[str]:
-    """Returns the configurations as lines of text, in points, each interval with its words."""
-    lines = [f"{_title(comparison)}; accuracies in percent:"]
+def row_lines(comparison: Comparison, short: bool = False) -> list[str]:
+    """Returns the configurations as lines of text; ``short``: one line each, without intervals over seeds alone."""
+    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
     for row in comparison.rows:
-        lines.append(f"{row.name}: objective {in_points(row.objective)}")
-        lines.append(f"    ID {in_points(row.id_accuracy)}")
-        if row.ood_accuracy is not None:
-            lines.append(f"    OOD mean {in_points(row.ood_accuracy)}")
+        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
+        numbers = [f"{what} {in_points(found, short=short)}" for what, found in shown.items() if found]
+        if short:
+            lines.append(f"    {row.name}: {', '.join(numbers)}")
+        else:
+            lines += [f"    {row.name}:", *(f"        {line}" for line in numbers)]
     return lines
 
 
-def brief(comparison: Comparison) -> dict[str, list[str]]:
-    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers, each with its meaning.
+def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
+    """Returns the differences and what follows from them as lines of text, in points, the headline last.
 
-    What is left out: differences by set, and intervals over seeds alone.
+    Args:
+        comparison: The comparison.
+        short: Without differences by set and intervals over seeds alone.
     """
-    rows = [f"{_title(comparison)}, accuracies in percent with 95 % intervals:"]
-    for row in comparison.rows:
-        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        numbers = (f"{what} {in_points(found, short=True)}" for what, found in shown.items() if found)
-        rows.append(f"    {row.name}: {', '.join(numbers)}")
     lines = []
     if comparison.baselines or comparison.others:
         lines.append(
-            f"{comparison.winner} minus each other, objective in points with its 95 % interval. An interval on both "
-            "sides of 0 shows neither better nor worse."
+            f"{comparison.winner} minus each other, {comparison.label}: objective in points with its 95 % interval. An "
+            "interval on both sides of 0 shows neither better nor worse."
         )
     for each in (*comparison.baselines, *comparison.others):
-        p_value = "" if each.p_holm is None else f"; {_p(each.p_holm)}"
-        id_kept = "" if each.p_holm is None else "; keeps ID" if each.keeps_id else "; keeping ID is not shown"
-        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=True)}{p_value}{id_kept}")
+        tested = ""
+        if each.p_holm is not None:
+            tested = f"; {_p(each.p_holm)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
+        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=short)}{tested}")
+        for name, p_value in () if short else each.sets_p_holm.items():
+            lines.append(f"        {name} {in_points(each.sets[name], signed=True)}; {_p(p_value)}")
     if comparison.baselines:
-        allowed = counted(100 * comparison.id_margin, "point")
+        family = "the number of baselines" if short else "the number of baselines, or of sets,"
         lines.append(
-            "    p: how often chance alone gives such a difference, raised for the number of baselines (Holm); under "
-            f"0.05 counts. Keeps ID: at most {allowed} of ID accuracy lost."
+            f"    p: how often chance alone gives such a difference, raised for {family} (Holm); under 0.05 counts. "
+            f"Keeps ID: at most {counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
         )
-    return {"rows": rows, "lines": [*lines, *_last_lines(comparison)]}
-
-
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
-    lines = [f"Paired differences, points; {comparison.label}:"]
-    for each in comparison.baselines:
-        adjusted = "" if each.p_holm is None else f"; {_p(each.p_holm)} (Holm)"
-        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}{adjusted}")
-        for name, interval in each.sets.items():
-            lines.append(f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)")
-        verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
-        lines.append(f"    {verdict}: a loss of {counted(100 * comparison.id_margin, 'point')} is allowed")
-    for each in comparison.others:
-        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}")
     return [*lines, *_last_lines(comparison)]
+
+
+def brief(comparison: Comparison) -> dict[str, list[str]]:
+    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers."""
+    return {"rows": row_lines(comparison, short=True), "lines": comparison_lines(comparison, short=True)}
 
 
 def _last_lines(comparison: Comparison) -> list[str]:
@@ -252,10 +244,6 @@ def _last_lines(comparison: Comparison) -> list[str]:
         if each.other == comparison.headline_baseline:
             lines.append(f"{comparison.headline}; {comparison.label}; 95 %, {each.objective.words}.")
     return lines
-
-
-def _title(comparison: Comparison) -> str:
-    return f"{comparison.label[:1].upper()}{comparison.label[1:]}"
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:

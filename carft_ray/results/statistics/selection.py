@@ -78,10 +78,7 @@ class Correction:
 
 
 def ranking_noise(
-    spec: ObjectiveSpec,
-    objectives: Sequence[float],
-    correct: ValuesBySet,
-    confirmed: Sequence[ValuesBySet] = (),
+    spec: ObjectiveSpec, objectives: Sequence[float], correct: ValuesBySet, confirmed: Sequence[ValuesBySet] = ()
 ) -> Noise:
     """Returns the noise that ranks trials of equal worth.
 

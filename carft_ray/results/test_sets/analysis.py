@@ -165,10 +165,7 @@ def analyse(
         "objective": {"kind": test.kind, "id_weight": test.id_weight},
         "rules": [vars(line) for line in rules],
         "candidates": found,
-        "lines": [
-            *record.lines("Analysis, no choice: test read"),
-            *_lines(judged, len(points), num_images),
-        ],
+        "lines": [*record.lines("Analysis, no choice: test read"), *_lines(judged, len(points), num_images)],
     }
 
 

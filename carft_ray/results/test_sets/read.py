@@ -278,12 +278,7 @@ def _evaluate(
 
 
 def _predict(
-    study_dir: Path,
-    recipe: Recipe,
-    inputs: SharedInputs,
-    name: str,
-    alphas: Sequence[float],
-    sets: Sequence[ImageSet],
+    study_dir: Path, recipe: Recipe, inputs: SharedInputs, name: str, alphas: Sequence[float], sets: Sequence[ImageSet]
 ) -> pa.Table:
     batch_size = recipe.evaluate.batch_size
     if name == ZERO_SHOT:

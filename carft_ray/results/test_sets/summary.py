@@ -70,11 +70,7 @@ def objective_on_test(recipe: Recipe) -> ObjectiveSpec:
 
 
 def summarise(
-    recipe: Recipe,
-    compared: Compared,
-    shared: Sequence[SharedRow],
-    tables: Mapping[str, pa.Table],
-    record: ReadRecord,
+    recipe: Recipe, compared: Compared, shared: Sequence[SharedRow], tables: Mapping[str, pa.Table], record: ReadRecord
 ) -> dict[str, Any]:
     """Returns the content of ``summary.json``.
 
