@@ -274,13 +274,12 @@ MISTAKES = [
     (
         ["evaluate", "nowhere"],
         2,
-        "{here}/nowhere: must be a folder that `train --out` or `search --study` has made, but got no such folder",
+        "nowhere: must be a study or the folder of a training, but got no such folder",
     ),
     (
         ["export", "images", "--to", "new"],
         2,
-        "{here}/images: must be a folder that `train --out` or `search --study` has made, but got one without "
-        "manifest.json",
+        "images: must be a study or the folder of a training, but got one without study.journal",
     ),
     (
         ["evaluate", "done", "--head", "zeroshot"],
@@ -292,7 +291,7 @@ MISTAKES = [
         ["evaluate", "done", "--trial", "t0003"],
         2,
         "--trial: needs a study, but got the folder of one training, {here}/done\n"
-        "    Leave --trial out, or give the folder of a study.",
+        "    Leave the trial 't0003' out, or give the folder of a study.",
     ),
     (
         ["export", "done", "--to", "full"],

@@ -131,11 +131,11 @@ def _intervals(
     if ID_SET in gaps:
         found["id_accuracy"] = found.pop(f"accuracy/{ID_SET}")
     specs = [objective_spec(each.recipe) for each in (a, b)]
-    ood = [set(spec.ood_sets) for spec in specs]
+    names, ood = specs[0].ood_sets, [set(spec.ood_sets) for spec in specs]
     if ood[0] != ood[1]:
         reasons["ood_accuracy"] = "it is the mean of other sets"
     elif ood[0] and ood[0] <= set(pairs):
-        found["ood_accuracy"] = crossed({n: gaps[n] for n in ood[0]}, dict.fromkeys(ood[0], 1 / len(ood[0])))
+        found["ood_accuracy"] = crossed({name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)))
     same = (specs[0].kind, specs[0].id_weight, ood[0]) == (specs[1].kind, specs[1].id_weight, ood[1])
     if not same:
         reasons["objective"] = "the recipes define it differently"

@@ -5,7 +5,7 @@ decoded sets identifies files by size and date only. The training has the same t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from carft_ray import environment, files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.evaluation.origin import gpu_names, set_contents
-from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.runs.single import train_once
-from carft_ray.layout import FOLDERS, PREPARED, REFERENCES, ZERO_SHOT_TABLE
+from carft_ray.layout import FOLDERS, PREPARED, REFERENCES
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.recipe.constraints import alone
 from carft_ray.recipe.schema import Recipe
@@ -153,9 +152,8 @@ def reproduce(
 
     if finished.is_zero_shot:
         metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
-        now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        table = read_predictions(out_dir / ZERO_SHOT_TABLE)
-        return _compared(finished, finished.result, now, then, table, None)
+        result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
+        return _compared(finished, then, replace(finished, run_dir=out_dir, result=result))
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
@@ -163,9 +161,7 @@ def reproduce(
     except InterruptedRunError:
         step = f"Run the same command again; {out_dir} is of no further use."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
-    again = open_finished(out_dir)
-    as_trained = read_result(finished.run_dir) or finished.result
-    return _compared(finished, as_trained, again.result, then, again.predictions(), again.weights_path)
+    return _compared(finished, then, open_finished(out_dir))
 
 
 def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -191,22 +187,16 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     return recipe.model_copy(update={"resources": resources, "data": data})
 
 
-def _compared(
-    finished: Finished,
-    then: dict[str, Any],
-    now: dict[str, Any],
-    table_then: pa.Table,
-    table_now: pa.Table,
-    weights_path: Path | None,
-) -> Reproduction:
-    old, new = _numbers(then), _numbers(now)
+def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproduction:
+    """Compares a training, whose predictions were ``then``, with itself repeated."""
+    old, new = _numbers(read_result(finished.run_dir) or finished.result), _numbers(again.result)
     found = [Difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
-    found += table_differences(table_then, table_now)
-    with_weights = weights_path is not None and finished.weights_path.is_file()
-    if weights_path is not None and with_weights:
-        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(weights_path))
+    found += table_differences(then, again.predictions())
+    with_weights = finished.weights_path.is_file() and again.weights_path.is_file()
+    if with_weights:
+        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(again.weights_path))
     changes = changes_since(finished.provenance, finished.result.get("environment", {}))
-    return Reproduction(finished.title, len(leaves(old)), len(table_then), with_weights, found, changes)
+    return Reproduction(finished.title, len(leaves(old)), len(then), with_weights, found, changes)
 
 
 def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -23,9 +23,9 @@ from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.pareto import study_limits
-from carft_ray.results.reading.overview import Overview, folder_of
+from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import predictions_path
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, require_finished
 
 NOTE = (
@@ -181,7 +181,7 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
         choice = AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed")
         return Rescored(choice, by_set, violations_at(table, bounds, fixed))
     lowest, measured = view.recipe.search.alpha.lowest, view.recipe.search.alpha.measured
-    result = {} if fixed is not None else read_result(folder_of(view.study_dir, row)) or {}
+    result = {} if fixed is not None else view.result(row)
     among = table.filter(np.isin(table["alpha"].to_numpy(), result.get("chosen_from", measured)))
     profile = alpha_profile(among, spec, lowest, bounds)
     choice = profile.choice

@@ -17,9 +17,9 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
 from carft_ray.recipe.schema import CACHE_KEYS, Recipe
-from carft_ray.results.reading.overview import Overview, folder_of
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.words import counted
 
@@ -114,8 +114,7 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         if row.objective is None:
             continue
         rows.append(_plan_row(row, "baseline"))
-        result = read_result(folder_of(view.study_dir, row)) or {}
-        at_one = result.get("fine_tuned", {}).get("objective")
+        at_one = view.result(row).get("fine_tuned", {}).get("objective")
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
     rows += [_rival(view, other) for other in against]

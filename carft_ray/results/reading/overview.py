@@ -14,7 +14,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.identity import caught_up, read_manifest
 from carft_ray.study.lease import holder
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat
+from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat, read_result
 from carft_ray.study.rows import ZERO_SHOT, best_row, rows_by_kind
 from carft_ray.words import counted
 
@@ -80,6 +80,10 @@ class Overview:
             "attempt": row.attempt,
             "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
         }
+
+    def result(self, row: TrialRow) -> dict[str, Any]:
+        """Returns the content of a row's ``result.json``; empty without one."""
+        return read_result(folder_of(self.study_dir, row)) or {}
 
     @functools.cached_property
     def _own(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.predictions import select
 from carft_ray.evaluation.run import device_of, num_threads, objective_spec
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.layout import HEADS, MANIFEST, PREPARED, RESOLVED, RESULT, WEIGHTS
+from carft_ray.layout import HEADS, PREPARED, RESOLVED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
@@ -81,13 +81,11 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         StorageError: Something in it is damaged.
     """
     folder = folder.resolve()
-    if not (folder / MANIFEST).is_file():
-        rule = "must be a folder that `train --out` or `search --study` has made"
-        value = "one without manifest.json" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
-        step = ""
-        if (folder / HEAD_NAME).is_file():
-            step = "An export is read by other libraries (its README.md); give the study or training that it is of."
-        raise UsageError(Problem(str(folder), rule, value, next_step=step))
+    if (folder / HEAD_NAME).is_file():
+        step = "An export is read by other libraries (its README.md); give the study or training that it is of."
+        raise UsageError(
+            Problem(str(folder), "must be a study or the folder of a training", "an export", next_step=step)
+        )
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))

@@ -16,13 +16,13 @@ from carft_ray.evaluation.robustness import (
     read_reference,
 )
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.overview import Overview, folder_of
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.results.reading.overview import Overview
+from carft_ray.study.outcome import TrialRow
 
 
 def curve_line(view: Overview, best: TrialRow) -> list[str]:
     """Returns a line on the alpha curve of the best trial, as measured; none where alpha was not profiled."""
-    points = (read_result(folder_of(view.study_dir, best)) or {}).get("curve", [])
+    points = view.result(best).get("curve", [])
     if len(points) < 3:
         return []
     area = alpha_area([point["alpha"] for point in points], [point["objective"] for point in points])
@@ -46,7 +46,7 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
     Raises:
         DataError: The file cannot be used.
     """
-    result = placed(read_result(folder_of(view.study_dir, best)) or {}, best)
+    result = placed(view.result(best), best)
     metrics, num_images = result.get("metrics", {}), result.get("num_images", {})
     known = {} if reference is None else read_reference(reference)
     sets = [name for name in view.recipe.data.ood_val if f"accuracy/{name}" in metrics and name in num_images]
@@ -80,7 +80,7 @@ def _plain(view: Overview) -> dict[str, dict[str, Any]]:
     """Returns the metrics at alpha 1 of every finished training without KL term."""
     base = view.recipe.train.kl_weight
     rows = [row for row in (*view.trials, *view.baselines) if row.values.get("kl_weight", base) == 0]
-    results = {row.name: (read_result(folder_of(view.study_dir, row)) or {}).get("fine_tuned") for row in rows}
+    results = {row.name: view.result(row).get("fine_tuned") for row in rows}
     return {name: metrics for name, metrics in results.items() if metrics}
 
 
