@@ -16,9 +16,8 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.reading.stored import confirmed, read_stored
-from carft_ray.results.report import study_report
+from carft_ray.results.report import robustness, study_report
 from carft_ray.results.statistics.bootstrap import bbc, resample
-from carft_ray.results.statistics.robustness import robustness
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
 from carft_ray.study.outcome import Failure, write_failure

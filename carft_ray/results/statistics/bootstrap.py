@@ -342,12 +342,7 @@ def _choose(
     objectives_BA = spec.values(drawn)
     violations_BKA = np.stack(violations, axis=1) if violations else None
     if len(candidate.alphas) == 1:
-        alpha_B = np.full(len(objectives_BA), candidate.alphas[0])
-        missed_B = np.zeros(len(alpha_B))
-        if violations_BKA is not None:
-            missed_B = np.maximum(violations_BKA[..., 0], 0).sum(axis=1)
-        measured_B = np.zeros(len(alpha_B), np.bool_)
-        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA), missed_B, measured_B)
+        lowest = min(lowest, candidate.alphas[0])
     slopes = spec.slopes(drawn)
     noise_BAA = np.zeros(sums[spec.id_set].both_right.shape)
     for name, found in sums.items():

@@ -29,8 +29,6 @@ from carft_ray.results.statistics.intervals import (
 NUM_DRAWS = 2000
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
 RULES = ("id_val", "ood_val", "objective", "worst_domain")
-IMAGE_NOISE_ONLY = "image noise only"
-IMAGE_AND_SEED_NOISE = "image and seed noise"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Noise:
     @property
     def words(self) -> str:
         """What the variance covers."""
-        return IMAGE_NOISE_ONLY if self.seed is None else IMAGE_AND_SEED_NOISE
+        return "image noise only" if self.seed is None else "image and seed noise"
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,18 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
-from carft_ray.results.reading.configurations import Compared, Row, Run, compared_rows
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import ID_TEST, ReadRecord, read_record, summarise
+from carft_ray.results.test_sets.summary import (
+    ID_TEST,
+    Compared,
+    ReadRecord,
+    Row,
+    Run,
+    compared_rows,
+    read_record,
+    summarise,
+)
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
 from carft_ray.study.ledger import (
@@ -254,23 +262,19 @@ def _evaluate(
     """
     torch.set_num_threads(num_threads(recipe))
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
-
-    @functools.cache
-    def test_sets() -> list[ImageSet]:
-        clip, folder = inputs.clip, cache_dir(recipe)
-        sets = [
-            image_set(source, clip.to_input, clip.input_key, folder, limit_gb=recipe.data.cache_gb)
-            for source in sources
-        ]
-        return [dataclasses.replace(each, name=source.name) for each, source in zip(sets, sources, strict=True)]
-
+    paths = {name: folder / f"{name}.parquet" for name in runs}
+    sets = []
+    if not all(path.exists() for path in paths.values()):
+        clip, cache, limit_gb = inputs.clip, cache_dir(recipe), recipe.data.cache_gb
+        for source in sources:
+            images = image_set(source, clip.to_input, clip.input_key, cache, limit_gb=limit_gb)
+            sets.append(dataclasses.replace(images, name=source.name))
     tables: dict[str, pa.Table] = {}
     for number, (name, alphas) in enumerate(runs.items(), start=1):
-        path = folder / f"{name}.parquet"
-        at = ", ".join(f"{alpha:.2f}" for alpha in alphas)
+        path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
         say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
         if not path.exists():
-            table = _predict(study_dir, recipe, inputs, name, alphas, test_sets())
+            table = _predict(study_dir, recipe, inputs, name, alphas, sets)
             held.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
