@@ -28,18 +28,7 @@ from carft_ray.recipe.constraints import violations
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
 from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_stored, read_summary
-from carft_ray.results.statistics.bootstrap import (
-    NUM_RESAMPLES,
-    Resamples,
-    Win,
-    bbc,
-    front_choice,
-    incumbent_values,
-    meeting,
-    overtuning,
-    resample,
-    share_meeting,
-)
+from carft_ray.results.statistics import bootstrap
 from carft_ray.results.statistics.selection import Pick, correct_best, one_se_pick, ranking_noise, regret_table
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import FrontRule
@@ -72,7 +61,7 @@ class _Evidence:
     spec: ObjectiveSpec
     bounds: Sequence[Limit]
     stored: Stored
-    resamples: Resamples
+    resamples: bootstrap.Resamples
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,9 @@ class _Worth:
     details: list[str]
 
 
-def study_report(view: Overview, reference: Path | None = None, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+def study_report(
+    view: Overview, reference: Path | None = None, num_resamples: int = bootstrap.NUM_RESAMPLES
+) -> dict[str, Any]:
     """Returns the report as plain data; ``brief`` is its text, ``lines`` the text with all numbers.
 
     Args:
@@ -110,10 +101,10 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         for rows in (view.trials, view.baselines)
     )
     stored = read_stored(study_dir, recipe, trials, baselines, spec, bounds)
-    resamples = resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
+    resamples = bootstrap.resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
     evidence, front = _Evidence(view, best, trials, spec, bounds, stored, resamples), front_data(recipe, view.trials)
     worth = _by_one_number(evidence) if front is None else _by_front(evidence, front)
-    share = share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
+    share = bootstrap.share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     counts = {
         "trials": view.counts(),
@@ -171,12 +162,15 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
     correct = {name: np.concatenate([by_set[name] for by_set in at_choice]) for name in spec.sets}
     noise = ranking_noise(spec, objectives, correct, again)
     corrected = correct_best(objectives, noise.variance)
-    bbc_value, wins = bbc(resamples)
+    bbc_value, wins = bootstrap.bbc(resamples)
     pick = None
     if best.name in stored.moved and not best.violation:
-        candidates, lowest = meeting(stored.candidates, evidence.bounds), evidence.view.recipe.search.alpha.lowest
+        candidates, lowest = (
+            bootstrap.meeting(stored.candidates, evidence.bounds),
+            evidence.view.recipe.search.alpha.lowest,
+        )
         pick = one_se_pick(spec, stored.chosen[best.name], candidates, stored.moved, lowest, noise.seed)
-    curve, num_resamples = overtuning(incumbent_values(resamples)), len(resamples.in_bag)
+    curve, num_resamples = bootstrap.overtuning(bootstrap.incumbent_values(resamples)), len(resamples.in_bag)
     of = "images alone. Quote this one until there is a confirm"
     covered = "image noise only: the luck of the seed is still in it"
     if noise.seed is not None:
@@ -229,7 +223,7 @@ def _by_front(evidence: _Evidence, front: dict[str, Any]) -> _Worth:
     """
     best, resamples, alpha = evidence.best, evidence.resamples, evidence.best.alpha or 0.0
     rule = FrontRule(front["rule"]["best"], front["rule"]["tolerance"])
-    choice = front_choice(evidence.stored.candidates, resamples, evidence.spec, rule, (best.name, alpha))
+    choice = bootstrap.front_choice(evidence.stored.candidates, resamples, evidence.spec, rule, (best.name, alpha))
     num_resamples, pair = len(resamples.in_bag), (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
     return _Worth(
         {
@@ -284,7 +278,7 @@ def _pick_line(best: TrialRow, pick: Pick) -> str:
     )
 
 
-def _wins_line(wins: list[Win]) -> str:
+def _wins_line(wins: list[bootstrap.Win]) -> str:
     often = [win for win in wins if win.share >= 0.005][:_SHOWN_WINS]
     shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in often)
     rest = len(wins) - len(often)

@@ -8,10 +8,12 @@ not used. ``alpha`` belongs to a configuration and is never chosen again.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
@@ -73,6 +75,9 @@ class Stage:
                     name = training_name(row.training, seed)
                     found.setdefault(name, {"alpha": row.alpha, **row.values, "seed": seed})
         return found
+
+
+_STAGE = TypeAdapter(Stage)  # of plan.json
 
 
 def training_name(training: str, seed: int) -> str:
@@ -237,9 +242,9 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
         if content["format_version"] != FORMAT_VERSION:
             rule = f"must have format_version {FORMAT_VERSION}"
             raise StorageError(Problem(str(path), rule, str(content["format_version"])))
-        last = _stage(content)
-        return (last, None) if content["stage1"] is None else (_stage(content["stage1"]), last)
-    except (KeyError, TypeError) as error:
+        last = _STAGE.validate_python(content)
+        return (last, None) if content["stage1"] is None else (_STAGE.validate_python(content["stage1"]), last)
+    except (KeyError, TypeError, ValueError) as error:
         raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
 
 
@@ -251,10 +256,6 @@ def last_stage(study_dir: Path) -> Stage | None:
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     return {"winner": stage.winner, "seeds": list(stage.seeds), "rows": [asdict(row) for row in stage.rows]}
-
-
-def _stage(content: Mapping[str, Any]) -> Stage:
-    return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
 
 
 def _best_first(view: Overview) -> list[TrialRow]:
@@ -271,16 +272,15 @@ def _plan_row(row: TrialRow, role: Role) -> PlanRow:
 
 def _rival(view: Overview, other: Overview) -> PlanRow:
     """Returns the winner of another study as a baseline of this one."""
+    place = f"--against {other.study_dir}"
     if other.study_dir == view.study_dir:
-        raise UsageError(Problem(f"--against {other.study_dir}", "must be another study", "this one"))
+        raise UsageError(Problem(place, "must be another study", "this one"))
     theirs = _shared(other.recipe)
     differing = [key for key, value in _shared(view.recipe).items() if value != theirs[key]]
     if differing:
         step = "Search both with recipes that differ in train and search.space alone."
         rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
-        raise UsageError(
-            Problem(f"--against {other.study_dir}", rule, f"another {', '.join(differing)}", next_step=step)
-        )
+        raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
     best = _best_first(other)[0]
     values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
     if best.standing:

@@ -80,17 +80,15 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
         StorageError: Something in it is damaged.
     """
-    folder = folder.resolve()
     if (folder / HEAD_NAME).is_file():
         step = "An export is read by other libraries (its README.md); give the study or training that it is of."
-        raise UsageError(
-            Problem(str(folder), "must be a study or the folder of a training", "an export", next_step=step)
-        )
+        rule = "must be a study or the folder of a training"
+        raise UsageError(Problem(str(folder), rule, "an export", next_step=step))
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    name = f"{folder.name}/{found.name}" if found.name else folder.name
-    return replace(open_run(folder, found.run_dir, found.base, name), result=found.result)
+    name = "/".join(filter(None, (found.folder.name, found.name)))
+    return replace(open_run(found.folder, found.run_dir, found.base, name), result=found.result)
 
 
 def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:

@@ -109,7 +109,6 @@ def resample(
     for name in spec.sets:
         correct, gaps = [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates]
         by_set[name] = _sums(rng, correct, gaps, num_resamples)
-    num_images = {name: x.shape[1] for name, x in candidates[0].correct.items()}
     choices, scores, accuracies, outside, missed_at = [], [], [], [], []
     for index, candidate in enumerate(candidates):
         own = {name: found[index] for name, found in by_set.items()}
@@ -119,7 +118,7 @@ def resample(
             else own[limit.set_name].errors - limit.bound
             for limit in bounds
         ]
-        choices.append(_choose(candidate, spec, lowest, own, num_images, violations))
+        choices.append(_choose(candidate, spec, lowest, own, violations))
         accuracies.append({name: found.drawn for name, found in own.items()})
         outside.append({name: found.left_out for name, found in own.items()})
         scores.append((choices[-1].readers * spec.values(outside[-1])).sum(axis=1))
@@ -136,15 +135,12 @@ def resample(
     )
 
 
-def resampled_accuracies(
-    correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> dict[str, FloatArray]:
+def resampled_accuracies(correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES) -> dict[str, FloatArray]:
     """Returns per set the accuracies on images drawn with replacement, one draw per set for all rows.
 
     Args:
         correct: Per set, bool [rows, n]; n at least 2.
         num_resamples: B.
-        seed: Of the draws.
 
     Returns:
         Per set [B, rows].
@@ -152,9 +148,7 @@ def resampled_accuracies(
     Raises:
         ValueError: A set has fewer than two images.
     """
-    if any(x.shape[1] < 2 for x in correct.values()):
-        raise ValueError("the bootstrap needs at least two images of every set")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return {
         name: np.concatenate(
             [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
@@ -165,7 +159,7 @@ def resampled_accuracies(
 
 
 def share_meeting(
-    winner: Candidate, spec: ObjectiveSpec, bounds: Sequence[Limit], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    winner: Candidate, spec: ObjectiveSpec, bounds: Sequence[Limit], num_resamples: int = NUM_RESAMPLES
 ) -> float:
     """Returns the share of resamples in which a candidate with one alpha meets all constraints.
 
@@ -174,9 +168,8 @@ def share_meeting(
         spec: The objective.
         bounds: The constraints.
         num_resamples: B.
-        seed: Of the draws.
     """
-    return float((resample([winner], spec, 0.0, num_resamples, seed, bounds).missed <= _MET).mean())
+    return float((resample([winner], spec, 0.0, num_resamples, bounds=bounds).missed <= _MET).mean())
 
 
 def meeting(candidates: Sequence[Candidate], bounds: Sequence[Limit]) -> list[Candidate]:
@@ -313,12 +306,14 @@ class _Sums:
     """Means of one candidate over the images of one set.
 
     Attributes:
+        num_images: n.
         drawn: Accuracies on the images drawn, [B, A].
         left_out: Accuracies on those left out, [B, A].
         both_right: Share of the images drawn that two alphas have right, [B, A, A].
         errors: Calibration errors on the images drawn, [B, A]; empty without gaps.
     """
 
+    num_images: int
     drawn: FloatArray
     left_out: FloatArray
     both_right: FloatArray
@@ -330,7 +325,6 @@ def _choose(
     spec: ObjectiveSpec,
     lowest: float,
     sums: Mapping[str, _Sums],
-    num_images: Mapping[str, int],
     violations: Sequence[FloatArray],
 ) -> AlphaChoices:
     """Returns the alpha choices of a candidate on B resamples.
@@ -348,7 +342,7 @@ def _choose(
     for name, found in sums.items():
         x, w = found.drawn, slopes[name]
         covariance = found.both_right - x[:, :, None] * x[:, None, :]
-        noise_BAA += w[:, :, None] * w[:, None, :] * covariance / (num_images[name] - 1)
+        noise_BAA += w[:, :, None] * w[:, None, :] * covariance / (found.num_images - 1)
     return choose_alphas(candidate.alphas, objectives_BA, lowest, noise_BAA, violations_BKA)
 
 
@@ -357,8 +351,6 @@ def _sums(
 ) -> list[_Sums]:
     """Returns the means of every candidate over resamples of one set."""
     num_images = correct[0].shape[1]
-    if num_images < 2:
-        raise ValueError("the bootstrap needs at least two images of every set")
     found: list[list[tuple[FloatArray, ...]]] = [[] for _ in correct]
     for counts in _counts(rng, num_images, num_resamples):
         out = (counts == 0).astype(np.float32)
@@ -374,7 +366,7 @@ def _sums(
             if each is not None:
                 errors = _calibration((counts @ each.columns()).astype(np.float64), each)
             parts.append((means[:, first == second], left_out, both_right, errors))
-    return [_Sums(*(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
+    return [_Sums(num_images, *(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
 
 
 def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
@@ -386,6 +378,8 @@ def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
 
 def _counts(rng: np.random.Generator, num_images: int, num_resamples: int) -> Iterator[npt.NDArray[np.float32]]:
     """Yields how often each image was drawn, [some resamples, n], until there are B; never all images."""
+    if num_images < 2:
+        raise ValueError("the bootstrap needs at least two images of every set")
     size = max(1, _CHUNK // num_images)
     while num_resamples:
         rows = min(size, num_resamples)

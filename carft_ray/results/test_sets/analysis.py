@@ -105,19 +105,8 @@ def judged_trials(study_dir: Path, recipe: Recipe) -> Judged:
     return Judged(tuple(judged), best.name, len(complete))
 
 
-def judged_again(details: Mapping[str, Any]) -> Judged:
-    """Returns what a line of the ledger says an analysis is of."""
-    judged = [JudgedTrial(**{**trial, "alphas": tuple(trial["alphas"])}) for trial in details["trials"]]
-    return Judged(tuple(judged), details["best"], details["num_complete"])
-
-
 def analyse(
-    study_dir: Path,
-    recipe: Recipe,
-    judged: Judged,
-    tables: Mapping[str, pa.Table],
-    record: ReadRecord,
-    num_resamples: int = NUM_RESAMPLES,
+    study_dir: Path, recipe: Recipe, judged: Judged, tables: Mapping[str, pa.Table], record: ReadRecord
 ) -> dict[str, Any]:
     """Returns the content of ``summary.json``.
 
@@ -127,7 +116,6 @@ def analyse(
         judged: What was read.
         tables: Predictions on the test sets by the folder of the training.
         record: Of this read.
-        num_resamples: Of the bootstrap.
 
     Raises:
         StorageError, DataError: Stored validation predictions are missing, damaged or of different images.
@@ -142,7 +130,7 @@ def analyse(
         for name in spec.sets
     }
     chosen = next(((each.name, each.alpha) for each in judged.trials if each.name == judged.best), None)
-    rules = regrets_on_test(points, correct, validation, test, chosen, num_resamples)
+    rules = regrets_on_test(points, correct, validation, test, chosen)
     num_images = {name: int(correct[name].shape[1]) for name in test.sets}
     accuracies = {name: correct[name].mean(axis=1) for name in num_images}
     objectives = test.values(accuracies)

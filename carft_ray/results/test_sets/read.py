@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 
 from carft_ray import files
 from carft_ray.data.caching.arrays import image_set
@@ -38,31 +39,11 @@ from carft_ray.learning.loop import build_classifier
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
-from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import (
-    ID_TEST,
-    Compared,
-    ReadRecord,
-    Row,
-    Run,
-    compared_rows,
-    read_record,
-    summarise,
-)
+from carft_ray.results.test_sets.analysis import Judged, analyse, judged_trials
+from carft_ray.results.test_sets.summary import ID_TEST, Compared, ReadRecord, compared_rows, read_record, summarise
+from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
-from carft_ray.study.ledger import (
-    ANALYSIS,
-    TEST,
-    Entry,
-    Purpose,
-    check_reason,
-    mend,
-    read_ledger,
-    reads_of,
-    record,
-    told,
-)
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
@@ -92,7 +73,7 @@ def read_sealed(
         UsageError: The folder is no study, or the reason is empty.
         DataError, StorageError: As their messages say.
     """
-    check_reason(reason)
+    ledger.check_reason(reason)
     study_dir = overview.require_study(study)
     recipe = overview.study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
@@ -102,11 +83,11 @@ def read_sealed(
         for note in (held.note, *repair_journal(study_dir)):
             if note:
                 say(note)
-        entries = read_ledger(study_dir)
-        mend(study_dir)
-        reads = reads_of(entries)
+        entries = ledger.read_ledger(study_dir)
+        ledger.mend(study_dir)
+        reads = ledger.reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
-        purpose = ANALYSIS if all_trials else TEST
+        purpose = ledger.ANALYSIS if all_trials else ledger.TEST
         if entry is not None:
             _require_unfinished(study_dir, entry, len(reads), purpose)
         elif reason is None and (number := inherited_reads(study_dir)):
@@ -122,10 +103,10 @@ def read_sealed(
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
+            entry = ledger.record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            say(f"continuing the read of {told(entry)}")
+            say(f"continuing the read of {ledger.told(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
@@ -178,13 +159,13 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     raise HoldOutError(problems)
 
 
-def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
+def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int, purpose: ledger.Purpose) -> None:
     """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
     command = f"carft-ray test {shlex.quote(str(study_dir))}"
-    option = {TEST: "", ANALYSIS: " --all-trials"}
-    rule = f"its test sets were read already: {told(entry)}"
+    option = {ledger.TEST: "", ledger.ANALYSIS: " --all-trials"}
+    rule = f"its test sets were read already: {ledger.told(entry)}"
     if (_read_dir(study_dir, number) / SUMMARY).exists():
-        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
+        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ledger.ANALYSIS else SUMMARY)
         step = f"Its results are in {found}."
     elif entry.purpose != purpose:
         step = f"That read is not finished; continue it: {command}{option[entry.purpose]}"
@@ -209,6 +190,10 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
+# what the ledger holds of a read that was killed
+_COMPARED, _JUDGED = TypeAdapter(Compared), TypeAdapter(Judged)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
     """What a read is of.
@@ -224,24 +209,21 @@ class _Read:
     summarise: Callable[[Mapping[str, pa.Table], ReadRecord], dict[str, Any]]
 
 
-def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+def _rows_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
     """Returns winner and baselines: of a read that continues, or those of the study."""
-    if entry is None:
-        compared = compared_rows(study_dir, recipe)
-    else:
-        rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in entry.details["rows"])
-        compared = Compared(tuple(rows), entry.details["confirmed"])
+    compared = compared_rows(study_dir, recipe) if entry is None else _COMPARED.validate_python(entry.details)
     runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
-    details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
-    return _Read(runs, details, functools.partial(summarise, recipe, compared, read_shared(study_dir)))
+    return _Read(
+        runs, dataclasses.asdict(compared), functools.partial(summarise, recipe, compared, read_shared(study_dir))
+    )
 
 
-def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
+def _trials_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
     """Returns every trial whose weights are there: of a read that continues, or those of the study."""
-    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
+    judged = judged_trials(study_dir, recipe) if entry is None else _JUDGED.validate_python(entry.details)
     runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
     return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
 

@@ -75,12 +75,12 @@ class Compared:
     """All rows of a study.
 
     Attributes:
-        rows: The winner first, then candidates, then baselines.
         confirmed: Whether they were trained on fresh seeds after the search.
+        rows: The winner first, then candidates, then baselines.
     """
 
-    rows: tuple[Row, ...]
     confirmed: bool
+    rows: tuple[Row, ...]
 
     @property
     def winner(self) -> Row:
@@ -120,7 +120,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
         folder = folder_of(study_dir, row).relative_to(study_dir).as_posix()
         runs = () if row.name == ZERO_SHOT else (Run(recipe.train.seed, folder),)
         rows.append(Row(row.name, "winner" if row is best else "baseline", row.alpha, row.objective, runs))
-    return Compared(tuple(rows), confirmed=False)
+    return Compared(False, tuple(rows))
 
 
 def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
@@ -142,7 +142,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
         names = stage.names(row)  # none of the zero-shot model
         runs = tuple(Run(seed, f"{CONFIRM}/{name}") for seed, name in zip(stage.seeds, names, strict=False))
         rows.append(Row(row.name, row.role, row.alpha, row.objective, runs))
-    return Compared(tuple(sorted(rows, key=lambda row: ROLES.index(row.role))), confirmed=True)
+    return Compared(True, tuple(sorted(rows, key=lambda row: ROLES.index(row.role))))
 
 
 @dataclass(frozen=True)
