@@ -420,13 +420,15 @@ def test_damaged_results_are_a_storage_error(run, name, words):
     assert everything() == before
 
 
-@pytest.mark.parametrize("name", ["result.json", "manifest.json"])
-def test_a_damaged_json_file_is_a_storage_error(run, name):
+@pytest.mark.parametrize(
+    ("name", "what"), [("result.json", "result of a training"), ("manifest.json", "manifest of a")]
+)
+def test_a_damaged_json_file_is_a_storage_error(run, name, what):
     path = Path("done", name)
     path.write_bytes(path.read_bytes()[:-10])
     code, _, err = run("evaluate", "done")
     assert code == 5
-    assert err.startswith(f"error: {path.absolute()}: must be a whole JSON file, but got a damaged one (")
+    assert err.startswith(f"error: {path.absolute()}: must be the {what}")
 
 
 def test_an_unfinished_training_is_no_model(run):

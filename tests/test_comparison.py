@@ -16,8 +16,7 @@ from carft_ray.results.statistics.intervals import (
     objective_interval,
     values_by_seed,
 )
-from carft_ray.results.statistics.paired import brief, compare, comparison_lines
-from carft_ray.results.statistics.selection import holm
+from carft_ray.results.statistics.paired import brief, compare, comparison_lines, holm
 
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 SIZES = {"id_val": 400, "a": 200, "b": 200}

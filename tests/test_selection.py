@@ -12,10 +12,9 @@ from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.bootstrap import Candidate, resample
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
+from carft_ray.results.statistics.paired import holm, keeps_id
 from carft_ray.results.statistics.selection import (
     correct_best,
-    holm,
-    keeps_id,
     one_se_pick,
     ranking_noise,
     regret_table,

@@ -9,7 +9,7 @@ is chosen from its grid as in mode ``profile``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -60,7 +60,7 @@ def asked_objective(
     Args:
         recipe: The study's recipe.
         kind: Kind of objective.
-        id_weight: w of ``weighted_mean``.
+        id_weight: w of ``weighted_mean``, from 0 to 1.
         sets: Names of OOD validation sets, separated by commas; ``id_val`` is always in.
 
     Raises:
@@ -71,7 +71,7 @@ def asked_objective(
     kinds = get_args(ObjectiveKind)
     if kind is not None and kind not in kinds:
         problems.append(Problem("--objective", "must be a kind of objective", repr(kind), kinds, nearest(kind, kinds)))
-    if id_weight is not None and not 0 <= id_weight <= 1:
+    if id_weight is not None and not 0 <= id_weight <= 1:  # not-a-number too
         problems.append(Problem("--id-weight", "must be a number from 0 to 1", f"{id_weight:g}"))
     names = own.ood_sets
     if sets is not None:
@@ -91,7 +91,7 @@ def asked_objective(
     if problems:
         raise UsageError(problems)
     weight = own.id_weight if id_weight is None else id_weight
-    return ObjectiveSpec(own.kind if kind is None else kind, own.id_set, names, weight)  # type: ignore[arg-type]
+    return replace(own, kind=kind or own.kind, ood_sets=names, id_weight=weight)  # type: ignore[arg-type]
 
 
 def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    name = "/".join(filter(None, (found.folder.name, found.name)))
+    name = f"{found.folder.name}/{found.name}" if found.name else found.folder.name
     return replace(open_run(found.folder, found.run_dir, found.base, name), result=found.result)
 
 

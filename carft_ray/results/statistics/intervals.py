@@ -123,7 +123,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     if num_seeds == 2:
         notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
     seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
-    residuals = (weights[name] ** 2 * residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
+    residuals = (weights[name] ** 2 * _residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
     residual_variance = _or_zero(sum(residuals))
     image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
     sources = [(seed_variance, float(num_seeds - 1))]
@@ -139,7 +139,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     )
 
 
-def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
+def _residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
     """Returns MS_E, the residual of the two-way layout rows x images; 0 with one row or one image."""
     values = np.asarray(array_rn, np.float64)
     num_rows, num_images = int(values.shape[0]), int(values.shape[1])
@@ -147,6 +147,13 @@ def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
         return 0.0
     residual: FloatArray = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     return float((residual**2).sum()) / ((num_images - 1) * (num_rows - 1))
+
+
+def residual_variance(spec: ObjectiveSpec, correct: ValuesBySet) -> float:
+    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
+    weights = spec.weights(mean_accuracies(correct))
+    parts = [w**2 * _residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
+    return float(sum(parts))
 
 
 def paired_differences(values_a: ValuesBySet, values_b: ValuesBySet) -> dict[str, FloatArray]:
@@ -273,7 +280,7 @@ def _image_variance(array_rn: FloatArray) -> float:
     ms_image = num_seeds * float(((per_image - grand) ** 2).sum()) / (num_images - 1)
     if num_seeds == 1:
         return ms_image / num_images
-    return max(0.0, (ms_image - residual_mean_square(array_rn)) / num_seeds) / num_images
+    return max(0.0, (ms_image - _residual_mean_square(array_rn)) / num_seeds) / num_images
 
 
 def _widest(

@@ -8,7 +8,7 @@ Shape letters: r seeds, n images of one set. Accuracies are fractions; text is i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,9 +27,10 @@ from carft_ray.results.statistics.intervals import (
     paired_differences,
     values_by_seed,
 )
-from carft_ray.results.statistics.selection import ID_MARGIN, holm, keeps_id, seed_variances
+from carft_ray.results.statistics.selection import seed_variances
 from carft_ray.words import counted
 
+ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 
@@ -176,6 +177,20 @@ def compare(
         tuple(_difference(spec, correct, winner, name, id_margin) for name in others),
         None if searched is None else _optimism(spec, correct, winner, searched),
     )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns Holm's adjusted p-values: sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)); in order."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return [float(value) for value in adjusted]
+
+
+def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
+    """Returns whether an ID difference is non-inferior: lower end of the 95 % interval above -margin (a fraction)."""
+    return difference.images_random[0] > -margin
 
 
 def row_lines(comparison: Comparison, short: bool = False) -> list[str]:

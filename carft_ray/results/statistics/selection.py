@@ -12,22 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import FloatArray
 from carft_ray.results.statistics.bootstrap import Candidate, Resamples
-from carft_ray.results.statistics.intervals import (
-    Interval,
-    ValuesBySet,
-    mean_accuracies,
-    objective_difference,
-    residual_mean_square,
-    values_by_seed,
-)
+from carft_ray.results.statistics.intervals import ValuesBySet, objective_difference, residual_variance, values_by_seed
 
 NUM_DRAWS = 2000
-ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
 RULES = ("id_val", "ood_val", "objective", "worst_domain")
 
 
@@ -93,7 +84,7 @@ def ranking_noise(
     values = np.asarray(objectives, np.float64)
     upper = np.flatnonzero(values >= np.median(values))
     upper = upper if len(upper) > 1 else np.arange(len(values))
-    image = _residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in spec.sets})
+    image = residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in spec.sets})
     pooled = seed_variances(spec, confirmed)
     return Noise(image, max(0.0, pooled[0] - pooled[1]) if pooled else None)
 
@@ -112,7 +103,7 @@ def seed_variances(spec: ObjectiveSpec, confirmed: Iterable[ValuesBySet]) -> tup
         y = values_by_seed(spec, by_set)
         if len(y) > 1:
             total += (len(y) - 1) * float(np.var(y, ddof=1))
-            residual += (len(y) - 1) * _residual_variance(spec, by_set)
+            residual += (len(y) - 1) * residual_variance(spec, by_set)
             dof += len(y) - 1
     return (total / dof, residual / dof) if dof else None
 
@@ -203,20 +194,6 @@ def one_se_pick(
     return replace(min(picks, key=lambda each: each.moved), num_candidates=len(picks))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns Holm's adjusted p-values: sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)); in order."""
-    p = np.asarray(p_values, np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
-    return [float(value) for value in adjusted]
-
-
-def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
-    """Returns whether an ID difference is non-inferior: lower end of the 95 % interval above -margin (a fraction)."""
-    return difference.images_random[0] > -margin
-
-
 @dataclass(frozen=True)
 class RuleRegret:
     """A line of the table of selection rules.
@@ -292,10 +269,3 @@ def _regrets(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[
             picked = np.take_along_axis(target, values.argmax(axis=-1)[..., None], axis=-1)[..., 0]
             found.setdefault(rule, []).append(target.max(axis=-1) - picked)
     return {rule: np.mean(regrets, axis=0) for rule, regrets in found.items()}
-
-
-def _residual_variance(spec: ObjectiveSpec, correct: Mapping[str, npt.NDArray[np.generic]]) -> float:
-    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
-    weights = spec.weights(mean_accuracies(correct))
-    parts = [w**2 * residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
-    return float(sum(parts))
