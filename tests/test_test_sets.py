@@ -473,5 +473,5 @@ def test_a_read_after_the_search_went_on_says_so(run, again):
     assert len(trials(again)) == 3
     code, out, err = run("test", "study", "--again", "after a wider range", "--json")
     assert code == 0, err
-    assert "The search went on once after a test read." in json.loads(out)["lines"]
+    assert "The search was continued once after a test read." in json.loads(out)["lines"]
     assert json.loads(out)["ledger_line"] == 3

@@ -79,7 +79,7 @@ def _origin(finished: Finished) -> dict[str, Any]:
     """Returns where a training's numbers come from: the study's part, and the training's own."""
     own = finished.result.get("environment", {})
     shared = {key: finished.provenance[key] for key in ORIGIN if key in finished.provenance}
-    if own:  # what the training itself ran on stands over what its study was begun with
+    if own:  # what the training itself ran on replaces what its study was begun with
         shared.pop("code", None)
     return {**shared, "training": {key: own[key] for key in ENVIRONMENT if key in own}}
 

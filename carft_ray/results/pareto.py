@@ -57,7 +57,7 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
-    """Returns the content of a training's ``result.json`` at the point of the front at which its row stands."""
+    """Returns the content of a training's ``result.json`` at the point of the front that its row has."""
     if row is None or not row.standing:
         return result
     return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}

@@ -298,7 +298,7 @@ def curve_line(view: Overview, best: TrialRow) -> list[str]:
 
 
 def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[str, list[Robustness]]:
-    """Returns per OOD validation set how far the best trial lies above lines through other models.
+    """Returns per OOD validation set how far the best trial is above lines through other models.
 
     The line through the study's own plain fine-tuning (trials and baselines with a KL weight of 0, at alpha 1) is
     left out where the study has too few of them; that through reference models needs their file.

@@ -41,7 +41,7 @@ class PlanRow:
         training: Name of its trainings less the seed; None: the zero-shot model.
         alpha: Its mixing coefficient.
         values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
-            training is evaluated there and on the whole grid, at every point at which the trial may ever stand.
+            training is evaluated there and on the whole grid, at every point of the front that it may get.
         objective: That of the search, one training on the study's seed.
     """
 
@@ -99,7 +99,7 @@ def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
 def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
     """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
 
-    A trial that misses constraints by more than the winner does is no candidate. A baseline stands there with its own
+    A trial that misses constraints by more than the winner does is no candidate. A baseline is there with its own
     alpha and at alpha 1. The winner of another study counts as one more baseline.
 
     Args:
@@ -162,13 +162,13 @@ def plan(
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
     if first.winner != before.winner:
-        notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
+        notes.append(f"the search continued after {before.winner} was fixed as the winner; now it is {first.winner}")
         second = None
     earlier = {row.name: row for row in before.rows}
     for row in first.rows:
         old = earlier.pop(row.name, row)
         if row.alpha != old.alpha:
-            notes.append(f"the search went on: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
+            notes.append(f"the search continued: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
             second = None if row.role == "winner" else second
     kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
     return Stage(first.winner, first.seeds, (*first.rows, *kept)), second, notes

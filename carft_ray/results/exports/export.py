@@ -104,7 +104,7 @@ def export_model(
         trained: The training.
         out_dir: Folder to make; it must not exist, or be empty.
         alpha: Mixing coefficient; None: the chosen one.
-        formats: Names of ``FORMATS``; all lie in the one folder.
+        formats: Names of ``FORMATS``; all are written into the one folder.
 
     Raises:
         UsageError: ``out_dir`` holds something, or a format cannot hold this model or needs a library that is missing.

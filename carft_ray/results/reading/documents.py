@@ -159,35 +159,35 @@ def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, 
     if pruner.name == "none":
         return None
     pairs = [
-        (look, row.objective)
+        (value, row.objective)
         for row in rows
         if row.outcome == "complete"
         and row.objective is not None
-        and (look := deciding_look(pruner, row.looks)) is not None
+        and (value := deciding_look(pruner, row.looks)) is not None
     ]
     from carft_ray.results.statistics.intervals import rank_correlation  # loads SciPy
 
-    value = rank_correlation([look for look, _ in pairs], [objective for _, objective in pairs])
+    correlation = rank_correlation([value for value, _ in pairs], [objective for _, objective in pairs])
     num_cut = sum(row.outcome == "pruned" for row in rows)
     num_late = sum(bool(row.late_cut) for row in rows)
     late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
-    shown = "not known yet" if value is None else f"{value:.2f}"
+    shown = "not known yet" if correlation is None else f"{correlation:.2f}"
     line = (
         f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last intermediate value "
         f"with the final objective: {shown} ({counted(len(pairs), 'complete trial')})."
     )
     warning = None
-    if value is not None and value < WEAK and len(pairs) >= ENOUGH:
+    if correlation is not None and correlation < WEAK and len(pairs) >= ENOUGH:
         warning = (
             f"the intermediate values of the pruner {pruner.name} hardly predict the end (rank correlation "
-            f"{value:.2f}): it may have cut good trials. A later search.pruner.first or a larger evaluate.subset helps."
+            f"{correlation:.2f}): it may have cut good trials. A later search.pruner.first or a larger evaluate.subset helps."
         )
     return {
         "name": pruner.name,
         "num_cut": num_cut,
         "num_late": num_late,
         "trials": len(pairs),
-        "rank_correlation": value,
+        "rank_correlation": correlation,
         "warning": warning,
         "lines": [line],
     }

@@ -44,7 +44,7 @@ class Stored:
 
 
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
-    """Returns where the validation predictions of a trial or baseline lie."""
+    """Returns the path of the validation predictions of a trial or baseline."""
     if row.name == ZERO_SHOT:
         return study_dir / PREPARED / ZERO_SHOT_TABLE
     return folder_of(study_dir, row) / PREDICTIONS
@@ -176,7 +176,7 @@ def read_summary(path: Path, *keys: str) -> dict[str, Any] | None:
 
 
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float], result: Mapping[str, Any]) -> tuple[float, ...]:
-    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
+    """Returns the alphas that a trial's alpha was chosen from; only that one where it was fixed or sampled.
 
     In a Pareto search they are all points of the training that may be on the front.
     """

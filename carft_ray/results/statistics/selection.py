@@ -114,7 +114,7 @@ def correct_best(objectives: Sequence[float], variance: float, num_draws: int = 
     m = median J;  v = mean of (J - m)^2 over J >= m;  B = max(0, 1 - sigma^2 / v);  mu_i = m + B (J_i - m);
     b = mean over draws of z_i* - mu_i*, z = mu + sigma N(0, 1), i* = argmax z.
 
-    The upper half alone shrinks: trials that diverged in part would make all others look equal. Shrinking never
+    The upper half alone shrinks: trials that diverged in part would make all others seem equal. Shrinking never
     re-ranks.
 
     Args:

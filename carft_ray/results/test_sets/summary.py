@@ -168,7 +168,7 @@ class ReadRecord:
     def lines(self, title: str) -> list[str]:
         """Returns the first lines of a summary."""
         reason = f"; reason: {self.reason}" if self.reason else ""
-        again = f"The search went on {times(self.searches_after_a_read)} after a test read."
+        again = f"The search was continued {times(self.searches_after_a_read)} after a test read."
         first = f"{title} {self.read}, {self.time} by {self.user}{reason}."
         return [first, again] if self.searches_after_a_read else [first]
 
