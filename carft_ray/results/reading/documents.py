@@ -180,7 +180,8 @@ def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, 
     if correlation is not None and correlation < WEAK and len(pairs) >= ENOUGH:
         warning = (
             f"the intermediate values of the pruner {pruner.name} hardly predict the end (rank correlation "
-            f"{correlation:.2f}): it may have cut good trials. A later search.pruner.first or a larger evaluate.subset helps."
+            f"{correlation:.2f}): it may have cut good trials. Set a later search.pruner.first or a larger "
+            "evaluate.subset."
         )
     return {
         "name": pruner.name,
