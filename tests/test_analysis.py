@@ -203,7 +203,7 @@ def test_a_killed_analysis_goes_on_and_a_read_of_the_other_kind_is_told_of_it(ru
     assert "That read is not finished; go on with it: carft-ray test" in err
     code, out, err = run("test", "study", "--all-trials")
     assert code == 0, err
-    assert "going on with the read of" in err
+    assert "continuing the read of" in err
     assert "read before" in err
     assert json.loads((again / "test" / "analysis.json").read_text()) == read[1]
     assert len(read_ledger(again)) == 1

@@ -283,7 +283,7 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     (again / "confirm" / "plan.json").write_text("{}")
     code, _, err = run("test", "study")
     assert code == 0, err
-    assert "going on with the read of" in err
+    assert "continuing the read of" in err
     assert ("read before" in err) == bool(gone)
     assert json.loads((again / "test" / "summary.json").read_text()) == read[1]
     assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
