@@ -219,13 +219,19 @@ def summarise(
     comparison = compare_rows(correct=correct, label="test sets")
     table, alpha = evaluations[winner.name][0]
     alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in spec.sets}
-    without = None
+    both, without_shared = [comparison], None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
         fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
         without = compare_rows(correct=fewer, label="test sets without images that are in other roles")
+        both.insert(0, without)
+        without_shared = {
+            "sets": {name: int(mask.sum()) for name, mask in alone.items()},
+            "rows": {row.name: _accuracies(row) for row in without.rows},
+            "differences": {each.other: _difference_data(each) for each in without.baselines},
+            "headline": without.headline,
+        }
     num_images = {name: len(mask) for name, mask in alone.items()}
     begin = [*record.lines("Test read"), *_lines(compared, num_images), *shared_lines(shared)]
-    both = [comparison] if without is None else [without, comparison]
     return {
         "format_version": FORMAT_VERSION,
         **asdict(record),
@@ -234,30 +240,12 @@ def summarise(
         "sets": num_images,
         "ood_mean_over": list(spec.ood_sets),
         "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
-        "rows": [
-            {
-                "name": row.name,
-                "role": row.role,
-                "alpha": row.alpha,
-                "num_seeds": len(row.runs),
-                "runs": [run.folder for run in row.runs],
-                "validation_objective": row.objective,
-                "test": _row_data(found),
-            }
-            for row, found in zip(compared.rows, comparison.rows, strict=True)
-        ],
+        "rows": [_row_data(row, found) for row, found in zip(compared.rows, comparison.rows, strict=True)],
         "differences": {each.other: _difference_data(each) for each in comparison.baselines},
         "baseline": comparison.headline_baseline,
         "headline": comparison.headline,
         "shared_images": shared_counts(shared),
-        "without_shared_images": None
-        if without is None
-        else {
-            "sets": {name: int(mask.sum()) for name, mask in alone.items()},
-            "rows": {row.name: _row_data(row) for row in without.rows},
-            "differences": {each.other: _difference_data(each) for each in without.baselines},
-            "headline": without.headline,
-        },
+        "without_shared_images": without_shared,
         "row_lines": [line for each in reversed(both) for line in row_lines(each)],
         "lines": [*begin, *(line for each in both for line in comparison_lines(each))],
         "brief": {
@@ -273,7 +261,19 @@ def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
     return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
 
 
-def _row_data(row: ComparedRow) -> dict[str, Any]:
+def _row_data(row: Row, found: ComparedRow) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "role": row.role,
+        "alpha": row.alpha,
+        "num_seeds": len(row.runs),
+        "runs": [run.folder for run in row.runs],
+        "validation_objective": row.objective,
+        "test": _accuracies(found),
+    }
+
+
+def _accuracies(row: ComparedRow) -> dict[str, Any]:
     found = {**row.sets, "objective": row.objective}
     if row.ood_accuracy is not None:
         found["ood_mean"] = row.ood_accuracy
