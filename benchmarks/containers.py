@@ -2,7 +2,7 @@
 
     python -m benchmarks.containers
 
-Contents are random bytes (synthetic; nothing is decoded), each kind is read in a process of its own, and the files lie
+Contents are random bytes (synthetic; nothing is decoded), each kind is read in a process of its own, and the files are
 in the page cache. Memory is what the process alone holds, above what it held before it opened the set.
 """
 

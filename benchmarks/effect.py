@@ -13,7 +13,7 @@ product's own code, recipe ``search_spaces/quickstart.yaml``:
 This benchmark **reads the test sets**; no search and no training of the product does. It prints every threshold with
 PASS or FAIL, and the comparison of the tuned methods whichever way it comes out; exit code 1 when a threshold is
 missed. All numbers go to ``effect.json``, the figure of the README to ``docs/effect.png`` and ``.svg``. Finished
-trainings are kept and not run again: a killed benchmark goes on with the same command. They belong to one set of
+trainings are kept and not run again: a killed benchmark continues with the same command. They belong to one set of
 weights and one recipe; after a change of the training code, remove the folder.
 """
 
@@ -291,7 +291,7 @@ def effect_figure(
         path_png: Where the PNG goes.
         path_svg: Where the SVG goes.
         title: What is compared.
-        words: What the intervals are over, with the number of seeds; stands below the picture.
+        words: What the intervals are over, with the number of seeds; written below the picture.
         synthetic: Whether the images are; the title then says so.
 
     Raises:

@@ -3,7 +3,7 @@
     throughput   trials per second from end to end through Ray (inline)
     study        one proposal and one answer after 10, 1,000 and 10,000 finished trials, without Ray: the journal, its
                  size, opening it, `status` and `ls` as commands, memory
-    driver       a driver with 200 running trials that report every second: its look at their files, and the live
+    driver       a driver with 200 running trials that report every second: its reading of their files, and the live
                  table, as shares of one core
 
 A study of n trials is not searched, it is written: one trial goes the way of every trial, and its lines in the journal
@@ -97,7 +97,7 @@ def objective_of(learning_rate: float) -> float:
 
 
 def metrics_of(objective: float) -> dict[str, float]:
-    """Returns as many metrics as a trial with five validation sets tells."""
+    """Returns as many metrics as a trial with five validation sets reports."""
     sets = {f"accuracy/{name}": objective + 1e-3 * k for k, name in enumerate(("id_val", *SETS))}
     return {**sets, "id_accuracy": objective, "ood_accuracy": objective + 2.5e-3, "objective": objective}
 
@@ -160,7 +160,7 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
 
 
 def answer(study: Study, spec: TrialSpec) -> None:
-    """Ends a trial: its files, then the study is told."""
+    """Ends a trial: its files, then the study records it."""
     finish(spec.folder(study.study_dir), objective_of(spec.values["learning_rate"]))
     study.settle(spec)
 
@@ -176,13 +176,13 @@ class StudyCost:
         num_trials: Finished trials before the first measured one.
         ask_ms: The next trial with its values, written down.
         ask_p95_ms: Its 95th percentile.
-        tell_ms: A finished trial told.
+        tell_ms: A finished trial recorded.
         tell_p95_ms: Its 95th percentile.
         journal_mb: Size of the journal.
         replay_s: Reading it once.
         open_s: Opening the study for a search, with what is tidied then.
         commands_s: Wall time of whole commands, by name.
-        memory_mb: Peak resident memory of the process that asked and told.
+        memory_mb: Peak resident memory of the process that proposed and recorded.
     """
 
     num_trials: int
@@ -224,7 +224,7 @@ def study_cost(
     replays = [_seconds(lambda: storage_of(study_dir)) for _ in range(3)]
     commands_s = {name: _command_s(words, study_dir) for name, words in commands.items()}
     recipe = recipe_of(num_trials + num_asked)
-    asked, told = [], []
+    asked, settled = [], []
     began = time.perf_counter()
     with open_study(study_dir, recipe) as study:
         study.adopt()
@@ -235,11 +235,11 @@ def study_cost(
             asked.append(time.perf_counter() - began)
             assert spec is not None
             finish(spec.folder(study_dir), objective_of(spec.values["learning_rate"]))
-            told.append(_seconds(lambda spec=spec: study.settle(spec)))  # type: ignore[misc]
+            settled.append(_seconds(lambda spec=spec: study.settle(spec)))  # type: ignore[misc]
     return StudyCost(
         num_trials,
         *_ms(asked),
-        *_ms(told),
+        *_ms(settled),
         journal_mb,
         statistics.median(replays),
         open_s,
@@ -254,15 +254,15 @@ class DriverCost:
 
     Attributes:
         num_reports: Lines that each trial had written before.
-        look_ms: One look at the files of all, median.
-        look_share: Processor time of all looks per second of the search.
+        read_ms: One reading of the files of all, median.
+        read_share: Processor time of all readings per second of the search.
         view_ms: Drawing the live table once, median.
-        view_share: As ``look_share``.
+        view_share: As ``read_share``.
     """
 
     num_reports: int
-    look_ms: float
-    look_share: float
+    read_ms: float
+    read_share: float
     view_ms: float
     view_share: float
 
@@ -297,11 +297,11 @@ def driver_cost(
     recipe = recipe_of(num_finished + num_live, "random")
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=40)
     view = SearchView(num_seconds, trials(study_dir))
-    looks, draws, look_cpu, draw_cpu = [], [], 0.0, 0.0
-    told: list[str | None] = []
+    readings, draws, read_cpu, draw_cpu = [], [], 0.0, 0.0
+    shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:
         study.adopt()
-        driver = Driver(study, num_live, lambda event: told.append(view.update(event)), hang_timeout_s=3600.0)
+        driver = Driver(study, num_live, lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
         view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []
         for index in range(num_live):
@@ -321,9 +321,9 @@ def driver_cost(
                 os.utime(folder / HEARTBEAT)
             for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
-                driver.poll(at_once=True)  # though it looks less often where one look takes long
-                looks.append(time.perf_counter() - began)
-                look_cpu += time.process_time() - cpu
+                driver.poll(at_once=True)  # though it reads less often where one reading takes long
+                readings.append(time.perf_counter() - began)
+                read_cpu += time.process_time() - cpu
             for _ in range(REFRESH_PER_S):
                 began, cpu = time.perf_counter(), time.process_time()
                 terminal.print(view)
@@ -331,8 +331,8 @@ def driver_cost(
                 draw_cpu += time.process_time() - cpu
     return DriverCost(
         num_reports,
-        1000 * statistics.median(looks),
-        look_cpu / num_seconds,
+        1000 * statistics.median(readings),
+        read_cpu / num_seconds,
         1000 * statistics.median(draws),
         draw_cpu / num_seconds,
     )
@@ -419,11 +419,11 @@ def study_table(costs: Sequence[StudyCost]) -> list[str]:
 def driver_table(costs: Sequence[DriverCost]) -> list[str]:
     """Returns the lines of a Markdown table, a row per number of lines written before."""
     head = [
-        "| lines written before | a look, ms | share of a core | live table, ms | share of a core |",
+        "| lines written before | a reading, ms | share of a core | live table, ms | share of a core |",
         "|---" * 5 + "|",
     ]
     return head + [
-        f"| {c.num_reports:,} | {c.look_ms:.1f} | {100 * c.look_share:.1f} % "
+        f"| {c.num_reports:,} | {c.read_ms:.1f} | {100 * c.read_share:.1f} % "
         f"| {c.view_ms:.1f} | {100 * c.view_share:.1f} % |"
         for c in costs
     ]

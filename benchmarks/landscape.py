@@ -1,10 +1,11 @@
 """What a training of the sandbox gives, between the real trainings of ``benchmarks/table.parquet``.
 
 A smoothed thin-plate spline over the unit cube of the table's values gives ID and mean OOD accuracy along alpha and the
-looks on the way of any training; its error is measured by cross-validation. Trainings with a large learning rate
-collapse, down to chance: beside that cliff a smooth surface swings, so what lies more than ``DEPTH`` under zero-shot
+intermediate values of any training; its error is measured by cross-validation. Trainings with a large learning rate
+collapse, down to chance: next to that cliff a smooth surface oscillates, so what is more than ``DEPTH`` under zero-shot
 counts as that much (chosen by cross-validation). The noise between seeds is what the table's repeated points show: a
-noisy training adds the deviation of one of them, drawn at random with a random sign, to curve and looks together.
+noisy training adds the deviation of one of them, drawn at random with a random sign, to curve and intermediate values
+together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from carft_ray.recipe.schema import Recipe
 SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
 FOLDS = 10
 DEPTH = 0.03  # of the landscape under zero-shot
-SHARES = (0.25, 1 / 3, 0.5, 2 / 3, 0.75, 1.0)  # of a schedule, where looks are kept
+SHARES = (0.25, 1 / 3, 0.5, 2 / 3, 0.75, 1.0)  # of a schedule, where intermediate values are kept
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -40,13 +41,13 @@ class Measured:
         alphas: Grid of the curve, [A].
         id_accuracies: [A].
         ood_accuracies: Mean over the OOD sets, [A].
-        looks: Objective of the looks at ``SHARES`` of the schedule, [len(SHARES)].
+        intermediate: Objective after ``SHARES`` of the schedule, [len(SHARES)].
     """
 
     alphas: FloatArray
     id_accuracies: FloatArray
     ood_accuracies: FloatArray
-    looks: FloatArray
+    intermediate: FloatArray
 
     @property
     def objectives(self) -> FloatArray:
@@ -60,9 +61,9 @@ class Measured:
             return float(fitted_curve(self.alphas, self.objectives, [alpha])[0])
         return choose_alpha(self.alphas.tolist(), self.objectives.tolist(), lowest, None).value
 
-    def look(self, share: float) -> float:
-        """Returns the objective of a look after a share of the schedule."""
-        return float(np.interp(share, SHARES, self.looks))
+    def at_share(self, share: float) -> float:
+        """Returns the objective after a share of the schedule."""
+        return float(np.interp(share, SHARES, self.intermediate))
 
     def plus(self, noise: FloatArray) -> "Measured":
         """Returns the training with a deviation added, [2 A + len(SHARES)]; alpha 0 is the same in all."""
@@ -71,7 +72,7 @@ class Measured:
             self.alphas,
             self.id_accuracies + noise[:n],
             self.ood_accuracies + noise[n : 2 * n],
-            self.looks + noise[2 * n :],
+            self.intermediate + noise[2 * n :],
         )
 
 
@@ -141,15 +142,15 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
     predicted = np.empty_like(clipped)
     for k in range(FOLDS):
         predicted[fold == k] = _spline(points[fold != k], clipped[fold != k])(points[fold == k])
-    foretold, measured = (
+    predicted, measured = (
         np.array([choose_alpha(alphas, ((row[:n] + row[n : 2 * n]) / 2).tolist(), lowest, None).value for row in both])
         for both in (predicted, clipped)
     )
-    stands = np.array([row["objective"] > floor for row in rows])
+    counted = np.array([row["objective"] > floor for row in rows])
     repeats: dict[tuple[float, ...], list[int]] = {}
     for index, values in enumerate(identity):
         repeats.setdefault(values, []).append(index)
-    groups = [which for which in repeats.values() if len(which) > 1 and stands[which].all()]
+    groups = [which for which in repeats.values() if len(which) > 1 and counted[which].all()]
     variances = [np.var([rows[i]["objective"] for i in which], ddof=1) for which in groups]
     deviations = [
         (found[which] - found[which].mean(axis=0)) * np.sqrt(len(which) / (len(which) - 1)) for which in groups
@@ -159,9 +160,9 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         spline=_spline(points, clipped),
         deviations=np.concatenate(deviations),
         seed_sd=float(np.sqrt(np.mean(variances))),
-        num_collapsed=int((~stands).sum()),
-        cv_correlation=float(stats.spearmanr(foretold[stands], measured[stands]).statistic),
-        cv_error=float(np.sqrt(np.mean((foretold - measured)[stands] ** 2))),
+        num_collapsed=int((~counted).sum()),
+        cv_correlation=float(stats.spearmanr(predicted[counted], measured[counted]).statistic),
+        cv_error=float(np.sqrt(np.mean((predicted - measured)[counted] ** 2))),
         defaults={name: getattr(recipe.train, name) for name in SPACE},
     )
 
@@ -177,15 +178,15 @@ def covered(recipe: Recipe) -> Recipe:
 
 
 def _measured(row: Mapping[str, Any], alphas: Sequence[float]) -> list[float]:
-    """Returns a training of the table in one row: ID accuracies, OOD accuracies, looks."""
+    """Returns a training of the table in one row: ID accuracies, OOD accuracies, intermediate values."""
     points = [next(p for p in row["curve"] if abs(p["alpha"] - alpha) < 1e-9) for alpha in alphas]
     shares = [seen["epoch"] / row["epochs"] for seen in row["epochs_seen"]]
-    looks = np.interp(SHARES, shares, [seen["subset/objective"] for seen in row["epochs_seen"]])
-    return [*(p["id_accuracy"] for p in points), *(p["ood_accuracy"] for p in points), *looks.tolist()]
+    intermediate = np.interp(SHARES, shares, [seen["subset/objective"] for seen in row["epochs_seen"]])
+    return [*(p["id_accuracy"] for p in points), *(p["ood_accuracy"] for p in points), *intermediate.tolist()]
 
 
 def _raised(id_accuracies: FloatArray, ood_accuracies: FloatArray, floor: float) -> FloatArray:
-    """Returns both curves side by side, raised by the same amount where their mean lies under the floor."""
+    """Returns both curves in one row, raised by the same amount where their mean lies under the floor."""
     lift = np.maximum(floor - (id_accuracies + ood_accuracies) / 2, 0)
     return np.concatenate([id_accuracies + lift, ood_accuracies + lift], axis=1)
 

@@ -3,11 +3,11 @@
 Of the images of each domain (folders of FOLDER, or the sandbox's domains, which are synthetic) some are drawn, and of
 each copies of eight kinds are made. A set of copies is compared with all images of its domain, as two roles are before
 a search: a copy is found when it makes a pair with its original. The first number is what thumbnails alone found before
-pictures were looked at twice: those of the whole picture at most ``ALONE`` apart.
+pictures were compared twice: those of the whole picture at most ``ALONE`` apart.
 
-Every other pair is told: between two originals, and between a copy and another original. On the sandbox none of them is
-right. Of a folder, ``--labels`` says which are: a CSV file with the columns first, second and same_picture (yes or no).
-A pair that it does not have is not judged: look at the two images.
+Every other pair is printed: between two originals, and between a copy and another original. On the sandbox none of them
+is right. Of a folder, ``--labels`` says which are: a CSV file with the columns first, second and same_picture (yes or
+no). A pair that it does not have is not judged: inspect the two images.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", description="Copies among images.")
     parser.add_argument("folder", nargs="?", type=Path, help="folder of domains; without it the sandbox (synthetic)")
     parser.add_argument(
-        "--labels", type=Path, help="CSV file of pairs that were looked at: first, second, same_picture"
+        "--labels", type=Path, help="CSV file of pairs that were inspected: first, second, same_picture"
     )
     parser.add_argument("--copies", type=int, default=100, help="copies of each kind and domain (%(default)s)")
     parser.add_argument("--per-class", type=int, default=20, help="images of each class of the sandbox (%(default)s)")
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     domains = sandbox_domains(arguments.per_class) if synthetic else folder_domains(arguments.folder)
     print(f"Copies that are found, %: thumbnails alone, then pairs; {'synthetic' if synthetic else arguments.folder}")
     print(f"{'':16s}" + "".join(f"{kind:>17s}" for kind in COPIES))
-    recalls, told, num_copies, num_images = [], [], 0, 0
+    recalls, printed, num_copies, num_images = [], [], 0, 0
     for domain, names, pictures in domains:
         recall, pairs, num_candidates = measure(names, pictures, arguments.copies)
         cells = "".join(f"{f'{100 * alone:.1f} {100 * both:.1f}':>17s}" for alone, both in recall.values())
@@ -182,21 +182,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         recalls.append({kind: (num_drawn * alone, num_drawn * both) for kind, (alone, both) in recall.items()})
         num_copies += num_drawn
         num_images += len(pictures)
-        told += sorted(pairs)
-    for first, second in told:
+        printed += sorted(pairs)
+    for first, second in printed:
         known = labels.get(frozenset((first, second)), unknown)
-        print(f"  {first} and {second}: {'look at them' if known is None else 'the same' if known else 'DIFFERENT'}")
+        print(f"  {first} and {second}: {'inspect them' if known is None else 'the same' if known else 'DIFFERENT'}")
     passed = True
     for kind, least in LEAST_RECALL.items():
         alone, both = (sum(one[kind][k] for one in recalls) / num_copies for k in (0, 1))
         least = max(least, alone) if kind in RE_ENCODED else least
         passed &= both >= least
         print(f"{'PASS' if both >= least else 'FAIL'}  {kind}: {100 * both:.1f} % found, at least {100 * least:.1f} %")
-    right, wrong = (sum(labels.get(frozenset(pair), unknown) is same for pair in told) for same in (True, False))
+    right, wrong = (sum(labels.get(frozenset(pair), unknown) is same for pair in printed) for same in (True, False))
     most = int(MOST_WRONG * num_images)
     passed &= wrong <= most
     words = f"{wrong} pairs of different pictures among {num_images} images, at most {most}"
-    print(f"{'PASS' if wrong <= most else 'FAIL'}  {words}; {right} of copies, {len(told) - right - wrong} not judged")
+    print(
+        f"{'PASS' if wrong <= most else 'FAIL'}  {words}; {right} of copies, {len(printed) - right - wrong} not judged"
+    )
     return 0 if passed else 1
 
 

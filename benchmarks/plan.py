@@ -1,4 +1,4 @@
-"""Whether a plan foretells how long a search takes: three small searches of the sandbox. ``python -m benchmarks.plan``
+"""Whether a plan predicts how long a search takes: three small searches of the sandbox. ``python -m benchmarks.plan``
 
 For each recipe the command ``carft-ray plan`` says what the search will take, and then ``carft-ray search`` runs it, by
 the clock from the start of the command to its end. The check: the expected time is within 30 % of the measured one.
@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> tuple[dict[str, Any], float]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="What a plan foretells.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="What a plan predicts.")
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES), help="which (all)")
     return parser.parse_args(argv)
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a Markdown table; returns 1 when a forecast is too far off."""
     arguments = _arguments(argv)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, synthetic images\n")
-    print("| search | plan took, s | foretold, s | range, s | measured, s | foretold / measured | load | |")
+    print("| search | plan took, s | predicted, s | range, s | measured, s | predicted / measured | load | |")
     print("|---|---|---|---|---|---|---|---|")
     misses = 0
     for name in arguments.searches:

@@ -1,4 +1,4 @@
-"""What the one reading of a set costs beside decoding it: ``python -m benchmarks.reading``
+"""What the one reading of a set costs in addition to decoding it: ``python -m benchmarks.reading``
 
 Makes small JPEG files (synthetic, with the spectrum of photos) in a temporary folder, in two sizes: that of most of
 ImageNet, and 224 pixels. From ``NUM_DISTINCT`` on they are hard links to the first. Then, in turns and with as many

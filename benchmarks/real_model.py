@@ -3,7 +3,7 @@
 ``search_spaces/imagenet-b16.yaml`` as it is, but for random weights, two workers on the CPU, few images in the true
 layout of ImageNet (all 1,000 class folders, one picture of noise each), two templates, and batches that make three
 steps. What happens is forward, KL against the frozen model and backward of the whole ViT-B/16, and an alpha curve. It
-tells that everything fits together and into memory, and nothing of accuracy.
+shows that everything fits together and into memory, and nothing about accuracy.
 """
 
 import argparse

@@ -8,8 +8,8 @@ searches a side; what is compared is the noise-free objective of the trial that 
 
     TPE against random          30 trials
     profile against sample      30 trainings each: alpha from the curve, or drawn like the other parameters
-    divergence told             every learning rate above a limit diverges; share of such trials in the second half,
-                                told as the product does (PRUNED and a constraint) and, beside it, as FAIL
+    divergence                  every learning rate above a limit diverges; share of such trials in the second half,
+                                recorded as the product does (PRUNED and a constraint) and as FAIL
 """
 
 import argparse
@@ -42,10 +42,11 @@ NUM_TRIALS = 30
 DIVERGES_ABOVE = 1e-3  # learning rate; half of the space on its log scale
 LARGEST_INFEASIBLE_SHARE = 0.40
 
-Told = Callable[[Mapping[str, Any], np.random.Generator], float | None]  # objective of a training; None: diverged
+# objective of a training; None: diverged
+ObjectiveOf = Callable[[Mapping[str, Any], np.random.Generator], float | None]
 
 
-def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
+def search(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[TrialRow]:
     """Runs one search of the product's study over replayed trainings, one after the other."""
     sampler = recipe.search.sampler.model_copy(update={"seed": seed})
     part = recipe.search.model_copy(update={"sampler": sampler, "baselines": {}})
@@ -59,7 +60,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)
-            objective = told(spec.values, rng)
+            objective = objective_of(spec.values, rng)
             if objective is None:
                 error = DivergedError("replayed divergence")
                 write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
@@ -70,15 +71,15 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
         return study.rows()
 
 
-def searched_with_fail(recipe: Recipe, told: Told, seed: int) -> list[dict[str, Any]]:
-    """Runs the same search in plain Optuna, where a divergence is told as FAIL; returns the values of the trials."""
+def searched_with_fail(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[dict[str, Any]]:
+    """Runs the same search in plain Optuna, which records a divergence as FAIL; returns the values of the trials."""
     rng, space = np.random.default_rng(seed), space_of(recipe)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, recipe.search.trials // 4))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for _ in range(recipe.search.trials):
         trial = study.ask()
         values = {name: trial.suggest_float(name, p.low, p.high, log=p.log) for name, p in space.items()}
-        objective = told(values, rng)
+        objective = objective_of(values, rng)
         if objective is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
@@ -90,17 +91,17 @@ def found(landscape: Landscape, recipe: Recipe, num_seeds: int) -> FloatArray:
     """Returns per search the noise-free objective of its best trial."""
     lowest = recipe.search.alpha.lowest
 
-    def told(values: Mapping[str, Any], rng: np.random.Generator) -> float:
+    def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
         return landscape.objective(values, lowest) + float(rng.normal(0, landscape.seed_sd))
 
-    best = [best_row(search(recipe, told, seed)) for seed in range(num_seeds)]
+    best = [best_row(search(recipe, objective_of, seed)) for seed in range(num_seeds)]
     return np.array([landscape.objective(row.values, lowest) for row in best if row is not None])
 
 
 def infeasible_shares(landscape: Landscape, recipe: Recipe, num_seeds: int) -> tuple[FloatArray, FloatArray]:
-    """Returns per search the share of diverged trials in its second half: as the product tells them, and as FAIL."""
+    """Returns per search the share of diverged trials in its second half: as the product records them, and as FAIL."""
 
-    def told(values: Mapping[str, Any], rng: np.random.Generator) -> float | None:
+    def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float | None:
         noise = float(rng.normal(0, landscape.seed_sd))
         diverges = values["learning_rate"] > DIVERGES_ABOVE
         return None if diverges else landscape.objective(values, recipe.search.alpha.lowest) + noise
@@ -109,8 +110,8 @@ def infeasible_shares(landscape: Landscape, recipe: Recipe, num_seeds: int) -> t
         half = values[len(values) // 2 :]
         return sum(float(v["learning_rate"]) > DIVERGES_ABOVE for v in half) / len(half)
 
-    ours = [share([row.values for row in search(recipe, told, seed)]) for seed in range(num_seeds)]
-    fail = [share(searched_with_fail(recipe, told, seed)) for seed in range(num_seeds)]
+    ours = [share([row.values for row in search(recipe, objective_of, seed)]) for seed in range(num_seeds)]
+    fail = [share(searched_with_fail(recipe, objective_of, seed)) for seed in range(num_seeds)]
     return np.array(ours), np.array(fail)
 
 
@@ -150,7 +151,7 @@ def run(table: Path, num_seeds: int, num_trials: int) -> bool:
     reached = bool(np.mean(ours) <= LARGEST_INFEASIBLE_SHARE)
     print(
         f"{'PASS' if reached else 'FAIL'}  learning rates above {DIVERGES_ABOVE:g} diverge: their share in the second "
-        f"half is {mean_with_interval(ours)} % (at most {100 * LARGEST_INFEASIBLE_SHARE:.0f}); told as FAIL it is "
+        f"half is {mean_with_interval(ours)} % (at most {100 * LARGEST_INFEASIBLE_SHARE:.0f}); recorded as FAIL it is "
         f"{mean_with_interval(fail)} %"
     )
     return reached

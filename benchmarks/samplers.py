@@ -1,8 +1,8 @@
 """Every sampler on the replayed table, after 30 and after 100 trials. ``python -m benchmarks.samplers``
 
 Searches of the product's own study over ``benchmarks.landscape`` in four values: learning rate, KL weight, weight decay
-and crop scale, as far as the table covers them. A trial is told with the noise between seeds; what is compared is the
-noise-free objective of the trial that the search calls best, with Student's 95 % interval over searches, and beside it
+and crop scale, as far as the table covers them. A trial has the noise between seeds; what is compared is the
+noise-free objective of the trial that the search calls best, with Student's 95 % interval over searches, and next to it
 the difference to random search with the same seed. A search has 100 trials, of which the first 30 are what a search of
 30 would have done: ``tpe`` and ``gp`` begin with 8 random trials, the populations have 10. The grid cannot be cut
 short: it has a search for each number of trials, of as many points.
@@ -25,7 +25,7 @@ from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_row
 
 LOWEST = 0.1  # alpha that a trial may choose
-LOOKS = (30, 100)  # trials after which a search is read
+LENGTHS = (30, 100)  # trials after which a search is read
 SAMPLERS = {
     "random": [],
     "tpe": ["search.sampler.startup_trials=8"],
@@ -70,26 +70,26 @@ def best_after(rows: Sequence[TrialRow], num_trials: int, landscape: Landscape) 
 
 
 def found(name: str, landscape: Landscape, num_seeds: int) -> FloatArray:
-    """Returns the noise-free objectives, [searches, len(LOOKS)]."""
+    """Returns the noise-free objectives, [searches, len(LENGTHS)]."""
 
-    def told(values: Mapping[str, Any], rng: np.random.Generator) -> float:
+    def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
         return landscape.training(values, rng).objective(LOWEST)
 
     runs = []
     for seed in range(num_seeds):
         if name == "grid":
-            rows = [search(recipe_of(name, number, []), told, seed) for number in LOOKS]
+            rows = [search(recipe_of(name, number, []), objective_of, seed) for number in LENGTHS]
         else:
-            rows = [search(recipe_of(name, max(LOOKS), SAMPLERS[name]), told, seed)] * len(LOOKS)
-        runs.append([best_after(rows[i], number, landscape) for i, number in enumerate(LOOKS)])
+            rows = [search(recipe_of(name, max(LENGTHS), SAMPLERS[name]), objective_of, seed)] * len(LENGTHS)
+        runs.append([best_after(rows[i], number, landscape) for i, number in enumerate(LENGTHS)])
     return np.array(runs)
 
 
 def run(names: Sequence[str], num_seeds: int) -> None:
     """Prints a row of the table for each sampler, as it is known."""
     landscape = read_landscape(TABLE, covered(load_recipe(RECIPE, [])))
-    heads = " | ".join(f"{number} trials | minus random" for number in LOOKS)
-    print(f"| sampler | {heads} | s a search |\n|---|{'---|' * (2 * len(LOOKS) + 1)}")
+    heads = " | ".join(f"{number} trials | minus random" for number in LENGTHS)
+    print(f"| sampler | {heads} | s a search |\n|---|{'---|' * (2 * len(LENGTHS) + 1)}")
     random: FloatArray | None = None
     for name in names:
         began = time.perf_counter()
@@ -97,10 +97,10 @@ def run(names: Sequence[str], num_seeds: int) -> None:
         seconds = (time.perf_counter() - began) / num_seeds
         random = best if name == "random" else random
         cells = []
-        for look in range(len(LOOKS)):
-            cells.append(mean_with_interval(best[:, look]))
+        for index in range(len(LENGTHS)):
+            cells.append(mean_with_interval(best[:, index]))
             other = random is not None and name != "random"
-            cells.append(mean_with_interval(best[:, look] - random[:, look]) if other else "")  # type: ignore[index]
+            cells.append(mean_with_interval(best[:, index] - random[:, index]) if other else "")  # type: ignore[index]
         print(f"| `{name}` | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
 
 

@@ -4,15 +4,15 @@ Searches of the product's own study over ``benchmarks.landscape``, ``NUM_SEEDS``
 ``benchmarks.samplers``; a trial shows the noise between seeds, what is compared is free of it, with Student's 95 %
 interval over searches. Differences are paired by seed.
 
-    pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best; beside it the
+    pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best; next to it the
                   best of the first trials without a pruner that train as many epochs
     pareto        TPE with and without successive halving, and random: hypervolume of the reported front beyond
                   zero-shot, 30 trainings each; epochs saved
     constraints   ID accuracy at least that of plain fine-tuning plus ``ID_GAIN``: how often the best trial meets it,
-                  with the constraint told to TPE, with it in the choice of alpha alone (random), and without
+                  with the constraint passed to TPE, with it in the choice of alpha alone (random), and without
     warm_start    10 trials after a search of 30 on a related task (the same space, whose trainings give what half as
                   many epochs give), against 10 and 30 trials alone
-    real          a search of the sandbox with successive halving, beside what its replay foretells
+    real          a search of the sandbox with successive halving, and what its replay predicts
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Searched:
 def replayed(
     recipe: Recipe, landscape: Landscape, seed: int, study_dir: Path | None = None, as_epochs: int | None = None
 ) -> Searched:
-    """Runs one search, a training after the other, with looks, cuts, alpha curves and constraints.
+    """Runs one search, a training after the other, with intermediate values, cuts, alpha curves and constraints.
 
     Args:
         recipe: Its baselines are left out, but for ``plain`` where a constraint names it.
@@ -118,7 +118,7 @@ def replayed(
 
 def _line(epoch: int, epochs: int, training: Measured) -> dict[str, Any]:
     steps = {"step": epoch * STEPS_AN_EPOCH, "num_steps": epochs * STEPS_AN_EPOCH}
-    return {"epoch": epoch, **steps, "subset/objective": training.look(epoch / epochs)}
+    return {"epoch": epoch, **steps, "subset/objective": training.at_share(epoch / epochs)}
 
 
 def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: Landscape) -> dict[str, Any]:
@@ -240,9 +240,9 @@ def pareto(landscape: Landscape, num_seeds: int) -> None:
             saved.append(1 - searched.num_epochs / (NUM_TRIALS * EPOCHS))
         found = np.array(volumes)
         random = found if random is None else random
-        beside = mean_with_interval(10 * (found - random)) if name != "random" else ""
+        difference = mean_with_interval(10 * (found - random)) if name != "random" else ""
         share = mean_with_interval(np.array(saved)) if any(saved) else "0"
-        print(f"| {name} | {mean_with_interval(10 * found)} | {beside} | {share} |", flush=True)
+        print(f"| {name} | {mean_with_interval(10 * found)} | {difference} | {share} |", flush=True)
 
 
 def constraints(landscape: Landscape, num_seeds: int) -> None:
@@ -251,9 +251,9 @@ def constraints(landscape: Landscape, num_seeds: int) -> None:
     print(f"ID accuracy of at least {100 * bound:.2f} %, free of noise:")
     heads = ("search", "best meets it, %", "violation of the best, points", "of the second half meet it, %", "best, %")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    told = ["search.baselines={plain: {kl_weight: 0.3}}", "search.constraints={id_drop: {plain: 0.0}}"]
-    settings = {"TPE, none": ("tpe", TPE), "random, in the choice of alpha": ("random", told)}
-    settings["TPE, in the choice of alpha and told"] = ("tpe", [*TPE, *told])
+    constrained = ["search.baselines={plain: {kl_weight: 0.3}}", "search.constraints={id_drop: {plain: 0.0}}"]
+    settings = {"TPE, none": ("tpe", TPE), "random, in the choice of alpha": ("random", constrained)}
+    settings["TPE, in the choice of alpha and passed"] = ("tpe", [*TPE, *constrained])
     for name, (sampler, overrides) in settings.items():
         recipe = recipe_of(sampler, NUM_TRIALS, overrides)
         met, missed, later, best = [], [], [], []
@@ -289,12 +289,12 @@ def warm_start(landscape: Landscape, num_seeds: int) -> None:
     print(f"| search of {EPOCHS} epochs a trial | best, % | minus {few} trials |\n|---|---|---|")
     for name, values in found.items():
         best = np.array(values)
-        beside = "" if name == f"{few} trials" else mean_with_interval(best - cold)
-        print(f"| {name} | {mean_with_interval(best)} | {beside} |")
+        difference = "" if name == f"{few} trials" else mean_with_interval(best - cold)
+        print(f"| {name} | {mean_with_interval(best)} | {difference} |")
 
 
 def real(landscape: Landscape, num_seeds: int) -> None:
-    """Runs the sandbox's search with successive halving, and says what its replay foretells."""
+    """Runs the sandbox's search with successive halving, and prints what its replay predicts."""
     settings = ["evaluate.every_epochs=2", "search.pruner.name=successive_halving", "search.baselines={}"]
     recipe = covered(load_recipe(RECIPE, settings))
     with tempfile.TemporaryDirectory(prefix="carft-real-") as folder:
@@ -307,9 +307,9 @@ def real(landscape: Landscape, num_seeds: int) -> None:
         epochs = [len(files.read_json_lines(study_dir / "trials" / row.name / METRICS)) for row in rows]
     complete = [row for row in rows if row.outcome == "complete"]
     measured = np.array([row.objective for row in complete], np.float64)
-    foretold = np.array([landscape.objective(row.values, LOWEST) for row in complete])
-    error = np.sqrt(np.mean((measured - foretold) ** 2))
-    rank = stats.spearmanr(measured, foretold).statistic
+    predicted = np.array([landscape.objective(row.values, LOWEST) for row in complete])
+    error = np.sqrt(np.mean((measured - predicted) ** 2))
+    rank = stats.spearmanr(measured, predicted).statistic
     replays = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
     all_epochs = recipe.search.trials * EPOCHS
     saved = np.array([1 - each.num_epochs / all_epochs for each in replays])

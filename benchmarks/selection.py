@@ -9,7 +9,7 @@ with u, v, e standard normal: then the population accuracy is a_c exactly, and t
 Phi((Phi^-1(a_c) sqrt(1 + s_b^2) - sqrt(.90) u - sqrt(.06) v) / sqrt(.04 + s_b^2)). The search sees one seed per trial
 and takes the largest objective; the best is then trained with fresh seeds. There is no alpha here. What is checked is
 the product's own code (``intervals``, ``selection``, ``bootstrap`` of ``results.statistics``), with the naive maximum
-beside it. "Truth" is one of two: the population, or the mean over seeds on these very images.
+next to it. "Truth" is one of two: the population, or the mean over seeds on these very images.
 
 Then pairs of equal configurations, whose difference is 0, are compared with 2, 3, 5 and 10 seeds on 30, 160 and 1,000
 images: answers of two seeds that differ on 0, 1 or 5 % of the images, and seeds whose accuracy has a standard deviation
@@ -57,7 +57,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Check:
-    """A number that must lie between two ends.
+    """A number that must be between two ends.
 
     Attributes:
         text: What it is.
@@ -262,7 +262,7 @@ def run(
     seed: int = 0,
     num_pairs: int = NUM_PAIRS,
 ) -> tuple[list[Check], list[str]]:
-    """Returns the checks of the simulated studies, and what stands beside them."""
+    """Returns the checks of the simulated studies, and further numbers."""
     streams = np.random.SeedSequence(seed).spawn(3 * num_studies)
     rngs = [np.random.default_rng(stream) for stream in streams]
     studies = [one_study(rng, num_trials) for rng in rngs[:num_studies]]
@@ -288,13 +288,13 @@ def run(
               float(np.mean(equal)), *NOMINAL),
     ]  # fmt: skip
     checks += pair_checks(np.random.default_rng([seed, 1]), num_pairs)
-    beside = [
+    further = [
         f"Beside them, the naive maximum: bias {100 * mean['naive_bias']:+.2f} points with noisy seeds, "
         f"{100 * naive:+.2f} with quiet ones.",
         f"{num_studies} studies of {num_trials} trials; a coverage of 95 % has a Monte Carlo standard error of "
         f"{100 * math.sqrt(0.95 * 0.05 / num_studies):.1f} points.",
     ]
-    return checks, beside
+    return checks, further
 
 
 def within(text: str, value: float, most: float) -> Check:
@@ -314,10 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(given.studies, given.trials, given.resamples, given.pairs) < 2:
         parser.error("--studies, --trials, --resamples and --pairs must be at least 2")
     began = time.perf_counter()
-    checks, beside = run(given.studies, given.trials, given.resamples, given.seed, given.pairs)
+    checks, further = run(given.studies, given.trials, given.resamples, given.seed, given.pairs)
     for check in checks:
         print(check.line())
-    for line in beside:
+    for line in further:
         print(line)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0 if all(check.passed for check in checks) else 1

@@ -1,7 +1,7 @@
 """How long a person waits for the first sign of life: ``python -m benchmarks.startup``
 
 Runs ``carft-ray --help`` and ``carft-ray validate search_spaces/quickstart.yaml`` as separate processes, with the
-console script that is installed beside this interpreter, and compares the median of five with a threshold. One run of
+console script that is installed with this interpreter, and compares the median of five with a threshold. One run of
 each before that fills the file caches and is not counted. Exit code 1 when a threshold is missed.
 """
 

@@ -2,7 +2,7 @@
 
 A space-filling design (scrambled Sobol) over five values of a training, ``SPACE``; each point is trained by the
 product's own code with the recipe ``search_spaces/quickstart.yaml`` and read on the validation sets only. The table
-keeps what a search, a pruner or a selection rule may look at:
+keeps what a search, a pruner or a selection rule may use:
 
     one row per training: the five values, seed (0; the first four points also with others), objective, alpha,
     accuracies, elapsed_s,
@@ -11,7 +11,7 @@ keeps what a search, a pruner or a selection rule may look at:
 
 ``correct`` holds one bit per validation image (``numpy.packbits``, sets and their sizes in the order of the schema's
 metadata). A training that diverged has its values and nothing else. Finished trainings are kept and not run again: a
-killed benchmark goes on with the same command.
+killed benchmark continues with the same command.
 """
 
 import argparse

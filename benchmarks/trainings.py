@@ -208,14 +208,14 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
                     clock.finished(futures[future])
         except BrokenProcessPool as error:  # the signal may have gone to the workers too
             if not bench.stop_path.exists():
-                rule, step = "a worker process was killed", "The same command goes on; is there enough memory?"
+                rule, step = "a worker process was killed", "The same command continues; is there enough memory?"
                 raise CarftError(Problem("", rule, next_step=step)) from error
         except BaseException:
             files.write_text(bench.stop_path, "error\n")  # what runs writes a checkpoint, what waits is not begun
             raise
     if bench.stop_path.exists():
         bench.stop_path.unlink()
-        raise InterruptedRunError(Problem("", "stopped on request", next_step="The same command goes on."))
+        raise InterruptedRunError(Problem("", "stopped on request", next_step="The same command continues."))
     return [Finished(planned, bench.training_dir(planned)) for planned in plans]
 
 

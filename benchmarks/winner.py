@@ -7,8 +7,8 @@ The whole sequence that a user would run, by the command line, on the sandbox (s
     confirm   the winner, the winner of plain fine-tuning, and the baselines, each with five fresh seeds
     test      all of them on id_test and ood_test, once, at the alphas that validation chose
 
-It prints a table in Markdown. Everything lies in ``--out`` (git ignores it); a run that was killed goes on with the
-same command, and a finished one is only printed again.
+It prints a table in Markdown. Everything is written to ``--out`` (git ignores it); a run that was killed continues with
+the same command, and a finished one is only printed again.
 """
 
 import argparse

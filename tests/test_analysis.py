@@ -185,13 +185,13 @@ def test_it_counts_as_a_read_for_every_command(run, again, read):
     code, out, err = run("test", "study", "--again", "winner and baselines")
     assert code == 0, err
     assert "Test read 2" in err
-    assert "The search went on once after a test read." in err
+    assert "The search was continued once after a test read." in err
     assert json.loads((again / "test" / "analysis.json").read_text()) == read[1]
     code, out, err = run("test", "study", "--all-trials", "--again", "once more", "--json")
     assert code == 0, err
     third = json.loads(out)
     assert (third["read"], third["reason"], third["rules"]) == (3, "once more", read[1]["rules"])
-    assert "The search had gone on" in "\n".join(third["lines"])
+    assert "The search was continued" in "\n".join(third["lines"])
     assert [entry.purpose for entry in read_ledger(again)] == ["analysis", "search went on", "test", "analysis"]
 
 
@@ -203,7 +203,7 @@ def test_a_killed_analysis_goes_on_and_a_read_of_the_other_kind_is_told_of_it(ru
     assert "That read is not finished; go on with it: carft-ray test" in err
     code, out, err = run("test", "study", "--all-trials")
     assert code == 0, err
-    assert "going on with the read of" in err
+    assert "continuing the read of" in err
     assert "read before" in err
     assert json.loads((again / "test" / "analysis.json").read_text()) == read[1]
     assert len(read_ledger(again)) == 1

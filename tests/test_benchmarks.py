@@ -362,7 +362,7 @@ def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by
     assert pairs.main(command) == 0
     told = capsys.readouterr().out
     assert "PASS  small watermark: 100.0 % found, at least 95.0 %" in told
-    assert "photo/cat/0.jpg and photo/cat/again.png: look at them" in told
+    assert "photo/cat/0.jpg and photo/cat/again.png: inspect them" in told
     assert "0 of copies, 1 not judged" in told
     (tmp_path / "labels.csv").write_text("first,second,same_picture\nphoto/cat/again.png,photo/cat/0.jpg,no\n")
     assert pairs.main([*command, "--labels", str(tmp_path / "labels.csv")]) == 1

@@ -22,7 +22,7 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
-from carft_ray.results.reading import overview
+from carft_ray.results.reading import documents, overview
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -122,7 +122,7 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
     assert 2 * 2 * 600 <= study.gpu_seconds() < 2 * 2 * 650  # and what passed meanwhile
     read = overview.read_study(study.study_dir)
     assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
-    assert overview.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
+    assert documents.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
 
     second = tune(gpu_hours=1)
     again = second.start()
@@ -185,7 +185,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     assert result.best.name in (study_dir / "best.yaml").read_text().splitlines()[0]
     assert (study_dir / "figure.png").exists()
     assert all(row.spent_s > 0 for row in finished)
-    view = overview.status(overview.read_study(study_dir))
+    view = documents.status(overview.read_study(study_dir))
     assert view["budget"]["ended"] == result.out_of_budget
 
     stand_in.tell(tmp_path, seconds=0.01)

@@ -274,13 +274,12 @@ MISTAKES = [
     (
         ["evaluate", "nowhere"],
         2,
-        "{here}/nowhere: must be a folder that `train --out` or `search --study` has made, but got no such folder",
+        "nowhere: must be a study or the folder of a training, but got no such folder",
     ),
     (
         ["export", "images", "--to", "new"],
         2,
-        "{here}/images: must be a folder that `train --out` or `search --study` has made, but got one without "
-        "manifest.json",
+        "images: must be a study or the folder of a training, but got one without study.journal",
     ),
     (
         ["evaluate", "done", "--head", "zeroshot"],
@@ -292,7 +291,7 @@ MISTAKES = [
         ["evaluate", "done", "--trial", "t0003"],
         2,
         "--trial: needs a study, but got the folder of one training, {here}/done\n"
-        "    Leave --trial out, or give the folder of a study.",
+        "    Leave the trial 't0003' out, or give the folder of a study.",
     ),
     (
         ["export", "done", "--to", "full"],
@@ -421,13 +420,15 @@ def test_damaged_results_are_a_storage_error(run, name, words):
     assert everything() == before
 
 
-@pytest.mark.parametrize("name", ["result.json", "manifest.json"])
-def test_a_damaged_json_file_is_a_storage_error(run, name):
+@pytest.mark.parametrize(
+    ("name", "what"), [("result.json", "result of a training"), ("manifest.json", "manifest of a")]
+)
+def test_a_damaged_json_file_is_a_storage_error(run, name, what):
     path = Path("done", name)
     path.write_bytes(path.read_bytes()[:-10])
     code, _, err = run("evaluate", "done")
     assert code == 5
-    assert err.startswith(f"error: {path.absolute()}: must be a whole JSON file, but got a damaged one (")
+    assert err.startswith(f"error: {path.absolute()}: must be the {what}")
 
 
 def test_an_unfinished_training_is_no_model(run):

@@ -116,7 +116,7 @@ def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_o
         study.adopt()
         finish(study, study.next(), 0.9)
     now, _, [note] = plan(read_study(view.study_dir), 1, 3)
-    assert note == f"the search went on after {first.winner} was fixed as the winner; now it is {now.winner}"
+    assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
     roles = {row.name: row.role for row in now.rows}
     assert (roles[now.winner], roles[first.winner]) == ("winner", "candidate")
     assert [*roles.values()].count("winner") == 1

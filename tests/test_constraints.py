@@ -19,7 +19,8 @@ from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import alone
-from carft_ray.results.reading.overview import listing, read_study, status
+from carft_ray.results.reading.documents import listing, status
+from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.rows import best_row, trials

@@ -197,8 +197,6 @@ def test_one_image_is_named_as_not_covered():
         ({"a": np.zeros(3)}, {"a": 1.0}, r"\[seeds, images\]"),
         ({"a": np.zeros((3, 0))}, {"a": 1.0}, "not empty"),
         ({"a": np.zeros((3, 2)), "b": np.zeros((2, 2))}, {"a": 1.0, "b": 1.0}, "same number of seeds"),
-        ({"a": np.full((3, 2), np.nan)}, {"a": 1.0}, "finite"),
-        ({"a": np.zeros((3, 2))}, {"a": math.inf}, "finite"),
     ],
 )
 def test_arrays_that_do_not_belong_together_are_refused(values, weights, message):

@@ -18,9 +18,9 @@ def test_the_code_for_onnx_resizes_and_crops_as_open_clip(tiny_clip, mode, inter
     given = {"size": 16, "resize_mode": mode, "interpolation": interpolation}
     config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], **given}}
     clip = dataclasses.replace(tiny_clip, config=config)
-    code = "\n".join(model_card._code("onnx", clip, ""))
+    code = model_card.usage("onnx", clip, has_bias=False).partition("```python\n")[2].partition("session =")[0]
     names = {}
-    exec(code.split("session =")[0], names)
+    exec(code, names)
     stock = open_clip.image_transform(
         16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
     )
@@ -40,7 +40,7 @@ def test_the_code_for_onnx_resizes_and_crops_as_open_clip(tiny_clip, mode, inter
         ("squash", "RGB, resized to 16 x 16 pixels (bicubic), "),
     ],
 )
-def test_the_preprocessing_is_told_in_words(tiny_clip, mode, words):
+def test_the_preprocessing_in_words(tiny_clip, mode, words):
     config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], "resize_mode": mode}}
     said = model_card.preprocessing(dataclasses.replace(tiny_clip, config=config))
     assert said == (

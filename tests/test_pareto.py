@@ -27,8 +27,9 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.confirmation.plan import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirmation.summary import summarise
+from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.finished import open_finished
-from carft_ray.results.reading.overview import read_study, status, total_trials
+from carft_ray.results.reading.overview import read_study, total_trials
 from carft_ray.results.reading.summary import study_summary
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.report import study_report
@@ -311,7 +312,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
     now, trained, said = confirm(view)
     assert trained == []
     assert said == [
-        f"the search went on: {winner} stood at alpha 0.40, now at {drawn:.2f}",
+        f"the search continued: {winner} was at alpha 0.40, now it is at {drawn:.2f}",
         "All 2 trainings with fresh seeds are there already.",
     ]
     assert [(row.name, row.alpha) for row in now.rows if row.role == "winner"] == [(winner, drawn)]

@@ -20,8 +20,8 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import is_looked_at, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
-from carft_ray.results.reading.overview import read_study, status
-from carft_ray.results.statistics.pruner_quality import pruner_quality
+from carft_ray.results.reading.documents import pruner_quality, status
+from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import Looked, cut_reason, deciding_look, look_of
 from carft_ray.study.rows import trials
@@ -347,7 +347,7 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     assert (found["trials"], found["warning"]) == (10, None)
     assert found["rank_correlation"] == pytest.approx(1.0)
     bad = [complete(n, 0.1 * n, 0.2 - 0.01 * n) for n in range(10)]
-    assert "hardly foretell" in pruner_quality(part, bad)["warning"]
+    assert "hardly predict" in pruner_quality(part, bad)["warning"]
     assert pruner_quality(part, bad[:9])["warning"] is None
     assert pruner_quality(part, [])["rank_correlation"] is None
     pruned = TrialRow("trial", 10, "t10", {}, "pruned", looks={33: 0.0})

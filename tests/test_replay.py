@@ -68,11 +68,11 @@ def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
     assert landscape.seed_sd == pytest.approx(0.001)
 
 
-def test_accuracies_and_looks_are_foretold_beside_the_objective(landscape):
+def test_accuracies_and_intermediate_values_are_predicted_with_the_objective(landscape):
     values = {"learning_rate": 7e-4, "kl_weight": 2.0, "weight_decay": 0.05, "epochs": 12, "crop_scale": 0.8}
     training = landscape.training(values)
     assert np.abs(training.id_accuracies - training.ood_accuracies - 0.4).max() < 1e-9
-    assert training.look(0.5) == pytest.approx(look(values, 6), abs=0.01)
+    assert training.at_share(0.5) == pytest.approx(look(values, 6), abs=0.01)
 
 
 def test_a_seed_moves_curve_and_looks_together_and_leaves_zero_shot(landscape):
@@ -83,7 +83,7 @@ def test_a_seed_moves_curve_and_looks_together_and_leaves_zero_shot(landscape):
         noisy = landscape.training(values, rng)
         assert noisy.objectives[0] == pytest.approx(truth.objectives[0])
         shifts.append(noisy.objectives[2] - truth.objectives[2])
-        assert np.allclose(noisy.looks - truth.looks, shifts[-1])
+        assert np.allclose(noisy.intermediate - truth.intermediate, shifts[-1])
     assert np.std(shifts) == pytest.approx(landscape.seed_sd, rel=0.2)
 
 

@@ -16,9 +16,8 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.reading.stored import confirmed, read_stored
-from carft_ray.results.report import study_report
+from carft_ray.results.report import robustness, study_report
 from carft_ray.results.statistics.bootstrap import bbc, resample
-from carft_ray.results.statistics.robustness import robustness
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
 from carft_ray.study.outcome import Failure, write_failure
@@ -175,7 +174,7 @@ def test_the_default_text_is_short_and_says_what_each_number_means_and_details_h
     for form, out in (("brief", short), ("lines", full)):
         assert out.startswith("\n".join(found[form]))
     for number, meaning in (
-        (found["corrected"]["value"], "The luck expected of the best of 4 values is taken off"),
+        (found["corrected"]["value"], "The luck expected of the best of 4 values is subtracted"),
         (found["bbc"]["value"], "made again on resampled images and scored on the images left out"),
         (found["overtuning"]["absolute"][-1], "So much worse than an earlier best is the last one"),
     ):
@@ -192,7 +191,8 @@ def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
 def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
     for step in ("confirm", "test"):
         (study_dir / step).mkdir()
-        (study_dir / step / "summary.json").write_text(json.dumps({"lines": [f"found by {step}"]}))
+        content = {"row_lines": [], "lines": ["all numbers"], "brief": {"rows": [], "lines": [f"found by {step}"]}}
+        (study_dir / step / "summary.json").write_text(json.dumps(content))
     for purpose in ("winner fixed", "test", "test"):
         record(study_dir, make_recipe(), purpose)
     _, out, err = run(capsys, study_dir)

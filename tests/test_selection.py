@@ -12,12 +12,9 @@ from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.bootstrap import Candidate, resample
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
+from carft_ray.results.statistics.paired import holm, keeps_id
 from carft_ray.results.statistics.selection import (
-    IMAGE_AND_SEED_NOISE,
-    IMAGE_NOISE_ONLY,
     correct_best,
-    holm,
-    keeps_id,
     one_se_pick,
     ranking_noise,
     regret_table,
@@ -74,7 +71,7 @@ def test_noise_agrees_with_sums_written_out_over_the_upper_half():
         expected += w**2 * residual / ((n - 1) * 3) / n
     noise = ranking_noise(SPEC, objectives, correct)
     assert noise.image == pytest.approx(expected, abs=1e-15)
-    assert (noise.seed, noise.variance, noise.words) == (None, noise.image, IMAGE_NOISE_ONLY)
+    assert (noise.seed, noise.variance, noise.words) == (None, noise.image, "image noise only")
 
 
 def test_luck_that_all_trials_share_is_no_noise():
@@ -95,7 +92,7 @@ def test_seed_noise_is_what_the_images_do_not_explain():
         dof += len(y) - 1
     noise = ranking_noise(SPEC, J[:4], correct, configurations)
     assert noise.seed == pytest.approx(max(0.0, (total - own) / dof))
-    assert noise.words == IMAGE_AND_SEED_NOISE
+    assert noise.words == "image and seed noise"
     steady = {name: np.repeat(rows[:1], 3, axis=0) for name, rows in correct.items()}
     assert ranking_noise(SPEC, J[:4], correct, [steady]).seed == 0
     assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None

@@ -283,7 +283,7 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     (again / "confirm" / "plan.json").write_text("{}")
     code, _, err = run("test", "study")
     assert code == 0, err
-    assert "going on with the read of" in err
+    assert "continuing the read of" in err
     assert ("read before" in err) == bool(gone)
     assert json.loads((again / "test" / "summary.json").read_text()) == read[1]
     assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
@@ -473,5 +473,5 @@ def test_a_read_after_the_search_went_on_says_so(run, again):
     assert len(trials(again)) == 3
     code, out, err = run("test", "study", "--again", "after a wider range", "--json")
     assert code == 0, err
-    assert "The search went on once after a test read." in json.loads(out)["lines"]
+    assert "The search was continued once after a test read." in json.loads(out)["lines"]
     assert json.loads(out)["ledger_line"] == 3

@@ -26,14 +26,14 @@ def status(
     json_: common.JsonOption = False,
 ) -> None:
     """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import documents, overview
 
     if watch and json_:
         raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
     if watch and not _watch(study, every):
         return
     view = overview.read_study(study)
-    answer = overview.status(view)
+    answer = documents.status(view)
     if console.print_json(answer, json_):
         return
     console.show(f"{answer['name']}: {answer['finished']} of {counted(answer['wanted'], 'trial')} finished.")
@@ -128,16 +128,16 @@ def list_(
     json_: common.JsonOption = False,
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import documents, overview
 
     common.require_choice("--sort", "must be an order", sort, ORDERS)
     if not overview.is_study(folder):
-        studies = overview.list_studies(folder)
+        studies = documents.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
             console.out.print(console.study_table(studies))
             console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
         return
-    answer = overview.listing(overview.read_study(folder), by_objective=sort == "objective", limit=limit)
+    answer = documents.listing(overview.read_study(folder), by_objective=sort == "objective", limit=limit)
     if console.print_json(answer, json_):
         return
     rows = [*answer["baselines"], *answer["trials"]]

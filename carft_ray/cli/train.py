@@ -92,11 +92,11 @@ def evaluate(
     """Measure a trained model on id_val and ood_val again, at any alpha."""
     common.require_choice("--head", "must be the name of a head", head, HEADS)
     from carft_ray.results.next_steps import export_folder
-    from carft_ray.results.reading.trained import evaluate_by_set, open_trained
+    from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
     trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
-    metrics, by_set = evaluate_by_set(trained, used, head == "zero_shot")
+    metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
     found = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
     if console.print_json(found, json_):
         return

@@ -47,6 +47,11 @@ class ObjectiveSpec:
     ood_sets: tuple[str, ...]
     id_weight: float = 0.5
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of all sets, the ID set first."""
+        return (self.id_set, *self.ood_sets)
+
     def value(self, accuracies: Mapping[str, float]) -> float:
         """Returns the objective of the accuracies by set, a finite number in [0, 1]; other sets may be there.
 

@@ -1,18 +1,16 @@
-"""Two trainings side by side: what differs in their recipes and origin, and how far apart their numbers are. No torch.
+"""Two trainings compared: what differs in their recipes and origin, and how far apart their numbers are. No torch.
 
 Differences are paired image by image, where both were measured on the very same images.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
-from carft_ray.evaluation.predictions import correct, sample_ids, select
+from carft_ray.evaluation.predictions import correct, select
 from carft_ray.recipe.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
@@ -44,10 +42,14 @@ def compare(a: str, b: str) -> dict[str, Any]:
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in CACHE_KEYS}
     pairs, reasons = _pairs(first, second)
     found = _intervals(first, second, pairs, reasons)
-    values = [_values(each) for each in (first, second)]
-    rows = [
-        _row(what, values[0].get(what), values[1].get(what), found.get(what)) for what in {**values[0], **values[1]}
-    ]
+    left, right = _values(first), _values(second)
+    rows = []
+    for what in {**left, **right}:
+        interval = found.get(what)
+        low, high = interval.images_random if interval else (None, None)
+        difference = interval.mean if interval else None
+        numbers = {"a": left.get(what), "b": right.get(what), "difference": difference, "low": low, "high": high}
+        rows.append({"what": what, **numbers})
     return {
         "a": _side(first),
         "b": _side(second),
@@ -77,7 +79,7 @@ def _origin(finished: Finished) -> dict[str, Any]:
     """Returns where a training's numbers come from: the study's part, and the training's own."""
     own = finished.result.get("environment", {})
     shared = {key: finished.provenance[key] for key in ORIGIN if key in finished.provenance}
-    if own:  # what the training itself ran on stands over what its study was begun with
+    if own:  # what the training itself ran on replaces what its study was begun with
         shared.pop("code", None)
     return {**shared, "training": {key: own[key] for key in ENVIRONMENT if key in own}}
 
@@ -87,12 +89,6 @@ def _values(finished: Finished) -> dict[str, float]:
     metrics = finished.result["metrics"]
     names = ["objective", "id_accuracy", "ood_accuracy", *(f"accuracy/{name}" for name in finished.recipe.data.ood_val)]
     return {name: metrics[name] for name in names if name in metrics}
-
-
-def _row(what: str, a: float | None, b: float | None, found: Interval | None) -> dict[str, Any]:
-    low, high = found.images_random if found is not None else (None, None)
-    difference = None if found is None else found.mean
-    return {"what": what, "a": a, "b": b, "difference": difference, "low": low, "high": high}
 
 
 def _pairs(a: Finished, b: Finished) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
@@ -109,21 +105,19 @@ def _pairs(a: Finished, b: Finished) -> tuple[dict[str, tuple[Any, Any]], dict[s
             reasons[name] = f"the contents of the images differ: digest {digests[0][:12]} and {digests[1][:12]}"
             continue
         try:
-            pair = [(table, float(each.result["alpha"])) for table, each in zip(tables, (a, b), strict=True)]
-            if not np.array_equal(*(_identity(table, name, alpha) for table, alpha in pair)):
+            places = [(table, name, float(each.result["alpha"])) for table, each in zip(tables, (a, b), strict=True)]
+            if not _images(*places[0]).equals(_images(*places[1])):
                 reasons[name] = "the images, or their labels, are not the same"
                 continue
-            pairs[name] = (correct(pair[0][0], name, pair[0][1]), correct(pair[1][0], name, pair[1][1]))
+            pairs[name] = (correct(*places[0]), correct(*places[1]))
         except DataError as error:
             reasons[name] = error.problems[0].rule
     return pairs, reasons
 
 
-def _identity(table: pa.Table, name: str, alpha: float) -> Any:
-    """Returns sample ids and labels, [2, N], ordered by sample id."""
-    part = select(table, name, alpha)
-    order = np.argsort(part["sample_id"].to_numpy(), kind="stable")
-    return np.stack([sample_ids(table, name, alpha), part["label"].to_numpy()[order].astype(np.uint64)])
+def _images(table: pa.Table, name: str, alpha: float) -> pa.Table:
+    """Returns sample ids and labels, ordered by sample id."""
+    return select(table, name, alpha).select(["sample_id", "label"]).sort_by("sample_id")
 
 
 def _intervals(
@@ -137,11 +131,11 @@ def _intervals(
     if ID_SET in gaps:
         found["id_accuracy"] = found.pop(f"accuracy/{ID_SET}")
     specs = [objective_spec(each.recipe) for each in (a, b)]
-    ood = [set(spec.ood_sets) for spec in specs]
+    names, ood = specs[0].ood_sets, [set(spec.ood_sets) for spec in specs]
     if ood[0] != ood[1]:
         reasons["ood_accuracy"] = "it is the mean of other sets"
     elif ood[0] and ood[0] <= set(pairs):
-        found["ood_accuracy"] = crossed({n: gaps[n] for n in ood[0]}, dict.fromkeys(ood[0], 1 / len(ood[0])))
+        found["ood_accuracy"] = crossed({name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)))
     same = (specs[0].kind, specs[0].id_weight, ood[0]) == (specs[1].kind, specs[1].id_weight, ood[1])
     if not same:
         reasons["objective"] = "the recipes define it differently"
@@ -150,4 +144,4 @@ def _intervals(
     else:
         missing = [name for name in (ID_SET, *specs[0].ood_sets) if name not in pairs]
         reasons["objective"] = f"it needs all its sets, and {', '.join(missing)} cannot be compared"
-    return {what: interval for what, interval in found.items() if math.isfinite(interval.mean)}
+    return found

@@ -1,17 +1,16 @@
-"""What to run next on a study, by the state that it is in: no command that it would refuse, and none that is done."""
+"""What to run next on a study, by its state: no command that it would refuse, and none that is done."""
 
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
-from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.confirmation.plan import read_plan
-from carft_ray.results.reading.overview import Overview, budget, ledger
+from carft_ray.results.reading.documents import budget, ledger
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
@@ -46,10 +45,10 @@ def next_steps(view: Overview, study: Path, after: str) -> list[str]:
 
 
 def behind_zero_shot(view: Overview) -> bool:
-    """Tells whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
+    """Returns whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
     the search has measured both.
     """
-    with contextlib.suppress(CarftError, KeyError, TypeError):  # others tell of damaged files
+    with contextlib.suppress(CarftError, KeyError, TypeError):  # damaged files are reported by other commands
         path = view.study_dir / TEST_DIR / SUMMARY
         if path.exists():
             return bool(files.read_json(path)["differences"][ZERO_SHOT]["objective"]["mean"] < 0)
@@ -81,7 +80,10 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
     steps = []
     if not finished and (view.study_dir / RESOLVED).is_file():  # without it, resume has no recipe
         again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted) else ""
-        steps.append(f"resume {folder}{_more_budget(view)}{again}")
+        used, more = budget(view), ""
+        if "gpu_hours" in used["ended"]:
+            more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"
+        steps.append(f"resume {folder}{more}{again}")
     if view.best is None:
         return [*steps, f"ls {folder}"]
     steps.append(f"report {folder}")
@@ -89,16 +91,17 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
         steps += _trust(view, folder, reads)
     if not behind_zero_shot(view):
         steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
-    more = max(4, wanted // 2)
-    if finished and not reads and num_trials(_with_trials(view.recipe, wanted + more)) > wanted:
-        steps.append(f"resume {folder} --trials +{more}")
+    num_more = max(4, wanted // 2)
+    search = view.recipe.search.model_copy(update={"trials": wanted + num_more})
+    if finished and not reads and num_trials(view.recipe.model_copy(update={"search": search})) > wanted:
+        steps.append(f"resume {folder} --trials +{num_more}")
     return [*steps, f"ls {folder}"]
 
 
 def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     """Returns the step that comes next in confirming the winner and reading the test sets; none when both are done."""
     plan = None
-    with contextlib.suppress(StorageError):  # which the command itself tells
+    with contextlib.suppress(StorageError):  # which the command itself reports
         plan = read_plan(view.study_dir)
     if plan is None:
         return [] if reads else [f"confirm {folder}"]
@@ -112,18 +115,9 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
         return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}"]
     if view.recipe.data.id_test is None:
         return []
-    told = "    # opens the test sets; each read is recorded"
     if not reads:
-        return [f"test {folder}{AGAIN if inherited_reads(view.study_dir) else ''}{told}"]
-    if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and goes on
+        again = AGAIN if inherited_reads(view.study_dir) else ""
+        return [f"test {folder}{again}    # opens the test sets; each read is recorded"]
+    if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and continues
         return [f"test {folder}{' --all-trials' if reads[-1].purpose == ANALYSIS else ''}"]
     return []
-
-
-def _with_trials(recipe: Recipe, trials: int) -> Recipe:
-    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": trials})})
-
-
-def _more_budget(view: Overview) -> str:
-    found: dict[str, Any] = budget(view)
-    return f" --set budget.gpu_hours={2 * found['gpu_hours']:g}" if "gpu_hours" in found["ended"] else ""

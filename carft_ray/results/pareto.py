@@ -1,4 +1,4 @@
-"""The front of a Pareto search as its readers are told it, and what is said of constraints. Nothing is evaluated."""
+"""The front of a Pareto search as data and text, and the constraints of a study. Nothing is evaluated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,16 +57,10 @@ def front_lines(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
-    """Returns the content of a training's ``result.json`` at the point of the front at which its row stands."""
+    """Returns the content of a training's ``result.json`` at the point of the front that its row has."""
     if row is None or not row.standing:
         return result
     return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}
-
-
-def mean_words(recipe: Recipe) -> str:
-    """Returns the weighted mean by which points of a front are compared with baselines, ``0.5 ID + 0.5 OOD``."""
-    weight = recipe.search.objective.id_weight
-    return f"{weight:g} ID + {1 - weight:g} OOD"
 
 
 def study_limits(recipe: Recipe, baselines: Sequence[TrialRow]) -> tuple[Limit, ...]:

@@ -4,44 +4,32 @@ Everything is read from stored validation predictions; no test set is opened.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from carft_ray.data.shared.shared_images import read_shared, shared_counts, shared_lines
+from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.evaluation.constraints import Limit
-from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.layout import CONFIRM
+from carft_ray.evaluation.metrics import alpha_area
+from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
+from carft_ray.evaluation.robustness import (
+    CAVEAT,
+    MIN_MODELS,
+    Robustness,
+    effective_robustness,
+    gain_over_ft_line,
+    read_reference,
+)
+from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
-from carft_ray.results.pareto import front_data, front_lines, mean_words, study_limits
+from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import Stored, confirmed, found_analysis, found_beside, read_stored
-from carft_ray.results.statistics.bootstrap import (
-    NUM_RESAMPLES,
-    BoolArray,
-    Resamples,
-    Win,
-    bbc,
-    incumbent_values,
-    meeting,
-    overtuning,
-    resample,
-    share_meeting,
-)
-from carft_ray.results.statistics.front_bootstrap import front_choice
-from carft_ray.results.statistics.intervals import headline, in_points, objective_difference
-from carft_ray.results.statistics.robustness import curve_line, robustness, robustness_lines
-from carft_ray.results.statistics.selection import (
-    Correction,
-    Noise,
-    Pick,
-    correct_best,
-    one_se_pick,
-    ranking_noise,
-    regret_table,
-)
+from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_stored, read_summary
+from carft_ray.results.statistics import bootstrap
+from carft_ray.results.statistics.selection import Pick, correct_best, one_se_pick, ranking_noise, regret_table
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import FrontRule
 from carft_ray.study.ledger import read_ledger, reads_of
@@ -50,11 +38,50 @@ from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
-TEST = "test"
 _SHOWN_WINS = 5
 
 
-def study_report(view: Overview, reference: Path | None = None, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Evidence:
+    """What the worth of the best trial is computed from.
+
+    Attributes:
+        view: The study.
+        best: Its best trial.
+        trials: The complete ones, in the order of the search.
+        spec: The objective.
+        bounds: The constraints.
+        stored: Predictions.
+        resamples: The selection made again.
+    """
+
+    view: Overview
+    best: TrialRow
+    trials: list[TrialRow]
+    spec: ObjectiveSpec
+    bounds: Sequence[Limit]
+    stored: Stored
+    resamples: bootstrap.Resamples
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """What the best trial is worth.
+
+    Attributes:
+        data: Parts of the report.
+        brief: The short text.
+        details: The lines that the long text has in addition.
+    """
+
+    data: dict[str, Any]
+    brief: list[str]
+    details: list[str]
+
+
+def study_report(
+    view: Overview, reference: Path | None = None, num_resamples: int = bootstrap.NUM_RESAMPLES
+) -> dict[str, Any]:
     """Returns the report as plain data; ``brief`` is its text, ``lines`` the text with all numbers.
 
     Args:
@@ -67,50 +94,41 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
         HoldOutError: The ledger was changed, so how often the test sets were read is not known.
         StorageError, DataError: Stored predictions are missing, damaged or of different images.
     """
-    best = require_finished(view.study_dir, view.best)
-    spec, lowest = objective_spec(view.recipe), view.recipe.search.alpha.lowest
-    trials = [row for row in view.trials if row.outcome == "complete" and row.objective is not None]
-    baselines = [row for row in view.baselines if row.outcome == "complete" and row.objective is not None]
-    bounds = study_limits(view.recipe, view.baselines)
-    stored = read_stored(view.study_dir, view.recipe, trials, baselines, spec, bounds)
-    resamples = resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
-    found_front = front_data(view.recipe, view.trials)
-    if found_front is None:
-        worth = _by_one_number(view, best, trials, spec, bounds, stored, resamples)
-    else:
-        worth = _by_front(view, best, found_front, spec, stored, resamples)
-    share = share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
+    best, recipe, study_dir = require_finished(view.study_dir, view.best), view.recipe, view.study_dir
+    spec, lowest, bounds = objective_spec(recipe), recipe.search.alpha.lowest, study_limits(recipe, view.baselines)
+    trials, baselines = (
+        [row for row in rows if row.outcome == "complete" and row.objective is not None]
+        for rows in (view.trials, view.baselines)
+    )
+    stored = read_stored(study_dir, recipe, trials, baselines, spec, bounds)
+    resamples = bootstrap.resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
+    evidence, front = _Evidence(view, best, trials, spec, bounds, stored, resamples), front_data(recipe, view.trials)
+    worth = _by_one_number(evidence) if front is None else _by_front(evidence, front)
+    share = bootstrap.share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
+    ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     counts = {
         "trials": view.counts(),
-        "trainings": sum(row.outcome not in ("running",) for row in (*view.trials, *view.baselines))
-        - _zero_shots(view),
+        "trainings": len(ended),
         "alphas": stored.num_alphas,
-        "test_reads": len(reads_of(read_ledger(view.study_dir))) + inherited_reads(view.study_dir),
+        "test_reads": len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir),
     }
-    of = "" if found_front is None else f" by {mean_words(view.recipe)}"
-    against, above = _headline(spec, best, baselines, stored, of), robustness(view, best, reference)
-    shared = read_shared(view.study_dir)
-    met = [] if share is None else [f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples."]
-    curve = [line] if (line := curve_line(view, best)) else []
-    forms = {}
-    for form, details in (("lines", True), ("brief", False)):
-        forms[form] = [
-            *_count_lines(view.recipe.name, counts),
-            *shared_lines(shared),
-            "",
-            *worth.pop(form),
-            *constraint_lines(best),
-            *met,
-            *(curve if details else []),
-            *([] if against is None else ["", *against["lines"][: None if details else 1]]),
-            *(["", *robustness_lines(above)] if above else []),
-        ]
-        for step in (CONFIRM, TEST):
-            found = found_beside(view.study_dir, step, details)
-            forms[form] += ["", *found] if found else []
+    against, above = against_baseline(recipe, best, baselines, stored), robustness(view, best, reference)
+    shared = read_shared(study_dir)
+    texts = {"lines": [*worth.brief, *worth.details, *curve_line(view, best)], "brief": list(worth.brief)}
+    parts = ("row_lines", "lines", "brief")
+    later = {step: read_summary(study_dir / step / SUMMARY, *parts) for step in (CONFIRM, TEST_DIR)}
+    for form, lines in texts.items():
+        lines[:0] = [*_count_lines(recipe.name, counts), *shared_lines(shared), ""]
+        lines += constraint_lines(best)
+        if share is not None:
+            lines.append(f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples.")
+        lines += ["", *against["lines"][: 1 if form == "brief" else 2]] if against else []
+        lines += ["", *robustness_lines(above)] if above else []
+        for summary in later.values():
+            lines += ["", *_lines_of(summary, form)] if summary else []
     return {
-        "study": str(view.study_dir),
-        "name": view.recipe.name,
+        "study": str(study_dir),
+        "name": recipe.name,
         "counts": counts,
         "shared_images": shared_counts(shared),
         "best": {
@@ -120,134 +138,117 @@ def study_report(view: Overview, reference: Path | None = None, num_resamples: i
             "violations": violations(best.metrics),
             "share_meeting_constraints": share,
         },
-        "front": found_front,
-        **worth,
+        "front": front,
+        **worth.data,
         "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
         "headline": against,
         "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
-        **{step: found_beside(view.study_dir, step) for step in (CONFIRM, TEST)},
-        "analysis": found_analysis(view.study_dir),
-        **forms,
+        **{step: _lines_of(summary, "lines") for step, summary in later.items()},
+        "analysis": read_summary(study_dir / TEST_DIR / ANALYSIS_SUMMARY, "rules", "lines"),
+        **texts,
     }
 
 
-def _stack(stored: Stored, trials: list[TrialRow], name: str) -> BoolArray:
-    matrix: BoolArray = np.concatenate([stored.chosen[row.name].correct[name] for row in trials])
-    return matrix
-
-
-def _zero_shots(view: Overview) -> int:
-    return sum(row.name == ZERO_SHOT and row.outcome != "running" for row in view.baselines)
-
-
-def _by_one_number(
-    view: Overview,
-    best: TrialRow,
-    trials: list[TrialRow],
-    spec: ObjectiveSpec,
-    bounds: Sequence[Limit],
-    stored: Stored,
-    resamples: Resamples,
-) -> dict[str, Any]:
-    """Returns what the best value is worth where one objective has chosen it; ``lines`` among it.
+def _by_one_number(evidence: _Evidence) -> _Worth:
+    """Returns what the best value is worth where one objective has chosen it.
 
     Trials that miss constraints compete only where no trial meets them; ``corrected`` is over those that compete.
     """
-    competing = [row for row in trials if row.violation <= best.violation]
+    best, spec, stored, resamples = evidence.best, evidence.spec, evidence.stored, evidence.resamples
+    competing = [row for row in evidence.trials if row.violation <= best.violation]
     objectives = [row.objective or 0.0 for row in competing]
-    again = confirmed(view.study_dir, spec)
-    at_choice = {name: _stack(stored, competing, name) for name in (spec.id_set, *spec.ood_sets)}
-    noise = ranking_noise(spec, objectives, at_choice, again)
+    again = confirmed(evidence.view.study_dir, spec)
+    at_choice = [stored.chosen[row.name].correct for row in competing]
+    correct = {name: np.concatenate([by_set[name] for by_set in at_choice]) for name in spec.sets}
+    noise = ranking_noise(spec, objectives, correct, again)
     corrected = correct_best(objectives, noise.variance)
-    bbc_value, wins = bbc(resamples)
+    bbc_value, wins = bootstrap.bbc(resamples)
     pick = None
     if best.name in stored.moved and not best.violation:
-        own, lowest = stored.chosen[best.name], view.recipe.search.alpha.lowest
-        pick = one_se_pick(spec, own, meeting(stored.candidates, bounds), stored.moved, lowest, noise.seed)
-    curve, num_resamples = overtuning(incumbent_values(resamples)), len(resamples.in_bag)
-    return {
-        "noise": {**asdict(noise), "words": noise.words},
-        "corrected": asdict(corrected),
-        "bbc": {"value": bbc_value, "num_resamples": num_resamples, "wins": [asdict(win) for win in wins]},
-        "one_standard_error": None if pick is None else asdict(pick),
-        "overtuning": asdict(curve),
-        "lines": [
-            *_best_lines(best, corrected, noise, bbc_value, num_resamples, len(again), bool(bounds)),
-            *([] if pick is None else [_pick_line(best, pick)]),
-            _wins_line(wins),
-            _overtuning_line(curve.absolute[-1], curve.relative[-1]),
+        candidates, lowest = (
+            bootstrap.meeting(stored.candidates, evidence.bounds),
+            evidence.view.recipe.search.alpha.lowest,
+        )
+        pick = one_se_pick(spec, stored.chosen[best.name], candidates, stored.moved, lowest, noise.seed)
+    curve, num_resamples = bootstrap.overtuning(bootstrap.incumbent_values(resamples)), len(resamples.in_bag)
+    of = "images alone. Quote this one until there is a confirm"
+    covered = "image noise only: the luck of the seed is still in it"
+    if noise.seed is not None:
+        of = "images and seeds. Quote the confirm where it has this trial"
+        covered = f"image and seed noise, the latter from {counted(len(again), 'confirmed configuration')}"
+    included = "alpha and constraints included" if evidence.bounds else "alpha included"
+    values, share = counted(len(objectives), "value"), sum(win.share for win in wins if win.name == best.name)
+    measured = f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
+    pick_lines = [] if pick is None else [_pick_line(best, pick)]
+    is_best = pick is not None and (pick.name, pick.alpha) == (best.name, best.alpha)
+    return _Worth(
+        {
+            "noise": {**asdict(noise), "words": noise.words},
+            "corrected": asdict(corrected),
+            "bbc": {"value": bbc_value, "num_resamples": num_resamples, "wins": [asdict(win) for win in wins]},
+            "one_standard_error": None if pick is None else asdict(pick),
+            "overtuning": asdict(curve),
+        },
+        [
+            f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
+            f"{100 * (best.objective or 0):.1f} %{measured}. It was chosen by this number, so it is too high.",
+            f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of {values} is subtracted, that "
+            f"of {of}.",
+            f"Bootstrap (bbc): {100 * bbc_value:.1f} %. The choice was made again on resampled images and scored on "
+            "the images left out. Far below the corrected value: the choice depends on few images.",
+            f"How sure the choice is: {best.name} wins again in {100 * share:.0f} % of the resamples.",
+            f"Overtuning: {100 * curve.absolute[-1]:.1f} points. So much worse than an earlier best is the last one, "
+            "on images that did not choose; near 0 is good.",
+            *([] if is_best else pick_lines),
         ],
-        "brief": _brief(best, corrected, noise, bbc_value, wins, pick, curve.absolute[-1]),
-    }
+        [
+            f"corrected: {100 * corrected.optimism:.1f} points less than measured ({covered}).",
+            f"bbc: {num_resamples:,} resamples, {included}. It corrects the luck of images, not that of seeds: nearly "
+            "unbiased where seeds matter little, half the bias stays where they matter much.",
+            *(pick_lines if is_best else []),
+            _wins_line(wins),
+            *(
+                f"Overtuning: {100 * share:.0f} % of what the search had gained is lost again."
+                for share in curve.relative[-1:]
+                if share is not None
+            ),
+        ],
+    )
 
 
-def _by_front(
-    view: Overview,
-    best: TrialRow,
-    found: dict[str, Any],
-    spec: ObjectiveSpec,
-    stored: Stored,
-    resamples: Resamples,
-) -> dict[str, Any]:
-    """Returns what the best point of a front is worth; ``lines`` among it.
+def _by_front(evidence: _Evidence, front: dict[str, Any]) -> _Worth:
+    """Returns what the best point of a front is worth.
 
     ``corrected``, the one-SE pick and overtuning belong to a choice by one number and are None.
     """
-    rule = FrontRule(found["rule"]["best"], found["rule"]["tolerance"])
-    choice = front_choice(stored.candidates, resamples, spec, rule, (best.name, best.alpha or 0.0))
-    num_resamples = len(resamples.in_bag)
-    again = f"in {100 * choice.share_best:.0f} %, and on the front in {100 * choice.share_on_front:.0f} %"
-    pair = f"ID {100 * best.metrics['id_accuracy']:.1f} %, OOD {100 * best.metrics['ood_accuracy']:.1f} %"
-    return {
-        "noise": None,
-        "corrected": None,
-        "bbc": {**asdict(choice), "num_resamples": num_resamples},
-        "one_standard_error": None,
-        "overtuning": None,
-        "lines": [
-            *front_lines(found),
-            f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, {pair}. It was chosen by these numbers, "
-            "which flatter it.",
-            f"bbc: ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %: front and best point "
-            f"chosen again on {num_resamples:,} resamples of the images and scored on the images left out. It corrects "
-            "the luck of images, not that of seeds.",
-            f"In the resamples {best.name} at alpha {best.alpha or 0:.2f} is the best again {again}.",
+    best, resamples, alpha = evidence.best, evidence.resamples, evidence.best.alpha or 0.0
+    rule = FrontRule(front["rule"]["best"], front["rule"]["tolerance"])
+    choice = bootstrap.front_choice(evidence.stored.candidates, resamples, evidence.spec, rule, (best.name, alpha))
+    num_resamples, pair = len(resamples.in_bag), (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
+    return _Worth(
+        {
+            "noise": None,
+            "corrected": None,
+            "bbc": {**asdict(choice), "num_resamples": num_resamples},
+            "one_standard_error": None,
+            "overtuning": None,
+        },
+        [
+            *front_lines(front),
+            f"Best as measured: {best.name} at alpha {alpha:.2f}, ID {100 * pair[0]:.1f} %, OOD {100 * pair[1]:.1f} %. "
+            "It was chosen by these numbers, so they are too high.",
+            f"Bootstrap (bbc): ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %: front and "
+            f"best point chosen again on {num_resamples:,} resamples of the images and scored on the images left out. "
+            "It corrects the luck of images, not that of seeds.",
+            f"How sure the choice is: {best.name} at alpha {alpha:.2f} is the best again in "
+            f"{100 * choice.share_best:.0f} % of the resamples, and on the front in "
+            f"{100 * choice.share_on_front:.0f} %.",
         ],
-        "brief": [
-            *front_lines(found),
-            f"Best as measured: {best.name} at alpha {best.alpha or 0:.2f}, {pair}. It was chosen by these numbers, "
-            "so they are too high.",
-            f"Bootstrap (bbc): ID {100 * choice.id_accuracy:.1f} %, OOD {100 * choice.ood_accuracy:.1f} %. The choice "
-            "was made again on resampled images and scored on the images left out: the luck of the images is off.",
-            f"How sure the choice is: {best.name} is the best again {again} of the resamples.",
-        ],
-    }
+        [],
+    )
 
 
-def _headline(
-    spec: ObjectiveSpec, best: TrialRow, baselines: list[TrialRow], stored: Stored, of: str
-) -> dict[str, Any] | None:
-    """Returns the best trial against the baseline with the highest objective, or None without a baseline."""
-    if not baselines:
-        return None
-    rival = max(baselines, key=lambda row: row.objective or 0.0)
-    difference = objective_difference(spec, stored.chosen[best.name].correct, stored.chosen[rival.name].correct)
-    sentence = headline(difference, rival.name.replace("_", " "))
-    return {
-        "baseline": rival.name,
-        "mean": difference.mean,
-        "images_random": difference.images_random,
-        "words": difference.words,
-        "sentence": sentence,
-        "lines": [
-            f"Measured at their alphas{of}, on the images that chose: {best.name}: {sentence}; 95 %, "
-            f"{difference.words}.",
-            f"    {best.name} - {rival.name}: {in_points(difference, signed=True)}",
-        ],
-    }
-
-
-def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
+def _count_lines(name: str, counts: dict[str, Any]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
     return [
         f"{name}: trials: {states}.",
@@ -256,92 +257,97 @@ def _count_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _best_lines(
-    best: TrialRow,
-    corrected: Correction,
-    noise: Noise,
-    bbc_value: float,
-    num_resamples: int,
-    num_confirmed: int,
-    constrained: bool,
-) -> list[str]:
-    covered = (
-        f"image and seed noise, the latter from {counted(num_confirmed, 'confirmed configuration')}"
-        if noise.seed is not None
-        else "image noise only: the luck of the seed is still in it"
-    )
-    included = "alpha and constraints included" if constrained else "alpha included"
-    return [
-        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
-        f"{_measured(best)}. It was chosen by this number, which flatters it.",
-        f"corrected: {100 * corrected.value:.1f} %, {100 * corrected.optimism:.1f} points less: the optimism expected "
-        f"of the best of {counted(len(corrected.shrunk), 'noisy value')} ({covered}).",
-        f"bbc: {100 * bbc_value:.1f} %: the choice made again, {included}, on {num_resamples:,} resamples of the "
-        "images and scored on the images left out. It corrects the luck of images, not that of seeds: nearly unbiased "
-        "where seeds matter little, half the bias stays where they matter much.",
-    ]
-
-
-def _brief(
-    best: TrialRow,
-    corrected: Correction,
-    noise: Noise,
-    bbc_value: float,
-    wins: list[Win],
-    pick: Pick | None,
-    lost: float,
-) -> list[str]:
-    """Returns what the best value is worth in few numbers, each with what it is and what to read from it."""
-    share = sum(win.share for win in wins if win.name == best.name)
-    of = "images alone. Quote this one until there is a confirm"
-    if noise.seed is not None:
-        of = "images and seeds. Quote the confirm where it has this trial"
-    lines = [
-        f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective {100 * (best.objective or 0):.1f} %"
-        f"{_measured(best)}. It was chosen by this number, so it is too high.",
-        f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of "
-        f"{counted(len(corrected.shrunk), 'value')} is taken off, that of {of}.",
-        f"Bootstrap (bbc): {100 * bbc_value:.1f} %. The choice was made again on resampled images and scored on the "
-        "images left out. Far below the corrected value: the choice hangs on few images.",
-        f"How sure the choice is: {best.name} wins again in {100 * share:.0f} % of the resamples.",
-        f"Overtuning: {100 * lost:.1f} points. So much worse than an earlier best is the last one, on images that did "
-        "not choose; near 0 is good.",
-    ]
-    if pick is not None and (pick.name, pick.alpha) != (best.name, best.alpha):
-        lines.append(
-            f"One standard error: {pick.name} at alpha {pick.alpha:.2f} is as good within the noise and nearest to "
-            "zero-shot; take it where you want a cautious model."
-        )
-    return lines
-
-
-def _measured(best: TrialRow) -> str:
-    """Returns the objective that was measured at the chosen alpha, where the one that ranks is of the fitted curve."""
-    return f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
+def _lines_of(summary: dict[str, Any] | None, form: str) -> list[str]:
+    """Returns the text of the summary of a confirm or of a test; none before there is one."""
+    if summary is None:
+        return []
+    if form == "brief":
+        return [*summary["brief"]["rows"], *summary["brief"]["lines"]]
+    return [*summary["row_lines"], *summary["lines"]]
 
 
 def _pick_line(best: TrialRow, pick: Pick) -> str:
-    others = pick.num_candidates - 1
-    share = f"{counted(others, 'other candidate')} (trial, alpha) within one standard error of the best"
+    others = counted(pick.num_candidates - 1, "other candidate")
+    line = f"One standard error: {others} (trial, alpha) within one standard error of the best; "
     if (pick.name, pick.alpha) == (best.name, best.alpha):
-        moved = f"moved least from zero-shot, {100 * pick.moved:.2f} % of its norm"
-        return f"One standard error: {share}; the best itself {moved}."
+        return f"{line}the best itself moved least from zero-shot, {100 * pick.moved:.2f} % of its norm."
     where = f"{100 * abs(pick.behind):.1f} points {'behind' if pick.behind >= 0 else 'ahead'} as measured"
     return (
-        f"One standard error: {share}; {pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot "
-        f"({100 * pick.moved:.2f} % of its norm), {where}, "
-        f"standard error {100 * pick.se:.1f}."
+        f"{line}{pick.name} at alpha {pick.alpha:.2f} moved least from zero-shot ({100 * pick.moved:.2f} % of its "
+        f"norm), {where}, standard error {100 * pick.se:.1f}. Take it where you want a cautious model."
     )
 
 
-def _wins_line(wins: list[Win]) -> str:
+def _wins_line(wins: list[bootstrap.Win]) -> str:
     often = [win for win in wins if win.share >= 0.005][:_SHOWN_WINS]
     shown = ", ".join(f"{win.name} {100 * win.share:.0f} % (alpha {win.alpha:.2f})" for win in often)
     rest = len(wins) - len(often)
     return f"Wins in the resamples: {shown}" + (f", and {rest} more" if rest > 0 else "") + "."
 
 
-def _overtuning_line(absolute: float, relative: float | None) -> str:
-    share = "" if relative is None else f", {100 * relative:.0f} % of what the search had gained"
-    lost = f"{100 * absolute:.1f} points below the best incumbent before it"
-    return f"Overtuning: on images that did not choose, the last incumbent is {lost}{share}."
+def curve_line(view: Overview, best: TrialRow) -> list[str]:
+    """Returns a line on the alpha curve of the best trial, as measured; none where alpha was not profiled."""
+    points = view.result(best).get("curve", [])
+    if len(points) < 3:
+        return []
+    area = alpha_area([point["alpha"] for point in points], [point["objective"] for point in points])
+    text = f"Alpha curve: area under the objective {100 * area:.1f} %; best ID at alpha {_best(points, 'id_accuracy')}"
+    if "ood_accuracy" in points[0]:
+        text += f", best OOD mean at alpha {_best(points, 'ood_accuracy')}"
+    return [f"{text}; chosen {best.alpha or 0:.2f}."]
+
+
+def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[str, list[Robustness]]:
+    """Returns per OOD validation set how far the best trial is above lines through other models.
+
+    The line through the study's own plain fine-tuning (trials and baselines with a KL weight of 0, at alpha 1) is
+    left out where the study has too few of them; that through reference models needs their file.
+
+    Args:
+        view: The study.
+        best: Its best trial.
+        reference: CSV as ``evaluation.robustness.read_reference`` wants it; None: none.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
+    result = placed(view.result(best), best)
+    metrics, num_images = result.get("metrics", {}), result.get("num_images", {})
+    known = {} if reference is None else read_reference(reference)
+    sets = [name for name in view.recipe.data.ood_val if f"accuracy/{name}" in metrics and name in num_images]
+    if reference is not None and not set(known) & set(sets):
+        named = tuple(f"acc_ood/{name}" for name in sets)
+        given = ", ".join(f"acc_ood/{name}" for name in known)
+        rule = "must have a column for at least one OOD validation set of the study"
+        raise DataError(Problem(str(reference), rule, given, named, nearest(given, named)))
+    plain = _plain(view)
+    found: dict[str, list[Robustness]] = {}
+    for name in sets:
+        model = (metrics["id_accuracy"], metrics[f"accuracy/{name}"])
+        images = (num_images[ID_SET], num_images[name])
+        lines = [effective_robustness(known[name], model, images)] if name in known else []
+        if len(plain) >= MIN_MODELS:
+            models = {one: (at["id_accuracy"], at[f"accuracy/{name}"]) for one, at in plain.items()}
+            lines.append(gain_over_ft_line(models, model, images))
+        if lines:
+            found[name] = lines
+    return found
+
+
+def robustness_lines(found: Mapping[str, list[Robustness]]) -> list[str]:
+    """Returns them as lines of text, with their caveat."""
+    lines = [f"{name}: {one.words}." for name, several in found.items() for one in several]
+    has_reference = any(one.measure == "effective_robustness" for several in found.values() for one in several)
+    return [*lines, CAVEAT] if has_reference else lines
+
+
+def _plain(view: Overview) -> dict[str, dict[str, Any]]:
+    """Returns the metrics at alpha 1 of every finished training without KL term."""
+    base = view.recipe.train.kl_weight
+    rows = [row for row in (*view.trials, *view.baselines) if row.values.get("kl_weight", base) == 0]
+    results = {row.name: view.result(row).get("fine_tuned") for row in rows}
+    return {name: metrics for name, metrics in results.items() if metrics}
+
+
+def _best(points: list[dict[str, float]], metric: str) -> str:
+    return f"{max(points, key=lambda point: point[metric])['alpha']:.2f}"

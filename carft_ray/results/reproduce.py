@@ -1,12 +1,11 @@
-"""A training done again from the manifest of its study, and whether the numbers are the same, column by column.
+"""A training repeated from the manifest of its study, and whether the numbers are the same, column by column.
 
-Whatever the manifest says of data and model is checked first, by contents: sets are decoded anew, since the cache of
-decoded sets knows files by size and date only. The training is done as it was done: the same threads, workers and
-stored targets.
+What the manifest says of data and model is checked first, by contents: sets are decoded again, since the cache of
+decoded sets identifies files by size and date only. The training has the same threads, workers and stored targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 
 from carft_ray import environment, files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
-from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem, StorageError
+from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.evaluation.origin import gpu_names, set_contents
-from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.evaluation.run import prepare
 from carft_ray.launch.runs.single import train_once
-from carft_ray.layout import FOLDERS, PREPARED, REFERENCES, ZERO_SHOT_TABLE
+from carft_ray.layout import FOLDERS, PREPARED, REFERENCES
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.recipe.schema import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
@@ -55,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What doing a training again has shown.
+    """What repeating a training has shown.
 
     Attributes:
         title: The training.
@@ -63,7 +61,7 @@ class Reproduction:
         num_predictions: Rows of the predictions that were compared, all columns.
         weights_compared: Whether the study still had the fine-tuned weights.
         differences: What is not the same, the numbers first.
-        changes: What the manifest says otherwise than it is now: ``(key, then, now)``.
+        changes: What differs now from the manifest: ``(key, then, now)``.
     """
 
     title: str
@@ -81,10 +79,11 @@ class Reproduction:
     @property
     def sentence(self) -> str:
         """What was found, in one sentence."""
-        what = f"{self.num_numbers} numbers (objective, alpha, metrics, curve)"
-        what += f" and {self.num_predictions} predictions, column by column"
-        what += ", and the weights" if self.weights_compared else ""
-        return f"{self.title} is reproduced: {what}, are the same, bit for bit."
+        weights = ", and the weights" if self.weights_compared else ""
+        return (
+            f"{self.title} is reproduced: {self.num_numbers} numbers (objective, alpha, metrics, curve) and "
+            f"{self.num_predictions} predictions, column by column{weights}, are the same, bit for bit."
+        )
 
     def data(self) -> dict[str, Any]:
         """Returns all of it as plain data."""
@@ -92,18 +91,16 @@ class Reproduction:
         return {"same": self.same, **asdict(self), "changes": changes}
 
     def error(self) -> CarftError:
-        """Returns the error that tells the largest difference and what may explain it."""
+        """Returns the error with the largest difference and what may explain it."""
         largest = max(self.differences, key=lambda each: each.size or 0.0)
         names = ", ".join(each.what for each in self.differences[:8]) + (", ..." if len(self.differences) > 8 else "")
         value = f"{len(self.differences)} that differ ({names})"
         value += f"; the largest difference is that of {largest.what}: {largest.then} then, {largest.now} now"
         if largest.size is not None:
             value += f" ({largest.size:.3g})"
-        lines = shown_changes(self.changes)
-        if lines:
-            step = "What the manifest says otherwise than it is now:\n      " + "\n      ".join(lines)
-        else:
-            step = "Data, weights, code, versions and hardware are those of the manifest: please report it."
+        step = "Data, weights, code, versions and hardware are those of the manifest: please report it."
+        if self.changes:
+            step = "\n      ".join(["What differs now from the manifest:", *shown_changes(self.changes)])
         return CarftError(Problem(self.title, "its numbers must be the same", value, next_step=step))
 
 
@@ -114,33 +111,24 @@ def reproduce(
     progress: Callable[[Row], None],
     report: Callable[[Row], None],
 ) -> Reproduction:
-    """Does a training again and compares.
+    """Repeats a training and compares.
 
     Args:
         finished: A training of a study or of `train`, or the zero-shot model of a study.
         out_dir: Folder of the new training; must be new. Afterwards it is like that of `train`.
-        say: Told what is being done.
+        say: Gets lines about what is being done.
         progress: Given the metrics every few steps (one worker).
         report: Given the metrics of every epoch (one worker).
 
     Raises:
         DataError: Images or weights are not those of the manifest; names the sets.
-        StorageError: The manifest does not say what the training started from, or predictions are damaged.
+        StorageError: Predictions are damaged.
         UsageError: The new folder holds something.
         InterruptedRunError: Stopped on request.
     """
     out_dir = out_dir.resolve()
     files.require_new(out_dir, "--out")
-    kept = finished.provenance
-    if (
-        "data" not in kept
-        or "preparation" not in kept
-        or not (finished.is_zero_shot or "environment" in finished.result)
-    ):
-        rule = "the manifest must say what the training started from"
-        step = "Begin a new study: this one was made by a version that did not write it down."
-        raise StorageError(Problem(str(finished.folder), rule, "no provenance", next_step=step))
-    then = finished.predictions()
+    kept, then = finished.provenance, finished.predictions()
     say("comparing the images with the manifest")
     rows = read_shared(finished.folder)
     base = without_shared(finished.base, rows)
@@ -163,9 +151,8 @@ def reproduce(
 
     if finished.is_zero_shot:
         metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
-        now: dict[str, Any] = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        table = read_predictions(out_dir / ZERO_SHOT_TABLE)
-        return _compared(finished, finished.result, now, then, table, None)
+        result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
+        return _compared(finished, then, replace(finished, run_dir=out_dir, result=result))
     was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
@@ -173,9 +160,7 @@ def reproduce(
     except InterruptedRunError:
         step = f"Run the same command again; {out_dir} is of no further use."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
-    again = open_finished(out_dir)
-    as_trained = read_result(finished.run_dir) or finished.result
-    return _compared(finished, as_trained, again.result, then, again.predictions(), again.weights_path)
+    return _compared(finished, then, open_finished(out_dir))
 
 
 def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -201,26 +186,16 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     return recipe.model_copy(update={"resources": resources, "data": data})
 
 
-def _compared(
-    finished: Finished,
-    then: dict[str, Any],
-    now: dict[str, Any],
-    table_then: pa.Table,
-    table_now: pa.Table,
-    weights_path: Path | None,
-) -> Reproduction:
-    old, new = _numbers(then), _numbers(now)
-    found = [
-        Difference(key, old.get(key), new.get(key), _size(old.get(key), new.get(key)))
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    ]
-    found += table_differences(table_then, table_now)
-    with_weights = weights_path is not None and finished.weights_path.is_file()
-    if weights_path is not None and with_weights:
-        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(weights_path))
+def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproduction:
+    """Compares a training, whose predictions were ``then``, with itself repeated."""
+    old, new = _numbers(read_result(finished.run_dir) or finished.result), _numbers(again.result)
+    found = [Difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
+    found += table_differences(then, again.predictions())
+    with_weights = finished.weights_path.is_file() and again.weights_path.is_file()
+    if with_weights:
+        found += _weights_differences(load_tensors(finished.weights_path), load_tensors(again.weights_path))
     changes = changes_since(finished.provenance, finished.result.get("environment", {}))
-    return Reproduction(finished.title, len(old), len(table_then), with_weights, found, changes)
+    return Reproduction(finished.title, len(leaves(old)), len(then), with_weights, found, changes)
 
 
 def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -228,7 +203,7 @@ def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[
 
     Args:
         provenance: Of the manifest.
-        where: ``environment`` of the training's result; tells which entry of the history is meant.
+        where: ``environment`` of the training's result, by which its entry of the history is found.
     """
     entries = [provenance, *provenance.get("history", [])]
     fitting = [
@@ -244,11 +219,11 @@ def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is compared of a result, by dotted key; points of the curve by their alpha."""
+    """Returns what is compared of a result; points of the curve by their alpha."""
     parts = {key: result[key] for key in COMPARED if key in result}
     if "curve" in parts:
         parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}
-    return leaves(parts)
+    return parts
 
 
 def _size(then: Any, now: Any) -> float | None:
@@ -264,7 +239,7 @@ def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
         return [Difference("predictions", counted(len(then), "row"), counted(len(now), "row"), None)]
     found = []
     for name in then.column_names:
-        old, new = _values(then[name]), _values(now[name])
+        old, new = _array(then[name]), _array(now[name])
         if old.shape != new.shape:
             found.append(Difference(f"predictions.{name}", f"{old.shape} values", f"{new.shape} values", None))
             continue
@@ -280,8 +255,8 @@ def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
     return found
 
 
-def _values(column: pa.ChunkedArray) -> Any:
-    """Returns a column as one array; lists one behind the other, words as they are."""
+def _array(column: pa.ChunkedArray) -> Any:
+    """Returns a column as one array: lists flattened, names of sets as text."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(pa.string())
     if pa.types.is_list(column.type):
@@ -305,5 +280,5 @@ def _short(value: Any) -> str:
 
 
 def shown_changes(changes: Sequence[tuple[str, Any, Any]]) -> list[str]:
-    """Returns a line per change, for a reader."""
+    """Returns a line of text per change."""
     return [f"{key}: {_short(then)} then, {_short(now)} now" for key, then, now in changes]

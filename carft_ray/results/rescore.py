@@ -9,35 +9,28 @@ is chosen from its grid as in mode ``profile``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
-from carft_ray.errors import (
-    CarftError,
-    HoldOutError,
-    Problem,
-    StorageError,
-    UsageError,
-    nearest,
-)
+from carft_ray.errors import CarftError, HoldOutError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, stepped_back
 from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
-from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.pareto import study_limits
-from carft_ray.results.reading.overview import Overview, folder_of
-from carft_ray.study.outcome import TrialRow, read_result
-from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.stored import predictions_path
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_first, require_finished
 
 NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
-    "each look at another one is one more selection on the same validation images."
+    "each ranking by another one is one more selection on the same validation images."
 )
 
 
@@ -47,18 +40,16 @@ class Rescored:
 
     Attributes:
         choice: Alpha and objective.
-        id_accuracy: At that alpha.
-        ood_accuracy: Mean over the OOD sets at that alpha; None without any.
+        accuracies: At that alpha, by set.
+        violations: ``violation/<name>`` of every constraint at that alpha, interpolated where it is not measured.
         measured: The accuracies were measured at that alpha; False: read from the fitted curves, since no predictions
             at it are stored.
-        violations: ``violation/<name>`` of every constraint at that alpha, interpolated where it is not measured.
     """
 
     choice: AlphaChoice
-    id_accuracy: float
-    ood_accuracy: float | None
-    measured: bool
-    violations: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float]
+    violations: dict[str, float]
+    measured: bool = True
 
 
 def asked_objective(
@@ -69,7 +60,7 @@ def asked_objective(
     Args:
         recipe: The study's recipe.
         kind: Kind of objective.
-        id_weight: w of ``weighted_mean``.
+        id_weight: w of ``weighted_mean``, from 0 to 1.
         sets: Names of OOD validation sets, separated by commas; ``id_val`` is always in.
 
     Raises:
@@ -80,13 +71,13 @@ def asked_objective(
     kinds = get_args(ObjectiveKind)
     if kind is not None and kind not in kinds:
         problems.append(Problem("--objective", "must be a kind of objective", repr(kind), kinds, nearest(kind, kinds)))
-    if id_weight is not None and not 0 <= id_weight <= 1:
+    if id_weight is not None and not 0 <= id_weight <= 1:  # not-a-number too
         problems.append(Problem("--id-weight", "must be a number from 0 to 1", f"{id_weight:g}"))
     names = own.ood_sets
     if sets is not None:
         asked = [name for name in (part.strip() for part in sets.split(",")) if name]
-        hidden = [name for name in asked if name not in own.ood_sets and name in _test_names(recipe)]
-        if hidden:
+        test_sets = {"id_test", "ood_test", *recipe.data.ood_test}
+        if hidden := [name for name in asked if name not in own.ood_sets and name in test_sets]:
             rule = "must be validation sets: no choice may see a test set"
             raise HoldOutError(Problem("--sets", rule, ", ".join(hidden), own.ood_sets))
         if not asked:
@@ -100,15 +91,11 @@ def asked_objective(
     if problems:
         raise UsageError(problems)
     weight = own.id_weight if id_weight is None else id_weight
-    return ObjectiveSpec(own.kind if kind is None else kind, own.id_set, names, weight)  # type: ignore[arg-type]
-
-
-def _test_names(recipe: Recipe) -> set[str]:
-    return {"id_test", "ood_test", *recipe.data.ood_test}
+    return replace(own, kind=kind or own.kind, ood_sets=names, id_weight=weight)  # type: ignore[arg-type]
 
 
 def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
-    """Ranks the finished trials again and returns what `rescore` tells, as plain data.
+    """Ranks the finished trials again and returns what `rescore` reports, as JSON.
 
     Args:
         view: The study.
@@ -123,11 +110,11 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         StorageError: Predictions of a finished trial are missing or damaged; names them all.
     """
     finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
-    beside = [row for row in view.baselines if row.outcome == "complete"]
+    baselines = [row for row in view.baselines if row.outcome == "complete"]
     found: dict[str, Rescored] = {}
     problems: list[Problem] = []
     bounds = study_limits(view.recipe, view.baselines)
-    for row in (*beside, *finished):
+    for row in (*baselines, *finished):
         try:
             found[row.kind + row.name] = rescore_row(view, row, spec, bounds if row.kind == "trial" else ())
         except CarftError as error:
@@ -135,22 +122,25 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     if problems:
         raise StorageError(problems)
     old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
-    again = [found[row.kind + row.name] for row in finished]
-    new = _ranks(finished, [(total_violation(each.violations), -each.choice.value) for each in again])
 
-    def data(row: TrialRow) -> dict[str, Any]:
+    def order(row: TrialRow) -> tuple[float, float, int]:
         each = found[row.kind + row.name]
+        return total_violation(each.violations), -each.choice.value, row.number
+
+    def data(row: TrialRow, new_rank: int | None = None) -> dict[str, Any]:
+        each = found[row.kind + row.name]
+        ood = {name: each.accuracies[name] for name in spec.ood_sets}
         return {
             "name": row.name,
             "values": row.values,
-            "old_rank": old.get(row.number) if row.kind == "trial" else None,
-            "new_rank": new.get(row.number) if row.kind == "trial" else None,
+            "old_rank": old[row.number] if row.kind == "trial" else None,
+            "new_rank": new_rank,
             "old_alpha": row.alpha,
             "old_objective": row.objective,
             "alpha": each.choice.alpha,
             "fitted": each.choice.fitted,
-            "id_accuracy": each.id_accuracy,
-            "ood_accuracy": each.ood_accuracy,
+            "id_accuracy": each.accuracies[spec.id_set],
+            "ood_accuracy": mean_ood_accuracy(ood) if ood else None,
             "measured": each.measured,
             "objective": each.choice.value,
             "violations": violations(each.violations),
@@ -163,8 +153,8 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         "constraints": [limit.name for limit in bounds],
         "note": NOTE,
         "study_changed": False,
-        "baselines": [data(row) for row in beside],
-        "trials": sorted((data(row) for row in finished), key=lambda each: int(each["new_rank"])),
+        "baselines": [data(row) for row in baselines],
+        "trials": [data(row, rank) for rank, row in enumerate(sorted(finished, key=order), start=1)],
         "unfinished": len(view.trials) - len(finished),
     }
 
@@ -184,25 +174,22 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     Raises:
         StorageError, DataError: Its predictions are missing, damaged, or lack a set or an alpha.
     """
-    path = folder_of(view.study_dir, row) / PREDICTIONS
-    if row.name == ZERO_SHOT and row.kind == "baseline":
-        path = view.study_dir / PREPARED / ZERO_SHOT_TABLE
-    table = predictions.read_predictions(path)
+    table = predictions.read_predictions(predictions_path(view.study_dir, row))
     fixed = apply(view.recipe, row.values).train.alpha
     if fixed is not None and not (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
-        by_set, missed = _accuracies(table, spec, fixed), violations_at(table, bounds, fixed)
-        return _rescored(AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed"), by_set, spec, missed)
+        by_set = _accuracies(table, spec, fixed)
+        choice = AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed")
+        return Rescored(choice, by_set, violations_at(table, bounds, fixed))
     lowest, measured = view.recipe.search.alpha.lowest, view.recipe.search.alpha.measured
-    result = {} if fixed is not None else read_result(folder_of(view.study_dir, row)) or {}
+    result = {} if fixed is not None else view.result(row)
     among = table.filter(np.isin(table["alpha"].to_numpy(), result.get("chosen_from", measured)))
     profile = alpha_profile(among, spec, lowest, bounds)
     choice = profile.choice
-    stored = set.intersection(*({*predictions.alphas(table, name)} for name in (spec.id_set, *spec.ood_sets)))
+    stored = set.intersection(*({*predictions.alphas(table, name)} for name in spec.sets))
     if choice.alpha in stored:
         if choice.alpha not in profile.alphas:
             choice = stepped_back(profile, violations_at(table, bounds, choice.alpha), lowest)
-        by_set, missed = _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha)
-        return _rescored(choice, by_set, spec, missed)
+        return Rescored(choice, _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha))
     missed = {
         VIOLATION + limit.name: float(np.interp(choice.alpha, profile.alphas, along))
         for limit, along in zip(bounds, profile.violations, strict=True)
@@ -212,29 +199,11 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
         name: float(np.clip(fitted_curve(profile.alphas, curve, [choice.alpha])[0], 0, 1))
         for name, curve in curves.items()
     }
-    return _rescored(choice, by_set, spec, missed, measured=False)
+    return Rescored(choice, by_set, missed, measured=False)
 
 
 def _accuracies(table: Any, spec: ObjectiveSpec, alpha: float) -> dict[str, float]:
-    names = (spec.id_set, *spec.ood_sets)
-    return {name: predictions.accuracy(predictions.select(table, name, alpha)) for name in names}
-
-
-def _rescored(
-    choice: AlphaChoice,
-    by_set: dict[str, float],
-    spec: ObjectiveSpec,
-    missed: dict[str, float],
-    measured: bool = True,
-) -> Rescored:
-    ood = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets}) if spec.ood_sets else None
-    return Rescored(choice, by_set[spec.id_set], ood, measured, missed)
-
-
-def _ranks(rows: Sequence[TrialRow], keys: Sequence[tuple[float, float]]) -> dict[int, int]:
-    """Returns the rank of each trial by its number, from 1, the smallest key first; then the earlier of equals."""
-    order = sorted(zip(rows, keys, strict=True), key=lambda pair: (pair[1], pair[0].number))
-    return {row.number: rank for rank, (row, _) in enumerate(order, start=1)}
+    return {name: predictions.accuracy(predictions.select(table, name, alpha)) for name in spec.sets}
 
 
 def _words(spec: ObjectiveSpec) -> dict[str, Any]:

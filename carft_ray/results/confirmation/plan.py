@@ -1,4 +1,4 @@
-"""Confirming the winner of a search: which configurations are trained again, with which seeds, and what that shows.
+"""Confirming the winner of a search: which configurations are trained again, and with which seeds.
 
     confirm/plan.json     the winner and all rows, fixed before the first of these trainings
     confirm/summary.json  the numbers, once all of them have ended
@@ -8,19 +8,21 @@ not used. ``alpha`` belongs to a configuration and is never chosen again.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CACHE_KEYS
-from carft_ray.results.reading.overview import Overview, folder_of
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.words import counted
 
@@ -40,7 +42,7 @@ class PlanRow:
         training: Name of its trainings less the seed; None: the zero-shot model.
         alpha: Its mixing coefficient.
         values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
-            training is evaluated there and on the whole grid, at every point at which the trial may ever stand.
+            training is evaluated there and on the whole grid, at every point of the front that it may get.
         objective: That of the search, one training on the study's seed.
     """
 
@@ -60,6 +62,10 @@ class Stage:
     seeds: tuple[int, ...]
     rows: tuple[PlanRow, ...]
 
+    def names(self, row: PlanRow) -> list[str]:
+        """Returns the names of a row's trainings, seed by seed; none of the zero-shot model."""
+        return [] if row.training is None else [training_name(row.training, seed) for seed in self.seeds]
+
     def trainings(self) -> dict[str, dict[str, Any]]:
         """Returns the values of every training by its name, winner first, then seed by seed."""
         found: dict[str, dict[str, Any]] = {}
@@ -70,6 +76,9 @@ class Stage:
                     name = training_name(row.training, seed)
                     found.setdefault(name, {"alpha": row.alpha, **row.values, "seed": seed})
         return found
+
+
+_STAGE = TypeAdapter(Stage)  # of plan.json
 
 
 def training_name(training: str, seed: int) -> str:
@@ -91,7 +100,7 @@ def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
 def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
     """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
 
-    A trial that misses constraints by more than the winner does is no candidate. A baseline stands there with its own
+    A trial that misses constraints by more than the winner does is no candidate. A baseline is there with its own
     alpha and at alpha 1. The winner of another study counts as one more baseline.
 
     Args:
@@ -105,19 +114,17 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         UsageError: A study of ``against`` cannot be compared.
     """
     ranked = _best_first(view)
-    winner, *others = [row for row in ranked if row.violation <= ranked[0].violation][:top]
-    rows = [_plan_row(row, "winner" if row is winner else "candidate") for row in (winner, *others)]
+    best = [row for row in ranked if row.violation <= ranked[0].violation][:top]
+    rows = [_plan_row(row, "winner" if row is best[0] else "candidate") for row in best]
     for row in view.baselines:
         if row.objective is None:
             continue
         rows.append(_plan_row(row, "baseline"))
-        at_one = _at_alpha_one(view, row)
+        at_one = view.result(row).get("fine_tuned", {}).get("objective")
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
-            name = f"{row.name}, alpha 1"
-            rows.append(PlanRow(name, "baseline", row.name, 1.0, rows[-1].values, at_one))
-    for other in against:
-        rows.append(_rival(view, other))
-    return Stage(winner.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
+            rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
+    rows += [_rival(view, other) for other in against]
+    return Stage(best[0].name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
 def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
@@ -128,7 +135,7 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
         chosen: Name of one of its trials.
         recipe: The study's recipe.
     """
-    rows = [_with_role(row, "winner") for row in first.rows if row.name == chosen]
+    rows = [replace(row, role="winner") for row in first.rows if row.name == chosen]
     rows += [row for row in first.rows if row.role == "baseline"]
     return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
 
@@ -136,11 +143,11 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
 def plan(
     view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()
 ) -> tuple[Stage, Stage | None, list[str]]:
-    """Returns both stages as they stand after this call's wishes, and what is to be said about it.
+    """Returns both stages with what this call asks for, and notes for the user.
 
-    What an earlier call has asked for stays: rows are added and seeds appended. When the search has gone on and found a
-    better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may stand at
-    another point of its curve by now; the trainings that are there were evaluated at that one, too.
+    What an earlier call has asked for stays: rows are added and seeds appended. When the search has continued and found
+    a better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may now be
+    at another point of its curve; the trainings that are there were evaluated at that point, too.
 
     Args:
         view: The study.
@@ -156,15 +163,16 @@ def plan(
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
     if first.winner != before.winner:
-        notes.append(f"the search went on after {before.winner} was fixed as the winner; now it is {first.winner}")
+        notes.append(f"the search continued after {before.winner} was fixed as the winner; now it is {first.winner}")
         second = None
-    for row, earlier in _moved(first, before):
-        notes.append(f"the search went on: {row.name} stood at alpha {earlier.alpha:.2f}, now at {row.alpha:.2f}")
-        second = None if row.role == "winner" else second
-    names = {row.name for row in first.rows}
-    kept = [_with_role(row, "candidate" if row.role == "winner" else row.role) for row in before.rows]
-    rows = (*first.rows, *(row for row in kept if row.name not in names))
-    return Stage(first.winner, first.seeds, rows), second, notes
+    earlier = {row.name: row for row in before.rows}
+    for row in first.rows:
+        old = earlier.pop(row.name, row)
+        if row.alpha != old.alpha:
+            notes.append(f"the search continued: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
+            second = None if row.role == "winner" else second
+    kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
+    return Stage(first.winner, first.seeds, (*first.rows, *kept)), second, notes
 
 
 def cost(view: Overview, stage: Stage) -> str:
@@ -211,7 +219,7 @@ def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, sta
 
 
 def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
-    """Writes what is compared at the end at the top, and the first stage of two beside it.
+    """Writes the stage that is compared at the end, and of two stages the first one under ``stage1``.
 
     Raises:
         StorageError: It cannot be written.
@@ -235,9 +243,9 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
         if content["format_version"] != FORMAT_VERSION:
             rule = f"must have format_version {FORMAT_VERSION}"
             raise StorageError(Problem(str(path), rule, str(content["format_version"])))
-        last = _stage(content)
-        return (last, None) if content["stage1"] is None else (_stage(content["stage1"]), last)
-    except (KeyError, TypeError) as error:
+        last = _STAGE.validate_python(content)
+        return (last, None) if content["stage1"] is None else (_STAGE.validate_python(content["stage1"]), last)
+    except (KeyError, TypeError, ValueError) as error:
         raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
 
 
@@ -251,20 +259,9 @@ def _stage_data(stage: Stage) -> dict[str, Any]:
     return {"winner": stage.winner, "seeds": list(stage.seeds), "rows": [asdict(row) for row in stage.rows]}
 
 
-def _stage(content: Mapping[str, Any]) -> Stage:
-    return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
-
-
 def _best_first(view: Overview) -> list[TrialRow]:
     rows = [row for row in view.trials if row.objective is not None]
     return best_first(require_finished(view.study_dir, rows))
-
-
-def _moved(now: Stage, before: Stage) -> list[tuple[PlanRow, PlanRow]]:
-    """Returns the rows that stand at another alpha than before, each with its earlier one."""
-    earlier = {row.name: row for row in before.rows}
-    known = [(row, earlier[row.name]) for row in now.rows if row.name in earlier]
-    return [(row, old) for row, old in known if row.alpha != old.alpha]
 
 
 def _plan_row(row: TrialRow, role: Role) -> PlanRow:
@@ -274,36 +271,24 @@ def _plan_row(row: TrialRow, role: Role) -> PlanRow:
     return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
 
 
-def _with_role(row: PlanRow, role: Role) -> PlanRow:
-    return PlanRow(**{**asdict(row), "role": role})
-
-
-def _at_alpha_one(view: Overview, row: TrialRow) -> float | None:
-    """Returns the objective of a row's training at alpha 1, as the search measured it."""
-    result = read_result(folder_of(view.study_dir, row)) or {}
-    value = result.get("fine_tuned", {}).get("objective")
-    return None if value is None else float(value)
-
-
 def _rival(view: Overview, other: Overview) -> PlanRow:
     """Returns the winner of another study as a baseline of this one."""
+    place = f"--against {other.study_dir}"
     if other.study_dir == view.study_dir:
-        raise UsageError(Problem(f"--against {other.study_dir}", "must be another study", "this one"))
+        raise UsageError(Problem(place, "must be another study", "this one"))
     theirs = _shared(other.recipe)
     differing = [key for key, value in _shared(view.recipe).items() if value != theirs[key]]
     if differing:
         step = "Search both with recipes that differ in train and search.space alone."
         rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
-        raise UsageError(
-            Problem(f"--against {other.study_dir}", rule, f"another {', '.join(differing)}", next_step=step)
-        )
+        raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
     best = _best_first(other)[0]
-    values = {**other.recipe.train.model_dump(mode="json"), **best.values}
+    values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
+    if best.standing:
+        values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
-    training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-    values = {key: value for key, value in values.items() if key not in ("alpha", "seed")}
-    values |= {"alpha": best.values.get("alpha", best.alpha)} if best.standing else {}
-    return PlanRow(name, "baseline", training, best.alpha or 0.0, values, best.objective or 0.0)
+    row = _plan_row(replace(best, values=values), "baseline")
+    return replace(row, name=name, training=re.sub(r"[^A-Za-z0-9_-]+", "-", name))
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 DEFAULT_FORMATS = ("open_clip",)
 RECIPE_HEAD = (
-    "# Paths of the machine that trained are left out. To repeat the training, put images and weights beside this\n"
+    "# Paths of the machine that trained are left out. To repeat the training, put images and weights next to this\n"
     "# file under the names below, or give their places with --set.\n"
 )
+_REOPEN = Path(__file__).parents[2] / "learning" / "models" / "reopen.py"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def export_model(
         trained: The training.
         out_dir: Folder to make; it must not exist, or be empty.
         alpha: Mixing coefficient; None: the chosen one.
-        formats: Names of ``FORMATS``; all lie in the one folder.
+        formats: Names of ``FORMATS``; all are written into the one folder.
 
     Raises:
         UsageError: ``out_dir`` holds something, or a format cannot hold this model or needs a library that is missing.
@@ -196,21 +196,16 @@ def _difference(folder: Path, name: str, question: dict[str, Any], expected: dic
     Raises:
         StorageError: It does not open, or that is too far.
     """
-    with tempfile.TemporaryDirectory() as place, resources.as_file(_script()) as script:
+    with tempfile.TemporaryDirectory() as place:
         asked, answer = Path(place) / "question.safetensors", Path(place) / "answer.safetensors"
         save_tensors(asked, {"pixels": question["pixels"]}, {"sentences": json.dumps(question["sentences"])})
-        command = [sys.executable, "-P", "-W", "ignore", str(script), name, str(folder), str(asked), str(answer)]
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place)
+        command = [sys.executable, "-P", "-W", "ignore", str(_REOPEN), name, str(folder), str(asked), str(answer)]
+        own = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, cwd=place)
         library = FORMATS[name][0][-1]
         if done.returncode != 0:
             value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            value = value.replace(str(folder), "the export")  # it has its name for the time being only
+            value = value.replace(str(folder), "the export")  # the folder has a temporary name
             raise StorageError(Problem(str(folder), f"{library} must open the export", value))
         found = load_tensors(answer)
     # one tensor, since a not-a-number must not lose against a number
@@ -219,7 +214,3 @@ def _difference(folder: Path, name: str, question: dict[str, Any], expected: dic
         rule = f"{library} must give the logits of the model within {TOLERANCE}"
         raise StorageError(Problem(str(folder), rule, f"a difference of {difference:.3g}"))
     return difference
-
-
-def _script() -> Any:
-    return resources.files("carft_ray.learning.models") / "reopen.py"

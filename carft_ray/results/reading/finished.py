@@ -1,7 +1,7 @@
-"""A finished training as it lies on disk: result, predictions, and the manifest that it belongs to. No torch."""
+"""A finished training as it is on disk: result, predictions, and the manifest that it belongs to. No torch."""
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.layout import CONFIRM, MANIFEST, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
+from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.overview import find_row, folder_of, is_study, require_claimed
-from carft_ray.study.lock import FORMAT_VERSION
+from carft_ray.study import identity
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
@@ -30,7 +30,7 @@ class Finished:
         name: Name of the trial, of the baseline, or ``confirm/NAME``; empty for the folder of `train`.
         base: Recipe of the study (or of the training) as its manifest has it.
         recipe: The same with the values of this training.
-        result: Content of ``result.json``; a trial of a Pareto search stands at its point of the front.
+        result: Content of ``result.json``; a trial of a Pareto search is at its point of the front.
         provenance: Of the manifest; empty when there is none.
         run_dir: Folder of the training.
     """
@@ -50,7 +50,7 @@ class Finished:
 
     @property
     def title(self) -> str:
-        """How messages call it: ``studies/quickstart:t0007-3f9c``."""
+        """Its name in messages: ``quickstart:t0007-3f9c``."""
         return f"{self.folder.name}:{self.name}" if self.name else self.folder.name
 
     @property
@@ -64,16 +64,16 @@ class Finished:
         Raises:
             StorageError: The file is missing or damaged.
         """
-        name = Path(ZERO_SHOT_TABLE) if self.is_zero_shot else Path(PREDICTIONS)
-        return read_predictions(self.run_dir / name)
+        return read_predictions(self.run_dir / (ZERO_SHOT_TABLE if self.is_zero_shot else PREDICTIONS))
 
 
-def open_finished(folder: Path, trial: str | None = None) -> Finished:
+def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") -> Finished:
     """Opens a finished training; nothing is locked or written.
 
     Args:
         folder: A study, or the folder of `train`.
         trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial of a study.
+        place: The argument or option that names the trial, for messages.
 
     Raises:
         UsageError: The folder is neither, or the study has no such trial.
@@ -82,24 +82,30 @@ def open_finished(folder: Path, trial: str | None = None) -> Finished:
     """
     folder = require_claimed(folder)
     base, provenance = read_manifest(folder)
-    if not is_study(folder):
-        if trial is not None:
-            step = f"Leave the trial {trial!r} out, or give the folder of a study."
-            raise UsageError(Problem("TRIAL", "needs a study", f"the folder of one training, {folder}", next_step=step))
-        step = "Finish it first: the same `carft-ray train` command again, with --resume."
-        return _finished(folder, "", base, provenance, folder, step)
-    step = f"Go on with the search: carft-ray resume {shlex.quote(str(folder))}"
-    name, run_dir, row = _place(folder, trial)
-    if name != ZERO_SHOT:
-        found = _finished(folder, name, base, provenance, run_dir, step)
-        return replace(found, result=placed(found.result, row))
-    path = folder / PREPARED / PREPARATION
-    try:
-        metrics = files.read_json(path)["metrics"]
+    name, run_dir, row = "", folder, None
+    step = "Finish it first: the same `carft-ray train` command again, with --resume."
+    if is_study(folder):
+        name, run_dir, row = _find(folder, trial, place)
+        step = f"Continue the search: carft-ray resume {shlex.quote(str(folder))}"
+    elif trial is not None:
+        step = f"Leave the trial {trial!r} out, or give the folder of a study."
+        raise UsageError(Problem(place, "needs a study", f"the folder of one training, {folder}", next_step=step))
+    if name == ZERO_SHOT:
+        metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-    except (KeyError, TypeError) as error:
-        raise StorageError(Problem(str(path), "must hold the zero-shot metrics", str(error))) from error
-    return Finished(folder, name, base, base, result, provenance, folder / PREPARED)
+        return Finished(folder, name, base, base, result, provenance, folder / PREPARED)
+    if not (run_dir / RESULT).is_file():
+        value = "an unfinished or failed one"
+        raise NoSuccessfulTrialError(Problem(str(run_dir), "must be a finished training", value, next_step=step))
+    found = read_result(run_dir)
+    try:
+        if found is None:
+            raise ValueError("no objective, or another format")
+        recipe = base.model_copy(update={"train": TrainConfig.model_validate(found["train"])})
+    except (ValueError, KeyError) as error:
+        rule, step = "must be the result of a training", "Restore it from a copy; no command changes a finished trial."
+        raise StorageError(Problem(str(run_dir / RESULT), rule, str(error), next_step=step)) from error
+    return Finished(folder, name, base, recipe, placed(found, row), provenance, run_dir)
 
 
 def read_manifest(folder: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -108,20 +114,12 @@ def read_manifest(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         StorageError: The manifest is missing, damaged or of another format.
     """
-    path = folder / MANIFEST
-    content = files.read_json(path)
-    try:
-        version, recipe = content["format_version"], Recipe.model_validate(content["recipe"])
-        provenance: dict[str, Any] = dict(content.get(PROVENANCE) or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
-    if version != FORMAT_VERSION:
-        raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
-    return recipe, provenance
+    manifest = identity.read_manifest(folder)
+    return Recipe.model_validate(manifest["recipe"]), manifest.get(PROVENANCE) or {}
 
 
 def split_target(written: str) -> tuple[Path, str | None]:
-    """Returns folder and trial of ``DIR`` or ``DIR:TRIAL``; a folder that is there may have a colon in its name."""
+    """Returns folder and trial of ``DIR`` or ``DIR:TRIAL``; an existing folder may have a colon in its name."""
     folder, colon, trial = written.rpartition(":")
     if not colon or Path(written).exists():
         return Path(written), None
@@ -130,35 +128,16 @@ def split_target(written: str) -> tuple[Path, str | None]:
     return Path(folder), trial
 
 
-def _place(study_dir: Path, trial: str | None) -> tuple[str, Path, TrialRow | None]:
+def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, Path, TrialRow | None]:
     """Returns name, folder and row of a training of a study; one of a confirm has no row here."""
-    confirmed = sorted(path.name for path in (study_dir / CONFIRM).glob("*/"))
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
-        name = trial.removeprefix(f"{CONFIRM}/").rstrip("/")
-        if name not in confirmed:
-            allowed = tuple(f"{CONFIRM}/{each}" for each in confirmed)
+        name = trial.rstrip("/")
+        allowed = tuple(f"{CONFIRM}/{path.name}" for path in sorted((study_dir / CONFIRM).glob("*/")))
+        if name not in allowed:
             rule = f"must be a training of {study_dir / CONFIRM}"
-            raise UsageError(Problem("TRIAL", rule, repr(trial), allowed, nearest(trial, allowed)))
-        return f"{CONFIRM}/{name}", study_dir / CONFIRM / name, None
+            raise UsageError(Problem(place, rule, repr(trial), allowed, nearest(trial, allowed)))
+        return name, study_dir / name, None
     rows = trials(study_dir)
-    row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial)
+    row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial, place)
     row = require_finished(study_dir, row)
     return row.name, folder_of(study_dir, row), row
-
-
-def _finished(folder: Path, name: str, base: Recipe, provenance: dict[str, Any], run_dir: Path, step: str) -> Finished:
-    path = run_dir / RESULT
-    if not path.is_file():
-        value = "an unfinished or failed one"
-        raise NoSuccessfulTrialError(Problem(str(run_dir), "must be a finished training", value, next_step=step))
-    result = read_result(run_dir)
-    try:
-        if result is None:
-            raise ValueError("no objective, or another format")
-        recipe = base.model_copy(update={"train": TrainConfig.model_validate(result["train"])})
-    except (ValueError, KeyError) as error:
-        again = "Restore it from a copy; `carft-ray search` never changes a finished trial."
-        raise StorageError(
-            Problem(str(path), "must be the result of a training", str(error), next_step=again)
-        ) from error
-    return Finished(folder, name, base, recipe, result, provenance, run_dir)

@@ -10,7 +10,7 @@ from carft_ray.results.reading.overview import Overview, find_row, folder_of
 from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow
 
-LOOK_EVERY_S = 0.5
+READ_EVERY_S = 0.5
 
 
 def find_log(overview: Overview, written: str) -> tuple[TrialRow, Path]:
@@ -32,12 +32,8 @@ def read_log(path: Path) -> list[str] | None:
     Raises:
         StorageError: It cannot be read.
     """
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise files.storage_error(path, error) from error
+    content = _content(path)
+    return None if content is None else content.decode(errors="replace").splitlines()
 
 
 def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
@@ -48,25 +44,29 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
     """
     position = 0
     while True:
-        over = _ended(path.parent) or holder(study_dir) is None  # looked at before the last reading
-        try:
-            with open(path, "rb") as file:
-                file.seek(position)
-                content = file.read()
-        except FileNotFoundError:
-            content = b""
-        except OSError as error:
-            raise files.storage_error(path, error) from error
+        over = _ended(path.parent) or holder(study_dir) is None  # before the last reading
+        content = _content(path, position) or b""
         whole = content if over else content[: content.rfind(b"\n") + 1]
         position += len(whole)
         yield from whole.decode(errors="replace").splitlines()
         if over:
             return
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(READ_EVERY_S)
+
+
+def _content(path: Path, position: int = 0) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise files.storage_error(path, error) from error
 
 
 def _ended(folder: Path) -> bool:
-    """Tells whether a training has finished, was cut or diverged; after another failure it may get one more attempt."""
+    """Returns whether a training has finished, was cut or diverged; other failures may be followed by an attempt."""
     failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
     was_cut = (folder / CUT).exists() and not (folder / HEARTBEAT).exists()
     return (folder / RESULT).exists() or was_cut or failure.get("outcome") == "diverged"

@@ -1,32 +1,21 @@
-"""A study as its readers see it (`status`, `ls`, `logs`): nothing is locked, nothing is written, no torch is loaded."""
+"""A study as commands read it: nothing is locked, nothing is written, no torch is loaded."""
 
-import contextlib
 import functools
-import json
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import CarftError, Problem, StorageError, UsageError, nearest
+from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.layout import JOURNAL, LOG, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.results.pareto import front_data, front_lines
-from carft_ray.study.best import constraint_lines
-from carft_ray.study.identity import caught_up
+from carft_ray.study.identity import caught_up, read_manifest
 from carft_ray.study.lease import holder
-from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
-from carft_ray.study.lock import BUDGET_STOP
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat
-from carft_ray.study.proposals.warm_start import inherited_reads
-from carft_ray.study.rows import ZERO_SHOT, best_first, best_row, rows_by_kind
+from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat, read_result
+from carft_ray.study.rows import ZERO_SHOT, best_row, rows_by_kind
 from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
@@ -42,9 +31,9 @@ class Overview:
         trials: In the order of their numbers.
         baselines: Zero-shot and the recipe's baselines.
         confirmations: Trainings with fresh seeds, of a confirm.
-        holder: What the live search says of itself; None: no search works on the study.
+        holder: Who runs the search, in words; None: no search runs on the study.
         stopping: A stop was asked for and the live search has not ended yet.
-        running: Kinds and names of what trains at the moment.
+        running: Kinds and names of the trainings that run.
     """
 
     study_dir: Path
@@ -58,7 +47,7 @@ class Overview:
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
-        """The best trial (``study.rows.best_first``), in a Pareto search at its point of the front."""
+        """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
         return best_row(self.trials)
 
     @property
@@ -91,6 +80,10 @@ class Overview:
             "attempt": row.attempt,
             "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
         }
+
+    def result(self, row: TrialRow) -> dict[str, Any]:
+        """Returns the content of a row's ``result.json``; empty without one."""
+        return read_result(folder_of(self.study_dir, row)) or {}
 
     @functools.cached_property
     def _own(self) -> dict[str, Any]:
@@ -155,20 +148,21 @@ def read_study(folder: Path) -> Overview:
     """
     study_dir = require_study(folder)
     found = holder(study_dir)
-    by_kind = rows_by_kind(study_dir)
-    rows, beside, fresh = by_kind["trial"], by_kind["baseline"], by_kind["confirm"]
-    live = frozenset((row.kind, row.name) for row in (*rows, *beside, *fresh) if found and _trains(study_dir, row))
+    rows = rows_by_kind(study_dir)
+    trainings = [row for group in rows.values() for row in group]
+    live = frozenset((row.kind, row.name) for row in trainings if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
-    return Overview(study_dir, study_recipe(study_dir), rows, beside, fresh, found, stopping, live)
+    recipe = study_recipe(study_dir)
+    return Overview(study_dir, recipe, rows["trial"], rows["baseline"], rows["confirm"], found, stopping, live)
 
 
 def is_study(folder: Path) -> bool:
-    """Tells whether a folder holds a study."""
+    """Returns whether a folder holds a study."""
     return (folder / JOURNAL).is_file()
 
 
 def studies_in(folder: Path) -> list[Path]:
-    """Returns the studies that lie directly in a folder, by name."""
+    """Returns the studies directly in a folder, by name."""
     return sorted(path for path in folder.iterdir() if is_study(path)) if folder.is_dir() else []
 
 
@@ -176,12 +170,12 @@ def require_study(folder: Path, rule: str = "must be a study") -> Path:
     """Returns a study's folder as an absolute path.
 
     Raises:
-        UsageError: It is no study; names the nearest one beside it, or those inside it.
+        UsageError: It is no study; names the nearest one next to it, or those inside it.
     """
     if is_study(folder):
         return folder.resolve()
     inside = tuple(str(path) for path in studies_in(folder))
-    beside = [str(path) for path in studies_in(folder.parent)]
+    near = nearest(str(folder), [str(path) for path in studies_in(folder.parent)])
     step = f"Begin one: carft-ray search RECIPE --study {folder}"
     if not folder.exists():
         value = "no such folder"
@@ -191,7 +185,7 @@ def require_study(folder: Path, rule: str = "must be a study") -> Path:
         value, step = "the folder of one training", f"See it: carft-ray evaluate {folder}"
     else:
         value, step = f"one without {JOURNAL}", "Give the folder that `search --study` was given."
-    raise UsageError(Problem(str(folder), rule, value, inside, nearest(str(folder), beside), step))
+    raise UsageError(Problem(str(folder), rule, value, inside, near, step))
 
 
 def require_claimed(folder: Path) -> Path:
@@ -206,7 +200,7 @@ def require_claimed(folder: Path) -> Path:
 
 
 def resolved_recipe(study_dir: Path) -> Path:
-    """Returns the path of the recipe with which a study goes on.
+    """Returns the path of the recipe with which a study is resumed.
 
     Raises:
         UsageError: Its first search was killed before it wrote the recipe.
@@ -239,10 +233,7 @@ def study_recipe(study_dir: Path) -> Recipe:
         recipe = load_recipe(study_dir / RESOLVED)
         missing = caught_up(study_dir, recipe)
         return load_recipe(study_dir / RESOLVED, missing) if missing else recipe
-    try:
-        return Recipe.model_validate(files.read_json(study_dir / MANIFEST)["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(Problem(str(study_dir / MANIFEST), "must be the manifest of a study", str(error))) from error
+    return Recipe.model_validate(read_manifest(study_dir)["recipe"])
 
 
 def total_trials(written: str, overview: Overview) -> int:
@@ -279,135 +270,6 @@ def last_epoch(folder: Path) -> int | None:
     """Returns the number of the last epoch that a training has finished, or None."""
     rows = files.read_json_lines(folder / METRICS)
     return int(rows[-1].get("epoch", 0)) or None if rows else None
-
-
-def status(overview: Overview) -> dict[str, Any]:
-    """Returns what `status` tells, as plain data."""
-    best, rows = overview.best, overview.rows
-    fresh = [overview.state(row) for row in overview.confirmations]
-    seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
-    journal, pruner = overview.study_dir / JOURNAL, overview.recipe.search.pruner
-    return {
-        "study": str(overview.study_dir),
-        "name": overview.recipe.name,
-        "wanted": num_trials(overview.recipe),
-        "finished": overview.num_finished,
-        "selected_on": ["id_val", *overview.recipe.data.ood_val],
-        "trials": overview.counts(),
-        "outside": sum(row.outside for row in overview.trials),
-        "pruner": None if pruner.name == "none" else _pruner_quality(overview),
-        "best": None if best is None else overview.data(best),
-        "baselines": [overview.data(row) for row in overview.baselines],
-        "front": front_data(overview.recipe, overview.trials),
-        "lines": [
-            *front_lines(front_data(overview.recipe, overview.trials)),
-            *constraint_lines(best),
-            *_failure_lines(overview.trials),
-        ],
-        "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
-        "running": [overview.data(row) for row in rows if overview.state(row) == "running"],
-        "stopped": [overview.data(row) for row in rows if overview.state(row) == "stopped"],
-        "set_aside": [overview.data(row) for row in rows if overview.state(row) == "set_aside"],
-        "search": {
-            "running": overview.holder is not None,
-            "holder": overview.holder,
-            "stopping": overview.stopping,
-        },
-        "ledger": ledger(overview.study_dir),
-        "budget": budget(overview),
-        "times": {
-            "created": _created(overview.study_dir),
-            "last_change": datetime.fromtimestamp(journal.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
-            "training_s": round(sum(seconds), 1),
-            "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
-        },
-    }
-
-
-def _failure_lines(rows: list[TrialRow]) -> list[str]:
-    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
-    reasons = Counter(row.reason for row in rows if row.outcome == "error")
-    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
-
-
-def _pruner_quality(overview: Overview) -> dict[str, Any]:
-    from carft_ray.results.statistics.pruner_quality import pruner_quality
-
-    return pruner_quality(overview.recipe.search.pruner, overview.trials)
-
-
-def ledger(study_dir: Path) -> dict[str, Any]:
-    """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
-    try:
-        problems = check_ledger(study_dir)
-        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
-    except CarftError as error:
-        reads, problems = None, list(error.problems)
-    return {"test_reads": reads, "problems": [str(problem) for problem in problems]}
-
-
-def budget(overview: Overview) -> dict[str, Any]:
-    """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
-    limits, folder = overview.recipe.budget, overview.study_dir
-    ended = ""
-    if overview.holder is None:
-        with contextlib.suppress(OSError):
-            text = (folder / STOP).read_text().strip()
-            ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
-    began = search_began(folder) if overview.holder is not None else None
-    used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
-    return {
-        "wall_time_s": limits.wall_time,
-        "wall_time_used_s": used_s,
-        "gpu_hours": limits.gpu_hours,
-        "gpu_hours_used": round(sum(row.gpu_s for row in overview.rows) / 3600, 4),
-        "ended": ended,
-    }
-
-
-def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:
-    """Returns what `ls` tells of a study, as plain data: baselines, and the trials that come first."""
-    rows = list(overview.trials)
-    if by_objective:  # those without one last, in the order of their numbers
-        rows = best_first(rows)
-    return {
-        "study": str(overview.study_dir),
-        "num_trials": len(rows),
-        "lines": constraint_lines(overview.best),
-        "baselines": [overview.data(row) for row in overview.baselines],
-        "trials": [overview.data(row) for row in rows[:limit]],
-    }
-
-
-def list_studies(folder: Path) -> list[dict[str, Any]]:
-    """Returns a line per study in a folder; one that cannot be read has its ``problem`` there.
-
-    Raises:
-        UsageError: There is no study in it.
-    """
-    found = studies_in(folder)
-    if not found:
-        require_study(folder, "must be a study, or a folder with studies in it")
-    lines: list[dict[str, Any]] = []
-    for path in found:
-        try:
-            overview = read_study(path)
-        except CarftError as error:
-            lines.append({"name": path.name, "study": str(path.resolve()), "problem": str(error)})
-            continue
-        best = overview.best
-        lines.append(
-            {
-                "name": path.name,
-                "study": str(overview.study_dir),
-                "problem": None,
-                "wanted": num_trials(overview.recipe),
-                "trials": overview.counts(),
-                "best_objective": None if best is None else best.objective,
-                "running": overview.holder is not None,
-            }
-        )
-    return lines
 
 
 def find_row(rows: Sequence[TrialRow], written: str, place: str = "TRIAL") -> TrialRow:
@@ -454,7 +316,7 @@ def alive_since(study_dir: Path, row: TrialRow) -> float | None:
 
 
 def _trains(study_dir: Path, row: TrialRow) -> bool:
-    """Tells whether a row's training has begun in the search that holds the study.
+    """Returns whether a row's training has begun in the search that holds the study.
 
     Every search writes ``resolved.yaml`` when it begins, and every attempt a line into its log; an attempt that has
     left ``error.json`` waits for another one.
@@ -467,11 +329,3 @@ def _trains(study_dir: Path, row: TrialRow) -> bool:
     except OSError:
         return False
     return begun and read_failure(folder, row.attempt) is None
-
-
-def _created(study_dir: Path) -> str | None:
-    try:
-        created = json.loads((study_dir / MANIFEST).read_bytes())["created"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(created)

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.constraints import Limit, calibration_gaps
-from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
-from carft_ray.layout import ANALYSIS_SUMMARY, PREDICTIONS, PREPARED, SUMMARY, TEST_DIR, ZERO_SHOT_TABLE
+from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import read_plan
-from carft_ray.results.confirmation.summary import is_whole, row_correct
+from carft_ray.results.confirmation.summary import row_correct, whole_rows
 from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.bootstrap import Candidate
+from carft_ray.results.statistics.intervals import headline, in_points, objective_difference
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.rows import ZERO_SHOT
 
@@ -41,7 +44,7 @@ class Stored:
 
 
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
-    """Returns where the validation predictions of a trial or baseline lie."""
+    """Returns the path of the validation predictions of a trial or baseline."""
     if row.name == ZERO_SHOT:
         return study_dir / PREPARED / ZERO_SHOT_TABLE
     return folder_of(study_dir, row) / PREDICTIONS
@@ -73,18 +76,13 @@ def read_stored(
     tables = [read_predictions(predictions_path(study_dir, row)) for row in rows]
     stored = [alphas(table, spec.id_set) for table in tables]
     results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
-    among = [
-        _choices(recipe, row, found, results[row.name]) if row.kind == "trial" else ()
-        for row, found in zip(rows, stored, strict=True)
-    ]
-    asked = [
-        (table, alpha)
-        for row, table, choices in zip(rows, tables, among, strict=True)
-        for alpha in (*choices, row.alpha or 0.0)
-    ]
-    matrices = {name: correct_matrix(asked, name) for name in (spec.id_set, *spec.ood_sets)}
-    calibrated = [limit.set_name for limit in bounds if limit.measure == "ece"]
-    gaps = {name: calibration_gaps(asked, name) for name in calibrated}
+    evaluated: list[tuple[TrialRow, pa.Table, tuple[float, ...]]] = []  # its own alpha comes last
+    for row, table, found in zip(rows, tables, stored, strict=True):
+        choices = _choices(recipe, row, found, results[row.name]) if row.kind == "trial" else ()
+        evaluated.append((row, table, (*choices, row.alpha or 0.0)))
+    points = [(table, alpha) for _, table, at in evaluated for alpha in at]
+    matrices = {name: correct_matrix(points, name) for name in spec.sets}
+    gaps = {limit.set_name: calibration_gaps(points, limit.set_name) for limit in bounds if limit.measure == "ece"}
 
     def part(name: str, of_alphas: tuple[float, ...], first: int) -> Candidate:
         taken = slice(first, first + len(of_alphas))
@@ -92,11 +90,11 @@ def read_stored(
         return Candidate(name, of_alphas, correct, {each: found.take(taken) for each, found in gaps.items()})
 
     candidates, chosen, start = [], {}, 0
-    for row, choices in zip(rows, among, strict=True):
-        if choices:
-            candidates.append(part(row.name, choices, start))
-        chosen[row.name] = part(row.name, (row.alpha or 0.0,), start + len(choices))
-        start += len(choices) + 1
+    for row, _, at in evaluated:
+        if len(at) > 1:
+            candidates.append(part(row.name, at[:-1], start))
+        start += len(at)
+        chosen[row.name] = part(row.name, at[-1:], start - 1)
     trained = [found for row, found in zip(rows, stored, strict=True) if row.name != ZERO_SHOT]
     moved = {name: float(result["moved"]) for name, result in results.items() if "moved" in result}
     return Stored(tuple(candidates), chosen, sum(alpha > 0 for found in trained for alpha in found), moved)
@@ -117,55 +115,68 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
     return [
-        row_correct(study_dir, spec, row, stage.seeds)
+        row_correct(study_dir, spec, stage, row)
         for stage in read_plan(study_dir) or ()
         if stage is not None
-        for row in stage.rows
-        if row.role != "baseline" and is_whole(study_dir, row, stage.seeds)
+        for row in whole_rows(study_dir, stage)
+        if row.role != "baseline"
     ]
 
 
-def found_beside(study_dir: Path, step: str, details: bool = True) -> list[str]:
-    """Returns the ``row_lines`` and ``lines`` of ``<step>/summary.json``; none without it.
+def against_baseline(
+    recipe: Recipe, best: TrialRow, baselines: Sequence[TrialRow], stored: Stored
+) -> dict[str, Any] | None:
+    """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
 
     Args:
-        study_dir: The study directory.
-        step: ``confirm`` or ``test``.
-        details: False: its ``brief``, where it has one.
+        recipe: The study's recipe.
+        best: The best trial.
+        baselines: Complete baselines.
+        stored: Predictions of all of them.
+    """
+    if not baselines:
+        return None
+    rival = max(baselines, key=lambda row: row.objective or 0.0)
+    one, other = (stored.chosen[row.name].correct for row in (best, rival))
+    difference = objective_difference(objective_spec(recipe), one, other)
+    sentence, of = headline(difference, rival.name), ""
+    if recipe.search.objective.kind == "pareto":
+        weight = recipe.search.objective.id_weight
+        of = f" by {weight:g} ID + {1 - weight:g} OOD"
+    measured = f"Measured at their alphas{of}, on the images that chose"
+    return {
+        "baseline": rival.name,
+        "mean": difference.mean,
+        "images_random": difference.images_random,
+        "words": difference.words,
+        "sentence": sentence,
+        "lines": [
+            f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
+            f"    {best.name} - {rival.name}: {in_points(difference, signed=True)}",
+        ],
+    }
+
+
+def read_summary(path: Path, *keys: str) -> dict[str, Any] | None:
+    """Returns the content of the summary of a confirm or of a test; None before there is one.
+
+    Args:
+        path: The file.
+        keys: What must be in it.
 
     Raises:
         StorageError: The file is damaged.
     """
-    path = study_dir / step / SUMMARY
-    if not path.exists():
-        return []
-    content: Any = files.read_json(path)
-    lines = content.get("lines") if isinstance(content, dict) else None
-    if not isinstance(lines, list):
-        raise StorageError(f"{path}: must have a list 'lines'")
-    rows, short = content.get("row_lines", []), content.get("brief")
-    if short is not None and not details:
-        rows, lines = short["rows"], short["lines"]
-    return [str(line) for line in [*rows, *lines]]
-
-
-def found_analysis(study_dir: Path) -> dict[str, Any] | None:
-    """Returns what the newest `test --all-trials` has found; None before there is one.
-
-    Raises:
-        StorageError: The file is damaged.
-    """
-    path = study_dir / TEST_DIR / ANALYSIS_SUMMARY
     if not path.exists():
         return None
     content: Any = files.read_json(path)
-    if not isinstance(content, dict) or not {"rules", "lines"} <= content.keys():
-        raise StorageError(Problem(str(path), "must have 'rules' and 'lines'"))
+    if not isinstance(content, dict) or not {*keys} <= content.keys():
+        raise StorageError(Problem(str(path), f"must have {', '.join(keys)}"))
     return content
 
 
 def _choices(recipe: Recipe, row: TrialRow, found: Sequence[float], result: Mapping[str, Any]) -> tuple[float, ...]:
-    """Returns the alphas that a trial's alpha was chosen from; one that was fixed or sampled stands alone.
+    """Returns the alphas that a trial's alpha was chosen from; only that one where it was fixed or sampled.
 
     In a Pareto search they are all points of the training that may be on the front.
     """

@@ -5,7 +5,8 @@ one draw per set for all candidates and alphas, so luck that all share stays sha
 that of seeds. Constraints are part of the choice, as in the search: of alpha (violations between evaluated alphas are
 interpolated; nothing is evaluated anew) and of the winner.
 
-Shape letters: B resamples, N candidates, A alphas of one candidate, n images of one set. Accuracies are fractions.
+Shape letters: B resamples, N candidates, A alphas of one candidate, n images of one set, P points of all candidates, F
+of them on a front. Accuracies are fractions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +15,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from carft_ray.data.source import IntArray
 from carft_ray.evaluation.alpha import AlphaChoices, choose_alphas
 from carft_ray.evaluation.constraints import Gaps, Limit
 from carft_ray.evaluation.metrics import NUM_BINS
 from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import BoolArray, FloatArray
+from carft_ray.study.front import TIE, FrontRule, non_dominated
 
 NUM_RESAMPLES = 1000
 _CHUNK = 8_000_000  # image draws held at a time
 _MET = 1e-6  # a violation that is rounding: calibration gaps are summed in float32
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,56 +102,45 @@ def resample(
     Raises:
         ValueError: There is no candidate, or a set has fewer than two images.
     """
-    names = (spec.id_set, *spec.ood_sets)
     if not candidates:
         raise ValueError("the bootstrap needs at least one candidate")
     rng = np.random.default_rng(seed)
-    sums = {
-        name: _sums(
-            rng, [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates],
-            num_resamples,
-        )
-        for name in names
-    }  # fmt: skip
-    num_images = {name: candidates[0].correct[name].shape[1] for name in names}
+    by_set = {}
+    for name in spec.sets:
+        correct, gaps = [each.correct[name] for each in candidates], [each.gaps.get(name) for each in candidates]
+        by_set[name] = _sums(rng, correct, gaps, num_resamples)
     choices, scores, accuracies, outside, missed_at = [], [], [], [], []
     for index, candidate in enumerate(candidates):
-        own = {name: found[index] for name, found in sums.items()}
+        own = {name: found[index] for name, found in by_set.items()}
         violations = [
             limit.bound - own[limit.set_name].drawn
             if limit.measure == "accuracy"
             else own[limit.set_name].errors - limit.bound
             for limit in bounds
         ]
-        choice = _choose(candidate, spec, lowest, own, num_images, violations)
-        left_out = {name: found.left_out for name, found in own.items()}
-        choices.append(choice)
-        scores.append((choice.readers * spec.values(left_out)).sum(axis=1))
+        choices.append(_choose(candidate, spec, lowest, own, violations))
         accuracies.append({name: found.drawn for name, found in own.items()})
-        outside.append(left_out)
-        nothing = np.zeros_like(left_out[spec.id_set])
-        missed_at.append(sum((np.maximum(each, 0) for each in violations), nothing))
+        outside.append({name: found.left_out for name, found in own.items()})
+        scores.append((choices[-1].readers * spec.values(outside[-1])).sum(axis=1))
+        missed_at.append(np.sum([np.zeros_like(own[spec.id_set].drawn), *np.maximum(violations, 0)], axis=0))
     return Resamples(
-        tuple(candidate.name for candidate in candidates),
-        np.stack([choice.values for choice in choices], axis=1),
-        np.stack(scores, axis=1),
-        np.stack([choice.alphas for choice in choices], axis=1),
-        tuple(accuracies),
-        np.stack([choice.missed for choice in choices], axis=1),
-        tuple(outside),
-        tuple(missed_at),
+        names=tuple(candidate.name for candidate in candidates),
+        in_bag=np.stack([choice.values for choice in choices], axis=1),
+        out_of_bag=np.stack(scores, axis=1),
+        alphas=np.stack([choice.alphas for choice in choices], axis=1),
+        accuracies=tuple(accuracies),
+        missed=np.stack([choice.missed for choice in choices], axis=1),
+        outside=tuple(outside),
+        missed_at=tuple(missed_at),
     )
 
 
-def resampled_accuracies(
-    correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> dict[str, FloatArray]:
+def resampled_accuracies(correct: Mapping[str, BoolArray], num_resamples: int = NUM_RESAMPLES) -> dict[str, FloatArray]:
     """Returns per set the accuracies on images drawn with replacement, one draw per set for all rows.
 
     Args:
         correct: Per set, bool [rows, n]; n at least 2.
         num_resamples: B.
-        seed: Of the draws.
 
     Returns:
         Per set [B, rows].
@@ -159,9 +148,7 @@ def resampled_accuracies(
     Raises:
         ValueError: A set has fewer than two images.
     """
-    if any(x.shape[1] < 2 for x in correct.values()):
-        raise ValueError("the bootstrap needs at least two images of every set")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return {
         name: np.concatenate(
             [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
@@ -172,7 +159,7 @@ def resampled_accuracies(
 
 
 def share_meeting(
-    winner: Candidate, spec: ObjectiveSpec, bounds: Sequence[Limit], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    winner: Candidate, spec: ObjectiveSpec, bounds: Sequence[Limit], num_resamples: int = NUM_RESAMPLES
 ) -> float:
     """Returns the share of resamples in which a candidate with one alpha meets all constraints.
 
@@ -181,9 +168,8 @@ def share_meeting(
         spec: The objective.
         bounds: The constraints.
         num_resamples: B.
-        seed: Of the draws.
     """
-    return float((resample([winner], spec, 0.0, num_resamples, seed, bounds).missed <= _MET).mean())
+    return float((resample([winner], spec, 0.0, num_resamples, bounds=bounds).missed <= _MET).mean())
 
 
 def meeting(candidates: Sequence[Candidate], bounds: Sequence[Limit]) -> list[Candidate]:
@@ -262,17 +248,72 @@ def overtuning(values: Sequence[float]) -> Overtuning:
     return Overtuning(tuple(values), tuple(float(lost) for lost in absolute), tuple(relative))
 
 
+@dataclass(frozen=True)
+class FrontChoice:
+    """What B choices have shown.
+
+    Attributes:
+        id_accuracy: Mean ID accuracy of the chosen points on the images left out.
+        ood_accuracy: Mean OOD accuracy of the same.
+        share_best: Share of the resamples in which the study's best point was chosen again.
+        share_on_front: Share of them in which it was on the front.
+    """
+
+    id_accuracy: float
+    ood_accuracy: float
+    share_best: float
+    share_on_front: float
+
+
+def front_choice(
+    candidates: Sequence[Candidate], resamples: Resamples, spec: ObjectiveSpec, rule: FrontRule, best: tuple[str, float]
+) -> FrontChoice:
+    """Makes the choice of a Pareto search again on every resample.
+
+    Args:
+        candidates: The trainings with all alphas that may be on the front.
+        resamples: Of these candidates.
+        spec: Its sets.
+        rule: Which point of a front is the best.
+        best: Name and alpha of the study's best point.
+    """
+    points = [(candidate.name, alpha) for candidate in candidates for alpha in candidate.alphas]
+    own = points.index(best)
+    inside, outside = (_pairs(parts, spec) for parts in (resamples.accuracies, resamples.outside))
+    missed_BP = np.concatenate(resamples.missed_at, axis=1)
+    scores, again, on_front = [], 0, 0
+    for pairs_P2, left_out_P2, missed_P in zip(inside, outside, missed_BP, strict=True):
+        taking_part = np.flatnonzero(missed_P <= missed_P.min() + TIE)
+        front = taking_part[non_dominated(pairs_P2[taking_part])]
+        pick = front[rule.index(pairs_P2[front])]
+        scores.append(left_out_P2[pick])
+        again += pick == own
+        on_front += own in front
+    id_accuracy, ood_accuracy = np.mean(scores, axis=0)
+    return FrontChoice(float(id_accuracy), float(ood_accuracy), again / len(scores), on_front / len(scores))
+
+
+def _pairs(parts: Sequence[dict[str, FloatArray]], spec: ObjectiveSpec) -> FloatArray:
+    """Returns (ID, mean OOD accuracy) of every point per resample, [B, P, 2]."""
+    id_BP = np.concatenate([part[spec.id_set] for part in parts], axis=1)
+    ood_BP = np.concatenate([np.mean([part[name] for name in spec.ood_sets], axis=0) for part in parts], axis=1)
+    pairs: FloatArray = np.stack([id_BP, ood_BP], axis=2)
+    return pairs
+
+
 @dataclass(frozen=True, eq=False)
 class _Sums:
     """Means of one candidate over the images of one set.
 
     Attributes:
+        num_images: n.
         drawn: Accuracies on the images drawn, [B, A].
         left_out: Accuracies on those left out, [B, A].
         both_right: Share of the images drawn that two alphas have right, [B, A, A].
         errors: Calibration errors on the images drawn, [B, A]; empty without gaps.
     """
 
+    num_images: int
     drawn: FloatArray
     left_out: FloatArray
     both_right: FloatArray
@@ -284,7 +325,6 @@ def _choose(
     spec: ObjectiveSpec,
     lowest: float,
     sums: Mapping[str, _Sums],
-    num_images: Mapping[str, int],
     violations: Sequence[FloatArray],
 ) -> AlphaChoices:
     """Returns the alpha choices of a candidate on B resamples.
@@ -296,18 +336,13 @@ def _choose(
     objectives_BA = spec.values(drawn)
     violations_BKA = np.stack(violations, axis=1) if violations else None
     if len(candidate.alphas) == 1:
-        alpha_B = np.full(len(objectives_BA), candidate.alphas[0])
-        missed_B = np.zeros(len(alpha_B))
-        if violations_BKA is not None:
-            missed_B = np.maximum(violations_BKA[..., 0], 0).sum(axis=1)
-        measured_B = np.zeros(len(alpha_B), np.bool_)
-        return AlphaChoices(alpha_B, objectives_BA[:, 0], np.ones_like(objectives_BA), missed_B, measured_B)
+        lowest = min(lowest, candidate.alphas[0])
     slopes = spec.slopes(drawn)
     noise_BAA = np.zeros(sums[spec.id_set].both_right.shape)
     for name, found in sums.items():
         x, w = found.drawn, slopes[name]
         covariance = found.both_right - x[:, :, None] * x[:, None, :]
-        noise_BAA += w[:, :, None] * w[:, None, :] * covariance / (num_images[name] - 1)
+        noise_BAA += w[:, :, None] * w[:, None, :] * covariance / (found.num_images - 1)
     return choose_alphas(candidate.alphas, objectives_BA, lowest, noise_BAA, violations_BKA)
 
 
@@ -316,8 +351,6 @@ def _sums(
 ) -> list[_Sums]:
     """Returns the means of every candidate over resamples of one set."""
     num_images = correct[0].shape[1]
-    if num_images < 2:
-        raise ValueError("the bootstrap needs at least two images of every set")
     found: list[list[tuple[FloatArray, ...]]] = [[] for _ in correct]
     for counts in _counts(rng, num_images, num_resamples):
         out = (counts == 0).astype(np.float32)
@@ -333,7 +366,7 @@ def _sums(
             if each is not None:
                 errors = _calibration((counts @ each.columns()).astype(np.float64), each)
             parts.append((means[:, first == second], left_out, both_right, errors))
-    return [_Sums(*(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
+    return [_Sums(num_images, *(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
 
 
 def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
@@ -345,6 +378,8 @@ def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
 
 def _counts(rng: np.random.Generator, num_images: int, num_resamples: int) -> Iterator[npt.NDArray[np.float32]]:
     """Yields how often each image was drawn, [some resamples, n], until there are B; never all images."""
+    if num_images < 2:
+        raise ValueError("the bootstrap needs at least two images of every set")
     size = max(1, _CHUNK // num_images)
     while num_resamples:
         rows = min(size, num_resamples)

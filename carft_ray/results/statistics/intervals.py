@@ -1,4 +1,4 @@
-"""Intervals over seeds and images, crossed, and the small statistics that tables need.
+"""Intervals over seeds and images, crossed, and the sentences about them.
 
 Every seed is evaluated on the same images, so seeds and images are two crossed random effects (the multi-bootstrap of
 MultiBERTs, arXiv 2106.16163, in closed form). Two questions have two intervals, always printed with these words:
@@ -103,7 +103,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
             at the mean accuracies.
 
     Raises:
-        ValueError: The arrays do not belong together, hold something not finite, or there is no image.
+        ValueError: The arrays do not belong together, or there is no image.
     """
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
     _check(arrays, weights, seed_values)
@@ -120,11 +120,10 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
         half, p_value = _half_and_p(mean, image_variance, math.inf, per_image)
         notes.append("one training: seeds not covered")
         return Interval(mean, 1, 0.0, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
-
     if num_seeds == 2:
         notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
     seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
-    residuals = (weights[name] ** 2 * residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
+    residuals = (weights[name] ** 2 * _residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
     residual_variance = _or_zero(sum(residuals))
     image_dof = max(1, min((array.shape[1] for array in used.values()), default=2) - 1)
     sources = [(seed_variance, float(num_seeds - 1))]
@@ -134,21 +133,13 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image)
     if half < fixed:
         half, dof = fixed, dof_fixed
+    ends, p_value = (_around(mean, fixed), _around(mean, half)), max(p_fixed, p_value)
     return Interval(
-        mean,
-        num_seeds,
-        seed_variance,
-        residual_variance,
-        image_variance,
-        _around(mean, fixed),
-        _around(mean, half),
-        dof,
-        max(p_fixed, p_value),
-        tuple(notes),
+        mean, num_seeds, seed_variance, residual_variance, image_variance, *ends, dof, p_value, tuple(notes)
     )
 
 
-def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
+def _residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
     """Returns MS_E, the residual of the two-way layout rows x images; 0 with one row or one image."""
     values = np.asarray(array_rn, np.float64)
     num_rows, num_images = int(values.shape[0]), int(values.shape[1])
@@ -156,6 +147,13 @@ def residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
         return 0.0
     residual: FloatArray = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     return float((residual**2).sum()) / ((num_images - 1) * (num_rows - 1))
+
+
+def residual_variance(spec: ObjectiveSpec, correct: ValuesBySet) -> float:
+    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
+    weights = spec.weights(mean_accuracies(correct))
+    parts = [w**2 * _residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
+    return float(sum(parts))
 
 
 def paired_differences(values_a: ValuesBySet, values_b: ValuesBySet) -> dict[str, FloatArray]:
@@ -170,9 +168,10 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
         spec: The objective and its sets.
         correct: Correctness per set, bool [r, n_j].
     """
-    accuracies = mean_accuracies(correct)
-    interval = _within_unit(crossed(_sets_of(spec, correct), spec.weights(accuracies), values_by_seed(spec, correct)))
-    return _with_notes(interval, _worst_domain_notes(spec, correct))
+    correct = {name: correct[name] for name in spec.sets}
+    weights = spec.weights(mean_accuracies(correct))
+    interval = _within_unit(crossed(correct, weights, values_by_seed(spec, correct)))
+    return replace(interval, notes=(*interval.notes, *_worst_domain_notes(spec, correct)))
 
 
 def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet) -> Interval:
@@ -197,7 +196,7 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
     pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
     interval = crossed(differences, weights, [a - b for a, b in pairs])
     notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
-    return _with_notes(interval, list(notes))
+    return replace(interval, notes=(*interval.notes, *notes))
 
 
 def values_by_seed(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
@@ -225,20 +224,20 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 
     Not defined: fewer than two pairs, or one of the lists constant.
     """
-    if len(a) != len(b):
-        raise ValueError(f"both lists must have one length, but got {len(a)} and {len(b)}")
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def headline(difference: Interval, baseline: str) -> str:
     """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
 
+    Underscores in the name of the baseline are written as spaces.
+
     ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
     baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
     """
-    low, high = difference.images_random
+    (low, high), baseline = difference.images_random, baseline.replace("_", " ")
     if low > 0:
         return f"improves on {baseline} by {100 * difference.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] points"
     if high < 0:
@@ -267,14 +266,8 @@ def _check(arrays: Mapping[str, FloatArray], weights: Mapping[str, float], seed_
     shapes = {name: array.shape for name, array in arrays.items()}
     if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
         raise ValueError(f"values must be arrays [seeds, images] that are not empty, but got {shapes}")
-    num_seeds = {shape[0] for shape in shapes.values()}
-    if seed_values is not None:
-        num_seeds.add(len(seed_values))
-    if len(num_seeds) != 1:
+    if len({shape[0] for shape in shapes.values()} | ({len(seed_values)} if seed_values is not None else set())) != 1:
         raise ValueError(f"every set must have the same number of seeds, but got {shapes} and {seed_values}")
-    finite = [*arrays.values(), np.array(list(weights.values())), np.array([] if seed_values is None else seed_values)]
-    if not all(np.isfinite(array).all() for array in finite):
-        raise ValueError("values, weights and seed values must be finite")
 
 
 def _image_variance(array_rn: FloatArray) -> float:
@@ -287,7 +280,7 @@ def _image_variance(array_rn: FloatArray) -> float:
     ms_image = num_seeds * float(((per_image - grand) ** 2).sum()) / (num_images - 1)
     if num_seeds == 1:
         return ms_image / num_images
-    return max(0.0, (ms_image - residual_mean_square(array_rn)) / num_seeds) / num_images
+    return max(0.0, (ms_image - _residual_mean_square(array_rn)) / num_seeds) / num_images
 
 
 def _widest(
@@ -332,10 +325,6 @@ def _within_unit(interval: Interval) -> Interval:
     return replace(interval, images_fixed=fixed, images_random=cut(interval.images_random))
 
 
-def _sets_of(spec: ObjectiveSpec, values: ValuesBySet) -> dict[str, npt.NDArray[np.generic]]:
-    return {name: values[name] for name in (spec.id_set, *spec.ood_sets)}
-
-
 def mean_accuracies(correct: ValuesBySet) -> dict[str, float]:
     """Returns the accuracy of every set, over seeds and images."""
     return {name: float(np.asarray(array, np.float64).mean()) for name, array in correct.items()}
@@ -345,14 +334,10 @@ def _worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
     """Returns a warning where the lowest OOD set is not clearly the lowest (another one within one SE)."""
     if spec.kind != "worst_domain" or len(spec.ood_sets) < 2:
         return []
-    accuracies = mean_accuracies(_sets_of(spec, correct))
+    accuracies = mean_accuracies(correct)
     lowest = min(spec.ood_sets, key=lambda name: accuracies[name])
     pairs = [{name: correct[name], lowest: correct[lowest]} for name in spec.ood_sets if name != lowest]
     gaps = [crossed(pair, {name: -1.0 if name == lowest else 1.0 for name in pair}) for pair in pairs]
     if any(gap.mean <= gap.standard_error for gap in gaps):
         return ["worst_domain: approximate, another OOD set is within one standard error of the lowest"]
     return []
-
-
-def _with_notes(interval: Interval, notes: Sequence[str]) -> Interval:
-    return replace(interval, notes=(*interval.notes, *notes))

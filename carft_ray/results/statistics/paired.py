@@ -1,4 +1,4 @@
-"""Confirmed configurations side by side: intervals, paired differences with families of tests, the headline.
+"""Configurations compared with the winner: intervals, paired differences with families of tests, the headline.
 
 For `confirm` (validation, fresh seeds) and `test` (test sets). The primary family is the winner minus each baseline on
 the objective, p-values by Holm over the baselines. Per baseline a secondary family holds the differences on ID and on
@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics.intervals import (
     Interval,
     accuracy_interval,
@@ -27,10 +27,10 @@ from carft_ray.results.statistics.intervals import (
     paired_differences,
     values_by_seed,
 )
-from carft_ray.results.statistics.selection import ID_MARGIN, holm, keeps_id, seed_variances
+from carft_ray.results.statistics.selection import seed_variances
 from carft_ray.words import counted
 
-BoolArray = npt.NDArray[np.bool_]
+ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 
@@ -94,7 +94,7 @@ class Optimism:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it.
+    """The winner against all other configurations.
 
     Attributes:
         label: What was measured: ``validation, fresh seeds`` or ``test``.
@@ -124,7 +124,7 @@ class Comparison:
         return [each.other for each in self.others if each.objective.images_random[1] < 0]
 
     def as_data(self) -> dict[str, Any]:
-        """Returns it as plain data for JSON, the text lines with it; infinite degrees of freedom become None."""
+        """Returns it as a JSON document, with the text lines; infinite degrees of freedom become None."""
         return {
             **_plain(asdict(self)),
             "better_than_winner": self.better_than_winner,
@@ -138,8 +138,7 @@ def compare(
     spec: ObjectiveSpec,
     correct: Mapping[str, CorrectBySet],
     winner: str,
-    baselines: Sequence[str],
-    headline_baseline: str | None = None,
+    baselines: Mapping[str, float],
     id_margin: float = ID_MARGIN,
     label: str = "validation, fresh seeds",
     searched: float | None = None,
@@ -149,29 +148,23 @@ def compare(
     Args:
         spec: The objective and its sets.
         correct: Per configuration and set its correctness, bool [r, n], images and seeds in one order. One with r = 1
-            beside others with more (the zero-shot model) counts as the same for every seed in paired differences.
+            among others with more (the zero-shot model) counts as the same for every seed in paired differences.
         winner: Name of the winner, fixed before these results were seen.
-        baselines: Names of the baselines.
-        headline_baseline: The baseline with the highest validation objective, chosen without these results.
+        baselines: Validation objective of each baseline, measured before these results: the highest is the
+            baseline of the headline.
         id_margin: How much ID accuracy may be lost at most, a fraction.
         label: What was measured.
         searched: The search's objective of the winner, for the optimism.
 
     Raises:
-        ValueError: A name is not in ``correct``, or the numbers of seeds or images do not belong together.
+        ValueError: The numbers of seeds or images do not belong together.
     """
-    named = [winner, *baselines, *([headline_baseline] if headline_baseline is not None else [])]
-    if missing := [name for name in named if name not in correct]:
-        raise ValueError(f"must be rows of the comparison ({', '.join(correct)}), but got {', '.join(missing)}")
-    if headline_baseline is not None and headline_baseline not in baselines:
-        raise ValueError(f"the headline's baseline must be one of {list(baselines)}, but got {headline_baseline!r}")
     rows = tuple(_row(spec, name, by_set) for name, by_set in correct.items())
     against = [_difference(spec, correct, winner, name, id_margin) for name in baselines]
-    adjusted = holm([each.objective.p_value for each in against])
-    primary = tuple(
-        replace(each, p_holm=p, sets_p_holm=_holm_by_set(each.sets)) for each, p in zip(against, adjusted, strict=True)
-    )
+    adjusted = _holm({each.other: each.objective for each in against})
+    primary = tuple(replace(each, p_holm=adjusted[each.other], sets_p_holm=_holm(each.sets)) for each in against)
     others = [name for name in correct if name != winner and name not in baselines]
+    headline_baseline = max(baselines, key=lambda name: baselines[name], default=None)
     chosen = next((each for each in primary if each.other == headline_baseline), None)
     return Comparison(
         label,
@@ -186,60 +179,65 @@ def compare(
     )
 
 
-def row_lines(comparison: Comparison) -> list[str]:
-    """Returns the configurations as lines of text, in points, each interval with its words."""
-    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}; accuracies in percent:"]
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns Holm's adjusted p-values: sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)); in order."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return [float(value) for value in adjusted]
+
+
+def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
+    """Returns whether an ID difference is non-inferior: lower end of the 95 % interval above -margin (a fraction)."""
+    return difference.images_random[0] > -margin
+
+
+def row_lines(comparison: Comparison, short: bool = False) -> list[str]:
+    """Returns the configurations as lines of text; ``short``: one line each, without intervals over seeds alone."""
+    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
     for row in comparison.rows:
-        lines.append(f"{row.name}: objective {in_points(row.objective)}")
-        lines.append(f"    ID {in_points(row.id_accuracy)}")
-        if row.ood_accuracy is not None:
-            lines.append(f"    OOD mean {in_points(row.ood_accuracy)}")
+        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
+        numbers = [f"{what} {in_points(found, short=short)}" for what, found in shown.items() if found]
+        if short:
+            lines.append(f"    {row.name}: {', '.join(numbers)}")
+        else:
+            lines += [f"    {row.name}:", *(f"        {line}" for line in numbers)]
     return lines
 
 
-def brief(comparison: Comparison) -> dict[str, list[str]]:
-    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers, each with its meaning.
+def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
+    """Returns the differences and what follows from them as lines of text, in points, the headline last.
 
-    What is left out: differences by set, and intervals over seeds alone.
+    Args:
+        comparison: The comparison.
+        short: Without differences by set and intervals over seeds alone.
     """
-    rows = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
-    for row in comparison.rows:
-        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        numbers = (f"{what} {in_points(found, short=True)}" for what, found in shown.items() if found)
-        rows.append(f"    {row.name}: {', '.join(numbers)}")
     lines = []
     if comparison.baselines or comparison.others:
         lines.append(
-            f"{comparison.winner} less each other, objective in points with its 95 % interval. An interval on both "
-            "sides of 0 shows neither better nor worse."
+            f"{comparison.winner} minus each other, {comparison.label}: objective in points with its 95 % interval. An "
+            "interval on both sides of 0 shows neither better nor worse."
         )
     for each in (*comparison.baselines, *comparison.others):
-        p_value = "" if each.p_holm is None else f"; {_p(each.p_holm)}"
-        id_kept = "" if each.p_holm is None else "; keeps ID" if each.keeps_id else "; keeping ID is not shown"
-        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=True)}{p_value}{id_kept}")
+        tested = ""
+        if each.p_holm is not None:
+            tested = f"; {_p(each.p_holm)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
+        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=short)}{tested}")
+        for name, p_value in () if short else each.sets_p_holm.items():
+            lines.append(f"        {name} {in_points(each.sets[name], signed=True)}; {_p(p_value)}")
     if comparison.baselines:
-        allowed = counted(100 * comparison.id_margin, "point")
+        family = "the number of baselines" if short else "the number of baselines, or of sets,"
         lines.append(
-            "    p: how often chance alone gives such a difference, raised for the number of baselines (Holm); under "
-            f"0.05 counts. Keeps ID: at most {allowed} of ID accuracy lost."
+            f"    p: how often chance alone gives such a difference, raised for {family} (Holm); under 0.05 counts. "
+            f"Keeps ID: at most {counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
         )
-    return {"rows": rows, "lines": [*lines, *_last_lines(comparison)]}
-
-
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
-    lines = [f"Paired differences, points; {comparison.label}:"]
-    for each in comparison.baselines:
-        adjusted = "" if each.p_holm is None else f"; {_p(each.p_holm)} (Holm)"
-        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}{adjusted}")
-        for name, interval in each.sets.items():
-            text = f"    {name} {in_points(interval, signed=True)}; {_p(each.sets_p_holm[name])} (Holm)"
-            lines.append(text)
-        verdict = "keeps ID" if each.keeps_id else "keeping ID is not shown"
-        lines.append(f"    {verdict}: a loss of {counted(100 * comparison.id_margin, 'point')} is allowed")
-    for each in comparison.others:
-        lines.append(f"{comparison.winner} - {each.other}: {in_points(each.objective, signed=True)}")
     return [*lines, *_last_lines(comparison)]
+
+
+def brief(comparison: Comparison) -> dict[str, list[str]]:
+    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers."""
+    return {"rows": row_lines(comparison, short=True), "lines": comparison_lines(comparison, short=True)}
 
 
 def _last_lines(comparison: Comparison) -> list[str]:
@@ -250,51 +248,42 @@ def _last_lines(comparison: Comparison) -> list[str]:
     if comparison.optimism is not None:
         found = comparison.optimism
         se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
-        then = f"{100 * found.searched:.1f} when it was chosen, less its mean over these seeds"
+        then = f"{100 * found.searched:.1f} when it was chosen, minus its mean over these seeds"
         lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
     num_seeds = max(row.objective.num_seeds for row in comparison.rows)
-    # a row of one seed beside others with more is the zero-shot model, which has none to cover
+    # a row of one seed among others with more is the zero-shot model, which has none to cover
     shown = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
     notes = dict.fromkeys(note for interval in shown for note in interval.notes)
     lines += [f"Note: {note}." for note in notes]
-    if comparison.headline is not None:
-        words = _of(comparison.baselines, comparison.headline_baseline).objective.words
-        lines.append(f"{comparison.headline}; {comparison.label}; 95 %, {words}.")
+    for each in comparison.baselines:
+        if each.other == comparison.headline_baseline:
+            lines.append(f"{comparison.headline}; {comparison.label}; 95 %, {each.objective.words}.")
     return lines
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
-    ood = [correct[each] for each in spec.ood_sets]
-    return Row(
-        name,
-        objective_interval(spec, correct),
-        accuracy_interval(correct[spec.id_set]),
-        accuracy_interval(*ood) if ood else None,
-        {each: accuracy_interval(correct[each]) for each in (spec.id_set, *spec.ood_sets)},
-    )
+    sets = {each: accuracy_interval(correct[each]) for each in spec.sets}
+    ood = accuracy_interval(*(correct[each] for each in spec.ood_sets)) if spec.ood_sets else None
+    return Row(name, objective_interval(spec, correct), sets[spec.id_set], ood, sets)
 
 
 def _difference(
     spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, other: str, id_margin: float
 ) -> Difference:
-    names = (spec.id_set, *spec.ood_sets)
     num_seeds = max(len(correct[row][spec.id_set]) for row in (winner, other))
-    a, b = ({name: _seeds(row, name, correct[row][name], num_seeds) for name in names} for row in (winner, other))
+    a, b = (
+        {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
+        for row in (winner, other)
+    )
     objective = objective_difference(spec, a, b)
-    differences = paired_differences(a, b)
-    sets = {name: crossed({name: differences[name]}, {name: 1.0}) for name in names}
-    sentence = headline(objective, other.replace("_", " "))
-    return Difference(other, objective, None, sets, {}, keeps_id(sets[spec.id_set], id_margin), sentence)
+    sets = {name: crossed({name: gap}, {name: 1.0}) for name, gap in paired_differences(a, b).items()}
+    id_kept = keeps_id(sets[spec.id_set], id_margin)
+    return Difference(other, objective, None, sets, {}, id_kept, headline(objective, other))
 
 
-def _seeds(row: str, name: str, correct_rn: BoolArray, num_seeds: int) -> BoolArray:
-    if len(correct_rn) not in (1, num_seeds):
-        raise ValueError(f"{row} must have {num_seeds} seeds on {name}, or one, but has {len(correct_rn)}")
-    return np.broadcast_to(correct_rn, (num_seeds, correct_rn.shape[1]))
-
-
-def _holm_by_set(sets: Mapping[str, Interval]) -> dict[str, float]:
-    return dict(zip(sets, holm([interval.p_value for interval in sets.values()]), strict=True))
+def _holm(intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Returns the p-values of a family, adjusted."""
+    return dict(zip(intervals, holm([interval.p_value for interval in intervals.values()]), strict=True))
 
 
 def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
@@ -303,16 +292,12 @@ def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: 
     return Optimism(searched, searched - float(np.mean(own)), se)
 
 
-def _of(differences: Sequence[Difference], name: str | None) -> Difference:
-    return next(each for each in differences if each.other == name)
-
-
 def _p(value: float) -> str:
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
 def _plain(value: Any) -> Any:
-    """Returns nested dataclass content as JSON takes it."""
+    """Returns the nested content of dataclasses as JSON takes it."""
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

@@ -12,24 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics.bootstrap import Candidate, FloatArray, Resamples
-from carft_ray.results.statistics.intervals import (
-    Interval,
-    ValuesBySet,
-    mean_accuracies,
-    objective_difference,
-    residual_mean_square,
-    values_by_seed,
-)
+from carft_ray.evaluation.predictions import FloatArray
+from carft_ray.results.statistics.bootstrap import Candidate, Resamples
+from carft_ray.results.statistics.intervals import ValuesBySet, objective_difference, residual_variance, values_by_seed
 
 NUM_DRAWS = 2000
-ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
 RULES = ("id_val", "ood_val", "objective", "worst_domain")
-IMAGE_NOISE_ONLY = "image noise only"
-IMAGE_AND_SEED_NOISE = "image and seed noise"
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Noise:
     @property
     def words(self) -> str:
         """What the variance covers."""
-        return IMAGE_NOISE_ONLY if self.seed is None else IMAGE_AND_SEED_NOISE
+        return "image noise only" if self.seed is None else "image and seed noise"
 
 
 @dataclass(frozen=True)
@@ -77,10 +67,7 @@ class Correction:
 
 
 def ranking_noise(
-    spec: ObjectiveSpec,
-    objectives: Sequence[float],
-    correct: ValuesBySet,
-    confirmed: Sequence[ValuesBySet] = (),
+    spec: ObjectiveSpec, objectives: Sequence[float], correct: ValuesBySet, confirmed: Sequence[ValuesBySet] = ()
 ) -> Noise:
     """Returns the noise that ranks trials of equal worth.
 
@@ -92,13 +79,12 @@ def ranking_noise(
         spec: The objective.
         objectives: J of the completed trials, [N].
         correct: Per set the trials' correctness at their alphas, bool [N, n].
-        confirmed: Per confirmed configuration its correctness over fresh seeds, bool [r, n]; r = 1 tells nothing.
+        confirmed: Per confirmed configuration its correctness over fresh seeds, bool [r, n]; r = 1 is not used.
     """
     values = np.asarray(objectives, np.float64)
     upper = np.flatnonzero(values >= np.median(values))
     upper = upper if len(upper) > 1 else np.arange(len(values))
-    names = (spec.id_set, *spec.ood_sets)
-    image = _residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in names})
+    image = residual_variance(spec, {name: np.asarray(correct[name])[upper] for name in spec.sets})
     pooled = seed_variances(spec, confirmed)
     return Noise(image, max(0.0, pooled[0] - pooled[1]) if pooled else None)
 
@@ -117,7 +103,7 @@ def seed_variances(spec: ObjectiveSpec, confirmed: Iterable[ValuesBySet]) -> tup
         y = values_by_seed(spec, by_set)
         if len(y) > 1:
             total += (len(y) - 1) * float(np.var(y, ddof=1))
-            residual += (len(y) - 1) * _residual_variance(spec, by_set)
+            residual += (len(y) - 1) * residual_variance(spec, by_set)
             dof += len(y) - 1
     return (total / dof, residual / dof) if dof else None
 
@@ -128,7 +114,7 @@ def correct_best(objectives: Sequence[float], variance: float, num_draws: int = 
     m = median J;  v = mean of (J - m)^2 over J >= m;  B = max(0, 1 - sigma^2 / v);  mu_i = m + B (J_i - m);
     b = mean over draws of z_i* - mu_i*, z = mu + sigma N(0, 1), i* = argmax z.
 
-    The upper half alone shrinks: trials that diverged in part would make all others look equal. Shrinking never
+    The upper half alone shrinks: trials that diverged in part would make all others seem equal. Shrinking never
     re-ranks.
 
     Args:
@@ -194,7 +180,6 @@ def one_se_pick(
     Raises:
         KeyError: The winner's ``moved`` is not known.
     """
-    best = {name: array[:1] for name, array in winner.correct.items()}
     picks = [Pick(winner.name, winner.alphas[0], winner.alphas[0] * moved[winner.name], 0.0, 0.0, 0)]
     for candidate in candidates:
         for index, alpha in enumerate(candidate.alphas):
@@ -202,26 +187,11 @@ def one_se_pick(
             if candidate.name not in moved or alpha < lowest - 1e-9 or (own and alpha == winner.alphas[0]):
                 continue
             other = {name: array[index : index + 1] for name, array in candidate.correct.items()}
-            difference = objective_difference(spec, best, other)
+            difference = objective_difference(spec, winner.correct, other)
             se = math.sqrt(difference.image_variance + (0.0 if own else 2 * (seed_variance or 0.0)))
             if difference.mean <= se + 1e-12:
                 picks.append(Pick(candidate.name, alpha, alpha * moved[candidate.name], difference.mean, se, 0))
-    pick = min(picks, key=lambda each: each.moved)
-    return Pick(pick.name, pick.alpha, pick.moved, pick.behind, pick.se, len(picks))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns Holm's adjusted p-values: sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)); in order."""
-    p = np.asarray(p_values, np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
-    return [float(value) for value in adjusted]
-
-
-def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
-    """Tells whether an ID difference is non-inferior: lower end of the 95 % interval above -margin (a fraction)."""
-    return difference.images_random[0] > -margin
+    return replace(min(picks, key=lambda each: each.moved), num_candidates=len(picks))
 
 
 @dataclass(frozen=True)
@@ -232,7 +202,7 @@ class RuleRegret:
         rule: Name.
         regret: Mean regret over the OOD sets left out; None where the rule is not defined.
         se: Bootstrap standard error, both picks made again per resample.
-        note: What must be known of it.
+        note: A remark.
     """
 
     rule: str
@@ -244,7 +214,7 @@ class RuleRegret:
 def regret_table(
     candidates: Sequence[Candidate], resamples: Resamples, spec: ObjectiveSpec, lowest: float
 ) -> list[RuleRegret]:
-    """Returns what each rule of selection would have lost on an OOD set that it did not see, from validation alone.
+    """Returns what each rule of selection would have lost on an OOD set that it did not use, from validation alone.
 
     For each OOD set d: a rule may use the ID set and the other OOD sets; the target is w ID + (1 - w) acc_d; regret =
     max target - target of the rule's pick, over all (trial, alpha) with alpha >= ``lowest``, as measured; mean over d.
@@ -263,21 +233,16 @@ def regret_table(
         for candidate in candidates
     ]
     measured, resampled = {}, {}
-    for name in (spec.id_set, *spec.ood_sets):
+    for name in spec.sets:
         rows = [candidate.correct[name][kept].mean(axis=1) for candidate, kept in zip(candidates, allowed, strict=True)]
         measured[name] = np.concatenate(rows)
         again = [part[name][:, kept] for part, kept in zip(resamples.accuracies, allowed, strict=True)]
         resampled[name] = np.concatenate(again, axis=1)
     now, spread = _regrets(spec, measured), _regrets(spec, resampled)
-    table = []
-    for rule in RULES:
-        if rule in now:
-            table.append(RuleRegret(rule, float(now[rule]), float(np.std(spread[rule], ddof=1))))
-        else:
-            table.append(RuleRegret(rule, None, None, "needs two OOD validation sets"))
-    same = table[1]
-    table.append(RuleRegret("leave_one_domain_out", same.regret, same.se, "same as ood_val"))
-    return table
+    table = {rule: RuleRegret(rule, None, None, "needs two OOD validation sets") for rule in RULES}
+    for rule, regret in now.items():
+        table[rule] = RuleRegret(rule, float(regret), float(np.std(spread[rule], ddof=1)))
+    return [*table.values(), replace(table["ood_val"], rule="leave_one_domain_out", note="same as ood_val")]
 
 
 def rule_values(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
@@ -304,10 +269,3 @@ def _regrets(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[
             picked = np.take_along_axis(target, values.argmax(axis=-1)[..., None], axis=-1)[..., 0]
             found.setdefault(rule, []).append(target.max(axis=-1) - picked)
     return {rule: np.mean(regrets, axis=0) for rule, regrets in found.items()}
-
-
-def _residual_variance(spec: ObjectiveSpec, correct: Mapping[str, npt.NDArray[np.generic]]) -> float:
-    """Returns sum_j w_j^2 MS_E_j / n_j of rows x images."""
-    weights = spec.weights(mean_accuracies({name: correct[name] for name in (spec.id_set, *spec.ood_sets)}))
-    parts = [w**2 * residual_mean_square(correct[name]) / correct[name].shape[1] for name, w in weights.items() if w]
-    return float(sum(parts))

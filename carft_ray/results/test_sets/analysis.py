@@ -8,7 +8,7 @@ Shape letters: K candidates, B resamples, n images of one set. Accuracies are fr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,19 @@ import pyarrow as pa
 
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
+from carft_ray.evaluation.predictions import BoolArray, FloatArray, correct_matrix, read_predictions
 from carft_ray.layout import PREDICTIONS, WEIGHTS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.reading.stored import read_stored
-from carft_ray.results.statistics.bootstrap import NUM_RESAMPLES, FloatArray, resampled_accuracies
+from carft_ray.results.statistics.bootstrap import NUM_RESAMPLES, resampled_accuracies
 from carft_ray.results.statistics.selection import RULES, rule_values
-from carft_ray.results.test_sets.summary import of_read
-from carft_ray.study.ledger import Entry
+from carft_ray.results.test_sets.summary import FORMAT_VERSION, ReadRecord, objective_on_test
+from carft_ray.study.ledger import ANALYSIS
 from carft_ray.study.rows import best_row, require_finished, trials
-from carft_ray.words import counted, times
+from carft_ray.words import counted
 
-FORMAT_VERSION = 1
-ID_TEST = "id_test"
-SEARCH, ORACLE = "search", "oracle"  # lines of the table beside those of the rules
+SEARCH, ORACLE = "search", "oracle"  # lines of the table in addition to those of the rules
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class TestRegret:
         objective: Of the pick, on the test sets.
         regret: Objective of the oracle's pick - its own.
         se: Bootstrap standard error of the regret, both picks made again per resample; None: not made again.
-        note: What must be known of it.
+        note: A remark.
     """
 
     rule: str
@@ -98,33 +96,17 @@ def judged_trials(study_dir: Path, recipe: Recipe) -> Judged:
         step = "A search begun with --set search.keep_checkpoints=N keeps the weights of its best N trials."
         value = "none whose weights are there"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", value, next_step=step))
-    lowest = recipe.search.alpha.lowest
-    choices = {
-        each.name: each.alphas for each in read_stored(study_dir, recipe, kept, (), objective_spec(recipe)).candidates
-    }
+    stored = read_stored(study_dir, recipe, kept, (), objective_spec(recipe))
     judged = []
-    for row in kept:
+    for row, candidate in zip(kept, stored.candidates, strict=True):
         alpha = row.alpha or 0.0
-        allowed = {choice for choice in choices[row.name] if choice >= lowest - 1e-9}
+        allowed = {choice for choice in candidate.alphas if choice >= recipe.search.alpha.lowest - 1e-9}
         judged.append(JudgedTrial(row.name, alpha, tuple(sorted(allowed | {alpha}))))
     return Judged(tuple(judged), best.name, len(complete))
 
 
-def judged_again(details: Mapping[str, Any]) -> Judged:
-    """Returns what a line of the ledger says an analysis is of."""
-    judged = [JudgedTrial(**{**trial, "alphas": tuple(trial["alphas"])}) for trial in details["trials"]]
-    return Judged(tuple(judged), details["best"], details["num_complete"])
-
-
 def analyse(
-    study_dir: Path,
-    recipe: Recipe,
-    judged: Judged,
-    tables: Mapping[str, pa.Table],
-    entry: Entry,
-    before: Sequence[Entry],
-    number: int,
-    num_resamples: int = NUM_RESAMPLES,
+    study_dir: Path, recipe: Recipe, judged: Judged, tables: Mapping[str, pa.Table], record: ReadRecord
 ) -> dict[str, Any]:
     """Returns the content of ``summary.json``.
 
@@ -133,49 +115,45 @@ def analyse(
         recipe: Of the study.
         judged: What was read.
         tables: Predictions on the test sets by the folder of the training.
-        entry: The line of this read in the ledger.
-        before: The lines that the ledger held when it began.
-        number: Which read of the test sets it is, from 1.
-        num_resamples: Of the bootstrap.
+        record: Of this read.
 
     Raises:
         StorageError, DataError: Stored validation predictions are missing, damaged or of different images.
     """
-    validation = objective_spec(recipe)
-    test = replace(validation, id_set=ID_TEST, ood_sets=tuple(recipe.data.ood_test))
+    validation, test = objective_spec(recipe), objective_on_test(recipe)
     stored = {trial.name: read_predictions(study_dir / "trials" / trial.name / PREDICTIONS) for trial in judged.trials}
     read = {trial.name: tables[f"trials/{trial.name}"] for trial in judged.trials}
     points = [(trial.name, alpha) for trial in judged.trials for alpha in trial.alphas]
     correct = {
         name: correct_matrix([(source[trial], alpha) for trial, alpha in points], name)
         for spec, source in ((validation, stored), (test, read))
-        for name in (spec.id_set, *spec.ood_sets)
+        for name in spec.sets
     }
     chosen = next(((each.name, each.alpha) for each in judged.trials if each.name == judged.best), None)
-    rules = regrets_on_test(points, correct, validation, test, chosen, num_resamples)
-    num_images = {name: int(correct[name].shape[1]) for name in (test.id_set, *test.ood_sets)}
+    rules = regrets_on_test(points, correct, validation, test, chosen)
+    num_images = {name: int(correct[name].shape[1]) for name in test.sets}
     accuracies = {name: correct[name].mean(axis=1) for name in num_images}
+    objectives = test.values(accuracies)
     found = [
         {
             "name": name,
             "alpha": alpha,
-            "objective": float(test.values(accuracies)[k]),
+            "objective": float(objectives[k]),
             "accuracies": {set_name: float(values[k]) for set_name, values in accuracies.items()},
         }
         for k, (name, alpha) in enumerate(points)
     ]
-    read = of_read(entry, before, number)
     return {
         "format_version": FORMAT_VERSION,
-        "purpose": entry.purpose,
-        **read,
+        "purpose": ANALYSIS,
+        **asdict(record),
         "num_trials": len(judged.trials),
         "num_complete": judged.num_complete,
         "sets": num_images,
         "objective": {"kind": test.kind, "id_weight": test.id_weight},
         "rules": [vars(line) for line in rules],
         "candidates": found,
-        "lines": _lines(judged, len(points), num_images, entry, number, read["searches_after_a_read"]),
+        "lines": [*record.lines("Analysis, no choice: test read"), *_lines(judged, len(points), num_images)],
     }
 
 
@@ -223,21 +201,14 @@ def regrets_on_test(
     return [*lines, line(ORACLE, int(target.argmax()), None, oracle)]
 
 
-def _lines(
-    judged: Judged, num_points: int, num_images: Mapping[str, int], entry: Entry, number: int, num_went_on: int
-) -> list[str]:
-    """Returns what a report says of an analysis beside its table."""
-    reason = f"; reason: {entry.reason}" if entry.reason else ""
-    lines = [f"Analysis, test read {number}, {entry.time} by {entry.user}{reason}. It chooses nothing."]
-    if num_went_on:
-        lines.append(f"The search had gone on after a test read, {times(num_went_on)}.")
+def _lines(judged: Judged, num_points: int, num_images: Mapping[str, int]) -> list[str]:
+    """Returns the text next to the table of an analysis."""
     some = f"with weights, and read: {len(judged.trials)} of {counted(judged.num_complete, 'complete trial')}"
-    lines.append(f"{some}, {counted(num_points, 'candidate')} (trial, alpha) in all; the rules pick among these alone.")
+    lines = [f"{some}, {counted(num_points, 'candidate')} (trial, alpha) in all; the rules pick among these alone."]
     if len(judged.trials) < judged.num_complete:
         lines.append(
             "A search keeps the weights of its best search.keep_checkpoints trials; to judge all, begin it with "
             f"--set search.keep_checkpoints={judged.num_complete}. Among the best alone every rule loses little."
         )
     images = ", ".join(f"{name} ({counted(count, 'image')})" for name, count in num_images.items())
-    lines.append(f"Objective over {images}. The best value is noisy itself, so all regrets are too high alike.")
-    return lines
+    return [*lines, f"Objective over {images}. The best value is noisy itself, so all regrets are too high alike."]

@@ -1,4 +1,4 @@
-"""The seal opened: winner and baselines read on the test sets, at the alphas that validation chose, every read counted.
+"""Evaluation on the test sets: winner and baselines at the alphas that validation chose; every read is counted.
 
 A read of every trial (``analysis``) is counted with the others and chooses nothing.
 
@@ -8,7 +8,7 @@ A read of every trial (``analysis``) is counted with the others and chooses noth
     study_dir/test/read-N/**/*.parquet           predictions, a file per training, under the name of its folder
 
 The line in the ledger comes before the first image. It holds rows or trials with their alphas; a read that was killed
-goes on from there, whatever the study has become since, and needs no reason. Nothing of a read enters the trials.
+continues from there, however the study has changed since, and needs no reason. Nothing of a read enters the trials.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 
 from carft_ray import files
 from carft_ray.data.caching.arrays import image_set
@@ -37,24 +38,12 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import build_classifier
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
-from carft_ray.results.reading.configurations import Compared, Row, Run, compared_rows
 from carft_ray.results.reading.trained import open_run, require_weights
-from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import ID_TEST, summarise
+from carft_ray.results.test_sets.analysis import Judged, analyse, judged_trials
+from carft_ray.results.test_sets.summary import ID_TEST, Compared, ReadRecord, compared_rows, read_record, summarise
+from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
-from carft_ray.study.ledger import (
-    ANALYSIS,
-    TEST,
-    Entry,
-    Purpose,
-    check_reason,
-    mend,
-    read_ledger,
-    reads_of,
-    record,
-    told,
-)
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
@@ -64,13 +53,13 @@ from carft_ray.words import counted, times
 def read_sealed(
     study: Path, reason: str | None, say: Callable[[str], None], all_trials: bool = False
 ) -> dict[str, Any]:
-    """Reads the test sets once, or goes on with a read that was killed; holds the study meanwhile.
+    """Reads the test sets once, or continues a read that was killed; holds the study meanwhile.
 
     Args:
         study: The study directory.
         reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
-            killed goes on.
-        say: Told what is being done.
+            killed continues.
+        say: Gets lines about what is being done.
         all_trials: Read every complete trial whose weights are there, to judge the rules of selection, instead of
             winner and baselines.
 
@@ -84,26 +73,27 @@ def read_sealed(
         UsageError: The folder is no study, or the reason is empty.
         DataError, StorageError: As their messages say.
     """
-    check_reason(reason)
+    ledger.check_reason(reason)
     study_dir = overview.require_study(study)
     recipe = overview.study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
     with study_lock(study_dir) as held:
         claim(study_dir, recipe)
         files.remove_remains(study_dir)
-        for note in [note for note in [held.note] if note] + repair_journal(study_dir):
-            say(note)
-        entries = read_ledger(study_dir)
-        mend(study_dir)
-        reads = reads_of(entries)
+        for note in (held.note, *repair_journal(study_dir)):
+            if note:
+                say(note)
+        entries = ledger.read_ledger(study_dir)
+        ledger.mend(study_dir)
+        reads = ledger.reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
-        purpose = ANALYSIS if all_trials else TEST
+        purpose = ledger.ANALYSIS if all_trials else ledger.TEST
         if entry is not None:
             _require_unfinished(study_dir, entry, len(reads), purpose)
         elif reason is None and (number := inherited_reads(study_dir)):
             rule = f"the test sets of studies that it has learned from (search.warm_start) were read {times(number)}"
             command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
-            step = f"Every further read is counted and told: {command} --again REASON"
+            step = f"Every further read is counted and reported: {command} --again REASON"
             raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
         sources = _open_sources(recipe)
         if entry is None:
@@ -113,14 +103,14 @@ def read_sealed(
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
+            entry = ledger.record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            say(f"going on with the read of {told(entry)}")
+            say(f"continuing the read of {ledger.told(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
-        summary = read.summarise(tables, entry, entries, number)
+        summary = read.summarise(tables, read_record(entry, entries, number))
         held.check()
         files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
         files.write_json(folder / SUMMARY, summary)
@@ -131,10 +121,7 @@ def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
     if recipe.data.id_test is not None:
         return
     value = "one without data.id_test" + ("" if recipe.data.ood_test else " and data.ood_test")
-    step = (
-        "A study keeps its sets for good: write data.id_test and data.ood_test into the recipe, "
-        "and begin a new study with it."
-    )
+    step = "A study keeps its sets: write data.id_test and data.ood_test into the recipe, and begin a new study."
     raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
 
 
@@ -147,14 +134,17 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     known = read_shared(study_dir)
     found = find_shared(recipe, cache_dir(recipe), say)
     pairs = {(row.images[0][:2], row.images[1][:2]) for row in known}
-    new = [row for row in found if (row.images[0][:2], row.images[1][:2]) not in pairs]
-    new = [row for row in new if {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}]
+    new = [
+        row
+        for row in found
+        if (row.images[0][:2], row.images[1][:2]) not in pairs
+        and {row.set.split(".")[1], row.other_set.split(".")[1]} & {*TEST_ROLES}
+    ]
     if not new:
         return
     if recipe.data.shared_images == "keep":
         write_shared(study_dir, [*known, *new])
         return
-    command = shlex.quote(str(study_dir))
     problems = []
     for sets in dict.fromkeys((row.set, row.other_set) for row in new):
         rows = [row for row in new if (row.set, row.other_set) == sets]
@@ -163,25 +153,25 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         problems.append(Problem(sets[1], rule, value))
     step = (
         "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
-        f"carft-ray resume {command} --set data.shared_images=keep"
+        f"carft-ray resume {shlex.quote(str(study_dir))} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)
     raise HoldOutError(problems)
 
 
-def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Purpose) -> None:
-    """Raises a ``HoldOutError`` unless the last read was killed and this one would go on with it."""
+def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int, purpose: ledger.Purpose) -> None:
+    """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
     command = f"carft-ray test {shlex.quote(str(study_dir))}"
-    option = {TEST: "", ANALYSIS: " --all-trials"}
-    rule = f"its test sets were read already: {told(entry)}"
+    option = {ledger.TEST: "", ledger.ANALYSIS: " --all-trials"}
+    rule = f"its test sets were read already: {ledger.told(entry)}"
     if (_read_dir(study_dir, number) / SUMMARY).exists():
-        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
-        step = f"What was found lies in {found}."
+        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ledger.ANALYSIS else SUMMARY)
+        step = f"Its results are in {found}."
     elif entry.purpose != purpose:
-        step = f"That read is not finished; go on with it: {command}{option[entry.purpose]}"
+        step = f"That read is not finished; continue it: {command}{option[entry.purpose]}"
     else:
         return
-    step += f"\n    Every further read is counted and told: {command}{option[purpose]} --again REASON"
+    step += f"\n    Every further read is counted and reported: {command}{option[purpose]} --again REASON"
     raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
 
 
@@ -200,42 +190,40 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
+# what the ledger holds of a read that was killed
+_COMPARED, _JUDGED = TypeAdapter(Compared), TypeAdapter(Judged)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
     """What a read is of.
 
     Attributes:
         runs: Trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0.
-        details: For the ledger: what a read that was killed goes on with.
-        summarise: Returns the content of ``summary.json`` from the tables by folder, the line of this read, the lines
-            before it, and which read it is.
+        details: For the ledger: what a read that was killed continues with.
+        summarise: Returns the content of ``summary.json`` from the tables by folder and the record of this read.
     """
 
     runs: dict[str, list[float]]
     details: dict[str, Any]
-    summarise: Callable[[Mapping[str, pa.Table], Entry, Sequence[Entry], int], dict[str, Any]]
+    summarise: Callable[[Mapping[str, pa.Table], ReadRecord], dict[str, Any]]
 
 
-def _rows_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
-    """Returns winner and baselines: of a read that goes on, or those of the study."""
-    if entry is None:
-        compared = compared_rows(study_dir, recipe)
-    else:
-        rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in entry.details["rows"])
-        compared = Compared(tuple(rows), entry.details["confirmed"])
-    runs: dict[str, list[float]] = {}
-    if any(not row.runs for row in compared.rows):
-        runs[ZERO_SHOT] = [0.0]
+def _rows_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
+    """Returns winner and baselines: of a read that continues, or those of the study."""
+    compared = compared_rows(study_dir, recipe) if entry is None else _COMPARED.validate_python(entry.details)
+    runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
-    details = {"confirmed": compared.confirmed, "rows": [dataclasses.asdict(row) for row in compared.rows]}
-    return _Read(runs, details, functools.partial(summarise, recipe, compared, read_shared(study_dir)))
+    return _Read(
+        runs, dataclasses.asdict(compared), functools.partial(summarise, recipe, compared, read_shared(study_dir))
+    )
 
 
-def _trials_of(study_dir: Path, recipe: Recipe, entry: Entry | None) -> _Read:
-    """Returns every trial whose weights are there: of a read that goes on, or those of the study."""
-    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
+def _trials_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
+    """Returns every trial whose weights are there: of a read that continues, or those of the study."""
+    judged = judged_trials(study_dir, recipe) if entry is None else _JUDGED.validate_python(entry.details)
     runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
     return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
 
@@ -256,42 +244,27 @@ def _evaluate(
     """
     torch.set_num_threads(num_threads(recipe))
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
-    sets: list[ImageSet] = []
-
-    def test_sets() -> list[ImageSet]:
-        if not sets:
-            sets.extend(_decoded(source, inputs, recipe) for source in sources)
-        return sets
-
+    paths = {name: folder / f"{name}.parquet" for name in runs}
+    sets = []
+    if not all(path.exists() for path in paths.values()):
+        clip, cache, limit_gb = inputs.clip, cache_dir(recipe), recipe.data.cache_gb
+        for source in sources:
+            images = image_set(source, clip.to_input, clip.input_key, cache, limit_gb=limit_gb)
+            sets.append(dataclasses.replace(images, name=source.name))
     tables: dict[str, pa.Table] = {}
     for number, (name, alphas) in enumerate(runs.items(), start=1):
-        path = folder / f"{name}.parquet"
-        at = ", ".join(f"{alpha:.2f}" for alpha in alphas)
-        if path.exists():
-            say(f"{number}/{len(runs)} {name} at alpha {at}: read before")
-        else:
-            say(f"{number}/{len(runs)} {name} at alpha {at}")
-            table = _predict(study_dir, recipe, inputs, name, alphas, test_sets())
+        path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
+        say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
+        if not path.exists():
+            table = _predict(study_dir, recipe, inputs, name, alphas, sets)
             held.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
     return tables
 
 
-def _decoded(source: Source, inputs: SharedInputs, recipe: Recipe) -> ImageSet:
-    clip = inputs.clip
-    folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
-    images = image_set(source, clip.to_input, clip.input_key, folder, limit_gb=limit_gb)
-    return dataclasses.replace(images, name=source.name)
-
-
 def _predict(
-    study_dir: Path,
-    recipe: Recipe,
-    inputs: SharedInputs,
-    name: str,
-    alphas: Sequence[float],
-    sets: Sequence[ImageSet],
+    study_dir: Path, recipe: Recipe, inputs: SharedInputs, name: str, alphas: Sequence[float], sets: Sequence[ImageSet]
 ) -> pa.Table:
     batch_size = recipe.evaluate.batch_size
     if name == ZERO_SHOT:

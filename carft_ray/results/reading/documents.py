@@ -1,0 +1,194 @@
+"""What `status` and `ls` report of a study, as JSON documents."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.errors import CarftError
+from carft_ray.layout import JOURNAL, MANIFEST, STOP
+from carft_ray.recipe.schema import PrunerConfig
+from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.results.reading.overview import STATES, Overview, read_study, require_study, search_began, studies_in
+from carft_ray.study.best import constraint_lines
+from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
+from carft_ray.study.lock import BUDGET_STOP
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.proposals.pruning import deciding_look
+from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.rows import ZERO_SHOT, best_first
+from carft_ray.words import counted
+
+WEAK = 0.3  # rank correlation under which a warning is given,
+ENOUGH = 10  # from this many complete trials on
+
+
+def status(overview: Overview) -> dict[str, Any]:
+    """Returns what `status` reports, as JSON."""
+    best, rows, front = overview.best, overview.rows, front_data(overview.recipe, overview.trials)
+    fresh = [overview.state(row) for row in overview.confirmations]
+    seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
+    changed, pruner = (overview.study_dir / JOURNAL).stat().st_mtime, overview.recipe.search.pruner
+    manifest = overview.study_dir / MANIFEST
+    return {
+        "study": str(overview.study_dir),
+        "name": overview.recipe.name,
+        "wanted": num_trials(overview.recipe),
+        "finished": overview.num_finished,
+        "selected_on": ["id_val", *overview.recipe.data.ood_val],
+        "trials": overview.counts(),
+        "outside": sum(row.outside for row in overview.trials),
+        "pruner": pruner_quality(pruner, overview.trials),
+        "best": None if best is None else overview.data(best),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "front": front,
+        "lines": [*front_lines(front), *constraint_lines(best), *_failure_lines(overview.trials)],
+        "confirm": {state: fresh.count(state) for state in STATES} if fresh else None,
+        **{
+            state: [overview.data(row) for row in rows if overview.state(row) == state]
+            for state in ("running", "stopped", "set_aside")
+        },
+        "search": {"running": overview.holder is not None, "holder": overview.holder, "stopping": overview.stopping},
+        "ledger": ledger(overview.study_dir),
+        "budget": budget(overview),
+        "times": {
+            "created": files.read_json(manifest).get("created") if manifest.exists() else None,
+            "last_change": datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds"),
+            "training_s": round(sum(seconds), 1),
+            "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
+        },
+    }
+
+
+def _failure_lines(rows: list[TrialRow]) -> list[str]:
+    """Returns how most of the trials that ended with an error did so, as one line; nothing when none did."""
+    reasons = Counter(row.reason for row in rows if row.outcome == "error")
+    return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
+
+
+def ledger(study_dir: Path) -> dict[str, Any]:
+    """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
+    try:
+        problems = check_ledger(study_dir)
+        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+    except CarftError as error:
+        reads, problems = None, list(error.problems)
+    return {"test_reads": reads, "problems": [str(problem) for problem in problems]}
+
+
+def budget(overview: Overview) -> dict[str, Any]:
+    """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
+    limits, folder = overview.recipe.budget, overview.study_dir
+    ended = ""
+    if overview.holder is None:
+        with contextlib.suppress(OSError):
+            text = (folder / STOP).read_text().strip()
+            ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
+    began = search_began(folder) if overview.holder is not None else None
+    used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
+    return {
+        "wall_time_s": limits.wall_time,
+        "wall_time_used_s": used_s,
+        "gpu_hours": limits.gpu_hours,
+        "gpu_hours_used": round(sum(row.gpu_s for row in overview.rows) / 3600, 4),
+        "ended": ended,
+    }
+
+
+def listing(overview: Overview, by_objective: bool = True, limit: int | None = None) -> dict[str, Any]:
+    """Returns what `ls` reports of a study, as JSON: baselines, and the trials that come first."""
+    rows = best_first(overview.trials) if by_objective else overview.trials  # those without an objective come last
+    return {
+        "study": str(overview.study_dir),
+        "num_trials": len(rows),
+        "lines": constraint_lines(overview.best),
+        "baselines": [overview.data(row) for row in overview.baselines],
+        "trials": [overview.data(row) for row in rows[:limit]],
+    }
+
+
+def list_studies(folder: Path) -> list[dict[str, Any]]:
+    """Returns a line per study in a folder; one that cannot be read has its ``problem`` there.
+
+    Raises:
+        UsageError: There is no study in it.
+    """
+    found = studies_in(folder)
+    if not found:
+        require_study(folder, "must be a study, or a folder with studies in it")
+    lines: list[dict[str, Any]] = []
+    for path in found:
+        try:
+            overview = read_study(path)
+        except CarftError as error:
+            lines.append({"name": path.name, "study": str(path.resolve()), "problem": str(error)})
+            continue
+        best = overview.best
+        lines.append(
+            {
+                "name": path.name,
+                "study": str(overview.study_dir),
+                "problem": None,
+                "wanted": num_trials(overview.recipe),
+                "trials": overview.counts(),
+                "best_objective": None if best is None else best.objective,
+                "running": overview.holder is not None,
+            }
+        )
+    return lines
+
+
+def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
+    """Returns what `status` and `search` report of a pruner, as JSON; None without one.
+
+    Args:
+        pruner: The recipe's.
+        rows: The trials.
+
+    Returns:
+        ``name``, ``num_cut``, ``num_late`` (complete trials that would have been cut, but had ended by then),
+        ``trials`` (complete ones with such values), ``rank_correlation`` (Spearman's, of the last intermediate value at
+        which a training could have been cut with its final objective; None where it is not defined), ``lines``, and
+        ``warning`` (None, or a sentence).
+    """
+    if pruner.name == "none":
+        return None
+    pairs = [
+        (value, row.objective)
+        for row in rows
+        if row.outcome == "complete"
+        and row.objective is not None
+        and (value := deciding_look(pruner, row.looks)) is not None
+    ]
+    from carft_ray.results.statistics.intervals import rank_correlation  # loads SciPy
+
+    correlation = rank_correlation([value for value, _ in pairs], [objective for _, objective in pairs])
+    num_cut = sum(row.outcome == "pruned" for row in rows)
+    num_late = sum(bool(row.late_cut) for row in rows)
+    late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
+    shown = "not known yet" if correlation is None else f"{correlation:.2f}"
+    line = (
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last intermediate value "
+        f"with the final objective: {shown} ({counted(len(pairs), 'complete trial')})."
+    )
+    warning = None
+    if correlation is not None and correlation < WEAK and len(pairs) >= ENOUGH:
+        warning = (
+            f"the intermediate values of the pruner {pruner.name} hardly predict the end (rank correlation "
+            f"{correlation:.2f}): it may have cut good trials. Set a later search.pruner.first or a larger "
+            "evaluate.subset."
+        )
+    return {
+        "name": pruner.name,
+        "num_cut": num_cut,
+        "num_late": num_late,
+        "trials": len(pairs),
+        "rank_correlation": correlation,
+        "warning": warning,
+        "lines": [line],
+    }
