@@ -55,7 +55,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(Path(folder) / "study", recipe) as study,
     ):
-        study.adopt()
+        study.recover_running()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)

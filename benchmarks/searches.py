@@ -95,7 +95,7 @@ def replayed(
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(study_dir or Path(folder) / "study", recipe) as study,
     ):
-        study.adopt()
+        study.recover_running()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,7 @@ def call(argv):
     recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
     try:
         with open_study(Path(argv[0]), recipe) as study:
-            study.adopt()
+            study.recover_running()
             study.tell_zero_shot(ZERO_SHOT)
             run_all(study)
             print(*study.notes, sep="\n")

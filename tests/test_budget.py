@@ -62,7 +62,7 @@ def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
 def tune(tmp_path):
     """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.adopt()
+        study.recover_running()
 
         def begin(began=None, **budget):
             events = []
@@ -135,7 +135,7 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
 def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
     study_dir, recipe = tmp_path / "study", make_recipe(2)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
     folder = spec.folder(study_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     os.utime(folder / HEARTBEAT, (now - 100, now - 100))
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
-            study.adopt()
+            study.recover_running()
             assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
 
 
@@ -153,7 +153,7 @@ def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, mo
     study_dir = tmp_path / "study"
     recipe = budgeted(make_recipe(2), gpu_hours=3)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         study.spend(study.next(), 1800, 2.0)
     (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
     monkeypatch.setattr("sys.argv", ["carft-ray", "status", str(study_dir)])
@@ -200,7 +200,7 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)

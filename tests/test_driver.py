@@ -86,7 +86,7 @@ class Tune:
 @pytest.fixture
 def study(tmp_path):
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.adopt()
+        study.recover_running()
         yield study
 
 
@@ -370,7 +370,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
-        study.adopt()
+        study.recover_running()
         tune = Tune(Driver(study, 32, lambda event: None))
         live = [tune.start() for _ in range(32)]
         for _ in range(3):

@@ -273,7 +273,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     stand_in.tell(tmp_path, seconds=100)
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(tmp_path / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         with running_ray(None, tmp_path / "ray.log") as there:
             plan = make_runtime(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
@@ -363,7 +363,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     stand_in.tell(tmp_path, seconds=0.4, tell_pid=True)
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         plan = attempts.plan_of(study)
         first = study.next()
         folder = first.folder(study_dir)

@@ -178,7 +178,7 @@ def frozen(study_dir, number):
 
 def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second = begin(study), begin(study)
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
@@ -212,7 +212,7 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
 
 def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         reason = study.report(second, row(2, 0.5))
@@ -226,7 +226,7 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
 
 def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training_are_noted(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second = begin(study), begin(study)
         write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
         finish(study, first)
@@ -244,21 +244,21 @@ def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training
     ]
 
 
-def test_a_decided_cut_is_told_at_adoption_and_not_run_again(study_dir, recipe):
+def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it looked
     with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome) for told in study.adopt()] == [(1, "pruned"), (2, "pruned")]
+        assert [(told.number, told.outcome) for told in study.recover_running()] == [(1, "pruned"), (2, "pruned")]
         again = study.next()
         assert (again.number, again.attempt) == (0, 2)
 
 
 @pytest.mark.filterwarnings("error")
-def test_adopted_trials_keep_their_rungs(study_dir):
+def test_recovered_trials_keep_their_rungs(study_dir):
     """Both rungs of 8 trials, the study reopened before every look, as if it were never closed."""
     values = np.random.default_rng(1).uniform(0.2, 0.8, (8, 2))
 
@@ -266,7 +266,7 @@ def test_adopted_trials_keep_their_rungs(study_dir):
         recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner=HALVING)
         found = []
         with open_study(folder, recipe) as study:
-            study.adopt()
+            study.recover_running()
             specs = [begin(study) for _ in range(8)]
             if not reopen:
                 found = [
@@ -276,7 +276,7 @@ def test_adopted_trials_keep_their_rungs(study_dir):
             for rung, epoch in enumerate((2, 4)):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
-                        study._take_over("trial")
+                        study._recover("trial")
                         if (spec.kind, spec.number) not in study._trials:
                             found.append(None)
                             continue
@@ -296,13 +296,13 @@ def test_looks_at_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, rec
     storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
     optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         assert study.settle(second).outcome == "pruned"
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         _, third = begin(study), begin(study)
         assert study.report(third, row(2, 0.55))
         assert study.settle(third).looks == {33: 0.55}
@@ -364,7 +364,7 @@ def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end()
 
 def test_status_holds_the_pruner(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
     assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
 
 

@@ -31,7 +31,7 @@ def original(tmp_path_factory):
     recipe = load_recipe(folder / "recipe.yaml", ["search.trials=4"])
     with open_study(folder / "study", recipe) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.adopt()
+        study.recover_running()
         study.tell_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()

@@ -245,7 +245,7 @@ def _probe(plan: Runtime, say: Callable[[str], None]) -> dict[str, Any]:
         filling_s = fill_nodes(plan, say)  # the sets stay in the caches: the search will not build them again
         prepared = run_prepare(replace(plan, is_filled=True), say)
         prepared_s = time.monotonic() - began
-        study.adopt_confirm(dict.fromkeys(names, values))
+        study.recover_confirm(dict.fromkeys(names, values))
         say(f"training a little, {capacity.concurrency} at a time ({capacity.reason})")
         began = time.monotonic()
         if run_trainings(study, plan, on_event):

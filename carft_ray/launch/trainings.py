@@ -34,7 +34,7 @@ STOPPED = "stopped on request"
 
 
 def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], None], began: float | None = None) -> str:
-    """Runs what an adopted study proposes, until nothing is left or a stop is asked for.
+    """Runs what a recovered study proposes, until nothing is left or a stop is asked for.
 
     Args:
         study: The study; what was prepared lies in its folder.

@@ -6,7 +6,7 @@ A generation takes all trials of the one before, in their order: number, name an
 
 | an earlier trial | in the new generation |
 |---|---|
-| inside the new space | as it was, RUNNING ones too: they are adopted |
+| inside the new space | as it was, RUNNING ones too: they are recovered |
 | outside, finished | FAIL, which no sampler looks at; what was told is kept in the attribute ``outside`` |
 | outside, not finished | as the line above, with outcome ``error`` |
 

@@ -8,7 +8,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
 | not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
-| stopped; driver killed | running | nothing: RUNNING until it is adopted |
+| stopped; driver killed | running | nothing: RUNNING until it is recovered |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
 
@@ -119,7 +119,7 @@ class Study:
         self._waiting: deque[TrialSpec] = deque()
         self._looked: dict[int, pruning.Looked] | None = None  # trials with looks, once they were asked for
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
-        self._knows_all = False  # whether they are of all trials, as they are once the study is adopted
+        self._knows_all = False  # whether they are of all trials, as they are once the study is recovered
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 
     @property
@@ -131,13 +131,13 @@ class Study:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
 
-    def check_adoptable(self, trusted: bool = False) -> None:
-        """Raises what ``adopt`` would raise of what the user has asked for, before anything of it is written."""
+    def check_recoverable(self, trusted: bool = False) -> None:
+        """Raises what ``recover_running`` would raise of the arguments of the user, before anything is written."""
         self._trusted = trusted
         self._check_trusted()
         warm_start.new_sources(self._studies["trial"], self.study_dir, self.resolved)
 
-    def adopt(self, trusted: bool = False) -> list[TrialRow]:
+    def recover_running(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: tells what has finished, queues the rest for another attempt.
 
         Removes the weights that are not to be kept, too.
@@ -154,7 +154,7 @@ class Study:
         self._trusted = trusted
         self._check_trusted()
         self._enter("baseline", self.recipe.search.baselines)
-        told = self._take_over("baseline") + self._take_over("trial")
+        told = self._recover("baseline") + self._recover("trial")
         with self._writing():
             self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
         self._looked = None  # trials of another study may have some
@@ -164,8 +164,8 @@ class Study:
         self._note_best()
         return told
 
-    def adopt_confirm(self, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
-        """As ``adopt``, for the trainings of a confirm: these and no others run until the study is opened again.
+    def recover_confirm(self, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
+        """As ``recover_running``, for the trainings of a confirm: only these run until the study is opened again.
 
         Args:
             trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
@@ -176,9 +176,9 @@ class Study:
         self._asks = False
         self._open_studies("confirm")
         self._enter("confirm", trainings)
-        return self._take_over("confirm", trainings)
+        return self._recover("confirm", trainings)
 
-    def _take_over(self, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
+    def _recover(self, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
         """Tells or queues what is RUNNING in one of the Optuna studies; None wants everything."""
         told = []
         for frozen in self._studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -202,7 +202,7 @@ class Study:
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
 
-        Baselines come first, then adopted trials, then new ones until the recipe's number is reached. No trial starts
+        Baselines come first, then recovered trials, then new ones until the recipe's number is reached. No trial starts
         before the baselines that a constraint names have finished.
 
         Raises:
@@ -613,7 +613,7 @@ class Study:
 
 @contextlib.contextmanager
 def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Iterator[Study]:
-    """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``adopt`` next.
+    """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``recover_running`` next.
 
     When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
 
@@ -638,7 +638,7 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
                 remove_half_made(storage, claimed.generation)
             if claimed.space_changes:
                 before = Study(study_dir, claimed.kept, held, [], storage)
-                before._take_over("trial")  # what has finished is told, as a trial of the space that it was drawn from
+                before._recover("trial")  # what has finished is told, as a trial of the space that it was drawn from
                 with before._writing():
                     notes.append(begin_generation(storage, claimed.generation, claimed.recipe))
             elif may:

@@ -57,7 +57,7 @@ def run_confirm(
             on_event(Note(note))
         trainings = fix(study)
         begin(study.study_dir, recipe)
-        for row in study.adopt_confirm(trainings):
+        for row in study.recover_confirm(trainings):
             on_event(TrialFinished(row, is_best=False))
 
         def rows() -> list[TrialRow]:

@@ -93,10 +93,10 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
-        study.check_adoptable(trusted)
+        study.check_recoverable(trusted)
         begin(study_dir, recipe)
         num_before = _num_finished(study)
-        told = study.adopt(trusted)
+        told = study.recover_running(trusted)
         for note in study.notes:
             on_event(Note(note))
         for row in told:
