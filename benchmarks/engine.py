@@ -131,7 +131,7 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
         study.recover_running()
-        study.tell_zero_shot(metrics_of(0.5))
+        study.add_zero_shot(metrics_of(0.5))
         spec = study.next()
         assert spec is not None
         answer(study, spec)

@@ -110,7 +110,7 @@ def call(argv):
     try:
         with open_study(Path(argv[0]), recipe) as study:
             study.recover_running()
-            study.tell_zero_shot(ZERO_SHOT)
+            study.add_zero_shot(ZERO_SHOT)
             run_all(study)
             print(*study.notes, sep="\n")
     except CarftError as error:

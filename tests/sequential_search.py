@@ -43,7 +43,7 @@ def call(argv):
         with open_study(study_dir, recipe) as study:
             told = study.recover_running()
             prepared = study.study_dir / "prepared"
-            study.tell_zero_shot(stand_in.prepare(recipe, prepared))
+            study.add_zero_shot(stand_in.prepare(recipe, prepared))
             while (spec := study.next()) is not None:
                 attempt(study, spec, prepared)
                 row = study.settle(spec)

@@ -16,7 +16,7 @@ def search(study_dir, recipe, num_attempts=None):
         study.recover_running()
         found = prepare(on_all_cores(recipe), study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
-        study.tell_zero_shot(found)
+        study.add_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir
     recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
+        study.add_zero_shot(curve_stand_in.ZERO_SHOT)
         while curve_stand_in.run_all(study, 1):
             seen.append(in_file(study_dir))
             assert seen[-1] == in_study(study_dir)
@@ -126,7 +126,7 @@ def finished(study_dir, num=3):
     recipe = curve_stand_in.make_recipe(num, baselines={})
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot(curve_stand_in.ZERO_SHOT)
+        study.add_zero_shot(curve_stand_in.ZERO_SHOT)
         curve_stand_in.run_all(study)
     (study_dir / BEST).unlink()
     return recipe

@@ -16,7 +16,7 @@ from ray.train import ControllerError, WorkerGroupError
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
 from carft_ray.launch.recovery.causes import LONGEST, error_of, explained, log_cause, root_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.host_memory import is_full_memory
 from carft_ray.launch.runs.ray_train import train_with_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -157,7 +157,7 @@ def test_the_cause_is_the_exception_under_ray_s_wrappers_in_one_line(error, expe
 def test_full_memory_is_told_whichever_worker_had_none():
     failures = {0: ValueError("rank 0"), 1: ray.exceptions.OutOfMemoryError(OF_MEMORY)}
     for error in (WorkerGroupError("two", failures), ray.exceptions.OutOfMemoryError(OF_MEMORY), OF_MEMORY):
-        assert told_of_full_memory(root_cause(error))
+        assert is_full_memory(root_cause(error))
         assert "27.63GB of 28.80GB" in root_cause(error)
 
 

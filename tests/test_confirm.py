@@ -46,7 +46,7 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.recover_running()
-        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in objectives:
             finish(study, study.next(), objective)
     return read_study(study_dir)

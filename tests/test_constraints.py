@@ -216,7 +216,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
     )
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot(ZERO_SHOT)
+        study.add_zero_shot(ZERO_SHOT)
         plain, other = study.next(), study.next()
         assert (plain.name, other.name) == ("plain", "other")
         assert study.next() is None
@@ -266,7 +266,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
+        study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
         for outcome, attempts in (("diverged", 1), ("error", 2)):
             for attempt in range(1, attempts + 1):
@@ -293,7 +293,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
+        study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
     view = read_study(study_dir)
     assert [path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")] == [view.best.name]

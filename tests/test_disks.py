@@ -152,9 +152,9 @@ def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     alive(folder)
     leaks.suspect(TrialSpec("trial", 1, "t0001-abcd", {}, 1), [SPEC])
     disk("heartbeat.json", 1)
-    assert leaks.look([SPEC]) == 0
+    assert leaks.check([SPEC]) == 0
     assert read_heartbeat(folder, 1).group == "beef"
-    assert leaks.look([SPEC]) == 1
+    assert leaks.check([SPEC]) == 1
     assert removed == ["dead"]
 
 

@@ -342,7 +342,7 @@ def test_without_a_limit_nothing_is_ended(search):
 
 
 def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.driver.WAIT_TOLD_S", 0)
+    monkeypatch.setattr("carft_ray.launch.driver.WAIT_NOTE_AFTER_S", 0)
     trial = tune.start()
     for _ in range(4):
         tune.look()

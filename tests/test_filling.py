@@ -160,7 +160,7 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(executors, "STEP_TOLD_S", 0.0)
+    monkeypatch.setattr(executors, "HEARTBEAT_EVERY_S", 0.0)
     path = tmp_path / HEARTBEAT
     path.write_text("{}")
     nodes = (("node", "address"), ("node", "address"))

@@ -45,7 +45,7 @@ def study_dir(tmp_path):
     return (tmp_path / "study").resolve()
 
 
-def begin(study_dir, recipe, num_trials=6, looks=False):
+def begin(study_dir, recipe, num_trials=6, values=False):
     """Runs trials whose objective is that of the stand-in; every third diverges."""
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
@@ -56,7 +56,7 @@ def begin(study_dir, recipe, num_trials=6, looks=False):
                 fail(study_dir, spec, "diverged")
             else:
                 write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
-            if looks:
+            if values:
                 study._trials["trial", spec.number].report(0.1 * spec.number, 1)
             study.settle(spec)
     return trials(study_dir)
@@ -139,7 +139,7 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
 
 
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
-    before = begin(study_dir, recipe_of(), looks=True)
+    before = begin(study_dir, recipe_of(), values=True)
     narrow = recipe_of(10, learning_rate=NARROW)
     with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow):
         pass
@@ -185,7 +185,7 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
 
 
 def test_widening_again_makes_the_trials_what_they_were(study_dir):
-    begin(study_dir, recipe_of(), looks=True)
+    begin(study_dir, recipe_of(), values=True)
     kept = [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
     with open_study(study_dir, recipe_of(learning_rate=NARROW), ("narrow",)):
         pass

@@ -26,7 +26,7 @@ def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studies")
     with open_study(folder / "study", RECIPE) as study:
         study.recover_running()
-        study.tell_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
+        study.add_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
         while (spec := study.next()) is not None:
             attempt(study, spec, study.study_dir / "prepared")
             study.settle(spec)

@@ -55,7 +55,7 @@ def told(study_dir):
 def make_study(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
         study.recover_running()
-        study.tell_zero_shot(ZERO_SHOT)
+        study.add_zero_shot(ZERO_SHOT)
         return run_all(study)
 
 
@@ -279,7 +279,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         recipe = make_recipe(num_trials, objective=objective, baselines={})
         with open_study(study_dir, recipe) as study:
             study.recover_running()
-            study.tell_zero_shot(ZERO_SHOT)
+            study.add_zero_shot(ZERO_SHOT)
             spec = study.next()
             points_result(study_dir, spec, points_of_new(spec.values["alpha"]))
             study.settle(spec)

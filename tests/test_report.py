@@ -78,7 +78,7 @@ def make_study(study_dir, recipe, alpha=0.65):
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.recover_running()
-        study.tell_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
+        study.add_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
         write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
         for lift in (0.02, 0.1, 0.12, 0.11, 0.05):
             spec = study.next()

@@ -68,7 +68,7 @@ def searched(folder, mode, num_trials):
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.recover_running()
         prepared = study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, prepared, lambda text: None))
+        study.add_zero_shot(prepare(recipe, prepared, lambda text: None))
         while (spec := study.next()) is not None:
             out = spec.folder(study_dir)
             run_training(apply(recipe, spec.values), out, prepared, RunContext(), spec.attempt)

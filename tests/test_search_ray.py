@@ -173,7 +173,9 @@ def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(
 
     study_dir = tmp_path / "killed"
     process = driver(study_dir, 3, **HALVING)
-    while not any(row.looks.keys() >= {25} and row.number for row in begun(study_dir)):  # a later trial, first rung
+    while not any(
+        row.intermediate_values.keys() >= {25} and row.number for row in begun(study_dir)
+    ):  # a later trial, first rung
         assert process.poll() is None
         time.sleep(0.3)
     process.kill()

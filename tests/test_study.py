@@ -81,8 +81,8 @@ def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study
 def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
         study.recover_running()
-        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "num_images": {"id_val": 64}})
-        assert study.tell_zero_shot({"objective": 0.9}) is None  # once
+        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "num_images": {"id_val": 64}})
+        assert study.add_zero_shot({"objective": 0.9}) is None  # once
         run_all(study, lambda spec: 0.1 * spec.number)
     rows = trials(study_dir)
     assert [row.objective for row in rows] == [0.0, 0.1, 0.2]
@@ -640,8 +640,8 @@ def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(st
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.recover_running()
         assert study.next().kind == "trial"
-        assert study.tell_zero_shot({"objective": 0.25}).objective == 0.25
-        assert study.tell_zero_shot({"objective": 0.5}) is None
+        assert study.add_zero_shot({"objective": 0.25}).objective == 0.25
+        assert study.add_zero_shot({"objective": 0.5}) is None
         assert [row.objective for row in study.rows("baseline")] == [0.25]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from carft_ray.study.trial_attributes import further_points, missing_metrics, result_attributes, told_constraints
+from carft_ray.study.trial_attributes import constraint_values, further_points, missing_metrics, result_attributes
 
 NAMES = ("id_drop/zero_shot", "ece/id_val")
 MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/ece/id_val": 0.1}
@@ -29,11 +29,11 @@ RESULT = {
     ],
 )
 def test_every_finished_trial_has_all_constraints_and_only_a_complete_one_its_measured_values(outcome, expected):
-    assert told_constraints(outcome, MEASURED, NAMES) == expected
+    assert constraint_values(outcome, MEASURED, NAMES) == expected
 
 
 def test_without_constraints_of_the_recipe_there_is_trained_alone():
-    assert told_constraints("complete", MEASURED, ()) == {"trained": -1.0}
+    assert constraint_values("complete", MEASURED, ()) == {"trained": -1.0}
 
 
 def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_of():

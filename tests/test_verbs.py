@@ -64,7 +64,7 @@ def make_study(study_dir, num_trials=8):
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         study.recover_running()
-        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         finish(study, start(study), 0.4)
         for objective in (0.5, 0.7, 0.6):
             finish(study, start(study), objective)

@@ -29,7 +29,7 @@ NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 def original(tmp_path_factory):
     """A study of 12 trials, every third diverged, and one that is begun."""
     folder = tmp_path_factory.mktemp("sources") / "first"
-    begin(folder, recipe_of(13), 12, looks=True)
+    begin(folder, recipe_of(13), 12, values=True)
     with open_study(folder, recipe_of(13)) as study:
         study.recover_running()
         study.next()

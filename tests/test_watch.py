@@ -32,7 +32,7 @@ def fill(study, num_finished):
     study_dir = study.study_dir
     (study_dir / RESOLVED).write_text(dump_recipe(study.recipe))
     study.recover_running()
-    study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+    study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
     for number in range(num_finished):
         spec = study.next()
         folder = spec.folder(study_dir)

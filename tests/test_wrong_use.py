@@ -32,7 +32,7 @@ def original(tmp_path_factory):
     with open_study(folder / "study", recipe) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.recover_running()
-        study.tell_zero_shot({"objective": 0.25})
+        study.add_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()
             place = spec.folder(study.study_dir)

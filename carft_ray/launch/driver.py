@@ -28,7 +28,7 @@ from carft_ray.launch.events import (
 )
 from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
 from carft_ray.launch.recovery.causes import log_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.host_memory import is_full_memory
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
@@ -43,7 +43,7 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
-WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
+WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 
 @dataclass
@@ -226,7 +226,7 @@ class Driver:
             raise
         for attempt in list(self._attempts.values()):
             self._look_for_steps(attempt)
-        if self._leaks and (number := self._leaks.look(self.live)):
+        if self._leaks and (number := self._leaks.check(self.live)):
             what = counted(number, "placement group")
             self._on_event(Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
@@ -244,9 +244,9 @@ class Driver:
                 self._longest_step_s = max(self._longest_step_s, (step_ns - attempt.step_ns) / 1e9)
             attempt.step_ns, attempt.seen = step_ns, now
         elif alive is None:
-            if now - attempt.seen >= WAIT_TOLD_S:
+            if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # told once
-                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: {self._why_waiting()}"
+                note = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process: {self._why_waiting()}"
                 self._on_event(Note(note))
         elif self._hang_timeout_s is not None and now - attempt.seen >= self._hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
@@ -344,7 +344,7 @@ class Driver:
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
-        if told_of_full_memory(reason) and self.concurrency > 1:
+        if is_full_memory(reason) and self.concurrency > 1:
             log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
             self._run_fewer(spec, reason)
             return

@@ -37,7 +37,7 @@ from carft_ray.errors import (
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
 from carft_ray.launch.recovery.causes import explained, root_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch.recovery.host_memory import is_full_memory
 from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
@@ -59,7 +59,7 @@ from carft_ray.study.outcome import (
 )
 from carft_ray.words import counted
 
-STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
+HEARTBEAT_EVERY_S = 1.0  # steps are told to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -198,11 +198,11 @@ def _alive(
     Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
     to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
-    path, state = folder / HEARTBEAT, {"next": time.monotonic() + STEP_TOLD_S}
+    path, state = folder / HEARTBEAT, {"next": time.monotonic() + HEARTBEAT_EVERY_S}
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
         if time.monotonic() >= state["next"]:
-            state["next"] = time.monotonic() + STEP_TOLD_S
+            state["next"] = time.monotonic() + HEARTBEAT_EVERY_S
             check_fence(folder, attempt)
             watch()
             with contextlib.suppress(OSError):  # a step is not worth a failure
@@ -341,7 +341,7 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
     node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
     cause = root_cause(dead[rank])
     where = f"rank {rank}{f' on {address}' if address else ''}"
-    reason = cause if told_of_full_memory(cause) else f"{where}: {cause}"
+    reason = cause if is_full_memory(cause) else f"{where}: {cause}"
     before = read_failure(folder, spec.attempt)
     if before is None or before.outcome in ("error", "lost"):
         details = "" if before is None else before.details or before.reason

@@ -38,7 +38,7 @@ from carft_ray.launch.runtime import RUNNER, Runner, Runtime, fill, make_runtime
 from carft_ray.launch.signals import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
-from carft_ray.recipe.schedule import is_looked_at, num_recalibrated, possible_values
+from carft_ray.recipe.schedule import has_intermediate_value, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.draws import drawn, middle
 from carft_ray.recipe.spaces.grid import num_trials
@@ -334,7 +334,7 @@ def _training_s(recipe: Recipe, found: Mapping[str, Any]) -> Callable[[Mapping[s
         image_s = between(batch, sizes[kind][0], sizes[kind][-1], parts[low]["image_s"], parts[high]["image_s"])
         part = parts[low]
         looks = sum(
-            is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, epochs)
+            has_intermediate_value(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, epochs)
             for epoch in range(1, epochs + 1)
         )
         rest_s = max(0.0, part["rest_s"] - part["num_alphas"] * share_s - found["table_s"])

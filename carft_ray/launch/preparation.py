@@ -26,12 +26,12 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import with_threads
 from carft_ray.words import counted
 
-NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
+MAX_NODES_SHOWN = 3  # of many nodes that fill their caches, so many are told at a time
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
 
 
-def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
+def progress_writer(folder: Path, name: str = DOING) -> Callable[[str], None]:
     """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process.
 
     Args:
@@ -96,7 +96,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
         texts = {}
         for node_id in pending.values():
             with contextlib.suppress(OSError):
-                texts[node_id] = (runtime.study_dir / RAY_FILES / _told_by(node_id)).read_text()
+                texts[node_id] = (runtime.study_dir / RAY_FILES / _progress_name(node_id)).read_text()
         if (text := _of_nodes(texts, nodes)) not in ("", told):
             told = text
             say(told)
@@ -119,7 +119,7 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _told_by(node_id: str) -> str:
+def _progress_name(node_id: str) -> str:
     return f"filling-{node_id}.txt"
 
 
@@ -133,8 +133,8 @@ def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
     if len(nodes) == 1:
         return next(iter(texts.values()), "")
     lines = [f"{nodes[node_id]}: {text}" for node_id, text in texts.items()]
-    more = [f"{counted(len(lines) - NODES_TOLD, 'more node')}"] if len(lines) > NODES_TOLD else []
-    return "; ".join(lines[:NODES_TOLD] + more)
+    more = [f"{counted(len(lines) - MAX_NODES_SHOWN, 'more node')}"] if len(lines) > MAX_NODES_SHOWN else []
+    return "; ".join(lines[:MAX_NODES_SHOWN] + more)
 
 
 def _fill(runtime: Runtime) -> tuple[float, str]:
@@ -143,7 +143,7 @@ def _fill(runtime: Runtime) -> tuple[float, str]:
         return 0.0, ""
     node_id, prepared = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     try:
-        return runtime.runner.fill(runtime.recipe, prepared, tells_driver(prepared, _told_by(node_id))), ""
+        return runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, _progress_name(node_id))), ""
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
@@ -198,4 +198,4 @@ def _prepare(runtime: Runtime) -> dict[str, Any]:
         raise ClusterError(problem)
     node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, tells_driver(folder))
+    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, progress_writer(folder))

@@ -7,7 +7,7 @@ from carft_ray import files
 from carft_ray.layout import STOP
 from carft_ray.study.lease import holder
 
-LOOK_EVERY_S = 0.5
+CHECK_EVERY_S = 0.5
 
 
 def ask_to_stop(folder: Path) -> str | None:
@@ -28,4 +28,4 @@ def ask_to_stop(folder: Path) -> str | None:
 def wait_until_free(folder: Path) -> None:
     """Returns when no process holds the folder any more."""
     while holder(folder) is not None:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)

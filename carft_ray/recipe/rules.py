@@ -310,17 +310,17 @@ def _pruner(recipe: Recipe) -> Iterator[Finding]:
     if every == 0 and pruner.name != HALVING:
         yield Finding(
             ("evaluate", "every_epochs"),
-            f"must be at least 1 with the pruner {pruner.name}, which needs looks on the way",
+            f"must be at least 1 with the pruner {pruner.name}, which needs intermediate values",
             "0",
-            next_step="successive_halving looks at the end of each rung by itself.",
+            next_step="successive_halving evaluates at the end of each rung automatically.",
             reads=(("search", "pruner", "name"),),
         )
         return
     yield Finding(
         ("search", "pruner", "name"),
-        "needs a look between search.pruner.first and the last epoch of a training",
+        "needs an intermediate value between search.pruner.first and the last epoch of a training",
         pruner.name,
-        next_step="Train more epochs, look more often (evaluate.every_epochs), or lower search.pruner.first.",
+        next_step="Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first.",
         reads=(("search", "pruner"), ("evaluate", "every_epochs"), *epochs),
     )
 

@@ -21,7 +21,7 @@ from carft_ray.words import counted
 
 FRONT = "front"  # user attribute of the Optuna study of a Pareto search: its ``FrontRule``
 TIE = 1e-12  # accuracies that differ by no more are of the same counts of images
-MAX_TOLD = 4  # further points of a training that the sampler is told of
+MAX_FURTHER_POINTS = 4  # further points of a training that the sampler is told of
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -177,14 +177,14 @@ def stand(rows: Sequence[TrialRow], rule: FrontRule) -> list[TrialRow]:
     ]
 
 
-def told_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict[str, float]]:
+def spread_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict[str, float]]:
     """Returns the points of a training that the sampler is told of beside the one at ``alpha``.
 
     They are those of its own non-dominated points, at most four: of more, evenly spaced ones along them.
     """
     front = [points[index] for index in non_dominated(_pairs_of(points))]
     others = [point for point in front if point["alpha"] != alpha]
-    chosen = np.linspace(0, len(others) - 1, min(MAX_TOLD, len(others))).round().astype(int)
+    chosen = np.linspace(0, len(others) - 1, min(MAX_FURTHER_POINTS, len(others))).round().astype(int)
     return [others[index] for index in chosen]
 
 

@@ -237,7 +237,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Col
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
-        rule = f"its test sets were read: {told(reads_of(entries)[-1])}"
+        rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
         rule += "; trials that follow may be chosen by what was seen"
         step = "To go on, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
@@ -271,7 +271,7 @@ def check_reason(reason: str | None) -> None:
         raise UsageError(Problem("--again", "must give a reason, which the ledger keeps", repr(reason)))
 
 
-def told(entry: Entry) -> str:
+def describe(entry: Entry) -> str:
     """Returns when and by whom a line was written, for messages."""
     return f"{entry.time} by {entry.user} (line {entry.number} of {LEDGER})"
 

@@ -23,7 +23,7 @@ from carft_ray.study.lease import holder as live_holder
 from carft_ray.words import counted
 
 FORMAT_VERSION = 1
-DYING_LOOKS = 50
+LOCK_ATTEMPTS = 50
 BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
 
 
@@ -69,7 +69,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
 
 def _take(handle: int, study_dir: Path) -> None:
     """Takes the lock; waits a moment for that of a killed process, whose threads end a little after it."""
-    for _ in range(DYING_LOOKS):
+    for _ in range(LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if live_holder(study_dir) is not None:

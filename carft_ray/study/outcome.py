@@ -57,7 +57,7 @@ class TrialRow:
     Attributes:
         fitted: The objective is that of the fitted alpha curve; the metrics are measured.
         at_chance: The fine-tuned weights alone, alpha 1, are at chance; others of the curve are above.
-        outside: The search space has changed since, and the sampler looks at this trial no more.
+        outside: The search space has changed since, and the sampler no longer uses this trial.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
@@ -79,7 +79,7 @@ class TrialRow:
     outside: bool = False
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
-    looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    intermediate_values: dict[int, float] = field(default_factory=dict)  # percent of schedule -> objective
     fitted: bool = False
     at_chance: bool = False
     set_aside: bool = (
@@ -151,7 +151,7 @@ class Cut:
     """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
 
     Attributes:
-        attempt: The attempt that was looked at.
+        attempt: The attempt that was evaluated.
         percent: Of its schedule.
         reason: One line.
     """

@@ -26,7 +26,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told 
 # user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
-LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
+VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
 LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
@@ -118,7 +118,7 @@ def generation_name(generation: int) -> str:
     return STUDY_NAMES["trial"] if generation == 1 else f"{STUDY_NAMES['trial']}-{generation}"
 
 
-def told(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
+def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
     """Returns state and objectives of a trial as they were told, whether it lies in the space of today or not."""
     before = trial.user_attrs.get(OUTSIDE)
     if before is None:
@@ -147,7 +147,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     """Returns a trial of an Optuna study as a row, without standing."""
     attributes = trial.user_attrs
     finished = trial.state.is_finished()
-    state, objectives = told(trial)
+    state, objectives = state_and_values(trial)
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
@@ -169,7 +169,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         elapsed_s=elapsed_s,
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
-        looks=looks_of(trial),
+        intermediate_values=intermediate_values(trial),
         spent_s=seconds_of(attributes),
         gpu_s=gpu_seconds_of(attributes),
         late_cut=attributes.get(LATE_CUT, ""),
@@ -177,11 +177,11 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     )
 
 
-def looks_of(trial: FrozenTrial) -> dict[int, float]:
-    """Returns the looks at a trial: percent of its schedule -> objective on the subset."""
+def intermediate_values(trial: FrozenTrial) -> dict[int, float]:
+    """Returns the intermediate values of a trial: percent of its schedule -> objective on the subset."""
     if trial.intermediate_values:
         return dict(trial.intermediate_values)
-    named = {key.removeprefix(LOOK_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    named = {key.removeprefix(VALUE_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
     return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 

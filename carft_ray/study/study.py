@@ -6,7 +6,7 @@ The journal holds three Optuna studies. The sampler sees ``search`` alone; ``bas
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
-| cut by the pruner | pruned | PRUNED with its looks, constraint ``trained`` = -1 |
+| cut by the pruner | pruned | PRUNED with its intermediate values, constraint ``trained`` = -1 |
 | not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | stopped; driver killed | running | nothing: RUNNING until it is recovered |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
@@ -67,15 +67,15 @@ from carft_ray.study.proposals import pruning, space, warm_start
 from carft_ray.study.proposals.optuna_private import running_trial, trial_id
 from carft_ray.study.rows import (
     LATE_CUT,
-    LOOK_ATTRIBUTE,
     SET_ASIDE,
     TRAINING_OF,
+    VALUE_ATTRIBUTE,
     ZERO_SHOT,
     best_first,
     best_row,
     confirmations,
+    intermediate_values,
     is_training,
-    looks_of,
     readable,
     row_of,
     rows_of,
@@ -86,7 +86,7 @@ from carft_ray.study.rows import (
 from carft_ray.study.space_revisions import begin_generation, remove_half_made
 from carft_ray.study.spent import ATTRIBUTE as SPENT
 from carft_ray.study.spent import left_behind
-from carft_ray.study.trial_attributes import further_points, missing_metrics, result_attributes, told_constraints
+from carft_ray.study.trial_attributes import constraint_values, further_points, missing_metrics, result_attributes
 
 ERRORS = 2  # attempts that end with an exception before the study is told: it must come back once
 LOST_ATTEMPTS = 5  # attempts lost in a row without advancing before a training is set aside
@@ -117,7 +117,7 @@ class Study:
         self._trusted = False  # whether a sampler may open pickles of others
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
         self._waiting: deque[TrialSpec] = deque()
-        self._looked: dict[int, pruning.Looked] | None = None  # trials with looks, once they were asked for
+        self._known: dict[int, pruning.PrunerTrial] | None = None  # by number, once a pruner needs them
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._knows_all = False  # whether they are of all trials, as they are once the study is recovered
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
@@ -157,7 +157,7 @@ class Study:
         told = self._recover("baseline") + self._recover("trial")
         with self._writing():
             self.notes += warm_start.take_in(self._studies["trial"], self.study_dir, self.resolved)
-        self._looked = None  # trials of another study may have some
+        self._known = None  # trials of another study may have some
         for row in self.rows("baseline") + [row_of("trial", trial) for trial in trainings(self._studies["trial"])]:
             self._retain(row)
         self._knows_all = True
@@ -224,34 +224,34 @@ class Study:
         return spec
 
     def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
-        """Notes a look at a running trial, and decides whether its training is cut there.
+        """Notes an intermediate value of a running trial, and decides whether its training is cut there.
 
-        The decision lies in the trial's folder before the look is in the study, so a kill in between loses neither. A
-        look that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut. Of a
+        The decision is in the trial's folder before the value is in the study, so a kill in between loses neither. A
+        value that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut. Of a
         training that has ended, the study notes that the cut would have come too late (``LATE_CUT``).
 
         Args:
-            spec: The attempt; trainings beside the search are never cut.
+            spec: The attempt; only trials are ever cut.
             line: A line of its ``metrics.jsonl``.
 
         Returns:
-            Why the training is cut; it ends by itself once it has seen the file. None: it goes on.
+            Why the training is cut; it ends once it has read the file. None: it continues.
         """
         pruner = self.recipe.search.pruner
         if spec.kind != "trial" or pruner.name == "none":
             return None
-        look, known = pruning.look_of(self.recipe, spec.values, line), self._looked_at()
-        looks = known[spec.number].looks if spec.number in known else {}
-        if look is None or look[0] in looks:
+        found, known = pruning.intermediate_value(self.recipe, spec.values, line), self._pruner_trials()
+        before = known[spec.number].intermediate_values if spec.number in known else {}
+        if found is None or found[0] in before:
             return None
-        study, folder, (percent, value) = self._studies["trial"], spec.folder(self.study_dir), look
+        study, folder, (percent, value) = self._studies["trial"], spec.folder(self.study_dir), found
         cut = read_cut(folder)
         if cut is not None and percent > cut.percent:
             return None
-        mine, reason, late = pruning.Looked(spec.number, {**looks, percent: value}, complete=False), None, None
+        values, reason, late = {**before, percent: value}, None, None
         if cut is None:
-            others = [trial for trial in known.values() if trial.number != spec.number]
-            reason = pruning.cut_reason(pruner, mine, others)
+            others = [trial for number, trial in known.items() if number != spec.number]
+            reason = pruning.cut_reason(pruner, values, others)
             if reason is not None and files.exists(folder / RESULT):
                 reason, late = None, reason
             if reason is not None:
@@ -263,20 +263,19 @@ class Study:
             if len(study.directions) == 1:
                 trial.report(value, percent)
             else:  # Optuna takes no intermediate values of a trial with two objectives
-                trial.set_user_attr(f"{LOOK_ATTRIBUTE}{percent}", value)
-        known[spec.number] = mine
+                trial.set_user_attr(f"{VALUE_ATTRIBUTE}{percent}", value)
+        known[spec.number] = pruning.PrunerTrial(values, complete=False)
         return reason
 
-    def _looked_at(self) -> dict[int, pruning.Looked]:
-        """Returns the trials with looks, by number: no others count for a pruner, and nobody else writes meanwhile."""
-        if self._looked is None:
-            found = [(trial, looks_of(trial)) for trial in self._studies["trial"].get_trials(deepcopy=False)]
-            self._looked = {
-                trial.number: pruning.Looked(trial.number, looks, trial.state == TrialState.COMPLETE)
-                for trial, looks in found
-                if looks
+    def _pruner_trials(self) -> dict[int, pruning.PrunerTrial]:
+        """Returns the trials with intermediate values, by number: only these count, and nobody else writes them."""
+        if self._known is None:
+            self._known = {
+                trial.number: pruning.PrunerTrial(values, trial.state == TrialState.COMPLETE)
+                for trial in self._studies["trial"].get_trials(deepcopy=False)
+                if (values := intermediate_values(trial))
             }
-        return self._looked
+        return self._known
 
     def settle(self, spec: TrialSpec) -> TrialRow | None:
         """Tells the study how an attempt ended, by what lies in its folder. A result wins over a cut.
@@ -290,7 +289,7 @@ class Study:
         folder = spec.folder(self.study_dir)
         result = read_result(folder)
         if self.recipe.search.pruner.name != "none":
-            # the last lines may not have been looked at; the others cost nothing
+            # the last lines may be new; the others cost nothing
             for line in files.read_json_lines(folder / METRICS):
                 self.report(spec, line)
         if result is not None:
@@ -407,7 +406,7 @@ class Study:
             if seconds:
                 self.spend(spec, seconds, gpus)
 
-    def tell_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
+    def add_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
 
         Args:
@@ -482,7 +481,7 @@ class Study:
                 params={**trial.params, "alpha": point["alpha"]},
                 distributions=trial.distributions,
                 user_attrs={TRAINING_OF: spec.number},
-                constraints=told_constraints("complete", point, self._constraints),
+                constraints=constraint_values("complete", point, self._constraints),
             )
             with self._writing():
                 study.add_trial(frozen)
@@ -494,7 +493,7 @@ class Study:
         study, trial = self._studies[spec.kind], self._trials[spec.kind, spec.number]
         metrics = attributes.get("metrics", {})
         values: float | list[float] | None = objective
-        constraints = told_constraints(attributes["outcome"], metrics, self._constraints)
+        constraints = constraint_values(attributes["outcome"], metrics, self._constraints)
         if spec.kind != "trial":
             constraints = {"trained": constraints["trained"]}
         elif self._rule is not None and state == TrialState.COMPLETE:
@@ -509,7 +508,7 @@ class Study:
                 if key not in trial.constraints:
                     trial.set_constraint(key, value)
             study.tell(spec.number, values, state)
-        if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._looked or {}):
+        if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._known or {}):
             known[spec.number] = replace(known[spec.number], complete=True)
         row = row_of(spec.kind, self._storage.get_trial(trial_id(trial)))  # not one of all, which a list would hold
         self._retain(row)

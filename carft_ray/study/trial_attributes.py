@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from carft_ray.recipe.constraints import VIOLATION, violations
-from carft_ray.study.front import told_points
+from carft_ray.study.front import spread_points
 
-BESIDE_LOWEST = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
+ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
 
 
-def told_constraints(outcome: str, metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+def constraint_values(outcome: str, metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     """Returns all constraints of a finished trial for the sampler; values above 0 are not met.
 
     Args:
@@ -51,7 +51,7 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
     }
     if lowest is None:
         return found
-    curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - BESIDE_LOWEST]
+    curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - ROUNDING]
     if all(point["alpha"] != result["alpha"] for point in curve):
         curve.append({"alpha": result["alpha"], **result["metrics"]})
     return {**found, "objective": result["objective"], "points": curve}
@@ -68,4 +68,4 @@ def further_points(
         there: Alphas of the points that it has been told of already.
         within: Tells whether an alpha is in the search space: the sampler takes no other.
     """
-    return [point for point in told_points(points, alpha) if point["alpha"] not in there and within(point["alpha"])]
+    return [point for point in spread_points(points, alpha) if point["alpha"] not in there and within(point["alpha"])]

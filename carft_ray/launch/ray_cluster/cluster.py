@@ -40,9 +40,9 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
-LOOK_AT_HEAD_S = 2
+CHECK_HEAD_EVERY_S = 2
 # loggers that say only: a token is used; there are no progress files (we turned them off)
-BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
+SILENCED = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
@@ -216,7 +216,7 @@ def _quiet(log_path: Path) -> Iterator[None]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(log_path, delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    file.addFilter(lambda record: not record.name.startswith(BESIDE_THE_POINT))
+    file.addFilter(lambda record: not record.name.startswith(SILENCED))
     logger.handlers, logger.propagate = [file], False
     logger.setLevel(logging.WARNING)
     try:
@@ -240,9 +240,9 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
     error = ClusterError(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
     left, gone = threading.Event(), threading.Event()
 
-    def look() -> None:
+    def check() -> None:
         misses = 0
-        while not left.wait(LOOK_AT_HEAD_S):
+        while not left.wait(CHECK_HEAD_EVERY_S):
             try:
                 socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
                 misses = 0
@@ -258,7 +258,7 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
                 shutil.rmtree(temp_dir, ignore_errors=True)
                 os._exit(InterruptedRunError.exit_code if stopped else error.exit_code)
 
-    watcher = threading.Thread(target=look, name="head-watcher", daemon=True)
+    watcher = threading.Thread(target=check, name="head-watcher", daemon=True)
     watcher.start()
     try:
         yield

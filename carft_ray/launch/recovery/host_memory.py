@@ -23,7 +23,7 @@ STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evalu
 
 def host_memory(text: str) -> str:
     """Returns in one line that memory was full and what helps, from the text of an error; empty for another error."""
-    if told_of_full_memory(text):
+    if is_full_memory(text):
         return text
     if found := MONITOR.search(text):
         where = f"{FULL} node {found['node']} ({found['used']} of {found['limit']} used): Ray's memory monitor ended it"
@@ -37,6 +37,6 @@ def host_memory(text: str) -> str:
     return f"{where}; {STEP}"
 
 
-def told_of_full_memory(reason: str) -> bool:
+def is_full_memory(reason: str) -> bool:
     """Tells whether a reason is one of ``host_memory``."""
     return reason.startswith(FULL)

@@ -68,7 +68,7 @@ class Leaks:
         """
         self._suspects.append((set(self._groups()), {_key(spec) for spec in live} - {_key(dead)}))
 
-    def look(self, live: Iterable[TrialSpec]) -> int:
+    def check(self, live: Iterable[TrialSpec]) -> int:
         """Removes what is known to be left behind; returns how many groups that were."""
         if not self._suspects:
             return 0

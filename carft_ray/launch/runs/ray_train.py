@@ -22,7 +22,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import TrialSpec, failure_error, progress_of, read_failure, read_heartbeat, read_result
 from carft_ray.study.study import LOST_ATTEMPTS
 
-LOOK_EVERY_S = 0.5
+CHECK_EVERY_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str,
     """Waits for a training and tells its epochs; returns why it was lost (``causes.explained``), or nothing."""
     told = len(files.read_json_lines(metrics_path))
     while True:
-        ready, _ = ray.wait([task], timeout=LOOK_EVERY_S)
+        ready, _ = ray.wait([task], timeout=CHECK_EVERY_S)
         for row in files.read_json_lines(metrics_path)[told:]:
             told += 1
             on_epoch(row)

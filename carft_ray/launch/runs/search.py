@@ -146,7 +146,7 @@ def _run(
     on_event(Preparing())
     metrics = prepare(runtime, partial(_say, on_event))
     on_event(Prepared(metrics))
-    zero_shot = study.tell_zero_shot(metrics)
+    zero_shot = study.add_zero_shot(metrics)
     if zero_shot:
         on_event(BaselineFinished(zero_shot))
     capacity = runtime.capacity

@@ -49,11 +49,11 @@ from carft_ray.study.ledger import (
     Entry,
     Purpose,
     check_reason,
+    describe,
     mend,
     read_ledger,
     reads_of,
     record,
-    told,
 )
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.proposals.warm_start import inherited_reads
@@ -116,7 +116,7 @@ def read_sealed(
             entry = record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            say(f"going on with the read of {told(entry)}")
+            say(f"going on with the read of {describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
@@ -173,7 +173,7 @@ def _require_unfinished(study_dir: Path, entry: Entry, number: int, purpose: Pur
     """Raises a ``HoldOutError`` unless the last read was killed and this one would go on with it."""
     command = f"carft-ray test {shlex.quote(str(study_dir))}"
     option = {TEST: "", ANALYSIS: " --all-trials"}
-    rule = f"its test sets were read already: {told(entry)}"
+    rule = f"its test sets were read already: {describe(entry)}"
     if (_read_dir(study_dir, number) / SUMMARY).exists():
         found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ANALYSIS else SUMMARY)
         step = f"What was found lies in {found}."

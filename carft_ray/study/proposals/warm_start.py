@@ -24,7 +24,7 @@ from carft_ray.recipe.spaces.region import place
 from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.study.ledger import read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import WARM_FROM, generation_name, is_training, readable, row_of, storage_of, told
+from carft_ray.study.rows import WARM_FROM, generation_name, is_training, readable, row_of, state_and_values, storage_of
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
@@ -102,13 +102,13 @@ def inherited_reads(study_dir: Path) -> int:
 def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:
     """Enters what is not there yet; returns how many trials of the source are, and how many are not by reason."""
     theirs, trials = _recipe_of(source), _trials_of(source)
-    same_looks = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
+    same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
     known = [trial.user_attrs[WARM_FROM] for trial in study.get_trials(deepcopy=False) if not is_training(trial)]
     there = {(origin["id"], origin["trial"]) for origin in known if "id" in origin}
     taken, left_out = 0, Counter[str]()
     for trial in trials:
         row = row_of("trial", trial)
-        if told(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
+        if state_and_values(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
             left_out["not finished" if row.outcome == "running" else "lost, which is no verdict"] += 1
             continue
         placed = place({**_fields(theirs), **row.values}, recipe)
@@ -119,7 +119,7 @@ def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tup
         if (number, row.name) not in there:
             origin = {"id": number, "path": str(source), "trial": row.name}
             attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
-            study.add_trial(placed_trial(trial, recipe, placed, attributes, with_looks=same_looks))
+            study.add_trial(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
     return taken, dict(left_out)
 
 
