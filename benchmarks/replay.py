@@ -62,7 +62,7 @@ def search(recipe: Recipe, told: Told, seed: int) -> list[TrialRow]:
             objective = told(spec.values, rng)
             if objective is None:
                 error = DivergedError("replayed divergence")
-                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
+                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code))
             else:
                 content = {"format_version": FORMAT_VERSION, "objective": objective, "metrics": {}}
                 files.write_json(home / RESULT, content)

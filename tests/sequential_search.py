@@ -73,4 +73,4 @@ def attempt(study, spec, prepared):
     except InterruptedRunError:
         return
     except DivergedError as error:
-        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "Traceback ...")
+        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code, details="Traceback ..."))

@@ -68,7 +68,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         write_result(study_dir, first, 0.4)
         study.settle(first)
         third.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6), "")
+        write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6))
         study.settle(third)
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         study.recover_running()

@@ -15,11 +15,11 @@ from test_driver import Tune
 
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
-from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results.reading import overview

@@ -249,7 +249,9 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
         study.recover_running()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "Traceback ...")
+        write_failure(
+            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6, details="Traceback ...")
+        )
         study.settle(spec)
         with pytest.raises(NoSuccessfulTrialError) as caught:
             study.next()
@@ -271,7 +273,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
         for outcome, attempts in (("diverged", 1), ("error", 2)):
             for attempt in range(1, attempts + 1):
                 spec = study.next()
-                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6), "Traceback ...")
+                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
                 study.settle(spec)
     found = [trial.constraints for trial in told(study_dir)]
     assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}

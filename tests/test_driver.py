@@ -67,7 +67,7 @@ class Tune:
         spec = TrialSpec(**trial.config["spec"])
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code), "")
+        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code))
         self.end(trial)
 
     def end(self, trial, lost=""):
@@ -149,7 +149,7 @@ def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_go
         tune.end(trial)
     for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
         [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
-        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume goes on from {where}")
+        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume continues from {where}")
 
 
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):

@@ -26,7 +26,7 @@ from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_cluster.waiting import Node, lacking, why_waiting
-from carft_ray.launch.recovery.host_memory import host_memory
+from carft_ray.launch.recovery.causes import host_memory
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of

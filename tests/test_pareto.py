@@ -149,7 +149,7 @@ def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(stu
         study.recover_running()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
+        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6, details="Traceback ..."))
         assert study.settle(spec).outcome == "diverged"
         run_all(study)
     assert [row.outcome for row in trials(study_dir)] == ["diverged"] + ["complete"] * 5

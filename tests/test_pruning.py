@@ -224,7 +224,7 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
         told = finish(study, second)
         assert (told.outcome, told.reason, told.late_cut) == ("complete", "", reason)
         assert study.report(third, row(2, 0.4))
-        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt), "")
+        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt))
         told = study.settle(third)
         assert (told.outcome, told.late_cut) == ("pruned", "")
 
@@ -282,7 +282,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
                         study._recover("trial")
-                        if (spec.kind, spec.number) not in study._trials:
+                        if (spec.kind, spec.number) not in study._journal._trials:
                             found.append(None)
                             continue
                         found.append(study.report(spec, row(epoch, values[spec.number, rung])))

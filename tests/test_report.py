@@ -86,7 +86,9 @@ def make_study(study_dir, recipe, alpha=0.65):
             study.settle(spec)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt), "Traceback ...")
+        write_failure(
+            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, details="Traceback ...")
+        )
         study.settle(spec)
     return study_dir
 

@@ -803,7 +803,7 @@ def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_st
         assert len(caught.value.problems) == 1
         assert "add --trust" in str(caught.value)
     with open_study(study_dir, recipe) as study, pytest.raises(UsageError, match="add --trust"):
-        study._spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
+        study._journal.spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
     assert not trace.exists()
     assert (study_dir / "study.journal").read_bytes() == before
     assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing

@@ -228,7 +228,7 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
         study.recover_running()
         while (spec := study.next()) is not None:
             spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
-            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "")
+            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6))
             study.settle(spec)
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
         run_search(recipe, tmp_path / "study", runner=RUNNER)

@@ -47,7 +47,7 @@ def write_result(study_dir, spec, value=0.5):
 def fail(study_dir, spec, outcome, reason="because"):
     folder = spec.folder(study_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_failure(folder, Failure(outcome, reason, spec.attempt, 4), "Traceback ...")
+    write_failure(folder, Failure(outcome, reason, spec.attempt, 4, details="Traceback ..."))
 
 
 def run_all(study, value=lambda spec: 0.5):
@@ -459,10 +459,10 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, content):
 
 
 def test_the_first_word_of_an_attempt_stands(tmp_path):
-    write_failure(tmp_path, Failure("error", "the cause", 1), "")
-    write_failure(tmp_path, Failure("error", "a consequence", 1), "")
+    write_failure(tmp_path, Failure("error", "the cause", 1))
+    write_failure(tmp_path, Failure("error", "a consequence", 1))
     assert read_failure(tmp_path, 1).reason == "the cause"
-    write_failure(tmp_path, Failure("diverged", "later", 2), "")
+    write_failure(tmp_path, Failure("diverged", "later", 2))
     assert read_failure(tmp_path, 1) is None
     assert read_failure(tmp_path, 2).reason == "later"
     assert (tmp_path / "log.txt").read_text().count("attempt") == 3
@@ -479,7 +479,7 @@ def test_the_first_word_of_an_attempt_stands(tmp_path):
     ],
 )
 def test_numbers_in_a_reason_have_four_digits_and_the_log_keeps_the_rest(tmp_path, reason, shown):
-    write_failure(tmp_path, Failure("error", reason, 1), f"Traceback: {reason}")
+    write_failure(tmp_path, Failure("error", reason, 1, details=f"Traceback: {reason}"))
     assert read_failure(tmp_path, 1).reason == shown
     first, rest = (tmp_path / "log.txt").read_text().splitlines()
     assert first.endswith(f"attempt 1: error: {shown}")
@@ -636,7 +636,7 @@ def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
 def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.recover_running()
-        study._add("baseline", "zero_shot", {"alpha": 0.0})
+        study._journal.add("baseline", "zero_shot", {"alpha": 0.0})
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         study.recover_running()
         assert study.next().kind == "trial"

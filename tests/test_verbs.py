@@ -54,7 +54,7 @@ def finish(study, spec, objective):
 
 
 def fail(study, spec, outcome, reason):
-    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt), "Traceback ...")
+    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt, details="Traceback ..."))
     study.settle(spec)
 
 
@@ -349,7 +349,7 @@ def test_follow_ends_with_a_training_that_diverges(run, here):
         spec = start(study)
         folder = spec.folder(study_dir)
         failure = Failure("diverged", "loss not finite at step 9", spec.attempt)
-        with meanwhile(lambda: (time.sleep(0.3), write_failure(folder, failure, ""))):
+        with meanwhile(lambda: (time.sleep(0.3), write_failure(folder, failure))):
             code, out, _ = run("logs", "first", "4", "-f")
     assert code == 0
     assert out.rstrip().endswith("attempt 2: diverged: loss not finite at step 9")

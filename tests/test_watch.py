@@ -39,7 +39,7 @@ def fill(study, num_finished):
         folder.mkdir(parents=True, exist_ok=True)
         study.spend(spec, 50.0 + number % 10, 0.0)
         if number % 7 == 3:
-            write_failure(folder, Failure("diverged", "loss not finite", 1), "")
+            write_failure(folder, Failure("diverged", "loss not finite", 1))
         else:
             metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
             content = {"format_version": 1, "objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}

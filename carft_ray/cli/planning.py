@@ -51,7 +51,8 @@ def plan(
     Trains a little, as many trainings at a time as the search will. Nothing is left behind but decoded images.
     """
     from carft_ray import console
-    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_probe, measure_by_study, price
+    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
+    from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.advice import check_searchable
     from carft_ray.results.reading.overview import is_study
 

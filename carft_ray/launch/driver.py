@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.launch.budget import used_up
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
@@ -27,13 +26,13 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
-from carft_ray.launch.recovery.causes import log_cause
-from carft_ray.launch.recovery.host_memory import is_full_memory
+from carft_ray.launch.recovery.causes import is_full_memory
 from carft_ray.launch.recovery.leaks import Leaks
+from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study.lock import BUDGET_STOP
-from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, read_failure, read_heartbeat
+from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -345,7 +344,7 @@ class Driver:
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
         if is_full_memory(reason) and self.concurrency > 1:
-            log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
+            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self._run_fewer(spec, reason)
             return
         what = self.study.lost(spec, reason, details)
@@ -407,8 +406,7 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
         return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
     [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
     row = next(row for row in failed if row.reason == reason)
-    spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
-    log = spec.folder(study.study_dir) / LOG
+    log = row.folder(study.study_dir) / LOG
     step = f"See {log}." if files.seen(log) else ""
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))

@@ -36,8 +36,7 @@ from carft_ray.errors import (
 )
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
-from carft_ray.launch.recovery.causes import explained, root_cause
-from carft_ray.launch.recovery.host_memory import is_full_memory
+from carft_ray.launch.recovery.causes import explained, is_full_memory, root_cause
 from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
@@ -136,21 +135,21 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
     except OutdatedAttemptError:
         raise
     except OutOfMemoryError as error:
-        details = traceback.format_exc()
         failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
+        failure = replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         if is_out_of_memory(error):
             append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
             raise
-        sorted_out, details = _failure(error, spec.attempt, context, nodes), traceback.format_exc()
+        sorted_out = _failure(error, spec.attempt, context, nodes)
         if sorted_out is None:
             return True
-        failure = sorted_out
+        failure = replace(sorted_out, details=traceback.format_exc())
         if failure.outcome == "lost":  # with the folder, perhaps: what was raised goes to Ray then
             if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
                 raise
             try:
-                write_failure(folder, replace(failure, details=details))
+                write_failure(folder, failure)
             except StorageError:
                 raise error from None
             return False
@@ -158,8 +157,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         if math.isfinite(result["objective"]):
             return True
         reason = f"objective is {result['objective']}"
-        failure, details = Failure("diverged", reason, spec.attempt, DivergedError.exit_code), ""
-    write_failure(folder, failure, details)
+        failure = Failure("diverged", reason, spec.attempt, DivergedError.exit_code)
+    write_failure(folder, failure)
     return False
 
 

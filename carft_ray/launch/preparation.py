@@ -104,7 +104,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
 
 
 def _check_not_stopped(runtime: Runtime) -> None:
-    """Raises where the study's stop file is there, which tells the caller that it was no fault (``signals``)."""
+    """Raises where the study's stop file is there, which tells the caller that it was no fault (``stop``)."""
     if files.seen(runtime.study_dir / STOP):
         raise ClusterError(Problem("preparation", "was stopped on request"))
 

@@ -24,7 +24,7 @@ from carft_ray.launch.ray_cluster.waiting import why_waiting
 from carft_ray.launch.recovery.causes import error_of, explained, root_cause
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.runtime import Runtime, stop_reader
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.study.outcome import TrialSpec

@@ -54,7 +54,6 @@ class Claim:
 
     Attributes:
         is_new: Whether the folder was empty.
-        recipe: The recipe of the search, with absolute paths.
         kept: The recipe that the manifest has; the same for an empty folder.
         space_changes: Whether the search has another space than the study.
         is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
@@ -63,21 +62,13 @@ class Claim:
     """
 
     is_new: bool
-    recipe: Recipe
     kept: Recipe
     space_changes: bool = False
     is_news: bool = False
     generation: int = 1
 
 
-class _Missing:
-    """Stands for a key that is not there."""
-
-    def __repr__(self) -> str:
-        return "MISSING"
-
-
-MISSING = _Missing()
+MISSING = object()  # stands for a key that is not there
 
 
 def class_of(path: KeyPath) -> Class:
@@ -123,7 +114,7 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
         files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
-        return Claim(True, recipe, recipe)
+        return Claim(True, recipe)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(recipe_differences(kept, recipe))
@@ -139,11 +130,11 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
         last = problems.pop()
         raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
-    return Claim(False, recipe, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
+    return Claim(False, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 
-def record_recipe(study_dir: Path, claimed: Claim) -> None:
-    """Makes the recipe of a claim that of the study; the one before stays in ``recipes``. The lock must be held.
+def record_recipe(study_dir: Path, recipe: Recipe, space_changes: bool) -> None:
+    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The lock must be held.
 
     A space that has changed begins the next generation, which must be whole in the journal by now.
 
@@ -155,8 +146,8 @@ def record_recipe(study_dir: Path, claimed: Claim) -> None:
     until = datetime.now().astimezone().isoformat(timespec="seconds")
     before = {GENERATION: generation, "until": until, "recipe": manifest["recipe"]}
     changed = {
-        GENERATION: generation + claimed.space_changes,
-        "recipe": claimed.recipe.model_dump(mode="json"),
+        GENERATION: generation + space_changes,
+        "recipe": recipe.model_dump(mode="json"),
         RECIPES: [*manifest.get(RECIPES, []), before],
     }
     files.write_json(study_dir / MANIFEST, {**manifest, **changed})

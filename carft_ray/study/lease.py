@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,9 @@ def holder(folder: Path) -> str | None:
         age_s = time.time() - path.stat().st_mtime
     except OSError:  # there is none, as between two searches, or it cannot be seen
         return None
-    content = _read(path)
-    if content is None and not files.exists(path):  # its process has just ended
+    content = _read(path) or {}
+    if not content and not files.exists(path):  # its process has just ended
         return None
-    content = content or {}
     return _named(content) if _lives(content, age_s, READERS_STALE_AFTER_S) else None
 
 
@@ -120,8 +119,8 @@ def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
 def _identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "boot": _read_text(Path("/proc/sys/kernel/random/boot_id")),
-        "pid_namespace": _link("/proc/self/ns/pid"),
+        "boot": _or_empty(Path("/proc/sys/kernel/random/boot_id").read_text),
+        "pid_namespace": _or_empty(lambda: os.readlink("/proc/self/ns/pid")),
         "pid": os.getpid(),
         "process_started": _process_started(os.getpid()),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -141,16 +140,15 @@ def _process_started(pid: int) -> str:
 
     One that has ended and for which nobody has asked yet (in a container often nobody ever does) is none.
     """
-    stat = _read_text(Path(f"/proc/{pid}/stat"))
+    stat = _or_empty(Path(f"/proc/{pid}/stat").read_text)
     if stat:
         fields = stat.rpartition(")")[2].split()  # from field 3 on; the name before it may hold anything
         return "" if fields[0] in "ZX" else fields[19]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:  # it is another user's
-        return ALIVE
+    with contextlib.suppress(PermissionError):  # it is another user's
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
     return ALIVE
 
 
@@ -177,15 +175,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _read_text(path: Path) -> str:
+def _or_empty(read: Callable[[], str]) -> str:
     try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
+        return read().strip()
     except OSError:
         return ""

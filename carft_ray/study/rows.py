@@ -16,7 +16,6 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import JOURNAL, MANIFEST
 from carft_ray.study import front
 from carft_ray.study.outcome import Kind, TrialRow
-from carft_ray.study.spent import gpu_seconds_of, seconds_of
 
 Found = TypeVar("Found")
 
@@ -28,6 +27,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told 
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
 LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
+SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 
@@ -149,6 +149,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     finished = trial.state.is_finished()
     state, objectives = state_and_values(trial)
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
+    spent = attributes.get(SPENT, {}).values()
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
         elapsed_s = trial.duration.total_seconds()
@@ -170,8 +171,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
         intermediate_values=intermediate_values(trial),
-        spent_s=seconds_of(attributes),
-        gpu_s=gpu_seconds_of(attributes),
+        spent_s=float(sum(seconds for seconds, _ in spent)),
+        gpu_s=float(sum(seconds * gpus for seconds, gpus in spent)),
         late_cut=attributes.get(LATE_CUT, ""),
         set_aside=not finished and bool(attributes.get(SET_ASIDE)),
     )

@@ -12,8 +12,7 @@ from typing import Any
 import ray
 
 from carft_ray import files
-from carft_ray.launch.recovery.host_memory import host_memory
-from carft_ray.study.outcome import append_log
+from carft_ray.learning.memory import TEXTS
 
 LONGEST = 300  # characters of a cause
 TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
@@ -23,6 +22,17 @@ ABOVE = re.compile(r'\s+File ".*", line \d+|.*Traceback \(most recent call last\
 NAMED = re.compile(r"(?P<module>(?:\w+\.)*)(?P<name>[A-Za-z_]\w*)(?:\(\w+\))?(?:: ?(?P<message>.*))?$")
 DURING = "During handling of the above exception, another exception occurred:"
 DIRECT = "The above exception was the direct cause of the following exception:"
+# "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 1f2e) was
+# 27.63GB used / 28.80GB limit (0.959)"; before Ray 2.56 without "used" and "limit"
+MONITOR = re.compile(
+    r"running low on memory.{0,40}Memory on the node \(IP: (?P<node>[^,)\s]+)[^)]*\).{0,200}?was "
+    r"(?P<used>[\d.]+ ?[KMGT]?B)(?: used)? / (?P<limit>[\d.]+ ?[KMGT]?B)",
+    re.DOTALL,
+)
+# what an attempt says that met it by itself: Python, NumPy, torch
+OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
+FULL = "no memory was left on"
+STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
 DIED = re.compile(r"Worker exit detail: (.+?)(?: There are some potential root causes| Some common causes|$)")
 
 
@@ -52,24 +62,25 @@ def explained(error: BaseException | str) -> str:
     return cause if text == cause else f"{cause}\n{text}"
 
 
-def log_cause(folder: Path, attempt: int, explanation: str) -> str:
-    """Appends why an attempt has ended to the log of its training; for one that has left no word of its own.
+def host_memory(text: str) -> str:
+    """Returns in one line that memory was full and what helps, from the text of an error; empty for another error."""
+    if is_full_memory(text):
+        return text
+    if found := MONITOR.search(text):
+        where = f"{FULL} node {found['node']} ({found['used']} of {found['limit']} used): Ray's memory monitor ended it"
+    elif "running low on memory" in text:
+        where = f"{FULL} its node: Ray's memory monitor ended it"
+    elif OWN.search(text):
+        line = next(line for line in reversed(text.strip().splitlines()) if OWN.search(line))
+        where = f"{FULL} its machine: {line.strip()[:200]}"
+    else:
+        return ""
+    return f"{where}; {STEP}"
 
-    Args:
-        folder: Of the training; made when it is missing.
-        attempt: The attempt.
-        explanation: As ``explained`` returns it.
 
-    Returns:
-        The first line of the explanation, for tables.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    append_log(folder, f"attempt {attempt}: lost: {explanation.rstrip()}")
-    return explanation.partition("\n")[0]
+def is_full_memory(reason: str) -> bool:
+    """Tells whether a reason is one of ``host_memory``."""
+    return reason.startswith(FULL)
 
 
 def error_of(tune_trial: Any) -> BaseException | str:

@@ -13,13 +13,21 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.executors import HEAD_ONLY, run_nested
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.recovery.causes import explained, log_cause
+from carft_ray.launch.recovery.causes import explained
 from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
 from carft_ray.launch.session import computing
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
-from carft_ray.study.outcome import TrialSpec, failure_error, progress_of, read_failure, read_heartbeat, read_result
+from carft_ray.study.outcome import (
+    TrialSpec,
+    failure_error,
+    log_lost,
+    progress_of,
+    read_failure,
+    read_heartbeat,
+    read_result,
+)
 from carft_ray.study.study import LOST_ATTEMPTS
 
 CHECK_EVERY_S = 0.5
@@ -88,8 +96,11 @@ def train_with_ray(
         raise failure_error(failure, "train", out_dir)
     if files.seen(out_dir / STOP):
         raise _interrupted(resume_command)
-    gone = f"{failure.reason}\n{failure.details}" if failure else gone or "they ended without a word"
-    reason, now = log_cause(out_dir, attempt, gone), progress_of(out_dir)
+    reason, _, details = (gone or "they ended without a word").partition("\n")
+    if failure is not None:
+        reason, details = failure.reason, failure.details
+    log_lost(out_dir, attempt, reason, details)
+    now = progress_of(out_dir)
     number = 1 if now > lost[1] else lost[0] + 1
     has_begun = failure is not None or read_heartbeat(out_dir, attempt) is not None
     if has_begun and number < LOST_ATTEMPTS:

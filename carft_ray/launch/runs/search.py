@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.budget import used_up
 from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime
 from carft_ray.launch.session import begin, computing, prepare
+from carft_ray.launch.stop import used_up
 from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials

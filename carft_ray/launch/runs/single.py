@@ -13,7 +13,7 @@ from carft_ray.evaluation.run import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER, prepare_single
 from carft_ray.launch.session import begin, computing, prepare
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
