@@ -119,7 +119,7 @@ def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
 ):  # the last of these two nodes
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
     told = searched(recipe, tmp_path, two_nodes, runner)
-    assert any("is gone: the search goes on without it" in text for text in told), told
+    assert any("is gone: the search continues without it" in text for text in told), told
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError, MachineError
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study.lease import holder
@@ -72,11 +72,17 @@ def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: 
         raise interrupted() from None
 
 
+def interruption(what: str, resume_command: str) -> InterruptedRunError:
+    """Returns the error of a command that was stopped, with the command that resumes it."""
+    step = f"Resume with: {resume_command}" if resume_command else ""
+    return InterruptedRunError(Problem("", what, next_step=step))
+
+
 def ask_to_stop(folder: Path) -> str | None:
     """Writes the stop file when a live process holds the folder.
 
     Returns:
-        What the holder says of itself; None when there is nobody to ask, and then nothing is written.
+        Which process holds it; None when none does, and then nothing is written.
 
     Raises:
         StorageError: The file cannot be written.
@@ -100,7 +106,7 @@ def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 
         limits: The budget of the recipe.
         elapsed_s: Seconds since this search began.
         gpu_s: GPU seconds of all attempts of the study, those that run included.
-        gpus: GPUs that running trainings hold; they go on holding them until they have ended.
+        gpus: GPUs that running trainings hold; they hold them until they have ended.
         longest_end_s: The longest that a training took to end, or to make a step, as far as was seen.
     """
     if limits.wall_time is not None and elapsed_s >= limits.wall_time - margin_s(limits.wall_time, longest_end_s):

@@ -6,10 +6,9 @@ trainings. Only points that meet all constraints take part; where none does, tho
 Shape letters: N points, F of them on the front. A point is (ID accuracy, OOD accuracy), fractions, both maximised.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -176,12 +175,8 @@ def stand(rows: Sequence[TrialRow], rule: FrontRule) -> list[TrialRow]:
     def at(row: TrialRow, point: Point | None) -> TrialRow:
         if point is None:
             return row
-        changed: dict[str, Any] = {
-            "alpha": point.alpha,
-            "objective": point.metrics["objective"],
-            "metrics": point.metrics,
-        }
-        return dataclasses.replace(row, **changed, standing=2 if point is best else 1)
+        standing, objective = 2 if point is best else 1, point.metrics["objective"]
+        return replace(row, alpha=point.alpha, objective=objective, metrics=point.metrics, standing=standing)
 
     return [at(row, placed.get(row.name)) for row in rows]
 
@@ -191,9 +186,8 @@ def spread_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict
 
     They are those of its own non-dominated points, at most four: of more, evenly spaced ones along them.
     """
-    front = [
-        points[index] for index in non_dominated([(point["id_accuracy"], point["ood_accuracy"]) for point in points])
-    ]
+    pairs = [(point["id_accuracy"], point["ood_accuracy"]) for point in points]
+    front = [points[index] for index in non_dominated(pairs)]
     others = [point for point in front if point["alpha"] != alpha]
     chosen = np.linspace(0, len(others) - 1, min(MAX_FURTHER_POINTS, len(others))).round().astype(int)
     return [others[index] for index in chosen]

@@ -4,19 +4,20 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.executors import HEAD_ONLY, run_nested
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.recovery.causes import explained
 from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
 from carft_ray.launch.session import computing
-from carft_ray.launch.stop import stop_file_on_signal
+from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import (
@@ -30,13 +31,7 @@ from carft_ray.study.outcome import (
 )
 from carft_ray.study.study import LOST_ATTEMPTS
 
-CHECK_EVERY_S = 0.5
-
 logger = logging.getLogger(__name__)
-
-
-def _ignore(row: dict[str, float]) -> None:
-    del row
 
 
 def train_with_ray(
@@ -44,12 +39,12 @@ def train_with_ray(
     out_dir: Path,
     address: str | None = None,
     resume_command: str = "",
-    on_epoch: Callable[[dict[str, float]], None] = _ignore,
+    on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
     runner: Runner | None = None,
     lost: tuple[int, list[int]] = (0, [0, 0]),
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or goes on with one.
+    """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or resumes one.
 
     Args:
         recipe: The recipe.
@@ -59,7 +54,7 @@ def train_with_ray(
         on_epoch: Given the metrics of every epoch.
         runner: What is trained; by default ``evaluation.run``.
         lost: Attempts in a row that a machine has ended without advancing, and how far they came (``progress_of``).
-        say: Told what the preparation does.
+        say: Given texts of what the preparation does.
 
     Returns:
         Content of ``result.json``, and what the preparation found (``evaluation.run.prepare``).
@@ -76,9 +71,10 @@ def train_with_ray(
         with files.writing(out_dir / stale):
             (out_dir / stale).unlink(missing_ok=True)
     gone, prepared = "", dict[str, Any]()
+    interrupted = partial(interruption, "stopped; the newest checkpoint is kept", resume_command)
     try:
         runner = runner or replace(RUNNER, prepare=prepare_single)
-        with computing(recipe, out_dir, runner, address, lambda: _interrupted(resume_command), say) as runtime:
+        with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
             prepared = run_prepare(runtime, say)
             with stop_file_on_signal(out_dir / STOP):
                 # in a task: in this process Ray Train would take Ctrl-C for itself
@@ -95,7 +91,7 @@ def train_with_ray(
     if failure is not None and failure.outcome != "lost":
         raise failure_error(failure, "train", out_dir)
     if files.seen(out_dir / STOP):
-        raise _interrupted(resume_command)
+        raise interrupted()
     reason, _, details = (gone or "they ended without a word").partition("\n")
     if failure is not None:
         reason, details = failure.reason, failure.details
@@ -111,21 +107,14 @@ def train_with_ray(
 
 
 def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str, float]], None]) -> str:
-    """Waits for a training and tells its epochs; returns why it was lost (``causes.explained``), or nothing."""
-    told = len(files.read_json_lines(metrics_path))
-    while True:
+    """Waits for a training and passes on its epochs; returns why it was lost (``causes.explained``), or nothing."""
+    ready, offset = [], files.read_new_lines(metrics_path, 0)[1]
+    while not ready:
         ready, _ = ray.wait([task], timeout=CHECK_EVERY_S)
-        for row in files.read_json_lines(metrics_path)[told:]:
-            told += 1
+        rows, offset = files.read_new_lines(metrics_path, offset)
+        for row in rows:
             on_epoch(row)
-        if ready:
-            break
     try:
         return str(ray.get(task))
     except ray.exceptions.RayError as error:
         return explained(error)
-
-
-def _interrupted(resume_command: str) -> InterruptedRunError:
-    step = f"Resume with: {resume_command}" if resume_command else ""
-    return InterruptedRunError(Problem("", "stopped; the newest checkpoint is kept", next_step=step))

@@ -1,4 +1,4 @@
-"""One training by itself: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
+"""A single training: the folder of `train`, prepared, run here or by Ray Train workers, resumable."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,12 +8,12 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.shared.shared_images import SharedRow, write_shared
-from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
+from carft_ray.errors import OutOfMemoryError, Problem, StorageError, UsageError
 from carft_ray.evaluation.run import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER, prepare_single
 from carft_ray.launch.session import begin, computing, prepare
-from carft_ray.launch.stop import stop_file_on_signal
+from carft_ray.launch.stop import interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
@@ -40,7 +40,7 @@ def train_once(
     prepare_first: Callable[[Path], dict[str, Any]] | None = None,
     shared: Sequence[SharedRow] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs one training to its end, or goes on with one.
+    """Runs one training to its end, or resumes one.
 
     Ctrl-C (or SIGTERM) writes a checkpoint and ends.
 
@@ -49,7 +49,7 @@ def train_once(
         out_dir: Folder of the training.
         resume: Whether a training in the folder is to be resumed; without it the folder must be new.
         resume_command: Shown after an interruption.
-        say: Told what is being done.
+        say: Given texts of what is being done.
         progress: Given the metrics every few steps (one worker, in this process).
         report: Given the metrics of every epoch (one worker, in this process).
         address: Ray cluster to attach to when there are several workers.
@@ -80,7 +80,7 @@ def train_once(
         begin(out_dir, recipe)
         if shared is not None:
             write_shared(out_dir, shared)
-        at_once = partial(_interrupted, "stopped at once; what was written before is kept", resume_command)
+        at_once = partial(interruption, "stopped at once; what was written before is kept", resume_command)
 
         def first(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
             return prepare_single(recipe, folder, say) if prepare_first is None else prepare_first(folder)
@@ -104,7 +104,7 @@ def train_once(
                 with stop_file_on_signal(out_dir / STOP):
                     result = _run(runtime.recipe, out_dir, context, attempt, say)
         except StoppedRun as stopped:
-            raise _interrupted(f"{stopped}; the checkpoint is written", resume_command) from None
+            raise interruption(f"{stopped}; the checkpoint is written", resume_command) from None
         except KeyboardInterrupt:
             raise at_once() from None
         return result, zero_shot
@@ -126,10 +126,6 @@ def _run(
         attempt += 1
 
 
-def _interrupted(what: str, resume_command: str) -> InterruptedRunError:
-    return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
-
-
 def _check_folder(out_dir: Path, resume: bool) -> None:
     other = "Give another folder with --out."
     if files.exists(out_dir / JOURNAL):
@@ -141,7 +137,7 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
     if not resume and has_training:
         done = files.exists(out_dir / RESULT)
         state = "a finished training" if done else "an unfinished training"
-        step = f"Add --resume to {'see its result' if done else 'go on with it'}. {other}"
+        step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
         files.require_new(out_dir, "--out", is_ours)
