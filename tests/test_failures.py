@@ -245,8 +245,8 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
     changes = [event for event in events if isinstance(event, ConcurrencyChanged)]
     assert changes == [ConcurrencyChanged(2, "memory was full"), ConcurrencyChanged(1, "memory was full")]
     told = notes(events)
-    assert "gets another attempt, with 2 at a time from now on, no more 3: no memory was left on node 10.0" in told[0]
-    assert "gets another attempt, with 1 at a time from now on, no more 2: no memory was left on node 10.0" in told[1]
+    assert "gets another attempt, with 2 at a time from now on, no longer 3: no memory was left on node 10.0" in told[0]
+    assert "gets another attempt, with 1 at a time from now on, no longer 2: no memory was left on node 10.0" in told[1]
     assert len(told) == 2
     assert sorted(row.attempt for row in trials(tmp_path / "study")) == [1, 1, 2, 2]
 
@@ -286,7 +286,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     )
     assert known.match(row.reason)
     assert notes(events)[0].startswith(
-        f"{row.name} gets another attempt, with 1 at a time from now on, no more 2: no m"
+        f"{row.name} gets another attempt, with 1 at a time from now on, no longer 2: no m"
     )
 
 

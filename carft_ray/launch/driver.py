@@ -1,7 +1,7 @@
 """What a search does next and what has ended: one state machine over a study, whatever runs the trainings.
 
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
-**ended** (``ended``). Between, ``poll`` looks at the files: steps and epochs of what runs, the stop file, the budget.
+**ended** (``ended``). Between, ``poll`` reads the files: steps and epochs of what runs, the stop file, the budget.
 Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
 """
 
@@ -53,8 +53,8 @@ class _Attempt:
         spec: The attempt.
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
         offset: Bytes of ``metrics.jsonl`` that were read; None until it runs.
-        alive: What its process says of itself, once it does.
-        step_ns: Its last step; -1 until it was looked for.
+        alive: Its process, once it has written its heartbeat.
+        step_ns: Its last step; -1 until it was read.
         seen: When that step was first seen here.
         hung: Why it was ended from outside; empty where it was not.
     """
@@ -69,12 +69,12 @@ class _Attempt:
 
 
 class Driver:
-    """Asks and tells the study for whoever runs the trainings.
+    """Asks the study, and reports to it, for whoever runs the trainings.
 
     Args:
         study: The open study.
         concurrency: Trainings at a time.
-        on_event: Told what happens.
+        on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
         began: When the search began, of ``time.monotonic``; None: now.
@@ -87,7 +87,7 @@ class Driver:
         concurrency: Trainings at a time from now on; falls where memory is full.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
-        is_stopping: Whether a stop was asked for, when that was last looked at (``check_stop``).
+        is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Driver:
         self._why_waiting = why_waiting
         self._leaks = leaks
         self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
-        self._told: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
+        self._ended: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
         self._best = best_row(study.rows())
         self._failed_in_a_row = 0  # attempts
         self._only_lost = True  # these were all lost, none ended with an exception
@@ -163,7 +163,7 @@ class Driver:
         self._on_event(TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "") -> None:
-        """Tells the study how an attempt ended; never raises: the failure ends the search.
+        """Has the study record how an attempt ended; never raises: the failure ends the search.
 
         Args:
             key: Names the attempt; one that has ended already is passed over.
@@ -176,7 +176,10 @@ class Driver:
         self._gpu_s += seconds * self._gpus
         try:
             self.study.spend(spec, seconds, self._gpus)
-            self._see_end(spec)
+            folder = spec.folder(self.study.study_dir)
+            with contextlib.suppress(OSError):  # not there
+                end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
+                self._longest_end_s = max(self._longest_end_s, end_s)
             self._settle(attempt, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
@@ -187,7 +190,7 @@ class Driver:
             self._leaks.suspect(spec, self.live)
 
     def check_stop(self) -> bool:
-        """Tells whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago.
+        """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
 
         When the budget is used up, it asks what runs to stop.
         """
@@ -197,13 +200,13 @@ class Driver:
         return self.is_stopping
 
     def poll(self, at_once: bool = False) -> None:
-        """Looks at the files of what runs, twice a second at most.
+        """Reads the files of what runs, twice a second at most.
 
-        Where a look takes long (many trials, a slow file system), it is repeated less often: it never takes more than
+        Where this takes long (many trials, a slow file system), it is repeated less often: it never takes more than
         ``POLL_SHARE`` of the time.
 
         Args:
-            at_once: Look now, however long ago the last look was.
+            at_once: Read now, however long ago the last time was.
 
         Raises:
             StorageError: Another search has taken the study over: its trainings run in the same folders.
@@ -212,27 +215,27 @@ class Driver:
         if began < self._next_poll and not at_once:
             return
         try:
-            self._look()
+            self._read()
         finally:
             now = time.monotonic()
             self._next_poll = max(began + POLL_EVERY_S, now + (now - began) * (1 / POLL_SHARE - 1))
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         try:
             self.study.check_held()
         except StorageError as error:
             self.failure = error
             raise
         for attempt in list(self._attempts.values()):
-            self._look_for_steps(attempt)
+            self._read_steps(attempt)
         if self._leaks and (number := self._leaks.check(self.live)):
             what = counted(number, "placement group")
             self._on_event(Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
-                self._tell_epochs(attempt)
+                self._report_epochs(attempt)
 
-    def _look_for_steps(self, attempt: _Attempt) -> None:
+    def _read_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
@@ -244,19 +247,18 @@ class Driver:
             attempt.step_ns, attempt.seen = step_ns, now
         elif alive is None:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
-                attempt.seen = math.inf  # told once
-                note = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process: {self._why_waiting()}"
-                self._on_event(Note(note))
+                attempt.seen = math.inf  # once
+                waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
+                self._on_event(Note(f"{waited}: {self._why_waiting()}"))
         elif self._hang_timeout_s is not None and now - attempt.seen >= self._hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
-            reason = f"no step for {self._hang_timeout_s:g} s (resources.hang_timeout_s)"
-            reason += f"; process {alive.pid} was ended"
-            reason += f"; what its threads did is in {FOLDERS[spec.kind]}/{spec.name}/{LOG}"
-            attempt.hung = reason
-            self._on_event(Note(f"{spec.name} hangs: {reason}"))
+            log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"
+            attempt.hung = f"no step for {self._hang_timeout_s:g} s (resources.hang_timeout_s)"
+            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {log}"
+            self._on_event(Note(f"{spec.name} hangs: {attempt.hung}"))
             self._end_process(alive)
 
-    def _tell_epochs(self, attempt: _Attempt) -> None:
+    def _report_epochs(self, attempt: _Attempt) -> None:
         if attempt.offset is None:
             return
         path = attempt.spec.folder(self.study.study_dir) / METRICS
@@ -284,15 +286,8 @@ class Driver:
                 self._fail(error)
         return bool(self.out_of_budget)
 
-    def _see_end(self, spec: TrialSpec) -> None:
-        """Learns from a finished training how long its end takes: from its last epoch to its result."""
-        folder = spec.folder(self.study.study_dir)
-        with contextlib.suppress(OSError):
-            seconds = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
-            self._longest_end_s = max(self._longest_end_s, seconds)
-
     def _settle(self, attempt: _Attempt, gone: str) -> None:
-        """Tells the study how an attempt ended; ``gone`` as of ``ended``."""
+        """Has the study record how an attempt ended; ``gone`` as of ``ended``."""
         spec = attempt.spec
         row = self.study.settle(spec)
         if row is None:
@@ -316,13 +311,14 @@ class Driver:
             self._on_event(BaselineFinished(row))
             return
         if row.outcome != "pruned":  # neither well nor badly
-            self._told.append(row)
-        if row.kind == "trial":  # a fresh seed finds nothing better
-            self._best = self._best_with(row)
+            self._ended.append(row)
+        if row.kind == "trial":  # a fresh seed finds nothing better; a new point of a front may change which is best
+            is_pareto = self.study.recipe.search.objective.kind == "pareto"
+            self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
         name = self._best.name if self._best and row.kind == "trial" else ""
         self._on_event(TrialFinished(row, row.name == name, name))
-        if self._best is None and len(self._told) >= FAILURES_TO_GIVE_UP:
-            raise no_successful_trial(self.study, self._told)
+        if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
+            raise no_successful_trial(self.study, self._ended)
 
     def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
@@ -334,7 +330,7 @@ class Driver:
         """
         spec, alive = attempt.spec, None
         reason, _, details = gone.partition("\n")
-        reason = attempt.hung or reason or "its process ended without a word"
+        reason = attempt.hung or reason or "its process ended without a message"
         with files.passing_faults():
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt)
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
@@ -345,7 +341,11 @@ class Driver:
             reason = f"{reason} (on {addresses})"
         if is_full_memory(reason) and self.concurrency > 1:
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self._run_fewer(spec, reason)
+            self.concurrency -= 1
+            self.study.repeat(spec)
+            text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
+            self._on_event(Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
+            self._on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
@@ -355,20 +355,6 @@ class Driver:
         else:
             self._on_event(Note(f"{spec.name} gets another attempt: {reason}"))
         self._count_failures(failed=what != "advanced", reason=reason, lost=True)
-
-    def _best_with(self, row: TrialRow) -> TrialRow | None:
-        """Returns the best trial now that one more has ended; a new point of a front may change which one is."""
-        if self.study.recipe.search.objective.kind == "pareto":
-            return best_row(self.study.rows())
-        return best_row([row] if self._best is None else [self._best, row])
-
-    def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
-        """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""
-        self.concurrency -= 1
-        self.study.repeat(spec)
-        text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
-        self._on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
-        self._on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
@@ -392,7 +378,7 @@ class Driver:
         if self.failure is None:
             self.fail(error)
             if self.study.taken_over:
-                return  # the stop file is the other search's; ours ends at the next look
+                return  # the stop file is the other search's; ours ends at the next poll
             with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 

@@ -179,10 +179,10 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     try:
         if not runtime.is_filled:
             fill_nodes(runtime, say)
-        pending, ended = task.remote(runtime), []
-        while not ended:
+        pending, has_ended = task.remote(runtime), False
+        while not has_ended:
             _check_not_stopped(runtime)
-            ended = ray.wait([pending], timeout=STOP_CHECK_S)[0]
+            has_ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
                 show(path.read_text())
         metrics: dict[str, Any] = ray.get(pending)

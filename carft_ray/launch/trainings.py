@@ -1,7 +1,7 @@
 """Trainings of an open study: what a search and a confirm share. Ray Tune runs them, or this process (``debug``).
 
-Both ask the ``Driver`` what comes next and tell it what has ended. Tune gets no metric: a report without it would end
-the whole run. It saves nothing of this; the study on disk is the truth.
+Both ask the ``Driver`` what comes next and report to it what has ended. Tune gets no metric: a report without it would
+end the whole run. It saves nothing of this; the study on disk is the truth.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     Args:
         study: The study; what was prepared lies in its folder.
         runtime: How and where trainings run.
-        on_event: Told what happens, in the calling thread.
+        on_event: Given what happens, in the calling thread.
         began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
 
     Returns:
@@ -71,32 +71,31 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
 
 def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
-    number = 0
-    while (spec := driver.propose(str(number))) is not None:
-        driver.started(str(number))
+    key = "training"
+    while (spec := driver.propose(key)) is not None:
+        driver.started(key)
         folder = spec.folder(runtime.study_dir)
-        run_worker(
-            runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(runtime.study_dir, folder)))
-        )
+        should_stop = _polling(driver, stop_reader(runtime.study_dir, folder))
+        run_worker(runtime, spec, folder, RunContext(should_stop=should_stop))
         driver.poll(at_once=True)  # its last epochs
-        driver.ended(str(number))
-        number += 1
+        driver.ended(key)
 
 
 def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    def look() -> bool:
+    def poll() -> bool:
         try:
             driver.poll()
         except StorageError:  # the driver keeps it: another search runs in the same folders
             return True
         return should_stop()
 
-    return look
+    return poll
 
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)  # else actors start one after the other
+    # else actors start one after the other; where the driver lowers its concurrency, ``propose`` keeps to that
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)
     ray_files = runtime.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
     searcher = DriverSearcher(driver)
@@ -124,9 +123,9 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
 
 def _ray_error(error: Exception) -> ClusterError:
     step = "Run it again with --debug to see where."
-    told = ClusterError(Problem("search", "Ray must run it to its end", root_cause(error), next_step=step))
-    told.__cause__ = error
-    return told
+    found = ClusterError(Problem("search", "Ray must run it to its end", root_cause(error), next_step=step))
+    found.__cause__ = error
+    return found
 
 
 class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
@@ -152,7 +151,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the driver."""
+        """Reports it to the driver."""
         gone = str((result or {}).get("lost", ""))
         if error:
             trial = next((trial for trial in self._trials if trial.trial_id == trial_id), None)
@@ -171,19 +170,19 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
 
 class DriverCallback(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
-    """Has the driver look at what runs, in Tune's loop."""
+    """Has the driver poll what runs, in Tune's loop."""
 
     def __init__(self, driver: Driver, searcher: DriverSearcher) -> None:
         self._driver = driver
         self._searcher = searcher
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Looks at the files."""
+        """Reads the files."""
         self._searcher.see(trials)
         self._driver.poll()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tells that a training begins."""
+        """Reports that a training begins."""
         self._driver.started(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

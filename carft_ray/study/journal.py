@@ -152,7 +152,7 @@ class Journal:
 
     def report(self, spec: TrialSpec, percent: int, value: float) -> None:
         """Writes an intermediate value of a trial. Optuna takes none of a trial with two objectives."""
-        if self.rule is not None:
+        if len(self.studies[spec.kind].directions) > 1:
             self.note(spec, {f"{VALUE_ATTRIBUTE}{percent}": value})
         else:
             with self.writing():

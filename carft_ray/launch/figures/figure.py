@@ -142,9 +142,9 @@ def legend_above(axes: "Axes") -> int:
     """Writes what has a label above the axes, side by side; returns the number of lines."""
     handles, names = axes.get_legend_handles_labels()
     if handles:
-        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
-        spacing = {"handlelength": 1.5, "columnspacing": 1.2}
-        axes.legend(handles, names, ncols=_LEGEND_COLUMNS, frameon=False, **place, **spacing)
+        style: dict[str, Any] = {"bbox_to_anchor": (0, 1.01), "borderaxespad": 0, "handlelength": 1.5}
+        style |= {"loc": "lower left", "columnspacing": 1.2, "ncols": _LEGEND_COLUMNS, "frameon": False}
+        axes.legend(handles, names, **style)
     return math.ceil(len(handles) / _LEGEND_COLUMNS)
 
 

@@ -92,7 +92,7 @@ def train_with_ray(
         raise failure_error(failure, "train", out_dir)
     if files.seen(out_dir / STOP):
         raise interrupted()
-    reason, _, details = (gone or "they ended without a word").partition("\n")
+    reason, _, details = (gone or "they ended without a message").partition("\n")
     if failure is not None:
         reason, details = failure.reason, failure.details
     log_lost(out_dir, attempt, reason, details)
@@ -108,9 +108,9 @@ def train_with_ray(
 
 def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[dict[str, float]], None]) -> str:
     """Waits for a training and passes on its epochs; returns why it was lost (``causes.explained``), or nothing."""
-    ready, offset = [], files.read_new_lines(metrics_path, 0)[1]
-    while not ready:
-        ready, _ = ray.wait([task], timeout=CHECK_EVERY_S)
+    has_ended, offset = False, files.read_new_lines(metrics_path, 0)[1]
+    while not has_ended:
+        has_ended = bool(ray.wait([task], timeout=CHECK_EVERY_S)[0])
         rows, offset = files.read_new_lines(metrics_path, offset)
         for row in rows:
             on_epoch(row)
