@@ -278,7 +278,7 @@ def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
     assert f"  - train.epochs: must be {epochs} as in {here / 'first'}, but got 9\n" in told
     assert "  - evaluate.subset: must be " in told
     assert "  - search.objective.id_weight: must be 0.5" in told
-    assert f"Go on with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
+    assert f"Continue with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
     assert "Traceback" not in told
 
 

@@ -408,11 +408,11 @@ def test_ctrl_c_ends_the_waiting_only(run, here):
 
 
 def test_a_lock_of_a_dead_process_is_none(here):
-    """The text that a killed process has left in its lock says nothing."""
+    """The files that a killed process has left say nothing."""
     code = "import os, sys\nfrom pathlib import Path\nfrom carft_ray.study.lock import study_lock\n"
     code += "with study_lock(Path('first')): os.kill(os.getpid(), 9)\n"
     subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(BASE.parent)})
-    assert "process" in (here / "first" / "lock").read_text()
+    assert (here / "first" / "lock").is_file()
     assert read_study(here / "first").holder is None
 
 

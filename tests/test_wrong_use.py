@@ -126,7 +126,7 @@ def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
     assert told.startswith("error: 2 problems\n")
     for place, was, given in (("train.epochs", 3, 9), ("search.space.learning_rate.high", 0.01, 0.1)):
         assert f"{place}: must be {was} as in {here / 'study'}, but got {given}" in told
-    assert told.splitlines()[-1].strip() == f"Go on with {here / 'study' / 'resolved.yaml'}, or give another folder."
+    assert told.splitlines()[-1].strip() == f"Continue with {here / 'study' / 'resolved.yaml'}, or give another folder."
 
 
 @pytest.mark.parametrize("words", [SEARCH, (*SEARCH[:-1], "new"), RESUME], ids=" ".join)

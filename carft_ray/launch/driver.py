@@ -14,17 +14,7 @@ from dataclasses import dataclass
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.launch.events import (
-    BaselineFinished,
-    ConcurrencyChanged,
-    Event,
-    Note,
-    Stopping,
-    TrialEpoch,
-    TrialFinished,
-    TrialSetAside,
-    TrialStarted,
-)
+from carft_ray.launch import events
 from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
 from carft_ray.launch.recovery.causes import is_full_memory
 from carft_ray.launch.recovery.leaks import Leaks
@@ -94,7 +84,7 @@ class Driver:
         self,
         study: Study,
         concurrency: int,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[events.Event], None],
         gpus: float = 0.0,
         budget: BudgetConfig | None = None,
         began: float | None = None,
@@ -160,7 +150,7 @@ class Driver:
         attempt.began = time.monotonic()
         path = attempt.spec.folder(self.study.study_dir) / METRICS
         attempt.offset = files.read_new_lines(path, 0)[1]
-        self._on_event(TrialStarted(attempt.spec))
+        self._on_event(events.TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "") -> None:
         """Has the study record how an attempt ended; never raises: the failure ends the search.
@@ -196,7 +186,7 @@ class Driver:
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self.is_stopping = True
-            self._on_event(Stopping(len(self._attempts), self.out_of_budget))
+            self._on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
     def poll(self, at_once: bool = False) -> None:
@@ -230,7 +220,7 @@ class Driver:
             self._read_steps(attempt)
         if self._leaks and (number := self._leaks.check(self.live)):
             what = counted(number, "placement group")
-            self._on_event(Note(f"removed {what} that a killed trial had left behind"))
+            self._on_event(events.Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
                 self._report_epochs(attempt)
@@ -249,13 +239,13 @@ class Driver:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # once
                 waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
-                self._on_event(Note(f"{waited}: {self._why_waiting()}"))
+                self._on_event(events.Note(f"{waited}: {self._why_waiting()}"))
         elif self._hang_timeout_s is not None and now - attempt.seen >= self._hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
             log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"
             attempt.hung = f"no step for {self._hang_timeout_s:g} s (resources.hang_timeout_s)"
             attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {log}"
-            self._on_event(Note(f"{spec.name} hangs: {attempt.hung}"))
+            self._on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
             self._end_process(alive)
 
     def _report_epochs(self, attempt: _Attempt) -> None:
@@ -269,7 +259,7 @@ class Driver:
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         if rows:
-            self._on_event(TrialEpoch(attempt.spec, rows[-1]))
+            self._on_event(events.TrialEpoch(attempt.spec, rows[-1]))
 
     def _budget_ends(self) -> bool:
         """Asks what runs to stop when the budget is used up; tells whether it is."""
@@ -298,7 +288,7 @@ class Driver:
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
                 return
-            self._on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            self._on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
             if failure.outcome == "memory":
                 return
         self._count_failures(failed=row is None or row.outcome == "error", reason=row.reason if row else "")
@@ -308,7 +298,7 @@ class Driver:
             for node in sorted({node for node, _ in attempt.alive.nodes}):
                 self.bad_nodes.well(node)
         if row.kind == "baseline":
-            self._on_event(BaselineFinished(row))
+            self._on_event(events.BaselineFinished(row))
             return
         if row.outcome != "pruned":  # neither well nor badly
             self._ended.append(row)
@@ -316,7 +306,7 @@ class Driver:
             is_pareto = self.study.recipe.search.objective.kind == "pareto"
             self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
         name = self._best.name if self._best and row.kind == "trial" else ""
-        self._on_event(TrialFinished(row, row.name == name, name))
+        self._on_event(events.TrialFinished(row, row.name == name, name))
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
             raise no_successful_trial(self.study, self._ended)
 
@@ -344,16 +334,16 @@ class Driver:
             self.concurrency -= 1
             self.study.repeat(spec)
             text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
-            self._on_event(Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
-            self._on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
+            self._on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
+            self._on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
-            self._on_event(Note(note))
+            self._on_event(events.Note(note))
         if what == "set aside":
-            self._on_event(TrialSetAside(spec, reason))
+            self._on_event(events.TrialSetAside(spec, reason))
         else:
-            self._on_event(Note(f"{spec.name} gets another attempt: {reason}"))
+            self._on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
         self._count_failures(failed=what != "advanced", reason=reason, lost=True)
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:

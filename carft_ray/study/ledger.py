@@ -8,7 +8,7 @@ of it, so that lines which are gone show:
 
 A line is written to the journal, then to the file, then to the manifest. So a kill leaves one of two states, and the
 next write mends both: the journal is one line ahead of the two others, or the manifest one line behind. A line that is
-in the journal counts. Every other difference is told by ``check_ledger``.
+in the journal counts. Every other difference is reported by ``check_ledger``.
 
 What this cannot show: someone who rewrites journal, file and manifest together, or puts all three back to an older
 copy. It keeps honest people from forgetting a read, and makes hiding one an act of forgery.
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -107,8 +107,7 @@ def read_ledger(study_dir: Path) -> list[Entry]:
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: The study cannot be read.
     """
-    if problems := check_ledger(study_dir):
-        raise HoldOutError(problems)
+    _require_whole(study_dir)
     return [_entry(line) for line in _read(study_dir).journal]
 
 
@@ -137,12 +136,14 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     elif any(_entry(line).previous != _head(known[:index]) for index, line in enumerate(known)):
         problems.append(Problem(place, "each line must hold the hash of the one before", "a broken chain"))
     if problems:
-        last = problems.pop()
-        step = (
-            f"Restore {LEDGER}, {JOURNAL} and {MANIFEST} from a copy: how often the test sets were read is not known."
-        )
-        problems.append(Problem(last.place, last.rule, last.value, next_step=step))
+        step = f"Restore {LEDGER}, {JOURNAL} and {MANIFEST} from a copy"
+        problems[-1] = replace(problems[-1], next_step=f"{step}: how often the test sets were read is not known.")
     return problems
+
+
+def _require_whole(study_dir: Path) -> None:
+    if problems := check_ledger(study_dir):
+        raise HoldOutError(problems)
 
 
 def record(
@@ -169,8 +170,7 @@ def record(
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: It cannot be written.
     """
-    if problems := check_ledger(study_dir):
-        raise HoldOutError(problems)
+    _require_whole(study_dir)
     mend(study_dir)
     lines = _read(study_dir).journal
     entry = Entry(
@@ -239,7 +239,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Col
     if reason is None:
         rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
         rule += "; trials that follow may be chosen by what was seen"
-        step = "To go on, and have every report say so, add --again REASON."
+        step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
         claim(study_dir, recipe, may)

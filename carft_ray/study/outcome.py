@@ -1,7 +1,7 @@
 """What a training left in its folder, and the rows of a study's tables.
 
 ``result.json`` means finished; ``error.json`` of the same attempt says why there is none. Both appear whole or not at
-all. A worker writes them, the driver reads them before it tells the study.
+all. A worker writes them, the study reads them.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -191,12 +191,12 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_failure(folder: Path, attempt: int) -> Failure | None:
-    """Returns why this attempt failed, or None when it left no word."""
+    """Returns why this attempt failed, or None when it left no message."""
     content = _read(folder / ERROR)
     if content is None or content.get("attempt") != attempt:
         return None
-    names = {each.name for each in fields(Failure)}
-    return Failure(**{name: value for name, value in content.items() if name in names})
+    content.pop("format_version", None)
+    return Failure(**content)
 
 
 def write_failure(folder: Path, failure: Failure) -> None:
@@ -242,7 +242,7 @@ def progress_of(folder: Path) -> list[int]:
 
 
 def progress_words(folder: Path) -> str:
-    """Returns from where another attempt at a training goes on: the newest checkpoint, by step and finished epoch."""
+    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch."""
     is_trained, step = progress_of(folder)
     if is_trained:
         return "the end of its training"
@@ -265,8 +265,7 @@ def write_cut(folder: Path, cut: Cut) -> None:
         StorageError: The folder cannot be written.
     """
     append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
-    content = {"attempt": cut.attempt, "percent": cut.percent, "reason": cut.reason}
-    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **content})
+    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **asdict(cut)})
 
 
 def raise_fence(folder: Path, attempt: int) -> None:

@@ -32,7 +32,8 @@ def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[N
     for name, amount in need.items():
         on_one = num_workers if one_node else 1
         wanted, at_once = (amount_text(amount * number, name) for number in (num_workers, on_one))
-        totals, free = ([room.get(name, 0.0) for room in rooms] for rooms in _rooms(nodes))
+        totals = [node.total.get(name, 0.0) for node in nodes] or [0.0]
+        free = [node.free.get(name, 0.0) for node in nodes] or [0.0]
         if _less(sum(totals), amount, num_workers):
             found.append(f"needs {wanted}, the cluster has {sum(totals):g}")
         elif _less(max(totals), amount, on_one):
@@ -63,10 +64,6 @@ def why_waiting(capacity: Capacity) -> str:
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
     need = capacity.worker_resources
     return lacking(need, capacity.num_workers, capacity.one_node, nodes) or "what it needs has just become free"
-
-
-def _rooms(nodes: Sequence[Node]) -> tuple[list[Resources], list[Resources]]:
-    return [node.total for node in nodes] or [{}], [node.free for node in nodes] or [{}]
 
 
 def _less(there: float, amount: float, number: int) -> bool:

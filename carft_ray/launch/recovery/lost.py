@@ -15,19 +15,9 @@ UNKNOWN = -1
 
 # by name: the driver, which imports this, holds no torch. Of torch.distributed, and of Ray
 TYPES = {
-    "DistError",
-    "DistBackendError",
-    "DistNetworkError",
-    "DistStoreError",
-    "RayActorError",
-    "NodeDiedError",
-    "WorkerCrashedError",
-    "ObjectLostError",
-    "OwnerDiedError",
-    "LocalRayletDiedError",
-    "RaySystemError",
-    "WorkerHealthCheckFailedError",
-    "WorkerHealthCheckTimeoutError",
+    *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError"),
+    *("RayActorError", "NodeDiedError", "WorkerCrashedError", "ObjectLostError", "OwnerDiedError"),
+    *("LocalRayletDiedError", "RaySystemError", "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"),
 }
 # what gloo, NCCL and torch's process group say in exceptions of general types (RuntimeError, ValueError)
 PEER = re.compile(
