@@ -369,7 +369,7 @@ class Driver:
             self.fail(error)
             if self.study.taken_over:
                 return  # the stop file is the other search's; ours ends at the next poll
-            with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
+            with contextlib.suppress(CarftError):  # on a full disk what runs ends without it
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
 

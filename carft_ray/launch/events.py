@@ -1,4 +1,4 @@
-"""What a search tells while it runs, for whoever shows it. All values are plain data."""
+"""What happens in a search, for whoever shows it. All values are plain data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class TrialEpoch:
 
 @dataclass(frozen=True)
 class TrialFinished:
-    """A trial, or a training of a confirm, was told to the study."""
+    """A trial, or a training of a confirm, has ended and is in the study."""
 
     row: TrialRow
     is_best: bool  # the best of the study now
@@ -78,7 +78,7 @@ class BaselineFinished:
 
 @dataclass(frozen=True)
 class TrialSetAside:
-    """The attempts at a training were lost one after the other and did not advance; the others go on."""
+    """The attempts at a training were lost one after the other and did not advance; the others continue."""
 
     spec: TrialSpec
     reason: str

@@ -2,8 +2,8 @@
 
 A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
 nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
-needs no actor that could die, and lets another process ask for the stop. What a training has to say it writes into its
-folder before it ends; Ray carries no results.
+needs no actor that could die, and lets another process ask for the stop. A training writes its results into its folder
+before it ends; Ray carries none.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ from carft_ray.study.outcome import (
 )
 from carft_ray.words import counted
 
-HEARTBEAT_EVERY_S = 1.0  # steps are told to the driver this often at most
+HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -103,7 +103,7 @@ def _anywhere_but(nodes: Sequence[str]) -> dict[str, str]:
 def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
     """Runs one attempt in this process; how it ended lies in the folder afterwards.
 
-    Once the driver has begun another attempt, it writes nothing more and ends at its next look or write.
+    Once the driver has begun another attempt, it writes nothing more and ends at its next check or write.
 
     Returns:
         Whether it ended well: finished, or stopped after a checkpoint.
@@ -130,7 +130,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
         gpus = runtime.capacity.num_workers * runtime.capacity.gpus_per_worker
-        with _alive(folder, spec.attempt, context, gpus, nodes, runtime.recipe.resources.hang_timeout_s) as context:
+        with _heartbeat(folder, spec.attempt, context, gpus, nodes, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
@@ -181,7 +181,7 @@ def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
 
 
 @contextlib.contextmanager
-def _alive(
+def _heartbeat(
     folder: Path,
     attempt: int,
     context: RunContext,
@@ -189,9 +189,9 @@ def _alive(
     nodes: Sequence[tuple[str, str]],
     hang_timeout_s: float | None,
 ) -> Iterator[RunContext]:
-    """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
+    """Shows the driver which process runs the attempt, and with each step (each check for a stop) that it still does.
 
-    The file stays after a failure: it names the nodes. All ranks tell that they go on: rank 0 may be waiting for one
+    The file stays after a failure: it names the nodes. All ranks report steps: rank 0 may be waiting for one
     that builds a set into the cache of its node.
 
     Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
@@ -285,7 +285,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
         avoid: Ray's names of nodes that are left out.
 
     Returns:
-        Why the group ended before its time, for an attempt that left no word (``causes.explained``); empty otherwise.
+        Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer

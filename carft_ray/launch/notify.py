@@ -1,6 +1,6 @@
-"""Telling others how a search goes: a command or an address that the user names on the command line.
+"""Notices of how a search goes, to a command or an address that the user names on the command line.
 
-Never in the recipe, which must not name code to run. What is told is one JSON object:
+Never in the recipe, which must not name code to run. Each is one JSON object:
 
     event       best | failed_trial | finished | stopped | failed
     text        the same in a sentence; the key that Slack shows
@@ -8,8 +8,8 @@ Never in the recipe, which must not name code to run. What is told is one JSON o
     trial       its name, where it is about one; objective and alpha of a best
 
 A command gets it on its standard input, and the event as CARFT_RAY_EVENT; an address gets it by HTTP POST. Both run
-beside the search, in the order of the events, and have ten seconds. One that fails is a note, never an error. Events of
-one kind about trials come at most once in 30 s; how many were left out is told with the next one.
+while the search continues, in the order of the events, and have ten seconds. One that fails is a note, never an error.
+Events of one kind about trials come at most once in 30 s; how many were left out is in the next one.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def notifying(
         url: Address of a webhook, or None.
         name: Of the recipe.
         study_dir: The study directory.
-        warn: Told of notices that failed, once per fault, at the end and in the calling thread.
+        warn: Given the notices that failed, once per fault, at the end and in the calling thread.
 
     Yields:
         A function that lets the one who takes events share them with the notices.
@@ -91,7 +91,7 @@ class _Shared:
 
     def __call__(self, event: Event) -> None:
         self._on_event(event)
-        self._notices.tell(event)
+        self._notices.take(event)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Shared, (_ignore, None)
@@ -118,7 +118,7 @@ class _Notices:
         self._best = ""
         self._out_of_budget = ""
 
-    def tell(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         """Takes an event of a search in; returns at once."""
         if isinstance(event, Stopping):
             self._out_of_budget = event.reason
@@ -137,7 +137,7 @@ class _Notices:
             self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
 
     def end(self, error: BaseException | None) -> None:
-        """Tells how it ended: well, by a request to stop, or with an error."""
+        """Puts a notice of how it ended: well, by a request to stop, or with an error."""
         found = f"; new best {self._best}" if self._best else ""
         so_far = f"{counted(self._num_ended, 'training')} ended in this run{found}"
         if error is None:
@@ -207,7 +207,7 @@ def _run(command: str, body: bytes, event: str) -> str:
 
 
 def _post(url: str, body: bytes) -> str:
-    """Posts the JSON; returns what went wrong, empty for nothing. The address may hold a secret and is not told."""
+    """Posts the JSON; returns what went wrong, empty for nothing. The address may hold a secret and is not shown."""
     asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(asked, timeout=TIMEOUT_S):

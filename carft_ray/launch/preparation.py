@@ -110,7 +110,7 @@ def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _check_not_stopped(runtime: Runtime) -> None:
-    """Raises where the study's stop file is there, which tells the caller that it was no fault (``stop``)."""
+    """Raises where the study's stop file is there, from which the caller knows that it was no fault (``stop``)."""
     if files.seen(runtime.study_dir / STOP):
         raise ClusterError(Problem("preparation", "was stopped on request"))
 

@@ -25,7 +25,7 @@ STOP_CHECK_S = 0.5
 
 
 def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
-    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
+    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took."""
     from carft_ray.evaluation import shared_inputs
 
     began = time.monotonic()
@@ -115,7 +115,7 @@ def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runne
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
 
-    It looks at most twice a second. Where the disk does not answer, it goes on and asks again.
+    It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
     """
     paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
 

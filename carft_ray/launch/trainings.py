@@ -142,7 +142,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Returns what to run next; None to be asked again; ``FINISHED`` at the end. Never None with nothing live."""
-        for trial in self._trials:  # what has ended without a word: a reused actor that could not be reset
+        for trial in self._trials:  # what has ended without a message: a reused actor that could not be reset
             if trial.status in ("TERMINATED", "ERROR") and self._driver.holds(trial.trial_id):
                 self.on_trial_complete(trial.trial_id, error=True)
         spec = self._driver.propose(trial_id)

@@ -335,9 +335,9 @@ def _differences(lines: list[str], known: list[str]) -> list[str]:
             found.append(f"line {number}, {which}was removed; it was {_short(known[number - 1])}")
     kept = [known.index(line) for line in lines if line in known]
     if len(set(kept)) < len(kept):
-        found.append("a line stands there twice")
+        found.append("a line is there twice")
     if sorted(kept) != kept:
-        found.append("the lines stand in another order than they were written in")
+        found.append("the lines are in another order than they were written in")
     return found
 
 

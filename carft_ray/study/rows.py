@@ -21,8 +21,8 @@ Found = TypeVar("Found")
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
-OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told before (search.generations)
-# user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
+OUTSIDE = "outside"  # attribute of a trial outside the space: its state and values before (``space_revisions``)
+# user attributes of what the sampler gets and is no training of this study: another point of the alpha curve of
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
@@ -119,7 +119,7 @@ def generation_name(generation: int) -> str:
 
 
 def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
-    """Returns state and objectives of a trial as they were told, whether it lies in the space of today or not."""
+    """Returns state and objectives of a trial as recorded, whether it lies in the present space or not."""
     before = trial.user_attrs.get(OUTSIDE)
     if before is None:
         return trial.state, trial.values
@@ -139,7 +139,7 @@ def trainings(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def is_training(trial: FrozenTrial) -> bool:
-    """Tells whether a trial is a training of this study; the others tell the sampler of something measured before."""
+    """Tells whether a trial is a training of this study; the others show the sampler what was measured before."""
     return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
 
 

@@ -7,8 +7,8 @@ A generation takes all trials of the one before, in their order: number, name an
 | an earlier trial | in the new generation |
 |---|---|
 | inside the new space | as it was, RUNNING ones too: they are recovered |
-| outside, finished | FAIL, which no sampler looks at; what was told is kept in the attribute ``outside`` |
-| outside, not finished | as the line above, with outcome ``error`` |
+| outside, finished | FAIL, which no sampler uses; state and values are kept in the attribute ``outside`` |
+| outside, not finished | as above, with outcome ``error`` |
 
 Trials outside stay rows of the study, and may be its best: they were trained for the same objective. One that lies
 inside again, in a later generation, is to Optuna what it was. What a sampler has kept of its own with a trial is left
@@ -76,7 +76,7 @@ def placed_trial(
     attributes: dict[str, Any],
     with_values: bool = True,
 ) -> FrozenTrial:
-    """Returns a trial with what it was told, as one of a study with the recipe's space.
+    """Returns a trial with its state and values, as one of a study with the recipe's space.
 
     Args:
         trial: The trial.

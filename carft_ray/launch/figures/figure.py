@@ -1,6 +1,6 @@
 """The picture of a search: ID against OOD accuracy.
 
-It is written as PNG and SVG, whole or not at all. Colours are told apart by the colour-blind (Okabe and Ito 2008;
+It is written as PNG and SVG, whole or not at all. Colours can be distinguished by the colour-blind (Okabe and Ito 2008;
 cividis), marks differ in form too, and text is readable when the picture is shown 800 pixels wide.
 """
 
@@ -155,11 +155,11 @@ def set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> Non
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Returns axis ends in percent around the finite values, with room for labels and never narrower than 2 points."""
+    """Returns axis ends in percent around the finite values, with space for labels and never narrower than 2 points."""
     finite = [100 * value for value in values if math.isfinite(value)] or [50.0]
     low, high = min(finite), max(finite)
-    room = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.2)
-    return max(-2.0, low - room), min(102.0, high + room)
+    margin = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.2)
+    return max(-2.0, low - margin), min(102.0, high + margin)
 
 
 def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:

@@ -55,7 +55,7 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
         baselines: All baselines.
 
     Returns:
-        Path of the PNG; an SVG lies beside it.
+        Path of the PNG; an SVG is next to it.
 
     Raises:
         StorageError: It cannot be written.

@@ -49,8 +49,8 @@ class BadNodes:
             return ""
         number = self._failed.pop(node)
         self._until[node] = self._clock() + LEFT_OUT_S
-        told = f"{number} attempts in a row were lost on node {nodes[node]}"
-        return f"{told}; it is left out for {LEFT_OUT_S / 60:g} minutes"
+        lost = f"{number} attempts in a row were lost on node {nodes[node]}"
+        return f"{lost}; it is left out for {LEFT_OUT_S / 60:g} minutes"
 
     def left_out(self) -> list[str]:
         """Returns Ray's names of the nodes that are left out now."""

@@ -1,4 +1,4 @@
-"""Ray itself: a local one that lives as long as the search, or a running cluster; and what it can hold."""
+"""Ray itself: a local one for the time of the search, or a running cluster; and how many trials fit into it."""
 
 import _thread
 import contextlib
@@ -22,7 +22,7 @@ from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
 
-# ray_train: the controller looks at its workers this often, a report waits for it
+# RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never tells the searcher
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never calls the searcher
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
@@ -41,7 +41,7 @@ START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to bo
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
 CHECK_HEAD_EVERY_S = 2
-# loggers that say only: a token is used; there are no progress files (we turned them off)
+# loggers that write only: a token is used; there are no progress files (we turned them off)
 SILENCED = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
@@ -89,7 +89,7 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     Args:
         address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
-        stop_path: The stop file; tells why Ray has gone, should it go.
+        stop_path: The stop file, from which it is known why Ray has ended, should it end.
 
     Yields:
         The nodes.
@@ -146,9 +146,7 @@ def _start(temp_dir: str) -> None:
         )
     except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
         ray.shutdown()
-        step = (
-            "Is there room in the temporary folder and in /dev/shm, are new processes allowed, is the machine not busy?"
-        )
+        step = "Is there space in the temporary folder and in /dev/shm? May new processes start? Is the machine busy?"
         raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
 
 
@@ -290,7 +288,7 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
 
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     there = {"CPU": [node.num_cpus for node in nodes], "GPU": [node.num_gpus for node in nodes]}
-    slots = {name: [num_fitting(name, amount, room) for room in there[name]] for name, amount in need.items()}
+    slots = {name: [num_fitting(name, amount, capacity) for capacity in there[name]] for name, amount in need.items()}
     together = [min(counts) for counts in zip(*slots.values(), strict=True)]  # workers that fit on each node
     one_node = any(count >= num_workers for count in together)
 
@@ -315,15 +313,15 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
 
 
-def num_fitting(name: str, amount: float, room: float) -> int:
+def num_fitting(name: str, amount: float, capacity: float) -> int:
     """Returns how many workers fit on one node by one resource; exact, as Ray counts.
 
     Args:
         name: ``CPU``, ``GPU`` or another resource.
         amount: Of each worker. A share of a GPU lies on one GPU.
-        room: What the node has.
+        capacity: What the node has.
     """
-    part, whole = int(amount * UNITS), round(room * UNITS)
+    part, whole = int(amount * UNITS), round(capacity * UNITS)
     if name != "GPU" or part >= UNITS:
         return whole // part
     gpus, rest = divmod(whole, UNITS)
@@ -354,11 +352,11 @@ def _limit(
             return f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
         if name == "GPU" and part < UNITS:
             return f"{amount_text(total, name)}, {amount:g} a trial: {UNITS // part} on each"
-        there = {name: [room for room in there[name] if room]}  # a head node without GPUs explains nothing
-    rooms = [there[name] for name in need]
+        there = {name: [amount for amount in there[name] if amount]}  # a head node without GPUs explains nothing
+    amounts = [there[name] for name in need]
     spans = " and ".join(_span(there[name], name) for name in need)
-    alike = " each" if all(len({*each}) == 1 for each in rooms) else ""
-    place = f"{counted(len(rooms[0]), 'node')} with {spans}{alike}"
+    alike = " each" if all(len({*each}) == 1 for each in amounts) else ""
+    place = f"{counted(len(amounts[0]), 'node')} with {spans}{alike}"
     needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
     each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
     if one_node:
@@ -366,6 +364,6 @@ def _limit(
     return f"{place}, {counted(num_workers, 'worker')} a trial, {each} each"
 
 
-def _span(rooms: list[float], name: str) -> str:
-    least, most = min(rooms), max(rooms)
+def _span(amounts: list[float], name: str) -> str:
+    least, most = min(amounts), max(amounts)
     return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"

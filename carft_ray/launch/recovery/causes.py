@@ -17,7 +17,7 @@ from carft_ray.learning.memory import TEXTS
 LONGEST = 300  # characters of a cause
 TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 RAY_LOGS = re.compile(r"\s*Check \S+(?: files)? for more information\.")  # they vanish with a Ray of our own
-# what stands above an exception: a frame, a header of Python's, or one of Ray's for another process
+# what comes before an exception: a frame, a header of Python's, or one of Ray's for another process
 ABOVE = re.compile(r'\s+File ".*", line \d+|.*Traceback \(most recent call last\):|.*\bray::\S+ \(pid=')
 NAMED = re.compile(r"(?P<module>(?:\w+\.)*)(?P<name>[A-Za-z_]\w*)(?:\(\w+\))?(?:: ?(?P<message>.*))?$")
 DURING = "During handling of the above exception, another exception occurred:"
@@ -29,7 +29,7 @@ MONITOR = re.compile(
     r"(?P<used>[\d.]+ ?[KMGT]?B)(?: used)? / (?P<limit>[\d.]+ ?[KMGT]?B)",
     re.DOTALL,
 )
-# what an attempt says that met it by itself: Python, NumPy, torch
+# what an attempt writes that ran out of memory: Python, NumPy, torch
 OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
 FULL = "no memory was left on"
 STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
@@ -43,7 +43,7 @@ def root_cause(error: BaseException | str) -> str:
         error: An exception of Ray, Tune or Ray Train, raised or not; or the text of one, with a traceback or without.
 
     Returns:
-        ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` tells of full memory;
+        ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` returns;
         or that a process died. Empty for an empty text.
     """
     text = full_text(error)
@@ -115,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _root(text: str) -> str:
-    """Returns the last exception of a text: the first line at the margin after what stands above an exception."""
+    """Returns the last exception of a text: the first line at the margin after what comes before an exception."""
     lines = text.strip().splitlines() or [""]
     position, above = 0, True
     for number, line in enumerate(lines):
@@ -128,7 +128,7 @@ def _root(text: str) -> str:
         return f"{found['name']}: {found['message']}" if found["message"] else found["name"]
     # an error of Ray itself says first that something has failed, and why at its end; what is indented are numbers
     rest = [line.strip() for line in lines[position:] if not line[:1].isspace()]
-    told = RAY_LOGS.sub("", " ".join(rest))
-    if died := DIED.search(told):
+    text = RAY_LOGS.sub("", " ".join(rest))
+    if died := DIED.search(text):
         return f"its process died: {died[1]}"
-    return told.removeprefix(found["module"]) if found else told
+    return text.removeprefix(found["module"]) if found else text

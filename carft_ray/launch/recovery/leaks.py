@@ -1,8 +1,8 @@
 """Placement groups that a killed trial has left behind, and their removal.
 
-When the process that waits for a Ray Train group is killed (by the kernel for want of memory, say), the group's
+When the process that waits for a Ray Train group is killed (by the kernel when memory is full, say), the group's
 controller dies with it, and its placement group stays until the search ends: Ray's own cleaner asks a dashboard that
-need not run. The trials that follow would wait for these resources without a word. So the search removes the group.
+need not run. The trials that follow would wait for these resources without a message. So the search removes the group.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,8 +41,8 @@ def remove_group(name: str) -> None:
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
-    A training says which group is its own when its workers begin (``heartbeat.json``). Until all that lived
-    at that moment have said so, have ended, or wait for resources, nothing is removed.
+    A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that ran
+    at that moment have done so, have ended, or wait for resources, nothing is removed.
 
     Args:
         study_dir: The study directory.

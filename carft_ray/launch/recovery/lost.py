@@ -1,4 +1,4 @@
-"""Failures of machines, told apart from failures of a training's values by what an exception says.
+"""Failures of machines, distinguished from failures of a training's values by the text of an exception.
 
 When one worker of a group dies, the others raise whatever their collective library makes of it. None of these, nor a
 network disk that has gone, says anything of the values; a full disk or a missing permission is no failure of a machine.
@@ -60,7 +60,7 @@ def is_death(error: BaseException) -> bool:
 def device_error_step(error: BaseException) -> int | None:
     """Returns the step at which a GPU has reported an error (0: in none), or None for another exception.
 
-    Being out of memory is no such error; it is told apart before.
+    Being out of memory is no such error; it is handled before.
     """
     if not any(type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)) for each in _chain(error)):
         return None

@@ -1,9 +1,9 @@
-"""Optuna's samplers as a recipe asks for them. What each can do stands in ``recipe/sampler_rules.py``.
+"""Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as a running one beside itself.
+study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
 QMC counts its draws in the study, and a kill would skip one. NSGA-III chooses the parents of a generation with the
-generator that makes the child, unless they are chosen already. The grid stumbles over trials of another space.
+generator that makes the child, unless they are chosen already. The grid fails on trials of another space.
 """
 
 import json
@@ -118,7 +118,7 @@ class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
         return {name: each for name, each in self._space.items() if not each.single()}
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
-        trials = study.get_trials(deepcopy=False)  # those without a name tell of something and were never drawn
+        trials = study.get_trials(deepcopy=False)  # those without a name were never drawn
         return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
 
 

@@ -190,7 +190,7 @@ def _search_of(source: Path) -> Iterator[optuna.Study | None]:
 
 
 def _source_id(study_dir: Path) -> str:
-    """Returns what tells a study from all others, wherever it lies: when it was made, and with which recipe."""
+    """Returns what identifies a study, wherever its folder is: when it was made, and with which recipe."""
     manifest = read_manifest(study_dir)
     first = manifest[RECIPES][0]["recipe"] if manifest.get(RECIPES) else manifest["recipe"]
     text = f"{manifest.get('created')} {recipe_hash(Recipe.model_validate(first))}"
