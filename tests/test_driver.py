@@ -565,7 +565,7 @@ def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
     def slow_look():
         clock["now"] += clock["took"]
 
-    monkeypatch.setattr(tune.driver, "_look", slow_look)
+    monkeypatch.setattr(tune.driver, "_read", slow_look)
     tune.look()
     assert tune.driver._next_poll == pytest.approx(100.5)  # twice a second
     clock.update(now=200.0, took=3.0)

@@ -169,7 +169,7 @@ def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifes
         pass
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
     with study_lock(study_dir):
-        record_recipe(study_dir, claim(study_dir, new))
+        record_recipe(study_dir, new, claim(study_dir, new).space_changes)
     assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
     assert study_recipe(study_dir).train.epochs == 9

@@ -125,7 +125,7 @@ TAMPERINGS = {
     "two lines removed": (lambda lines: lines[:1], "line 2, was removed"),
     "all lines removed": (lambda lines: [], "the whole file, 3 lines, was removed"),
     "another order": (lambda lines: [lines[0], lines[2], lines[1]], "another order"),
-    "a line twice": (lambda lines: [*lines, lines[1]], "a line stands there twice"),
+    "a line twice": (lambda lines: [*lines, lines[1]], "a line is there twice"),
     "a line appended": (
         lambda lines: [*lines, lines[2].replace('"number": 3', '"number": 4')],
         "line 4 was not written by carft-ray",

@@ -197,11 +197,12 @@ def _heartbeat(
     Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
     to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
-    path, state = folder / HEARTBEAT, {"next": time.monotonic() + HEARTBEAT_EVERY_S}
+    path, next_at = folder / HEARTBEAT, time.monotonic() + HEARTBEAT_EVERY_S
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
-        if time.monotonic() >= state["next"]:
-            state["next"] = time.monotonic() + HEARTBEAT_EVERY_S
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + HEARTBEAT_EVERY_S
             check_fence(folder, attempt)
             watch()
             with contextlib.suppress(OSError):  # a step is not worth a failure

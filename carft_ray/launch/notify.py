@@ -24,6 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,9 +66,8 @@ def notifying(
         return
     notices = _Notices(name, study_dir.absolute())
     faults: list[str] = []
-    thread = threading.Thread(
-        target=_send_all, args=(notices.waiting, command, url, faults), name="notify", daemon=True
-    )
+    sending = partial(_send_all, notices.waiting, command, url, faults)
+    thread = threading.Thread(target=sending, name="notify", daemon=True)
     thread.start()
     try:
         yield lambda on_event: _Shared(on_event, notices)
@@ -120,21 +120,19 @@ class _Notices:
 
     def take(self, event: Event) -> None:
         """Takes an event of a search in; returns at once."""
-        if isinstance(event, Stopping):
-            self._out_of_budget = event.reason
-        if isinstance(event, TrialSetAside):
-            name = event.spec.name
-            self._rarely("failed_trial", f"{name}: set aside, {event.reason}", {"trial": name})
-        if not isinstance(event, TrialFinished):
-            return
-        row = event.row
-        self._num_ended += 1
-        if event.is_best:
-            self._best = f"{row.name}, objective {100 * (row.objective or 0.0):.1f} %"
-            more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
-            self._rarely("best", f"new best {self._best}", more)
-        elif row.outcome not in ("complete", "pruned"):
-            self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
+        match event:
+            case Stopping():
+                self._out_of_budget = event.reason
+            case TrialSetAside(spec):
+                self._rarely("failed_trial", f"{spec.name}: set aside, {event.reason}", {"trial": spec.name})
+            case TrialFinished(row, is_best):
+                self._num_ended += 1
+                if is_best:
+                    self._best = f"{row.name}, objective {100 * (row.objective or 0.0):.1f} %"
+                    more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
+                    self._rarely("best", f"new best {self._best}", more)
+                elif row.outcome not in ("complete", "pruned"):
+                    self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
 
     def end(self, error: BaseException | None) -> None:
         """Puts a notice of how it ended: well, by a request to stop, or with an error."""
@@ -173,12 +171,11 @@ def _send_all(waiting: Waiting, command: str | None, url: str | None, faults: li
 
 def _check(command: str | None, url: str | None) -> None:
     problems = []
-    if command is not None:
-        try:
-            fault = "" if shlex.split(command) else "must be a command"
-        except ValueError as error:
-            fault = f"must be a command ({error})"
-        problems += [Problem("--notify-command", fault, repr(command))] if fault else []
+    try:
+        if command is not None and not shlex.split(command):
+            problems.append(Problem("--notify-command", "must be a command", repr(command)))
+    except ValueError as error:
+        problems.append(Problem("--notify-command", f"must be a command ({error})", repr(command)))
     if url is not None and not url.startswith(("http://", "https://")):
         problems.append(Problem("--notify-url", "must begin with http:// or https://", repr(url)))
     if problems:

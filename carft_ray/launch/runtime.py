@@ -117,13 +117,14 @@ def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
 
     It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
     """
-    paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
+    stopped, next_at = False, 0.0
 
     def should_stop() -> bool:
-        if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = any(files.seen(path) for path in paths)
-            state["next"] = time.monotonic() + STOP_CHECK_S
-        return bool(state["stopped"])
+        nonlocal stopped, next_at
+        if not stopped and time.monotonic() >= next_at:
+            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT)
+            next_at = time.monotonic() + STOP_CHECK_S
+        return stopped
 
     return should_stop
 

@@ -42,8 +42,7 @@ class Lease:
 
     def lost(self) -> bool:
         """Tells whether another process has taken it over, which it may after a minute without a heartbeat."""
-        content = _read(self._path)
-        return content is not None and content != self._content
+        return _read(self._path) not in (None, self._content)
 
     def check(self) -> None:
         """Raises a ``StorageError`` when another process has taken it over: this one was suspended, or cut off."""

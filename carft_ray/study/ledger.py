@@ -14,6 +14,7 @@ What this cannot show: someone who rewrites journal, file and manifest together,
 copy. It keeps honest people from forgetting a read, and makes hiding one an act of forgery.
 """
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -317,22 +318,17 @@ def _differences(lines: list[str], known: list[str]) -> list[str]:
     """Returns in what a file differs from the lines that were written, as sentences."""
     if not lines:
         return [f"the whole file, {counted(len(known), 'line')}, was removed"]
-    missing = [number for number, line in enumerate(known, start=1) if line not in lines]
-    found, edited = [], set()
+    missing = {number: line for number, line in enumerate(known, start=1) if line not in lines}
+    found = []
     for position, line in enumerate(lines, start=1):
-        if line in known:
-            continue
-        said = _number(line)
-        number = said if said in missing else position
-        if number in missing and number not in edited:
-            edited.add(number)
-            found.append(f"line {number} was edited; it was {_short(known[number - 1])}")
-        else:
+        number = next((each for each in (_number(line), position) if each in missing), None)
+        if line not in known and number is not None:
+            found.append(f"line {number} was edited; it was {_short(missing.pop(number))}")
+        elif line not in known:
             found.append(f"line {position} was not written by carft-ray")
-    for number in missing:
-        if number not in edited:
-            which = "the first, " if number == 1 else "the last, " if number == len(known) else ""
-            found.append(f"line {number}, {which}was removed; it was {_short(known[number - 1])}")
+    for number, line in missing.items():
+        which = "the first, " if number == 1 else "the last, " if number == len(known) else ""
+        found.append(f"line {number}, {which}was removed; it was {_short(line)}")
     kept = [known.index(line) for line in lines if line in known]
     if len(set(kept)) < len(kept):
         found.append("a line is there twice")
@@ -342,11 +338,9 @@ def _differences(lines: list[str], known: list[str]) -> list[str]:
 
 
 def _number(line: str) -> int | None:
-    try:
-        number = json.loads(line)["number"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return number if isinstance(number, int) else None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["number"])
+    return None
 
 
 def _short(line: str) -> str:

@@ -100,7 +100,9 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update({name: os.environ.get(name, value) for name, value in ours.items()})
-    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
+    folder = tempfile.gettempdir()
+    folder = folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
+    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=folder)
     try:
         with _quiet(log_path):
             if temp_dir is not None:
@@ -122,11 +124,6 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
                 os.environ[name] = value
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def _short_temp_dir() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
 
 
 def _start(temp_dir: str) -> None:
@@ -153,14 +150,9 @@ def _start(temp_dir: str) -> None:
 def _attach(address: str) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
     if "://" in address:
-        raise ClusterError(
-            Problem(
-                "address",
-                "must be host:port or auto, from a machine of the cluster",
-                address,
-                next_step="Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside.",
-            )
-        )
+        rule = "must be host:port or auto, from a machine of the cluster"
+        step = "Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside."
+        raise ClusterError(Problem("address", rule, address, next_step=step))
     host, _, port = address.rpartition(":")
     if address != "auto":
         if not host or not port.isdecimal():
@@ -183,9 +175,8 @@ def _attach(address: str) -> None:
         raise ClusterError(Problem("address", f"{address} refused us", _first_line(error), next_step=step)) from error
     except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        raise ClusterError(
-            Problem("address", f"no Ray can be used at {address}", _first_line(error), next_step=step)
-        ) from error
+        rule = f"no Ray can be used at {address}"
+        raise ClusterError(Problem("address", rule, _first_line(error), next_step=step)) from error
 
 
 def _greet(host: str, port: int) -> str:
@@ -210,7 +201,7 @@ def _first_line(error: BaseException) -> str:
 def _quiet(log_path: Path) -> Iterator[None]:
     """Sends the messages of Ray's loggers to a file, and keeps its news of dead workers off the standard output."""
     logger = logging.getLogger("ray")
-    before = logger.handlers, logger.level, logger.propagate
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
     log_path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(log_path, delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -222,8 +213,8 @@ def _quiet(log_path: Path) -> Iterator[None]:
             yield
     finally:
         file.close()
-        logger.handlers, logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

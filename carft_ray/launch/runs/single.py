@@ -95,9 +95,8 @@ def train_once(
                 zero_shot = found or prepared
                 record_provenance(out_dir, recipe, zero_shot.pop("provenance"))
                 return result, zero_shot
-            with computing(
-                recipe, out_dir, replace(RUNNER, prepare=first), None, at_once, say, in_process=True
-            ) as runtime:
+            runner = replace(RUNNER, prepare=first)
+            with computing(recipe, out_dir, runner, None, at_once, say, in_process=True) as runtime:
                 zero_shot = prepare(runtime, say)
                 attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
                 context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
