@@ -77,7 +77,7 @@ def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tu
     tune = tune(wall_time=3600)
     first, second = tune.start(), tune.start()
     tune.finish(first)
-    tune.driver._began -= 3600
+    tune.driver.began -= 3600
     assert tune.start() is None
     study_dir = tune.driver.study.study_dir
     assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
@@ -94,7 +94,7 @@ def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
     tune = tune(wall_time=3600)
     tune.start()
     (tune.driver.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
-    tune.driver._began -= 3600
+    tune.driver.began -= 3600
     assert tune.driver.check_stop()
     assert tune.driver.out_of_budget == ""
 
@@ -107,7 +107,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
     os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     tune.finish(first)
-    tune.driver._began -= 3600 - LEAST_MARGIN_S - 98
+    tune.driver.began -= 3600 - LEAST_MARGIN_S - 98
     assert tune.driver.check_stop()
 
 

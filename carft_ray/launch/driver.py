@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
@@ -58,64 +58,50 @@ class _Attempt:
     hung: str = ""
 
 
+@dataclass(eq=False)
 class Driver:
     """Asks the study, and reports to it, for whoever runs the trainings.
 
-    Args:
+    Attributes:
         study: The open study.
-        concurrency: Trainings at a time.
+        concurrency: Trainings at a time from now on; falls where memory is full.
         on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
-        began: When the search began, of ``time.monotonic``; None: now.
+        began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         end_process: Ends the process of an attempt.
         why_waiting: Says why a process does not come.
         leaks: Removes what killed trials leave; None: they leave nothing.
-
-    Attributes:
-        concurrency: Trainings at a time from now on; falls where memory is full.
+        bad_nodes: Nodes on which attempts fail again and again.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
     """
 
-    def __init__(
-        self,
-        study: Study,
-        concurrency: int,
-        on_event: Callable[[events.Event], None],
-        gpus: float = 0.0,
-        budget: BudgetConfig | None = None,
-        began: float | None = None,
-        *,
-        hang_timeout_s: float | None = None,
-        end_process: Callable[[Heartbeat], None] = lambda alive: None,
-        why_waiting: Callable[[], str] = lambda: "is the cluster full?",
-        leaks: Leaks | None = None,
-    ) -> None:
-        self.study = study
-        self.concurrency = concurrency
-        self.failure: Exception | None = None
-        self.out_of_budget = ""
-        self.is_stopping = False
-        self.bad_nodes = BadNodes()
-        self._on_event = on_event
-        self._gpus = gpus
-        self._budget = budget
-        self._began = time.monotonic() if began is None else began
-        self._hang_timeout_s = hang_timeout_s
-        self._end_process = end_process
-        self._why_waiting = why_waiting
-        self._leaks = leaks
+    study: Study
+    concurrency: int
+    on_event: Callable[[events.Event], None]
+    gpus: float = 0.0
+    budget: BudgetConfig | None = None
+    began: float = field(default_factory=lambda: time.monotonic())
+    hang_timeout_s: float | None = None
+    end_process: Callable[[Heartbeat], None] = lambda alive: None
+    why_waiting: Callable[[], str] = lambda: "is the cluster full?"
+    leaks: Leaks | None = None
+    bad_nodes: BadNodes = field(default_factory=BadNodes)
+    failure: Exception | None = field(default=None, init=False)
+    out_of_budget: str = field(default="", init=False)
+    is_stopping: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
         self._ended: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
-        self._best = best_row(study.rows())
+        self._best = best_row(self.study.rows())
         self._failed_in_a_row = 0  # attempts
         self._only_lost = True  # these were all lost, none ended with an exception
-        self._gpu_s = study.gpu_seconds()  # of attempts that have ended
-        self._longest_end_s = 0.0  # from the last epoch of a training to its result
-        self._longest_step_s = 0.0
+        self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
+        self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
 
     @property
@@ -150,7 +136,7 @@ class Driver:
         attempt.began = time.monotonic()
         path = attempt.spec.folder(self.study.study_dir) / METRICS
         attempt.offset = files.read_new_lines(path, 0)[1]
-        self._on_event(events.TrialStarted(attempt.spec))
+        self.on_event(events.TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "") -> None:
         """Has the study record how an attempt ended; never raises: the failure ends the search.
@@ -163,9 +149,9 @@ class Driver:
         if attempt is None:
             return
         spec, seconds = attempt.spec, time.monotonic() - attempt.began
-        self._gpu_s += seconds * self._gpus
+        self._gpu_s += seconds * self.gpus
         try:
-            self.study.spend(spec, seconds, self._gpus)
+            self.study.spend(spec, seconds, self.gpus)
             folder = spec.folder(self.study.study_dir)
             with contextlib.suppress(OSError):  # not there
                 end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
@@ -176,8 +162,8 @@ class Driver:
 
     def died(self, spec: TrialSpec) -> None:
         """Suspects that an attempt whose process died has left a placement group."""
-        if self._leaks:
-            self._leaks.suspect(spec, self.live)
+        if self.leaks:
+            self.leaks.suspect(spec, self.live)
 
     def check_stop(self) -> bool:
         """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
@@ -186,7 +172,7 @@ class Driver:
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self.is_stopping = True
-            self._on_event(events.Stopping(len(self._attempts), self.out_of_budget))
+            self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
     def poll(self, at_once: bool = False) -> None:
@@ -218,9 +204,9 @@ class Driver:
             raise
         for attempt in list(self._attempts.values()):
             self._read_steps(attempt)
-        if self._leaks and (number := self._leaks.check(self.live)):
+        if self.leaks and (number := self.leaks.check(self.live)):
             what = counted(number, "placement group")
-            self._on_event(events.Note(f"removed {what} that a killed trial had left behind"))
+            self.on_event(events.Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
                 self._report_epochs(attempt)
@@ -239,14 +225,14 @@ class Driver:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # once
                 waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
-                self._on_event(events.Note(f"{waited}: {self._why_waiting()}"))
-        elif self._hang_timeout_s is not None and now - attempt.seen >= self._hang_timeout_s:
+                self.on_event(events.Note(f"{waited}: {self.why_waiting()}"))
+        elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
             log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"
-            attempt.hung = f"no step for {self._hang_timeout_s:g} s (resources.hang_timeout_s)"
+            attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
             attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {log}"
-            self._on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
-            self._end_process(alive)
+            self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
+            self.end_process(alive)
 
     def _report_epochs(self, attempt: _Attempt) -> None:
         if attempt.offset is None:
@@ -259,16 +245,16 @@ class Driver:
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         if rows:
-            self._on_event(events.TrialEpoch(attempt.spec, rows[-1]))
+            self.on_event(events.TrialEpoch(attempt.spec, rows[-1]))
 
     def _budget_ends(self) -> bool:
         """Asks what runs to stop when the budget is used up; tells whether it is."""
-        if self._budget is None or self.failure is not None:
+        if self.budget is None or self.failure is not None:
             return False
         now = time.monotonic()
-        gpu_s = self._gpu_s + self._gpus * sum(now - attempt.began for attempt in self._attempts.values())
-        gpus, longest_s = self._gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
-        self.out_of_budget = used_up(self._budget, now - self._began, gpu_s, gpus, longest_s)
+        gpu_s = self._gpu_s + self.gpus * sum(now - attempt.began for attempt in self._attempts.values())
+        gpus, longest_s = self.gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
+        self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
             try:
                 files.write_text(self.study.study_dir / STOP, f"{BUDGET_STOP}{self.out_of_budget}\n")
@@ -288,7 +274,7 @@ class Driver:
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
                 return
-            self._on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            self.on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
             if failure.outcome == "memory":
                 return
         self._count_failures(failed=row is None or row.outcome == "error", reason=row.reason if row else "")
@@ -298,7 +284,7 @@ class Driver:
             for node in sorted({node for node, _ in attempt.alive.nodes}):
                 self.bad_nodes.well(node)
         if row.kind == "baseline":
-            self._on_event(events.BaselineFinished(row))
+            self.on_event(events.BaselineFinished(row))
             return
         if row.outcome != "pruned":  # neither well nor badly
             self._ended.append(row)
@@ -306,7 +292,7 @@ class Driver:
             is_pareto = self.study.recipe.search.objective.kind == "pareto"
             self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
         name = self._best.name if self._best and row.kind == "trial" else ""
-        self._on_event(events.TrialFinished(row, row.name == name, name))
+        self.on_event(events.TrialFinished(row, row.name == name, name))
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
             raise no_successful_trial(self.study, self._ended)
 
@@ -334,16 +320,16 @@ class Driver:
             self.concurrency -= 1
             self.study.repeat(spec)
             text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
-            self._on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
-            self._on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
+            self.on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
+            self.on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
-            self._on_event(events.Note(note))
+            self.on_event(events.Note(note))
         if what == "set aside":
-            self._on_event(events.TrialSetAside(spec, reason))
+            self.on_event(events.TrialSetAside(spec, reason))
         else:
-            self._on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
+            self.on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
         self._count_failures(failed=what != "advanced", reason=reason, lost=True)
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:

@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -113,10 +114,9 @@ class _Notices:
         self._about = {"study": name, "study_dir": str(study_dir)}
         self._clock = clock
         self._last: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
+        self._left_out = Counter[str]()
         self._num_ended = 0
-        self._best = ""
-        self._out_of_budget = ""
+        self._best = self._out_of_budget = ""
 
     def take(self, event: Event) -> None:
         """Takes an event of a search in; returns at once."""
@@ -150,7 +150,7 @@ class _Notices:
     def _rarely(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
         now = self._clock()
         if now - self._last.get(kind, -math.inf) < AT_MOST_EVERY_S:
-            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            self._left_out[kind] += 1
             return
         self._last[kind] = now
         left_out = self._left_out.pop(kind, 0)

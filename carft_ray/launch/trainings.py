@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         on_event,
         capacity.num_workers * capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
-        began,
+        time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),

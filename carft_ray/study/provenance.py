@@ -82,33 +82,28 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
         now: What was found now; a set that it does not name is not compared.
     """
     problems = []
-
-    def differs(place: str, rule: str, value: str, restore: str) -> None:
-        step = f"Restore {restore}, or begin anew in another folder: numbers of two data sets or models do not mix."
-        problems.append(Problem(place, rule, value, next_step=step))
-
     for name, kept in before["data"].items():
         found = now.get("data", {}).get(name)
         if found is None or found == kept:
             continue
+        place = f"data.{name}" if name in ("train", "id_val") else f"data.ood_val.{name}"
+        rule = f"the contents of this set must be those of the manifest, digest {kept['digest'][:12]}"
         value = f"digest {found['digest'][:12]} now"
         if found["num_images"] != kept["num_images"]:
             value += f", {found['num_images']} images instead of {kept['num_images']}"
-        place = f"data.{name}" if name in ("train", "id_val") else f"data.ood_val.{name}"
-        rule = f"the contents of this set must be those of the manifest, digest {kept['digest'][:12]}"
-        differs(place, rule, value, "the images")
+        step = "Restore the images, or begin anew in another folder: numbers of two data sets do not mix."
+        problems.append(Problem(place, rule, value, next_step=step))
     kept, found = before.get("classes"), now.get("classes")
     if kept is not None and found is not None and kept != found:
-        kept, found = (f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for names in (kept, found))
-        differs(
-            "data.classes",
-            f"the classes must be those of the manifest: {kept}",
-            f"{found} now",
-            "their names and order",
-        )
+        rule = f"the classes must be those of the manifest: {', '.join(kept[:5])}{' ...' if len(kept) > 5 else ''}"
+        value = f"{', '.join(found[:5])}{' ...' if len(found) > 5 else ''} now"
+        step = "Restore their names and order, or begin anew in another folder."
+        problems.append(Problem("data.classes", rule, value, next_step=step))
     if "model" in now and now["model"] != before["model"]:
-        kept, found = (f"hash {each['model']['weights_hash']}" for each in (before, now))
-        differs("model", f"the weights must be those of the manifest, {kept}", f"{found} now", "the weights")
+        kept, found = before["model"]["weights_hash"], now["model"]["weights_hash"]
+        rule = f"the weights must be those of the manifest, hash {kept}"
+        step = "Restore the weights, or begin anew in another folder."
+        problems.append(Problem("model", rule, f"hash {found} now", next_step=step))
     return problems
 
 

@@ -1,7 +1,9 @@
 """Nodes on which attempts fail again and again: they are named, and left out for a while."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import ray
 
@@ -16,20 +18,19 @@ def alive_nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
+@dataclass
 class BadNodes:
     """Counts failed attempts by node. At most half of the nodes are left out at a time.
 
-    Args:
+    Attributes:
         nodes: Lists the nodes that are alive: address by name.
         clock: Seconds.
     """
 
-    def __init__(
-        self, nodes: Callable[[], Mapping[str, str]] = alive_nodes, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._nodes, self._clock = nodes, clock
-        self._failed: dict[str, int] = {}
-        self._until: dict[str, float] = {}
+    nodes: Callable[[], Mapping[str, str]] = alive_nodes
+    clock: Callable[[], float] = time.monotonic
+    _failed: Counter[str] = field(default_factory=Counter)
+    _until: dict[str, float] = field(default_factory=dict)
 
     def well(self, node: str) -> None:
         """Notes that an attempt has ended well on a node."""
@@ -41,20 +42,20 @@ class BadNodes:
         Returns:
             That the node is left out from now on, in a sentence; empty where it is not, or is gone in any case.
         """
-        nodes = self._nodes()
+        nodes = self.nodes()
         if node not in nodes:
             return ""
-        self._failed[node] = self._failed.get(node, 0) + 1
+        self._failed[node] += 1
         if self._failed[node] < FAILURES or 2 * (len(self.left_out()) + 1) > len(nodes):
             return ""
         number = self._failed.pop(node)
-        self._until[node] = self._clock() + LEFT_OUT_S
+        self._until[node] = self.clock() + LEFT_OUT_S
         lost = f"{number} attempts in a row were lost on node {nodes[node]}"
         return f"{lost}; it is left out for {LEFT_OUT_S / 60:g} minutes"
 
     def left_out(self) -> list[str]:
         """Returns Ray's names of the nodes that are left out now."""
-        now = self._clock()
+        now = self.clock()
         self._until = {node: until for node, until in self._until.items() if until > now}
-        nodes = self._nodes() if self._until else {}  # Ray is asked for them
+        nodes = self.nodes() if self._until else {}  # Ray is asked for them
         return sorted(node for node in self._until if node in nodes)

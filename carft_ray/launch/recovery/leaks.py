@@ -6,6 +6,7 @@ need not run. The trials that follow would wait for these resources without a me
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -38,26 +39,23 @@ def remove_group(name: str) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
+@dataclass
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
     A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that ran
     at that moment have done so, have ended, or wait for resources, nothing is removed.
 
-    Args:
+    Attributes:
         study_dir: The study directory.
         groups: Lists the groups of the job.
         remove: Removes one.
     """
 
-    def __init__(
-        self,
-        study_dir: Path,
-        groups: Callable[[], dict[str, bool]] = groups_of_job,
-        remove: Callable[[str], None] = remove_group,
-    ) -> None:
-        self._study_dir, self._groups, self._remove = study_dir, groups, remove
-        self._suspects: list[tuple[set[str], set[TrialSpecKey]]] = []
+    study_dir: Path
+    groups: Callable[[], dict[str, bool]] = groups_of_job
+    remove: Callable[[str], None] = remove_group
+    _suspects: list[tuple[set[str], set[TrialSpecKey]]] = field(default_factory=list)
 
     def suspect(self, dead: TrialSpec, live: Iterable[TrialSpec]) -> None:
         """Notes that the process of an attempt has died.
@@ -66,7 +64,7 @@ class Leaks:
             dead: The attempt.
             live: What else runs.
         """
-        self._suspects.append((set(self._groups()), {_key(spec) for spec in live} - {_key(dead)}))
+        self._suspects.append((set(self.groups()), {_key(spec) for spec in live} - {_key(dead)}))
 
     def check(self, live: Iterable[TrialSpec]) -> int:
         """Removes what is known to be left behind; returns how many groups that were."""
@@ -77,7 +75,7 @@ class Leaks:
             owned = {_key(spec): self._group(spec) for spec in live}
         if owned is None:
             return 0
-        now = self._groups()
+        now = self.groups()
         num_waiting = sum(not has_resources for has_resources in now.values())
         undecided, leaked = [], set()
         for groups, others in self._suspects:
@@ -87,11 +85,11 @@ class Leaks:
                 leaked |= {name for name in groups - set(owned.values()) if now.get(name)}
         self._suspects = undecided
         for name in leaked:
-            self._remove(name)
+            self.remove(name)
         return len(leaked)
 
     def _group(self, spec: TrialSpec) -> str:
-        alive = read_heartbeat(spec.folder(self._study_dir), spec.attempt)
+        alive = read_heartbeat(spec.folder(self.study_dir), spec.attempt)
         return alive.group if alive else ""
 
 
