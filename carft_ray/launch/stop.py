@@ -39,12 +39,9 @@ def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def at_once(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     def politely(number: int, frame: FrameType | None) -> None:
         for each in numbers:
-            signal.signal(each, at_once)
+            signal.signal(each, signal.default_int_handler)
         files.write_text(stop_path, f"{signal.Signals(number).name}\n")
 
     before = [signal.signal(number, politely) for number in numbers]

@@ -28,6 +28,7 @@ TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
 LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
 SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
+SAME_NAMES = ("alpha", "fitted", "at_chance", "metrics", LATE_CUT)  # attributes that a row has, too
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 
@@ -97,7 +98,7 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
     """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
-    return next(iter(best_first(complete)), None)
+    return min(complete, key=rank, default=None)
 
 
 def study_name(study_dir: Path, kind: Kind) -> str:
@@ -162,10 +163,6 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
-        alpha=attributes.get("alpha"),
-        fitted=attributes.get("fitted", False),
-        at_chance=attributes.get("at_chance", False),
-        metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
         outside=OUTSIDE in attributes,
@@ -173,8 +170,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         intermediate_values=intermediate_values(trial),
         spent_s=float(sum(seconds for seconds, _ in spent)),
         gpu_s=float(sum(seconds * gpus for seconds, gpus in spent)),
-        late_cut=attributes.get(LATE_CUT, ""),
         set_aside=not finished and bool(attributes.get(SET_ASIDE)),
+        **{name: attributes[name] for name in SAME_NAMES if name in attributes},
     )
 
 

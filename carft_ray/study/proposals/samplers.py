@@ -57,7 +57,9 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
     startup = startup_trials(recipe)
     match recipe.search.sampler.name:
         case "tpe":
-            return TPESampler(n_startup_trials=startup, seed=seed, **_together(options))
+            # what ``group`` implies; without it Optuna warns of two objectives
+            together = {"multivariate": True} if options.get("group") else {}
+            return TPESampler(n_startup_trials=startup, seed=seed, **{**together, **options})
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
         case "cmaes":
@@ -74,11 +76,6 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
             return _Grid(recipe.search.space, seed)
         case _:
             return RandomSampler(seed=seed)
-
-
-def _together(options: dict[str, Any]) -> dict[str, Any]:
-    """Says ``multivariate`` where ``group`` implies it; Optuna warns of that with two objectives."""
-    return {"multivariate": True, **options} if options.get("group") else options
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
