@@ -8,7 +8,6 @@ percentile, and further by how much the probes differed (``launch.probe``). No t
 import contextlib
 import heapq
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -133,11 +132,8 @@ def temporary(parent: Path | None) -> Iterator[Path]:
     if parent is not None:
         with files.writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".carft-plan-", dir=parent)).resolve()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".carft-plan-", dir=parent, ignore_cleanup_errors=True) as name:
+        yield Path(name).resolve()
 
 
 def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None) -> tuple[Capacity, Measured] | None:
@@ -172,8 +168,7 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
     mean_s = statistics.fmean(drawn_s)
     doubt = max(LEAST_DOUBT, statistics.stdev(drawn_s) / mean_s / math.sqrt(len(drawn_s)) if len(drawn_s) > 1 else 0.3)
     before_s = ray_s + _seen_preparing_s(study_dir) + OUTSIDE_S / 2
-    disk = _disk_of(recipe, study_dir)
-    took_s = time.monotonic() - began
+    disk, took_s = _disk_of(recipe, study_dir), time.monotonic() - began
     return capacity, Measured("study", took_s, before_s, after_s + OUTSIDE_S / 2, 0, 0, training_s, doubt, disk)
 
 
