@@ -23,8 +23,8 @@ from carft_ray.launch.events import (
     TrialSetAside,
     TrialStarted,
 )
-from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
 from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
+from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.outcome import Failure, TrialSpec, write_failure

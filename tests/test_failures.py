@@ -24,8 +24,8 @@ from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.nodes import Node, lacking, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.ray_cluster.waiting import Node, lacking, why_waiting
 from carft_ray.launch.recovery.causes import host_memory
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings

@@ -36,8 +36,15 @@ from carft_ray.errors import (
 )
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
-from carft_ray.launch.recovery.causes import explained, is_full_memory, root_cause
-from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
+from carft_ray.launch.recovery.causes import (
+    UNKNOWN,
+    device_error_step,
+    explained,
+    is_death,
+    is_full_memory,
+    lost_rank,
+    root_cause,
+)
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext

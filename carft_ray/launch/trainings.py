@@ -20,8 +20,8 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import end_process, run_worker, tune_trainable
+from carft_ray.launch.ray_cluster.nodes import why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.ray_cluster.waiting import why_waiting
 from carft_ray.launch.recovery.causes import error_of, explained, root_cause
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.runtime import Runtime, stop_reader

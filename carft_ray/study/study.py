@@ -112,8 +112,6 @@ class Study:
     def recover_running(self, trusted: bool = False) -> list[TrialRow]:
         """Takes over what an earlier search left RUNNING: records what has ended, queues the rest for another attempt.
 
-        Removes the weights that are not to be kept, too.
-
         Args:
             trusted: A study from elsewhere may be opened by a sampler that unpickles.
 
@@ -141,9 +139,6 @@ class Study:
 
         Args:
             trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
-
-        Returns:
-            Rows of what was recorded.
         """
         self._asks = False
         self._journal.open("confirm")
@@ -448,10 +443,8 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
 
 def _without_reference(study_dir: Path, name: str, row: TrialRow | None) -> Problem:
     """Returns the message for a baseline under which no constraint can hold."""
-    place = f"search.constraints.id_drop.{name}"
-    rule = f"the baseline {name} must finish before a trial can begin"
-    value = "none" if row is None else f"{row.outcome}: {row.reason}"
-    step = "A study keeps its recipe: mend the baseline or the constraint, and begin a new study."
+    value, step = "none", "A study keeps its recipe: mend the baseline or the constraint, and begin a new study."
     if row is not None:
-        step = f"See {row.folder(study_dir) / LOG}. {step}"
-    return Problem(place, rule, value, next_step=step)
+        value, step = f"{row.outcome}: {row.reason}", f"See {row.folder(study_dir) / LOG}. {step}"
+    rule = f"the baseline {name} must finish before a trial can begin"
+    return Problem(f"search.constraints.id_drop.{name}", rule, value, next_step=step)

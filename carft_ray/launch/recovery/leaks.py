@@ -72,7 +72,8 @@ class Leaks:
             return 0
         owned = None
         with files.passing_faults():  # nothing is removed on half of the answers
-            owned = {_key(spec): self._group(spec) for spec in live}
+            found = {_key(spec): read_heartbeat(spec.folder(self.study_dir), spec.attempt) for spec in live}
+            owned = {key: alive.group if alive else "" for key, alive in found.items()}
         if owned is None:
             return 0
         now = self.groups()
@@ -87,10 +88,6 @@ class Leaks:
         for name in leaked:
             self.remove(name)
         return len(leaked)
-
-    def _group(self, spec: TrialSpec) -> str:
-        alive = read_heartbeat(spec.folder(self.study_dir), spec.attempt)
-        return alive.group if alive else ""
 
 
 def _key(spec: TrialSpec) -> TrialSpecKey:

@@ -1,7 +1,13 @@
-"""What a trial that waits for its process lacks: it asks Ray for a placement group, and Ray never says why it waits."""
+"""The nodes of a cluster: what a trial that waits lacks, and nodes on which attempts fail again and again.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A trial asks Ray for a placement group, and Ray never says why it waits. A node that fails is named, and left out for a
+while.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ray
 
@@ -9,6 +15,9 @@ from carft_ray.launch.ray_cluster.cluster import UNITS, Capacity, amount_text, n
 from carft_ray.launch.ray_cluster.ray_private import available_resources_per_node
 
 Resources = Mapping[str, float]
+
+FAILURES = 3  # attempts in a row that fail on a node, and none that ends well there meanwhile
+LEFT_OUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,53 @@ def why_waiting(capacity: Capacity) -> str:
 def _less(there: float, amount: float, number: int) -> bool:
     """Tells whether so much is less than a number of equal amounts, as Ray counts."""
     return round(there * UNITS) < int(amount * UNITS) * number
+
+
+def alive_nodes() -> dict[str, str]:
+    """Returns the address of every node that is alive, by Ray's name of it; empty where no Ray runs."""
+    if not ray.is_initialized():
+        return {}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+@dataclass
+class BadNodes:
+    """Counts failed attempts by node. At most half of the nodes are left out at a time.
+
+    Attributes:
+        nodes: Lists the nodes that are alive: address by name.
+        clock: Seconds.
+    """
+
+    nodes: Callable[[], Mapping[str, str]] = alive_nodes
+    clock: Callable[[], float] = time.monotonic
+    _failed: Counter[str] = field(default_factory=Counter)
+    _until: dict[str, float] = field(default_factory=dict)
+
+    def well(self, node: str) -> None:
+        """Notes that an attempt has ended well on a node."""
+        self._failed.pop(node, None)
+
+    def failed(self, node: str) -> str:
+        """Notes that an attempt was lost on a node.
+
+        Returns:
+            That the node is left out from now on, in a sentence; empty where it is not, or is gone in any case.
+        """
+        nodes = self.nodes()
+        if node not in nodes:
+            return ""
+        self._failed[node] += 1
+        if self._failed[node] < FAILURES or 2 * (len(self.left_out()) + 1) > len(nodes):
+            return ""
+        number = self._failed.pop(node)
+        self._until[node] = self.clock() + LEFT_OUT_S
+        lost = f"{number} attempts in a row were lost on node {nodes[node]}"
+        return f"{lost}; it is left out for {LEFT_OUT_S / 60:g} minutes"
+
+    def left_out(self) -> list[str]:
+        """Returns Ray's names of the nodes that are left out now."""
+        now = self.clock()
+        self._until = {node: until for node, until in self._until.items() if until > now}
+        nodes = self.nodes() if self._until else {}  # Ray is asked for them
+        return sorted(node for node in self._until if node in nodes)
