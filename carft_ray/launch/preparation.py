@@ -23,6 +23,7 @@ from carft_ray.words import counted
 MAX_NODES_SHOWN = 3  # of many nodes that fill their caches, at a time
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
+FILLING = "filling-{}.txt"  # what a node does, by Ray's name
 
 
 def progress_writer(folder: Path, name: str = DOING) -> Callable[[str], None]:
@@ -90,7 +91,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
         texts = {}
         for node_id in pending.values():
             with contextlib.suppress(OSError):
-                texts[node_id] = (runtime.study_dir / RAY_FILES / _progress_name(node_id)).read_text()
+                texts[node_id] = (runtime.study_dir / RAY_FILES / FILLING.format(node_id)).read_text()
         show(_of_nodes(texts, nodes))
     return longest_s
 
@@ -124,10 +125,6 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _progress_name(node_id: str) -> str:
-    return f"filling-{node_id}.txt"
-
-
 def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
     """Returns what the nodes do in one line; where there is one node, its own words.
 
@@ -148,7 +145,7 @@ def _fill(runtime: Runtime) -> tuple[float, str]:
         return 0.0, ""
     node_id, prepared = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     try:
-        return runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, _progress_name(node_id))), ""
+        return runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, FILLING.format(node_id))), ""
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise

@@ -72,12 +72,11 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
 
 def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
-    key = "training"
+    key, study_dir = "training", runtime.study_dir
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
-        folder = spec.folder(runtime.study_dir)
-        should_stop = _polling(driver, stop_reader(runtime.study_dir, folder))
-        run_worker(runtime, spec, folder, RunContext(should_stop=should_stop))
+        folder = spec.folder(study_dir)
+        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(study_dir, folder))))
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 

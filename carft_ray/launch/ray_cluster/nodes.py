@@ -43,15 +43,14 @@ def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[N
         wanted, at_once = (amount_text(amount * number, name) for number in (num_workers, on_one))
         totals = [node.total.get(name, 0.0) for node in nodes] or [0.0]
         free = [node.free.get(name, 0.0) for node in nodes] or [0.0]
-        if _less(sum(totals), amount, num_workers):
-            found.append(f"needs {wanted}, the cluster has {sum(totals):g}")
-        elif _less(max(totals), amount, on_one):
-            found.append(f"needs {at_once} on one node, the largest node has {max(totals):g}")
-        elif _less(sum(free), amount, num_workers):
-            held = f"{sum(totals) - sum(free):g} of {amount_text(sum(totals), name)}"
-            found.append(f"needs {wanted}, and {held} are held by others")
-        elif _less(max(free), amount, on_one):
-            found.append(f"needs {at_once} on one node, the largest free node has {max(free):g}")
+        held = f"{sum(totals) - sum(free):g} of {amount_text(sum(totals), name)}"
+        reasons = (
+            (sum(totals), num_workers, f"needs {wanted}, the cluster has {sum(totals):g}"),
+            (max(totals), on_one, f"needs {at_once} on one node, the largest node has {max(totals):g}"),
+            (sum(free), num_workers, f"needs {wanted}, and {held} are held by others"),
+            (max(free), on_one, f"needs {at_once} on one node, the largest free node has {max(free):g}"),
+        )
+        found += [text for there, number, text in reasons if _less(there, amount, number)][:1]
     if found:
         return "; ".join(found)
     slots = [
