@@ -130,8 +130,8 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
     recipe = recipe_of(num_trials, sampler)
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
-        study.adopt()
-        study.tell_zero_shot(metrics_of(0.5))
+        study.recover_running()
+        study.add_zero_shot(metrics_of(0.5))
         spec = study.next()
         assert spec is not None
         answer(study, spec)
@@ -227,7 +227,7 @@ def study_cost(
     asked, settled = [], []
     began = time.perf_counter()
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         open_s = time.perf_counter() - began
         for _ in range(num_asked):
             began = time.perf_counter()
@@ -300,7 +300,7 @@ def driver_cost(
     readings, draws, read_cpu, draw_cpu = [], [], 0.0, 0.0
     shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         driver = Driver(study, num_live, lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
         view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []

@@ -56,14 +56,14 @@ def search(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[TrialRo
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(Path(folder) / "study", recipe) as study,
     ):
-        study.adopt()
+        study.recover_running()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)
             objective = objective_of(spec.values, rng)
             if objective is None:
                 error = DivergedError("replayed divergence")
-                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code), "")
+                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code))
             else:
                 content = {"format_version": FORMAT_VERSION, "objective": objective, "metrics": {}}
                 files.write_json(home / RESULT, content)

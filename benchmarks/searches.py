@@ -37,7 +37,7 @@ from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
 from carft_ray.layout import METRICS, RESULT
 from carft_ray.recipe.constraints import VIOLATION
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schedule import is_looked_at
+from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.outcome import FORMAT_VERSION, TrialRow
@@ -95,7 +95,7 @@ def replayed(
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(study_dir or Path(folder) / "study", recipe) as study,
     ):
-        study.adopt()
+        study.recover_running()
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,9 @@ def replayed(
             training = landscape.training(values, rng if spec.kind == "trial" else None)
             cut_after = None
             for epoch in range(1, recipe.train.epochs + 1):
-                if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
+                if has_intermediate_value(
+                    recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs
+                ):
                     line = _line(epoch, recipe.train.epochs, training)
                     files.append_line(home / METRICS, json.dumps(line))
                     if study.report(spec, line) is not None:

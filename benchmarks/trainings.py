@@ -41,7 +41,7 @@ from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.context import RunContext

@@ -104,7 +104,7 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
     events, running = [], {}
     with open_study(study_dir, recipe) as study:
         plan = plan_of(study, runner)
-        study.adopt()
+        study.recover_running()
         limit_s = recipe.resources.hang_timeout_s
         driver = Driver(
             study, at_a_time, events.append, hang_timeout_s=limit_s, end_process=lambda alive: os.kill(alive.pid, 9)

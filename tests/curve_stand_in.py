@@ -109,8 +109,8 @@ def call(argv):
     recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
     try:
         with open_study(Path(argv[0]), recipe) as study:
-            study.adopt()
-            study.tell_zero_shot(ZERO_SHOT)
+            study.recover_running()
+            study.add_zero_shot(ZERO_SHOT)
             run_all(study)
             print(*study.notes, sep="\n")
     except CarftError as error:

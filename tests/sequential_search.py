@@ -1,6 +1,6 @@
 """A search of stand-in trainings, one after the other, without Ray and torch: for the tests that kill it everywhere.
 
-``crash_host.py`` calls it as its program. It does what the search does: opens, adopts, and settles by the files.
+``crash_host.py`` calls it as its program. It does what the search does: opens, recovers, and settles by the files.
 """
 
 import gc
@@ -41,9 +41,9 @@ def call(argv):
     recipe = stand_in.make_recipe(num_trials, epochs=EPOCHS, **SEARCH)
     try:
         with open_study(study_dir, recipe) as study:
-            told = study.adopt()
+            told = study.recover_running()
             prepared = study.study_dir / "prepared"
-            study.tell_zero_shot(stand_in.prepare(recipe, prepared))
+            study.add_zero_shot(stand_in.prepare(recipe, prepared))
             while (spec := study.next()) is not None:
                 attempt(study, spec, prepared)
                 row = study.settle(spec)
@@ -73,4 +73,4 @@ def attempt(study, spec, prepared):
     except InterruptedRunError:
         return
     except DivergedError as error:
-        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code), "Traceback ...")
+        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code, details="Traceback ..."))

@@ -13,10 +13,10 @@ def search(study_dir, recipe, num_attempts=None):
     """Does what ``run_search`` does; with ``num_attempts`` it ends early, as a search that was stopped."""
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe))
-        study.adopt()
+        study.recover_running()
         found = prepare(on_all_cores(recipe), study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
-        study.tell_zero_shot(found)
+        study.add_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import time
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
-from carft_ray.recipe.schedule import is_looked_at
+from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import TrialSpec
 
@@ -93,7 +93,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             time.sleep(0.1)
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
-            if is_looked_at(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
+            if has_intermediate_value(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
                 row["subset/objective"] = look(recipe.train, epoch)
             report(out_dir / "metrics.jsonl", row)
             save(out_dir, attempt, epoch)

@@ -245,7 +245,7 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
         assert told[0] == told[1]
     recipe = load_recipe(again / "resolved.yaml")
     with open_study(again, recipe) as study:
-        study.adopt()
+        study.recover_running()
         assert best_row(study.rows()) == best_row(trials(folder / "study"))
         assert study.done()
 

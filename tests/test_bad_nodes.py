@@ -8,7 +8,7 @@ import stand_in
 from ray.cluster_utils import Cluster
 
 from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
+from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import read_heartbeat

@@ -15,11 +15,11 @@ from test_driver import Tune
 
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
-from carft_ray.launch.budget import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results.reading import documents, overview
@@ -62,7 +62,7 @@ def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
 def tune(tmp_path):
     """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.adopt()
+        study.recover_running()
 
         def begin(began=None, **budget):
             events = []
@@ -77,7 +77,7 @@ def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tu
     tune = tune(wall_time=3600)
     first, second = tune.start(), tune.start()
     tune.finish(first)
-    tune.driver._began -= 3600
+    tune.driver.began -= 3600
     assert tune.start() is None
     study_dir = tune.driver.study.study_dir
     assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
@@ -94,7 +94,7 @@ def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
     tune = tune(wall_time=3600)
     tune.start()
     (tune.driver.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
-    tune.driver._began -= 3600
+    tune.driver.began -= 3600
     assert tune.driver.check_stop()
     assert tune.driver.out_of_budget == ""
 
@@ -107,7 +107,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     (folder / "metrics.jsonl").write_text('{"epoch": 2}\n')
     os.utime(folder / "metrics.jsonl", (time.time() - 100, time.time() - 100))
     tune.finish(first)
-    tune.driver._began -= 3600 - LEAST_MARGIN_S - 98
+    tune.driver.began -= 3600 - LEAST_MARGIN_S - 98
     assert tune.driver.check_stop()
 
 
@@ -135,7 +135,7 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
 def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
     study_dir, recipe = tmp_path / "study", make_recipe(2)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
     folder = spec.folder(study_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     os.utime(folder / HEARTBEAT, (now - 100, now - 100))
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
-            study.adopt()
+            study.recover_running()
             assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
 
 
@@ -153,7 +153,7 @@ def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, mo
     study_dir = tmp_path / "study"
     recipe = budgeted(make_recipe(2), gpu_hours=3)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         study.spend(study.next(), 1800, 2.0)
     (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
     monkeypatch.setattr("sys.argv", ["carft-ray", "status", str(study_dir)])
@@ -200,7 +200,7 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)

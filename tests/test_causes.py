@@ -15,13 +15,13 @@ from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
-from carft_ray.launch.recovery.causes import LONGEST, error_of, explained, log_cause, root_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
-from carft_ray.launch.runs.ray_train import train_with_ray
+from carft_ray.launch.recovery.causes import LONGEST, error_of, explained, is_full_memory, root_cause
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_with_ray
 from carft_ray.launch.runtime import Runner
 from carft_ray.study import study
 from carft_ray.study.identity import claim
+from carft_ray.study.outcome import log_lost
 from carft_ray.study.rows import trials
 
 HERE = Path(__file__).parent
@@ -157,16 +157,18 @@ def test_the_cause_is_the_exception_under_ray_s_wrappers_in_one_line(error, expe
 def test_full_memory_is_told_whichever_worker_had_none():
     failures = {0: ValueError("rank 0"), 1: ray.exceptions.OutOfMemoryError(OF_MEMORY)}
     for error in (WorkerGroupError("two", failures), ray.exceptions.OutOfMemoryError(OF_MEMORY), OF_MEMORY):
-        assert told_of_full_memory(root_cause(error))
+        assert is_full_memory(root_cause(error))
         assert "27.63GB of 28.80GB" in root_cause(error)
 
 
 def test_a_long_cause_is_shortened_and_whole_in_the_log(tmp_path):
     error = RuntimeError("word " * 200)
     assert len(root_cause(error)) == LONGEST
-    assert log_cause(tmp_path / "new", 2, explained(error)) == root_cause(error)
-    assert "attempt 2: lost: RuntimeError: word" in (tmp_path / "new" / "log.txt").read_text()
-    assert str(error).strip() in (tmp_path / "new" / "log.txt").read_text()
+    reason, _, details = explained(error).partition("\n")
+    log_lost(tmp_path, 2, reason, details)
+    assert reason == root_cause(error)
+    assert "attempt 2: lost: RuntimeError: word" in (tmp_path / "log.txt").read_text()
+    assert str(error).strip() in (tmp_path / "log.txt").read_text()
 
 
 def test_an_error_of_tune_is_its_pickle_or_its_text(tmp_path):

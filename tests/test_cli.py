@@ -447,7 +447,7 @@ def test_a_training_is_not_resumed_with_another_recipe(run):
     done = Path("done").absolute()
     problems = err.splitlines()
     assert f"train.seed: must be 0 as in {done}, but got 5" in problems[0] + problems[-2]
-    assert problems[-1] == f"    Go on with {done / 'resolved.yaml'}, or give another folder."
+    assert problems[-1] == f"    Continue with {done / 'resolved.yaml'}, or give another folder."
 
 
 @pytest.mark.parametrize(

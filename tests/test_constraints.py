@@ -216,8 +216,8 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
         2, **PROFILE, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}, constraints={"id_drop": drops}
     )
     with open_study(study_dir, recipe) as study:
-        study.adopt()
-        study.tell_zero_shot(ZERO_SHOT)
+        study.recover_running()
+        study.add_zero_shot(ZERO_SHOT)
         plain, other = study.next(), study.next()
         assert (plain.name, other.name) == ("plain", "other")
         assert study.next() is None
@@ -230,10 +230,10 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
         assert references["zero_shot"] == ZERO_SHOT["id_accuracy"]
 
 
-def test_an_adopted_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
+def test_a_recovered_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first = study.next()
         study.lost(first, "killed")
         again = study.next()
@@ -247,10 +247,12 @@ def test_an_adopted_trial_waits_too_and_a_baseline_gets_its_second_attempt_first
 def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "Traceback ...")
+        write_failure(
+            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6, details="Traceback ...")
+        )
         study.settle(spec)
         with pytest.raises(NoSuccessfulTrialError) as caught:
             study.next()
@@ -266,13 +268,13 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
-        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
+        study.recover_running()
+        study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
         for outcome, attempts in (("diverged", 1), ("error", 2)):
             for attempt in range(1, attempts + 1):
                 spec = study.next()
-                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6), "Traceback ...")
+                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
                 study.settle(spec)
     found = [trial.constraints for trial in told(study_dir)]
     assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
@@ -293,8 +295,8 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:
-        study.adopt()
-        study.tell_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
+        study.recover_running()
+        study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
     view = read_study(study_dir)
     assert [path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")] == [view.best.name]
@@ -308,7 +310,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
     recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"ece": {"id_val": 0.1}})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)

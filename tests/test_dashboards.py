@@ -37,9 +37,9 @@ def study_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboards")
     recipe = load_recipe(short_training.make(folder), [*OVERRIDES, f"data.cache_dir={folder / 'cache'}"])
     with open_study(folder / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         prepared = study.study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, prepared))
+        study.add_zero_shot(prepare(recipe, prepared))
         while (spec := study.next()) is not None:
             value = apply(recipe, spec.values)
             run_training(value, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt)

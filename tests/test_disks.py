@@ -114,7 +114,7 @@ def alive(folder):
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-        study.adopt()
+        study.recover_running()
         driver = Driver(study, 1, events.append)
         folder = driver.propose("one").folder(study.study_dir)
         alive(folder)
@@ -134,13 +134,13 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
     recipe = make_recipe(2, baselines={})
     with open_study(tmp_path / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         name = study.next().name
     before = (tmp_path / "study" / "manifest.json").read_bytes()
     disk("manifest.json", 5)
     disk("study", 1)
     with open_study(tmp_path / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         assert study.next().name == name
     assert (tmp_path / "study" / "manifest.json").read_bytes() == before
 
@@ -152,9 +152,9 @@ def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     alive(folder)
     leaks.suspect(TrialSpec("trial", 1, "t0001-abcd", {}, 1), [SPEC])
     disk("heartbeat.json", 1)
-    assert leaks.look([SPEC]) == 0
+    assert leaks.check([SPEC]) == 0
     assert read_heartbeat(folder, 1).group == "beef"
-    assert leaks.look([SPEC]) == 1
+    assert leaks.check([SPEC]) == 1
     assert removed == ["dead"]
 
 

@@ -23,8 +23,8 @@ from carft_ray.launch.events import (
     TrialSetAside,
     TrialStarted,
 )
-from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
 from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
+from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.outcome import Failure, TrialSpec, write_failure
@@ -67,7 +67,7 @@ class Tune:
         spec = TrialSpec(**trial.config["spec"])
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code), "")
+        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code))
         self.end(trial)
 
     def end(self, trial, lost=""):
@@ -86,7 +86,7 @@ class Tune:
 @pytest.fixture
 def study(tmp_path):
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.adopt()
+        study.recover_running()
         yield study
 
 
@@ -149,7 +149,7 @@ def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_go
         tune.end(trial)
     for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
         [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
-        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume goes on from {where}")
+        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume continues from {where}")
 
 
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
@@ -342,7 +342,7 @@ def test_without_a_limit_nothing_is_ended(search):
 
 
 def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.driver.WAIT_TOLD_S", 0)
+    monkeypatch.setattr("carft_ray.launch.driver.WAIT_NOTE_AFTER_S", 0)
     trial = tune.start()
     for _ in range(4):
         tune.look()
@@ -370,7 +370,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
-        study.adopt()
+        study.recover_running()
         tune = Tune(Driver(study, 32, lambda event: None))
         live = [tune.start() for _ in range(32)]
         for _ in range(3):
@@ -565,7 +565,7 @@ def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
     def slow_look():
         clock["now"] += clock["took"]
 
-    monkeypatch.setattr(tune.driver, "_look", slow_look)
+    monkeypatch.setattr(tune.driver, "_read", slow_look)
     tune.look()
     assert tune.driver._next_poll == pytest.approx(100.5)  # twice a second
     clock.update(now=200.0, took=3.0)

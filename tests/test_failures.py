@@ -24,9 +24,9 @@ from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.nodes import Node, lacking, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.ray_cluster.waiting import Node, lacking, why_waiting
-from carft_ray.launch.recovery.host_memory import host_memory
+from carft_ray.launch.recovery.causes import host_memory
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
@@ -245,8 +245,8 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
     changes = [event for event in events if isinstance(event, ConcurrencyChanged)]
     assert changes == [ConcurrencyChanged(2, "memory was full"), ConcurrencyChanged(1, "memory was full")]
     told = notes(events)
-    assert "gets another attempt, with 2 at a time from now on, no more 3: no memory was left on node 10.0" in told[0]
-    assert "gets another attempt, with 1 at a time from now on, no more 2: no memory was left on node 10.0" in told[1]
+    assert "gets another attempt, with 2 at a time from now on, no longer 3: no memory was left on node 10.0" in told[0]
+    assert "gets another attempt, with 1 at a time from now on, no longer 2: no memory was left on node 10.0" in told[1]
     assert len(told) == 2
     assert sorted(row.attempt for row in trials(tmp_path / "study")) == [1, 1, 2, 2]
 
@@ -273,7 +273,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     stand_in.tell(tmp_path, seconds=100)
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(tmp_path / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         with running_ray(None, tmp_path / "ray.log") as there:
             plan = make_runtime(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
@@ -286,7 +286,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     )
     assert known.match(row.reason)
     assert notes(events)[0].startswith(
-        f"{row.name} gets another attempt, with 1 at a time from now on, no more 2: no m"
+        f"{row.name} gets another attempt, with 1 at a time from now on, no longer 2: no m"
     )
 
 
@@ -363,7 +363,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     stand_in.tell(tmp_path, seconds=0.4, tell_pid=True)
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         plan = attempts.plan_of(study)
         first = study.next()
         folder = first.folder(study_dir)

@@ -119,7 +119,7 @@ def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
 ):  # the last of these two nodes
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
     told = searched(recipe, tmp_path, two_nodes, runner)
-    assert any("is gone: the search goes on without it" in text for text in told), told
+    assert any("is gone: the search continues without it" in text for text in told), told
 
 
 @pytest.mark.slow
@@ -159,12 +159,12 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_of_a_training_tells_that_it_goes_on(tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(executors, "STEP_TOLD_S", 0.0)
+def test_every_rank_of_a_training_reports_its_steps(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(executors, "HEARTBEAT_EVERY_S", 0.0)
     path = tmp_path / HEARTBEAT
     path.write_text("{}")
     nodes = (("node", "address"), ("node", "address"))
-    with executors._alive(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
+    with executors._heartbeat(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
         os.utime(path, (1, 1))
         assert not context.should_stop()
         assert path.stat().st_mtime > 1

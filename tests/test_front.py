@@ -14,8 +14,8 @@ from carft_ray.study.front import (
     knee,
     lexicographic,
     non_dominated,
+    spread_points,
     stand,
-    told_points,
 )
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, best_row
@@ -179,9 +179,9 @@ def test_a_trial_that_violates_is_never_before_one_that_does_not():
 
 def test_the_sampler_is_told_of_at_most_four_further_points_none_of_them_beaten():
     points = [{"alpha": i / 10, "id_accuracy": i / 10, "ood_accuracy": 1 - i / 10} for i in range(11)]
-    told = [point["alpha"] for point in told_points(points, 0.5)]
+    told = [point["alpha"] for point in spread_points(points, 0.5)]
     assert told == [0.0, 0.3, 0.7, 1.0]
     points[7] = {"alpha": 0.7, "id_accuracy": 0.1, "ood_accuracy": 0.1}
-    assert 0.7 not in [point["alpha"] for point in told_points(points, 0.5)]
-    assert told_points(points[:1], 0.0) == []
-    assert [point["alpha"] for point in told_points(points[:3], 0.2)] == [0.0, 0.1]
+    assert 0.7 not in [point["alpha"] for point in spread_points(points, 0.5)]
+    assert spread_points(points[:1], 0.0) == []
+    assert [point["alpha"] for point in spread_points(points[:3], 0.2)] == [0.0, 0.1]

@@ -146,11 +146,11 @@ def test_keys_below_a_key_of_the_table_have_its_class():
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
     with open_study(study_dir, make_recipe(2)) as study:
-        study.adopt()
+        study.recover_running()
         run_all(study)
     more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
     with open_study(study_dir, make_recipe(2, baselines=more)) as study:
-        study.adopt()
+        study.recover_running()
         assert [spec.name for spec in run_all(study)] == ["strong"]
     assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
     assert set(read_manifest(study_dir)[0].search.baselines) == {"plain", "strong"}
@@ -169,7 +169,7 @@ def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifes
         pass
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
     with study_lock(study_dir):
-        record_recipe(study_dir, claim(study_dir, new))
+        record_recipe(study_dir, new, claim(study_dir, new).space_changes)
     assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
     assert study_recipe(study_dir).train.epochs == 9
@@ -199,14 +199,14 @@ def folder_recipe(base, **data):
 def test_a_project_that_was_moved_goes_on(tmp_path):
     write_tree(tmp_path / "old")
     with open_study(tmp_path / "old" / "study", folder_recipe(tmp_path / "old")) as study:
-        study.adopt()
+        study.recover_running()
         run_all(study)
     (tmp_path / "old").rename(tmp_path / "new")
     study_dir = tmp_path / "new" / "study"
     assert len(trials(study_dir)) == 2
     recipe = folder_recipe(tmp_path / "new").model_copy(update={"search": make_recipe(3).search})
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         assert [spec.number for spec in run_all(study)] == [2]
     assert read_manifest(study_dir)[0].data.id_test.path == str(tmp_path / "new" / "images")
     kept = json.loads((study_dir / "manifest.json").read_text())["recipes"]
@@ -217,12 +217,12 @@ def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_pa
     write_tree(tmp_path)
     with open_study(tmp_path / "study", folder_recipe(tmp_path)) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(tmp_path)))
-        study.adopt()
+        study.recover_running()
         run_all(study)
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(tmp_path / "study", copy)
     with open_study(copy, load_recipe(copy / "resolved.yaml")) as study:
-        assert study.adopt() == []
+        assert study.recover_running() == []
         assert study.done()
 
 
@@ -278,7 +278,7 @@ def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
     assert f"  - train.epochs: must be {epochs} as in {here / 'first'}, but got 9\n" in told
     assert "  - evaluate.subset: must be " in told
     assert "  - search.objective.id_weight: must be 0.5" in told
-    assert f"Go on with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
+    assert f"Continue with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
     assert "Traceback" not in told
 
 

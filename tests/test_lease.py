@@ -108,7 +108,7 @@ def test_a_damaged_lease_counts_by_its_age(study_dir, content):
 def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_EVERY_S", 0.05)
     with open_study(study_dir, make_recipe(1)) as study:
-        study.adopt()
+        study.recover_running()
         journal = (study_dir / "study.journal").stat()
         for _ in range(3):
             os.utime(study_dir / LEASE, (0, 0))
@@ -120,7 +120,7 @@ def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypat
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
-        study.adopt()
+        study.recover_running()
         study.next()
         assert not study.taken_over
         path = leave(study_dir, host="node7", boot="another", pid=12)

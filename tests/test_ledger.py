@@ -25,8 +25,8 @@ def searched(tmp_path_factory):
     """A study whose search has ended: two trials, a baseline, zero-shot."""
     folder = tmp_path_factory.mktemp("studies")
     with open_study(folder / "study", RECIPE) as study:
-        study.adopt()
-        study.tell_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
+        study.recover_running()
+        study.add_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
         while (spec := study.next()) is not None:
             attempt(study, spec, study.study_dir / "prepared")
             study.settle(spec)
@@ -101,13 +101,13 @@ def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
     assert trials(study_dir) == trials(searched)
     assert baselines(study_dir) == baselines(searched)
     with open_study(study_dir, RECIPE) as study:
-        study.adopt()
+        study.recover_running()
         assert study.done()
 
 
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
     with open_study(fresh, larger(3)) as study:
-        study.adopt()
+        study.recover_running()
         record(study.study_dir, RECIPE, "winner fixed", details={"winner": "t0000"})
         spec = study.next()
         attempt(study, spec, study.study_dir / "prepared")
@@ -125,7 +125,7 @@ TAMPERINGS = {
     "two lines removed": (lambda lines: lines[:1], "line 2, was removed"),
     "all lines removed": (lambda lines: [], "the whole file, 3 lines, was removed"),
     "another order": (lambda lines: [lines[0], lines[2], lines[1]], "another order"),
-    "a line twice": (lambda lines: [*lines, lines[1]], "a line stands there twice"),
+    "a line twice": (lambda lines: [*lines, lines[1]], "a line is there twice"),
     "a line appended": (
         lambda lines: [*lines, lines[2].replace('"number": 3', '"number": 4')],
         "line 4 was not written by carft-ray",

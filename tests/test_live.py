@@ -200,7 +200,7 @@ def test_what_takes_the_events_can_be_written_to_tunes_file(tmp_path):
 
 def test_without_a_terminal_there_are_lines(tmp_path, capsys):
     with progress.search_shown(True, tmp_path, 4) as on_event:
-        on_event(TrialFinished(row(7, 0.3), is_best=False))  # adopted: it had finished before
+        on_event(TrialFinished(row(7, 0.3), is_best=False))  # recovered: it had finished before
         on_event(Started(8, 1, 2, "2 CPUs"))
         on_event(TrialFinished(row(0, 0.4), is_best=True))
     first, second, third = capsys.readouterr().err.splitlines()

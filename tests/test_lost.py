@@ -21,7 +21,7 @@ from tiny import make_tiny_clip
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, DivergedError, MachineError, Problem, StorageError
 from carft_ray.launch.executors import run_worker
-from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, lost_rank
+from carft_ray.launch.recovery.causes import UNKNOWN, device_error_step, lost_rank
 from carft_ray.learning import checkpoint, loop
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.heads import build_heads

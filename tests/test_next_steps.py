@@ -31,8 +31,8 @@ def make(study_dir, recipe, num_finished, objective=0.5):
     """A study of so many finished trials, and one more that has begun where the recipe has more."""
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
-        study.adopt()
-        study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        study.recover_running()
+        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for _ in range(num_finished):
             finish(study, start(study), objective)
         if not study.done():

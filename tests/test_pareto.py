@@ -55,8 +55,8 @@ def told(study_dir):
 
 def make_study(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
-        study.tell_zero_shot(ZERO_SHOT)
+        study.recover_running()
+        study.add_zero_shot(ZERO_SHOT)
         return run_all(study)
 
 
@@ -71,11 +71,11 @@ def test_trainings_and_points_are_counted_apart(study_dir):
     assert [row.number for row in rows] != list(range(5))  # the points between have numbers, too
     assert [trial.number for trial in search.trials if is_training(trial)] == [row.number for row in rows]
     with open_study(study_dir, make_recipe(5)) as study:
-        study.adopt()
+        study.recover_running()
         assert study.done()
     assert total_trials("+2", read_study_with_recipe(study_dir, make_recipe(5))) == 7
     with open_study(study_dir, make_recipe(7)) as study:
-        study.adopt()
+        study.recover_running()
         assert len(run_all(study)) == 2
 
 
@@ -147,10 +147,10 @@ def test_weights_of_all_trainings_on_the_front_stay(study_dir):
 
 def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(study_dir):
     with open_study(study_dir, make_recipe(6, baselines={})) as study:
-        study.adopt()
+        study.recover_running()
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6), "Traceback ...")
+        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6, details="Traceback ..."))
         assert study.settle(spec).outcome == "diverged"
         run_all(study)
     assert [row.outcome for row in trials(study_dir)] == ["diverged"] + ["complete"] * 5
@@ -279,8 +279,8 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
     def search(num_trials, points_of_new):
         recipe = make_recipe(num_trials, objective=objective, baselines={})
         with open_study(study_dir, recipe) as study:
-            study.adopt()
-            study.tell_zero_shot(ZERO_SHOT)
+            study.recover_running()
+            study.add_zero_shot(ZERO_SHOT)
             spec = study.next()
             points_result(study_dir, spec, points_of_new(spec.values["alpha"]))
             study.settle(spec)
@@ -292,7 +292,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         said = [*notes, cost(view, first)]
         wanted, trained = fix(study_dir, view.recipe, first, second, first), []
         with open_study(study_dir, view.recipe) as study:
-            study.adopt_confirm(wanted)
+            study.recover_confirm(wanted)
             while (spec := study.next()) is not None:
                 curve_stand_in.write_result(study, spec)
                 assert study.settle(spec).outcome == "complete"
@@ -331,7 +331,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
     with open_study(study_dir, view.recipe) as study:
-        study.adopt_confirm(fix(study_dir, view.recipe, first, None, first))
+        study.recover_confirm(fix(study_dir, view.recipe, first, None, first))
         while (spec := study.next()) is not None:
             recipe, place = apply(view.recipe, spec.values), spec.folder(study_dir)
             prepare(recipe, study_dir / "prepared")

@@ -1,4 +1,4 @@
-"""Pruning: the rules against Optuna's own, looks that count, cuts that survive kills, recipes that cannot cut."""
+"""Pruning: the rules against Optuna's own, values that count, cuts that survive kills, recipes that cannot cut."""
 
 import json
 
@@ -18,12 +18,12 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import broken_rules
-from carft_ray.recipe.schedule import is_looked_at, percent, rungs
+from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.results.reading.documents import pruner_quality, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
-from carft_ray.study.proposals.pruning import Looked, cut_reason, deciding_look, look_of
+from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -53,14 +53,14 @@ def optuna_pruner(part):
     ids=lambda keys: f"{keys['name']}-{len(keys)}-{list(keys.values())[-1]}",
 )
 def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
-    """40 trials of 20 epochs, three at a time, looks at random."""
+    """40 trials of 20 epochs, three at a time, values at random."""
     part, rng = PrunerConfig(**keys), np.random.default_rng(0)
     study = optuna.create_study(direction="maximize", pruner=optuna_pruner(part), study_name="search")
-    looks, complete, live, verdicts = {}, set(), {}, []
+    values_by, complete, live, verdicts = {}, set(), {}, []
     for _ in range(3000):
-        if len(live) < 3 and len(looks) < 40:
+        if len(live) < 3 and len(values_by) < 40:
             trial = study.ask()
-            looks[trial.number], live[trial.number] = {}, (trial, 0, rng.normal())
+            values_by[trial.number], live[trial.number] = {}, (trial, 0, rng.normal())
         if not live:
             break
         number = int(rng.choice(list(live)))
@@ -69,10 +69,10 @@ def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
         live[number] = (trial, epoch + 1, quality)
         if step < round(100 * part.first):
             continue
-        looks[number][step] = value
-        known = {n: Looked(n, found, n in complete) for n, found in looks.items()}
+        values_by[number][step] = value
+        known = {n: PrunerTrial(found, n in complete) for n, found in values_by.items()}
         mine = known.pop(number)
-        reason = cut_reason(part, mine, list(known.values()))
+        reason = cut_reason(part, mine.intermediate_values, list(known.values()))
         trial.report(value, step)
         expected = step < 100 and trial.should_prune()
         assert (reason is not None) == expected, (number, step, reason)
@@ -81,7 +81,7 @@ def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
             study.tell(number, None if reason else value, TrialState.PRUNED if reason else TrialState.COMPLETE)
             complete |= set() if reason else {number}
             del live[number]
-    assert len(looks) == 40
+    assert len(values_by) == 40
     assert sum(reason is not None for reason in verdicts) > 2
 
 
@@ -103,37 +103,37 @@ def test_rungs_end_before_the_training_does(keys, expected):
 
 @pytest.mark.parametrize("epochs", [3, 6, 10, 12, 17, 40])
 @pytest.mark.parametrize("keys", [{}, {"first": 0.1, "factor": 3}, {"first": 0.25}])
-def test_a_training_is_looked_at_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
+def test_a_training_is_evaluated_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
     part = PrunerConfig(**HALVING, **keys)
-    looked = {epoch for epoch in range(1, epochs + 1) if is_looked_at(0, part, epoch, epochs)}
+    evaluated = {epoch for epoch in range(1, epochs + 1) if has_intermediate_value(0, part, epoch, epochs)}
     shares = [part.first * part.factor**k for k in range(9) if part.first * part.factor**k < 1]
-    assert looked == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
-    assert {epoch for epoch in range(1, epochs + 1) if is_looked_at(2, part, epoch, epochs)} == looked | set(
-        range(2, epochs + 1, 2)
-    )
+    assert evaluated == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
+    assert {
+        epoch for epoch in range(1, epochs + 1) if has_intermediate_value(2, part, epoch, epochs)
+    } == evaluated | set(range(2, epochs + 1, 2))
 
 
-def test_a_look_counts_from_first_on_and_after_the_warm_up():
+def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
     recipe = make_recipe(4, epochs=10, pruner=HALVING)
 
     def at(epoch, values=None, **row):
         line = {"epoch": epoch, "step": 10 * epoch, "num_steps": 100, "subset/objective": 0.5, **row}
-        return look_of(recipe, values or {}, line)
+        return intermediate_value(recipe, values or {}, line)
 
     assert at(3) is None
     assert at(4) == (40, 0.5)
     assert at(4, {"epochs": 20}) is None
     assert at(4, {"warmup_steps": 41}) is None
     assert at(4, {"warmup_steps": 40}) == (40, 0.5)
-    assert look_of(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
+    assert intermediate_value(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
 
 
 def test_trainings_of_different_length_compare_at_their_percent():
     part = PrunerConfig(name="median", startup_trials=1)
-    others = [Looked(n, {percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
-    assert cut_reason(part, Looked(9, {40: 0.5}, complete=False), others).startswith("cut at 40 %: 50.0 %")
-    assert cut_reason(part, Looked(9, {40: 0.7}, complete=False), others) is None
-    assert cut_reason(part, Looked(9, {30: 0.5}, complete=False), others) is None  # none that early
+    others = [PrunerTrial({percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
+    assert cut_reason(part, {40: 0.5}, others).startswith("cut at 40 %: 50.0 %")
+    assert cut_reason(part, {40: 0.7}, others) is None
+    assert cut_reason(part, {30: 0.5}, others) is None  # none that early
 
 
 # in a study
@@ -176,9 +176,9 @@ def frozen(study_dir, number):
     return optuna.load_study(storage=storage, study_name="search").trials[number]
 
 
-def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(study_dir, recipe):
+def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second = begin(study), begin(study)
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
@@ -188,7 +188,12 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
         (second.folder(study_dir) / "checkpoint").mkdir()
         (second.folder(study_dir) / "fine_tuned.safetensors").touch()
         told = study.settle(second)
-        assert (told.outcome, told.reason, told.objective, told.looks) == ("pruned", reason, None, {33: 0.5})
+        assert (told.outcome, told.reason, told.objective, told.intermediate_values) == (
+            "pruned",
+            reason,
+            None,
+            {33: 0.5},
+        )
         assert not (second.folder(study_dir) / "checkpoint").exists()
         assert not (second.folder(study_dir) / "fine_tuned.safetensors").exists()
         assert finish(study, first).outcome == "complete"
@@ -212,25 +217,25 @@ def test_a_cut_training_is_told_pruned_with_its_looks_and_loses_its_weights(stud
 
 def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         reason = study.report(second, row(2, 0.5))
         told = finish(study, second)
         assert (told.outcome, told.reason, told.late_cut) == ("complete", "", reason)
         assert study.report(third, row(2, 0.4))
-        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt), "")
+        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt))
         told = study.settle(third)
         assert (told.outcome, told.late_cut) == ("pruned", "")
 
 
-def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training_are_noted(study_dir, recipe):
+def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_training_are_noted(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second = begin(study), begin(study)
         write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
         finish(study, first)
-        write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver looks
+        write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver reads
         told = finish(study, second)
         reason = "cut at 33 %: 10.0 % was not among the best half of 2 trials"
         assert (told.outcome, told.late_cut) == ("complete", reason)
@@ -238,35 +243,35 @@ def test_the_last_step_is_never_a_reason_to_cut_and_looks_of_a_finished_training
     pruner = status(read_study(study_dir))["pruner"]
     assert (pruner["num_cut"], pruner["num_late"]) == (0, 1)
     assert "0 trials cut, 1 more would have been, but had ended before the cut took effect; " in pruner["lines"][0]
-    assert [found.looks for found in trials(study_dir)] == [
+    assert [found.intermediate_values for found in trials(study_dir)] == [
         {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
         {33: 0.1, 50: 0.1, 67: 0.1, 83: 0.1, 100: 0.1},
     ]
 
 
-def test_a_decided_cut_is_told_at_adoption_and_not_run_again(study_dir, recipe):
+def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
-        write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it looked
+        write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it read them
     with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome) for told in study.adopt()] == [(1, "pruned"), (2, "pruned")]
+        assert [(told.number, told.outcome) for told in study.recover_running()] == [(1, "pruned"), (2, "pruned")]
         again = study.next()
         assert (again.number, again.attempt) == (0, 2)
 
 
 @pytest.mark.filterwarnings("error")
-def test_adopted_trials_keep_their_rungs(study_dir):
-    """Both rungs of 8 trials, the study reopened before every look, as if it were never closed."""
+def test_recovered_trials_keep_their_rungs(study_dir):
+    """Both rungs of 8 trials, the study reopened before every value, as if it were never closed."""
     values = np.random.default_rng(1).uniform(0.2, 0.8, (8, 2))
 
     def told(folder, reopen):
         recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner=HALVING)
         found = []
         with open_study(folder, recipe) as study:
-            study.adopt()
+            study.recover_running()
             specs = [begin(study) for _ in range(8)]
             if not reopen:
                 found = [
@@ -276,8 +281,8 @@ def test_adopted_trials_keep_their_rungs(study_dir):
             for rung, epoch in enumerate((2, 4)):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
-                        study._take_over("trial")
-                        if (spec.kind, spec.number) not in study._trials:
+                        study._recover("trial")
+                        if (spec.kind, spec.number) not in study._journal._trials:
                             found.append(None)
                             continue
                         found.append(study.report(spec, row(epoch, values[spec.number, rung])))
@@ -289,26 +294,26 @@ def test_adopted_trials_keep_their_rungs(study_dir):
     assert 0 < sum(reason is not None for reason in undisturbed) < 8
 
 
-def test_looks_at_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
+def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
     with open_study(study_dir, recipe):
         pass
     (study_dir / "study.journal").unlink()
     storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
     optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         assert study.settle(second).outcome == "pruned"
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
         _, third = begin(study), begin(study)
         assert study.report(third, row(2, 0.55))
-        assert study.settle(third).looks == {33: 0.55}
+        assert study.settle(third).intermediate_values == {33: 0.55}
         for _ in range(3):  # the sampler can still draw
             assert study.next() is not None
-    assert trials(study_dir)[0].looks == {33: 0.6}
+    assert trials(study_dir)[0].intermediate_values == {33: 0.6}
 
 
 def test_a_search_in_which_all_were_cut_says_so():
@@ -319,7 +324,7 @@ def test_a_search_in_which_all_were_cut_says_so():
 
 
 @pytest.mark.slow
-def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
+def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch):
     from carft_ray.evaluation.run import prepare, run_training
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -328,15 +333,22 @@ def test_a_real_training_looks_where_its_rungs_end(tmp_path, monkeypatch):
     prepare(recipe, tmp_path / "prepared", share_targets=False)
     run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
     assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
-    assert [look[0] for line in lines if (look := look_of(recipe, {}, line))] == [33, 67]
+    assert [found[0] for line in lines if (found := intermediate_value(recipe, {}, line))] == [33, 67]
 
 
-# what foretells the end
+# what predicts the end
 
 
-def complete(number, look, objective, **more):
+def complete(number, value, objective, **more):
     return TrialRow(
-        "trial", number, f"t{number}", {}, "complete", objective=objective, looks={33: 0.0, 67: look}, **more
+        "trial",
+        number,
+        f"t{number}",
+        {},
+        "complete",
+        objective=objective,
+        intermediate_values={33: 0.0, 67: value},
+        **more,
     )
 
 
@@ -350,21 +362,21 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     assert "hardly predict" in pruner_quality(part, bad)["warning"]
     assert pruner_quality(part, bad[:9])["warning"] is None
     assert pruner_quality(part, [])["rank_correlation"] is None
-    pruned = TrialRow("trial", 10, "t10", {}, "pruned", looks={33: 0.0})
+    pruned = TrialRow("trial", 10, "t10", {}, "pruned", intermediate_values={33: 0.0})
     assert pruner_quality(part, [*good, pruned])["trials"] == 10
     assert "1 trial cut" in pruner_quality(part, [*good, pruned])["lines"][0]
 
 
-def test_the_deciding_look_is_that_of_the_last_rung_or_the_last_before_the_end():
-    looks = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
-    assert deciding_look(PrunerConfig(**HALVING), looks) == 0.3
-    assert deciding_look(PrunerConfig(name="median"), looks) == 0.4
-    assert deciding_look(PrunerConfig(**HALVING), {33: 0.1}) is None
+def test_the_deciding_value_is_that_of_the_last_rung_or_the_last_before_the_end():
+    values = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
+    assert deciding_value(PrunerConfig(**HALVING), values) == 0.3
+    assert deciding_value(PrunerConfig(name="median"), values) == 0.4
+    assert deciding_value(PrunerConfig(**HALVING), {33: 0.1}) is None
 
 
 def test_status_holds_the_pruner(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.adopt()
+        study.recover_running()
     assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
 
 
@@ -395,8 +407,8 @@ def test_a_pruner_that_could_cut_nothing_is_refused(place, arguments):
 
 
 @pytest.mark.parametrize(("warmup", "refused"), [(None, False), (5, False), (9, True)])
-def test_a_warm_up_that_covers_all_looks_is_refused(warmup, refused):
-    recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, looks after 3 and 6 epochs
+def test_a_warm_up_that_covers_all_values_is_refused(warmup, refused):
+    recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, values after 3 and 6 epochs
     train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
     problems = check_sets(recipe.model_copy(update={"train": train}))
     assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])

@@ -76,8 +76,8 @@ def make_study(study_dir, recipe, alpha=0.65):
     stored = sorted({*GRID, alpha})
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.adopt()
-        study.tell_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
+        study.recover_running()
+        study.add_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
         write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
         for lift in (0.02, 0.1, 0.12, 0.11, 0.05):
             spec = study.next()
@@ -85,7 +85,9 @@ def make_study(study_dir, recipe, alpha=0.65):
             study.settle(spec)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt), "Traceback ...")
+        write_failure(
+            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, details="Traceback ...")
+        )
         study.settle(spec)
     return study_dir
 

@@ -66,9 +66,9 @@ def searched(folder, mode, num_trials):
     study_dir = folder / "study"
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.adopt()
+        study.recover_running()
         prepared = study_dir / "prepared"
-        study.tell_zero_shot(prepare(recipe, prepared, lambda text: None))
+        study.add_zero_shot(prepare(recipe, prepared, lambda text: None))
         while (spec := study.next()) is not None:
             out = spec.folder(study_dir)
             run_training(apply(recipe, spec.values), out, prepared, RunContext(), spec.attempt)
@@ -301,7 +301,7 @@ def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, caps
     recipe = stand_in.make_recipe(2)
     with open_study(tmp_path / "empty", recipe) as study:
         (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.adopt()
+        study.recover_running()
     monkeypatch.chdir(tmp_path)
     assert crash_host.call(["rescore", "empty"]) == 6
     assert "must have a finished trial, but got none" in capsys.readouterr().err

@@ -173,7 +173,9 @@ def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(
 
     study_dir = tmp_path / "killed"
     process = driver(study_dir, 3, **HALVING)
-    while not any(row.looks.keys() >= {25} and row.number for row in begun(study_dir)):  # a later trial, first rung
+    while not any(
+        row.intermediate_values.keys() >= {25} and row.number for row in begun(study_dir)
+    ):  # a later trial, first rung
         assert process.poll() is None
         time.sleep(0.3)
     process.kill()
@@ -223,10 +225,10 @@ def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
 def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
     recipe = stand_in.make_recipe(3, baselines={})
     with open_study(tmp_path / "study", recipe) as study:
-        study.adopt()
+        study.recover_running()
         while (spec := study.next()) is not None:
             spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
-            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6), "")
+            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6))
             study.settle(spec)
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
         run_search(recipe, tmp_path / "study", runner=RUNNER)

@@ -377,7 +377,7 @@ def test_a_study_without_test_sets_is_told_to_begin_another(run, here, folder):
 def test_a_study_without_a_finished_trial_is_told(run, here, folder):
     recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1"])
     with open_study(here / "empty", recipe) as study:
-        study.adopt()
+        study.recover_running()
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     code, _, err = run("test", "empty")
     assert code == 6

@@ -1,8 +1,8 @@
-"""What a study tells of a finished training, from its result alone."""
+"""What a study keeps of a finished training, from its result alone."""
 
 import pytest
 
-from carft_ray.study.trial_attributes import further_points, missing_metrics, result_attributes, told_constraints
+from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
 
 NAMES = ("id_drop/zero_shot", "ece/id_val")
 MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/ece/id_val": 0.1}
@@ -29,11 +29,11 @@ RESULT = {
     ],
 )
 def test_every_finished_trial_has_all_constraints_and_only_a_complete_one_its_measured_values(outcome, expected):
-    assert told_constraints(outcome, MEASURED, NAMES) == expected
+    assert constraint_values(outcome, MEASURED, NAMES) == expected
 
 
 def test_without_constraints_of_the_recipe_there_is_trained_alone():
-    assert told_constraints("complete", MEASURED, ()) == {"trained": -1.0}
+    assert constraint_values("complete", MEASURED, ()) == {"trained": -1.0}
 
 
 def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_of():
@@ -66,12 +66,3 @@ def test_the_own_point_of_a_training_is_on_its_curve_once():
     found = result_attributes({**RESULT, "alpha": 0.5}, 0.2)["points"]
     assert found == [*CURVE[1:], {"alpha": 0.5, **RESULT["metrics"]}]
     assert result_attributes({**RESULT, "curve": []}, 0.2)["points"] == [{"alpha": 0.4, **RESULT["metrics"]}]
-
-
-def test_the_sampler_is_told_of_each_other_point_once_and_of_none_outside_the_space():
-    def told(there, within=lambda alpha: True):
-        return [point["alpha"] for point in further_points(CURVE, 0.4, there, within)]
-
-    assert told(()) == [0, 0.2, 1]
-    assert told({0.2}) == [0, 1]
-    assert told({0.2}, lambda alpha: alpha >= 0.1) == [1]

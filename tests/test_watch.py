@@ -31,15 +31,15 @@ def fill(study, num_finished):
     """Finishes trials of an open study, every seventh badly, and leaves two that run."""
     study_dir = study.study_dir
     (study_dir / RESOLVED).write_text(dump_recipe(study.recipe))
-    study.adopt()
-    study.tell_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+    study.recover_running()
+    study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
     for number in range(num_finished):
         spec = study.next()
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)
         study.spend(spec, 50.0 + number % 10, 0.0)
         if number % 7 == 3:
-            write_failure(folder, Failure("diverged", "loss not finite", 1), "")
+            write_failure(folder, Failure("diverged", "loss not finite", 1))
         else:
             metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
             content = {"format_version": 1, "objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
@@ -203,7 +203,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
     from carft_ray.study.dashboard import _ReadOnlyJournal
 
     with open_study(tmp_path / "study", make_recipe(2)) as study:
-        study.adopt()
+        study.recover_running()
         before = (tmp_path / "study" / JOURNAL).read_bytes()
         storage = JournalStorage(_ReadOnlyJournal(str(tmp_path / "study" / JOURNAL)))
         number = storage.get_all_studies()[0]._study_id
@@ -216,7 +216,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
 def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
     with open_study(tmp_path / "study", make_recipe(2)) as study:
-        study.adopt()
+        study.recover_running()
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "carft_ray.cli", "dashboard", str(tmp_path / "study")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -31,8 +31,8 @@ def original(tmp_path_factory):
     recipe = load_recipe(folder / "recipe.yaml", ["search.trials=4"])
     with open_study(folder / "study", recipe) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.adopt()
-        study.tell_zero_shot({"objective": 0.25})
+        study.recover_running()
+        study.add_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()
             place = spec.folder(study.study_dir)
@@ -126,7 +126,7 @@ def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
     assert told.startswith("error: 2 problems\n")
     for place, was, given in (("train.epochs", 3, 9), ("search.space.learning_rate.high", 0.01, 0.1)):
         assert f"{place}: must be {was} as in {here / 'study'}, but got {given}" in told
-    assert told.splitlines()[-1].strip() == f"Go on with {here / 'study' / 'resolved.yaml'}, or give another folder."
+    assert told.splitlines()[-1].strip() == f"Continue with {here / 'study' / 'resolved.yaml'}, or give another folder."
 
 
 @pytest.mark.parametrize("words", [SEARCH, (*SEARCH[:-1], "new"), RESUME], ids=" ".join)

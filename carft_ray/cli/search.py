@@ -212,7 +212,8 @@ def plan(
     It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
     stay.
     """
-    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_probe, measure_by_study, price
+    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
+    from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.advice import check_searchable
     from carft_ray.results.reading.overview import is_study
 

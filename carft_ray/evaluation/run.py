@@ -53,13 +53,13 @@ from carft_ray.learning.memory import told_with_numbers
 from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.recalibration import clean_views
-from carft_ray.recipe.schedule import is_looked_at
+from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe, with_threads
 
 __all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
 
 RESULT_VERSION = 1
-# A look during a training is the best of these: at alpha 1 alone it told nothing of the end (measured: rank
+# An intermediate value is the best of these: at alpha 1 alone it predicted nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
@@ -232,7 +232,7 @@ def run_training(
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never looked at again
+        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never read again
         files.write_json(result_path, result)
     return result
 
@@ -254,15 +254,15 @@ def _train(
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
 
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
-        if not is_looked_at(every, pruner, epoch, recipe.train.epochs):
+        if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
         mixed = build_classifier(inputs.clip, heads["class_head"], recipe.train, device)
         zero_shot, now, batch_size = mixed.state(), state(), recipe.evaluate.batch_size
-        looks: list[Metrics] = []
+        found: list[Metrics] = []
         for alpha in alphas:
             table = predict_mixed(mixed, zero_shot, now, alpha, small, batch_size, context, views_NHWC)
-            looks.append({"alpha": alpha, **metrics_at(table, spec, alpha)})
-        best = max(looks, key=lambda look: look["objective"])
+            found.append({"alpha": alpha, **metrics_at(table, spec, alpha)})
+        best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
     told = told_with_numbers(recipe.train, inputs.clip.image_size, device, context.world_size)

@@ -1,7 +1,7 @@
 """What a search does next and what has ended: one state machine over a study, whatever runs the trainings.
 
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
-**ended** (``ended``). Between, ``poll`` looks at the files: steps and epochs of what runs, the stop file, the budget.
+**ended** (``ended``). Between, ``poll`` reads the files: steps and epochs of what runs, the stop file, the budget.
 Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
 """
 
@@ -10,30 +10,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.launch.budget import used_up
-from carft_ray.launch.events import (
-    BaselineFinished,
-    ConcurrencyChanged,
-    Event,
-    Note,
-    Stopping,
-    TrialEpoch,
-    TrialFinished,
-    TrialSetAside,
-    TrialStarted,
-)
-from carft_ray.launch.ray_cluster.bad_nodes import BadNodes
-from carft_ray.launch.recovery.causes import log_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
+from carft_ray.launch import events
+from carft_ray.launch.ray_cluster.nodes import BadNodes
+from carft_ray.launch.recovery.causes import is_full_memory
 from carft_ray.launch.recovery.leaks import Leaks
+from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study.lock import BUDGET_STOP
-from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, read_failure, read_heartbeat
+from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -43,7 +32,7 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
-WAIT_TOLD_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
+WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 
 @dataclass
@@ -54,8 +43,8 @@ class _Attempt:
         spec: The attempt.
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
         offset: Bytes of ``metrics.jsonl`` that were read; None until it runs.
-        alive: What its process says of itself, once it does.
-        step_ns: Its last step; -1 until it was looked for.
+        alive: Its process, once it has written its heartbeat.
+        step_ns: Its last step; -1 until it was read.
         seen: When that step was first seen here.
         hung: Why it was ended from outside; empty where it was not.
     """
@@ -69,64 +58,50 @@ class _Attempt:
     hung: str = ""
 
 
+@dataclass(eq=False)
 class Driver:
-    """Asks and tells the study for whoever runs the trainings.
+    """Asks the study, and reports to it, for whoever runs the trainings.
 
-    Args:
+    Attributes:
         study: The open study.
-        concurrency: Trainings at a time.
-        on_event: Told what happens.
+        concurrency: Trainings at a time from now on; falls where memory is full.
+        on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
-        began: When the search began, of ``time.monotonic``; None: now.
+        began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         end_process: Ends the process of an attempt.
         why_waiting: Says why a process does not come.
         leaks: Removes what killed trials leave; None: they leave nothing.
-
-    Attributes:
-        concurrency: Trainings at a time from now on; falls where memory is full.
+        bad_nodes: Nodes on which attempts fail again and again.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
-        is_stopping: Whether a stop was asked for, when that was last looked at (``check_stop``).
+        is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
     """
 
-    def __init__(
-        self,
-        study: Study,
-        concurrency: int,
-        on_event: Callable[[Event], None],
-        gpus: float = 0.0,
-        budget: BudgetConfig | None = None,
-        began: float | None = None,
-        *,
-        hang_timeout_s: float | None = None,
-        end_process: Callable[[Heartbeat], None] = lambda alive: None,
-        why_waiting: Callable[[], str] = lambda: "is the cluster full?",
-        leaks: Leaks | None = None,
-    ) -> None:
-        self.study = study
-        self.concurrency = concurrency
-        self.failure: Exception | None = None
-        self.out_of_budget = ""
-        self.is_stopping = False
-        self.bad_nodes = BadNodes()
-        self._on_event = on_event
-        self._gpus = gpus
-        self._budget = budget
-        self._began = time.monotonic() if began is None else began
-        self._hang_timeout_s = hang_timeout_s
-        self._end_process = end_process
-        self._why_waiting = why_waiting
-        self._leaks = leaks
+    study: Study
+    concurrency: int
+    on_event: Callable[[events.Event], None]
+    gpus: float = 0.0
+    budget: BudgetConfig | None = None
+    began: float = field(default_factory=lambda: time.monotonic())
+    hang_timeout_s: float | None = None
+    end_process: Callable[[Heartbeat], None] = lambda alive: None
+    why_waiting: Callable[[], str] = lambda: "is the cluster full?"
+    leaks: Leaks | None = None
+    bad_nodes: BadNodes = field(default_factory=BadNodes)
+    failure: Exception | None = field(default=None, init=False)
+    out_of_budget: str = field(default="", init=False)
+    is_stopping: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
-        self._told: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
-        self._best = best_row(study.rows())
+        self._ended: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
+        self._best = best_row(self.study.rows())
         self._failed_in_a_row = 0  # attempts
         self._only_lost = True  # these were all lost, none ended with an exception
-        self._gpu_s = study.gpu_seconds()  # of attempts that have ended
-        self._longest_end_s = 0.0  # from the last epoch of a training to its result
-        self._longest_step_s = 0.0
+        self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
+        self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
 
     @property
@@ -161,10 +136,10 @@ class Driver:
         attempt.began = time.monotonic()
         path = attempt.spec.folder(self.study.study_dir) / METRICS
         attempt.offset = files.read_new_lines(path, 0)[1]
-        self._on_event(TrialStarted(attempt.spec))
+        self.on_event(events.TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "") -> None:
-        """Tells the study how an attempt ended; never raises: the failure ends the search.
+        """Has the study record how an attempt ended; never raises: the failure ends the search.
 
         Args:
             key: Names the attempt; one that has ended already is passed over.
@@ -174,37 +149,40 @@ class Driver:
         if attempt is None:
             return
         spec, seconds = attempt.spec, time.monotonic() - attempt.began
-        self._gpu_s += seconds * self._gpus
+        self._gpu_s += seconds * self.gpus
         try:
-            self.study.spend(spec, seconds, self._gpus)
-            self._see_end(spec)
+            self.study.spend(spec, seconds, self.gpus)
+            folder = spec.folder(self.study.study_dir)
+            with contextlib.suppress(OSError):  # not there
+                end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
+                self._longest_end_s = max(self._longest_end_s, end_s)
             self._settle(attempt, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
 
     def died(self, spec: TrialSpec) -> None:
         """Suspects that an attempt whose process died has left a placement group."""
-        if self._leaks:
-            self._leaks.suspect(spec, self.live)
+        if self.leaks:
+            self.leaks.suspect(spec, self.live)
 
     def check_stop(self) -> bool:
-        """Tells whether a stop was asked for. Looks at the file: a worker may have seen it a moment ago.
+        """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
 
         When the budget is used up, it asks what runs to stop.
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self.is_stopping = True
-            self._on_event(Stopping(len(self._attempts), self.out_of_budget))
+            self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
     def poll(self, at_once: bool = False) -> None:
-        """Looks at the files of what runs, twice a second at most.
+        """Reads the files of what runs, twice a second at most.
 
-        Where a look takes long (many trials, a slow file system), it is repeated less often: it never takes more than
+        Where this takes long (many trials, a slow file system), it is repeated less often: it never takes more than
         ``POLL_SHARE`` of the time.
 
         Args:
-            at_once: Look now, however long ago the last look was.
+            at_once: Read now, however long ago the last time was.
 
         Raises:
             StorageError: Another search has taken the study over: its trainings run in the same folders.
@@ -213,27 +191,27 @@ class Driver:
         if began < self._next_poll and not at_once:
             return
         try:
-            self._look()
+            self._read()
         finally:
             now = time.monotonic()
             self._next_poll = max(began + POLL_EVERY_S, now + (now - began) * (1 / POLL_SHARE - 1))
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         try:
             self.study.check_held()
         except StorageError as error:
             self.failure = error
             raise
         for attempt in list(self._attempts.values()):
-            self._look_for_steps(attempt)
-        if self._leaks and (number := self._leaks.look(self.live)):
+            self._read_steps(attempt)
+        if self.leaks and (number := self.leaks.check(self.live)):
             what = counted(number, "placement group")
-            self._on_event(Note(f"removed {what} that a killed trial had left behind"))
+            self.on_event(events.Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
-                self._tell_epochs(attempt)
+                self._report_epochs(attempt)
 
-    def _look_for_steps(self, attempt: _Attempt) -> None:
+    def _read_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
@@ -244,20 +222,19 @@ class Driver:
                 self._longest_step_s = max(self._longest_step_s, (step_ns - attempt.step_ns) / 1e9)
             attempt.step_ns, attempt.seen = step_ns, now
         elif alive is None:
-            if now - attempt.seen >= WAIT_TOLD_S:
-                attempt.seen = math.inf  # told once
-                note = f"{spec.name} has waited {WAIT_TOLD_S:.0f} s for its process: {self._why_waiting()}"
-                self._on_event(Note(note))
-        elif self._hang_timeout_s is not None and now - attempt.seen >= self._hang_timeout_s:
+            if now - attempt.seen >= WAIT_NOTE_AFTER_S:
+                attempt.seen = math.inf  # once
+                waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
+                self.on_event(events.Note(f"{waited}: {self.why_waiting()}"))
+        elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
-            reason = f"no step for {self._hang_timeout_s:g} s (resources.hang_timeout_s)"
-            reason += f"; process {alive.pid} was ended"
-            reason += f"; what its threads did is in {FOLDERS[spec.kind]}/{spec.name}/{LOG}"
-            attempt.hung = reason
-            self._on_event(Note(f"{spec.name} hangs: {reason}"))
-            self._end_process(alive)
+            log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"
+            attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
+            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {log}"
+            self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
+            self.end_process(alive)
 
-    def _tell_epochs(self, attempt: _Attempt) -> None:
+    def _report_epochs(self, attempt: _Attempt) -> None:
         if attempt.offset is None:
             return
         path = attempt.spec.folder(self.study.study_dir) / METRICS
@@ -268,16 +245,16 @@ class Driver:
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         if rows:
-            self._on_event(TrialEpoch(attempt.spec, rows[-1]))
+            self.on_event(events.TrialEpoch(attempt.spec, rows[-1]))
 
     def _budget_ends(self) -> bool:
         """Asks what runs to stop when the budget is used up; tells whether it is."""
-        if self._budget is None or self.failure is not None:
+        if self.budget is None or self.failure is not None:
             return False
         now = time.monotonic()
-        gpu_s = self._gpu_s + self._gpus * sum(now - attempt.began for attempt in self._attempts.values())
-        gpus, longest_s = self._gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
-        self.out_of_budget = used_up(self._budget, now - self._began, gpu_s, gpus, longest_s)
+        gpu_s = self._gpu_s + self.gpus * sum(now - attempt.began for attempt in self._attempts.values())
+        gpus, longest_s = self.gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
+        self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
             try:
                 files.write_text(self.study.study_dir / STOP, f"{BUDGET_STOP}{self.out_of_budget}\n")
@@ -285,15 +262,8 @@ class Driver:
                 self._fail(error)
         return bool(self.out_of_budget)
 
-    def _see_end(self, spec: TrialSpec) -> None:
-        """Learns from a finished training how long its end takes: from its last epoch to its result."""
-        folder = spec.folder(self.study.study_dir)
-        with contextlib.suppress(OSError):
-            seconds = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
-            self._longest_end_s = max(self._longest_end_s, seconds)
-
     def _settle(self, attempt: _Attempt, gone: str) -> None:
-        """Tells the study how an attempt ended; ``gone`` as of ``ended``."""
+        """Has the study record how an attempt ended; ``gone`` as of ``ended``."""
         spec = attempt.spec
         row = self.study.settle(spec)
         if row is None:
@@ -304,7 +274,7 @@ class Driver:
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
                 return
-            self._on_event(Note(f"{spec.name} gets another attempt: {failure.reason}"))
+            self.on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
             if failure.outcome == "memory":
                 return
         self._count_failures(failed=row is None or row.outcome == "error", reason=row.reason if row else "")
@@ -314,16 +284,17 @@ class Driver:
             for node in sorted({node for node, _ in attempt.alive.nodes}):
                 self.bad_nodes.well(node)
         if row.kind == "baseline":
-            self._on_event(BaselineFinished(row))
+            self.on_event(events.BaselineFinished(row))
             return
         if row.outcome != "pruned":  # neither well nor badly
-            self._told.append(row)
-        if row.kind == "trial":  # a fresh seed finds nothing better
-            self._best = self._best_with(row)
+            self._ended.append(row)
+        if row.kind == "trial":  # a fresh seed finds nothing better; a new point of a front may change which is best
+            is_pareto = self.study.recipe.search.objective.kind == "pareto"
+            self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
         name = self._best.name if self._best and row.kind == "trial" else ""
-        self._on_event(TrialFinished(row, row.name == name, name))
-        if self._best is None and len(self._told) >= FAILURES_TO_GIVE_UP:
-            raise no_successful_trial(self.study, self._told)
+        self.on_event(events.TrialFinished(row, row.name == name, name))
+        if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
+            raise no_successful_trial(self.study, self._ended)
 
     def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
@@ -335,7 +306,7 @@ class Driver:
         """
         spec, alive = attempt.spec, None
         reason, _, details = gone.partition("\n")
-        reason = attempt.hung or reason or "its process ended without a word"
+        reason = attempt.hung or reason or "its process ended without a message"
         with files.passing_faults():
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt)
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
@@ -344,32 +315,22 @@ class Driver:
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
-        if told_of_full_memory(reason) and self.concurrency > 1:
-            log_cause(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self._run_fewer(spec, reason)
+        if is_full_memory(reason) and self.concurrency > 1:
+            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
+            self.concurrency -= 1
+            self.study.repeat(spec)
+            text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
+            self.on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
+            self.on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
-            self._on_event(Note(note))
+            self.on_event(events.Note(note))
         if what == "set aside":
-            self._on_event(TrialSetAside(spec, reason))
+            self.on_event(events.TrialSetAside(spec, reason))
         else:
-            self._on_event(Note(f"{spec.name} gets another attempt: {reason}"))
+            self.on_event(events.Note(f"{spec.name} gets another attempt: {reason}"))
         self._count_failures(failed=what != "advanced", reason=reason, lost=True)
-
-    def _best_with(self, row: TrialRow) -> TrialRow | None:
-        """Returns the best trial now that one more has ended; a new point of a front may change which one is."""
-        if self.study.recipe.search.objective.kind == "pareto":
-            return best_row(self.study.rows())
-        return best_row([row] if self._best is None else [self._best, row])
-
-    def _run_fewer(self, spec: TrialSpec, reason: str) -> None:
-        """Repeats an attempt for which there was no memory, with one training fewer at a time from now on."""
-        self.concurrency -= 1
-        self.study.repeat(spec)
-        text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
-        self._on_event(Note(f"{text}, no more {self.concurrency + 1}: {reason}"))
-        self._on_event(ConcurrencyChanged(self.concurrency, "memory was full"))
 
     def _count_failures(self, failed: bool, reason: str, lost: bool = False) -> None:
         """Raises when one attempt after the other is lost or ends with an exception, whatever was found before.
@@ -393,8 +354,8 @@ class Driver:
         if self.failure is None:
             self.fail(error)
             if self.study.taken_over:
-                return  # the stop file is the other search's; ours ends at the next look
-            with contextlib.suppress(CarftError):  # on a full disk what runs ends by itself
+                return  # the stop file is the other search's; ours ends at the next poll
+            with contextlib.suppress(CarftError):  # on a full disk what runs ends without it
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
 
 
@@ -407,8 +368,7 @@ def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrial
         return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
     [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
     row = next(row for row in failed if row.reason == reason)
-    spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
-    log = spec.folder(study.study_dir) / LOG
+    log = row.folder(study.study_dir) / LOG
     step = f"See {log}." if files.seen(log) else ""
     rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))

@@ -1,4 +1,4 @@
-"""What a search tells while it runs, for whoever shows it. All values are plain data."""
+"""What happens in a search, for whoever shows it. All values are plain data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,28 +7,33 @@ from carft_ray.study.outcome import TrialRow, TrialSpec
 
 
 @dataclass(frozen=True)
-class Note:
+class Event:
+    """Something that has happened."""
+
+
+@dataclass(frozen=True)
+class Note(Event):
     """Something worth a line: a repaired journal, a trial that gets another attempt."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Preparing:
+class Preparing(Event):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 
     what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Event):
     """The zero-shot model's numbers are there."""
 
     metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Started:
+class Started(Event):
     """Trainings begin."""
 
     num_trials: int  # that the study will have; in a confirm, trainings with fresh seeds
@@ -38,7 +43,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class ConcurrencyChanged:
+class ConcurrencyChanged(Event):
     """From now on, another number of trainings runs at a time than ``Started`` said."""
 
     concurrency: int
@@ -46,14 +51,14 @@ class ConcurrencyChanged:
 
 
 @dataclass(frozen=True)
-class TrialStarted:
+class TrialStarted(Event):
     """A trial or baseline begins, or resumes when ``spec.attempt`` is above 1."""
 
     spec: TrialSpec
 
 
 @dataclass(frozen=True)
-class TrialEpoch:
+class TrialEpoch(Event):
     """A training finished an epoch; ``metrics`` is the last line of its ``metrics.jsonl``."""
 
     spec: TrialSpec
@@ -61,8 +66,8 @@ class TrialEpoch:
 
 
 @dataclass(frozen=True)
-class TrialFinished:
-    """A trial, or a training of a confirm, was told to the study."""
+class TrialFinished(Event):
+    """A trial, or a training of a confirm, has ended and is in the study."""
 
     row: TrialRow
     is_best: bool  # the best of the study now
@@ -70,38 +75,23 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
-class BaselineFinished:
+class BaselineFinished(Event):
     """A baseline has ended."""
 
     row: TrialRow
 
 
 @dataclass(frozen=True)
-class TrialSetAside:
-    """The attempts at a training were lost one after the other and did not advance; the others go on."""
+class TrialSetAside(Event):
+    """The attempts at a training were lost one after the other and did not advance; the others continue."""
 
     spec: TrialSpec
     reason: str
 
 
 @dataclass(frozen=True)
-class Stopping:
+class Stopping(Event):
     """A stop was asked for; the search waits for the checkpoints of running trainings."""
 
     num_running: int
     reason: str = ""  # which budget is used up; empty: somebody asked
-
-
-Event = (
-    Note
-    | Preparing
-    | Prepared
-    | Started
-    | ConcurrencyChanged
-    | TrialStarted
-    | TrialEpoch
-    | TrialFinished
-    | TrialSetAside
-    | BaselineFinished
-    | Stopping
-)

@@ -2,8 +2,8 @@
 
 A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
 nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
-needs no actor that could die, and lets another process ask for the stop. What a training has to say it writes into its
-folder before it ends; Ray carries no results.
+needs no actor that could die, and lets another process ask for the stop. A training writes its results into its folder
+before it ends; Ray carries none.
 """
 
 import contextlib
@@ -36,9 +36,15 @@ from carft_ray.errors import (
 )
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
-from carft_ray.launch.recovery.causes import explained, root_cause
-from carft_ray.launch.recovery.host_memory import told_of_full_memory
-from carft_ray.launch.recovery.lost import UNKNOWN, device_error_step, is_death, lost_rank
+from carft_ray.launch.recovery.causes import (
+    UNKNOWN,
+    device_error_step,
+    explained,
+    is_death,
+    is_full_memory,
+    lost_rank,
+    root_cause,
+)
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext
@@ -59,7 +65,7 @@ from carft_ray.study.outcome import (
 )
 from carft_ray.words import counted
 
-STEP_TOLD_S = 1.0  # steps are told to the driver this often at most
+HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 # the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -104,7 +110,7 @@ def _anywhere_but(nodes: Sequence[str]) -> dict[str, str]:
 def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
     """Runs one attempt in this process; how it ended lies in the folder afterwards.
 
-    Once the driver has begun another attempt, it writes nothing more and ends at its next look or write.
+    Once the driver has begun another attempt, it writes nothing more and ends at its next check or write.
 
     Returns:
         Whether it ended well: finished, or stopped after a checkpoint.
@@ -131,26 +137,26 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
         gpus = runtime.capacity.num_workers * runtime.capacity.gpus_per_worker
-        with _alive(folder, spec.attempt, context, gpus, nodes, runtime.recipe.resources.hang_timeout_s) as context:
+        with _heartbeat(folder, spec.attempt, context, gpus, nodes, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
     except OutOfMemoryError as error:
-        details = traceback.format_exc()
         failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
+        failure = replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         if is_out_of_memory(error):
             append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
             raise
-        sorted_out, details = _failure(error, spec.attempt, context, nodes), traceback.format_exc()
+        sorted_out = _failure(error, spec.attempt, context, nodes)
         if sorted_out is None:
             return True
-        failure = sorted_out
+        failure = replace(sorted_out, details=traceback.format_exc())
         if failure.outcome == "lost":  # with the folder, perhaps: what was raised goes to Ray then
             if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
                 raise
             try:
-                write_failure(folder, replace(failure, details=details))
+                write_failure(folder, failure)
             except StorageError:
                 raise error from None
             return False
@@ -158,8 +164,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         if math.isfinite(result["objective"]):
             return True
         reason = f"objective is {result['objective']}"
-        failure, details = Failure("diverged", reason, spec.attempt, DivergedError.exit_code), ""
-    write_failure(folder, failure, details)
+        failure = Failure("diverged", reason, spec.attempt, DivergedError.exit_code)
+    write_failure(folder, failure)
     return False
 
 
@@ -182,7 +188,7 @@ def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
 
 
 @contextlib.contextmanager
-def _alive(
+def _heartbeat(
     folder: Path,
     attempt: int,
     context: RunContext,
@@ -190,19 +196,20 @@ def _alive(
     nodes: Sequence[tuple[str, str]],
     hang_timeout_s: float | None,
 ) -> Iterator[RunContext]:
-    """Tells the driver which process runs the attempt, and with each step (each look for a stop) that it still does.
+    """Shows the driver which process runs the attempt, and with each step (each check for a stop) that it still does.
 
-    The file stays after a failure: it names the nodes. All ranks tell that they go on: rank 0 may be waiting for one
+    The file stays after a failure: it names the nodes. All ranks report steps: rank 0 may be waiting for one
     that builds a set into the cache of its node.
 
     Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
     to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
-    path, state = folder / HEARTBEAT, {"next": time.monotonic() + STEP_TOLD_S}
+    path, next_at = folder / HEARTBEAT, time.monotonic() + HEARTBEAT_EVERY_S
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
-        if time.monotonic() >= state["next"]:
-            state["next"] = time.monotonic() + STEP_TOLD_S
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + HEARTBEAT_EVERY_S
             check_fence(folder, attempt)
             watch()
             with contextlib.suppress(OSError):  # a step is not worth a failure
@@ -286,7 +293,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
         avoid: Ray's names of nodes that are left out.
 
     Returns:
-        Why the group ended before its time, for an attempt that left no word (``causes.explained``); empty otherwise.
+        Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -341,7 +348,7 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
     node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
     cause = root_cause(dead[rank])
     where = f"rank {rank}{f' on {address}' if address else ''}"
-    reason = cause if told_of_full_memory(cause) else f"{where}: {cause}"
+    reason = cause if is_full_memory(cause) else f"{where}: {cause}"
     before = read_failure(folder, spec.attempt)
     if before is None or before.outcome in ("error", "lost"):
         details = "" if before is None else before.details or before.reason

@@ -1,7 +1,7 @@
 """The micro-batch that fits into a device's memory: found by halving, once in a study, and used by all its trainings.
 
-Want of memory is no verdict on a training's values. The attempt that met it notes half of its micro-batch and ends; the
-training goes on from its checkpoint with what is noted. The global batch, and so the result, stays the same.
+Out of memory is no verdict on a training's values. The attempt that met it notes half of its micro-batch and ends; the
+training continues from its checkpoint with what is noted. The global batch, and so the result, stays the same.
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
 
@@ -41,7 +41,7 @@ def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
 def memory_failure(
     error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], folder: Path, attempt: int
 ) -> Failure:
-    """Says how an attempt ends that met want of memory, and notes what may fit.
+    """Returns how an attempt ends that ran out of memory, and notes what may fit.
 
     Args:
         error: What it met.

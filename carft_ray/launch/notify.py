@@ -1,6 +1,6 @@
-"""Telling others how a search goes: a command or an address that the user names on the command line.
+"""Notices of how a search goes, to a command or an address that the user names on the command line.
 
-Never in the recipe, which must not name code to run. What is told is one JSON object:
+Never in the recipe, which must not name code to run. Each is one JSON object:
 
     event       best | failed_trial | finished | stopped | failed
     text        the same in a sentence; the key that Slack shows
@@ -8,8 +8,8 @@ Never in the recipe, which must not name code to run. What is told is one JSON o
     trial       its name, where it is about one; objective and alpha of a best
 
 A command gets it on its standard input, and the event as CARFT_RAY_EVENT; an address gets it by HTTP POST. Both run
-beside the search, in the order of the events, and have ten seconds. One that fails is a note, never an error. Events of
-one kind about trials come at most once in 30 s; how many were left out is told with the next one.
+while the search continues, in the order of the events, and have ten seconds. One that fails is a note, never an error.
+Events of one kind about trials come at most once in 30 s; how many were left out is in the next one.
 """
 
 import contextlib
@@ -23,7 +23,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +53,7 @@ def notifying(
         url: Address of a webhook, or None.
         name: Of the recipe.
         study_dir: The study directory.
-        warn: Told of notices that failed, once per fault, at the end and in the calling thread.
+        warn: Given the notices that failed, once per fault, at the end and in the calling thread.
 
     Yields:
         A function that lets the one who takes events share them with the notices.
@@ -65,9 +67,8 @@ def notifying(
         return
     notices = _Notices(name, study_dir.absolute())
     faults: list[str] = []
-    thread = threading.Thread(
-        target=_send_all, args=(notices.waiting, command, url, faults), name="notify", daemon=True
-    )
+    sending = partial(_send_all, notices.waiting, command, url, faults)
+    thread = threading.Thread(target=sending, name="notify", daemon=True)
     thread.start()
     try:
         yield lambda on_event: _Shared(on_event, notices)
@@ -91,7 +92,7 @@ class _Shared:
 
     def __call__(self, event: Event) -> None:
         self._on_event(event)
-        self._notices.tell(event)
+        self._notices.take(event)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Shared, (_ignore, None)
@@ -113,31 +114,28 @@ class _Notices:
         self._about = {"study": name, "study_dir": str(study_dir)}
         self._clock = clock
         self._last: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
+        self._left_out = Counter[str]()
         self._num_ended = 0
-        self._best = ""
-        self._out_of_budget = ""
+        self._best = self._out_of_budget = ""
 
-    def tell(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
         """Takes an event of a search in; returns at once."""
-        if isinstance(event, Stopping):
-            self._out_of_budget = event.reason
-        if isinstance(event, TrialSetAside):
-            name = event.spec.name
-            self._rarely("failed_trial", f"{name}: set aside, {event.reason}", {"trial": name})
-        if not isinstance(event, TrialFinished):
-            return
-        row = event.row
-        self._num_ended += 1
-        if event.is_best:
-            self._best = f"{row.name}, objective {100 * (row.objective or 0.0):.1f} %"
-            more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
-            self._rarely("best", f"new best {self._best}", more)
-        elif row.outcome not in ("complete", "pruned"):
-            self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
+        match event:
+            case Stopping():
+                self._out_of_budget = event.reason
+            case TrialSetAside(spec):
+                self._rarely("failed_trial", f"{spec.name}: set aside, {event.reason}", {"trial": spec.name})
+            case TrialFinished(row, is_best):
+                self._num_ended += 1
+                if is_best:
+                    self._best = f"{row.name}, objective {100 * (row.objective or 0.0):.1f} %"
+                    more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
+                    self._rarely("best", f"new best {self._best}", more)
+                elif row.outcome not in ("complete", "pruned"):
+                    self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
 
     def end(self, error: BaseException | None) -> None:
-        """Tells how it ended: well, by a request to stop, or with an error."""
+        """Puts a notice of how it ended: well, by a request to stop, or with an error."""
         found = f"; new best {self._best}" if self._best else ""
         so_far = f"{counted(self._num_ended, 'training')} ended in this run{found}"
         if error is None:
@@ -152,7 +150,7 @@ class _Notices:
     def _rarely(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
         now = self._clock()
         if now - self._last.get(kind, -math.inf) < AT_MOST_EVERY_S:
-            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            self._left_out[kind] += 1
             return
         self._last[kind] = now
         left_out = self._left_out.pop(kind, 0)
@@ -173,12 +171,11 @@ def _send_all(waiting: Waiting, command: str | None, url: str | None, faults: li
 
 def _check(command: str | None, url: str | None) -> None:
     problems = []
-    if command is not None:
-        try:
-            fault = "" if shlex.split(command) else "must be a command"
-        except ValueError as error:
-            fault = f"must be a command ({error})"
-        problems += [Problem("--notify-command", fault, repr(command))] if fault else []
+    try:
+        if command is not None and not shlex.split(command):
+            problems.append(Problem("--notify-command", "must be a command", repr(command)))
+    except ValueError as error:
+        problems.append(Problem("--notify-command", f"must be a command ({error})", repr(command)))
     if url is not None and not url.startswith(("http://", "https://")):
         problems.append(Problem("--notify-url", "must begin with http:// or https://", repr(url)))
     if problems:
@@ -207,7 +204,7 @@ def _run(command: str, body: bytes, event: str) -> str:
 
 
 def _post(url: str, body: bytes) -> str:
-    """Posts the JSON; returns what went wrong, empty for nothing. The address may hold a secret and is not told."""
+    """Posts the JSON; returns what went wrong, empty for nothing. The address may hold a secret and is not shown."""
     asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(asked, timeout=TIMEOUT_S):

@@ -11,28 +11,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import environment, files
 from carft_ray.data.listed_sets import write_sets
-from carft_ray.errors import (
-    CarftError,
-    ClusterError,
-    Problem,
-    StorageError,
-)
+from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.ray_cluster.cluster import Capacity, num_fitting
-from carft_ray.launch.recovery.causes import root_cause
-from carft_ray.launch.recovery.lost import lost_rank
+from carft_ray.launch.recovery.causes import lost_rank, root_cause
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import with_threads
 from carft_ray.words import counted
 
-NODES_TOLD = 3  # of many nodes that fill their caches, so many are told at a time
+MAX_NODES_SHOWN = 3  # of many nodes that fill their caches, at a time
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
+FILLING = "filling-{}.txt"  # what a node does, by Ray's name
 
 
-def tells_driver(folder: Path, name: str = DOING) -> Callable[[str], None]:
-    """Returns what a preparation in ``folder`` tells what it does: ``run_prepare`` reads it in the driver's process.
+def progress_writer(folder: Path, name: str = DOING) -> Callable[[str], None]:
+    """Returns what a preparation in ``folder`` passes its texts to: ``run_prepare`` reads them in the driver's process.
 
     Args:
         folder: Where the preparation is kept.
@@ -56,7 +51,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
 
     Args:
         runtime: Of the search.
-        say: Told what the nodes do, as it goes on.
+        say: Given texts of what the nodes do.
 
     Returns:
         The seconds that the slowest node took; 0 in this process, where the preparation builds.
@@ -75,7 +70,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)
         pending[task.remote(runtime)] = node_id
-    told, longest_s = "", 0.0
+    show, longest_s = _changes(say), 0.0
     while pending:
         _check_not_stopped(runtime)
         for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
@@ -92,19 +87,30 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
                 say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
         alive = _nodes_for_trainings(runtime.capacity)
         for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
-            say(f"{nodes[pending.pop(lost)]} is gone: the search goes on without it")
+            say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
         texts = {}
         for node_id in pending.values():
             with contextlib.suppress(OSError):
-                texts[node_id] = (runtime.study_dir / RAY_FILES / _told_by(node_id)).read_text()
-        if (text := _of_nodes(texts, nodes)) not in ("", told):
-            told = text
-            say(told)
+                texts[node_id] = (runtime.study_dir / RAY_FILES / FILLING.format(node_id)).read_text()
+        show(_of_nodes(texts, nodes))
     return longest_s
 
 
+def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns a function that passes a text on unless it is empty or the one before."""
+    last = ""
+
+    def show(text: str) -> None:
+        nonlocal last
+        if text not in ("", last):
+            last = text
+            say(text)
+
+    return show
+
+
 def _check_not_stopped(runtime: Runtime) -> None:
-    """Raises where the study's stop file is there, which tells the caller that it was no fault (``signals``)."""
+    """Raises where the study's stop file is there, from which the caller knows that it was no fault (``stop``)."""
     if files.seen(runtime.study_dir / STOP):
         raise ClusterError(Problem("preparation", "was stopped on request"))
 
@@ -119,22 +125,18 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _told_by(node_id: str) -> str:
-    return f"filling-{node_id}.txt"
-
-
 def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
     """Returns what the nodes do in one line; where there is one node, its own words.
 
     Args:
-        texts: What they tell, by Ray's name.
+        texts: What they write, by Ray's name.
         nodes: The addresses of all nodes.
     """
     if len(nodes) == 1:
         return next(iter(texts.values()), "")
     lines = [f"{nodes[node_id]}: {text}" for node_id, text in texts.items()]
-    more = [f"{counted(len(lines) - NODES_TOLD, 'more node')}"] if len(lines) > NODES_TOLD else []
-    return "; ".join(lines[:NODES_TOLD] + more)
+    more = [f"{counted(len(lines) - MAX_NODES_SHOWN, 'more node')}"] if len(lines) > MAX_NODES_SHOWN else []
+    return "; ".join(lines[:MAX_NODES_SHOWN] + more)
 
 
 def _fill(runtime: Runtime) -> tuple[float, str]:
@@ -143,7 +145,7 @@ def _fill(runtime: Runtime) -> tuple[float, str]:
         return 0.0, ""
     node_id, prepared = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     try:
-        return runtime.runner.fill(runtime.recipe, prepared, tells_driver(prepared, _told_by(node_id))), ""
+        return runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, FILLING.format(node_id))), ""
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
@@ -157,7 +159,7 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
 
     Args:
         runtime: Of the search.
-        say: Told what the preparation does, as it goes on.
+        say: Given texts of what the preparation does.
 
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
@@ -168,19 +170,17 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
             fill_nodes(runtime, say)
         return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
     task = ray.remote(num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, max_retries=0)(_prepare)
-    path, told = runtime.study_dir / RAY_FILES / DOING, ""
+    path, show = runtime.study_dir / RAY_FILES / DOING, _changes(say)
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
         if not runtime.is_filled:
             fill_nodes(runtime, say)
-        pending, ended = task.remote(runtime), False
-        while not ended:
+        pending, has_ended = task.remote(runtime), False
+        while not has_ended:
             _check_not_stopped(runtime)
-            ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
+            has_ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
-                if (text := path.read_text()) != told:
-                    told = text
-                    say(told)
+                show(path.read_text())
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
@@ -198,4 +198,4 @@ def _prepare(runtime: Runtime) -> dict[str, Any]:
         raise ClusterError(problem)
     node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
-    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, tells_driver(folder))
+    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, progress_writer(folder))

@@ -25,7 +25,7 @@ STOP_CHECK_S = 0.5
 
 
 def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
-    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took by itself."""
+    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took."""
     from carft_ray.evaluation import shared_inputs
 
     began = time.monotonic()
@@ -115,15 +115,16 @@ def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runne
 def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
 
-    It looks at most twice a second. Where the disk does not answer, it goes on and asks again.
+    It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
     """
-    paths, state = (study_dir / STOP, folder / CUT), {"next": 0.0, "stopped": False}
+    stopped, next_at = False, 0.0
 
     def should_stop() -> bool:
-        if not state["stopped"] and time.monotonic() >= state["next"]:
-            state["stopped"] = any(files.seen(path) for path in paths)
-            state["next"] = time.monotonic() + STOP_CHECK_S
-        return bool(state["stopped"])
+        nonlocal stopped, next_at
+        if not stopped and time.monotonic() >= next_at:
+            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT)
+            next_at = time.monotonic() + STOP_CHECK_S
+        return stopped
 
     return should_stop
 

@@ -20,7 +20,7 @@ from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import Node, running_ray
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
-from carft_ray.launch.signals import interruptions_as
+from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe

@@ -1,20 +1,85 @@
-"""Asking the search (or training) of another process to stop: the file that its trainings look at."""
+"""How a search is asked to stop: by a signal, by another process, or because its budget is used up.
 
+All of them write the stop file, which running trainings read: they write a checkpoint and end. A running training needs
+a while for that, and an evaluation at its end is finished first. So a budget asks earlier, by the longest such while
+seen in this search.
+
+    margin = min(LEAST_MARGIN_S + longest while, limit / 4)
+
+A trial that cannot end within the rest is begun all the same: it leaves a checkpoint, and ``resume`` continues it.
+"""
+
+import contextlib
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from carft_ray import files
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
+from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study.lease import holder
 
-LOOK_EVERY_S = 0.5
+LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
+LARGEST_MARGIN = 0.25  # of the limit
+CHECK_EVERY_S = 0.5
+
+
+@contextlib.contextmanager
+def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
+    """Within the block, SIGINT or SIGTERM writes the stop file; a second one raises ``KeyboardInterrupt``.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def politely(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.default_int_handler)
+        files.write_text(stop_path, f"{signal.Signals(number).name}\n")
+
+    before = [signal.signal(number, politely) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: Path) -> Iterator[None]:
+    """Turns what a signal does to the block into ``interrupted()``: ``KeyboardInterrupt``, or a Ray that it ended too.
+
+    A ``ClusterError`` without the stop file has another cause and stays what it is, and so does a ``MachineError``: the
+    search has written the file itself then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise interrupted() from None
+    except ClusterError as error:
+        if isinstance(error, MachineError) or not files.seen(stop_path):
+            raise
+        raise interrupted() from None
+
+
+def interruption(what: str, resume_command: str) -> InterruptedRunError:
+    """Returns the error of a command that was stopped, with the command that resumes it."""
+    step = f"Resume with: {resume_command}" if resume_command else ""
+    return InterruptedRunError(Problem("", what, next_step=step))
 
 
 def ask_to_stop(folder: Path) -> str | None:
     """Writes the stop file when a live process holds the folder.
 
     Returns:
-        What the holder says of itself; None when there is nobody to ask, and then nothing is written.
+        Which process holds it; None when none does, and then nothing is written.
 
     Raises:
         StorageError: The file cannot be written.
@@ -28,4 +93,29 @@ def ask_to_stop(folder: Path) -> str | None:
 def wait_until_free(folder: Path) -> None:
     """Returns when no process holds the folder any more."""
     while holder(folder) is not None:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)
+
+
+def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:
+    """Returns which limit is reached, as a sentence without a full stop; empty when none is.
+
+    Args:
+        limits: The budget of the recipe.
+        elapsed_s: Seconds since this search began.
+        gpu_s: GPU seconds of all attempts of the study, those that run included.
+        gpus: GPUs that running trainings hold; they hold them until they have ended.
+        longest_end_s: The longest that a training took to end, or to make a step, as far as was seen.
+    """
+    if limits.wall_time is not None and elapsed_s >= limits.wall_time - margin_s(limits.wall_time, longest_end_s):
+        return f"the wall time is used up (budget.wall_time, {limits.wall_time:g} s)"
+    if limits.gpu_hours is not None:
+        limit_s = limits.gpu_hours * 3600
+        margin = min(gpus * longest_end_s, LARGEST_MARGIN * limit_s)
+        if gpu_s >= limit_s - margin:
+            return f"{gpu_s / 3600:.3g} GPU hours are used (budget.gpu_hours, {limits.gpu_hours:g})"
+    return ""
+
+
+def margin_s(limit_s: float, longest_end_s: float) -> float:
+    """Returns how many seconds before the limit trainings are asked to stop."""
+    return min(LEAST_MARGIN_S + longest_end_s, LARGEST_MARGIN * limit_s)

@@ -1,13 +1,14 @@
 """Trainings of an open study: what a search and a confirm share. Ray Tune runs them, or this process (``debug``).
 
-Both ask the ``Driver`` what comes next and tell it what has ended. Tune gets no metric: a report without it would end
-the whole run. It saves nothing of this; the study on disk is the truth.
+Both ask the ``Driver`` what comes next and report to it what has ended. Tune gets no metric: a report without it would
+end the whole run. It saves nothing of this; the study on disk is the truth.
 """
 
 import dataclasses
 import functools
 import os
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,12 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
 from carft_ray.launch.executors import end_process, run_worker, tune_trainable
+from carft_ray.launch.ray_cluster.nodes import why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.ray_cluster.waiting import why_waiting
 from carft_ray.launch.recovery.causes import error_of, explained, root_cause
 from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.runtime import Runtime, stop_reader
-from carft_ray.launch.signals import stop_file_on_signal
+from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.study.outcome import TrialSpec
@@ -34,12 +35,12 @@ STOPPED = "stopped on request"
 
 
 def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], None], began: float | None = None) -> str:
-    """Runs what an adopted study proposes, until nothing is left or a stop is asked for.
+    """Runs what a recovered study proposes, until nothing is left or a stop is asked for.
 
     Args:
         study: The study; what was prepared lies in its folder.
         runtime: How and where trainings run.
-        on_event: Told what happens, in the calling thread.
+        on_event: Given what happens, in the calling thread.
         began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
 
     Returns:
@@ -56,7 +57,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         on_event,
         capacity.num_workers * capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
-        began,
+        time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
@@ -71,32 +72,30 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
 
 def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
-    number = 0
-    while (spec := driver.propose(str(number))) is not None:
-        driver.started(str(number))
-        folder = spec.folder(runtime.study_dir)
-        run_worker(
-            runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(runtime.study_dir, folder)))
-        )
+    key, study_dir = "training", runtime.study_dir
+    while (spec := driver.propose(key)) is not None:
+        driver.started(key)
+        folder = spec.folder(study_dir)
+        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(study_dir, folder))))
         driver.poll(at_once=True)  # its last epochs
-        driver.ended(str(number))
-        number += 1
+        driver.ended(key)
 
 
 def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    def look() -> bool:
+    def poll() -> bool:
         try:
             driver.poll()
         except StorageError:  # the driver keeps it: another search runs in the same folders
             return True
         return should_stop()
 
-    return look
+    return poll
 
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)  # else actors start one after the other
+    # else actors start one after the other; where the driver lowers its concurrency, ``propose`` keeps to that
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)
     ray_files = runtime.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
     searcher = DriverSearcher(driver)
@@ -124,9 +123,9 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
 
 def _ray_error(error: Exception) -> ClusterError:
     step = "Run it again with --debug to see where."
-    told = ClusterError(Problem("search", "Ray must run it to its end", root_cause(error), next_step=step))
-    told.__cause__ = error
-    return told
+    found = ClusterError(Problem("search", "Ray must run it to its end", root_cause(error), next_step=step))
+    found.__cause__ = error
+    return found
 
 
 class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
@@ -143,7 +142,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Returns what to run next; None to be asked again; ``FINISHED`` at the end. Never None with nothing live."""
-        for trial in self._trials:  # what has ended without a word: a reused actor that could not be reset
+        for trial in self._trials:  # what has ended without a message: a reused actor that could not be reset
             if trial.status in ("TERMINATED", "ERROR") and self._driver.holds(trial.trial_id):
                 self.on_trial_complete(trial.trial_id, error=True)
         spec = self._driver.propose(trial_id)
@@ -152,7 +151,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the driver."""
+        """Reports it to the driver."""
         gone = str((result or {}).get("lost", ""))
         if error:
             trial = next((trial for trial in self._trials if trial.trial_id == trial_id), None)
@@ -171,19 +170,19 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
 
 class DriverCallback(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
-    """Has the driver look at what runs, in Tune's loop."""
+    """Has the driver poll what runs, in Tune's loop."""
 
     def __init__(self, driver: Driver, searcher: DriverSearcher) -> None:
         self._driver = driver
         self._searcher = searcher
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Looks at the files."""
+        """Reads the files."""
         self._searcher.see(trials)
         self._driver.poll()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tells that a training begins."""
+        """Reports that a training begins."""
         self._driver.started(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -32,7 +32,7 @@ WORD_FAMILIES = {
 }
 
 
-FEW_EPOCHS = 10  # with fewer, a look foretold little of the end where it was measured (rank correlation .1 to .7)
+FEW_EPOCHS = 10  # with fewer, intermediate values predicted little where it was measured (rank correlation .1 to .7)
 PRUNER_KEYS = {  # which pruners a setting is for
     "first": (HALVING, "median", "percentile"),
     "factor": (HALVING,),
@@ -106,7 +106,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
         few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
-        yield "search.pruner", f"is weakly informative: a training has {few}, and its looks foretell little of its end"
+        yield "search.pruner", f"is weakly informative: intermediate values predict little of a training of {few}"
     if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
 

@@ -247,11 +247,11 @@ def _pruner(recipe: Recipe) -> Iterator[Finding]:
     if pruner.name == "none" or can_cut(recipe):
         return
     if recipe.evaluate.every_epochs == 0 and pruner.name != HALVING:
-        rule = f"must be at least 1 with the pruner {pruner.name}, which needs evaluations while a training runs"
+        rule = f"must be at least 1 with the pruner {pruner.name}, which needs intermediate values"
         step = "successive_halving evaluates at the end of each rung automatically."
         yield Finding(every, rule, "0", next_step=step, reads=(name,))
         return
-    rule = "needs an evaluation between search.pruner.first and the last epoch of a training"
+    rule = "needs an intermediate value between search.pruner.first and the last epoch of a training"
     step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
     reads = (name[:2], every, ("train", "epochs"), ("search", "space", "epochs"))
     yield Finding(name, rule, pruner.name, next_step=step, reads=reads)

@@ -1,22 +1,65 @@
-"""``best.yaml``: the best trial of a study as a recipe that `train` runs, with its alpha fixed.
+"""What is kept of the best trials: their weights, and ``best.yaml``, the best one as a recipe that `train` runs.
 
-The study writes it (``Study``), whenever the best trial is another one: after a trial is told, and at opening, where a
-kill may have come in between.
+Both follow every training that ends. At opening all trainings are gone through once: what a kill has left over goes,
+and ``best.yaml`` is written where the kill came first.
 """
 
+import shutil
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import BEST
+from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, WEIGHTS
 from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.front import front_rule, stand
+from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import best_first, best_row
+
+
+class Retention:
+    """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
+
+    A failed or cut training loses its checkpoints, too; a finished one has none. In a Pareto search those of all
+    trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
+    """
+
+    def __init__(self, study_dir: Path, recipe: Recipe, lease: Lease) -> None:
+        self._study_dir, self._recipe, self._lease = study_dir, recipe, lease
+        self._rule = front_rule(recipe.search.objective)
+        self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
+        self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
+
+    def ended(self, row: TrialRow) -> None:
+        """Removes what is not kept any longer, now that a training has ended."""
+        folder = self._study_dir / FOLDERS[row.kind]
+        if row.outcome not in ("complete", "running"):
+            _remove(folder / row.name / CHECKPOINTS)
+            _remove(folder / row.name / WEIGHTS)
+        elif row.outcome == "complete" and row.kind == "trial":
+            self._kept[row.name] = row
+            for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
+                if not worse.standing:
+                    del self._kept[worse.name]
+                    _remove(folder / worse.name / WEIGHTS)
+
+    def note_best(self) -> None:
+        """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
+        best = best_row(self._ranked())
+        if best is not None and (best.name, best.alpha) != self._noted:
+            self._lease.check()
+            write_best(self._study_dir, self._recipe, best)
+            self._noted = best.name, best.alpha
+
+    def _ranked(self) -> list[TrialRow]:
+        kept = sorted(self._kept.values(), key=lambda row: row.number)  # of equal points the first one counts
+        return kept if self._rule is None else stand(kept, self._rule)
 
 
 def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:
-    """Writes the best trial as a recipe; where the file says the same already, nothing is written.
+    """Writes the best trial as a recipe, with its alpha fixed; where the file says the same, nothing is written.
 
     Args:
         study_dir: The study directory.
@@ -42,3 +85,12 @@ def constraint_lines(best: TrialRow | None) -> list[str]:
     if best is None or not missed:
         return []
     return [f"No trial meets all constraints; {best.name} misses them least: it {missed}."]
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder that may be gone already."""
+    with files.writing(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

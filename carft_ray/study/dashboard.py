@@ -1,8 +1,8 @@
 """optuna-dashboard on the journal of a study, which it can read and never write.
 
-It has buttons that rename, delete and tell. Two doors are shut: requests other than GET and HEAD are refused before it
-sees them, and its storage has a journal that takes no line. Reading a journal needs no lock, so the search that writes
-it is not held up, and what it adds is seen.
+It has buttons that rename, delete and write. Two things prevent this: requests other than GET and HEAD are refused
+before it gets them, and its storage has a journal that takes no line. Reading a journal needs no lock, so
+the search that writes it is not held up, and what it adds is seen.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -6,10 +6,9 @@ trainings. Only points that meet all constraints take part; where none does, tho
 Shape letters: N points, F of them on the front. A point is (ID accuracy, OOD accuracy), fractions, both maximised.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +20,23 @@ from carft_ray.words import counted
 
 FRONT = "front"  # user attribute of the Optuna study of a Pareto search: its ``FrontRule``
 TIE = 1e-12  # accuracies that differ by no more are of the same counts of images
-MAX_TOLD = 4  # further points of a training that the sampler is told of
+MAX_FURTHER_POINTS = 4  # further points of a training that the sampler gets
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-def non_dominated(points_N2: FloatArray) -> IntArray:
+def non_dominated(points_N2: npt.ArrayLike) -> IntArray:
     """Returns the indices of the points that no other one beats, by rising ID accuracy, equal points by index.
 
     A point is beaten by one that is at least as high in both and higher in one; equal points do not beat each other.
     Accuracies within 1e-12 are equal: equal counts of images differ by some 1e-16 when they come to their mean over
     several sets in another way, and one image more by far more than 1e-12.
     """
-    points_N2 = np.asarray(points_N2, np.float64).reshape(-1, 2)
-    if not len(points_N2):
+    pairs_N2 = np.asarray(points_N2, np.float64).reshape(-1, 2)
+    if not len(pairs_N2):
         return np.zeros(0, np.int64)
-    ids_N, oods_N = _ranks(points_N2[:, 0]), _ranks(points_N2[:, 1])
+    ids_N, oods_N = _ranks(pairs_N2[:, 0]), _ranks(pairs_N2[:, 1])
     highest = np.full(ids_N.max() + 2, -1)  # OOD rank per ID rank; the last one stands for none
     np.maximum.at(highest, ids_N, oods_N)
     beyond = np.maximum.accumulate(highest[::-1])[::-1]  # of this ID rank or a higher one
@@ -53,7 +52,7 @@ def _ranks(values_N: FloatArray) -> IntArray:
     return ranks
 
 
-def knee(front_F2: FloatArray) -> int:
+def knee(front_F2: npt.ArrayLike) -> int:
     """Returns the index of the point of a front that lies farthest beyond the line between the front's two ends.
 
     Both accuracies are scaled to [0, 1] by the ends first, so the line is x + y = 1 and the distance of a point is
@@ -64,17 +63,17 @@ def knee(front_F2: FloatArray) -> int:
     Args:
         front_F2: The points, none of them beaten, by rising ID accuracy.
     """
-    front_F2 = np.asarray(front_F2, np.float64)
-    if len(front_F2) < 3:
+    pairs_F2 = np.asarray(front_F2, np.float64)
+    if len(pairs_F2) < 3:
         return 0
-    low, high = front_F2.min(axis=0), front_F2.max(axis=0)
+    low, high = pairs_F2.min(axis=0), pairs_F2.max(axis=0)
     if (high - low <= TIE).any():  # all points are equal
         return 0
-    distances = ((front_F2 - low) / (high - low)).sum(axis=1)
+    distances = ((pairs_F2 - low) / (high - low)).sum(axis=1)
     return int(np.flatnonzero(distances >= distances.max() - 1e-12)[0])
 
 
-def lexicographic(front_F2: FloatArray, tolerance: float) -> int:
+def lexicographic(front_F2: npt.ArrayLike, tolerance: float) -> int:
     """Returns the index of the highest OOD accuracy among points with ID accuracy of at least best ID - tolerance.
 
     Args:
@@ -97,13 +96,13 @@ class FrontRule:
     best: Literal["knee", "lexicographic"]
     tolerance: float
 
-    def index(self, front_F2: FloatArray) -> int:
+    def index(self, front_F2: npt.ArrayLike) -> int:
         """Returns the index of the best point."""
         return knee(front_F2) if self.best == "knee" else lexicographic(front_F2, self.tolerance)
 
     @property
     def words(self) -> str:
-        """The rule as a reader is told it."""
+        """The rule in words."""
         if self.best == "knee":
             return "knee, farthest beyond the line between the ends of the front"
         return f"lexicographic, highest OOD within {counted(100 * self.tolerance, 'point')} of the best ID"
@@ -150,12 +149,12 @@ def front_of(rows: Iterable[TrialRow]) -> list[Point]:
     missed = [total_violation(point.metrics) for point in points]
     least = min(missed, default=0.0) + TIE
     taking_part = [point for point, each in zip(points, missed, strict=True) if each <= least]
-    return [taking_part[index] for index in non_dominated(_pairs(taking_part))]
+    return [taking_part[index] for index in non_dominated([point.pair for point in taking_part])]
 
 
 def best_point(front: Sequence[Point], rule: FrontRule) -> Point | None:
     """Returns the best point of a front by a rule; None of an empty one."""
-    return front[rule.index(_pairs(front))] if front else None
+    return front[rule.index([point.pair for point in front])] if front else None
 
 
 def stand(rows: Sequence[TrialRow], rule: FrontRule) -> list[TrialRow]:
@@ -172,30 +171,23 @@ def stand(rows: Sequence[TrialRow], rule: FrontRule) -> list[TrialRow]:
             placed[point.name] = point
     if best is not None:
         placed[best.name] = best
-    return [
-        _at(row, placed[row.name], 2 if placed[row.name] is best else 1) if row.name in placed else row for row in rows
-    ]
+
+    def at(row: TrialRow, point: Point | None) -> TrialRow:
+        if point is None:
+            return row
+        standing, objective = 2 if point is best else 1, point.metrics["objective"]
+        return replace(row, alpha=point.alpha, objective=objective, metrics=point.metrics, standing=standing)
+
+    return [at(row, placed.get(row.name)) for row in rows]
 
 
-def told_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict[str, float]]:
-    """Returns the points of a training that the sampler is told of beside the one at ``alpha``.
+def spread_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict[str, float]]:
+    """Returns the points of a training that the sampler gets in addition to the one at ``alpha``.
 
     They are those of its own non-dominated points, at most four: of more, evenly spaced ones along them.
     """
-    front = [points[index] for index in non_dominated(_pairs_of(points))]
+    pairs = [(point["id_accuracy"], point["ood_accuracy"]) for point in points]
+    front = [points[index] for index in non_dominated(pairs)]
     others = [point for point in front if point["alpha"] != alpha]
-    chosen = np.linspace(0, len(others) - 1, min(MAX_TOLD, len(others))).round().astype(int)
+    chosen = np.linspace(0, len(others) - 1, min(MAX_FURTHER_POINTS, len(others))).round().astype(int)
     return [others[index] for index in chosen]
-
-
-def _at(row: TrialRow, point: Point, standing: int) -> TrialRow:
-    objective = point.metrics["objective"]
-    return dataclasses.replace(row, alpha=point.alpha, objective=objective, metrics=point.metrics, standing=standing)
-
-
-def _pairs(points: Sequence[Point]) -> FloatArray:
-    return np.asarray([point.pair for point in points], np.float64).reshape(-1, 2)
-
-
-def _pairs_of(points: Sequence[dict[str, Any]]) -> FloatArray:
-    return np.asarray([(point["id_accuracy"], point["ood_accuracy"]) for point in points], np.float64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""What a study is about, and what may change when it goes on.
+"""What a study is about, and what may change when it is resumed.
 
 The field of every key of a recipe says its class (``recipe.fields.Resume``). A space that changes with ``--narrow`` or
 ``--widen`` gives the study another generation (``study.space_revisions``).
@@ -11,7 +11,7 @@ search, with all that is running.
 import json
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from carft_ray.recipe.fields import Class
 from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.messages import shown
-from carft_ray.recipe.parameters import Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.spaces.region import DIRECTIONS, Direction, directions
@@ -55,7 +54,6 @@ class Claim:
 
     Attributes:
         is_new: Whether the folder was empty.
-        recipe: The recipe of the search, with absolute paths.
         kept: The recipe that the manifest has; the same for an empty folder.
         space_changes: Whether the search has another space than the study.
         is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
@@ -64,21 +62,13 @@ class Claim:
     """
 
     is_new: bool
-    recipe: Recipe
     kept: Recipe
     space_changes: bool = False
     is_news: bool = False
     generation: int = 1
 
 
-class _Missing:
-    """Stands for a key that is not there."""
-
-    def __repr__(self) -> str:
-        return "MISSING"
-
-
-MISSING = _Missing()
+MISSING = object()  # stands for a key that is not there
 
 
 def class_of(path: KeyPath) -> Class:
@@ -124,27 +114,27 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
         files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
-        return Claim(True, recipe, recipe)
+        return Claim(True, recipe)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(recipe_differences(kept, recipe))
     refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
     refused += list(_moved_apart(kept, recipe))
     space = [one for one in found if class_of(one.path) == "space"]
+    old, new = kept.search.space, recipe.search.space
     names = dict.fromkeys(str(one.path[2]) for one in space)
-    how = {name: _how(name, kept, recipe) for name in names}
+    how = {name: directions(old.get(name), new.get(name), getattr(kept.train, name)) for name in names}
     unasked = [one for one in space if not _asked(how[str(one.path[2])], may)]
     if refused or unasked:
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
-        last = problems.pop()
-        raise RecipeError([*problems, Problem(last.place, last.rule, last.value, next_step=step)])
+        raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
-    return Claim(False, recipe, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
+    return Claim(False, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 
-def record_recipe(study_dir: Path, claimed: Claim) -> None:
-    """Makes the recipe of a claim that of the study; the one before stays in ``recipes``. The lock must be held.
+def record_recipe(study_dir: Path, recipe: Recipe, space_changes: bool) -> None:
+    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The lock must be held.
 
     A space that has changed begins the next generation, which must be whole in the journal by now.
 
@@ -156,8 +146,8 @@ def record_recipe(study_dir: Path, claimed: Claim) -> None:
     until = datetime.now().astimezone().isoformat(timespec="seconds")
     before = {GENERATION: generation, "until": until, "recipe": manifest["recipe"]}
     changed = {
-        GENERATION: generation + claimed.space_changes,
-        "recipe": claimed.recipe.model_dump(mode="json"),
+        GENERATION: generation + space_changes,
+        "recipe": recipe.model_dump(mode="json"),
         RECIPES: [*manifest.get(RECIPES, []), before],
     }
     files.write_json(study_dir / MANIFEST, {**manifest, **changed})
@@ -202,7 +192,7 @@ def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> Iterator[Difference]:
-    """Yields every key that differs; mappings that both have are looked into."""
+    """Yields every key that differs, of nested mappings too."""
     yield from _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), ())
 
 
@@ -229,7 +219,7 @@ def _is_free(found: Difference) -> bool:
 
 
 def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
-    """Yields the paths of test sets that have not moved as ``data.train`` has: their contents are never looked at."""
+    """Yields the paths of test sets that have not moved as ``data.train`` has: their contents are never read."""
     train = [plain(recipe.data.train) for recipe in (old, new)]
     sets: dict[KeyPath, Any] = {("data", "id_test"): (old.data.id_test, new.data.id_test)}
     names = old.data.ood_test.keys() & new.data.ood_test.keys()
@@ -251,11 +241,6 @@ def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
                 yield Difference((*path, *inner, key), *places)
 
 
-def _how(name: str, old: Recipe, new: Recipe) -> frozenset[Direction]:
-    before: Parameter | None = old.search.space.get(name)
-    return directions(before, new.search.space.get(name), getattr(old.train, name))
-
-
 def _asked(how: frozenset[Direction], may: Collection[Direction]) -> bool:
     return bool(how & set(may)) or set(may) == set(DIRECTIONS)
 
@@ -267,7 +252,7 @@ def _problem(found: Difference, study_dir: Path) -> Problem:
 
 
 def _other_folder(study_dir: Path) -> str:
-    return f"Go on with {study_dir / RESOLVED}, or give another folder."
+    return f"Continue with {study_dir / RESOLVED}, or give another folder."
 
 
 def _flags_step(study_dir: Path, how: dict[str, frozenset[Direction]], may: Collection[Direction]) -> str:
@@ -278,7 +263,7 @@ def _flags_step(study_dir: Path, how: dict[str, frozenset[Direction]], may: Coll
     given = " ".join(f"--{one}" for one in DIRECTIONS if one in may)
     step = f"{given} is not enough: the space {words}." if given else f"The space {words}."
     step += f" To have it so, give {flags}, here or with: carft-ray search RECIPE --study {study_dir} {flags}."
-    return f"{step}\n    Trials that lie inside go on counting for the sampler. Or: {_other_folder(study_dir)}"
+    return f"{step}\n    Trials that lie inside still count for the sampler. Or: {_other_folder(study_dir)}"
 
 
 def _part(value: dict[str, Any], key: str) -> Any:

@@ -1,7 +1,7 @@
 """The lease of a folder: who works in it. For other machines, which a lock of a shared file system may not reach.
 
 One small file, ``lease.json``, says which process holds the folder; its time of change is the heartbeat. A lease whose
-process is gone from this machine, or whose heartbeat has stopped, is taken over. Readers look at it too: they take no
+process is gone from this machine, or whose heartbeat has stopped, is taken over. Readers read it too: they take no
 lock, which could turn away a search that begins at that moment, and write nothing.
 """
 
@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ STALE_AFTER_S = 60.0
 # for longer, since clocks of machines differ and what is known of a shared file may be old
 READERS_STALE_AFTER_S = 300.0
 ALIVE = "alive"  # of a process of which no more can be seen
-MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be looked up
+MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be found
 
 
 class Lease:
@@ -42,15 +42,14 @@ class Lease:
 
     def lost(self) -> bool:
         """Tells whether another process has taken it over, which it may after a minute without a heartbeat."""
-        content = _read(self._path)
-        return content is not None and content != self._content
+        return _read(self._path) not in (None, self._content)
 
     def check(self) -> None:
         """Raises a ``StorageError`` when another process has taken it over: this one was suspended, or cut off."""
         if self.lost():
             by = _named(_read(self._path) or {})
             rule = f"was taken over by another search while this one gave no sign of life for {STALE_AFTER_S:.0f} s"
-            step = "The other search goes on with all that is finished; this one has ended."
+            step = "The other search continues with all that is finished; this one has ended."
             raise StorageError(Problem(str(self._path.parent), rule, by, next_step=step))
 
     def beat(self, left: threading.Event) -> None:
@@ -67,14 +66,14 @@ def lease(folder: Path) -> Iterator[Lease]:
     """Holds the lease of a folder within the block.
 
     Raises:
-        StorageError: A process that lives holds it, or the folder cannot be written.
+        StorageError: A live process holds it, or the folder cannot be written.
     """
     path = folder / LEASE
     content, note = _identity(), ""
     if files.exists(path):
         before = _read(path) or {}
         age_s = _age_s(path)
-        if _lives(before, age_s, STALE_AFTER_S):
+        if _is_alive(before, age_s, STALE_AFTER_S):
             raise StorageError(in_use(folder, _named(before), age_s))
         note = f"took over from {_named(before)}, which is gone"
     files.write_json(path, content)
@@ -94,7 +93,7 @@ def lease(folder: Path) -> Iterator[Lease]:
 def holder(folder: Path) -> str | None:
     """Returns which live process works in a study's folder (or that of a training of `train`); None when none does.
 
-    Writes nothing and takes no lock. A process of this machine is looked up, and one that is gone counts for nothing,
+    Writes nothing and takes no lock. A process of this machine is checked, and one that is gone counts for nothing,
     whatever it has left behind. One of another machine counts until its heartbeat is ``READERS_STALE_AFTER_S`` old.
     """
     path = folder / LEASE
@@ -102,11 +101,10 @@ def holder(folder: Path) -> str | None:
         age_s = time.time() - path.stat().st_mtime
     except OSError:  # there is none, as between two searches, or it cannot be seen
         return None
-    content = _read(path)
-    if content is None and not files.exists(path):  # its process has just ended
+    content = _read(path) or {}
+    if not content and not files.exists(path):  # its process has just ended
         return None
-    content = content or {}
-    return _named(content) if _lives(content, age_s, READERS_STALE_AFTER_S) else None
+    return _named(content) if _is_alive(content, age_s, READERS_STALE_AFTER_S) else None
 
 
 def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
@@ -120,16 +118,16 @@ def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
 def _identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "boot": _read_text(Path("/proc/sys/kernel/random/boot_id")),
-        "pid_namespace": _link("/proc/self/ns/pid"),
+        "boot": _or_empty(Path("/proc/sys/kernel/random/boot_id").read_text),
+        "pid_namespace": _or_empty(lambda: os.readlink("/proc/self/ns/pid")),
         "pid": os.getpid(),
         "process_started": _process_started(os.getpid()),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
-def _lives(content: dict[str, Any], age_s: float, stale_after_s: float) -> bool:
-    """Tells whether the holder of a lease lives: by its process where that can be seen, else by its heartbeat."""
+def _is_alive(content: dict[str, Any], age_s: float, stale_after_s: float) -> bool:
+    """Tells whether the holder of a lease is alive: by its process where that can be seen, else by its heartbeat."""
     here = _identity()
     if all(content.get(key) == here[key] for key in MACHINE) and isinstance(content.get("pid"), int):
         return _process_started(content["pid"]) in (content.get("process_started"), ALIVE)
@@ -141,16 +139,15 @@ def _process_started(pid: int) -> str:
 
     One that has ended and for which nobody has asked yet (in a container often nobody ever does) is none.
     """
-    stat = _read_text(Path(f"/proc/{pid}/stat"))
+    stat = _or_empty(Path(f"/proc/{pid}/stat").read_text)
     if stat:
         fields = stat.rpartition(")")[2].split()  # from field 3 on; the name before it may hold anything
         return "" if fields[0] in "ZX" else fields[19]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:  # it is another user's
-        return ALIVE
+    with contextlib.suppress(PermissionError):  # it is another user's
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
     return ALIVE
 
 
@@ -177,15 +174,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _read_text(path: Path) -> str:
+def _or_empty(read: Callable[[], str]) -> str:
     try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
+        return read().strip()
     except OSError:
         return ""

@@ -8,18 +8,19 @@ of it, so that lines which are gone show:
 
 A line is written to the journal, then to the file, then to the manifest. So a kill leaves one of two states, and the
 next write mends both: the journal is one line ahead of the two others, or the manifest one line behind. A line that is
-in the journal counts. Every other difference is told by ``check_ledger``.
+in the journal counts. Every other difference is reported by ``check_ledger``.
 
 What this cannot show: someone who rewrites journal, file and manifest together, or puts all three back to an older
 copy. It keeps honest people from forgetting a read, and makes hiding one an act of forgery.
 """
 
+import contextlib
 import getpass
 import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -107,8 +108,7 @@ def read_ledger(study_dir: Path) -> list[Entry]:
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: The study cannot be read.
     """
-    if problems := check_ledger(study_dir):
-        raise HoldOutError(problems)
+    _require_whole(study_dir)
     return [_entry(line) for line in _read(study_dir).journal]
 
 
@@ -137,12 +137,14 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     elif any(_entry(line).previous != _head(known[:index]) for index, line in enumerate(known)):
         problems.append(Problem(place, "each line must hold the hash of the one before", "a broken chain"))
     if problems:
-        last = problems.pop()
-        step = (
-            f"Restore {LEDGER}, {JOURNAL} and {MANIFEST} from a copy: how often the test sets were read is not known."
-        )
-        problems.append(Problem(last.place, last.rule, last.value, next_step=step))
+        step = f"Restore {LEDGER}, {JOURNAL} and {MANIFEST} from a copy"
+        problems[-1] = replace(problems[-1], next_step=f"{step}: how often the test sets were read is not known.")
     return problems
+
+
+def _require_whole(study_dir: Path) -> None:
+    if problems := check_ledger(study_dir):
+        raise HoldOutError(problems)
 
 
 def record(
@@ -169,8 +171,7 @@ def record(
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: It cannot be written.
     """
-    if problems := check_ledger(study_dir):
-        raise HoldOutError(problems)
+    _require_whole(study_dir)
     mend(study_dir)
     lines = _read(study_dir).journal
     entry = Entry(
@@ -237,9 +238,9 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Col
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
-        rule = f"its test sets were read: {told(reads_of(entries)[-1])}"
+        rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
         rule += "; trials that follow may be chosen by what was seen"
-        step = "To go on, and have every report say so, add --again REASON."
+        step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
         claim(study_dir, recipe, may)
@@ -271,7 +272,7 @@ def check_reason(reason: str | None) -> None:
         raise UsageError(Problem("--again", "must give a reason, which the ledger keeps", repr(reason)))
 
 
-def told(entry: Entry) -> str:
+def describe(entry: Entry) -> str:
     """Returns when and by whom a line was written, for messages."""
     return f"{entry.time} by {entry.user} (line {entry.number} of {LEDGER})"
 
@@ -317,36 +318,29 @@ def _differences(lines: list[str], known: list[str]) -> list[str]:
     """Returns in what a file differs from the lines that were written, as sentences."""
     if not lines:
         return [f"the whole file, {counted(len(known), 'line')}, was removed"]
-    missing = [number for number, line in enumerate(known, start=1) if line not in lines]
-    found, edited = [], set()
+    missing = {number: line for number, line in enumerate(known, start=1) if line not in lines}
+    found = []
     for position, line in enumerate(lines, start=1):
-        if line in known:
-            continue
-        said = _number(line)
-        number = said if said in missing else position
-        if number in missing and number not in edited:
-            edited.add(number)
-            found.append(f"line {number} was edited; it was {_short(known[number - 1])}")
-        else:
+        number = next((each for each in (_number(line), position) if each in missing), None)
+        if line not in known and number is not None:
+            found.append(f"line {number} was edited; it was {_short(missing.pop(number))}")
+        elif line not in known:
             found.append(f"line {position} was not written by carft-ray")
-    for number in missing:
-        if number not in edited:
-            which = "the first, " if number == 1 else "the last, " if number == len(known) else ""
-            found.append(f"line {number}, {which}was removed; it was {_short(known[number - 1])}")
+    for number, line in missing.items():
+        which = "the first, " if number == 1 else "the last, " if number == len(known) else ""
+        found.append(f"line {number}, {which}was removed; it was {_short(line)}")
     kept = [known.index(line) for line in lines if line in known]
     if len(set(kept)) < len(kept):
-        found.append("a line stands there twice")
+        found.append("a line is there twice")
     if sorted(kept) != kept:
-        found.append("the lines stand in another order than they were written in")
+        found.append("the lines are in another order than they were written in")
     return found
 
 
 def _number(line: str) -> int | None:
-    try:
-        number = json.loads(line)["number"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return number if isinstance(number, int) else None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["number"])
+    return None
 
 
 def _short(line: str) -> str:

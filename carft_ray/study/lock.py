@@ -9,10 +9,8 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 
 from carft_ray import files
@@ -23,7 +21,7 @@ from carft_ray.study.lease import holder as live_holder
 from carft_ray.words import counted
 
 FORMAT_VERSION = 1
-DYING_LOOKS = 50
+LOCK_ATTEMPTS = 50
 BUDGET_STOP = "budget: "  # how its text begins when the search asks itself; what follows is the limit
 
 
@@ -45,19 +43,13 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
         try:
             _take(handle, study_dir)
         except BlockingIOError:
-            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
-            raise StorageError(in_use(study_dir, holder)) from None
+            raise StorageError(in_use(study_dir, live_holder(study_dir) or "another process")) from None
         except OSError as error:
             if error.errno not in files.NO_FLOCK:  # else the lease must do
                 raise files.storage_error(path, error) from error
         with contextlib.ExitStack() as stack:
             try:
                 held = stack.enter_context(lease(study_dir))
-                with files.writing(path):
-                    started = datetime.now().astimezone().isoformat(timespec="seconds")
-                    text = f"process {os.getpid()} on {socket.gethostname()}, since {started}\n"
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, text.encode(), 0)
             except StorageError:
                 if is_new:
                     shutil.rmtree(study_dir, ignore_errors=True)
@@ -69,7 +61,7 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
 
 def _take(handle: int, study_dir: Path) -> None:
     """Takes the lock; waits a moment for that of a killed process, whose threads end a little after it."""
-    for _ in range(DYING_LOOKS):
+    for _ in range(LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if live_holder(study_dir) is not None:
@@ -85,14 +77,13 @@ def is_ours(name: str) -> bool:
 
 def check_free_or_claimed(folder: Path) -> None:
     """Raises a ``UsageError`` when a folder is a file, or holds something and is no study; before a lock is left."""
+    step = "Give the folder of a study, or one that does not exist yet."
     if files.exists(folder) and not folder.is_dir():
-        step = "Give the folder of a study, or one that does not exist yet."
         raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
     with files.writing(folder):
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     foreign = [name for name in names if not is_ours(name)]
     if foreign and MANIFEST not in names:
-        step = "Give the folder of a study, or one that does not exist yet."
         raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
 
 
@@ -100,8 +91,8 @@ def check_free_or_claimed(folder: Path) -> None:
 def gone_if_nothing_began(folder: Path, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
     """Removes a folder when model or data turn out unfit, so that the mended recipe may use the same name.
 
-    One that was made for this is removed when Ray cannot be had, too. A Ray that goes while it prepares is another
-    matter: what is prepared stays for the same command.
+    One that was made for this is removed when Ray does not start, too. When Ray ends during the preparation, what is
+    prepared stays for the same command.
 
     Args:
         folder: A claimed folder whose lock is held.

@@ -1,7 +1,7 @@
 """What a training left in its folder, and the rows of a study's tables.
 
 ``result.json`` means finished; ``error.json`` of the same attempt says why there is none. Both appear whole or not at
-all. A worker writes them, the driver reads them before it tells the study.
+all. A worker writes them, the study reads them.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
 from carft_ray.layout import CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, HEARTBEAT, LOG, METRICS, RESULT, WEIGHTS
 from carft_ray.recipe.constraints import total_violation
+from carft_ray.recipe.schema import ResourcesConfig
 
 FORMAT_VERSION = 1
 
@@ -57,7 +58,7 @@ class TrialRow:
     Attributes:
         fitted: The objective is that of the fitted alpha curve; the metrics are measured.
         at_chance: The fine-tuned weights alone, alpha 1, are at chance; others of the curve are above.
-        outside: The search space has changed since, and the sampler looks at this trial no more.
+        outside: The search space has changed since, and the sampler no longer uses this trial.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
@@ -79,15 +80,17 @@ class TrialRow:
     outside: bool = False
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
-    looks: dict[int, float] = field(default_factory=dict)  # percent of the schedule -> objective, with a pruner only
+    intermediate_values: dict[int, float] = field(default_factory=dict)  # percent of schedule -> objective
     fitted: bool = False
     at_chance: bool = False
-    set_aside: bool = (
-        False  # its attempts were lost without advancing, so it is left to the next search; see ``reason``
-    )
+    set_aside: bool = False  # left to the next search: its attempts were lost without advancing; see ``reason``
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
     late_cut: str = ""
+
+    def folder(self, study_dir: Path) -> Path:
+        """Returns the folder of the training."""
+        return study_dir / FOLDERS[self.kind] / self.name
 
     @cached_property
     def violation(self) -> float:
@@ -132,7 +135,7 @@ class Failure:
         reason: One line; written with its numbers ``rounded``.
         attempt: The attempt that failed.
         exit_code: Of the error.
-        details: Of ``lost``: tracebacks of the workers that were left, for the log.
+        details: A traceback for the log; of ``lost`` those of the workers that were left, kept in the file until then.
         node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
         step: Of ``lost``: the last known step when the device itself reported the error; None for other causes.
     """
@@ -151,7 +154,7 @@ class Cut:
     """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
 
     Attributes:
-        attempt: The attempt that was looked at.
+        attempt: The attempt that was evaluated.
         percent: Of its schedule.
         reason: One line.
     """
@@ -188,16 +191,16 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_failure(folder: Path, attempt: int) -> Failure | None:
-    """Returns why this attempt failed, or None when it left no word."""
+    """Returns why this attempt failed, or None when it left no message."""
     content = _read(folder / ERROR)
     if content is None or content.get("attempt") != attempt:
         return None
-    names = {each.name for each in fields(Failure)}
-    return Failure(**{name: value for name, value in content.items() if name in names})
+    content.pop("format_version", None)
+    return Failure(**content)
 
 
-def write_failure(folder: Path, failure: Failure, details: str = "") -> None:
-    """Writes ``error.json`` and appends ``details`` (a traceback) to the log.
+def write_failure(folder: Path, failure: Failure) -> None:
+    """Writes ``error.json`` and appends the failure with its details to the log.
 
     The first failure of an attempt stands: when one worker fails, the others fail after it. A ``lost`` attempt is
     logged when it is settled, so that its cause stands above what followed from it.
@@ -207,7 +210,8 @@ def write_failure(folder: Path, failure: Failure, details: str = "") -> None:
     """
     if failure.outcome != "lost":
         line = f"attempt {failure.attempt}: {failure.outcome}: {rounded(failure.reason)}"
-        append_log(folder, f"{line}\n{details.rstrip()}")
+        append_log(folder, f"{line}\n{failure.details.rstrip()}")
+        failure = replace(failure, details="")
     if read_failure(folder, failure.attempt) is None:
         replace_failure(folder, failure)
 
@@ -222,6 +226,15 @@ def replace_failure(folder: Path, failure: Failure) -> None:
     files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **content})
 
 
+def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None:
+    """Appends why an attempt was lost to the log of its training: the first cause, and what followed from it.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    append_log(folder, "\n".join([f"attempt {attempt}: lost: {rounded(reason)}", *filter(None, [details.rstrip()])]))
+
+
 def progress_of(folder: Path) -> list[int]:
     """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint."""
     steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
@@ -229,7 +242,7 @@ def progress_of(folder: Path) -> list[int]:
 
 
 def progress_words(folder: Path) -> str:
-    """Returns from where another attempt at a training goes on: the newest checkpoint, by step and finished epoch."""
+    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch."""
     is_trained, step = progress_of(folder)
     if is_trained:
         return "the end of its training"
@@ -252,8 +265,7 @@ def write_cut(folder: Path, cut: Cut) -> None:
         StorageError: The folder cannot be written.
     """
     append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
-    content = {"attempt": cut.attempt, "percent": cut.percent, "reason": cut.reason}
-    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **content})
+    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **asdict(cut)})
 
 
 def raise_fence(folder: Path, attempt: int) -> None:
@@ -295,6 +307,24 @@ def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
     nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
     return Heartbeat(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
+
+
+def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> tuple[float, float]:
+    """Returns seconds and GPUs of an attempt whose driver was killed, by what lies in its folder; zeros for no trace.
+
+    Args:
+        folder: Folder of the training.
+        attempt: The attempt.
+        resources: Of the recipe, for a training that came to its end.
+    """
+    alive = files.retried(folder, lambda: read_heartbeat(folder, attempt))
+    if alive is not None:
+        return max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus
+    result = read_result(folder) or {}
+    made_on = result.get("environment") or {}
+    each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
+    gpus = each * made_on.get("num_workers", 1) if made_on.get("device", "cpu") != "cpu" else 0.0
+    return float(result.get("elapsed_s") or 0.0), gpus
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -16,18 +16,19 @@ from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import JOURNAL, MANIFEST
 from carft_ray.study import front
 from carft_ray.study.outcome import Kind, TrialRow
-from carft_ray.study.spent import gpu_seconds_of, seconds_of
 
 Found = TypeVar("Found")
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
-OUTSIDE = "outside"  # attribute of a trial outside the space: what it was told before (search.generations)
-# user attributes of what the sampler is told of and is no training of this study: another point of the alpha curve of
+OUTSIDE = "outside"  # attribute of a trial outside the space: its state and values before (``space_revisions``)
+# user attributes of what the sampler gets and is no training of this study: another point of the alpha curve of
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
-LOOK_ATTRIBUTE = "look/"  # with the percent: a look at a trial with two objectives
+VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
 LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
+SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
+SAME_NAMES = ("alpha", "fitted", "at_chance", "metrics", LATE_CUT)  # attributes that a row has, too
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 
@@ -97,7 +98,7 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
     """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
-    return next(iter(best_first(complete)), None)
+    return min(complete, key=rank, default=None)
 
 
 def study_name(study_dir: Path, kind: Kind) -> str:
@@ -118,8 +119,8 @@ def generation_name(generation: int) -> str:
     return STUDY_NAMES["trial"] if generation == 1 else f"{STUDY_NAMES['trial']}-{generation}"
 
 
-def told(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
-    """Returns state and objectives of a trial as they were told, whether it lies in the space of today or not."""
+def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
+    """Returns state and objectives of a trial as recorded, whether it lies in the present space or not."""
     before = trial.user_attrs.get(OUTSIDE)
     if before is None:
         return trial.state, trial.values
@@ -139,7 +140,7 @@ def trainings(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def is_training(trial: FrozenTrial) -> bool:
-    """Tells whether a trial is a training of this study; the others tell the sampler of something measured before."""
+    """Tells whether a trial is a training of this study; the others show the sampler what was measured before."""
     return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
 
 
@@ -147,8 +148,9 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     """Returns a trial of an Optuna study as a row, without standing."""
     attributes = trial.user_attrs
     finished = trial.state.is_finished()
-    state, objectives = told(trial)
+    state, objectives = state_and_values(trial)
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
+    spent = attributes.get(SPENT, {}).values()
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
         elapsed_s = trial.duration.total_seconds()
@@ -161,27 +163,23 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         attempt=attributes.get("attempt", 0),
         reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
-        alpha=attributes.get("alpha"),
-        fitted=attributes.get("fitted", False),
-        at_chance=attributes.get("at_chance", False),
-        metrics=attributes.get("metrics", {}),
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
-        looks=looks_of(trial),
-        spent_s=seconds_of(attributes),
-        gpu_s=gpu_seconds_of(attributes),
-        late_cut=attributes.get(LATE_CUT, ""),
+        intermediate_values=intermediate_values(trial),
+        spent_s=float(sum(seconds for seconds, _ in spent)),
+        gpu_s=float(sum(seconds * gpus for seconds, gpus in spent)),
         set_aside=not finished and bool(attributes.get(SET_ASIDE)),
+        **{name: attributes[name] for name in SAME_NAMES if name in attributes},
     )
 
 
-def looks_of(trial: FrozenTrial) -> dict[int, float]:
-    """Returns the looks at a trial: percent of its schedule -> objective on the subset."""
+def intermediate_values(trial: FrozenTrial) -> dict[int, float]:
+    """Returns the intermediate values of a trial: percent of its schedule -> objective on the subset."""
     if trial.intermediate_values:
         return dict(trial.intermediate_values)
-    named = {key.removeprefix(LOOK_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    named = {key.removeprefix(VALUE_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
     return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 

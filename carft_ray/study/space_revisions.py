@@ -6,9 +6,9 @@ A generation takes all trials of the one before, in their order: number, name an
 
 | an earlier trial | in the new generation |
 |---|---|
-| inside the new space | as it was, RUNNING ones too: they are adopted |
-| outside, finished | FAIL, which no sampler looks at; what was told is kept in the attribute ``outside`` |
-| outside, not finished | as the line above, with outcome ``error`` |
+| inside the new space | as it was, RUNNING ones too: they are recovered |
+| outside, finished | FAIL, which no sampler uses; state and values are kept in the attribute ``outside`` |
+| outside, not finished | as above, with outcome ``error`` |
 
 Trials outside stay rows of the study, and may be its best: they were trained for the same objective. One that lies
 inside again, in a later generation, is to Optuna what it was. What a sampler has kept of its own with a trial is left
@@ -28,7 +28,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import place
 from carft_ray.study.ledger import ATTRIBUTE as LEDGER
 from carft_ray.study.proposals.samplers import distribution
-from carft_ray.study.rows import OUTSIDE, generation_name, told
+from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values
 from carft_ray.words import counted
 
 ENDED = "outside the search space, which was narrowed while it ran"
@@ -74,25 +74,25 @@ def placed_trial(
     recipe: Recipe,
     values: dict[str, Any],
     attributes: dict[str, Any],
-    with_looks: bool = True,
+    with_values: bool = True,
 ) -> FrozenTrial:
-    """Returns a trial with what it was told, as one of a study with the recipe's space.
+    """Returns a trial with its state and values, as one of a study with the recipe's space.
 
     Args:
         trial: The trial.
         recipe: Has the space.
         values: Of the parameters that are drawn, as ``recipe.spaces.region.place`` gives them.
         attributes: The user attributes.
-        with_looks: Whether the intermediate values come along.
+        with_values: Whether the intermediate values come along.
     """
-    state, objectives = told(trial)
+    state, objectives = state_and_values(trial)
     made: FrozenTrial = optuna.trial.create_trial(
         state=state,
         values=objectives,
         params=values,
         distributions={name: distribution(recipe.search.space[name]) for name in values},
         user_attrs=attributes,
-        intermediate_values=trial.intermediate_values if with_looks else {},
+        intermediate_values=trial.intermediate_values if with_values else {},
         constraints=_constraints(trial),
     )
     return _at_its_time(made, trial)
@@ -104,7 +104,7 @@ def _carried(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
     placed = place(values, recipe)
     if not isinstance(placed, str):
         return placed_trial(trial, recipe, placed, attributes)
-    state, objectives = told(trial)
+    state, objectives = state_and_values(trial)
     if not state.is_finished():
         attributes |= {"outcome": "error", "reason": ENDED}
         state = TrialState.FAIL

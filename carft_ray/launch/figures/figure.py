@@ -1,10 +1,11 @@
 """The picture of a search: ID against OOD accuracy.
 
-It is written as PNG and SVG, whole or not at all. Colours are told apart by the colour-blind (Okabe and Ito 2008;
+It is written as PNG and SVG, whole or not at all. Colours can be distinguished by the colour-blind (Okabe and Ito 2008;
 cividis), marks differ in form too, and text is readable when the picture is shown 800 pixels wide.
 """
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 _ACCENT = "#d55e00"  # the best trial
 _LEGEND_COLUMNS = 4
 _BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
+Pair = tuple[float, float]
 _WIDTH, _HEIGHT, _DPI = 8.0, 6.0, 200  # inches; shown at 800 pixels one inch is 100 of them
 
 
@@ -35,6 +37,11 @@ class Dot:
     ood_accuracy: float
     kl_weight: float | None  # None or 0: drawn grey
     meets: bool = True  # all constraints; else it is drawn as a cross
+
+    @property
+    def pair(self) -> Pair:
+        """(ID accuracy, OOD accuracy)."""
+        return self.id_accuracy, self.ood_accuracy
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Curve:
 
 def id_ood_figure(
     points: Sequence[Dot],
-    baselines: Mapping[str, tuple[float, float]],
+    baselines: Mapping[str, Pair],
     best_curve: Curve | None,
     path_png: Path,
     path_svg: Path,
@@ -62,7 +69,7 @@ def id_ood_figure(
     synthetic: bool = False,
     kind: ObjectiveKind = "weighted_mean",
     id_weight: float = 0.5,
-    front: Sequence[tuple[float, float]] = (),
+    front: Sequence[Pair] = (),
 ) -> None:
     """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
 
@@ -83,18 +90,16 @@ def id_ood_figure(
         StorageError: A file cannot be written.
     """
     figure, axes = canvas(_HEIGHT)
-    finite = [dot for dot in points if math.isfinite(dot.id_accuracy) and math.isfinite(dot.ood_accuracy)]
-    marks = {name: xy for name, xy in baselines.items() if all(math.isfinite(value) for value in xy)}
-    xs = [dot.id_accuracy for dot in finite] + [xy[0] for xy in marks.values()]
-    ys = [dot.ood_accuracy for dot in finite] + [xy[1] for xy in marks.values()]
+    finite = [dot for dot in points if all(map(math.isfinite, dot.pair))]
+    marks = {name: pair for name, pair in baselines.items() if all(map(math.isfinite, pair))}
+    shown = [*(dot.pair for dot in finite), *marks.values(), *front]
     if best_curve is not None:
-        xs += [*best_curve.id_accuracies, best_curve.chosen_id_accuracy]
-        ys += [*best_curve.ood_accuracies, best_curve.chosen_ood_accuracy]
-    xs, ys = [*xs, *(x for x, _ in front)], [*ys, *(y for _, y in front)]
-    if not xs:
+        shown += zip(best_curve.id_accuracies, best_curve.ood_accuracies, strict=True)
+        shown.append((best_curve.chosen_id_accuracy, best_curve.chosen_ood_accuracy))
+    if not shown:
         axes.text(0.5, 0.5, "no finished trial", transform=axes.transAxes, ha="center", color=GREY, fontsize=12)
-    axes.set_xlim(*limits(xs))
-    axes.set_ylim(*limits(ys))
+    axes.set_xlim(*limits([x for x, _ in shown]))
+    axes.set_ylim(*limits([y for _, y in shown]))
     if front:
         _draw_front(axes, front)
     else:
@@ -102,35 +107,21 @@ def id_ood_figure(
     _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
     if best_curve is not None:
         _draw_curve(axes, best_curve)
-    for i, (name, (id_accuracy, ood_accuracy)) in enumerate(marks.items()):
-        mark = _BASELINE_MARKS[i % len(_BASELINE_MARKS)]
-        axes.scatter(
-            [100 * id_accuracy],
-            [100 * ood_accuracy],
-            marker=mark,
-            s=260 if mark == "*" else 80,
-            color=INK,
-            edgecolors="white",
-            linewidths=1.0,
-            zorder=6,
-            label=name,
-        )
-    missing = [dot for dot in finite if not dot.meets]
-    if missing:
-        axes.scatter(
-            [100 * dot.id_accuracy for dot in missing],
-            [100 * dot.ood_accuracy for dot in missing],
-            marker="x",
-            s=45,
-            color=GREY,
-            linewidths=1.4,
-            zorder=3,
-            label="violates a constraint",
-        )
+    for (name, pair), mark in zip(marks.items(), itertools.cycle(_BASELINE_MARKS)):
+        size = 260 if mark == "*" else 80
+        _scatter(axes, [pair], size, INK, 6, marker=mark, edgecolors="white", linewidths=1.0, label=name)
+    if missing := [dot.pair for dot in finite if not dot.meets]:
+        _scatter(axes, missing, 45, GREY, 3, marker="x", linewidths=1.4, label="violates a constraint")
     axes.set_xlabel("ID accuracy, %", loc="left")
     axes.set_ylabel("OOD accuracy, mean over sets, %")
     set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
     write(figure, path_png, path_svg)
+
+
+def _scatter(axes: "Axes", pairs: Sequence[Pair], size: float, color: Any, zorder: int, **style: Any) -> Any:
+    """Draws points given as fractions, in percent."""
+    xs, ys = [100 * x for x, _ in pairs], [100 * y for _, y in pairs]
+    return axes.scatter(xs, ys, s=size, c=color, zorder=zorder, **style)
 
 
 def canvas(height: float) -> tuple["Figure", "Axes"]:
@@ -151,13 +142,9 @@ def legend_above(axes: "Axes") -> int:
     """Writes what has a label above the axes, side by side; returns the number of lines."""
     handles, names = axes.get_legend_handles_labels()
     if handles:
-        place: dict[str, Any] = {
-            "loc": "lower left",
-            "bbox_to_anchor": (0, 1.01),
-            "borderaxespad": 0,
-            "handlelength": 1.5,
-        }
-        axes.legend(handles, names, ncols=_LEGEND_COLUMNS, frameon=False, columnspacing=1.2, **place)
+        style: dict[str, Any] = {"bbox_to_anchor": (0, 1.01), "borderaxespad": 0, "handlelength": 1.5}
+        style |= {"loc": "lower left", "columnspacing": 1.2, "ncols": _LEGEND_COLUMNS, "frameon": False}
+        axes.legend(handles, names, **style)
     return math.ceil(len(handles) / _LEGEND_COLUMNS)
 
 
@@ -168,11 +155,11 @@ def set_title(axes: "Axes", title: str, synthetic: bool, pad: float = 10) -> Non
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Returns axis ends in percent around the finite values, with room for labels and never narrower than 2 points."""
+    """Returns axis ends in percent around the finite values, with space for labels and never narrower than 2 points."""
     finite = [100 * value for value in values if math.isfinite(value)] or [50.0]
     low, high = min(finite), max(finite)
-    room = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.2)
-    return max(-2.0, low - room), min(102.0, high + room)
+    margin = max(0.12 * (high - low), (2 - (high - low)) / 2, 0.2)
+    return max(-2.0, low - margin), min(102.0, high + margin)
 
 
 def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
@@ -194,11 +181,11 @@ def _caption(axes: "Axes", text: str) -> None:
     axes.annotate(text, (1, 0), ha="right", va="center", color=GREY, fontsize=9, **place)
 
 
-def _draw_front(axes: "Axes", front: Sequence[tuple[float, float]]) -> None:
+def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
     """Draws the front as the edge of what its points dominate, and says what it is."""
     xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
     axes.step(xs, ys, where="pre", color=INK, linewidth=1.2, zorder=2)
-    axes.scatter(xs, ys, s=22, color=INK, zorder=5)
+    _scatter(axes, front, 22, INK, 5)
     _caption(axes, "line: the front over all trials and alphas")
 
 
@@ -206,27 +193,16 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    plain = [dot for dot in dots if not dot.kl_weight]
-    coloured = [(dot, float(dot.kl_weight)) for dot in dots if dot.kl_weight]
-    x, y = [100 * dot.id_accuracy for dot in plain], [100 * dot.ood_accuracy for dot in plain]
-    axes.scatter(x, y, s=55, color="#a8a8a8", edgecolors=GREY, linewidths=0.6, zorder=3)
-    if not coloured:
+    edge: dict[str, Any] = {"edgecolors": GREY, "linewidths": 0.6}
+    _scatter(axes, [dot.pair for dot in dots if not dot.kl_weight], 55, "#a8a8a8", 3, **edge)
+    weights = [dot.kl_weight for dot in dots if dot.kl_weight]
+    if not weights:
         return
-    weights = [weight for _, weight in coloured]
     low, high = min(weights), max(weights)
     if high < 2 * low:
         low, high = low / 2, high * 2
-    drawn = axes.scatter(
-        [100 * dot.id_accuracy for dot, _ in coloured],
-        [100 * dot.ood_accuracy for dot, _ in coloured],
-        c=weights,
-        cmap="cividis",
-        norm=LogNorm(low, high),
-        s=55,
-        edgecolors=GREY,
-        linewidths=0.6,
-        zorder=3,
-    )
+    coloured = [dot.pair for dot in dots if dot.kl_weight]
+    drawn = _scatter(axes, coloured, 55, weights, 3, cmap="cividis", norm=LogNorm(low, high), **edge)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=22, pad=0.02)
     bar.set_label("kl_weight of the trial", size=10.5)
     bar.ax.tick_params(labelsize=9.5)

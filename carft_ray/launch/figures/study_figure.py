@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.launch.figures.figure import Curve, Dot, id_ood_figure
+from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.front import front_of
@@ -55,27 +55,23 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
         baselines: All baselines.
 
     Returns:
-        Path of the PNG; an SVG lies beside it.
+        Path of the PNG; an SVG is next to it.
 
     Raises:
         StorageError: It cannot be written.
     """
     pareto = recipe.search.objective.kind == "pareto"
+
+    def pair(row: TrialRow) -> Pair:
+        return row.metrics["id_accuracy"], row.metrics["ood_accuracy"]
+
     dots = [
-        Dot(
-            row.metrics["id_accuracy"],
-            row.metrics["ood_accuracy"],
-            row.values.get("kl_weight", recipe.train.kl_weight),
-            meets=not row.violation,
-        )
+        Dot(*pair(row), row.values.get("kl_weight", recipe.train.kl_weight), meets=not row.violation)
         for row in trials
         if "ood_accuracy" in row.metrics
     ]
-    marks = {
-        row.name.replace("_", " "): (row.metrics["id_accuracy"], row.metrics["ood_accuracy"])
-        for row in sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
-        if "ood_accuracy" in row.metrics
-    }
+    named = sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
+    marks = {row.name.replace("_", " "): pair(row) for row in named if "ood_accuracy" in row.metrics}
     path, num_pruned = study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in trials)
     id_ood_figure(
         dots,
@@ -98,9 +94,8 @@ def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
         return None
     points, metrics, counts = content["curve"], best.metrics, content["num_images"]
     ood = [name for name in counts if name not in ("train", "id_val")]
-    variances = {
-        name: a * (1 - a) / counts[name] for name in counts if (a := metrics.get(f"accuracy/{name}")) is not None
-    }
+    accuracies = {name: metrics.get(f"accuracy/{name}") for name in counts}
+    variances = {name: a * (1 - a) / counts[name] for name, a in accuracies.items() if a is not None}
     return Curve(
         alphas=[point["alpha"] for point in points],
         id_accuracies=[point["id_accuracy"] for point in points],

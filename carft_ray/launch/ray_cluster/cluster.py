@@ -1,4 +1,4 @@
-"""Ray itself: a local one that lives as long as the search, or a running cluster; and what it can hold."""
+"""Ray itself: a local one for the time of the search, or a running cluster; and how many trials fit into it."""
 
 import _thread
 import contextlib
@@ -22,7 +22,7 @@ from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
 
-# ray_train: the controller looks at its workers this often, a report waits for it
+# RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never tells the searcher
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never calls the searcher
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
@@ -40,9 +40,9 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
-LOOK_AT_HEAD_S = 2
-# loggers that say only: a token is used; there are no progress files (we turned them off)
-BESIDE_THE_POINT = ("ray._private.authentication", "ray.tune.analysis")
+CHECK_HEAD_EVERY_S = 2
+# loggers that write only: a token is used; there are no progress files (we turned them off)
+SILENCED = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
@@ -89,7 +89,7 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     Args:
         address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
-        stop_path: The stop file; tells why Ray has gone, should it go.
+        stop_path: The stop file, from which it is known why Ray has ended, should it end.
 
     Yields:
         The nodes.
@@ -100,7 +100,9 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update({name: os.environ.get(name, value) for name, value in ours.items()})
-    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=_short_temp_dir())
+    folder = tempfile.gettempdir()
+    folder = folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
+    temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=folder)
     try:
         with _quiet(log_path):
             if temp_dir is not None:
@@ -124,11 +126,6 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
             shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def _short_temp_dir() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
-
-
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
     usable = environment.usable_cores()
@@ -146,23 +143,16 @@ def _start(temp_dir: str) -> None:
         )
     except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
         ray.shutdown()
-        step = (
-            "Is there room in the temporary folder and in /dev/shm, are new processes allowed, is the machine not busy?"
-        )
+        step = "Is there space in the temporary folder and in /dev/shm? May new processes start? Is the machine busy?"
         raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
 
 
 def _attach(address: str) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
     if "://" in address:
-        raise ClusterError(
-            Problem(
-                "address",
-                "must be host:port or auto, from a machine of the cluster",
-                address,
-                next_step="Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside.",
-            )
-        )
+        rule = "must be host:port or auto, from a machine of the cluster"
+        step = "Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside."
+        raise ClusterError(Problem("address", rule, address, next_step=step))
     host, _, port = address.rpartition(":")
     if address != "auto":
         if not host or not port.isdecimal():
@@ -185,9 +175,8 @@ def _attach(address: str) -> None:
         raise ClusterError(Problem("address", f"{address} refused us", _first_line(error), next_step=step)) from error
     except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        raise ClusterError(
-            Problem("address", f"no Ray can be used at {address}", _first_line(error), next_step=step)
-        ) from error
+        rule = f"no Ray can be used at {address}"
+        raise ClusterError(Problem("address", rule, _first_line(error), next_step=step)) from error
 
 
 def _greet(host: str, port: int) -> str:
@@ -212,11 +201,11 @@ def _first_line(error: BaseException) -> str:
 def _quiet(log_path: Path) -> Iterator[None]:
     """Sends the messages of Ray's loggers to a file, and keeps its news of dead workers off the standard output."""
     logger = logging.getLogger("ray")
-    before = logger.handlers, logger.level, logger.propagate
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
     log_path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(log_path, delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    file.addFilter(lambda record: not record.name.startswith(BESIDE_THE_POINT))
+    file.addFilter(lambda record: not record.name.startswith(SILENCED))
     logger.handlers, logger.propagate = [file], False
     logger.setLevel(logging.WARNING)
     try:
@@ -224,8 +213,8 @@ def _quiet(log_path: Path) -> Iterator[None]:
             yield
     finally:
         file.close()
-        logger.handlers, logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -240,9 +229,9 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
     error = ClusterError(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
     left, gone = threading.Event(), threading.Event()
 
-    def look() -> None:
+    def check() -> None:
         misses = 0
-        while not left.wait(LOOK_AT_HEAD_S):
+        while not left.wait(CHECK_HEAD_EVERY_S):
             try:
                 socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
                 misses = 0
@@ -258,7 +247,7 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
                 shutil.rmtree(temp_dir, ignore_errors=True)
                 os._exit(InterruptedRunError.exit_code if stopped else error.exit_code)
 
-    watcher = threading.Thread(target=look, name="head-watcher", daemon=True)
+    watcher = threading.Thread(target=check, name="head-watcher", daemon=True)
     watcher.start()
     try:
         yield
@@ -290,7 +279,7 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
 
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     there = {"CPU": [node.num_cpus for node in nodes], "GPU": [node.num_gpus for node in nodes]}
-    slots = {name: [num_fitting(name, amount, room) for room in there[name]] for name, amount in need.items()}
+    slots = {name: [num_fitting(name, amount, capacity) for capacity in there[name]] for name, amount in need.items()}
     together = [min(counts) for counts in zip(*slots.values(), strict=True)]  # workers that fit on each node
     one_node = any(count >= num_workers for count in together)
 
@@ -315,15 +304,15 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
 
 
-def num_fitting(name: str, amount: float, room: float) -> int:
+def num_fitting(name: str, amount: float, capacity: float) -> int:
     """Returns how many workers fit on one node by one resource; exact, as Ray counts.
 
     Args:
         name: ``CPU``, ``GPU`` or another resource.
         amount: Of each worker. A share of a GPU lies on one GPU.
-        room: What the node has.
+        capacity: What the node has.
     """
-    part, whole = int(amount * UNITS), round(room * UNITS)
+    part, whole = int(amount * UNITS), round(capacity * UNITS)
     if name != "GPU" or part >= UNITS:
         return whole // part
     gpus, rest = divmod(whole, UNITS)
@@ -354,11 +343,11 @@ def _limit(
             return f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
         if name == "GPU" and part < UNITS:
             return f"{amount_text(total, name)}, {amount:g} a trial: {UNITS // part} on each"
-        there = {name: [room for room in there[name] if room]}  # a head node without GPUs explains nothing
-    rooms = [there[name] for name in need]
+        there = {name: [amount for amount in there[name] if amount]}  # a head node without GPUs explains nothing
+    amounts = [there[name] for name in need]
     spans = " and ".join(_span(there[name], name) for name in need)
-    alike = " each" if all(len({*each}) == 1 for each in rooms) else ""
-    place = f"{counted(len(rooms[0]), 'node')} with {spans}{alike}"
+    alike = " each" if all(len({*each}) == 1 for each in amounts) else ""
+    place = f"{counted(len(amounts[0]), 'node')} with {spans}{alike}"
     needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
     each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
     if one_node:
@@ -366,6 +355,6 @@ def _limit(
     return f"{place}, {counted(num_workers, 'worker')} a trial, {each} each"
 
 
-def _span(rooms: list[float], name: str) -> str:
-    least, most = min(rooms), max(rooms)
+def _span(amounts: list[float], name: str) -> str:
+    least, most = min(amounts), max(amounts)
     return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"

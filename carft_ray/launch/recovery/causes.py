@@ -1,29 +1,64 @@
-"""Why something that Ray ran has failed: the exception under Ray's wrappers, in one line without terminal codes.
+"""Why something that Ray ran has failed: the exception under Ray's wrappers, and whether a machine is at fault.
 
 Ray moves exceptions between processes and loses what they were raised from on the way; the text of the remote
 traceback, which its errors carry, keeps it. So everything is read from text.
+
+Failures of machines are no verdict on a training's values. When one worker of a group dies, the others raise whatever
+their collective library makes of it. None of these, nor a network disk that has gone, says anything of the values; a
+full disk or a missing permission is no failure of a machine.
 """
 
 import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from carft_ray import files
-from carft_ray.launch.recovery.host_memory import host_memory
-from carft_ray.study.outcome import append_log
+from carft_ray.errors import MachineError
+from carft_ray.files import MACHINE_ERRNOS
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.memory import TEXTS
 
 LONGEST = 300  # characters of a cause
 TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 RAY_LOGS = re.compile(r"\s*Check \S+(?: files)? for more information\.")  # they vanish with a Ray of our own
-# what stands above an exception: a frame, a header of Python's, or one of Ray's for another process
+# what comes before an exception: a frame, a header of Python's, or one of Ray's for another process
 ABOVE = re.compile(r'\s+File ".*", line \d+|.*Traceback \(most recent call last\):|.*\bray::\S+ \(pid=')
 NAMED = re.compile(r"(?P<module>(?:\w+\.)*)(?P<name>[A-Za-z_]\w*)(?:\(\w+\))?(?:: ?(?P<message>.*))?$")
 DURING = "During handling of the above exception, another exception occurred:"
 DIRECT = "The above exception was the direct cause of the following exception:"
+# "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: 1f2e) was
+# 27.63GB used / 28.80GB limit (0.959)"; before Ray 2.56 without "used" and "limit"
+MONITOR = re.compile(
+    r"running low on memory.{0,40}Memory on the node \(IP: (?P<node>[^,)\s]+)[^)]*\).{0,200}?was "
+    r"(?P<used>[\d.]+ ?[KMGT]?B)(?: used)? / (?P<limit>[\d.]+ ?[KMGT]?B)",
+    re.DOTALL,
+)
+# what an attempt writes that ran out of memory: Python, NumPy, torch
+OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
+FULL = "no memory was left on"
+STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
 DIED = re.compile(r"Worker exit detail: (.+?)(?: There are some potential root causes| Some common causes|$)")
+UNKNOWN = -1
+
+# by name: the driver, which imports this, holds no torch. Of torch.distributed, and of Ray
+TYPES = {
+    *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError"),
+    *("RayActorError", "NodeDiedError", "WorkerCrashedError", "ObjectLostError", "OwnerDiedError"),
+    *("LocalRayletDiedError", "RaySystemError", "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"),
+}
+# what gloo, NCCL and torch's process group say in exceptions of general types (RuntimeError, ValueError)
+PEER = re.compile(
+    r"connection (closed|reset|refused|aborted|timed out)|broken pipe|socket (timeout|error|closed)|closed by peer"
+    r"|\bgloo\b|\bnccl|process group has not been initialized|invalid process group|timed out waiting"
+    r"|process group .{0,40}(abort|destroy)|collective operation timeout|no route to host|network is unreachable"
+    r"|transport endpoint",
+    re.IGNORECASE,
+)
+DEVICE = re.compile(r"CUDA (driver )?error|CUDNN_STATUS_|CUBLAS_STATUS_|cuDNN error|device-side assert|NVML")
 
 
 def root_cause(error: BaseException | str) -> str:
@@ -33,7 +68,7 @@ def root_cause(error: BaseException | str) -> str:
         error: An exception of Ray, Tune or Ray Train, raised or not; or the text of one, with a traceback or without.
 
     Returns:
-        ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` tells of full memory;
+        ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` returns;
         or that a process died. Empty for an empty text.
     """
     text = full_text(error)
@@ -52,24 +87,25 @@ def explained(error: BaseException | str) -> str:
     return cause if text == cause else f"{cause}\n{text}"
 
 
-def log_cause(folder: Path, attempt: int, explanation: str) -> str:
-    """Appends why an attempt has ended to the log of its training; for one that has left no word of its own.
+def host_memory(text: str) -> str:
+    """Returns in one line that memory was full and what helps, from the text of an error; empty for another error."""
+    if is_full_memory(text):
+        return text
+    if found := MONITOR.search(text):
+        where = f"{FULL} node {found['node']} ({found['used']} of {found['limit']} used): Ray's memory monitor ended it"
+    elif "running low on memory" in text:
+        where = f"{FULL} its node: Ray's memory monitor ended it"
+    elif OWN.search(text):
+        line = next(line for line in reversed(text.strip().splitlines()) if OWN.search(line))
+        where = f"{FULL} its machine: {line.strip()[:200]}"
+    else:
+        return ""
+    return f"{where}; {STEP}"
 
-    Args:
-        folder: Of the training; made when it is missing.
-        attempt: The attempt.
-        explanation: As ``explained`` returns it.
 
-    Returns:
-        The first line of the explanation, for tables.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    append_log(folder, f"attempt {attempt}: lost: {explanation.rstrip()}")
-    return explanation.partition("\n")[0]
+def is_full_memory(reason: str) -> bool:
+    """Tells whether a reason is one of ``host_memory``."""
+    return reason.startswith(FULL)
 
 
 def error_of(tune_trial: Any) -> BaseException | str:
@@ -104,7 +140,7 @@ def _plain(text: str) -> str:
 
 
 def _root(text: str) -> str:
-    """Returns the last exception of a text: the first line at the margin after what stands above an exception."""
+    """Returns the last exception of a text: the first line at the margin after what comes before an exception."""
     lines = text.strip().splitlines() or [""]
     position, above = 0, True
     for number, line in enumerate(lines):
@@ -117,7 +153,55 @@ def _root(text: str) -> str:
         return f"{found['name']}: {found['message']}" if found["message"] else found["name"]
     # an error of Ray itself says first that something has failed, and why at its end; what is indented are numbers
     rest = [line.strip() for line in lines[position:] if not line[:1].isspace()]
-    told = RAY_LOGS.sub("", " ".join(rest))
-    if died := DIED.search(told):
+    text = RAY_LOGS.sub("", " ".join(rest))
+    if died := DIED.search(text):
         return f"its process died: {died[1]}"
-    return told.removeprefix(found["module"]) if found else told
+    return text.removeprefix(found["module"]) if found else text
+
+
+def lost_rank(error: BaseException, context: RunContext) -> int | None:
+    """Returns the worker whose machine has failed, when an exception shows that a worker, node or disk has gone.
+
+    Args:
+        error: The exception; what it was raised from counts, too.
+        context: Of the worker that met it. One that is alone has no peer to lose.
+
+    Returns:
+        Its rank; ``UNKNOWN`` for a peer that is not named. None: it is another exception.
+    """
+    for each in _chain(error):
+        if isinstance(each, MachineError):
+            return UNKNOWN if each.rank is None else each.rank
+        if isinstance(each, OSError) and each.errno in MACHINE_ERRNOS:
+            return context.rank
+        if is_death(each):
+            return UNKNOWN
+        if context.world_size > 1 and isinstance(each, RuntimeError | ValueError) and PEER.search(str(each)):
+            return UNKNOWN
+    return None
+
+
+def is_death(error: BaseException) -> bool:
+    """Tells whether Ray or torch.distributed says that a process or its node has gone."""
+    return any(kind.__name__ in TYPES for kind in type(error).__mro__)
+
+
+def device_error_step(error: BaseException) -> int | None:
+    """Returns the step at which a GPU has reported an error (0: in none), or None for another exception.
+
+    Being out of memory is no such error; it is handled before.
+    """
+    if not any(type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)) for each in _chain(error)):
+        return None
+    notes = [note for each in _chain(error) for note in getattr(each, "__notes__", ())]
+    steps = [int(found[1]) for note in notes if (found := re.match(r"at step (\d+) ", note))]
+    return steps[0] if steps else 0
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)

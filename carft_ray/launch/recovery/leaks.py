@@ -1,11 +1,12 @@
 """Placement groups that a killed trial has left behind, and their removal.
 
-When the process that waits for a Ray Train group is killed (by the kernel for want of memory, say), the group's
+When the process that waits for a Ray Train group is killed (by the kernel when memory is full, say), the group's
 controller dies with it, and its placement group stays until the search ends: Ray's own cleaner asks a dashboard that
-need not run. The trials that follow would wait for these resources without a word. So the search removes the group.
+need not run. The trials that follow would wait for these resources without a message. So the search removes the group.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -38,26 +39,23 @@ def remove_group(name: str) -> None:
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
+@dataclass
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
-    A training says which group is its own when its workers begin (``heartbeat.json``). Until all that lived
-    at that moment have said so, have ended, or wait for resources, nothing is removed.
+    A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that ran
+    at that moment have done so, have ended, or wait for resources, nothing is removed.
 
-    Args:
+    Attributes:
         study_dir: The study directory.
         groups: Lists the groups of the job.
         remove: Removes one.
     """
 
-    def __init__(
-        self,
-        study_dir: Path,
-        groups: Callable[[], dict[str, bool]] = groups_of_job,
-        remove: Callable[[str], None] = remove_group,
-    ) -> None:
-        self._study_dir, self._groups, self._remove = study_dir, groups, remove
-        self._suspects: list[tuple[set[str], set[TrialSpecKey]]] = []
+    study_dir: Path
+    groups: Callable[[], dict[str, bool]] = groups_of_job
+    remove: Callable[[str], None] = remove_group
+    _suspects: list[tuple[set[str], set[TrialSpecKey]]] = field(default_factory=list)
 
     def suspect(self, dead: TrialSpec, live: Iterable[TrialSpec]) -> None:
         """Notes that the process of an attempt has died.
@@ -66,18 +64,19 @@ class Leaks:
             dead: The attempt.
             live: What else runs.
         """
-        self._suspects.append((set(self._groups()), {_key(spec) for spec in live} - {_key(dead)}))
+        self._suspects.append((set(self.groups()), {_key(spec) for spec in live} - {_key(dead)}))
 
-    def look(self, live: Iterable[TrialSpec]) -> int:
+    def check(self, live: Iterable[TrialSpec]) -> int:
         """Removes what is known to be left behind; returns how many groups that were."""
         if not self._suspects:
             return 0
         owned = None
         with files.passing_faults():  # nothing is removed on half of the answers
-            owned = {_key(spec): self._group(spec) for spec in live}
+            found = {_key(spec): read_heartbeat(spec.folder(self.study_dir), spec.attempt) for spec in live}
+            owned = {key: alive.group if alive else "" for key, alive in found.items()}
         if owned is None:
             return 0
-        now = self._groups()
+        now = self.groups()
         num_waiting = sum(not has_resources for has_resources in now.values())
         undecided, leaked = [], set()
         for groups, others in self._suspects:
@@ -87,12 +86,8 @@ class Leaks:
                 leaked |= {name for name in groups - set(owned.values()) if now.get(name)}
         self._suspects = undecided
         for name in leaked:
-            self._remove(name)
+            self.remove(name)
         return len(leaked)
-
-    def _group(self, spec: TrialSpec) -> str:
-        alive = read_heartbeat(spec.folder(self._study_dir), spec.attempt)
-        return alive.group if alive else ""
 
 
 def _key(spec: TrialSpec) -> TrialSpecKey:

@@ -1,16 +1,17 @@
-"""Training configurations of a search again with fresh seeds; killed and run again, it goes on where it was."""
+"""Training configurations of a search again with fresh seeds; killed and run again, it continues where it was."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from carft_ray.errors import InterruptedRunError, Problem
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing
+from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
@@ -57,7 +58,7 @@ def run_confirm(
             on_event(Note(note))
         trainings = fix(study)
         begin(study.study_dir, recipe)
-        for row in study.adopt_confirm(trainings):
+        for row in study.recover_confirm(trainings):
             on_event(TrialFinished(row, is_best=False))
 
         def rows() -> list[TrialRow]:
@@ -68,7 +69,7 @@ def run_confirm(
 
         def interrupted() -> InterruptedRunError:
             what = f"stopped; {num_finished()} of {counted(len(trainings), 'training')} finished"
-            return InterruptedRunError(Problem("", what, next_step=f"Resume with: {resume_command}"))
+            return interruption(what, resume_command)
 
         def say(text: str) -> None:
             on_event(Preparing(text))

@@ -1,4 +1,4 @@
-"""A whole search: folder, study, Ray, preparation, baselines and trials; run again, it goes on where it was."""
+"""A whole search: folder, study, Ray, preparation, baselines and trials; run again, it continues where it was."""
 
 import shlex
 import time
@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.budget import used_up
 from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.figures.study_figure import figure_at_the_end
-from carft_ray.launch.runtime import RUNNER, Runner, Runtime
+from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
 from carft_ray.launch.session import begin, computing, prepare
+from carft_ray.launch.stop import interruption, used_up
 from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
@@ -49,20 +49,16 @@ class SearchResult:
     set_aside: tuple[TrialRow, ...] = ()
 
 
-def _ignore(event: Event) -> None:
-    del event
-
-
 def run_search(
     recipe: Recipe,
     study_dir: Path,
     address: str | None = None,
-    on_event: Callable[[Event], None] = _ignore,
+    on_event: Callable[[Event], None] = lambda event: None,
     runner: Runner | None = None,
     trusted: bool = False,
     may: Collection[Direction] = (),
 ) -> SearchResult:
-    """Runs a search to its end, or goes on with one.
+    """Runs a search to its end, or resumes one.
 
     ``best.yaml`` follows the best trial all the time; the figure is drawn at the end, however the search ends.
 
@@ -93,20 +89,26 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
-        study.check_adoptable(trusted)
+        study.check_recoverable(trusted)
         begin(study_dir, recipe)
         num_before = _num_finished(study)
-        told = study.adopt(trusted)
+        recovered = study.recover_running(trusted)
         for note in study.notes:
             on_event(Note(note))
-        for row in told:
+        for row in recovered:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
+
+        def say(text: str) -> None:
+            on_event(Preparing(text))
+
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
         with figure_at_the_end(study, num_before):
             if not ended and not study.done():
-                interrupted, say = partial(_interrupted, study, address), partial(_say, on_event)
+                interrupted = partial(_interrupted, study, address)
                 with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:
-                    ended = _run(study, runtime, on_event, interrupted, began)
+                    ended = _run(study, runtime, on_event, say, began)
+                if ended == STOPPED:
+                    raise interrupted()
             elapsed_s = time.monotonic() - began
         rows = study.rows()
         best = best_row(rows)
@@ -135,39 +137,23 @@ def _num_finished(study: Study) -> int:
     return sum(row.outcome != "running" for row in study.rows())
 
 
-def _run(
-    study: Study,
-    runtime: Runtime,
-    on_event: Callable[[Event], None],
-    interrupted: Callable[[], InterruptedRunError],
-    began: float,
-) -> str:
-    """Prepares and trains; returns which limit of the budget ended it, if one did."""
+def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say: Say, began: float) -> str:
+    """Prepares and trains; returns what ended it early, as ``run_trainings`` does."""
     on_event(Preparing())
-    metrics = prepare(runtime, partial(_say, on_event))
+    metrics = prepare(runtime, say)
     on_event(Prepared(metrics))
-    zero_shot = study.tell_zero_shot(metrics)
-    if zero_shot:
+    if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
     capacity = runtime.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
-    ended = run_trainings(study, runtime, on_event, began)
-    if ended == STOPPED:
-        raise interrupted()
-    return ended
-
-
-def _say(on_event: Callable[[Event], None], text: str) -> None:
-    on_event(Preparing(text))
+    return run_trainings(study, runtime, on_event, began)
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished, wanted = _num_finished(study), num_trials(study.recipe)
-    step = f"Resume with: {_resume(study, address)}"
-    what = f"stopped; {finished} of {counted(wanted, 'trial')} finished"
-    return InterruptedRunError(Problem("", what, next_step=step))
+    what = f"stopped; {_num_finished(study)} of {counted(num_trials(study.recipe), 'trial')} finished"
+    return interruption(what, _resume(study, address))
 
 
 def _nothing_within_budget(study: Study, ended: str, address: str | None) -> BudgetError:
@@ -175,7 +161,9 @@ def _nothing_within_budget(study: Study, ended: str, address: str | None) -> Bud
     rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
     hours = study.recipe.budget.gpu_hours
     more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
-    return BudgetError(Problem("budget", rule, next_step=f"Give more and go on with: {_resume(study, address)} {more}"))
+    return BudgetError(
+        Problem("budget", rule, next_step=f"Give more and continue with: {_resume(study, address)} {more}")
+    )
 
 
 def _resume(study: Study, address: str | None) -> str:

@@ -19,7 +19,7 @@ from carft_ray.study.best import constraint_lines
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.proposals.pruning import deciding_look
+from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, best_first
 from carft_ray.words import counted
@@ -163,7 +163,7 @@ def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, 
         for row in rows
         if row.outcome == "complete"
         and row.objective is not None
-        and (value := deciding_look(pruner, row.looks)) is not None
+        and (value := deciding_value(pruner, row.intermediate_values)) is not None
     ]
     from carft_ray.results.statistics.intervals import rank_correlation  # loads SciPy
 

@@ -106,7 +106,7 @@ def read_sealed(
             entry = ledger.record(study_dir, recipe, purpose, sets, read.details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
-            say(f"continuing the read of {ledger.told(entry)}")
+            say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
@@ -163,7 +163,7 @@ def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int, purpo
     """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
     command = f"carft-ray test {shlex.quote(str(study_dir))}"
     option = {ledger.TEST: "", ledger.ANALYSIS: " --all-trials"}
-    rule = f"its test sets were read already: {ledger.told(entry)}"
+    rule = f"its test sets were read already: {ledger.describe(entry)}"
     if (_read_dir(study_dir, number) / SUMMARY).exists():
         found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ledger.ANALYSIS else SUMMARY)
         step = f"Its results are in {found}."

@@ -14,7 +14,7 @@ from carft_ray.environment import private_name
 
 
 def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.trial.Trial:
-    """Returns a trial of the storage that is not finished, to draw and tell: ``Study.ask`` gives new ones only."""
+    """Returns an unfinished trial of the storage, to draw and finish it: ``Study.ask`` gives new ones only."""
     return optuna.trial.Trial(study, trial_id(frozen))
 
 

@@ -1,15 +1,14 @@
-"""The recipe's pruner: which looks at a running training count, and why one is cut. Nothing here is written.
+"""The recipe's pruner: which intermediate values of a running training count, and why one is cut. Writes nothing.
 
-A look is the objective on the subset, best over a few alphas (``evaluation.run``), at the end of an epoch. Its step is
-the percent of the training's own schedule, so trainings of different length compare.
+An intermediate value is the objective on the subset, best over a few alphas (``evaluation.run``), at the end of an
+epoch. Its step is the percent of the training's own schedule, so trainings of different length compare.
 
-The rules are those of Optuna's pruners, and tests hold them to the same answers. They stand here again because
+The rules are those of Optuna's pruners, and tests hold them to the same answers. They are written again because
 
 - Optuna's halving writes a rung before it answers: a kill in between would lose the cut. Here the answer follows from
-  the looks that the study holds, so it can be found before anything is written;
+  the values that the study holds, so it can be found before anything is written;
 - Optuna's pruners refuse a study of two objectives;
-- its median compares looks of one step only, and trainings of different length are seldom looked at in the same
-  percent.
+- its median compares values of one step only, and trainings of different length seldom share a percent.
 """
 
 import math
@@ -23,34 +22,32 @@ from carft_ray.recipe.schedule import END, HALVING, first_percent, num_warmup_st
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.words import counted
 
-LOOK = "subset/objective"  # in a line of metrics.jsonl
+SUBSET_OBJECTIVE = "subset/objective"  # in a line of metrics.jsonl
 _SHARES = {2: "half", 3: "third", 4: "quarter"}
 
 
 @dataclass(frozen=True)
-class Looked:
+class PrunerTrial:
     """A trial as a pruner sees it.
 
     Attributes:
-        number: Of the trial.
-        looks: Percent of its schedule -> objective on the subset, a fraction.
+        intermediate_values: Percent of its schedule -> objective on the subset, a fraction.
         complete: It was trained to its end.
     """
 
-    number: int
-    looks: Mapping[int, float]
+    intermediate_values: Mapping[int, float]
     complete: bool
 
 
-def look_of(recipe: Recipe, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[int, float] | None:
-    """Returns percent and objective of a look that counts; None before ``first``, in the warm-up, or without a look.
+def intermediate_value(recipe: Recipe, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[int, float] | None:
+    """Returns percent and objective of an evaluation that counts; None before ``first``, in the warm-up, or for none.
 
     Args:
         recipe: The study's recipe.
         values: Of the trial.
         row: A line of its ``metrics.jsonl``.
     """
-    value = row.get(LOOK)
+    value = row.get(SUBSET_OBJECTIVE)
     if value is None or not math.isfinite(value):
         return None
     step = percent(row["epoch"], values.get("epochs", recipe.train.epochs))
@@ -58,72 +55,70 @@ def look_of(recipe: Recipe, values: Mapping[str, Any], row: Mapping[str, Any]) -
     return None if step < first_percent(recipe.search.pruner) or row["step"] < warmup else (step, float(value))
 
 
-def cut_reason(pruner: PrunerConfig, mine: Looked, others: Sequence[Looked]) -> str | None:
-    """Returns why a training is cut at its last look, in one line; None when it goes on.
+def cut_reason(pruner: PrunerConfig, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
+    """Returns why a training is cut at its last intermediate value, in one line; None when it continues.
 
     The end of a training is no reason: what has come so far is complete.
 
     Args:
         pruner: The recipe's.
-        mine: The trial, its last look included.
+        values: Intermediate values of the trial, the last one included.
         others: The other trials.
     """
-    step = max(mine.looks)
+    step = max(values)
     if step >= END:
         return None
     if pruner.name == HALVING:
-        why = _halving(rungs(pruner), pruner.factor, mine.looks, others)
+        why = _halving(pruner, values, others)
     else:
         share = 50.0 if pruner.name == "median" else pruner.percentile
-        why = _percentile(share, pruner.startup_trials, mine.looks, [other for other in others if other.complete])
+        complete = [other.intermediate_values for other in others if other.complete and other.intermediate_values]
+        why = _percentile(share, pruner.startup_trials, values, complete)
     return None if why is None else f"cut at {step} %: {why}"
 
 
-def deciding_look(pruner: PrunerConfig, looks: Mapping[int, float]) -> float | None:
-    """Returns the last look at which a training could have been cut; None when there was none.
+def deciding_value(pruner: PrunerConfig, values: Mapping[int, float]) -> float | None:
+    """Returns the last intermediate value at which a training could have been cut; None when there was none.
 
     With halving it is that at the last rung.
     """
     reached = max(rungs(pruner), default=0)
-    steps = sorted(step for step in looks if reached <= step < END)
-    if not steps:
-        return None
-    return looks[steps[0] if reached else steps[-1]]
+    steps = sorted(step for step in values if reached <= step < END)
+    return values[steps[0] if reached else steps[-1]] if steps else None
 
 
-def _halving(ends: Sequence[int], factor: int, looks: Mapping[int, float], rivals: Sequence[Looked]) -> str | None:
+def _halving(pruner: PrunerConfig, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
     """Successive halving without waiting (Li et al. 2020, arXiv 1810.05934).
 
     Who is not among the best ``1 / factor`` of those that have reached a rung by now is cut there. The first ones to
-    come go on when they lead.
+    come continue when they lead.
     """
-    step = max(looks)
-    value, before = looks[step], max((other for other in looks if other != step), default=0)
-    for rung in ends:
+    step, factor = max(values), pruner.factor
+    value, before = values[step], max((other for other in values if other != step), default=0)
+    for rung in rungs(pruner):
         if not before < rung <= step:
             continue
-        values = sorted([value, *(found for rival in rivals if (found := _at_rung(rival.looks, rung)) is not None)])
-        if value < values[-max(1, len(values) // factor)]:
+        reached = [value]  # there, or at the first step behind
+        for found in (other.intermediate_values for other in others):
+            reached += [found[min(steps)]] if (steps := [step for step in found if step >= rung]) else []
+        if value < sorted(reached)[-max(1, len(reached) // factor)]:
             share = _SHARES.get(factor, f"1/{factor}")
-            return f"{_shown(value)} was not among the best {share} of {counted(len(values), 'trial')}"
+            return f"{_shown(value)} was not among the best {share} of {counted(len(reached), 'trial')}"
     return None
 
 
-def _at_rung(looks: Mapping[int, float], rung: int) -> float | None:
-    step = min((step for step in looks if step >= rung), default=None)
-    return None if step is None else looks[step]
-
-
-def _percentile(share: float, startup: int, looks: Mapping[int, float], complete: Sequence[Looked]) -> str | None:
-    """The best look so far must reach the given share of the complete trials, each at its last look up to here."""
-    step = max(looks)
-    values = [trial.looks[max(steps)] for trial in complete if (steps := [s for s in trial.looks if s <= step])]
-    if sum(bool(trial.looks) for trial in complete) < startup or not values:
+def _percentile(
+    share: float, startup: int, values: Mapping[int, float], complete: Sequence[Mapping[int, float]]
+) -> str | None:
+    """The best value so far must reach the given share of the complete trials, each at its last step up to here."""
+    last = max(values)
+    reached = [found[max(steps)] for found in complete if (steps := [step for step in found if step <= last])]
+    if len(complete) < startup or not reached:
         return None
-    limit, best = float(np.percentile(values, 100 - share)), max(looks.values())
+    limit, best = float(np.percentile(reached, 100 - share)), max(values.values())
     if best >= limit:
         return None
-    of = counted(len(values), "complete trial")
+    of = counted(len(reached), "complete trial")
     return f"{_shown(best)} was not among the best {share:g} % of {of}, from {_shown(limit)} on"
 
 

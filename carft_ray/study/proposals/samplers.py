@@ -1,9 +1,9 @@
-"""Optuna's samplers as a recipe asks for them. What each can do stands in ``recipe/sampler_rules.py``.
+"""Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as a running one beside itself.
+study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
 QMC counts its draws in the study, and a kill would skip one. NSGA-III chooses the parents of a generation with the
-generator that makes the child, unless they are chosen already. The grid stumbles over trials of another space.
+generator that makes the child, unless they are chosen already. The grid fails on trials of another space.
 """
 
 import json
@@ -57,7 +57,9 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
     startup = startup_trials(recipe)
     match recipe.search.sampler.name:
         case "tpe":
-            return TPESampler(n_startup_trials=startup, seed=seed, **_together(options))
+            # what ``group`` implies; without it Optuna warns of two objectives
+            together = {"multivariate": True} if options.get("group") else {}
+            return TPESampler(n_startup_trials=startup, seed=seed, **{**together, **options})
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
         case "cmaes":
@@ -74,11 +76,6 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
             return _Grid(recipe.search.space, seed)
         case _:
             return RandomSampler(seed=seed)
-
-
-def _together(options: dict[str, Any]) -> dict[str, Any]:
-    """Says ``multivariate`` where ``group`` implies it; Optuna warns of that with two objectives."""
-    return {"multivariate": True, **options} if options.get("group") else options
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
@@ -118,7 +115,7 @@ class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
         return {name: each for name, each in self._space.items() if not each.single()}
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
-        trials = study.get_trials(deepcopy=False)  # those without a name tell of something and were never drawn
+        trials = study.get_trials(deepcopy=False)  # those without a name were never drawn
         return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
 
 

@@ -44,8 +44,8 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
 def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, Value]:
     """Returns the values of a trial: those that it has already, else new draws; none of an inactive parameter.
 
-    Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the trials that are
-    told and on nothing else: a search that was killed, even between two parameters, draws what it would have drawn.
+    Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the
+    finished trials alone: a search that was killed, even between two parameters, draws what it would have drawn.
     """
     parameters = recipe.search.space
     places = {name: place for place, name in enumerate(parameters, start=1)}
@@ -62,7 +62,7 @@ def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, 
             study.sampler = make_sampler(recipe, trial.number, places[name])
             values[name] = suggest(trial, name, parameter)
     finally:
-        study.sampler = usual  # told to ours, grid would end the study and cmaes complain of constraints
+        study.sampler = usual  # with ours, ``Study.tell`` would end the study (grid) or complain of constraints (cmaes)
     return {name: values[name] for name in parameters if name in values}
 
 

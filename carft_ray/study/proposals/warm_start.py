@@ -5,6 +5,7 @@ no trials of the study: not counted, no rows, never its best. Each study is take
 append per trial, and a mark at the end. A kill in between costs nothing; the next search takes in what is missing.
 """
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from carft_ray.data.sets import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
@@ -24,7 +25,16 @@ from carft_ray.recipe.spaces.region import place
 from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.study.ledger import read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import WARM_FROM, generation_name, is_training, readable, row_of, storage_of, told
+from carft_ray.study.rows import (
+    WARM_FROM,
+    generation_name,
+    is_training,
+    readable,
+    row_of,
+    state_and_values,
+    storage_of,
+    trainings,
+)
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
@@ -44,7 +54,7 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         What was taken in and what was left out, a sentence per source that is new.
 
     Raises:
-        RecipeError: A source is no study, the study itself, or has another objective; tells all that is wrong.
+        RecipeError: A source is no study, the study itself, or has another objective; all problems at once.
         StorageError: A source cannot be read.
     """
     marks: dict[str, dict[str, Any]] = dict(study.user_attrs.get(MARKS, {}))
@@ -90,28 +100,27 @@ def inherited_reads(study_dir: Path) -> int:
     Raises:
         StorageError: There is no study, or its journal is damaged.
     """
-    name = generation_name(read_manifest(study_dir).get(GENERATION, 1))
-    with readable(study_dir):
-        storage = storage_of(study_dir)
-        if name not in optuna.get_all_study_names(storage):
-            return 0
-        marks = optuna.load_study(study_name=name, storage=storage).user_attrs.get(MARKS, {})
+    with _search_of(study_dir) as search:
+        marks = {} if search is None else search.user_attrs.get(MARKS, {})
     return sum(mark.get("test_reads", 0) for mark in marks.values())
 
 
 def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:
     """Enters what is not there yet; returns how many trials of the source are, and how many are not by reason."""
-    theirs, trials = _recipe_of(source), _trials_of(source)
-    same_looks = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
+    theirs = _recipe_of(source)
+    own = theirs.train.model_dump(mode="json")  # values that its trials have in common
+    with _search_of(source) as search:
+        trials = [] if search is None else trainings(search)
+    same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
     known = [trial.user_attrs[WARM_FROM] for trial in study.get_trials(deepcopy=False) if not is_training(trial)]
     there = {(origin["id"], origin["trial"]) for origin in known if "id" in origin}
     taken, left_out = 0, Counter[str]()
     for trial in trials:
         row = row_of("trial", trial)
-        if told(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
+        if state_and_values(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
             left_out["not finished" if row.outcome == "running" else "lost, which is no verdict"] += 1
             continue
-        placed = place({**_fields(theirs), **row.values}, recipe)
+        placed = place({**own, **row.values}, recipe)
         if isinstance(placed, str):
             left_out[f"with {placed} outside the space"] += 1
             continue
@@ -119,7 +128,7 @@ def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tup
         if (number, row.name) not in there:
             origin = {"id": number, "path": str(source), "trial": row.name}
             attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
-            study.add_trial(placed_trial(trial, recipe, placed, attributes, with_looks=same_looks))
+            study.add_trial(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
     return taken, dict(left_out)
 
 
@@ -127,8 +136,8 @@ def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem
     key = f"{KEY}: {source}"
     if not (source / JOURNAL).is_file():
         value = "no such folder" if not source.exists() else f"one without {JOURNAL}"
-        beside = [str(path.parent) for path in source.parent.glob(f"*/{JOURNAL}")]
-        yield Problem(key, "must be the folder of a study", value, nearest=nearest(str(source), beside))
+        others = [str(path.parent) for path in source.parent.glob(f"*/{JOURNAL}")]
+        yield Problem(key, "must be the folder of a study", value, nearest=nearest(str(source), others))
         return
     if source == study_dir or _source_id(source) == _source_id(study_dir):
         yield Problem(key, "must be another study", "this one" if source == study_dir else "a copy of this one")
@@ -170,23 +179,18 @@ def _recipe_of(source: Path) -> Recipe:
     return Recipe.model_validate(read_manifest(source)["recipe"])
 
 
-def _fields(recipe: Recipe) -> dict[str, Any]:
-    """Returns the values of ``train`` that trials have in common."""
-    return recipe.train.model_dump(mode="json")
-
-
-def _trials_of(source: Path) -> list[FrozenTrial]:
+@contextlib.contextmanager
+def _search_of(source: Path) -> Iterator[optuna.Study | None]:
+    """Gives the Optuna study of a study's trials to read from; None where no trial was ever begun."""
     name = generation_name(read_manifest(source).get(GENERATION, 1))
     with readable(source):
         storage = storage_of(source)
-        if name not in optuna.get_all_study_names(storage):
-            return []
-        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-        return [trial for trial in trials if is_training(trial)]
+        known = name in optuna.get_all_study_names(storage)
+        yield optuna.load_study(study_name=name, storage=storage) if known else None
 
 
 def _source_id(study_dir: Path) -> str:
-    """Returns what tells a study from all others, wherever it lies: when it was made, and with which recipe."""
+    """Returns what identifies a study, wherever its folder is: when it was made, and with which recipe."""
     manifest = read_manifest(study_dir)
     first = manifest[RECIPES][0]["recipe"] if manifest.get(RECIPES) else manifest["recipe"]
     text = f"{manifest.get('created')} {recipe_hash(Recipe.model_validate(first))}"
