@@ -1,7 +1,7 @@
 """Trainings of a benchmark: planned beforehand, run two at a time, kept on disk, and never run twice.
 
-A training is ``evaluation.run.run_training`` as the product runs it; afterwards its model is read on the test sets at
-the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
+A training is ``evaluation.training.run_training`` as the product runs it; afterwards its model is read on the test
+sets at the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
 
     folder/prepared/                 what all trainings share (``prepare``)
     folder/zero_shot_test.parquet
@@ -39,13 +39,14 @@ from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.signals import stop_file_on_signal
 from carft_ray.layout import RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 

@@ -21,7 +21,7 @@ from carft_ray.evaluation.alpha import (
 )
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.run import _alphas_at_chance, _choose
+from carft_ray.evaluation.training import _alphas_at_chance, _choose
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.statistics.intervals import crossed
 

@@ -23,19 +23,27 @@ from tiny import CONFIG, make_tiny_clip
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.evaluation.evaluate import predict_all, predict_mixed
+from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.predictions import concat, read_predictions, select
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
 from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.learning.layers import layer_groups
-from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.classifier import build_classifier
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.lora import merged_state, trained_weights
 from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
 from carft_ray.learning.models.clip import wrap_model
-from carft_ray.learning.models.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
+from carft_ray.learning.models.tower import (
+    check_tower,
+    layer_factors,
+    layer_groups,
+    num_trained,
+    shape_tower,
+    tower_problems,
+)
 from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
-from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import num_recalibrated
 from carft_ray.results.exports.export import export_model

@@ -14,9 +14,8 @@ from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, pre
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import in_batches
-from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.mixing import mix_weights, recalibrate
 from carft_ray.learning.ranks import gather
-from carft_ray.learning.recalibration import recalibrate
 
 Metrics = dict[str, float]
 

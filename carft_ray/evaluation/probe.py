@@ -26,14 +26,14 @@ from carft_ray.evaluation.heads import IN_CACHE, cached_heads
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
-from carft_ray.evaluation.run import RESULT_VERSION, device_of, num_threads, prepare, run_training
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
+from carft_ray.evaluation.training import RESULT_VERSION, device_of, prepare, run_training
 from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import LOG_EVERY, build_classifier
-from carft_ray.learning.mixing import mix_weights
-from carft_ray.learning.recalibration import clean_views, recalibrate
+from carft_ray.learning.loop import LOG_EVERY
+from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -90,7 +90,7 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     began = time.perf_counter()
     inputs = load_shared_inputs(recipe, prepared_dir=folder)  # sets that it decodes stay in the cache
     clip, device = inputs.clip, device_of(recipe)
-    torch.set_num_threads(num_threads(recipe))
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)  # and so do the heads
     opened_materials._loaded.clear()
     again = time.perf_counter()

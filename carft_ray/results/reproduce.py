@@ -20,7 +20,7 @@ from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem, StorageError
 from carft_ray.evaluation.origin import gpu_names, set_contents
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.evaluation.run import prepare
+from carft_ray.evaluation.training import prepare
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import FOLDERS, PREPARED, REFERENCES, ZERO_SHOT_TABLE
 from carft_ray.learning.checkpoint import load_tensors

@@ -49,12 +49,12 @@ def train_with_ray(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         resume_command: Shown after an interruption.
         on_epoch: Given the metrics of every epoch.
-        runner: What is trained; by default ``evaluation.run``.
+        runner: What is trained; by default ``evaluation.training``.
         lost: Attempts in a row that a machine has ended without advancing, and how far they came (``progress_of``).
         say: Told what the preparation does.
 
     Returns:
-        Content of ``result.json``, and what the preparation found (``evaluation.run.prepare``).
+        Content of ``result.json``, and what the preparation found (``evaluation.training.prepare``).
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.

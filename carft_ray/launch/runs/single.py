@@ -9,7 +9,7 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.shared.shared_images import SharedRow, write_shared
 from carft_ray.errors import InterruptedRunError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import run_training
+from carft_ray.evaluation.training import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER, prepare_single
 from carft_ray.launch.session import begin, computing, prepare

@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.errors import DataError
-from carft_ray.learning.layers import layer_groups, layer_label
 from carft_ray.learning.models.catalog import QUICK, model_names
 from carft_ray.learning.models.clip import square_size
 from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config, preprocessing_kinds
-from carft_ray.learning.models.tower import layer_factors, training_bytes
+from carft_ray.learning.models.tower import layer_factors, layer_groups, layer_label, training_bytes
 from carft_ray.learning.models.weights import compare, for_model, misfit_problem, only_positions, read_header, shapes_of
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 

@@ -1,12 +1,19 @@
-"""What of an image tower trains, and how it computes: layers that are frozen, LoRA, gradient checkpointing.
+"""The layers of an image tower, what of it trains, and how it computes: frozen layers, LoRA, gradient checkpointing.
 
-Whether a tower can do what ``train`` asks shows in the model alone: a command looks at one without weights where its
-configuration is known (``opening.image_tower``), and ``check_tower`` at the model itself, before a study trains.
+Layer 0 is the stem (patch embedding or first convolutions, positions, class token), then comes one layer for each
+block, and last what follows the blocks: attention pooling and the projection to the embedding. A norm between the last
+block and the projection belongs to the last block. timm's layer decay (after BEiT, arXiv 2106.08254) and open_clip's
+``lock`` count in the same way.
+
+Only the model shows whether a tower can do what ``train`` asks: a command checks one without weights where its
+configuration is known (``opening.image_tower``), and ``check_tower`` the model itself, before a study trains.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +21,68 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.layers import layer_groups
 from carft_ray.learning.lora import add_corrections, matrices
 from carft_ray.learning.models.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
+
+_TRUNK, _AFTER_TRUNK = "trunk.", "behind the trunk: "
+# Layers in timm's notation: names of the stem, then patterns of blocks, ordered by their numbers. Others come last.
+_VIT_STEM = r"(?!transformer\.resblocks\.|ln_post\.|proj$|attn_pool)"
+_WITH_LAST_BLOCK = (99999,)  # in timm's notation: no layer of its own
+_VIT_BLOCKS = (r"transformer\.resblocks\.(\d+)\.", None)
+_RESNET = {"stem": r"(?!layer\d+\.\d+\.|attnpool\.)", "blocks": [(r"layer(\d+)\.(\d+)\.", None)]}
+
+
+def layer_groups(visual: nn.Module) -> list[list[str]]:
+    """Returns the names of all parameters of an image tower by layer, from the stem to the projection.
+
+    Args:
+        visual: Image tower of an open_clip model: its ViT, its ResNet or a timm model. In any other module each direct
+            child is a layer, after one of the module's own parameters.
+
+    Returns:
+        One list for each layer, in the order of ``named_parameters``; each parameter is in one of them.
+    """
+    from timm.models import group_parameters
+
+    names = [name for name, _ in visual.named_parameters()]
+    seen = {name: name for name in names}
+    if hasattr(visual, "trunk"):  # what open_clip puts behind it comes last, with what timm's patterns leave over
+        seen = {n: n.removeprefix(_TRUNK) if n.startswith(_TRUNK) else _AFTER_TRUNK + n for n in names}
+    tower = SimpleNamespace(named_parameters=lambda: [(name, None) for name in seen.values()])
+    layers = group_parameters(tower, _matcher(visual), reverse=True)
+    return [[name for name in names if layers[seen[name]] == layer] for layer in sorted(set(layers.values()))]
+
+
+def _matcher(visual: nn.Module) -> dict[str, Any]:
+    """Returns the patterns of a tower's layers, as ``timm.models.group_parameters`` takes them."""
+    if hasattr(visual, "trunk"):
+        matcher: dict[str, Any] = visual.trunk.group_matcher(coarse=False)  # type: ignore[union-attr,operator]
+        return matcher
+    if hasattr(visual, "transformer"):
+        # the norm comes before the projection of a class token, and after attention pooling
+        norm = [(r"ln_post\.", _WITH_LAST_BLOCK)] if getattr(visual, "attn_pool", None) is None else []
+        return {"stem": _VIT_STEM, "blocks": [_VIT_BLOCKS, *norm]}
+    if hasattr(visual, "attnpool"):
+        return _RESNET
+    children = [name for name, _ in visual.named_children()]
+    return {"stem": r"[^.]+$", "blocks": [(rf"{re.escape(name)}\.", (i,)) for i, name in enumerate(children)]}
+
+
+def layer_label(names: Sequence[str]) -> str:
+    """Returns a short name of a layer: the modules that hold its parameters, as far as they share them."""
+    roots: dict[str, list[list[str]]] = {}
+    for name in names:
+        pieces = name.split(".")
+        roots.setdefault(".".join(pieces[: 1 + name.startswith(_TRUNK)]), []).append(pieces[:-1] or pieces)
+    return ", ".join(root if len(inside) == 1 else _shared(inside) or root for root, inside in roots.items())
+
+
+def _shared(modules: list[list[str]]) -> str:
+    count = next((i for i, pieces in enumerate(zip(*modules, strict=False)) if len(set(pieces)) > 1), None)
+    return ".".join(min(modules, key=len)[:count])
 
 
 def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
