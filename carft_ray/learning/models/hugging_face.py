@@ -21,6 +21,7 @@ from torch import Tensor
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
 
+PLACE = "model.name"  # of messages: the key that names the folder
 # what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
 _DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
 _TEXT = _DEFAULTS | {
@@ -78,14 +79,14 @@ _OUR_BLOCK_NAMES = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
 _BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns open_clip's ``model_cfg`` and ``preprocess_cfg`` of a CLIPModel folder.
 
     Raises:
         DataError: The configuration is none, or asks for what open_clip cannot compute.
     """
     path = folder / HUGGING_FACE_CONFIG
-    config = _read(path, place)
+    config = _read(path)
     text = {**_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
     vision = {**_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
     activations = [vision["hidden_act"], text["hidden_act"]]
@@ -93,9 +94,9 @@ def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any
     if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
         allowed = ", ".join(_ACTIVATIONS)
         rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
-        raise DataError(Problem(place, rule, f"{', '.join(activations)} in {path}"))
+        raise DataError(Problem(PLACE, rule, f"{', '.join(activations)} in {path}"))
     if vision.get("num_channels", 3) != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
-        raise DataError(Problem(place, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
+        raise DataError(Problem(PLACE, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
     eos, last = text["eos_token_id"], text["vocab_size"] - 1
     pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
     model_config = {
@@ -115,7 +116,7 @@ def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any
             **pooling,
         },
     }
-    return model_config, _preprocessing(folder, vision["image_size"], place)
+    return model_config, _preprocessing(folder, vision["image_size"])
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,22 +149,22 @@ def _tower(config: dict[str, Any]) -> dict[str, Any]:
     return tower
 
 
-def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
+def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        found = _read(folder / "preprocessor_config.json", place)
+        found = _read(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():  # transformers 5 writes both parts of a processor in one file
-        found = _read(folder / "processor_config.json", place).get("image_processor") or {}
+        found = _read(folder / "processor_config.json").get("image_processor") or {}
     resample = found.get("resample", 3)
     if resample not in FILTERS:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
-        raise DataError(Problem(place, rule, f"{resample} in {folder}"))
+        raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size", image_size)
     is_squash = isinstance(size, dict) and "height" in size
     side = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     if side != image_size:
         text = "%s: the folder's preprocessing resizes to %s pixels; the model's input of %s is used instead."
-        logging.getLogger(__name__).warning(text, place, side, image_size)
+        logging.getLogger(__name__).warning(text, PLACE, side, image_size)
     return {
         "mean": tuple(found.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(found.get("image_std", OPENAI_DATASET_STD)),
@@ -172,11 +173,11 @@ def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, place: str) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(Problem(place, "must be a JSON file", f"{path}: {error}")) from error
+        raise DataError(Problem(PLACE, "must be a JSON file", f"{path}: {error}")) from error
     if not isinstance(value, dict):
-        raise DataError(Problem(place, "must be a JSON object", str(path)))
+        raise DataError(Problem(PLACE, "must be a JSON object", str(path)))
     return value

@@ -92,12 +92,10 @@ def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
         RecipeError: The tower cannot do it.
     """
     visual = classifier.visual
-    problems = tower_problems(visual, train)
-    if problems:
+    if problems := tower_problems(visual, train):
         raise RecipeError(problems)
-    if train.freeze_layers:
-        for name in itertools.chain(*layer_groups(visual)[: train.freeze_layers]):
-            visual.get_parameter(name).requires_grad_(False)
+    for name in _frozen(visual, train):
+        visual.get_parameter(name).requires_grad_(False)
     if train.lora_rank is not None:
         scale = 1.0 if train.lora_alpha is None else train.lora_alpha / train.lora_rank
         add_corrections(visual, _adapted(visual, train.freeze_layers), train.lora_rank, scale, train.seed)
@@ -122,41 +120,35 @@ def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
     if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
         return []
     problems = []
-    layers = layer_groups(visual)
-    num_layers, frozen, rank = len(layers), train.freeze_layers, train.lora_rank
+
+    def refuse(field: str, rule: str, next_step: str = "") -> None:
+        value = str(getattr(train, field)).lower()
+        problems.append(Problem(f"train.{field}", rule, value, next_step=next_step))
+
+    num_layers, frozen = len(layer_groups(visual)), train.freeze_layers
     if frozen > num_layers:
-        rule = f"must be at most {num_layers}, the number of layers of the image tower"
-        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
+        refuse("freeze_layers", f"must be at most {num_layers}, the number of layers of the image tower")
     elif frozen == num_layers and train.head_lr_factor == 0:
-        rule = f"must be at most {num_layers - 1} with head_lr_factor 0, or nothing trains"
-        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
-    if rank is not None and frozen <= num_layers:
-        problems += _lora_problems(visual, rank, frozen)
+        refuse("freeze_layers", f"must be at most {num_layers - 1} with head_lr_factor 0, or nothing trains")
+    if train.lora_rank is not None and frozen <= num_layers:
+        adapted = _adapted(visual, frozen)
+        smallest = min((min(matrix.shape) for matrix in adapted.values()), default=0)
+        if not _adapted(visual, 0):
+            rule = "must be null: the blocks of this image tower have no Linear layers"
+            refuse("lora_rank", rule, "train.freeze_layers trains a part of any tower.")
+        elif not adapted:
+            refuse(
+                "lora_rank", f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
+            )
+        elif train.lora_rank > smallest:
+            refuse("lora_rank", f"must be at most {smallest}, the smallest side of a matrix")
     if train.grad_checkpointing and not any(hasattr(module, "grad_checkpointing") for module in visual.modules()):
-        rule = "must be false: this image tower has no gradient checkpointing"
         step = "To need less memory, write a smaller train.micro_batch; the gradient stays the same."
-        problems.append(Problem("train.grad_checkpointing", rule, "true", next_step=step))
+        refuse("grad_checkpointing", "must be false: this image tower has no gradient checkpointing", step)
     if train.recalibrate_batches and not any(isinstance(module, _BatchNorm) for module in visual.modules()):
         rule = "must be 0: this image tower has no BatchNorm, whose statistics could be computed anew"
-        problems.append(Problem("train.recalibrate_batches", rule, str(train.recalibrate_batches)))
+        refuse("recalibrate_batches", rule)
     return problems
-
-
-def _lora_problems(visual: nn.Module, rank: int, frozen: int) -> list[Problem]:
-    if not _adapted(visual, 0):
-        rule = "must be null: the blocks of this image tower have no Linear layers"
-        return [
-            Problem("train.lora_rank", rule, str(rank), next_step="train.freeze_layers trains a part of any tower.")
-        ]
-    adapted = _adapted(visual, frozen)
-    if not adapted:
-        rule = f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
-        return [Problem("train.lora_rank", rule, str(rank))]
-    smallest = min(min(matrix.shape) for matrix in adapted.values())
-    if rank > smallest:
-        rule = f"must be at most {smallest}, the smallest side of a matrix"
-        return [Problem("train.lora_rank", rule, str(rank))]
-    return []
 
 
 def _adapted(visual: nn.Module, frozen: int) -> dict[str, Tensor]:
@@ -169,9 +161,13 @@ def num_trained(visual: nn.Module, train: TrainConfig) -> int:
     """Returns how many numbers of a tower train: all, those of layers that are not frozen, or those of LoRA."""
     if train.lora_rank is not None:
         return sum(train.lora_rank * sum(matrix.shape) for matrix in _adapted(visual, train.freeze_layers).values())
-    sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
-    frozen = itertools.chain(*layer_groups(visual)[: train.freeze_layers]) if train.freeze_layers else ()
-    return sum(sizes.values()) - sum(sizes[name] for name in frozen)
+    frozen = set(_frozen(visual, train))
+    return sum(parameter.numel() for name, parameter in visual.named_parameters() if name not in frozen)
+
+
+def _frozen(visual: nn.Module, train: TrainConfig) -> list[str]:
+    """Returns the names of the parameters in frozen layers."""
+    return list(itertools.chain(*layer_groups(visual)[: train.freeze_layers])) if train.freeze_layers else []
 
 
 def training_bytes(num_weights: int, num_trained: int, has_average: bool = False) -> int:
@@ -211,9 +207,8 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
     ends: list[list[Any]] = []
     for name, parameter in searched.items():
-        values = (
-            list(parameter.choices) if isinstance(parameter, CategoricalParameter) else [parameter.low, parameter.high]
-        )
+        is_choice = isinstance(parameter, CategoricalParameter)
+        values = [*parameter.choices] if is_choice else [parameter.low, parameter.high]  # type: ignore[union-attr]
         ends.append([*values, getattr(recipe.train, name)] if parameter.when else values)
     for chosen in itertools.product(*ends):
         yield dict(zip(searched, chosen, strict=True)), "search.space"
