@@ -37,7 +37,7 @@ from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
-from carft_ray.evaluation.evaluate import predict_all, predict_mixed
+from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import prepare, run_training
@@ -47,6 +47,7 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.mixing import load_mixture
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -247,8 +248,8 @@ def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[
     zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
     tests, tables = _test_sets(recipe, inputs), []
     for alpha in alphas:
-        batch_size = recipe.evaluate.batch_size
-        tables.append(predict_mixed(classifier, zero_shot, fine_tuned, alpha, tests, batch_size, RunContext()))
+        load_mixture(classifier, zero_shot, fine_tuned, alpha)
+        tables.append(predict_all(classifier, tests, alpha, recipe.evaluate.batch_size, RunContext()))
     return concat(tables)
 
 

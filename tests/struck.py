@@ -75,7 +75,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         for place, target in PLACES.items():
             patches.enter_context(replaced(target, counted(lambda place=place: place)))
         patches.enter_context(
-            replaced("carft_ray.evaluation.training.predict_mixed", counted(lambda: state["evaluated"]))
+            replaced("carft_ray.evaluation.training.predict_all", counted(lambda: state["evaluated"]))
         )
         patches.enter_context(replaced("carft_ray.evaluation.training.fine_tune", fine_tuning))
         patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))

@@ -26,7 +26,7 @@ from carft_ray.data.source import ImageSet, PixelArray
 from carft_ray.errors import DivergedError, Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
-from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
+from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -52,7 +52,7 @@ from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
-from carft_ray.learning.mixing import clean_views
+from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.recipe.schedule import is_looked_at
@@ -219,8 +219,8 @@ class _Training:
         zero_shot = classifier.state()
 
         def at(alpha: float) -> pa.Table:
-            context, views_NHWC = self.context, self.views_NHWC
-            return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context, views_NHWC)
+            load_mixture(classifier, zero_shot, fine_tuned, alpha, self.views_NHWC)
+            return predict_all(classifier, sets, alpha, batch_size, self.context)
 
         return zero_shot, at
 

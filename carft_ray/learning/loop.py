@@ -243,7 +243,7 @@ def fine_tune(
     num_steps = train.epochs * steps_per_epoch
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
     window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
-    for batch in _views(source, train, clip.image_size, context, learner.step, steps_per_epoch, num_threads):
+    for batch in _views(source, train, clip.image_size, context, learner.step, num_threads):
         epoch, indices, _, batch_size = batch
         learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
         set_learning_rate(learner.optimizer, learning_rate)
@@ -279,24 +279,19 @@ def fine_tune(
 
 
 def _views(
-    source: Source,
-    train: TrainConfig,
-    image_size: int,
-    context: RunContext,
-    first_step: int,
-    steps_per_epoch: int,
-    num_threads: int,
+    source: Source, train: TrainConfig, image_size: int, context: RunContext, first_step: int, num_threads: int
 ) -> Iterator[Batch]:
     """Yields this worker's part of each batch, from ``first_step`` on.
 
     With more than one thread the next batches are made while the current one is computed on. A view is a function of
     seed, sample and visit, so the number of threads changes nothing.
     """
+    first_epoch, first_batch = divmod(first_step, math.ceil(len(source) / train.batch_size))
 
     def parts() -> Iterator[tuple[int, IntArray, int]]:
-        for epoch in range(first_step // steps_per_epoch, train.epochs):
+        for epoch in range(first_epoch, train.epochs):
             mine = batches(train.seed, epoch, len(source), train.batch_size, context.rank, context.world_size)
-            skip = max(first_step - epoch * steps_per_epoch, 0)
+            skip = first_batch if epoch == first_epoch else 0
             for number, indices in enumerate(mine[skip:], start=skip):
                 yield epoch, indices, min(train.batch_size, len(source) - number * train.batch_size)
 

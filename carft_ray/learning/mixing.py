@@ -67,6 +67,14 @@ def _mix(zero_shot: Tensor, fine_tuned: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * zero_shot + alpha * fine_tuned
 
 
+def load_mixture(
+    classifier: ImageClassifier, zero_shot: State, fine_tuned: State, alpha: float, views_NHWC: PixelArray | None = None
+) -> None:
+    """Gives a classifier the weights mixed at ``alpha``, with statistics from ``clean_views`` where they are given."""
+    classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
+    recalibrate(classifier, views_NHWC)
+
+
 def clean_views(clip: Clip, source: Source, num_batches: int) -> PixelArray | None:
     """Returns training images as evaluations see images, uint8 [N, S, S, 3]: those with the lowest sample ids.
 

@@ -11,6 +11,7 @@ Both compute the same function; a test compares logits. transformers is not need
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,27 @@ NAMES = {
     "logit_scale": "logit_scale",
 }
 BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+    "ln_1": ["layer_norm1"],
+    "ln_2": ["layer_norm2"],
+    "attn.in_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],  # rows, in this order
+    "attn.out_proj": ["self_attn.out_proj"],
+    "mlp.c_fc": ["mlp.fc1"],
+    "mlp.c_proj": ["mlp.fc2"],
 }
 TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
-_OURS = {theirs: ours for ours, theirs in NAMES.items()}
-_OUR_BLOCK_NAMES = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
-_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+
+
+def names_of(name: str) -> list[str]:
+    """Returns the names in transformers of a tensor of open_clip; three for the stacked rows of an attention.
+
+    Raises:
+        KeyError: It has none.
+    """
+    if found := _BLOCK.fullmatch(name):
+        layer = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{found[2]}"
+        return [f"{layer}.{part}.{found[4]}" for part in BLOCK_NAMES[found[3]]]
+    return [NAMES[name]]
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,24 +131,21 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model_config, _preprocessing(folder, vision["image_size"])
 
 
-def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name."""
+def convert(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name.
+
+    Args:
+        state: The CLIPModel's.
+        names: Of the tensors of the open_clip model.
+    """
+    # 0, 1, 2, ...: old versions stored position_ids
+    rest = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
     renamed: dict[str, Tensor] = {}
-    rows: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.endswith(".position_ids"):  # 0, 1, 2, ...: old versions stored it
-            continue
-        ours = _OURS.get(name, name)
-        if found := _BLOCK.fullmatch(name):
-            block = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
-            if part := re.fullmatch(r"self_attn\.([qkv])_proj", found[3]):
-                rows.setdefault(f"{block}.attn.in_proj_{found[4]}", {})[part[1]] = tensor
-                continue
-            ours = f"{block}.{_OUR_BLOCK_NAMES.get(found[3], found[3])}.{found[4]}"
-        renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
-    for name, parts in rows.items():  # rows: queries, then keys, then values
-        renamed[name] = torch.cat([parts[key] for key in "qkv" if key in parts])
-    return renamed
+    for name in names:
+        if parts := [rest.pop(theirs) for theirs in names_of(name) if theirs in rest]:
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            renamed[name] = tensor.T.contiguous() if name in TRANSPOSED else tensor
+    return renamed | rest
 
 
 def _tower(config: dict[str, Any]) -> dict[str, Any]:

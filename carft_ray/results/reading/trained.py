@@ -23,7 +23,7 @@ from carft_ray.layout import HEADS, JOURNAL, MANIFEST, PREPARED, RESOLVED, RESUL
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
+from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.pareto import placed
@@ -64,9 +64,8 @@ class Trained:
         recipe, device = self.recipe, device_of(self.recipe)
         torch.set_num_threads(recipe.resources.threads_per_worker)
         classifier = build_classifier(self.inputs.clip, self.class_head_CD, recipe.train, device)
-        classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
-        if num_batches := recipe.train.recalibrate_batches:
-            recalibrate(classifier, clean_views(self.inputs.clip, self.inputs.train, num_batches))
+        views_NHWC = clean_views(self.inputs.clip, self.inputs.train, recipe.train.recalibrate_batches)
+        load_mixture(classifier, classifier.state(), self.fine_tuned, alpha, views_NHWC)
         return classifier.eval()
 
 
