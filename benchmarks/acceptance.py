@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.trainings import ID_TEST
-from carft_ray.evaluation.shared_inputs import ID_SET
+from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.results.statistics.intervals import Interval, ValuesBySet, crossed, paired_differences, rank_correlation
 

@@ -36,9 +36,8 @@ from benchmarks import acceptance
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all
 from carft_ray import console, files
 from carft_ray.errors import CarftError, Problem
-from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.evaluation.shared_inputs import ID_SET
 from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter

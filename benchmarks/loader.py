@@ -83,10 +83,9 @@ def evaluation_pass(images: ImageSet, batch_size: int, to_floats: bool) -> Pass:
 def training_pass(source: Source, batch_size: int, workers: int) -> Pass:
     """Returns a pass over the views of one epoch as the training loop makes them."""
     train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE)
-    steps = -(-len(source) // batch_size)
 
     def one_pass() -> int:
-        views = loop._views(source, train, SIDE, RunContext(), 0, steps, 1 + workers)
+        views = loop._views(source, train, SIDE, RunContext(), 0, 1 + workers)
         return sum(len(indices) for _, indices, _, _ in views)
 
     return one_pass

@@ -29,8 +29,8 @@ from scipy.stats import qmc
 from benchmarks.trainings import Clock, Finished, Planned, open_bench, run_all
 from carft_ray import console, files
 from carft_ray.errors import CarftError
+from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import correct_matrix
-from carft_ray.evaluation.shared_inputs import ID_SET
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 

@@ -1,7 +1,7 @@
 """Trainings of a benchmark: planned beforehand, run two at a time, kept on disk, and never run twice.
 
-A training is ``evaluation.run.run_training`` as the product runs it; afterwards its model is read on the test sets at
-the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
+A training is ``evaluation.training.run_training`` as the product runs it; afterwards its model is read on the test
+sets at the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
 
     folder/prepared/                 what all trainings share (``prepare``)
     folder/zero_shot_test.parquet
@@ -37,15 +37,17 @@ from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
-from carft_ray.evaluation.evaluate import predict_all, predict_mixed
+from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.run import prepare, run_training
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.mixing import load_mixture
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -246,8 +248,8 @@ def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[
     zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
     tests, tables = _test_sets(recipe, inputs), []
     for alpha in alphas:
-        batch_size = recipe.evaluate.batch_size
-        tables.append(predict_mixed(classifier, zero_shot, fine_tuned, alpha, tests, batch_size, RunContext()))
+        load_mixture(classifier, zero_shot, fine_tuned, alpha)
+        tables.append(predict_all(classifier, tests, alpha, recipe.evaluate.batch_size, RunContext()))
     return concat(tables)
 
 

@@ -17,7 +17,7 @@ import stand_in
 import torch
 
 from carft_ray.errors import OutOfMemoryError
-from carft_ray.evaluation import run
+from carft_ray.evaluation import training
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.ray_cluster.cluster import Node
@@ -62,7 +62,7 @@ def capped(megabytes, *args):
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, resource.RLIM_INFINITY))
-    return run.run_training(*args)
+    return training.run_training(*args)
 
 
 def without_memory(recipe, *args):
@@ -72,7 +72,7 @@ def without_memory(recipe, *args):
 
 
 def limited(megabytes):
-    return Runner(run.prepare, partial(capped, megabytes))
+    return Runner(training.prepare, partial(capped, megabytes))
 
 
 def plan_of(study, runner=STAND_IN):

@@ -104,6 +104,6 @@ def heads(tiny_clip):
 
 
 def _heads(clip):
-    from carft_ray.learning.heads import build_heads
+    from carft_ray.evaluation.heads import build_heads
 
     return build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)

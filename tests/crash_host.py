@@ -195,7 +195,7 @@ def import_everything():
     import torch
 
     import carft_ray.cli
-    import carft_ray.evaluation.run
+    import carft_ray.evaluation.training
     import carft_ray.launch.runs.single
     import carft_ray.progress
     import carft_ray.recipe.advice  # noqa: F401

@@ -1,9 +1,10 @@
 """A study of short trainings made in this process, as a search makes it, without Ray: seconds instead of a minute."""
 
-from carft_ray import files
-from carft_ray.evaluation.run import on_all_cores, prepare, run_training
+from carft_ray import environment, files
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import with_threads
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.study import open_study
@@ -14,7 +15,7 @@ def search(study_dir, recipe, num_attempts=None):
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe))
         study.recover_running()
-        found = prepare(on_all_cores(recipe), study_dir / "prepared")  # as a search does
+        found = prepare(with_threads(recipe, environment.usable_cores()), study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
         study.add_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from carft_ray.data.caching import packed
-from carft_ray.evaluation import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
+from carft_ray.evaluation import shared_inputs, training  # noqa: F401  (with torch: nothing is imported within a trial)
 from carft_ray.launch import runtime
 from carft_ray.layout import STOP
 

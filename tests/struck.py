@@ -74,7 +74,9 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     with contextlib.ExitStack() as patches:
         for place, target in PLACES.items():
             patches.enter_context(replaced(target, counted(lambda place=place: place)))
-        patches.enter_context(replaced("carft_ray.evaluation.run.predict_mixed", counted(lambda: state["evaluated"])))
-        patches.enter_context(replaced("carft_ray.evaluation.run.fine_tune", fine_tuning))
+        patches.enter_context(
+            replaced("carft_ray.evaluation.training.predict_all", counted(lambda: state["evaluated"]))
+        )
+        patches.enter_context(replaced("carft_ray.evaluation.training.fine_tune", fine_tuning))
         patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
         return runtime.train(recipe, out_dir, prepared_dir, context, attempt)

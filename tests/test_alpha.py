@@ -21,7 +21,7 @@ from carft_ray.evaluation.alpha import (
 )
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.run import _alphas_at_chance, _choose
+from carft_ray.evaluation.training import _alphas_at_chance, _choose
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.statistics.intervals import crossed
 
@@ -192,8 +192,7 @@ def profile_of(alphas, objectives, neighbour_se=0.01, violations=()):
     """A profile with one set, whose accuracies are the objectives."""
     noise_AA, missed = noise(neighbour_se, len(alphas)), np.array(violations) if violations else None
     choice = choose_alpha(alphas, objectives, 0.1, noise_AA, missed)
-    rows = tuple(map(tuple, noise_AA.tolist()))
-    return AlphaProfile(alphas, tuple(objectives), {}, tuple(objectives), rows, choice, violations)
+    return AlphaProfile(alphas, {}, tuple(objectives), noise_AA, choice, missed)
 
 
 def test_points_between_are_measured_at_an_end_of_the_curve_and_where_there_is_no_fit():
@@ -340,20 +339,17 @@ SPEC = ObjectiveSpec("weighted_mean", "id_val", ("noisy",), 0.5)
 def test_profile_derives_everything_from_the_predictions(kind):
     spec = ObjectiveSpec(kind, "id_val", ("noisy",))
     profile = alpha_profile(simulated_predictions(), spec, 0.1)
-    noise_AA = np.array(profile.noise)
+    noise_AA, accuracies = profile.noise_AA, profile.accuracies
     assert profile.alphas == GRID
-    assert profile.objectives[3] == spec.value(
-        {"id_val": profile.id_accuracies[3], "noisy": profile.ood_accuracies["noisy"][3]}
-    )
+    assert profile.objectives[3] == spec.value({"id_val": accuracies["id_val"][3], "noisy": accuracies["noisy"][3]})
     assert profile.choice == choose_alpha(GRID, profile.objectives, 0.1, noise_AA)
     assert 0.004 < neighbour_se(noise_AA) < 0.03
-    json.dumps(asdict(profile), allow_nan=False)
+    json.dumps(asdict(profile.choice), allow_nan=False)
 
 
 def test_profile_without_ood_sets_is_of_id_alone():
     profile = alpha_profile(simulated_predictions(), ObjectiveSpec("harmonic", "id_val", ()), 0.1)
-    assert profile.objectives == profile.id_accuracies
-    assert profile.ood_accuracies == {}
+    assert profile.accuracies == {"id_val": list(profile.objectives)}
 
 
 def test_profile_of_a_single_alpha_is_that_point():

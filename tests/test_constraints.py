@@ -110,11 +110,11 @@ def test_a_chosen_alpha_that_turns_out_to_miss_more_than_a_grid_point_is_given_u
     rising = tuple(0.6 + 0.1 * alpha for alpha in GRID)
     drop = ((-0.3, -0.2, -0.1, 0.05, 0.2, 0.3),)
     choice, noise = choose_alpha(GRID, rising, 0.1, NOISE, np.array(drop)), tuple(map(tuple, NOISE.tolist()))
-    profile = AlphaProfile(GRID, rising, {}, rising, noise, choice, drop)
+    profile = AlphaProfile(GRID, {}, rising, np.array(noise), choice, np.array(drop))
     assert stepped_back(profile, {"violation/id_drop/zero_shot": -0.01}, 0.1) == choice
     back = stepped_back(profile, {"violation/id_drop/zero_shot": 0.001}, 0.1)
     assert (back.alpha, back.fitted, back.value) == (0.4, True, pytest.approx(0.64))
-    none_meets = AlphaProfile(GRID, rising, {}, rising, noise, choice, ((0.5,) * 6,))
+    none_meets = AlphaProfile(GRID, {}, rising, np.array(noise), choice, np.full((1, 6), 0.5))
     assert stepped_back(none_meets, {"x": 0.1}, 0.1) == choice
     assert stepped_back(profile, {}, 0.1) == choice
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import short_training
 
-from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.spaces.space import apply

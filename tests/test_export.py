@@ -32,7 +32,7 @@ from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.evaluation.evaluate import predict
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning import RunContext
+from carft_ray.learning.context import RunContext
 from carft_ray.learning.models.catalog import check_model
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.exports import export as exporting

@@ -19,7 +19,7 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
-from carft_ray.evaluation.run import prepare
+from carft_ray.evaluation.training import prepare
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.micro_batch import fitted, memory_failure

@@ -11,10 +11,11 @@ from PIL import Image
 from tiny import load_folder
 from torch.nn import functional
 
-from carft_ray.learning import build_heads, context_distribution, context_kl
+from carft_ray.evaluation.heads import build_heads
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.layers import layer_groups
+from carft_ray.learning.losses import context_distribution, context_kl
 from carft_ray.learning.models.building import quiet
+from carft_ray.learning.models.tower import layer_groups
 
 pytestmark = pytest.mark.slow
 

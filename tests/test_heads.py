@@ -14,10 +14,10 @@ from tiny import make_tiny_clip
 
 from carft_ray.data.benchmark_sets.facts import load_facts
 from carft_ray.data.caching.cache import list_entries
+from carft_ray.evaluation import heads
 from carft_ray.evaluation.doctor import examine
-from carft_ray.evaluation.heads import cached_heads
+from carft_ray.evaluation.heads import build_heads, cached_heads
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning import build_heads
 from carft_ray.learning.models.clip import templates
 from carft_ray.recipe.fine_tuning import PromptsConfig
 from carft_ray.recipe.loading import load_recipe
@@ -31,9 +31,10 @@ def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
     torch.testing.assert_close(class_head, oracle.T, atol=1e-6, rtol=0)
 
 
-def test_both_heads_equal_numpy_in_float64():
+def test_both_heads_equal_numpy_in_float64(monkeypatch):
     clip = make_tiny_clip(dtype=torch.float64)
-    class_head, context_head = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES, batch_size=2)
+    monkeypatch.setattr(heads, "BATCH_SIZE", 2)
+    class_head, context_head = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     with torch.no_grad():
         raw = np.stack(
             [clip.model.encode_text(clip.tokenizer([t.format(c) for c in CLASS_WORDS])).numpy() for t in TEMPLATES]

@@ -8,7 +8,7 @@ import torch
 from open_clip.model import _build_vision_tower
 from torch import nn
 
-from carft_ray.learning.layers import layer_groups, layer_label
+from carft_ray.learning.models.tower import layer_groups, layer_label
 
 pytestmark = pytest.mark.slow
 

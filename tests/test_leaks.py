@@ -31,8 +31,8 @@ from carft_ray.data.shared.overlap import TOLERANCE, alike, candidates, distance
 from carft_ray.data.shared.same_picture import LIMIT, grey_picture, picture_distance
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
-from carft_ray.evaluation import run as evaluation
 from carft_ray.evaluation import shared_inputs
+from carft_ray.evaluation import training as evaluation
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 

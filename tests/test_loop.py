@@ -11,12 +11,15 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from tiny import make_tiny_clip
 
 from carft_ray.data.views import batches, view_batch
-from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
-from carft_ray.learning.classifier import ImageClassifier, normalised
-from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier
-from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
-from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
+from carft_ray.errors import DivergedError
+from carft_ray.evaluation.heads import build_heads
+from carft_ray.learning.classifier import ImageClassifier, build_classifier, normalised
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun, fine_tune
+from carft_ray.learning.mixing import mix_weights
+from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schedule import num_warmup_steps
 
 CPU = torch.device("cpu")
 
@@ -110,7 +113,7 @@ def test_training_kl_falls_as_its_weight_rises(clip64, heads64, source):
 
 
 def mean_kl(clip, heads, source, state, train):
-    from carft_ray.learning import context_distribution, context_kl
+    from carft_ray.learning.losses import context_distribution, context_kl
 
     ends = [build_classifier(clip, heads[0].float(), train, CPU).eval() for _ in range(2)]
     ends[1].load_state_dict(state)
@@ -133,7 +136,7 @@ def test_threads_change_nothing(tiny_clip, heads, source):
 
 
 def test_stored_targets_stand_in_for_the_frozen_model(tiny_clip, heads, source):
-    from carft_ray.learning import context_distribution
+    from carft_ray.learning.losses import context_distribution
 
     train = settings(epochs=2)
     frozen = build_classifier(tiny_clip, heads[0], train, CPU).eval()

@@ -20,11 +20,11 @@ from tiny import make_tiny_clip
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, DivergedError, MachineError, Problem, StorageError
+from carft_ray.evaluation.heads import build_heads
 from carft_ray.launch.executors import run_worker
 from carft_ray.launch.recovery.causes import UNKNOWN, device_error_step, lost_rank
 from carft_ray.learning import checkpoint, loop
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.heads import build_heads
 from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.ranks import from_rank_0, gather, on_all_ranks
 from carft_ray.study.outcome import read_failure

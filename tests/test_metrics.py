@@ -13,7 +13,7 @@ import torch
 
 from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
-from carft_ray.evaluation.metrics import answers, reliability
+from carft_ray.evaluation.metrics import answers, equal_mass_bins, equal_width_bins
 from carft_ray.evaluation.predictions import concat, predictions_table, select
 from carft_ray.results.statistics.intervals import wilson
 
@@ -70,42 +70,40 @@ def test_ties_are_among_the_cases():
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_top_k_accuracy_equals_that_of_scikit_learn(both, k):
     given, labels, logits, _ = both
-    num_classes = logits.shape[1]
+    num_classes, top_accuracy = logits.shape[1], (given.true_rank < k).mean()
     if k >= num_classes:
-        assert metrics.top_accuracy(given, k) == 1
+        assert top_accuracy == 1
         return
     # of equal logits scikit-learn takes the last class first, so it is shown the classes in reverse
     reversed_scores = logits[:, ::-1] if num_classes > 2 else logits[:, 0]
     classes = np.arange(num_classes)
     oracle = sklearn.metrics.top_k_accuracy_score(num_classes - 1 - labels, reversed_scores, k=k, labels=classes)
     if num_classes > 2:
-        assert metrics.top_accuracy(given, k) == same(oracle)
+        assert top_accuracy == same(oracle)
     else:
-        assert metrics.top_accuracy(given, k) == same(sklearn.metrics.accuracy_score(labels, logits.argmax(1)))
-    if k == 1:
-        assert metrics.accuracy(given) == metrics.top_accuracy(given, 1)
+        assert top_accuracy == same(sklearn.metrics.accuracy_score(labels, logits.argmax(1)))
+    if k in (1, 5):
+        assert metrics.set_metrics(given)["accuracy" if k == 1 else "top5"] == top_accuracy
 
 
 def test_accuracies_by_class_equal_those_of_scikit_learn(both):
     given, labels, logits, _ = both
     num_classes, guesses = logits.shape[1], logits.argmax(1)
     found = metrics.class_accuracies(given)
-    has_images = np.bincount(labels, minlength=num_classes) > 0
-    assert [value is not None for value in found] == has_images.tolist()
+    assert list(found) == sorted(set(labels.tolist()))
     recall = sklearn.metrics.recall_score(
         labels, guesses, labels=np.arange(num_classes), average=None, zero_division=np.nan
     )
-    for value, one, present in zip(found, recall, has_images, strict=True):
-        assert not present or value == same(one)
-    index, lowest = metrics.worst_class(given)
-    assert (index, lowest) == (int(np.nanargmin(recall)), same(np.nanmin(recall)))
-    assert metrics.mean_class_accuracy(given) == same(np.nanmean(recall))
+    assert all(value == same(recall[index]) for index, value in found.items())
+    of_set = metrics.set_metrics(given)
+    assert of_set["worst_class"] == {"index": int(np.nanargmin(recall)), "accuracy": same(np.nanmin(recall))}
+    assert of_set["mean_class_accuracy"] == same(np.nanmean(recall))
 
 
 def test_negative_log_likelihood_equals_that_of_torch_and_scipy(both):
     given, labels, logits, _ = both
     oracle = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
-    assert metrics.negative_log_likelihood(given) == same(oracle)
+    assert metrics.set_metrics(given)["nll"] == same(oracle)
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
     np.testing.assert_allclose(given.nll, -log_p, atol=1e-11)
 
@@ -114,7 +112,7 @@ def test_brier_score_equals_that_of_scikit_learn(both):
     given, labels, _, probabilities = both
     classes = np.arange(probabilities.shape[1])
     oracle = sklearn.metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False)
-    assert metrics.brier_score(given) == same(oracle)
+    assert metrics.set_metrics(given)["brier"] == same(oracle)
     one_hot = np.eye(len(classes))[labels]
     np.testing.assert_allclose(given.brier, ((probabilities - one_hot) ** 2).sum(axis=1), atol=1e-12)
 
@@ -132,7 +130,7 @@ def guo(confidence, correct, num_bins):
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
 def test_calibration_error_equals_that_of_guo(both, num_bins):
     given, _, _, probabilities = both
-    found = metrics.expected_calibration_error(given, num_bins)
+    found = metrics.expected_calibration_error(given, equal_width_bins(given.confidence, num_bins))
     assert found == same(guo(given.confidence, given.correct, num_bins))
     np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), atol=1e-12)
 
@@ -145,13 +143,14 @@ def test_metrics_equal_those_of_torchmetrics(both):
     num_classes, labels_N = logits.shape[1], torch.from_numpy(labels)
     guesses_N = torch.from_numpy(logits.argmax(1))
     by_class = classification.multiclass_accuracy(guesses_N, labels_N, num_classes, average="none").tolist()
-    for value, other in zip(metrics.class_accuracies(given), by_class, strict=True):
-        assert value is None or value == same(other)
+    for index, value in metrics.class_accuracies(given).items():
+        assert value == same(by_class[index])
     correct_N = torch.from_numpy(given.correct.astype(np.int64))
     for num_bins in (1, 7, 15):  # an upper edge is out there, and edges are float32: images on one are left out
         edges = np.arange(num_bins + 1) / num_bins
         inner = np.flatnonzero(~np.isclose(given.confidence[:, None], edges, atol=1e-6).any(axis=1))
-        found = metrics.expected_calibration_error(given.take(inner), num_bins)
+        part = given.take(inner)
+        found = metrics.expected_calibration_error(part, equal_width_bins(part.confidence, num_bins))
         confidence = torch.from_numpy(given.confidence[inner])  # as of two classes: no rule orders equal logits there
         assert found == same(classification.binary_calibration_error(confidence, correct_N[inner], num_bins))
         if len(inner) == len(given) and len(np.unique(logits)) > 100:
@@ -161,28 +160,25 @@ def test_metrics_equal_those_of_torchmetrics(both):
             assert found == same(oracle)
 
 
+def curve_of(bins, confidence, correct):
+    """Count, mean confidence and accuracy of each bin."""
+    inside = [bins == index for index in range(bins.max() + 1)]
+    return [(each.sum(), confidence[each].mean(), correct[each].mean()) for each in inside]
+
+
 def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
     confidence = np.array([0.0, 0.25, 0.25, 0.26, 0.5, 0.75, 1.0, 1.0])
     correct = np.array([0, 1, 0, 1, 0, 1, 1, 0], bool)
-    curve = reliability(confidence, correct, 4)
-    assert [each.count for each in curve] == [3, 2, 1, 2]
-    assert [(each.low, each.high) for each in curve] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
-    shares, confidences = sklearn.calibration.calibration_curve(correct, confidence, n_bins=4)  # has the same rule
-    assert [each.accuracy for each in curve] == pytest.approx(shares, abs=1e-12)
-    assert [each.confidence for each in curve] == pytest.approx(confidences, abs=1e-12)
+    counts, confidences, shares = zip(*curve_of(equal_width_bins(confidence, 4), confidence, correct), strict=True)
+    assert counts == (3, 2, 1, 2)
+    oracle = sklearn.calibration.calibration_curve(correct, confidence, n_bins=4)  # has the same rule
+    assert (shares, confidences) == tuple(pytest.approx(each, abs=1e-12) for each in oracle)
 
 
 def test_every_edge_of_fifteen_bins_belongs_to_the_lower_bin():
     edges = np.arange(1, 16) / 15
-    assert [each.count for each in reliability(edges, np.ones(15, bool))] == [1] * 15
-    above = np.nextafter(edges[:-1], 1)
-    assert [each.count for each in reliability(above, np.ones(14, bool))] == [0] + [1] * 14
-
-
-def test_a_bin_without_images_has_no_means():
-    (first, *_, last) = reliability(np.array([0.9, 0.95]), np.array([True, False]), 2)
-    assert (first.count, first.confidence, first.accuracy) == (0, None, None)
-    assert (last.count, last.accuracy) == (2, 0.5)
+    assert equal_width_bins(edges).tolist() == list(range(15))
+    assert equal_width_bins(np.nextafter(edges[:-1], 1)).tolist() == list(range(1, 15))
 
 
 @pytest.mark.parametrize("num_bins", [1, 3, 15])
@@ -190,13 +186,11 @@ def test_bins_of_equal_mass_equal_those_of_scikit_learn(num_bins):
     rng = np.random.default_rng(5)
     confidence = rng.uniform(0.1, 1, 30 * num_bins)
     correct = rng.uniform(size=len(confidence)) < confidence
-    curve = reliability(confidence, correct, num_bins, equal_mass=True)
-    assert [each.count for each in curve] == [30] * num_bins
-    shares, confidences = sklearn.calibration.calibration_curve(
-        correct, confidence, n_bins=num_bins, strategy="quantile"
-    )
-    assert [each.accuracy for each in curve] == pytest.approx(shares, abs=1e-12)
-    assert [each.confidence for each in curve] == pytest.approx(confidences, abs=1e-12)
+    bins = equal_mass_bins(confidence, num_bins)
+    counts, confidences, shares = zip(*curve_of(bins, confidence, correct), strict=True)
+    assert counts == (30,) * num_bins
+    oracle = sklearn.calibration.calibration_curve(correct, confidence, n_bins=num_bins, strategy="quantile")
+    assert (shares, confidences) == tuple(pytest.approx(each, abs=1e-12) for each in oracle)
 
 
 def test_bins_of_equal_mass_keep_equal_confidences_together_and_do_not_depend_on_the_order(both):
@@ -207,15 +201,14 @@ def test_bins_of_equal_mass_keep_equal_confidences_together_and_do_not_depend_on
         (bins == b).mean() * abs(given.correct[bins == b].mean() - given.confidence[bins == b].mean())
         for b in np.unique(bins)
     )
-    assert metrics.expected_calibration_error(given, equal_mass=True) == same(total)
+    assert metrics.set_metrics(given)["ece_equal_mass"] == same(total)
     shuffled = given.take(np.random.default_rng(1).permutation(len(given)))
-    assert metrics.expected_calibration_error(shuffled, equal_mass=True) == pytest.approx(total, abs=1e-12)
+    assert metrics.set_metrics(shuffled)["ece_equal_mass"] == pytest.approx(total, abs=1e-12)
 
 
 def test_everything_of_a_set_at_once_is_plain_and_finite(both):
     given, *_ = both
     found = metrics.set_metrics(given)
-    assert found["worst_class"] == dict(zip(("index", "accuracy"), metrics.worst_class(given), strict=True))
     numbers = [value for value in found.values() if not isinstance(value, dict)]
     assert all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
     assert 0 <= found["brier"] <= 2
@@ -242,18 +235,6 @@ def test_huge_logits_give_finite_metrics():
     assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-10)
 
 
-def test_wrong_arguments_are_refused():
-    given = answers_of_logits(*case("random"))
-    with pytest.raises(ValueError, match=r"k must lie in 1 \.\. 10, but got 11"):
-        metrics.top_accuracy(given, 11)
-    with pytest.raises(ValueError, match=r"every confidence must lie in 0 \.\. 1"):
-        reliability(np.array([math.nan]), np.array([True]))
-    with pytest.raises(ValueError, match="two arrays"):
-        reliability(np.array([0.5]), np.array([True, False]))
-    with pytest.raises(DataError, match="at least one image"):
-        reliability(np.array([]), np.array([], bool))
-
-
 def test_area_under_the_alpha_curve_equals_that_of_scipy():
     rng = np.random.default_rng(3)
     alphas = [0.0, 0.2, 0.35, 0.4, 0.8, 1.0]
@@ -263,5 +244,3 @@ def test_area_under_the_alpha_curve_equals_that_of_scipy():
     for bad in ([0.2, 1], [0, 0.9], [0, 0], [1, 0]):
         with pytest.raises(ValueError, match="rise strictly from 0 to 1"):
             metrics.alpha_area(bad, [0.5, 0.5])
-    with pytest.raises(ValueError, match="must be finite"):
-        metrics.alpha_area([0, 1], [0.5, math.nan])

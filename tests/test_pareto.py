@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner

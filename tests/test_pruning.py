@@ -325,7 +325,7 @@ def test_a_search_in_which_all_were_cut_says_so():
 
 @pytest.mark.slow
 def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch):
-    from carft_ray.evaluation.run import prepare, run_training
+    from carft_ray.evaluation.training import prepare, run_training
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]

@@ -25,7 +25,7 @@ from carft_ray.evaluation.predictions import (
     sets,
     write_predictions,
 )
-from carft_ray.evaluation.run import prepare, run_training
+from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply

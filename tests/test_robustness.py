@@ -6,7 +6,7 @@ import scipy.stats
 from scipy.special import expit, logit
 
 from carft_ray.errors import DataError
-from carft_ray.evaluation.robustness import CAVEAT, effective_robustness, gain_over_ft_line, read_reference
+from carft_ray.evaluation.robustness import CAVEAT, above_line, read_reference
 
 SLOPE, INTERCEPT = 0.9, -1.1
 IDS = (0.55, 0.62, 0.66, 0.71, 0.8, 0.83)
@@ -22,7 +22,7 @@ ON_LINE = {f"model{i}": (x, line(x)) for i, x in enumerate(IDS)}
 
 @pytest.mark.parametrize("id_accuracy", [0.56, 0.7, 0.829])
 def test_points_on_the_line_have_none(id_accuracy):
-    found = effective_robustness(ON_LINE, (id_accuracy, line(id_accuracy)), MANY)
+    found = above_line("effective_robustness", ON_LINE, (id_accuracy, line(id_accuracy)), MANY)
     assert found.value == pytest.approx(0, abs=1e-12)
     assert found.expected == pytest.approx(line(id_accuracy), abs=1e-12)
     assert (found.extrapolated, found.reason) == (False, "")
@@ -33,7 +33,7 @@ def test_points_on_the_line_have_none(id_accuracy):
 @pytest.mark.parametrize("id_accuracy", [0.6, 0.75])
 def test_a_shift_of_the_ood_logit_gives_what_it_does_to_the_accuracy(shift, id_accuracy):
     on_line = logit(line(id_accuracy))
-    found = effective_robustness(ON_LINE, (id_accuracy, float(expit(on_line + shift))), MANY)
+    found = above_line("effective_robustness", ON_LINE, (id_accuracy, float(expit(on_line + shift))), MANY)
     assert found.value == pytest.approx(expit(on_line + shift) - expit(on_line), abs=1e-12)
 
 
@@ -42,28 +42,28 @@ def test_the_line_is_that_of_scipy():
     models = {f"m{i}": (float(x), float(y)) for i, (x, y) in enumerate(rng.uniform(0.3, 0.9, (12, 2)))}
     x, y = logit(np.array(list(models.values()))).T
     fit = scipy.stats.linregress(x, y)
-    found = effective_robustness(models, (0.5, 0.6), MANY)
+    found = above_line("effective_robustness", models, (0.5, 0.6), MANY)
     assert found.expected == pytest.approx(expit(fit.slope * logit(0.5) + fit.intercept), abs=1e-12)
     assert found.value == pytest.approx(0.6 - found.expected, abs=1e-12)
 
 
 def test_it_is_not_defined_with_few_models_or_a_narrow_range():
     few = dict(list(ON_LINE.items())[:4])
-    found = effective_robustness(few, (0.6, 0.5), MANY)
+    found = above_line("effective_robustness", few, (0.6, 0.5), MANY)
     assert (found.value, found.expected) == (None, None)
     assert found.words == "effective_robustness is not defined: it needs at least 5 models, but got 4"
-    assert effective_robustness({}, (0.6, 0.5), MANY).value is None
+    assert above_line("effective_robustness", {}, (0.6, 0.5), MANY).value is None
     narrow = {f"m{i}": (0.7 + 0.01 * i, 0.5) for i in range(5)}
-    found = effective_robustness(narrow, (0.7, 0.5), MANY)
+    found = above_line("effective_robustness", narrow, (0.7, 0.5), MANY)
     assert found.words.endswith("must span 5 points of ID accuracy, but got 4.0")
     wide = {f"m{i}": (0.7 + 0.0125 * i, 0.5) for i in range(5)}  # just 5 points
-    assert effective_robustness(wide, (0.7, 0.5), MANY).value == pytest.approx(0, abs=1e-12)
+    assert above_line("effective_robustness", wide, (0.7, 0.5), MANY).value == pytest.approx(0, abs=1e-12)
 
 
 def test_extrapolation_is_marked_and_said():
     inside, below = ((x, 0.5) for x in (0.55, 0.54))
-    assert not effective_robustness(ON_LINE, inside, MANY).extrapolated
-    found = effective_robustness(ON_LINE, below, MANY)
+    assert not above_line("effective_robustness", ON_LINE, inside, MANY).extrapolated
+    found = above_line("effective_robustness", ON_LINE, below, MANY)
     assert found.extrapolated
     assert found.words.endswith("extrapolated beyond their ID accuracies 0.550 to 0.830")
     assert "over 6 models: model0, model1" in found.words
@@ -72,25 +72,17 @@ def test_extrapolation_is_marked_and_said():
 def test_accuracies_of_zero_and_one_are_clipped_by_the_number_of_images():
     models = {**ON_LINE, "none": (0.5, 0.0), "all": (1.0, 1.0)}
     clipped = {**ON_LINE, "none": (0.5, 1 / 400), "all": (1 - 1 / 1000, 1 - 1 / 400)}
-    found, same = (effective_robustness(each, (0.7, 1.0), (500, 200)) for each in (models, clipped))
+    found, same = (above_line("effective_robustness", each, (0.7, 1.0), (500, 200)) for each in (models, clipped))
     assert found.value == pytest.approx(same.value, abs=1e-12)
     assert found.value == pytest.approx(1 - 1 / 400 - found.expected, abs=1e-12)
 
 
 def test_the_line_through_plain_fine_tuning_has_another_name():
-    found = gain_over_ft_line(ON_LINE, (0.7, line(0.7)), MANY)
+    found = above_line("gain_over_ft_line", ON_LINE, (0.7, line(0.7)), MANY)
     assert found.measure == "gain_over_ft_line"
     assert found.value == pytest.approx(0, abs=1e-12)
     assert found.words.startswith("gain_over_ft_line")
     assert "2302.01381" in CAVEAT
-
-
-def test_what_is_no_accuracy_is_refused():
-    for models, model, num in ((ON_LINE, (70.0, 0.5), MANY), ({"a": (0.5, np.nan)}, (0.7, 0.5), MANY)):
-        with pytest.raises(ValueError, match="accuracies from 0 to 1"):
-            effective_robustness(models, model, num)
-    with pytest.raises(ValueError, match="sets with images"):
-        effective_robustness(ON_LINE, (0.7, 0.5), (0, 10))
 
 
 def test_a_reference_file_gives_the_models_of_each_set(tmp_path):

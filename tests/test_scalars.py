@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.run import _recorder
 from carft_ray.evaluation.scalars import EventFile, run_folder
+from carft_ray.evaluation.training import _recorder
 from carft_ray.launch.runs.single import train_once
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe

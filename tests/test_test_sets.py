@@ -22,7 +22,7 @@ from carft_ray.data.listing import sample_id
 from carft_ray.data.sets import class_folders, open_source
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, read_predictions
-from carft_ray.evaluation.run import run_training
+from carft_ray.evaluation.training import run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply

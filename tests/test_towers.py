@@ -22,20 +22,28 @@ from tiny import CONFIG, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
-from carft_ray.evaluation.evaluate import predict_all, predict_mixed
+from carft_ray.evaluation.evaluate import predict_all
+from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.predictions import concat, read_predictions, select
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning import RunContext, build_heads, fine_tune, mix_weights
 from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.learning.layers import layer_groups
-from carft_ray.learning.loop import StoppedRun, build_classifier
+from carft_ray.learning.classifier import build_classifier
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.lora import merged_state, trained_weights
 from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.learning.mixing import clean_views, load_mixture, mix_weights, recalibrate
 from carft_ray.learning.models.clip import wrap_model
-from carft_ray.learning.models.tower import check_tower, layer_factors, num_trained, shape_tower, tower_problems
+from carft_ray.learning.models.tower import (
+    check_tower,
+    layer_factors,
+    layer_groups,
+    num_trained,
+    shape_tower,
+    tower_problems,
+)
 from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
-from carft_ray.learning.recalibration import clean_views, recalibrate
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import num_recalibrated
 from carft_ray.results.exports.export import export_model
@@ -415,13 +423,15 @@ def test_every_alpha_has_the_statistics_of_its_mixed_weights(resnet_clip):
     start = classifier.state()
     tables = {}
     for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
-        table = predict_mixed(classifier, start, tuned, alpha, sets, 4, context, views)
+        load_mixture(classifier, start, tuned, alpha, views)
+        table = predict_all(classifier, sets, alpha, 4, context)
         assert tables.setdefault(alpha, table).equals(table)
         by_hand = classifier_of(resnet_clip, heads, settings())
         by_hand.load_state_dict(mix_weights(start, tuned, alpha))
         recalibrate(by_hand, views)
         assert largest_difference(by_hand.state(), classifier.state()) == 0.0
-    plain = predict_mixed(classifier, start, tuned, 0.4, sets, 4, context)
+    load_mixture(classifier, start, tuned, 0.4)
+    plain = predict_all(classifier, sets, 0.4, 4, context)
     assert not plain.equals(tables[0.4])
     untouched = classifier.state()["visual.bn1.running_mean"]
     assert torch.equal(untouched, start["visual.bn1.running_mean"])
@@ -510,7 +520,8 @@ def trained_by(context):
     classifier = classifier_of(resnet, (torch.eye(5, 16),), settings())
     views = clean_views(resnet, ArraySource(num_images=20, size=32), 1)
     start = classifier.state()
-    table = predict_mixed(classifier, start, start, 0.5, [image_set(32)], 4, context, views)
+    load_mixture(classifier, start, start, 0.5, views)
+    table = predict_all(classifier, [image_set(32)], 0.5, 4, context)
     return [*states, classifier.state(), {"prediction": torch.tensor(table["prediction"].to_pylist())}]
 
 

@@ -196,8 +196,7 @@ def test_a_configuration_beside_the_file_tells_its_activation_and_preprocessing(
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     text = message(tmp_path / "open_clip_model.safetensors", NAME, RecipeError)
     assert (
-        f"(open_clip_config.json beside it) was trained with (QuickGELU), or every number is wrong, but got {NAME}"
-        in text
+        f"(by its open_clip_config.json) was trained with (QuickGELU), or every number is wrong, but got {NAME}" in text
     )
     clip = load(tmp_path / "open_clip_model.safetensors", QUICK)
     assert (clip.mean, clip.std, clip.input_key) == ((0.5,) * 3, (0.25,) * 3, "16-bilinear-squash")
@@ -261,17 +260,21 @@ def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
         (
             "ViT-B-32",
             "model.pt",
-            "model.pt does not tell which activation it was trained with. ViT-B-32 computes GELU; ",
+            "model.pt does not record which activation it was trained with. ViT-B-32 computes GELU; ",
         ),
         (
             "ViT-B-32",
             "ViT-B-32-openai.pt",
-            "ViT-B-32-openai.pt looks like 'openai', which was trained with QuickGELU, ",
+            "ViT-B-32-openai.pt is named like 'openai', which was trained with QuickGELU, ",
         ),
-        ("ViT-B-32", "vit_base_patch32_clip_224.openai/x.bin", "x.bin looks like 'openai', which was trained with "),
+        ("ViT-B-32", "vit_base_patch32_clip_224.openai/x.bin", "x.bin is named like 'openai', which was trained with "),
         ("ViT-B-32", "vit_b_32-quickgelu-8a00ab3c.pt", "vit_b_32-quickgelu-8a00ab3c.pt has QuickGELU in its name, "),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k.pt", "laion2b_s34b_b79k.pt looks like 'laion2b_s34b_b79k', which "),
-        ("ViT-B-32-quickgelu", "model.pt", "model.pt does not tell which activation it was trained with. "),
+        (
+            "ViT-B-32-quickgelu",
+            "laion2b_s34b_b79k.pt",
+            "laion2b_s34b_b79k.pt is named like 'laion2b_s34b_b79k', which ",
+        ),
+        ("ViT-B-32-quickgelu", "model.pt", "model.pt does not record which activation it was trained with. "),
         ("ViT-B-32-quickgelu", "ViT-B-32-openai.pt", None),
         ("ViT-B-32", "laion2b-s34b-b79k.pt", None),
         ("ViT-B-32", "laion2b_s34b_b79k", None),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import attempts
 
-from carft_ray.evaluation import run
+from carft_ray.evaluation import training
 from carft_ray.learning.context import RunContext
 
 
@@ -13,8 +13,8 @@ def _train():
     recipe = attempts.sandbox_recipe(batch_size=64, epochs=1)
     with tempfile.TemporaryDirectory(prefix="carft-") as folder:
         folder = Path(folder)
-        run.prepare(recipe, folder / "prepared", share_targets=False)
-        run.run_training(recipe, folder / "training", folder / "prepared", RunContext())
+        training.prepare(recipe, folder / "prepared", share_targets=False)
+        training.run_training(recipe, folder / "training", folder / "prepared", RunContext())
 
 
 _train()

@@ -53,27 +53,25 @@ class AlphaChoice:
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AlphaProfile:
     """A whole alpha curve of one training and what was chosen from it.
 
     Attributes:
         alphas: Those that were evaluated, rising.
-        id_accuracies: ID accuracy per alpha.
-        ood_accuracies: Per OOD set its accuracy per alpha.
+        accuracies: Per set its accuracy per alpha.
         objectives: Objective per alpha.
-        noise: Covariance of the objectives over images (``objective_covariance``), [A, A].
+        noise_AA: Covariance of the objectives over images (``objective_covariance``), [A, A].
         choice: Alpha and objective of the trial.
-        violations: Per constraint its violation per alpha.
+        violations_KA: Per constraint its violation per alpha, [K, A]; None without constraints.
     """
 
     alphas: tuple[float, ...]
-    id_accuracies: tuple[float, ...]
-    ood_accuracies: dict[str, tuple[float, ...]]
+    accuracies: dict[str, list[float]]
     objectives: tuple[float, ...]
-    noise: tuple[tuple[float, ...], ...]
+    noise_AA: FloatArray
     choice: AlphaChoice
-    violations: tuple[tuple[float, ...], ...] = ()
+    violations_KA: FloatArray | None = None
 
 
 def choose_alpha(
@@ -110,7 +108,7 @@ def choose_alpha(
         shown = ", ".join(f"{alpha:g}" for alpha in points)
         raise CarftError(Problem("alpha", f"at least one evaluated alpha must be {lowest:g} or more", shown))
     noise = None if noise_AA is None else noise_AA[np.ix_(order, order)][None]
-    violations = None if violations_KA is None else violations_KA[None][..., order]
+    violations = None if violations_KA is None else violations_KA[None, :, order]
     found = choose_alphas(points.tolist(), values[None], lowest, noise, violations, evaluated_only)
     fitted = bool(found.fitted[0])
     reason = "" if fitted else _no_fit_reason(points, values, lowest, noise)
@@ -118,7 +116,7 @@ def choose_alpha(
 
 
 def between(profile: AlphaProfile, lowest: float) -> tuple[float, ...]:
-    """Returns the alphas, at most two, that are to be measured beside those of a profile.
+    """Returns the alphas, at most two, that are to be measured in addition to those of a profile.
 
     Where there is no fit, or the best measured alpha is an end of those that may be chosen, they are the midpoints
     between it and its neighbours, none below ``lowest`` and none in a gap of 0.05 or less; else none. More points
@@ -130,8 +128,7 @@ def between(profile: AlphaProfile, lowest: float) -> tuple[float, ...]:
     """
     points = np.asarray(profile.alphas)
     allowed = np.flatnonzero(points >= lowest - 1e-9)
-    violations = np.asarray(profile.violations)[None] if profile.violations else None
-    totals = _totals(violations, points, points[allowed])
+    totals = _totals(None if profile.violations_KA is None else profile.violations_KA[None], points, points[allowed])
     best = int(allowed[_first_best(np.asarray(profile.objectives)[None, allowed], totals)[0]])
     if profile.choice.fitted and best not in (allowed[0], allowed[-1]):
         return ()
@@ -150,13 +147,11 @@ def stepped_back(profile: AlphaProfile, measured: Mapping[str, float], lowest: f
         measured: Violations at the chosen alpha, by any names; empty without constraints.
         lowest: Lowest alpha that may be chosen.
     """
-    missed = sum(max(0.0, value) for value in measured.values())
-    if missed == 0:
+    missed, violations_KA = sum(max(0.0, value) for value in measured.values()), profile.violations_KA
+    if missed == 0 or violations_KA is None:
         return profile.choice
-    violations = np.asarray(profile.violations)
-    noise = np.asarray(profile.noise)
-    back = choose_alpha(profile.alphas, profile.objectives, lowest, noise, violations, evaluated_only=True)
-    there = float(np.maximum(violations[:, profile.alphas.index(back.alpha)], 0).sum())
+    back = choose_alpha(profile.alphas, profile.objectives, lowest, profile.noise_AA, violations_KA, True)
+    there = float(np.maximum(violations_KA[:, profile.alphas.index(back.alpha)], 0).sum())
     return back if there < missed else profile.choice
 
 
@@ -215,7 +210,7 @@ def choose_alphas(
     fitted_B: BoolArray = np.zeros(len(objectives_BA), np.bool_)
     fine = points[allowed] if evaluated_only else _fine(points, lowest, violations_BKA)
     if _may_fit(points) and len(fine):
-        fitted_B = ~_Residuals.of(points, objectives_BA, noise_BAA).rejected_B
+        fitted_B = ~_Residuals(points, objectives_BA, noise_BAA).rejected_B
         fit_readers, totals = _fit_readers(points, fine), _totals(violations_BKA, points, fine)
         best_B = _first_best(objectives_BA @ fit_readers.T, totals)
         chosen = np.where(fitted_B, fine[best_B], chosen)
@@ -260,8 +255,8 @@ def neighbour_se(noise_BAA: FloatArray) -> FloatArray:
         noise_BAA: Covariance of the objectives, alphas rising, [B, A, A]; at least two alphas.
     """
     variances = np.diagonal(noise_BAA, axis1=-2, axis2=-1)
-    beside = np.diagonal(noise_BAA, 1, axis1=-2, axis2=-1)
-    pairs = np.maximum(variances[..., :-1] + variances[..., 1:] - 2 * beside, 0)
+    covariances = np.diagonal(noise_BAA, 1, axis1=-2, axis2=-1)
+    pairs = np.maximum(variances[..., :-1] + variances[..., 1:] - 2 * covariances, 0)
     found: FloatArray = np.sqrt(pairs.mean(axis=-1))
     return found
 
@@ -286,47 +281,32 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
             rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
             raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
     matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
-    noise = objective_covariance(matrices, spec)
-    accuracies = {name: tuple(matrices[name].mean(axis=1).tolist()) for name in names}
-    objectives = [spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas))]
-    violations = violation_curve(table, bounds, alphas)
-    return AlphaProfile(
-        alphas=tuple(alphas),
-        id_accuracies=accuracies[spec.id_set],
-        ood_accuracies={name: accuracies[name] for name in spec.ood_sets},
-        objectives=tuple(objectives),
-        noise=tuple(tuple(float(value) for value in row) for row in noise),
-        choice=choose_alpha(alphas, objectives, lowest, noise, violations if bounds else None),
-        violations=tuple(tuple(float(value) for value in row) for row in violations),
-    )
+    noise_AA = objective_covariance(matrices, spec)
+    accuracies: dict[str, list[float]] = {name: matrices[name].mean(axis=1).tolist() for name in names}
+    objectives = tuple(spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas)))
+    violations_KA = violation_curve(table, bounds, alphas) if bounds else None
+    choice = choose_alpha(alphas, objectives, lowest, noise_AA, violations_KA)
+    return AlphaProfile(tuple(alphas), accuracies, objectives, noise_AA, choice, violations_KA)
 
 
-@dataclass(frozen=True, eq=False)
 class _Residuals:
-    """Of the fits of B curves: ``rest`` per point [B, A], ``sd`` [B], and the standard errors they are held against."""
+    """Of the fits of B curves: ``rest`` per point [B, A], ``sd`` [B], the standard errors that limit them, a verdict.
 
-    rest: FloatArray
-    rest_se: FloatArray
-    sd: FloatArray
-    neighbour_se: FloatArray
+    ``rejected_B`` are the fits that do not describe their curve; none without noise, or with no point left to check.
+    """
 
-    @classmethod
-    def of(cls, points: FloatArray, objectives_BA: FloatArray, noise_BAA: FloatArray | None) -> "_Residuals":
+    def __init__(self, points: FloatArray, objectives_BA: FloatArray, noise_BAA: FloatArray | None) -> None:
         unfitted = np.eye(len(points)) - _fit_readers(points, points)
-        rest, dof = objectives_BA @ unfitted.T, len(points) - 1 - 3
-        if noise_BAA is None or dof < 1:
-            endless = np.full(len(rest), np.inf)
-            return cls(rest, np.full(rest.shape, np.inf), np.zeros(len(rest)), endless)
-        variances = np.einsum("ia,bac,ic->bi", unfitted, noise_BAA, unfitted)
-        sd = np.sqrt((rest**2).sum(axis=1) / dof)
-        return cls(rest, np.sqrt(np.maximum(variances, 0)), sd, neighbour_se(noise_BAA))
-
-    @property
-    def rejected_B(self) -> BoolArray:
-        """Whether each fit is no picture of its curve."""
-        one_too_large = (np.abs(self.rest) > MAX_RESIDUAL * self.rest_se + 1e-12).any(axis=1)
-        rejected: BoolArray = (self.sd > MAX_SD * self.neighbour_se + 1e-12) | one_too_large
-        return rejected
+        self.rest, dof = objectives_BA @ unfitted.T, len(points) - 1 - 3
+        self.rejected_B: BoolArray = np.zeros(len(self.rest), np.bool_)
+        if noise_BAA is not None and dof >= 1:
+            self.sd = np.sqrt((self.rest**2).sum(axis=1) / dof)
+            self.neighbour_se = neighbour_se(noise_BAA)
+            variances = np.einsum("ia,bac,ic->bi", unfitted, noise_BAA, unfitted)
+            self.rest_se = np.sqrt(np.maximum(variances, 0))
+            self.is_wide_B = self.sd > MAX_SD * self.neighbour_se + 1e-12
+            one_too_large = (np.abs(self.rest) > MAX_RESIDUAL * self.rest_se + 1e-12).any(axis=1)
+            self.rejected_B = self.is_wide_B | one_too_large
 
 
 def _may_fit(points: FloatArray) -> bool:
@@ -337,14 +317,14 @@ def _no_fit_reason(points: FloatArray, values: FloatArray, lowest: float, noise:
     """Returns why a curve has no fit; it has none."""
     if not _may_fit(points):
         return f"fewer than {MIN_POINTS} points" if len(points) < MIN_POINTS else "alpha 0 was not evaluated"
-    found = _Residuals.of(points, values[None], noise)
+    found = _Residuals(points, values[None], noise)
     if not found.rejected_B[0]:
         return f"no multiple of {STEP:g} from {lowest:g} to {points[-1]:g}"
-    if found.sd[0] > MAX_SD * found.neighbour_se[0] + 1e-12:
-        beyond = f"above {MAX_SD:g} paired standard errors of {found.neighbour_se[0]:.4f}"
-        return f"residual sd {found.sd[0]:.4f} {beyond}"
+    limit = "above {:g} paired standard errors of {:.4f}"
+    if found.is_wide_B[0]:
+        return f"residual sd {found.sd[0]:.4f} {limit.format(MAX_SD, found.neighbour_se[0])}"
     at = int((np.abs(found.rest[0]) - MAX_RESIDUAL * found.rest_se[0]).argmax())
-    beyond = f"above {MAX_RESIDUAL:g} paired standard errors of {found.rest_se[0, at]:.4f}"
+    beyond = limit.format(MAX_RESIDUAL, found.rest_se[0, at])
     return f"residual {abs(found.rest[0, at]):.4f} at alpha {points[at]:g} {beyond}"
 
 

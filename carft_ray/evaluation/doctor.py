@@ -29,17 +29,17 @@ from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.evaluation.run import device_of, num_threads, on_all_cores
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.evaluation.training import device_of
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import build_classifier
 from carft_ray.learning.losses import context_distribution, context_entropy
 from carft_ray.learning.models.catalog import check_model, model_warnings
 from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.models.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.advice import warnings
 from carft_ray.recipe.rules import named_sets
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, with_threads
 from carft_ray.recipe.sets import StoredSet
 from carft_ray.recipe.text import dotted
 
@@ -244,8 +244,8 @@ def _judge_images(place: str, on_bad_image: str, told: Mapping[str, Any], found:
 
 
 def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
-    recipe = on_all_cores(recipe)
-    torch.set_num_threads(num_threads(recipe))
+    recipe = with_threads(recipe, environment.usable_cores())
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = None if quick else load_shared_inputs(recipe)
     clip = load_clip(recipe.model) if inputs is None else inputs.clip
     words = class_names(recipe)

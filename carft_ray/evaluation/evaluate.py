@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from carft_ray.data.source import ImageSet, PixelArray
+from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
 from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import in_batches
-from carft_ray.learning.mixing import mix_weights
 from carft_ray.learning.ranks import gather
-from carft_ray.learning.recalibration import recalibrate
 
 Metrics = dict[str, float]
 
@@ -65,26 +62,6 @@ def predict_all(
 ) -> pa.Table:
     """Returns the predictions for several sets in one table."""
     return concat([predict(classifier, image_set, alpha, batch_size, context) for image_set in sets])
-
-
-def predict_mixed(
-    classifier: ImageClassifier,
-    zero_shot: Mapping[str, Tensor],
-    fine_tuned: Mapping[str, Tensor],
-    alpha: float,
-    sets: Sequence[ImageSet],
-    batch_size: int,
-    context: RunContext,
-    views_NHWC: PixelArray | None = None,
-) -> pa.Table:
-    """Returns the predictions of two states mixed at ``alpha``, which stay in the classifier; see ``predict_all``.
-
-    With ``views_NHWC`` the statistics of BatchNorm are first computed anew from these images (``recalibrate``).
-    """
-    classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
-    if views_NHWC is not None:
-        recalibrate(classifier, views_NHWC)
-    return predict_all(classifier, sets, alpha, batch_size, context)
 
 
 def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:

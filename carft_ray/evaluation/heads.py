@@ -1,7 +1,9 @@
-"""Class head and context head of a model, embedded once on a machine: every command takes them from the cache.
+"""Class head and context head from the text tower, embedded once on a machine: every command reads them in the cache.
 
 The key holds all that decides their bits: weights, architecture, token ids (and with them tokenizer, context length,
 templates and class words), the device, its threads and its precision, and the versions of the libraries.
+
+Shape letters: T templates (contexts), C classes, D embedding width, M = C + T, L tokens of a sentence.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from carft_ray import environment
 from carft_ray.data.caching import cache
@@ -22,16 +25,58 @@ from carft_ray.data.sets import cache_dir
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.origin import device_name
 from carft_ray.files import fsync_file
-from carft_ray.learning.heads import BATCH_SIZE, build_heads
+from carft_ray.learning.classifier import at_least_float32
 from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import time_left
 
 FORMAT_VERSION = 1
-IN_CACHE = "the heads are in the cache"  # what is told then
+BATCH_SIZE = 512  # sentences of one pass through the text tower; another one may change last bits
+IN_CACHE = "the heads are in the cache"  # the message then
 
 _log = logging.getLogger(__name__)
 Say = Callable[[str], None]
+
+
+def build_heads(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """Returns ``(class_head [C, D], context_head [T, D])``, unit rows, float32 or wider.
+
+    Each sentence is embedded and normalised; the class head averages the sentences of a class over the templates,
+    the context head averages those of a template over the classes; both are normalised again (the protocol of CLIP's
+    zero-shot classifier, and the same for contexts).
+
+    Args:
+        model: An open_clip model with ``encode_text``.
+        tokenizer: Its tokenizer.
+        class_names: C words; equal ones are allowed (ImageNet has two such pairs).
+        templates: T sentences, each with ``{}`` for the class.
+        on_progress: Called with the numbers of sentences done and in all, after each pass.
+    """
+    if not class_names or not templates:
+        raise ValueError("build_heads needs at least one template and one class")
+    device = next(model.parameters()).device
+    class_sums_CD = torch.zeros(())
+    context_rows_D: list[Tensor] = []
+    with torch.no_grad():
+        for template in templates:
+            sentences = [template.replace("{}", name) for name in class_names]
+            parts = []
+            for i in range(0, len(sentences), BATCH_SIZE):
+                tokens = tokenizer(sentences[i : i + BATCH_SIZE]).to(device)
+                parts.append(at_least_float32(model.encode_text(tokens)))  # type: ignore[operator]  # open_clip is untyped
+                before = len(context_rows_D) * len(sentences)
+                on_progress(before + min(i + BATCH_SIZE, len(sentences)), len(templates) * len(sentences))
+            text_CD = functional.normalize(torch.cat(parts), dim=-1)
+            class_sums_CD = class_sums_CD.to(text_CD) + text_CD
+            context_rows_D.append(text_CD.mean(0))
+    class_head_CD = functional.normalize(class_sums_CD / len(templates), dim=-1)
+    return class_head_CD, functional.normalize(torch.stack(context_rows_D), dim=-1)
 
 
 def cached_heads(

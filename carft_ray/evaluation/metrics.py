@@ -9,9 +9,10 @@
 Probabilities are the softmax of the logits as they were evaluated (restricted to a set's classes where they were); no
 temperature is fitted, after mixing neither. All values but the NLL are fractions. A metric needs at least one image.
 
-Shape letters: N images, C classes, B bins, K = min(10, C) classes kept of each image.
+Shape letters: N images, C classes, K = min(10, C) classes kept of each image.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Answers:
     Attributes:
         num_classes: C.
         labels: True classes, int [N].
-        true_rank: How many classes stand before the true one, int [N]: 0 is a right answer; K: it was not kept.
+        true_rank: How many classes come before the true one, int [N]: 0 is a right answer; K: it was not kept.
         confidence: Probability of the predicted class, float64 [N].
         nll: -log p_true in nats, float64 [N].
         brier: sum_c (p_c - y_c)^2, float64 [N].
@@ -61,14 +62,8 @@ class Answers:
 
     def take(self, indices: IntArray) -> "Answers":
         """Returns the images at these positions, which may repeat."""
-        return Answers(
-            self.num_classes,
-            self.labels[indices],
-            self.true_rank[indices],
-            self.confidence[indices],
-            self.nll[indices],
-            self.brier[indices],
-        )
+        names = ("labels", "true_rank", "confidence", "nll", "brier")
+        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
 
 
 def answers(table: pa.Table) -> Answers:
@@ -103,150 +98,64 @@ def answers(table: pa.Table) -> Answers:
     )
 
 
-def accuracy(given: Answers) -> float:
-    """Returns the share of right answers."""
-    return float(given.correct.mean())
-
-
-def top_accuracy(given: Answers, k: int = 5) -> float:
-    """Returns the share of images whose label is among the k first classes; 1 where there are no more than k classes.
-
-    Raises:
-        ValueError: k is below 1, or above the 10 classes that predictions keep.
-    """
-    if not 1 <= k <= predictions.NUM_TOP_CLASSES:
-        raise ValueError(f"k must lie in 1 .. {predictions.NUM_TOP_CLASSES}, but got {k}")
-    return float((given.true_rank < k).mean())
-
-
-def class_accuracies(given: Answers) -> list[float | None]:
-    """Returns the accuracy on the images of each class, in label order; None for a class without images."""
+def class_accuracies(given: Answers) -> dict[int, float]:
+    """Returns the accuracy on the images of each class that has any, by its index, in label order."""
     counts_C = np.bincount(given.labels, minlength=given.num_classes)
     right_C = np.bincount(given.labels[given.correct], minlength=given.num_classes)
-    return [float(right / count) if count else None for right, count in zip(right_C, counts_C, strict=True)]
-
-
-def worst_class(given: Answers) -> tuple[int, float]:
-    """Returns index and accuracy of the class with the lowest accuracy, the first of equals; only classes with images.
-
-    With few images per class it is low by chance alone: the minimum of noisy numbers.
-    """
-    return min(_with_images(given), key=lambda found: found[1])
-
-
-def mean_class_accuracy(given: Answers) -> float:
-    """Returns the unweighted mean of the accuracies of the classes that have images."""
-    found = _with_images(given)
-    return math.fsum(value for _, value in found) / len(found)
-
-
-def _with_images(given: Answers) -> list[tuple[int, float]]:
-    return [(index, value) for index, value in enumerate(class_accuracies(given)) if value is not None]
-
-
-def negative_log_likelihood(given: Answers) -> float:
-    """Returns the mean of -log p_true in nats."""
-    return float(given.nll.mean())
-
-
-def brier_score(given: Answers) -> float:
-    """Returns the mean of sum_c (p_c - y_c)^2, from 0 to 2."""
-    return float(given.brier.mean())
-
-
-@dataclass(frozen=True)
-class Bin:
-    """One bin of a reliability curve; means are None where it has no image.
-
-    Attributes:
-        low: Lower end, not in the bin; equal mass: the lowest confidence in it.
-        high: Upper end, in the bin; equal mass: the highest confidence in it.
-        count: n_b.
-        confidence: Mean top-1 confidence.
-        accuracy: Share of right answers.
-    """
-
-    low: float | None
-    high: float | None
-    count: int
-    confidence: float | None
-    accuracy: float | None
-
-
-def reliability(
-    confidence: FloatArray, correct: BoolArray, num_bins: int = NUM_BINS, equal_mass: bool = False
-) -> list[Bin]:
-    """Returns the reliability curve: accuracy against confidence, bin by bin.
-
-    Equal width: bin b holds b / B < confidence <= (b + 1) / B, as in Guo et al. 2017; a confidence on an edge
-    belongs to the lower bin, and 0 to the first. Equal mass: an image than which i images have less confidence goes to
-    bin floor(B i / N), so equal confidences share a bin, and without ties the counts differ by at most one.
-
-    Args:
-        confidence: Top-1 confidence, [N], each from 0 to 1.
-        correct: Whether the answer is right, [N].
-        num_bins: B.
-        equal_mass: Bins of equal counts instead of equal width.
-
-    Raises:
-        DataError: There is no image.
-        ValueError: No bin, arrays of different lengths, or a confidence that is none.
-    """
-    confidence = np.asarray(confidence, np.float64)
-    if num_bins < 1 or confidence.shape != np.shape(correct) or confidence.ndim != 1:
-        raise ValueError(f"bins >= 1 and two arrays [N] must be given, got {num_bins}, {confidence.shape}")
-    if not len(confidence):
-        raise DataError(Problem("predictions", "a set must have at least one image"))
-    if not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError("every confidence must lie in 0 .. 1")
-    edges = np.arange(num_bins + 1) / num_bins
-    if equal_mass:
-        num_below_N = np.searchsorted(np.sort(confidence), confidence, side="left")
-        bins_N = num_bins * num_below_N // len(confidence)
-    else:
-        bins_N = equal_width_bins(confidence, num_bins)
-    curve = []
-    for b in range(num_bins):
-        inside, right = confidence[bins_N == b], np.asarray(correct)[bins_N == b]
-        ends: tuple[float | None, float | None] = (float(edges[b]), float(edges[b + 1]))
-        if equal_mass:
-            ends = (float(inside.min()), float(inside.max())) if len(inside) else (None, None)
-        means = (float(inside.mean()), float(right.mean())) if len(inside) else (None, None)
-        curve.append(Bin(*ends, len(inside), *means))
-    return curve
+    return {index: float(right_C[index] / counts_C[index]) for index in np.flatnonzero(counts_C).tolist()}
 
 
 def equal_width_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArray:
-    """Returns the bin of equal width, 0 .. B - 1, of each confidence, [N]; see ``reliability``."""
+    """Returns the bin of each confidence, 0 .. num_bins - 1, [N].
+
+    Bin b holds b / num_bins < confidence <= (b + 1) / num_bins, as in Guo et al. 2017; a confidence on an edge belongs
+    to the lower bin, and 0 to the first.
+    """
     edges = np.arange(num_bins + 1) / num_bins
     bins_N: IntArray = np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
     return bins_N
 
 
-def expected_calibration_error(given: Answers, num_bins: int = NUM_BINS, equal_mass: bool = False) -> float:
-    """Returns the ECE over the bins of ``reliability``."""
-    curve = reliability(given.confidence, given.correct, num_bins, equal_mass)
-    gaps = [
-        each.count * abs(each.accuracy - each.confidence)
-        for each in curve
-        if each.accuracy is not None and each.confidence is not None
-    ]
+def equal_mass_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArray:
+    """Returns the bin of each confidence, 0 .. num_bins - 1, [N].
+
+    An image than which i images have less confidence goes to bin floor(num_bins i / N), so equal confidences share a
+    bin, and without ties the counts differ by at most one.
+    """
+    bins_N: IntArray = num_bins * np.searchsorted(np.sort(confidence), confidence, side="left") // len(confidence)
+    return bins_N
+
+
+def expected_calibration_error(given: Answers, bins_N: IntArray | None = None) -> float:
+    """Returns the ECE.
+
+    Args:
+        given: The answers.
+        bins_N: Bin of each image; by default 15 of equal width.
+    """
+    bins_N = equal_width_bins(given.confidence) if bins_N is None else bins_N
+    gaps = []
+    for index in np.unique(bins_N):
+        inside = bins_N == index
+        gap = float(given.correct[inside].mean()) - float(given.confidence[inside].mean())
+        gaps.append(int(inside.sum()) * abs(gap))
     return math.fsum(gaps) / len(given)
 
 
 def set_metrics(given: Answers) -> dict[str, Any]:
     """Returns the metrics of one set as plain data."""
-    index, lowest = worst_class(given)
+    by_class = class_accuracies(given)
+    worst = min(by_class, key=lambda index: by_class[index])  # the first of equals; with few images low by chance alone
     return {
         "num_images": len(given),
-        "accuracy": accuracy(given),
-        "top5": top_accuracy(given, 5),
-        "mean_class_accuracy": mean_class_accuracy(given),
-        "worst_class": {"index": index, "accuracy": lowest},
-        "nll": negative_log_likelihood(given),
-        "brier": brier_score(given),
+        "accuracy": float(given.correct.mean()),
+        "top5": float((given.true_rank < 5).mean()),
+        "mean_class_accuracy": math.fsum(by_class.values()) / len(by_class),
+        "worst_class": {"index": worst, "accuracy": by_class[worst]},
+        "nll": float(given.nll.mean()),
+        "brier": float(given.brier.mean()),
         "ece": expected_calibration_error(given),
-        "ece_equal_mass": expected_calibration_error(given, equal_mass=True),
+        "ece_equal_mass": expected_calibration_error(given, equal_mass_bins(given.confidence)),
     }
 
 
@@ -272,14 +181,11 @@ def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:
         values: The metric at each.
 
     Raises:
-        ValueError: The alphas do not rise from 0 to 1, or a value is missing or not finite.
+        ValueError: The alphas do not rise from 0 to 1 with a value each.
     """
-    a, v = np.asarray(alphas, np.float64), np.asarray(values, np.float64)
-    if a.shape != v.shape or len(a) < 2 or a[0] != 0 or a[-1] != 1 or (np.diff(a) <= 0).any():
+    if len(alphas) != len(values) or (alphas[0], alphas[-1]) != (0, 1) or (np.diff(alphas) <= 0).any():
         raise ValueError(f"alphas must rise strictly from 0 to 1 with a value each, but got {list(alphas)}")
-    if not np.isfinite(v).all():
-        raise ValueError(f"every value of the curve must be finite, but got {list(values)}")
-    return float((np.diff(a) * (v[1:] + v[:-1]) / 2).sum())
+    return float(np.trapezoid(values, alphas))
 
 
 def wilson(num_correct: int, num_images: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,21 @@ from carft_ray import files
 from carft_ray.data.caching.arrays import DecodedSource
 from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.source import DerivedSource, PixelArray, Source
-from carft_ray.evaluation import shared_inputs as opened_materials
+from carft_ray.evaluation import shared_inputs
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
 from carft_ray.evaluation.heads import IN_CACHE, cached_heads
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
-from carft_ray.evaluation.run import RESULT_VERSION, device_of, num_threads, prepare, run_training
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
+from carft_ray.evaluation.training import RESULT_VERSION, device_of, prepare, run_training
 from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import LOG_EVERY, build_classifier
-from carft_ray.learning.mixing import mix_weights
-from carft_ray.learning.recalibration import clean_views, recalibrate
+from carft_ray.learning.loop import LOG_EVERY
+from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -79,9 +79,9 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     began = time.perf_counter()
     inputs = load_shared_inputs(recipe, prepared_dir=folder)  # sets that it decodes stay in the cache
     clip, device = inputs.clip, device_of(recipe)
-    torch.set_num_threads(num_threads(recipe))
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)  # and so do the heads
-    opened_materials._loaded.clear()
+    shared_inputs._loaded.clear()
     again = time.perf_counter()
     inputs = load_shared_inputs(recipe, prepared_dir=folder)
     open_s = time.perf_counter() - again
@@ -90,12 +90,8 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     share = share_of(inputs, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
     marks: list[tuple[str, float]] = []
     space = {name: parameter for name, parameter in recipe.search.space.items() if name != "epochs"}
-    short = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update={"epochs": EPOCHS}),
-            "search": recipe.search.model_copy(update={"space": space}),
-        }
-    )
+    short = apply(recipe, {"epochs": EPOCHS})
+    short = short.model_copy(update={"search": recipe.search.model_copy(update={"space": space})})
     prepare(short, folder, lambda text: marks.append((text, time.perf_counter())), True, share)
     marks.append(("end", time.perf_counter()))
     spent = [(text, after - at) for (text, at), (_, after) in itertools.pairwise(marks)]
@@ -182,12 +178,8 @@ def _timed(
         checkpoint, ``rest_s`` everything else with ``num_alphas`` evaluations of the share at its end.
     """
     every = 1 if recipe.evaluate.every_epochs or recipe.search.pruner.name != "none" else 0
-    short = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update={"epochs": EPOCHS}),
-            "evaluate": recipe.evaluate.model_copy(update={"every_epochs": every}),
-        }
-    )
+    short = apply(recipe, {"epochs": EPOCHS})
+    short = short.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"every_epochs": every})})
     windows: list[tuple[int, float]] = []  # images, seconds
     looks: list[float] = []
     saves: list[float] = []
@@ -240,13 +232,11 @@ def _evaluation(
     """
     heads = load_tensors(prepared_dir / HEADS)
     classifier = build_classifier(share.clip, heads["class_head"], recipe.train, device_of(recipe))
-    state, num_batches = classifier.state(), recipe.train.recalibrate_batches
-    views_NHWC = clean_views(share.clip, share.train, num_batches) if num_batches else None
+    state, views_NHWC = classifier.state(), clean_views(share.clip, share.train, recipe.train.recalibrate_batches)
     began = time.perf_counter()
     classifier.load_state_dict(mix_weights(state, state, 0.5))
     mixed = time.perf_counter()
-    if views_NHWC is not None:
-        recalibrate(classifier, views_NHWC)
+    recalibrate(classifier, views_NHWC)
     recalibrated = time.perf_counter()
     predict_all(classifier, share.validation, 0.5, recipe.evaluate.batch_size, context)
     evaluated = time.perf_counter()
@@ -262,11 +252,7 @@ def _evaluation(
         "recalibrate_s": recalibrated - mixed,
         "evaluate_s": evaluated - recalibrated,
         "table_s": time.perf_counter() - evaluated,
-        "num_evaluated": _count(share.validation),
+        "num_evaluated": sum(map(len, share.validation)),
         "weights_bytes": (folder / WEIGHTS).stat().st_size,
         "predictions_bytes": path.stat().st_size,
     }
-
-
-def _count(sets: Sequence[Any]) -> int:
-    return sum(len(image_set) for image_set in sets)

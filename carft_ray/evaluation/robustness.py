@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy.special import expit, logit
@@ -27,6 +28,7 @@ CAVEAT = "With ImageNet as the only ID set, effective robustness favours CLIP-li
 OOD_PREFIX = "acc_ood/"
 
 Accuracies = tuple[float, float]  # on the ID set, on one OOD set
+Measure = Literal["effective_robustness", "gain_over_ft_line"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Robustness:
     """How far a model lies above the line.
 
     Attributes:
-        measure: ``effective_robustness`` or ``gain_over_ft_line``.
+        measure: As of ``above_line``.
         models: Names of the models that the line goes through.
         id_range: Lowest and highest ID accuracy of these models; None without a model.
         value: rho; None where it is not defined.
@@ -43,7 +45,7 @@ class Robustness:
         reason: Why it is not defined; empty where it is.
     """
 
-    measure: str
+    measure: Measure
     models: tuple[str, ...]
     id_range: tuple[float, float] | None
     value: float | None
@@ -53,7 +55,7 @@ class Robustness:
 
     @property
     def words(self) -> str:
-        """The value in points with all that must be said beside it."""
+        """The value in points with all that must be said with it."""
         if self.value is None or self.id_range is None:
             return f"{self.measure} is not defined: {self.reason}"
         text = f"{self.measure} {100 * self.value:+.1f} points over {len(self.models)} models: {', '.join(self.models)}"
@@ -61,43 +63,20 @@ class Robustness:
         return text + (f"; extrapolated beyond their ID accuracies {low:.3f} to {high:.3f}" * self.extrapolated)
 
 
-def effective_robustness(
-    reference: Mapping[str, Accuracies], model: Accuracies, num_images: tuple[int, int]
+def above_line(
+    measure: Measure, models: Mapping[str, Accuracies], model: Accuracies, num_images: tuple[int, int]
 ) -> Robustness:
-    """Returns rho of a model against the line through reference models.
+    """Returns rho of a model against the line through other models.
 
     At least 5 models that span 5 points of ID accuracy are needed, else it is not defined.
 
     Args:
-        reference: Name -> (ID, OOD) accuracy of models without robustness interventions.
+        measure: Which line: ``effective_robustness``: ``models`` have no robustness interventions;
+            ``gain_over_ft_line``: they are the study's own trials with a KL weight of 0.
+        models: Name -> (ID, OOD) accuracy.
         model: (ID, OOD) accuracy of the model.
         num_images: n of the ID set and of the OOD set.
-
-    Raises:
-        ValueError: An accuracy is no fraction, or a set has no image.
     """
-    return _above_line("effective_robustness", reference, model, num_images)
-
-
-def gain_over_ft_line(plain: Mapping[str, Accuracies], model: Accuracies, num_images: tuple[int, int]) -> Robustness:
-    """Returns rho against the line through a study's own plain fine-tuning trials; see ``effective_robustness``.
-
-    Args:
-        plain: Name -> (ID, OOD) accuracy of the study's trials with a KL weight of 0.
-        model: (ID, OOD) accuracy of the model.
-        num_images: n of the ID set and of the OOD set.
-
-    Raises:
-        ValueError: An accuracy is no fraction, or a set has no image.
-    """
-    return _above_line("gain_over_ft_line", plain, model, num_images)
-
-
-def _above_line(
-    measure: str, models: Mapping[str, Accuracies], model: Accuracies, num_images: tuple[int, int]
-) -> Robustness:
-    if min(num_images) < 1 or not all(0 <= value <= 1 for pair in (*models.values(), model) for value in pair):
-        raise ValueError(f"accuracies from 0 to 1 and sets with images must be given, got {model}, {num_images}")
     names = tuple(models)
     id_accuracies = [id_accuracy for id_accuracy, _ in models.values()]
     id_range = (min(id_accuracies), max(id_accuracies)) if models else None
@@ -110,8 +89,7 @@ def _above_line(
         reason = f"the models must span {100 * MIN_ID_RANGE:g} points of ID accuracy, but got {span:.1f}"
     if reason:
         return Robustness(measure, names, id_range, None, None, outside, reason)
-    clipped = [_clip(pair, num_images) for pair in models.values()]
-    x, y = logit(np.array(clipped)).T
+    x, y = logit(np.array([_clip(pair, num_images) for pair in models.values()])).T
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     id_accuracy, ood_accuracy = _clip(model, num_images)
     expected = float(expit(y.mean() + slope * (logit(id_accuracy) - x.mean())))

@@ -20,8 +20,7 @@ from carft_ray import files
 from carft_ray.data.source import IntArray
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.evaluation.shared_inputs import SharedInputs
-from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.loop import build_classifier
+from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.losses import context_distribution
 from carft_ray.learning.memory import in_batches
 from carft_ray.recipe.fine_tuning import TrainConfig

@@ -34,24 +34,24 @@ def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
 
 
 def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
-    """``evaluation.run.prepare``, imported where it runs: the driver holds no torch."""
-    from carft_ray.evaluation import run
+    """``evaluation.training.prepare``, imported where it runs: the driver holds no torch."""
+    from carft_ray.evaluation import training
 
-    return run.prepare(recipe, folder, say)
+    return training.prepare(recipe, folder, say)
 
 
 def prepare_single(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """``prepare`` for one training, which shares no targets with others."""
-    from carft_ray.evaluation import run
+    from carft_ray.evaluation import training
 
-    return run.prepare(recipe, folder, say, share_targets=False)
+    return training.prepare(recipe, folder, say, share_targets=False)
 
 
 def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """``evaluation.run.run_training``, imported where it runs."""
-    from carft_ray.evaluation import run
+    """``evaluation.training.run_training``, imported where it runs."""
+    from carft_ray.evaluation import training
 
-    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
+    return training.run_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ _NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a training needs to go on.
+    """All that a training needs to resume.
 
     Attributes:
         step: Updates done.
@@ -89,8 +89,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
         files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
-        if checkpoint.average:
-            files[AVERAGE] = checkpoint.average
+        files |= {AVERAGE: checkpoint.average} if checkpoint.average else {}
         for name, tensors in files.items():
             save_tensors(temporary / name, tensors)
         content: dict[str, Any] = {
@@ -148,12 +147,11 @@ def _load(folder: Path) -> Checkpoint:
         for name in names:
             if _sha256(folder / name) != hashes[name]:
                 raise StorageError(_damaged(folder, f"a file {name} that does not match its hash"))
-        weights, optimizer, *averages = (load_file(folder / name) for name in names)
-        average = averages[0] if averages else {}
+        tensors = {name: load_file(folder / name) for name in names}
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
-    name = f"{folder.parent.name}/{folder.name}"
-    return Checkpoint(content["step"], weights, optimizer, content["position"], average, name)
+    average, name = tensors.get(AVERAGE, {}), f"{folder.parent.name}/{folder.name}"
+    return Checkpoint(content["step"], tensors[WEIGHTS], tensors[OPTIMIZER], content["position"], average, name)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -182,12 +180,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         StorageError: The file is missing or damaged.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         step = "Restore it from a copy, or train again into another folder."
         value = "none" if isinstance(error, FileNotFoundError) else f"a damaged one ({error})"
         raise StorageError(Problem(str(path), "must be a file of tensors", value, next_step=step)) from error
-    return tensors
 
 
 def _damaged(folder: Path, value: str) -> Problem:
@@ -195,18 +192,15 @@ def _damaged(folder: Path, value: str) -> Problem:
 
 
 def _sha256_of_state(content: Mapping[str, Any]) -> str:
-    """Returns the hash of what ``state.json`` says beside the hashes; a flipped digit must not go unseen."""
+    """Returns the hash of what ``state.json`` says besides the hashes; a flipped digit must be noticed."""
     return hashlib.sha256(json.dumps([content["step"], content["position"]], sort_keys=True).encode()).hexdigest()
 
 
 def _folders(checkpoint_dir: Path) -> list[tuple[tuple[int, int], Path]]:
     """Returns ``((step, attempt), folder)`` of all checkpoints, newest first."""
-    found = []
-    for folder in checkpoint_dir.glob("attempt-*/step-*"):
-        match = _NAME.match(folder.relative_to(checkpoint_dir).as_posix())
-        if match:
-            found.append(((int(match[2]), int(match[1])), folder))
-    return sorted(found, reverse=True)
+    folders = checkpoint_dir.glob("attempt-*/step-*")
+    named = [(_NAME.match(folder.relative_to(checkpoint_dir).as_posix()), folder) for folder in folders]
+    return sorted((((int(match[2]), int(match[1])), folder) for match, folder in named if match), reverse=True)
 
 
 def _sha256(path: Path) -> str:

@@ -3,8 +3,7 @@
 Shape letters: B images, C classes, D embedding width.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Literal
 
@@ -15,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from carft_ray.learning.lora import merged_state
-from carft_ray.learning.losses import at_least_float32
+from carft_ray.learning.models.clip import Clip
+from carft_ray.recipe.fine_tuning import TrainConfig
 
 HeadForm = Literal["folded", "unit"]
 DROPS = ("DropPath", "PatchDropout")  # of timm and open_clip
@@ -70,7 +70,8 @@ class ImageClassifier(nn.Module):
         """Returns the un-normalised image embeddings [B, D] of uint8 pixels [B, H, W, 3], float32 or wider."""
         images_BCHW = normalised(pixels_BHWC, self.mean, self.std)
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
-        with autocast(images_BCHW.device, self.autocast_dtype):
+        dtype = self.autocast_dtype
+        with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype is not None):
             output = self.visual(images_BCHW)
         # CoCa's tower gives its tokens too
         return at_least_float32(output[0] if isinstance(output, tuple) else output)
@@ -140,18 +141,25 @@ def normalised(pixels_BHWC: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast of the tower to ``dtype``; nothing when it is None."""
-    with torch.autocast(device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext():
-        yield
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Returns ``tensor`` in float32, or as it is when it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Returns the autocast precision that ``train.precision`` means on ``device``.
+def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> ImageClassifier:
+    """Returns the zero-shot classifier that a training starts from, on ``device``, in the precision of the recipe.
 
-    'auto' is bf16 where the device computes in it natively, else the precision of the weights.
+    Precision 'auto' is bf16 where the device computes in it natively, else that of the weights.
     """
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return None
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    classifier = ImageClassifier(
+        clip.model.visual,  # type: ignore[arg-type]  # open_clip is untyped
+        class_head_CD,
+        clip.logit_scale,
+        clip.mean,
+        clip.std,
+        train.class_head_form,
+        train.head_bias,
+        torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None,
+    )
+    return classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)

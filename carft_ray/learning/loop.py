@@ -1,37 +1,29 @@
 """The training loop of CAR-FT. It knows nothing of Ray: ranks, reports and stopping come through ``RunContext``.
 
-    loss = 1/B * sum_b CE(class_logits[b], y[b]) + kl_weight * 1/B * sum_b KL(p0[b] || p[b])       B: the global batch
+The loss is that of ``losses.py``; with ``kl_weight`` 0 the frozen model is never run and the loop is plain fine-tuning.
 
-Sums over samples are divided by the size of the global batch, so the gradient is the same for any split into workers
-and micro-batches. With ``kl_weight`` 0 the frozen model is never run and the loop is plain fine-tuning.
-
-Shape letters: B images, T contexts, D embedding width.
+Shape letters: B images, C classes, T contexts, D embedding width, S side of an image.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import batches, view_batch
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
-from carft_ray.learning.averaging import start_average, update_average
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -40,23 +32,23 @@ from carft_ray.learning.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from carft_ray.learning.classifier import ImageClassifier, autocast_dtype, copies
+from carft_ray.learning.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
-from carft_ray.learning.losses import context_distribution, context_entropy, context_kl
+from carft_ray.learning.losses import Loss, StoredTargets
+from carft_ray.learning.mixing import update_average
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.models.tower import shape_tower
-from carft_ray.learning.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
-from carft_ray.learning.schedule import learning_rate_at, num_warmup_steps
 from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schedule import num_warmup_steps
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY = 10  # steps between two looks at the stop flag and two rows of progress
-
-
-__all__ = ["LOG_EVERY", "DivergedError", "StoppedRun", "StoredTargets", "build_classifier", "fine_tune"]
+LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
+# epoch from 1, indices [b], pixels [b, S, S, 3], size of the global batch
+Batch = tuple[int, IntArray, PixelArray, int]
 
 
 class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
@@ -65,16 +57,9 @@ class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it
     exit_code = 130
 
 
-class StoredTargets(Protocol):
-    """Context distributions of the frozen model, computed before."""
-
-    def read(self, indices: IntArray, visit: int) -> npt.NDArray[np.float16] | None:
-        """Returns probabilities [B, T] for these rows at this visit, or None when they are not stored."""
-
-
 @dataclass
 class _Means:
-    """Means over images of an epoch's metrics; what they need travels with the checkpoint."""
+    """Means over images of an epoch's metrics; what they need is part of the checkpoint."""
 
     num_images: int = 0
     totals: dict[str, float] = field(default_factory=dict)
@@ -88,20 +73,73 @@ class _Means:
         return {key: total / max(self.num_images, 1) for key, total in self.totals.items()}
 
 
-def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> ImageClassifier:
-    """Returns the zero-shot classifier that a training starts from, on ``device``, in the precision of the recipe."""
-    dtype = torch.float64 if train.precision == "fp64" else torch.float32
-    classifier = ImageClassifier(
-        clip.model.visual,  # type: ignore[arg-type]  # open_clip is untyped
-        class_head_CD,
-        clip.logit_scale,
-        clip.mean,
-        clip.std,
-        train.class_head_form,
-        train.head_bias,
-        autocast_dtype(train.precision, device),
-    )
-    return classifier.to(device=device, dtype=dtype)
+@dataclass
+class _Learner:
+    """What a training changes, and where its checkpoints are."""
+
+    classifier: ImageClassifier
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]  # of the weights; empty without ``ema_decay``
+    train: TrainConfig
+    context: RunContext
+    checkpoint_dir: Path | None
+    attempt: int
+    step: int = 0
+    means: _Means = field(default_factory=_Means)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.classifier.state(), **copies(self.average)}
+
+    def update(self, loss: Loss, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int) -> Tensor:
+        """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
+        epoch, indices, pixels, batch_size = batch
+        torch.manual_seed(_step_seed(self.train.seed, self.step, self.context.rank))
+        pixels_BHWC = torch.from_numpy(pixels).to(labels_B.device)
+        with _explained(self.step + 1, num_steps):
+            factor = self.context.world_size / batch_size
+            sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, factor)
+            grad_norm = clip_gradients(self.classifier, self.train.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.train.ema_decay is not None:
+            update_average(self.average, trained_weights(self.classifier), self.train.ema_decay, self.step)
+        return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
+
+    def save(self) -> None:
+        """Writes a checkpoint, on rank 0."""
+        if self.checkpoint_dir is not None and self.context.rank == 0:
+            position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": self.means.totals}
+            weights, average = copies(self.classifier.state_dict()), copies(self.average)
+            checkpoint = Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
+            save_checkpoint(self.checkpoint_dir, self.attempt, checkpoint)
+
+    def resume(self, checkpoint_dir: Path) -> None:
+        """Continues from the newest valid checkpoint, if any. Rank 0 finds it: others may still list an older one."""
+        found: list[Checkpoint] = []
+
+        def find() -> str:
+            checkpoint, damaged = newest_checkpoint(checkpoint_dir)
+            for problem in damaged:
+                logger.warning("passed over a damaged checkpoint: %s", problem)
+            found.extend([] if checkpoint is None else [checkpoint])
+            return "" if checkpoint is None else checkpoint.name
+
+        name = from_rank_0(self.context, find)
+        if not name:
+            return
+        checkpoint = on_all_ranks(self.context, lambda: found[0] if found else load_checkpoint(checkpoint_dir / name))
+        position, place = checkpoint.position, str(checkpoint_dir)
+        if position["seed"] != self.train.seed:
+            raise StorageError(Problem(place, f"must belong to seed {self.train.seed}", str(position["seed"])))
+        if bool(checkpoint.average) != bool(self.average):
+            rule = "must hold an average of the weights with ema_decay, and only then"
+            raise StorageError(Problem(place, rule, "one" if checkpoint.average else "none"))
+        self.classifier.load_state_dict(checkpoint.weights)
+        for name, tensor in self.average.items():
+            tensor.copy_(checkpoint.average[name])
+        load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
+        self.step, self.means = checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
 
 
 @contextlib.contextmanager
@@ -119,27 +157,18 @@ def _same_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_of_compiler() -> Iterator[None]:
-    """Turns the failure of torch's compiler, which works at the first step, into one message."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
-            raise
-        step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
-        rule = "must be false here: torch cannot compile the image tower"
-        problem = Problem("train.compile", rule, str(error).strip().partition("\n")[0], next_step=step)
-        raise RecipeError(problem) from error
-
-
-@contextlib.contextmanager
-def _noting_step(step: int, num_steps: int) -> Iterator[None]:
-    """Adds the step to what an exception says."""
+def _explained(step: int, num_steps: int) -> Iterator[None]:
+    """Adds the step to what an exception says; the failure of torch's compiler, at the first step, is one message."""
     try:
         yield
     except Exception as error:
         error.add_note(f"at step {step} of {num_steps}")
-        raise
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        next_step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
+        rule = "must be false here: torch cannot compile the image tower"
+        problem = Problem("train.compile", rule, str(error).strip().partition("\n")[0], next_step=next_step)
+        raise RecipeError(problem) from error
 
 
 @_same_attention()
@@ -172,7 +201,7 @@ def fine_tune(
         context_head_TD: Unit rows [T, D] of ``build_heads``.
         source: The training set; every epoch shows each image once.
         train: Hyperparameters.
-        context: Rank, reports and stop flag; one lonely worker by default.
+        context: Rank, reports and stop flag; a single worker by default.
         device: Where to compute; the CPU by default.
         checkpoint_dir: Folder of the checkpoints; None: none are written.
         attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
@@ -193,15 +222,15 @@ def fine_tune(
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
-    optimizer = build_optimizer(classifier, train)
     frozen = None
     if train.kl_weight > 0:
         frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False)
-    loss = _Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
-    step, means = 0, _Means()
-    average = start_average(trained_weights(classifier)) if train.ema_decay is not None else {}
+    loss = Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
+    averaged = trained_weights(classifier) if train.ema_decay is not None else {}
+    average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
+    learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, checkpoint_dir, attempt)
     if checkpoint_dir is not None:
-        step, means = _resume(checkpoint_dir, classifier, optimizer, average, train, context)
+        learner.resume(checkpoint_dir)
     if train.compile:
         for compiled in (classifier, frozen):
             if compiled is not None:
@@ -210,39 +239,19 @@ def fine_tune(
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False)
 
-    def state() -> dict[str, Tensor]:
-        return {**classifier.state(), **copies(average)}
-
-    def save() -> None:
-        if checkpoint_dir is not None and context.rank == 0:
-            position = {"seed": train.seed, "num_images": means.num_images, "totals": means.totals}
-            weights, averaged = copies(classifier.state_dict()), copies(average)
-            checkpoint = Checkpoint(step, weights, optimizer_tensors(optimizer), position, averaged)
-            save_checkpoint(checkpoint_dir, attempt, checkpoint)
-
     steps_per_epoch = math.ceil(len(source) / train.batch_size)
     num_steps = train.epochs * steps_per_epoch
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
-    views = _views(source, train, clip.image_size, context, step, steps_per_epoch, num_threads)
     window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
-    for epoch, indices, pixels, batch_size in views:
-        torch.manual_seed(_step_seed(train.seed, step, context.rank))
-        learning_rate = learning_rate_at(step, train.learning_rate, warmup, num_steps)
-        set_learning_rate(optimizer, learning_rate)
-        pixels_BHWC = torch.from_numpy(pixels).to(device)
+    for batch in _views(source, train, clip.image_size, context, learner.step, num_threads):
+        epoch, indices, _, batch_size = batch
+        learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
+        set_learning_rate(learner.optimizer, learning_rate)
         labels_B = torch.from_numpy(source.labels[indices]).to(device)
-        with _noting_step(step + 1, num_steps), _told_of_compiler():
-            sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, context.world_size / batch_size)
-            grad_norm = clip_gradients(classifier, train.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if train.ema_decay is not None:
-            update_average(average, trained_weights(classifier), train.ema_decay, step)
-        window[:3] += sums
-        window[3] += grad_norm * batch_size / context.world_size
+        window += learner.update(loss, model, batch, labels_B, num_steps)
         window_images += batch_size
 
+        step = learner.step
         ends_epoch = step % steps_per_epoch == 0
         if step % LOG_EVERY and not ends_epoch:
             continue
@@ -250,166 +259,61 @@ def fine_tune(
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             place = f"step {step} of {num_steps}"
             raise DivergedError(Problem(place, "loss and gradient must stay finite", _bad_first(values)))
-        means.add(values, window_images)
+        learner.means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
         row = {"step": step, "num_steps": num_steps, "epoch": epoch, "learning_rate": learning_rate}
         if context.rank == 0:
             context.progress({**row, **values, "images_per_s": speed})
         if ends_epoch:
-            metrics = on_epoch(state, epoch) if on_epoch is not None else {}
+            metrics = on_epoch(learner.state, epoch) if on_epoch is not None else {}
             if context.rank == 0:
-                context.report({**row, **means.values(), "images_per_s": speed, **metrics})
-            means = _Means()
-            save()
+                context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
+            learner.means = _Means()
+            learner.save()
         if step < num_steps and _stop_asked(context, device):
-            save()
+            learner.save()
             raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
         window.zero_()
         window_images, clock = 0, time.perf_counter()
-    return state()
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """The loss of one worker's part of a global batch, in micro-batches."""
-
-    frozen: ImageClassifier | None  # None: plain fine-tuning
-    context_head_TD: Tensor
-    context_scale: float
-    train: TrainConfig
-    stored_targets: StoredTargets | None
-
-    def backward(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, indices: IntArray, visit: int, factor: float
-    ) -> Tensor:
-        """Adds the gradient of this part; returns its sums of CE, KL and context entropy, float64 [3].
-
-        ``factor`` is number of workers / size of the global batch: the workers' gradients are averaged by
-        ``DistributedDataParallel``, so the number of workers makes that the sum over the batch that is wanted.
-        """
-        sums = torch.zeros(3, dtype=torch.float64, device=labels_B.device)
-        micro_batch = self.train.micro_batch or max(len(labels_B), 1)
-        starts = range(0, max(len(labels_B), 1), micro_batch)
-        for start in starts:
-            part = slice(start, start + micro_batch)
-            waits = isinstance(model, DistributedDataParallel) and start != starts[-1]
-            with model.no_sync() if waits else nullcontext():  # type: ignore[operator]  # waits: it is a DDP
-                loss_sum, values = self._sums(model, pixels_BHWC[part], labels_B[part], indices[part], visit)
-                (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
-            sums += values
-        return sums
-
-    def _sums(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, indices: IntArray, visit: int
-    ) -> tuple[Tensor, Tensor]:
-        if len(labels_B) == 0:  # a last batch with fewer images than workers: take part with gradient 0
-            blank_BHWC = pixels_BHWC.new_zeros(1, *pixels_BHWC.shape[1:])
-            return model(blank_BHWC)[1].sum() * 0, torch.zeros(3, dtype=torch.float64, device=pixels_BHWC.device)
-        features_BD, logits_BC = model(pixels_BHWC)
-        ce = functional.cross_entropy(logits_BC, labels_B, reduction="sum", label_smoothing=self.train.label_smoothing)
-        with nullcontext() if self.frozen is not None else torch.no_grad():
-            log_p_BT = context_distribution(features_BD, self.context_head_TD, self.context_scale)
-        kl = torch.zeros_like(ce)
-        if self.frozen is not None:
-            kl = self._kl_per_image(self.frozen, log_p_BT, pixels_BHWC, indices, visit).sum()
-        entropy = context_entropy(log_p_BT.detach()) * len(labels_B)
-        values = torch.stack([value.detach().double() for value in (ce, kl, entropy)])
-        return (ce if self.frozen is None else ce + self.train.kl_weight * kl), values
-
-    def _kl_per_image(
-        self, frozen: ImageClassifier, log_p_BT: Tensor, pixels_BHWC: Tensor, indices: IntArray, visit: int
-    ) -> Tensor:
-        stored = self.stored_targets.read(indices, visit) if self.stored_targets is not None else None
-        if stored is not None:
-            return context_kl(log_p_BT, torch.from_numpy(stored).to(log_p_BT.device), log_target=False)
-        with torch.no_grad():
-            log_p0_BT = context_distribution(frozen.features(pixels_BHWC), self.context_head_TD, self.context_scale)
-        return context_kl(log_p_BT, log_p0_BT)
-
-
-def _resume(
-    checkpoint_dir: Path,
-    classifier: ImageClassifier,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    train: TrainConfig,
-    context: RunContext,
-) -> tuple[int, _Means]:
-    """Puts the newest valid checkpoint into model, optimizer and average; returns its step and the epoch's means.
-
-    Rank 0 finds it: on a network disk the others may still list an older one.
-    """
-    found: list[Checkpoint] = []
-
-    def find() -> str:
-        checkpoint, damaged = newest_checkpoint(checkpoint_dir)
-        for problem in damaged:
-            logger.warning("passed over a damaged checkpoint: %s", problem)
-        if checkpoint is None:
-            return ""
-        found.append(checkpoint)
-        return checkpoint.name
-
-    name = from_rank_0(context, find)
-    if not name:
-        return 0, _Means()
-    checkpoint = on_all_ranks(context, lambda: found[0] if found else load_checkpoint(checkpoint_dir / name))
-    position = checkpoint.position
-    if position["seed"] != train.seed:
-        raise StorageError(Problem(str(checkpoint_dir), f"must belong to seed {train.seed}", str(position["seed"])))
-    if bool(checkpoint.average) != bool(average):
-        rule, value = "must hold an average of the weights with ema_decay, and only then", checkpoint.average
-        raise StorageError(Problem(str(checkpoint_dir), rule, "one" if value else "none"))
-    classifier.load_state_dict(checkpoint.weights)
-    for name, tensor in average.items():
-        tensor.copy_(checkpoint.average[name])
-    load_optimizer_tensors(optimizer, checkpoint.optimizer)
-    return checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
+    return learner.state()
 
 
 def _views(
-    source: Source,
-    train: TrainConfig,
-    image_size: int,
-    context: RunContext,
-    first_step: int,
-    steps_per_epoch: int,
-    num_threads: int,
-) -> Iterator[tuple[int, IntArray, PixelArray, int]]:
-    """Yields ``(epoch from 1, indices, pixels [b, S, S, 3], size of the global batch)`` from ``first_step`` on.
+    source: Source, train: TrainConfig, image_size: int, context: RunContext, first_step: int, num_threads: int
+) -> Iterator[Batch]:
+    """Yields this worker's part of each batch, from ``first_step`` on.
 
     With more than one thread the next batches are made while the current one is computed on. A view is a function of
     seed, sample and visit, so the number of threads changes nothing.
     """
+    first_epoch, first_batch = divmod(first_step, math.ceil(len(source) / train.batch_size))
 
     def parts() -> Iterator[tuple[int, IntArray, int]]:
-        for epoch in range(first_step // steps_per_epoch, train.epochs):
+        for epoch in range(first_epoch, train.epochs):
             mine = batches(train.seed, epoch, len(source), train.batch_size, context.rank, context.world_size)
-            skip = max(first_step - epoch * steps_per_epoch, 0)
+            skip = first_batch if epoch == first_epoch else 0
             for number, indices in enumerate(mine[skip:], start=skip):
                 yield epoch, indices, min(train.batch_size, len(source) - number * train.batch_size)
 
-    def make(epoch: int, indices: IntArray) -> PixelArray:
+    def make(epoch: int, indices: IntArray, size: int) -> Batch:
         ids = source.sample_ids[indices]
-        return view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, image_size)
+        pixels = view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, image_size)
+        return epoch + 1, indices, pixels, size
 
     if num_threads == 1:
-        for epoch, indices, size in parts():
-            yield epoch + 1, indices, make(epoch, indices), size
+        yield from itertools.starmap(make, parts())
         return
     with ThreadPoolExecutor(max_workers=num_threads - 1) as pool:
-        ahead: deque[tuple[int, IntArray, int, Future[PixelArray]]] = deque()
-        for epoch, indices, size in parts():
-            ahead.append((epoch, indices, size, pool.submit(make, epoch, indices)))
+        ahead: deque[Future[Batch]] = deque()
+        for part in parts():
+            ahead.append(pool.submit(make, *part))
             if len(ahead) >= num_threads:
-                epoch_0, indices_0, size_0, future = ahead.popleft()
-                yield epoch_0 + 1, indices_0, future.result(), size_0
-        for epoch_0, indices_0, size_0, future in ahead:
-            yield epoch_0 + 1, indices_0, future.result(), size_0
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:
-    """Returns the means over the images that all workers saw since the last look."""
+    """Returns the means over the images that all workers saw since the last row of progress."""
     window = window.clone()
     if context.world_size > 1:
         dist.all_reduce(window)
@@ -424,12 +328,11 @@ def _bad_first(values: Mapping[str, float]) -> str:
 
 
 def _stop_asked(context: RunContext, device: torch.device) -> bool:
-    """Asks rank 0 and tells everybody."""
-    flag = torch.zeros(1, device=device)
-    if context.rank == 0:
-        flag[0] = float(context.should_stop())
-    if context.world_size > 1:
-        dist.broadcast(flag, 0)
+    """Returns on all ranks what ``should_stop`` says on rank 0."""
+    if context.world_size == 1:
+        return context.should_stop()
+    flag = torch.tensor([float(context.rank == 0 and context.should_stop())], device=device)
+    dist.broadcast(flag, 0)
     return bool(flag.item())
 
 

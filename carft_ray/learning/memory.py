@@ -1,4 +1,4 @@
-"""Want of memory on the device: told apart from other errors, with its numbers; and batches that halve until they fit.
+"""Out of memory on a device: told from other errors, reported with its numbers; and batches that halve until they fit.
 
 The loss is a sum over samples and predictions are per image, so no split into smaller batches changes a result.
 """
@@ -48,15 +48,16 @@ def micro_batch_of(train: TrainConfig, num_workers: int) -> int:
 
 
 @contextlib.contextmanager
-def told_with_numbers(train: TrainConfig, image_size: int, device: "torch.device", num_workers: int) -> Iterator[None]:
-    """Turns want of memory in a training into an ``OutOfMemoryError`` with micro-batch, image size and memory."""
+def explained_shortage(
+    what: str, num_images: int, image_size: int, device: "torch.device", micro_batch: int = 0
+) -> Iterator[None]:
+    """Turns running out of memory into an ``OutOfMemoryError`` that says how many images of which size did not fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        micro_batch = micro_batch_of(train, num_workers)
-        raise OutOfMemoryError(shortage("training", micro_batch, image_size, device), micro_batch) from error
+        raise OutOfMemoryError(shortage(what, num_images, image_size, device), micro_batch) from error
 
 
 def in_batches(

@@ -1,4 +1,4 @@
-"""AdamW with the parameter groups of the recipe, and clipping that does not depend on the form of the head.
+"""AdamW with the parameter groups of the recipe, its learning rate by step, and clipping of gradients.
 
 The two forms of the class head are the same method: with W' = s * W (s the logit scale),
 
@@ -7,6 +7,8 @@ The two forms of the class head are the same method: with W' = s * W (s the logi
 so `unit` gets these values, and its head gradient enters the norm divided by s.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,37 +27,42 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
 
     Each group holds ``lr_factor``: its learning rate is the scheduled one times this factor, which differs by layer
     with ``layer_decay``. ``decay: all`` decays every tensor, norms and biases included (the wise-ft family);
-    ``decay: matrices`` spares those of fewer than two dimensions (the habit of open_clip).
+    ``decay: matrices`` spares those of fewer than two dimensions (as open_clip does).
     """
-    scale = classifier.logit_scale if classifier.form == "unit" else 1.0
+
+    def group(parameters: Sequence[Tensor], decays: bool, lr_factor: float, scale: float = 1.0) -> dict[str, Any]:
+        weight_decay = train.weight_decay * scale if decays else 0.0
+        return {"params": parameters, "weight_decay": weight_decay, "eps": EPS * scale, "lr_factor": lr_factor / scale}
+
+    decays_all = train.decay == "all"
     factors = layer_factors(classifier.visual, train.layer_decay)
     tower = [(factors[name], p) for name, p in classifier.visual.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = []
+    groups = []
     for factor in dict.fromkeys(factor for factor, _ in tower):
         layer = [p for its, p in tower if its == factor]
-        decayed = layer if train.decay == "all" else [p for p in layer if p.ndim >= 2]
-        spared = [] if train.decay == "all" else [p for p in layer if p.ndim < 2]
-        groups += [
-            {"params": decayed, "weight_decay": train.weight_decay, "eps": EPS, "lr_factor": factor},
-            {"params": spared, "weight_decay": 0.0, "eps": EPS, "lr_factor": factor},
-        ]
+        groups.append(group([p for p in layer if decays_all or p.ndim >= 2], True, factor))
+        groups.append(group([p for p in layer if not decays_all and p.ndim < 2], False, factor))
+    bias = [] if classifier.class_bias is None else [classifier.class_bias]
     if train.head_lr_factor == 0:
-        classifier.class_head.requires_grad_(False)
-        if classifier.class_bias is not None:
-            classifier.class_bias.requires_grad_(False)
+        for parameter in (classifier.class_head, *bias):
+            parameter.requires_grad_(False)
     else:
-        head = {
-            "weight_decay": train.weight_decay * scale,
-            "eps": EPS * scale,
-            "lr_factor": train.head_lr_factor / scale,
-        }
-        groups.append({"params": [classifier.class_head], **head})
-        if classifier.class_bias is not None:
-            decay = train.weight_decay if train.decay == "all" else 0.0
-            bias = {"weight_decay": decay, "eps": EPS, "lr_factor": train.head_lr_factor}
-            groups.append({"params": [classifier.class_bias], **bias})
-    groups = [group for group in groups if group["params"]]
+        scale = classifier.logit_scale if classifier.form == "unit" else 1.0
+        groups.append(group([classifier.class_head], True, train.head_lr_factor, scale))
+        groups.append(group(bias, decays_all, train.head_lr_factor))
+    groups = [each for each in groups if each["params"]]
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=BETAS, fused=True)
+
+
+def learning_rate_at(step: int, peak: float, warmup: int, num_steps: int) -> float:
+    """Returns the learning rate of update ``step`` (from 0): linear warm-up, then a cosine to 0.
+
+    ``peak * (step + 1) / warmup`` while ``step < warmup``, then
+    ``peak * (1 + cos(pi * (step - warmup) / (num_steps - warmup))) / 2`` (as coded in wise-ft, `src/models/utils.py`).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -69,18 +76,9 @@ def clip_gradients(classifier: ImageClassifier, max_norm: float | None) -> Tenso
 
     The norm is that of the folded form, whichever form the head has.
     """
-    parameters = [p for p in classifier.parameters() if p.grad is not None]
-    gradients = [_folded_gradient(classifier, p) for p in parameters]
-    norm = nn.utils.get_total_norm(gradients)
+    graded = [(p, p.grad) for p in classifier.parameters() if p.grad is not None]
+    unit_head = classifier.class_head if classifier.form == "unit" else None
+    norm = nn.utils.get_total_norm([g / classifier.logit_scale if p is unit_head else g for p, g in graded])
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        nn.utils.clip_grads_with_norm_([p for p, _ in graded], max_norm, norm)
     return norm
-
-
-def _folded_gradient(classifier: ImageClassifier, parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        raise ValueError("the parameter has no gradient")
-    if parameter is classifier.class_head and classifier.form == "unit":
-        return gradient / classifier.logit_scale
-    return gradient

@@ -1,6 +1,6 @@
 """What the workers of one training agree on before they compute. Every function here is called by all ranks alike.
 
-A rank that went another way than the others would leave them in a collective until its time-out.
+A rank that took another branch than the others would leave them in a collective until its time-out.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,7 @@ def from_rank_0(context: RunContext, make: Callable[[], T]) -> T:
     dist.broadcast_object_list(made, src=0)
     if made[1] is not None:
         raise made[1]
-    value: T = made[0]
-    return value
+    return made[0]  # type: ignore[no-any-return]
 
 
 def on_all_ranks(context: RunContext, read: Callable[[], T]) -> T:

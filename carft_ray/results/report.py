@@ -19,8 +19,7 @@ from carft_ray.evaluation.robustness import (
     CAVEAT,
     MIN_MODELS,
     Robustness,
-    effective_robustness,
-    gain_over_ft_line,
+    above_line,
     read_reference,
 )
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
@@ -325,10 +324,10 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
     for name in sets:
         model = (metrics["id_accuracy"], metrics[f"accuracy/{name}"])
         images = (num_images[ID_SET], num_images[name])
-        lines = [effective_robustness(known[name], model, images)] if name in known else []
+        lines = [above_line("effective_robustness", known[name], model, images)] if name in known else []
         if len(plain) >= MIN_MODELS:
             models = {one: (at["id_accuracy"], at[f"accuracy/{name}"]) for one, at in plain.items()}
-            lines.append(gain_over_ft_line(models, model, images))
+            lines.append(above_line("gain_over_ft_line", models, model, images))
         if lines:
             found[name] = lines
     return found

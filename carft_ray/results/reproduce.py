@@ -18,7 +18,7 @@ from carft_ray import environment, files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.evaluation.origin import gpu_names, set_contents
-from carft_ray.evaluation.run import prepare
+from carft_ray.evaluation.training import prepare
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import FOLDERS, PREPARED, REFERENCES
 from carft_ray.learning.checkpoint import load_tensors

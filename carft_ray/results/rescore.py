@@ -192,12 +192,11 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
         return Rescored(choice, _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha))
     missed = {
         VIOLATION + limit.name: float(np.interp(choice.alpha, profile.alphas, along))
-        for limit, along in zip(bounds, profile.violations, strict=True)
+        for limit, along in zip(bounds, () if profile.violations_KA is None else profile.violations_KA, strict=True)
     }
-    curves = {spec.id_set: profile.id_accuracies, **profile.ood_accuracies}
     by_set = {
         name: float(np.clip(fitted_curve(profile.alphas, curve, [choice.alpha])[0], 0, 1))
-        for name, curve in curves.items()
+        for name, curve in profile.accuracies.items()
     }
     return Rescored(choice, by_set, missed, measured=False)
 

@@ -43,7 +43,7 @@ def run_confirm(
         resume_command: Shown after an interruption.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
-        runner: What is trained; by default ``evaluation.run``.
+        runner: What is trained; by default ``evaluation.training``.
 
     Returns:
         The rows of these trainings, in the order of their numbers.

@@ -70,7 +70,7 @@ def run_search(
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
-        runner: What is trained; by default ``evaluation.run``.
+        runner: What is trained; by default ``evaluation.training``.
         trusted: A study from elsewhere may be opened by a sampler that unpickles.
         may: How the search space may change.
 

@@ -13,7 +13,7 @@ import ray
 from carft_ray import files
 from carft_ray.data.shared.shared_images import SharedRow, write_shared
 from carft_ray.errors import ClusterError, OutOfMemoryError, Problem, StorageError, UsageError
-from carft_ray.evaluation.run import run_training
+from carft_ray.evaluation.training import run_training
 from carft_ray.launch.executors import HEAD_ONLY, run_nested
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.preparation import run_prepare
@@ -155,11 +155,11 @@ def train_with_ray(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         resume_command: Shown after an interruption.
         on_epoch: Given the metrics of every epoch.
-        runner: What is trained; by default ``evaluation.run``.
+        runner: What is trained; by default ``evaluation.training``.
         say: Given texts of what the preparation does.
 
     Returns:
-        Content of ``result.json``, and what the preparation found (``evaluation.run.prepare``).
+        Content of ``result.json``, and what the preparation found (``evaluation.training.prepare``).
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.

@@ -37,34 +37,28 @@ def build_model(name: str, device: str = "cpu") -> nn.Module:
 
 
 @contextlib.contextmanager
-def hub(may_fetch: bool = True) -> Iterator[bool]:
-    """Lets the hub's client use its cache alone where the hub cannot be reached: it answers at once then.
+def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) -> Iterator[None]:
+    """Reports in one message what could not be fetched from the hub, and the ways without a network.
+
+    Where the hub cannot be reached, its client uses its cache alone, and answers at once.
 
     Args:
+        place: Key of the recipe.
+        what: What is fetched, in words.
+        page: Its page; None: nothing is fetched.
         may_fetch: False to use the cache alone in any case.
 
-    Yields:
-        Whether the hub can be reached.
+    Raises:
+        DataError: It is neither in the cache nor fetched.
     """
+    if page is None:
+        yield
+        return
     before = constants.HF_HUB_OFFLINE
     is_reached = may_fetch and not before and _is_reachable(constants.ENDPOINT)
     constants.HF_HUB_OFFLINE = not is_reached
     try:
         with quiet():
-            yield is_reached
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextlib.contextmanager
-def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) -> Iterator[None]:
-    """Says in one message what could not be fetched, and the ways without a network; nothing when page is None."""
-    if page is None:
-        yield
-        return
-    is_reached = True
-    try:
-        with hub(may_fetch) as is_reached:
             yield
     except ImportError:
         raise
@@ -75,10 +69,11 @@ def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) ->
             "hub's cache (HF_HOME) from a machine that has them."
         )
         rule = f"{what} must be in the hub's cache or fetched ({page.strip('/')})"
-        reason = "not in the cache, and no connection to the hub"
-        if is_reached:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = said if is_reached else "not in the cache, and no connection to the hub"
         raise DataError(Problem(place, rule, reason, next_step=step)) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _is_reachable(address: str) -> bool:
@@ -88,19 +83,22 @@ def _is_reachable(address: str) -> bool:
             return True
     except urllib.error.HTTPError:
         return True
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        return isinstance(reason, ssl.SSLError)  # it has answered; its client may have other certificates
+    except OSError as error:  # an answer, too, where the certificate is wrong: the hub's client may have others
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """open_clip logs through the root logger and warns of what we check ourselves; keeps both off the terminal."""
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keeps libraries' warnings and logs off the terminal: open_clip uses the root logger, the hub's retries its own.
+
+    Args:
+        loggers: Names of others.
+    """
     root = logging.getLogger()
-    level = root.level
     handlers = list(root.handlers)
-    root.setLevel(logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; the error tells what failed
+    levels = {each: each.level for each in map(logging.getLogger, (None, "huggingface_hub", *loggers))}
+    for each in levels:
+        each.setLevel(logging.CRITICAL)
     if not handlers:
         root.addHandler(logging.NullHandler())
     try:
@@ -108,6 +106,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(level)
+        for each, level in levels.items():
+            each.setLevel(level)
         for handler in [h for h in root.handlers if h not in handlers]:
             root.removeHandler(handler)

@@ -19,14 +19,8 @@ HUB = "hf-hub:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HUGGING_FACE_CONFIG = "config.json"
 WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
-TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-)
+TOKENIZER_NAMES = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"}
+TOKENIZER_NAMES |= {"spiece.model", "sentencepiece.bpe.model"}
 NUM_TAGS_LISTED = 6
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
@@ -37,36 +31,24 @@ QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 @functools.cache
 def model_names() -> tuple[str, ...]:
     """Returns all names that open_clip can build, sorted, and 'sandbox'."""
-    folder = _open_clip()
-    configs = folder.glob("model_configs/*.json") if folder is not None else ()
-    return (SANDBOX, *sorted(path.stem for path in configs))
+    return (SANDBOX, *sorted(path.stem for path in _open_clip().glob("model_configs/*.json")))
 
 
 def pretrained_tags(name: str) -> tuple[str, ...] | None:
-    """Returns the tags of weights that open_clip offers for a model, or None when its list cannot be read."""
-    known = _all_tags()
-    return known.get(name, ()) if known else None
+    """Returns the tags of weights that open_clip offers for a model, or None when its list cannot be read.
+
+    Under ``NAME-quickgelu`` these are the tags of NAME whose weights were trained with QuickGELU.
+    """
+    known = _tags_with_activation()
+    others = known.get(name.removesuffix(QUICK), {}) if name.endswith(QUICK) else {}
+    quick = tuple(tag for tag, is_quick in others.items() if is_quick)
+    return (quick or tuple(known.get(name, ()))) if known else None
 
 
 def computes_quick_gelu(name: str) -> bool | None:
     """Returns whether open_clip computes QuickGELU under a name, or None for a name that it does not know."""
-    folder = _open_clip()
-    path = folder / "model_configs" / f"{name}.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("quick_gelu", False))
-
-
-@functools.cache
-def _all_tags() -> dict[str, tuple[str, ...]]:
-    """Returns the tags of weights for each name; those trained with QuickGELU stand under ``NAME-quickgelu`` too."""
-    tags = {name: tuple(found) for name, found in _tags_with_activation().items()}
-    quick = {
-        name + QUICK: with_quick
-        for name, found in _tags_with_activation().items()
-        if (with_quick := tuple(tag for tag, is_quick in found.items() if is_quick))
-    }
-    return {**tags, **quick}
+    path = _open_clip() / "model_configs" / f"{name}.json"
+    return bool(_read_json(path).get("quick_gelu", False)) if path.is_file() else None
 
 
 @functools.cache
@@ -78,43 +60,36 @@ def _tags_with_activation() -> dict[str, dict[str, bool]]:
     Returns:
         Name -> tag -> whether the weights were trained with QuickGELU.
     """
-    folder = _open_clip()
-    path = folder / "pretrained.py" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    calls: dict[str, ast.expr] = {}
-    models: dict[str, ast.expr] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        variable, value = node.targets[0].id, node.value
-        calls[variable] = value
-        if variable == "_PRETRAINED" and isinstance(value, ast.Dict):
-            names = [key.value for key in value.keys if isinstance(key, ast.Constant)]
-            models = dict(zip(map(str, names), value.values, strict=False))
+    path = _open_clip() / "pretrained.py"
+    found: dict[str, ast.expr] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+        match node:
+            case ast.Assign(targets=[ast.Name(id=variable)], value=value):
+                found[variable] = value
+    models = found.get("_PRETRAINED")
     tags: dict[str, dict[str, bool]] = {}
-    for name, found in models.items():
-        value = calls.get(found.id, found) if isinstance(found, ast.Name) else found
-        if not isinstance(value, ast.Call) or any(keyword.arg is None for keyword in value.keywords):
-            return {}
-        tags[name] = {str(keyword.arg): _is_quick(keyword.value) for keyword in value.keywords}
+    for key, value in zip(models.keys, models.values, strict=True) if isinstance(models, ast.Dict) else ():
+        match key, found.get(value.id, value) if isinstance(value, ast.Name) else value:
+            case ast.Constant(value=name), ast.Call(keywords=given) if all(keyword.arg for keyword in given):
+                tags[str(name)] = {str(keyword.arg): _is_quick(keyword.value) for keyword in given}
+            case _:
+                return {}
     return tags
 
 
 def _is_quick(value: ast.expr) -> bool:
     keywords = value.keywords if isinstance(value, ast.Call) else []
-    given = [k.value.value for k in keywords if k.arg == "quick_gelu" and isinstance(k.value, ast.Constant)]
-    return bool(given and given[0])
+    return any(k.arg == "quick_gelu" and isinstance(k.value, ast.Constant) and bool(k.value.value) for k in keywords)
 
 
-def _open_clip() -> Path | None:
-    """Returns the folder of the installed open_clip; to find it does not import it."""
+def _open_clip() -> Path:
+    """Returns the folder of open_clip; to find it does not import it."""
     spec = importlib.util.find_spec("open_clip")
-    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+    return Path(str(spec.origin)).parent  # type: ignore[union-attr]  # it is installed
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
-    """Returns what is wrong with ``model`` as far as names and local files tell; nothing is loaded.
+    """Returns what is wrong with ``model`` as far as names and local files show; nothing is loaded.
 
     Args:
         model: The recipe's model.
@@ -129,9 +104,8 @@ def check_model(model: ModelConfig) -> list[Problem]:
             return []
         return [Problem("model.name", "hf-hub: needs the owner and the name of a page", repr(model.name))]
     if model.name == SANDBOX:
-        if model.pretrained is not None:
-            return [Problem("model.pretrained", "the sandbox has its own weights; leave the key out", model.pretrained)]
-        return []
+        rule = "the sandbox has its own weights; leave the key out"
+        return [] if model.pretrained is None else [Problem("model.pretrained", rule, model.pretrained)]
     name = model.name.replace("/", "-")
     if name not in model_names():
         rule = "must be 'sandbox', 'local-dir:FOLDER', 'hf-hub:OWNER/NAME' or a model name of open_clip"
@@ -139,36 +113,39 @@ def check_model(model: ModelConfig) -> list[Problem]:
     if model.pretrained is None:
         rule = "must name the weights: a tag of open_clip, a weights file, or 'random' for untrained weights"
         return [Problem("model.pretrained", rule, "nothing")]
-    tags = pretrained_tags(name)
-    if model.pretrained == RANDOM:
+    return _check_pretrained(name, model.name, model.pretrained)
+
+
+def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]:
+    """Returns what is wrong with the weights given for an open_clip name, which the recipe has as ``written``."""
+    place, tags, path = "model.pretrained", pretrained_tags(name), Path(pretrained)
+    if pretrained == RANDOM:
         return []
-    if tags is not None and model.pretrained in tags:
-        trained = _tags_with_activation()[name.removesuffix(QUICK) if name not in _tags_with_activation() else name]
-        return activation_problems(name, trained[model.pretrained], f"'{model.pretrained}'")
-    path = Path(model.pretrained)
+    if tags is not None and pretrained in tags:
+        known = _tags_with_activation()
+        trained = known.get(name) or known[name.removesuffix(QUICK)]
+        return activation_problems(name, trained[pretrained], f"'{pretrained}'")
     if path.is_file():
-        beside = _read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
-        if not isinstance(beside, dict):
+        config = _read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
+        if not isinstance(config, dict):
             return []
-        return activation_problems(
-            name, bool(beside.get("quick_gelu", False)), f"{path} ({OPEN_CLIP_CONFIG} beside it)"
-        )
+        weights = f"{path} (by its {OPEN_CLIP_CONFIG})"
+        return activation_problems(name, bool(config.get("quick_gelu", False)), weights)
     if path.is_dir():
-        step = f"Write model.name: {LOCAL_DIR}{model.pretrained}, and leave model.pretrained out."
-        return [Problem("model.pretrained", "must be a weights file", f"the folder {path}", next_step=step)]
-    if is_weights_path(model.pretrained):
+        step = f"Write model.name: {LOCAL_DIR}{pretrained}, and leave model.pretrained out."
+        return [Problem(place, "must be a weights file", f"the folder {path}", next_step=step)]
+    if is_weights_path(pretrained):
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         rule = "must be a weights file that is there"
-        return [Problem("model.pretrained", rule, str(path), nearest=nearest(str(path), siblings))]
+        return [Problem(place, rule, str(path), nearest=nearest(str(path), siblings))]
     if tags is None:
         return []
-    rule = f"must be a tag of {model.name}, a weights file, or '{RANDOM}'"
-    near = nearest(model.pretrained, (*tags, RANDOM))
-    listed = [*dict.fromkeys((RANDOM, *([near] if near else ()), *tags))]
-    more = len(listed) - NUM_TAGS_LISTED
-    allowed = (*listed[:NUM_TAGS_LISTED], *([f"{more} more"] if more > 0 else ()))
-    step = f"All tags of it: carft-ray model {model.name}"
-    return [Problem("model.pretrained", rule, repr(model.pretrained), allowed, near, step)]
+    rule, near = f"must be a tag of {written}, a weights file, or '{RANDOM}'", nearest(pretrained, (*tags, RANDOM))
+    allowed = tuple(dict.fromkeys((RANDOM, *([near] if near else ()), *tags)))
+    if (more := len(allowed) - NUM_TAGS_LISTED) > 0:
+        allowed = (*allowed[:NUM_TAGS_LISTED], f"{more} more")
+    step = f"All tags of it: carft-ray model {written}"
+    return [Problem(place, rule, repr(pretrained), allowed, near, step)]
 
 
 def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Problem]:
@@ -189,7 +166,7 @@ def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Pr
 
 
 def model_warnings(model: ModelConfig) -> list[str]:
-    """Returns what may be wrong with a weights file, which carries no word of the activation it was trained with.
+    """Returns what may be wrong with a weights file, which does not record the activation it was trained with.
 
     Args:
         model: The recipe's model, without problems.
@@ -203,7 +180,7 @@ def model_warnings(model: ModelConfig) -> list[str]:
         return []
     known, tag = _tags_with_activation().get(name.removesuffix(QUICK), {}), tag_in_path(name, path)
     if tag is not None:
-        said, trained = f"looks like '{tag}'", known[tag]
+        said, trained = f"is named like '{tag}'", known[tag]
     elif "quickgelu" in path.name.lower().replace("_", "").replace("-", ""):
         said, trained = "has QuickGELU in its name", True
     else:
@@ -217,8 +194,8 @@ def model_warnings(model: ModelConfig) -> list[str]:
         return [f"{start}{text} If it is so, write model.name: {other}."]
     of_the_other = ", ".join(tag for tag, is_quick in known.items() if is_quick != quick)
     return [
-        f"{start}does not tell which activation it was trained with. {name} computes {computed}; weights trained with "
-        f"{asked} (of open_clip's: {of_the_other}) need model.name: {other}, or every number is wrong."
+        f"{start}does not record which activation it was trained with. {name} computes {computed}; weights trained "
+        f"with {asked} (of open_clip's: {of_the_other}) need model.name: {other}, or every number is wrong."
     ]
 
 
@@ -232,7 +209,7 @@ def tag_in_path(name: str, path: Path) -> str | None:
 def asks_of_tower(recipe: Recipe) -> bool:
     """Tells whether a training of the recipe asks of the image tower what some towers cannot do."""
     given = (recipe.train.model_dump(), recipe.search.space, *recipe.search.baselines.values())
-    fields = [name for name in TOWER_FIELDS if name != "head_lr_factor"]  # which changes nothing by itself
+    fields = [name for name in TOWER_FIELDS if name != "head_lr_factor"]  # which changes nothing alone
     return any(name in each and each[name] != TOWER_DEFAULTS[name] for each in given for name in fields)
 
 
@@ -241,9 +218,9 @@ def is_hugging_face_folder(folder: Path) -> bool:
     return (folder / HUGGING_FACE_CONFIG).is_file() and not (folder / OPEN_CLIP_CONFIG).is_file()
 
 
-def tokenizer_files(folder: Path) -> list[str]:
-    """Returns the names of the tokenizer files in a folder."""
-    return [name for name in TOKENIZER_NAMES if (folder / name).is_file()]
+def has_tokenizer(folder: Path) -> bool:
+    """Tells whether a folder has files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_NAMES)
 
 
 def _other_activation(name: str) -> str | None:
@@ -273,7 +250,7 @@ def _check_folder(folder: Path) -> list[Problem]:
         rule = f"{OPEN_CLIP_CONFIG} must be JSON with model_cfg, as open_clip writes it"
         return [Problem("model.name", rule, str(folder / OPEN_CLIP_CONFIG))]
     tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
-    if tokenizer and not tokenizer_files(folder):
+    if tokenizer and not has_tokenizer(folder):
         rule = f"local-dir: needs the files of its tokenizer ({tokenizer}) in the folder"
         step = f"Copy tokenizer.json and tokenizer_config.json of {tokenizer} into it."
         return [Problem("model.name", rule, f"none in {folder}", next_step=step)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from carft_ray.data.benchmark_sets.facts import load_facts
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import fetching, quiet
-from carft_ray.learning.models.catalog import OPEN_CLIP_CONFIG, tokenizer_files
+from carft_ray.learning.models.catalog import OPEN_CLIP_CONFIG, has_tokenizer
 from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.learning.models.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
@@ -156,16 +156,16 @@ def write_tokenizer(clip: Clip, folder: Path) -> None:
 def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     """Returns the tokenizer of a model: CLIP's own, or one of Hugging Face from the weights' folder or the hub."""
     text, folder = opened.config["text_cfg"], opened.folder
-    context_length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
+    context_length, options = text.get("context_length", 77), {**(text.get("tokenizer_kwargs") or {})}
     wanted = text.get("hf_tokenizer_name")
     if not wanted:
         tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length, **options)
         return tokenizer
-    is_local = folder is not None and bool(tokenizer_files(folder))
-    mode = text.get("tokenizer_mode")
+    is_local = folder is not None and has_tokenizer(folder)
     try:
         with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
-            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, tokenizer_mode=mode, **options)
+            options["tokenizer_mode"] = text.get("tokenizer_mode")
+            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, **options)
     except ImportError as error:
         rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
         step = "Install it: pip install 'carft-ray[hf]'"

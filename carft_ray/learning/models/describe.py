@@ -1,22 +1,21 @@
-"""What a model is, told without holding its weights: sizes, input, tokens, layers, memory.
+"""What a model is, without its weights: sizes, input, tokens, layers, memory.
 
 The model is built without memory, so that a ViT-L/14 at 336 pixels is described on any machine in a second or two.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from carft_ray.errors import DataError
-from carft_ray.learning.layers import layer_groups, layer_label
 from carft_ray.learning.models.catalog import QUICK, model_names
 from carft_ray.learning.models.clip import square_size
-from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config, preprocessing_kinds
-from carft_ray.learning.models.tower import layer_factors, training_bytes
-from carft_ray.learning.models.weights import compare, for_model, misfit_problem, only_positions, read_header, shapes_of
+from carft_ray.learning.models.opening import PREPROCESSING, open_model, preprocess_config, preprocessing_kinds
+from carft_ray.learning.models.tower import layer_factors, layer_groups, layer_label, training_bytes
+from carft_ray.learning.models.weights import fitted, read_header
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 
 FLOAT32 = 4  # bytes
@@ -24,11 +23,11 @@ ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "ReLU", "SiLU")  # classes of to
 
 
 def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, Any]:
-    """Returns what ``carft-ray model`` tells; nothing is fetched but the configuration of a page of the hub.
+    """Returns what ``carft-ray model`` shows; nothing is fetched but the configuration of a page of the hub.
 
     Args:
         part: Name and weights; weights that are not on this machine are described as far as open_clip's list knows.
-        train: When given, each layer tells its learning rate relative to that of the class head, 0 where it is frozen.
+        train: When given, each layer has its learning rate relative to that of the class head, 0 where it is frozen.
 
     Raises:
         RecipeError: The name, tag or folder is none, or the weights belong to another name.
@@ -37,14 +36,14 @@ def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, A
     opened = open_model(part, device="meta", read=read_header, may_fetch=False)
     model, config = opened.model, opened.config
     visual: nn.Module = model.visual  # type: ignore[assignment]  # untyped
-    state = _checked(opened)
+    state = {} if opened.state is None else fitted(model, opened.state, opened.weights, opened.place)[0]
     preprocess = preprocess_config(model)
     groups, factors = layer_groups(visual), layer_factors(visual, 1.0 if train is None else train.layer_decay)
     sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
     num_image, num_all = sum(sizes.values()), sum(parameter.numel() for parameter in model.parameters())
     text, name = config["text_cfg"], part.name.replace("/", "-")
     scale, bias = state.get("logit_scale"), state.get("logit_bias")
-    quick = bool(config.get("quick_gelu", False))
+    quick, activations = bool(config.get("quick_gelu", False)), ", ".join(_modules(visual, ACTIVATIONS.__contains__))
     return {
         "name": part.name,
         "pretrained": part.pretrained,
@@ -57,11 +56,11 @@ def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, A
         "logit_scale": None if scale is None else scale.float().exp().item(),
         "has_logit_bias": getattr(model, "logit_bias", None) is not None,
         "logit_bias": None if bias is None else bias.float().item(),
-        "activations": {"image": _activation(visual), "text": "QuickGELU" if quick else "GELU"},
+        "activations": {"image": activations or "its own", "text": "QuickGELU" if quick else "GELU"},
         "num_parameters": {"image": num_image, "text and rest": num_all - num_image},
         "widths": {"image": _width(visual), "text": text.get("width"), "embedding": config["embed_dim"]},
         "num_blocks": len(groups) - 2,
-        "norms": _norms(visual),
+        "norms": _modules(visual, lambda name: "Norm" in name and "Conv" not in name),
         "has_batch_norm": any(isinstance(module, _BatchNorm) for module in visual.modules()),
         "layers": [
             {
@@ -78,17 +77,6 @@ def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, A
     }
 
 
-def _checked(opened: Opened) -> dict[str, Any]:
-    """Returns the weights, whose tensors must be those of the model; empty where there are none here."""
-    if opened.state is None:
-        return {}
-    state = for_model(opened.model, opened.state)
-    misfit = compare(shapes_of(opened.model.state_dict()), shapes_of(state))
-    if misfit and not only_positions(opened.model, misfit):
-        raise DataError(misfit_problem(misfit, shapes_of(state), opened.weights, opened.place))
-    return state
-
-
 def _family(visual: nn.Module, config: dict[str, Any]) -> str:
     tower = config["vision_cfg"].get("timm_model_name") or type(visual).__name__
     kind = "CoCa" if "multimodal_cfg" in config else "CLIP"
@@ -96,15 +84,10 @@ def _family(visual: nn.Module, config: dict[str, Any]) -> str:
     return f"{kind}, {named} of open_clip" if named else f"{kind}, {tower} of timm"
 
 
-def _activation(visual: nn.Module) -> str:
-    """Returns the activations of an image tower, the most frequent first."""
+def _modules(visual: nn.Module, is_meant: Callable[[str], bool]) -> dict[str, int]:
+    """Returns how many modules of a kind a tower has, by the name of their class, the most frequent first."""
     found = Counter(type(module).__name__ for module in visual.modules())
-    return ", ".join(name for name, _ in found.most_common() if name in ACTIVATIONS) or "its own"
-
-
-def _norms(visual: nn.Module) -> dict[str, int]:
-    found = Counter(type(module).__name__ for module in visual.modules())
-    return {name: count for name, count in found.most_common() if "Norm" in name and "Conv" not in name}
+    return {name: count for name, count in found.most_common() if is_meant(name)}
 
 
 def _width(visual: nn.Module) -> int:

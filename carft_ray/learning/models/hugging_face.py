@@ -11,6 +11,7 @@ Both compute the same function; a test compares logits. transformers is not need
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
 
+PLACE = "model.name"  # of messages: the key that names the folder
 # what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
 _DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
 _TEXT = _DEFAULTS | {
@@ -66,26 +68,37 @@ NAMES = {
     "logit_scale": "logit_scale",
 }
 BLOCK_NAMES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+    "ln_1": ["layer_norm1"],
+    "ln_2": ["layer_norm2"],
+    "attn.in_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],  # rows, in this order
+    "attn.out_proj": ["self_attn.out_proj"],
+    "mlp.c_fc": ["mlp.fc1"],
+    "mlp.c_proj": ["mlp.fc2"],
 }
 TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
-_OURS = {theirs: ours for ours, theirs in NAMES.items()}
-_OUR_BLOCK_NAMES = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
-_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 
 
-def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def names_of(name: str) -> list[str]:
+    """Returns the names in transformers of a tensor of open_clip; three for the stacked rows of an attention.
+
+    Raises:
+        KeyError: It has none.
+    """
+    if found := _BLOCK.fullmatch(name):
+        layer = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{found[2]}"
+        return [f"{layer}.{part}.{found[4]}" for part in BLOCK_NAMES[found[3]]]
+    return [NAMES[name]]
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns open_clip's ``model_cfg`` and ``preprocess_cfg`` of a CLIPModel folder.
 
     Raises:
         DataError: The configuration is none, or asks for what open_clip cannot compute.
     """
     path = folder / HUGGING_FACE_CONFIG
-    config = _read(path, place)
+    config = _read(path)
     text = {**_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
     vision = {**_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
     activations = [vision["hidden_act"], text["hidden_act"]]
@@ -93,9 +106,9 @@ def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any
     if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
         allowed = ", ".join(_ACTIVATIONS)
         rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
-        raise DataError(Problem(place, rule, f"{', '.join(activations)} in {path}"))
+        raise DataError(Problem(PLACE, rule, f"{', '.join(activations)} in {path}"))
     if vision.get("num_channels", 3) != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
-        raise DataError(Problem(place, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
+        raise DataError(Problem(PLACE, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
     eos, last = text["eos_token_id"], text["vocab_size"] - 1
     pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
     model_config = {
@@ -115,27 +128,24 @@ def read_config(folder: Path, place: str) -> tuple[dict[str, Any], dict[str, Any
             **pooling,
         },
     }
-    return model_config, _preprocessing(folder, vision["image_size"], place)
+    return model_config, _preprocessing(folder, vision["image_size"])
 
 
-def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name."""
+def convert(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name.
+
+    Args:
+        state: The CLIPModel's.
+        names: Of the tensors of the open_clip model.
+    """
+    # 0, 1, 2, ...: old versions stored position_ids
+    rest = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
     renamed: dict[str, Tensor] = {}
-    rows: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.endswith(".position_ids"):  # 0, 1, 2, ...: old versions stored it
-            continue
-        ours = _OURS.get(name, name)
-        if found := _BLOCK.fullmatch(name):
-            block = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
-            if part := re.fullmatch(r"self_attn\.([qkv])_proj", found[3]):
-                rows.setdefault(f"{block}.attn.in_proj_{found[4]}", {})[part[1]] = tensor
-                continue
-            ours = f"{block}.{_OUR_BLOCK_NAMES.get(found[3], found[3])}.{found[4]}"
-        renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
-    for name, parts in rows.items():  # rows: queries, then keys, then values
-        renamed[name] = torch.cat([parts[key] for key in "qkv" if key in parts])
-    return renamed
+    for name in names:
+        if parts := [rest.pop(theirs) for theirs in names_of(name) if theirs in rest]:
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            renamed[name] = tensor.T.contiguous() if name in TRANSPOSED else tensor
+    return renamed | rest
 
 
 def _tower(config: dict[str, Any]) -> dict[str, Any]:
@@ -148,22 +158,22 @@ def _tower(config: dict[str, Any]) -> dict[str, Any]:
     return tower
 
 
-def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
+def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        found = _read(folder / "preprocessor_config.json", place)
+        found = _read(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():  # transformers 5 writes both parts of a processor in one file
-        found = _read(folder / "processor_config.json", place).get("image_processor") or {}
+        found = _read(folder / "processor_config.json").get("image_processor") or {}
     resample = found.get("resample", 3)
     if resample not in FILTERS:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
-        raise DataError(Problem(place, rule, f"{resample} in {folder}"))
+        raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size", image_size)
     is_squash = isinstance(size, dict) and "height" in size
     side = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     if side != image_size:
         text = "%s: the folder's preprocessing resizes to %s pixels; the model's input of %s is used instead."
-        logging.getLogger(__name__).warning(text, place, side, image_size)
+        logging.getLogger(__name__).warning(text, PLACE, side, image_size)
     return {
         "mean": tuple(found.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(found.get("image_std", OPENAI_DATASET_STD)),
@@ -172,11 +182,11 @@ def _preprocessing(folder: Path, image_size: int, place: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, place: str) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(Problem(place, "must be a JSON file", f"{path}: {error}")) from error
+        raise DataError(Problem(PLACE, "must be a JSON file", f"{path}: {error}")) from error
     if not isinstance(value, dict):
-        raise DataError(Problem(place, "must be a JSON object", str(path)))
+        raise DataError(Problem(PLACE, "must be a JSON object", str(path)))
     return value

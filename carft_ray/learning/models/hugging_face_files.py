@@ -8,7 +8,6 @@ Its tokenizer gives the tokens of open_clip's, save that open_clip also undoes H
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,7 @@ from torch import Tensor, nn
 from carft_ray.files import write_json, write_text
 from carft_ray.learning.checkpoint import save_tensors
 from carft_ray.learning.models.clip import Clip
-from carft_ray.learning.models.hugging_face import BLOCK_NAMES, FILTERS, NAMES, TRANSPOSED
-
-_BLOCK = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$")
-_FUSED = re.compile(r"^(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
+from carft_ray.learning.models.hugging_face import FILTERS, TRANSPOSED, names_of
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # what the library's CLIP tokenizer calls them
 _RESAMPLING = {name: number for number, name in FILTERS.items()}
@@ -87,22 +83,13 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: A tensor has no place there.
     """
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for full_name, tensor in state.items():
         name = full_name.removeprefix("text.")  # prefix of a text tower of its own (CustomTextCLIP)
-        if match := _FUSED.match(name):
-            layer = f"{_layers(match[1])}.{match[2]}.self_attn"
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):  # rows: queries, then keys, then values
-                converted[f"{layer}.{part}_proj.{match[3]}"] = piece.clone()
-        elif match := _BLOCK.match(name):
-            converted[f"{_layers(match[1])}.{match[2]}.{BLOCK_NAMES[match[3]]}.{match[4]}"] = tensor
-        else:
-            converted[NAMES[name]] = tensor.T if name in TRANSPOSED else tensor
+        theirs = names_of(name)
+        pieces = [tensor] if len(theirs) == 1 else [piece.clone() for piece in tensor.chunk(len(theirs))]
+        converted |= dict(zip(theirs, [piece.T if name in TRANSPOSED else piece for piece in pieces], strict=True))
     return converted
-
-
-def _layers(visual: str | None) -> str:
-    return "vision_model.encoder.layers" if visual else "text_model.encoder.layers"
 
 
 def _blocks(tower: Any) -> list[Any]:

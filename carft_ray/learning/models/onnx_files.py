@@ -5,10 +5,7 @@ logits          float32 [batch, classes]
 image_features  float32 [batch, D]       rows of length 1, before the class head
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.models.building import quiet
 
 ONNX_NAME = "model.onnx"
-MAX_SINGLE_FILE = 1_500_000_000  # bytes; a protobuf holds 2 GiB, larger weights lie beside it in model.onnx.data
+MAX_SINGLE_FILE = 1_500_000_000  # bytes; a protobuf holds 2 GiB, larger weights are in model.onnx.data next to it
 
 
 class _Deployed(nn.Module):
@@ -41,8 +39,9 @@ def write_onnx(folder: Path, classifier: ImageClassifier, image_size: int, metad
         metadata: Texts to keep in the file.
     """
     pixels_BHWC = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)  # a batch of 1 would become fixed
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
+    # the exporter warns of what is within torch itself, and logs which constants it did not fold
+    with quiet("onnxscript", "onnx_ir", "torch.onnx"), torch.no_grad():
+        program: torch.onnx.ONNXProgram = torch.onnx.export(  # type: ignore[assignment]  # None only without dynamo
             _Deployed(classifier).eval(),
             (pixels_BHWC,),
             dynamo=True,
@@ -51,26 +50,8 @@ def write_onnx(folder: Path, classifier: ImageClassifier, image_size: int, metad
             output_names=["logits", "image_features"],
             verbose=False,
         )
-        if program is None:
-            raise RuntimeError("torch.onnx.export gave nothing back")
         for node in program.model.graph:
             node.metadata_props.clear()  # stack traces, with the paths of this machine
         program.model.metadata_props.update(metadata)
         num_bytes = sum(tensor.nbytes for tensor in classifier.state_dict().values())
         program.save(str(folder / ONNX_NAME), external_data=num_bytes > MAX_SINGLE_FILE)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of what lies within torch itself, and logs which constants it did not fold."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Finding a model's weights, configuration and preprocessing, wherever a recipe says that they are."""
+"""Finding a model's weights, configuration and preprocessing where a recipe says that they are."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ from carft_ray.learning.models.catalog import (
     SANDBOX,
     activation_problems,
     check_model,
+    has_tokenizer,
     is_hugging_face_folder,
     tag_in_path,
-    tokenizer_files,
 )
 from carft_ray.learning.models.weights import State, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
 
+SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError)  # of open_clip, for its configurations
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
@@ -50,7 +50,7 @@ class Opened:
         state: The weights, or None for untrained ones.
         weights: What to call them in messages.
         place: Key of the recipe that named them.
-        folder: Where they lie, which may hold the tokenizer's files.
+        folder: Of the weights; it may hold the tokenizer's files.
     """
 
     model: nn.Module
@@ -81,11 +81,8 @@ def open_model(
     """
     if problems := check_model(part):
         raise RecipeError(problems)
-    if part.name == SANDBOX:
-        with resources.as_file(resources.files("carft_ray.learning.models") / "sandbox_weights") as own:
-            return _open_folder(own, device, read)
-    if part.name.startswith(LOCAL_DIR):
-        return _open_folder(Path(part.name.removeprefix(LOCAL_DIR)), device, read)
+    if (folder := _folder(part)) is not None:
+        return _open_folder(folder, device, read)
     if part.name.startswith(HUB):
         page = part.name.removeprefix(HUB)
         with fetching("model.name", part.name, page):
@@ -97,10 +94,8 @@ def open_model(
     state, path, preprocessing = None, None, _usual_preprocessing(name)
     if part.pretrained not in (None, RANDOM):
         path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
-    if path is not None:
-        state = read(path, "model.pretrained")
-        if is_from_openai(state):
-            _require_activation(name, True, f"{path.name} (OpenAI's own)")
+    if path is not None and is_from_openai(state := read(path, "model.pretrained")):
+        _require_activation(name, True, f"{path.name} (OpenAI's own)")
     with fetching("model.name", f"the text tower of {name}", config["text_cfg"].get("hf_model_name")):
         model = build_model(name, device)
     set_preprocessing(model, preprocessing)
@@ -118,12 +113,8 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
     """
     if part.name.startswith(HUB):
         return None
-    if part.name == SANDBOX or part.name.startswith(LOCAL_DIR):
-        folder = Path(part.name.removeprefix(LOCAL_DIR))
-        with resources.as_file(resources.files("carft_ray.learning.models") / "sandbox_weights") as own:
-            config = _folder_config(own if part.name == SANDBOX else folder)
-    else:
-        config = open_clip.get_model_config(part.name.replace("/", "-"))
+    folder = _folder(part)
+    config = open_clip.get_model_config(part.name.replace("/", "-")) if folder is None else _folder_config(folder)
     try:
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
         with quiet(), torch.device("meta"):
@@ -135,10 +126,17 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
     return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
 
 
+def _folder(part: ModelConfig) -> Path | None:
+    """Returns the folder that has a model; None for a model of open_clip or of the hub."""
+    if part.name == SANDBOX:
+        return SANDBOX_WEIGHTS
+    return Path(part.name.removeprefix(LOCAL_DIR)) if part.name.startswith(LOCAL_DIR) else None
+
+
 def _folder_config(folder: Path) -> dict[str, Any]:
     """Returns what open_clip builds the model of a folder from."""
     if is_hugging_face_folder(folder):
-        return hugging_face.read_config(folder, "model.name")[0]
+        return hugging_face.read_config(folder)[0]
     config: dict[str, Any] = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     return config
 
@@ -160,14 +158,14 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
     for path in folder_files(folder):
         state |= read(path, place)
     if is_hugging_face_folder(folder):
-        config, preprocessing = hugging_face.read_config(folder, place)
+        config, preprocessing = hugging_face.read_config(folder)
         with torch.device(device):
             model: nn.Module = open_clip.CLIP(**config)
         set_preprocessing(model, preprocessing)
-        if tokenizer_files(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
-            # open_clip then looks for the tokenizer in the folder, in exports too
+        if has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
+            # open_clip then searches the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
-        return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
+        return Opened(model, config, hugging_face.convert(state, model.state_dict()), str(folder), place, folder)
     config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
@@ -184,9 +182,9 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
 def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
     """Returns the file of the weights, None when it may not be fetched, and what is known of their preprocessing."""
     tags = open_clip.list_pretrained_tags_by_model(name)
+    path = Path(pretrained)
     if pretrained in tags:
-        known = open_clip.get_pretrained_cfg(name, pretrained)
-        _require_activation(name, bool(known.get("quick_gelu", False)), f"'{pretrained}'")
+        known = _known(name, pretrained, f"'{pretrained}'")
         what, page = f"the weights '{pretrained}' of {name}", known.get("hf_hub") or known.get("url")
         try:
             with fetching("model.pretrained", what, page, may_fetch):
@@ -195,16 +193,19 @@ def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | N
             if may_fetch:
                 raise
             return None, known
-    path = Path(pretrained)
-    if not path.is_file():
-        near = nearest(pretrained, tags)
+    if not path.is_file():  # ``check_model`` lets it pass where it cannot read the list of tags
         rule = f"must be a tag of {name}, a weights file, or '{RANDOM}'"
-        raise RecipeError(Problem("model.pretrained", rule, repr(pretrained), tuple(tags), near))
+        raise RecipeError(Problem("model.pretrained", rule, repr(pretrained), tuple(tags), nearest(pretrained, tags)))
     if (tag := _released_as(name, path)) is not None:
-        known = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
-        _require_activation(name, bool(known.get("quick_gelu", False)), f"{path.name} ('{tag}' by its hash)")
-        return path, known
+        return path, _known(name, tag, f"{path.name} ('{tag}' by its hash)")
     return path, _preprocessing_of(name, path)
+
+
+def _known(name: str, tag: str, weights: str) -> dict[str, Any]:
+    """Returns what open_clip knows of the weights of a tag, which must have the activation of the name."""
+    known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
+    _require_activation(name, bool(known.get("quick_gelu", False)), weights)
+    return known
 
 
 def _require_activation(name: str, trained_quick: bool, weights: str) -> None:
@@ -228,10 +229,10 @@ def _tags(name: str) -> list[str]:
 
 
 def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
-    """Returns the preprocessing of a weights file: what stands beside it, else that of open_clip's own weights."""
-    beside = path.parent / OPEN_CLIP_CONFIG
-    if beside.is_file():
-        found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+    """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
+    config = path.parent / OPEN_CLIP_CONFIG
+    if config.is_file():
+        found: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
         return found
     if (tag := tag_in_path(name, path)) in _tags(name):
         known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
@@ -239,8 +240,8 @@ def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     kinds = preprocessing_kinds(name)
     if len(kinds) > 1:
         logging.getLogger(__name__).warning(
-            "model.pretrained: %s does not tell its preprocessing, and open_clip's weights of %s differ in it (such as "
-            "%s); mean, std and resizing of CLIP are used. Put the %s of the weights beside the file.",
+            "model.pretrained: %s does not record its preprocessing, and open_clip's weights of %s differ in it (such "
+            "as %s); mean, std and resizing of CLIP are used. Put the %s of the weights next to the file.",
             *(path.name, name, ", ".join(next(iter(tags)) for tags in kinds.values()), OPEN_CLIP_CONFIG),
         )
     return _usual_preprocessing(name)

@@ -1,12 +1,19 @@
-"""What of an image tower trains, and how it computes: layers that are frozen, LoRA, gradient checkpointing.
+"""The layers of an image tower, what of it trains, and how it computes: frozen layers, LoRA, gradient checkpointing.
 
-Whether a tower can do what ``train`` asks shows in the model alone: a command looks at one without weights where its
-configuration is known (``opening.image_tower``), and ``check_tower`` at the model itself, before a study trains.
+Layer 0 is the stem (patch embedding or first convolutions, positions, class token), then comes one layer for each
+block, and last what follows the blocks: attention pooling and the projection to the embedding. A norm between the last
+block and the projection belongs to the last block. timm's layer decay (after BEiT, arXiv 2106.08254) and open_clip's
+``lock`` count in the same way.
+
+Only the model shows whether a tower can do what ``train`` asks: a command checks one without weights where its
+configuration is known (``opening.image_tower``), and ``check_tower`` the model itself, before a study trains.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +21,68 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.layers import layer_groups
 from carft_ray.learning.lora import add_corrections, matrices
 from carft_ray.learning.models.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
+
+_TRUNK, _AFTER_TRUNK = "trunk.", "behind the trunk: "
+# Layers in timm's notation: names of the stem, then patterns of blocks, ordered by their numbers. Others come last.
+_VIT_STEM = r"(?!transformer\.resblocks\.|ln_post\.|proj$|attn_pool)"
+_WITH_LAST_BLOCK = (99999,)  # in timm's notation: no layer of its own
+_VIT_BLOCKS = (r"transformer\.resblocks\.(\d+)\.", None)
+_RESNET = {"stem": r"(?!layer\d+\.\d+\.|attnpool\.)", "blocks": [(r"layer(\d+)\.(\d+)\.", None)]}
+
+
+def layer_groups(visual: nn.Module) -> list[list[str]]:
+    """Returns the names of all parameters of an image tower by layer, from the stem to the projection.
+
+    Args:
+        visual: Image tower of an open_clip model: its ViT, its ResNet or a timm model. In any other module each direct
+            child is a layer, after one of the module's own parameters.
+
+    Returns:
+        One list for each layer, in the order of ``named_parameters``; each parameter is in one of them.
+    """
+    from timm.models import group_parameters
+
+    names = [name for name, _ in visual.named_parameters()]
+    seen = {name: name for name in names}
+    if hasattr(visual, "trunk"):  # what open_clip puts behind it comes last, with what timm's patterns leave over
+        seen = {n: n.removeprefix(_TRUNK) if n.startswith(_TRUNK) else _AFTER_TRUNK + n for n in names}
+    tower = SimpleNamespace(named_parameters=lambda: [(name, None) for name in seen.values()])
+    layers = group_parameters(tower, _matcher(visual), reverse=True)
+    return [[name for name in names if layers[seen[name]] == layer] for layer in sorted(set(layers.values()))]
+
+
+def _matcher(visual: nn.Module) -> dict[str, Any]:
+    """Returns the patterns of a tower's layers, as ``timm.models.group_parameters`` takes them."""
+    if hasattr(visual, "trunk"):
+        matcher: dict[str, Any] = visual.trunk.group_matcher(coarse=False)  # type: ignore[union-attr,operator]
+        return matcher
+    if hasattr(visual, "transformer"):
+        # the norm comes before the projection of a class token, and after attention pooling
+        norm = [(r"ln_post\.", _WITH_LAST_BLOCK)] if getattr(visual, "attn_pool", None) is None else []
+        return {"stem": _VIT_STEM, "blocks": [_VIT_BLOCKS, *norm]}
+    if hasattr(visual, "attnpool"):
+        return _RESNET
+    children = [name for name, _ in visual.named_children()]
+    return {"stem": r"[^.]+$", "blocks": [(rf"{re.escape(name)}\.", (i,)) for i, name in enumerate(children)]}
+
+
+def layer_label(names: Sequence[str]) -> str:
+    """Returns a short name of a layer: the modules that hold its parameters, as far as they share them."""
+    roots: dict[str, list[list[str]]] = {}
+    for name in names:
+        pieces = name.split(".")
+        roots.setdefault(".".join(pieces[: 1 + name.startswith(_TRUNK)]), []).append(pieces[:-1] or pieces)
+    return ", ".join(root if len(inside) == 1 else _shared(inside) or root for root, inside in roots.items())
+
+
+def _shared(modules: list[list[str]]) -> str:
+    count = next((i for i, pieces in enumerate(zip(*modules, strict=False)) if len(set(pieces)) > 1), None)
+    return ".".join(min(modules, key=len)[:count])
 
 
 def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
@@ -29,12 +92,10 @@ def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
         RecipeError: The tower cannot do it.
     """
     visual = classifier.visual
-    problems = tower_problems(visual, train)
-    if problems:
+    if problems := tower_problems(visual, train):
         raise RecipeError(problems)
-    if train.freeze_layers:
-        for name in itertools.chain(*layer_groups(visual)[: train.freeze_layers]):
-            visual.get_parameter(name).requires_grad_(False)
+    for name in _frozen(visual, train):
+        visual.get_parameter(name).requires_grad_(False)
     if train.lora_rank is not None:
         scale = 1.0 if train.lora_alpha is None else train.lora_alpha / train.lora_rank
         add_corrections(visual, _adapted(visual, train.freeze_layers), train.lora_rank, scale, train.seed)
@@ -59,41 +120,35 @@ def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
     if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
         return []
     problems = []
-    layers = layer_groups(visual)
-    num_layers, frozen, rank = len(layers), train.freeze_layers, train.lora_rank
+
+    def refuse(field: str, rule: str, next_step: str = "") -> None:
+        value = str(getattr(train, field)).lower()
+        problems.append(Problem(f"train.{field}", rule, value, next_step=next_step))
+
+    num_layers, frozen = len(layer_groups(visual)), train.freeze_layers
     if frozen > num_layers:
-        rule = f"must be at most {num_layers}, the number of layers of the image tower"
-        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
+        refuse("freeze_layers", f"must be at most {num_layers}, the number of layers of the image tower")
     elif frozen == num_layers and train.head_lr_factor == 0:
-        rule = f"must be at most {num_layers - 1} with head_lr_factor 0, or nothing trains"
-        problems.append(Problem("train.freeze_layers", rule, str(frozen)))
-    if rank is not None and frozen <= num_layers:
-        problems += _lora_problems(visual, rank, frozen)
+        refuse("freeze_layers", f"must be at most {num_layers - 1} with head_lr_factor 0, or nothing trains")
+    if train.lora_rank is not None and frozen <= num_layers:
+        adapted = _adapted(visual, frozen)
+        smallest = min((min(matrix.shape) for matrix in adapted.values()), default=0)
+        if not _adapted(visual, 0):
+            rule = "must be null: the blocks of this image tower have no Linear layers"
+            refuse("lora_rank", rule, "train.freeze_layers trains a part of any tower.")
+        elif not adapted:
+            refuse(
+                "lora_rank", f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
+            )
+        elif train.lora_rank > smallest:
+            refuse("lora_rank", f"must be at most {smallest}, the smallest side of a matrix")
     if train.grad_checkpointing and not any(hasattr(module, "grad_checkpointing") for module in visual.modules()):
-        rule = "must be false: this image tower has no gradient checkpointing"
         step = "To need less memory, write a smaller train.micro_batch; the gradient stays the same."
-        problems.append(Problem("train.grad_checkpointing", rule, "true", next_step=step))
+        refuse("grad_checkpointing", "must be false: this image tower has no gradient checkpointing", step)
     if train.recalibrate_batches and not any(isinstance(module, _BatchNorm) for module in visual.modules()):
         rule = "must be 0: this image tower has no BatchNorm, whose statistics could be computed anew"
-        problems.append(Problem("train.recalibrate_batches", rule, str(train.recalibrate_batches)))
+        refuse("recalibrate_batches", rule)
     return problems
-
-
-def _lora_problems(visual: nn.Module, rank: int, frozen: int) -> list[Problem]:
-    if not _adapted(visual, 0):
-        rule = "must be null: the blocks of this image tower have no Linear layers"
-        return [
-            Problem("train.lora_rank", rule, str(rank), next_step="train.freeze_layers trains a part of any tower.")
-        ]
-    adapted = _adapted(visual, frozen)
-    if not adapted:
-        rule = f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
-        return [Problem("train.lora_rank", rule, str(rank))]
-    smallest = min(min(matrix.shape) for matrix in adapted.values())
-    if rank > smallest:
-        rule = f"must be at most {smallest}, the smallest side of a matrix"
-        return [Problem("train.lora_rank", rule, str(rank))]
-    return []
 
 
 def _adapted(visual: nn.Module, frozen: int) -> dict[str, Tensor]:
@@ -106,9 +161,13 @@ def num_trained(visual: nn.Module, train: TrainConfig) -> int:
     """Returns how many numbers of a tower train: all, those of layers that are not frozen, or those of LoRA."""
     if train.lora_rank is not None:
         return sum(train.lora_rank * sum(matrix.shape) for matrix in _adapted(visual, train.freeze_layers).values())
-    sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
-    frozen = itertools.chain(*layer_groups(visual)[: train.freeze_layers]) if train.freeze_layers else ()
-    return sum(sizes.values()) - sum(sizes[name] for name in frozen)
+    frozen = set(_frozen(visual, train))
+    return sum(parameter.numel() for name, parameter in visual.named_parameters() if name not in frozen)
+
+
+def _frozen(visual: nn.Module, train: TrainConfig) -> list[str]:
+    """Returns the names of the parameters in frozen layers."""
+    return list(itertools.chain(*layer_groups(visual)[: train.freeze_layers])) if train.freeze_layers else []
 
 
 def training_bytes(num_weights: int, num_trained: int, has_average: bool = False) -> int:
@@ -148,9 +207,8 @@ def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
     ends: list[list[Any]] = []
     for name, parameter in searched.items():
-        values = (
-            list(parameter.choices) if isinstance(parameter, CategoricalParameter) else [parameter.low, parameter.high]
-        )
+        is_choice = isinstance(parameter, CategoricalParameter)
+        values = [*parameter.choices] if is_choice else [parameter.low, parameter.high]  # type: ignore[union-attr]
         ends.append([*values, getattr(recipe.train, name)] if parameter.when else values)
     for chosen in itertools.product(*ends):
         yield dict(zip(searched, chosen, strict=True)), "search.space"

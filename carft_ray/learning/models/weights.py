@@ -3,7 +3,7 @@
 import json
 import logging
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import build_model
 
-# beside the tensors in OpenAI's own state: integers of the model's sizes
+# with the tensors in OpenAI's own state: integers of the model's sizes
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
 _NUM_SHOWN = 3  # tensors named in a message
@@ -47,10 +47,9 @@ class Misfit:
         return bool(self.missing or self.extra or self.reshaped)
 
     def __str__(self) -> str:
-        parts = [(f"{len(self.missing)} missing", self.missing), (f"{len(self.extra)} more", self.extra)]
         shapes = [f"{name} {list(found)} in place of {list(need)}" for name, (found, need) in self.reshaped.items()]
-        parts.append((f"{len(shapes)} of another shape", tuple(shapes)))
-        return "; ".join(f"{count} ({_few(names)})" for count, names in parts if names)
+        parts = {"missing": self.missing, "more": self.extra, "of another shape": shapes}
+        return "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in parts.items() if names)
 
 
 def read_weights(path: Path, place: str) -> State:
@@ -102,13 +101,11 @@ def read_header(path: Path, place: str) -> State:
 def folder_files(folder: Path) -> list[Path]:
     """Returns the weights of a model folder: the file that open_clip would choose, or the shards of an index.
 
-    Shards are looked for in the folder alone, whatever the index of Hugging Face says.
+    Shards are searched in the folder alone, whatever the index of Hugging Face says.
     """
-    order = [
-        *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
-        *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
-        *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
-    ]
+    order = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]
+    order += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
+    order += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
     index = sorted(folder.glob("*.index.json"))
     if index and not any((folder / name).is_file() for name in order):
         shards = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
@@ -118,7 +115,7 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def is_from_openai(state: Mapping[str, Any]) -> bool:
-    """Tells OpenAI's own state, which was trained with QuickGELU, by the sizes that stand beside its tensors."""
+    """Tells OpenAI's own state, which was trained with QuickGELU, by the sizes that it has with its tensors."""
     return all(name in state for name in OPENAI_SIZES)
 
 
@@ -137,10 +134,8 @@ def fill(model: nn.Module, state: State, weights: str, place: str) -> None:
     Raises:
         DataError: They do not fit; names the tensors, and the models that they do fit.
     """
-    state = for_model(model, state)
-    expected = shapes_of(model.state_dict())
-    misfit = compare(expected, shapes_of(state))
-    if stretched := only_positions(model, misfit):
+    state, stretched = fitted(model, state, weights, place)
+    if stretched:
         fitting = fitting_models(shapes_of(state))
         step = f" They fit {', '.join(fitting)} as they are." if fitting else ""
         shown = ", ".join(f"{name} {found[0]} to {need[0]}" for name, (found, need) in stretched.items())
@@ -149,16 +144,21 @@ def fill(model: nn.Module, state: State, weights: str, place: str) -> None:
         )
         resize_pos_embed(state, model)
         resize_text_pos_embed(state, model)
-    elif misfit:
-        raise DataError(misfit_problem(misfit, shapes_of(state), weights, place))
     model.load_state_dict(state, strict=True)
 
 
-def misfit_problem(misfit: Misfit, shapes: Mapping[str, Shape], weights: str, place: str) -> Problem:
-    """Returns the message about weights that do not fit, with the models that they do fit."""
-    fitting = fitting_models(shapes)
-    step = f"They fit {', '.join(fitting)}." if fitting else "No model of open_clip has these tensors."
-    return Problem(place, f"the tensors of {weights} must be those of the model", str(misfit), next_step=step)
+def fitted(model: nn.Module, state: State, weights: str, place: str) -> tuple[State, dict[str, tuple[Shape, Shape]]]:
+    """Returns a state ``for_model``, and the position embeddings that must be interpolated; see ``fill``."""
+    state = for_model(model, state)
+    shapes = shapes_of(state)
+    misfit = compare(shapes_of(model.state_dict()), shapes)
+    stretched = _only_positions(model, misfit)
+    if misfit and not stretched:
+        fitting = fitting_models(shapes)
+        step = f"They fit {', '.join(fitting)}." if fitting else "No model of open_clip has these tensors."
+        rule = f"the tensors of {weights} must be those of the model"
+        raise DataError(Problem(place, rule, str(misfit), next_step=step))
+    return state, stretched
 
 
 def for_model(model: nn.Module, state: State) -> State:
@@ -177,7 +177,7 @@ def for_model(model: nn.Module, state: State) -> State:
         if needed is not None and name in state and state[name].numel() == 1:
             state[name] = state[name].reshape(needed.shape)
     if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:
-        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))  # a shift of all logits: no matter here
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))  # a shift of all logits: no effect
     return state
 
 
@@ -219,14 +219,11 @@ def fitting_models(shapes: Mapping[str, Shape]) -> list[str]:
             same_kind = patch[0] == vision.get("width", 768) and patch[-1] == vision.get("patch_size", 16)
         if same_text and same_kind:
             candidates.append(name)
-    return [
-        name
-        for name in candidates[:_NUM_CANDIDATES]
-        if not compare(shapes_of(build_model(name, "meta").state_dict()), shapes)
-    ]
+    built = {name: build_model(name, "meta").state_dict() for name in candidates[:_NUM_CANDIDATES]}
+    return [name for name, state in built.items() if not compare(shapes_of(state), shapes)]
 
 
-def only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, Shape]]:
+def _only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, Shape]]:
     """Returns the position embeddings, when they alone differ and in their number of rows alone."""
     if misfit.missing or misfit.extra:
         return {}
@@ -247,19 +244,18 @@ def _is_torch_script(path: Path) -> bool:
 
 def _unreadable(path: Path, place: str, error: Exception) -> Problem:
     with path.open("rb") as file:
-        start = file.read(24)
-    if start.startswith(b"version https://git-lfs"):
+        is_pointer = file.read(24).startswith(b"version https://git-lfs")
+    if is_pointer:
         return Problem(place, "must be a weights file", f"the Git LFS pointer {path}", next_step="Run: git lfs pull")
     if "Unsupported global" in str(error) or "Unsupported class" in str(error):
         rule = "must hold tensors and plain values alone; nothing else is unpickled, since that can run any code"
         step = "Where you trust it, save model.state_dict() of what it holds as safetensors, and give that file."
         return Problem(place, rule, str(path), next_step=step)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if reason.startswith("Weights only load failed"):  # goes on with the advice to unpickle anything
+    if reason.startswith("Weights only load failed"):  # then comes the advice to unpickle anything
         reason = "its bytes are not those of a file that torch.save wrote"
     return Problem(place, "must be a weights file that can be read", f"{path}: {reason}")
 
 
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")

@@ -14,16 +14,15 @@ from carft_ray.data.shared.shared_images import read_shared, shared_lines, witho
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.evaluation.evaluate import metrics_at, predict_all
 from carft_ray.evaluation.metrics import answers, set_metrics
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import select
-from carft_ray.evaluation.run import device_of, num_threads, objective_spec
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.evaluation.training import device_of
 from carft_ray.layout import HEADS, PREPARED, RESOLVED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import build_classifier
-from carft_ray.learning.mixing import mix_weights
-from carft_ray.learning.recalibration import clean_views, recalibrate
+from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.finished import open_finished
@@ -60,11 +59,10 @@ class Trained:
         With ``recalibrate_batches`` it has the statistics that its training found for it.
         """
         recipe, device = self.recipe, device_of(self.recipe)
-        torch.set_num_threads(num_threads(recipe))
+        torch.set_num_threads(recipe.resources.threads_per_worker)
         classifier = build_classifier(self.inputs.clip, self.class_head_CD, recipe.train, device)
-        classifier.load_state_dict(mix_weights(classifier.state(), self.fine_tuned, alpha))
-        if num_batches := recipe.train.recalibrate_batches:
-            recalibrate(classifier, clean_views(self.inputs.clip, self.inputs.train, num_batches))
+        views_NHWC = clean_views(self.inputs.clip, self.inputs.train, recipe.train.recalibrate_batches)
+        load_mixture(classifier, classifier.state(), self.fine_tuned, alpha, views_NHWC)
         return classifier.eval()
 
 

@@ -30,12 +30,12 @@ from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.run import device_of, num_threads
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.evaluation.training import device_of
 from carft_ray.layout import ANALYSIS_SUMMARY, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.learning.checkpoint import load_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import build_classifier
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
@@ -242,7 +242,7 @@ def _evaluate(
     Returns:
         Predictions by the folder of the training, zero-shot by its name.
     """
-    torch.set_num_threads(num_threads(recipe))
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
     paths = {name: folder / f"{name}.parquet" for name in runs}
     sets = []

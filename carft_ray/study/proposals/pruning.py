@@ -1,7 +1,7 @@
 """The recipe's pruner: which intermediate values of a running training count, and why one is cut. Writes nothing.
 
-An intermediate value is the objective on the subset, best over a few alphas (``evaluation.run``), at the end of an
-epoch. Its step is the percent of the training's own schedule, so trainings of different length compare.
+An intermediate value is the objective on the subset, best over a few alphas (``evaluation.training``), at the end of
+an epoch. Its step is the percent of the training's own schedule, so trainings of different length compare.
 
 The rules are those of Optuna's pruners, and tests hold them to the same answers. They are written again because
 

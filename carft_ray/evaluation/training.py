@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from carft_ray import environment, files
-from carft_ray.data.source import PixelArray
-from carft_ray.errors import Problem, StorageError
+from carft_ray import files
+from carft_ray.data.source import ImageSet, PixelArray
+from carft_ray.errors import DivergedError, Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
-from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, predict_mixed, subset
+from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
@@ -47,19 +48,18 @@ from carft_ray.layout import (
     ZERO_SHOT_TABLE,
 )
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
+from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import DivergedError, StoppedRun, build_classifier, fine_tune
-from carft_ray.learning.memory import told_with_numbers
+from carft_ray.learning.loop import fine_tune
+from carft_ray.learning.memory import explained_shortage, micro_batch_of
+from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
-from carft_ray.learning.recalibration import clean_views
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema import Recipe, with_threads
-
-__all__ = ["DivergedError", "StoppedRun", "objective_spec", "prepare", "run_training"]
+from carft_ray.recipe.schema import Recipe
 
 RESULT_VERSION = 1
-# An intermediate value is the best of these: at alpha 1 alone it predicted nothing of the end (measured: rank
+# The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
@@ -70,16 +70,6 @@ def device_of(recipe: Recipe) -> torch.device:
     """Returns where a worker computes: the GPU that it was given, else the CPU."""
     use_gpu = recipe.resources.gpus_per_worker != 0 and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def num_threads(recipe: Recipe) -> int:
-    """Returns the torch threads of a worker."""
-    return recipe.resources.threads_per_worker
-
-
-def on_all_cores(recipe: Recipe) -> Recipe:
-    """Returns the recipe for what runs alone on a machine: with a torch thread for each core that it may use."""
-    return with_threads(recipe, environment.usable_cores())
 
 
 def prepare(
@@ -94,7 +84,7 @@ def prepare(
     Args:
         recipe: The study's recipe.
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
-        on_progress: Told what is being done.
+        on_progress: Called with what is being done.
         share_targets: Several trainings follow, so the frozen model's context distributions are worth storing.
         opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
@@ -107,7 +97,7 @@ def prepare(
         CarftError: As its message says.
     """
     say = on_progress or logger.info
-    torch.set_num_threads(num_threads(recipe))
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     say("opening model and sets")
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
     check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
@@ -136,9 +126,9 @@ def prepare(
         context_head_TD = load_tensors(folder / HEADS)["context_head"]
         store = TargetStore(recipe.train, inputs, context_head_TD, folder / TARGETS)
         store.fill(recipe, device_of(recipe), say)
-    found = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
+    provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
-    return {**content["metrics"], **others, "provenance": found}
+    return {**content["metrics"], **others, "provenance": provenance}
 
 
 def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
@@ -160,7 +150,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
 
-    Called on every worker. Goes on from the newest valid checkpoint in ``out_dir``; a finished training is not run
+    Called on every worker. Resumes from the newest valid checkpoint in ``out_dir``; a finished training is not run
     again.
 
     Args:
@@ -187,34 +177,66 @@ def run_training(
         content: dict[str, Any] = finished
         return content
     started = time.perf_counter()
-    torch.set_num_threads(num_threads(recipe))
-    device, spec = device_of(recipe), objective_spec(recipe)
+    torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / HEADS)
-    num_batches = recipe.train.recalibrate_batches
-    views_NHWC = clean_views(inputs.clip, inputs.train, num_batches) if num_batches else None
-    if is_trained:  # an earlier attempt got so far
-        fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path))
-    else:
-        fine_tuned = _train(recipe, inputs, heads, out_dir, prepared_dir, context, attempt, device, views_NHWC)
     targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / TARGETS)
+    views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
+    training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC)
+    # where an earlier attempt has trained, only the curve is left
+    fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
     stored = targets.num_stored(recipe.train.epochs)
+    result = _evaluate(training, fine_tuned, prepared_dir)
+    result |= {
+        "elapsed_s": round(time.perf_counter() - started, 3),
+        "environment": training_environment(device_of(recipe), context.world_size, stored),
+    }
+    if context.rank == 0:
+        _write_hparams(recipe, result, out_dir)
+        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never read again
+        files.write_json(result_path, result)
+    return result
 
-    classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device)
-    zero_shot = classifier.state()
 
-    def at(alpha: float) -> pa.Table:
-        sets, batch_size = inputs.validation, recipe.evaluate.batch_size
-        return predict_mixed(classifier, zero_shot, fine_tuned, alpha, sets, batch_size, context, views_NHWC)
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """What the parts of one training share in one of its workers."""
 
+    recipe: Recipe
+    inputs: SharedInputs
+    heads: dict[str, Tensor]
+    out_dir: Path
+    context: RunContext
+    targets: TargetStore
+    views_NHWC: PixelArray | None
+
+    def mixtures(
+        self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]
+    ) -> tuple[dict[str, Tensor], Callable[[float], pa.Table]]:
+        """Returns the zero-shot state, and what gives the predictions for ``sets`` at an alpha."""
+        train, batch_size = self.recipe.train, self.recipe.evaluate.batch_size
+        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device_of(self.recipe))
+        zero_shot = classifier.state()
+
+        def at(alpha: float) -> pa.Table:
+            load_mixture(classifier, zero_shot, fine_tuned, alpha, self.views_NHWC)
+            return predict_all(classifier, sets, alpha, batch_size, self.context)
+
+        return zero_shot, at
+
+
+def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
+    """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
+    recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
+    zero_shot, at = training.mixtures(fine_tuned, inputs.validation)
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / ZERO_SHOT_TABLE) if views_NHWC is None else at(0.0)
+    start = read_predictions(prepared_dir / ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
     table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
     at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
-    if context.rank == 0:
-        write_predictions(out_dir / PREDICTIONS, table)
-    result = {
+    if training.context.rank == 0:
+        write_predictions(training.out_dir / PREDICTIONS, table)
+    return {
         "format_version": RESULT_VERSION,
         "objective": choice.value,
         "alpha": choice.alpha,
@@ -227,28 +249,12 @@ def run_training(
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": inputs.num_images,
-        "elapsed_s": round(time.perf_counter() - started, 3),
-        "environment": training_environment(device, context.world_size, stored),
     }
-    if context.rank == 0:
-        _write_hparams(recipe, result, out_dir)
-        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never read again
-        files.write_json(result_path, result)
-    return result
 
 
-def _train(
-    recipe: Recipe,
-    inputs: SharedInputs,
-    heads: dict[str, Tensor],
-    out_dir: Path,
-    prepared_dir: Path,
-    context: RunContext,
-    attempt: int,
-    device: torch.device,
-    views_NHWC: PixelArray | None,
-) -> dict[str, Tensor]:
+def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     """Trains from the newest checkpoint; returns the fine-tuned state."""
+    recipe, inputs, heads, context = training.recipe, training.inputs, training.heads, training.context
     small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
     alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
@@ -256,17 +262,16 @@ def _train(
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
-        mixed = build_classifier(inputs.clip, heads["class_head"], recipe.train, device)
-        zero_shot, now, batch_size = mixed.state(), state(), recipe.evaluate.batch_size
-        found: list[Metrics] = []
-        for alpha in alphas:
-            table = predict_mixed(mixed, zero_shot, now, alpha, small, batch_size, context, views_NHWC)
-            found.append({"alpha": alpha, **metrics_at(table, spec, alpha)})
+        _, at = training.mixtures(state(), small)
+        found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    told = told_with_numbers(recipe.train, inputs.clip.image_size, device, context.world_size)
-    with told, _recorder(out_dir, run_folder(out_dir, recipe), context) as recorded:
+    device, micro_batch = device_of(recipe), micro_batch_of(recipe.train, context.world_size)
+    with (
+        explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch),
+        _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded,
+    ):
         state = fine_tune(
             inputs.clip,
             heads["class_head"],
@@ -275,21 +280,21 @@ def _train(
             recipe.train,
             recorded,
             device=device,
-            checkpoint_dir=out_dir / CHECKPOINTS,
+            checkpoint_dir=training.out_dir / CHECKPOINTS,
             attempt=attempt,
-            stored_targets=TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / TARGETS),
+            stored_targets=training.targets,
             on_epoch=on_epoch,
-            num_threads=num_threads(recipe),
+            num_threads=recipe.resources.threads_per_worker,
         )
     if context.rank == 0:
-        with files.new_file(out_dir / WEIGHTS) as temporary:
+        with files.new_file(training.out_dir / WEIGHTS) as temporary:
             save_tensors(temporary, state)
     return state
 
 
 @contextlib.contextmanager
 def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
-    """Gives a context that also writes what it is told: epochs to ``metrics.jsonl``, all to TensorBoard."""
+    """Gives a context that also writes what is reported to it: epochs to ``metrics.jsonl``, all to TensorBoard."""
     opened: list[EventFile] = []
     metrics_path = out_dir / METRICS
 
@@ -318,7 +323,7 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
             out_dir.mkdir(parents=True, exist_ok=True)
         yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
     except BaseException:
-        with contextlib.suppress(StorageError):  # the first word stands
+        with contextlib.suppress(StorageError):  # the first error is the one to show
             for events in opened:
                 events.close()
         raise
@@ -354,9 +359,9 @@ def _choose(
     """Evaluates the alphas that are wanted; returns predictions, chosen alpha, what it was chosen from, and the curve.
 
     A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid with ``lowest`` is
-    evaluated, what ``between`` asks for beside it, and the fitted curve decides. A Pareto search evaluates fixed alpha
-    and grid: every point may stand on its front. Predictions at a chosen alpha between the points are added; the curve
-    holds the points measured, with their violations of constraints.
+    evaluated, then the alphas that ``between`` asks for, and the fitted curve decides. A Pareto search evaluates fixed
+    alpha and grid: every point may be on its front. Predictions at a chosen alpha between the points are added; the
+    curve holds the points measured, with their violations of constraints.
     """
     fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
     is_pareto = recipe.search.objective.kind == "pareto"
