@@ -189,9 +189,11 @@ def work(program, jobs, folder):
 
 def import_everything():
     """Loads what a training loads, and keeps the collector of garbage from touching all of it in every short fork."""
+    import optuna.samplers._tpe.sampler  # noqa: F401
     import pandas  # noqa: F401
-    import PIL.PngImagePlugin  # noqa: F401
+    import PIL.Image
     import pyarrow.dataset  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch
 
     import carft_ray.cli
@@ -200,6 +202,7 @@ def import_everything():
     import carft_ray.progress
     import carft_ray.recipe.advice  # noqa: F401
 
+    PIL.Image.preinit()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
