@@ -190,6 +190,7 @@ def work(program, jobs, folder):
 def import_everything():
     """Loads what a training loads, and keeps the collector of garbage from touching all of it in every short fork."""
     import optuna.samplers._tpe.sampler  # noqa: F401
+    import packaging.requirements  # noqa: F401
     import pandas  # noqa: F401
     import PIL.Image
     import pyarrow.dataset  # noqa: F401

@@ -229,7 +229,7 @@ def ended(process):
     assert process.poll() is None, process.communicate()[0]
 
 
-def wait_until(condition, what, timeout_s=180):
+def wait_until(condition, what, timeout_s=TIMEOUT_S):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
@@ -415,7 +415,7 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
         all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
         half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
         for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
-            wait_until(all_run, f"{at_a_time} trainings run", TIMEOUT_S)
+            wait_until(all_run, f"{at_a_time} trainings run")
             for node in lost:
                 kill_group(node)
             wait_until(half_run, f"{at_a_time // 2} trainings are lost")

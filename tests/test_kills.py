@@ -59,19 +59,11 @@ def test_a_study_killed_with_its_ray_at_any_stage_is_extended_and_finished(tmp_p
     assert sorted((executor, event) for executor, event, _, _ in kills) == sorted(moments)
 
 
-@pytest.mark.parametrize(
-    ("what", "executor"),
-    [
-        ("training", "ray-train"),
-        pytest.param("trial", "ray-train", marks=pytest.mark.whole),
-        pytest.param("driver", "ray-train", marks=pytest.mark.whole),
-    ],
-)
-def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(
-    tmp_path, cluster, what, executor
-):
+@pytest.mark.whole
+@pytest.mark.parametrize("what", ["training", "trial", "driver"])
+def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster, what):
     study_dir = tmp_path / "study"
-    output = searches.kill_one(what, executor, study_dir, cluster)
+    output = searches.kill_one(what, "ray-train", study_dir, cluster)
     attempts = sorted(row.attempt for row in trials(study_dir) + baselines(study_dir))
     if what == "driver":  # with it goes all that runs, and its end is no failure of a training
         assert set(attempts) <= {1, 2}
