@@ -89,7 +89,7 @@ class Counter:
                 return counter.operation("append", lambda: write(data), lambda: write(data[: len(data) // 2]))
 
         def counting_open(file, mode="r", *args, **kwargs):
-            if "a" not in mode:
+            if "a" not in mode or (mode == "a" and Path(file).name == "log.txt"):  # that is for stacks, if it hangs
                 return plain_open(file, mode, *args, **kwargs)
             assert "b" in mode, "durable appends are made of bytes"
             raw = AppendFile(file, mode.replace("b", ""))
@@ -189,9 +189,12 @@ def work(program, jobs, folder):
 
 def import_everything():
     """Loads what a training loads, and keeps the collector of garbage from touching all of it in every short fork."""
+    import optuna.samplers._tpe.sampler  # noqa: F401
+    import packaging.requirements  # noqa: F401
     import pandas  # noqa: F401
-    import PIL.PngImagePlugin  # noqa: F401
+    import PIL.Image
     import pyarrow.dataset  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch
 
     import carft_ray.cli
@@ -200,6 +203,7 @@ def import_everything():
     import carft_ray.progress
     import carft_ray.recipe.advice  # noqa: F401
 
+    PIL.Image.preinit()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()

@@ -229,7 +229,7 @@ def ended(process):
     assert process.poll() is None, process.communicate()[0]
 
 
-def wait_until(condition, what, timeout_s=180):
+def wait_until(condition, what, timeout_s=TIMEOUT_S):
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
@@ -415,7 +415,7 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
         all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
         half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
         for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
-            wait_until(all_run, f"{at_a_time} trainings run", TIMEOUT_S)
+            wait_until(all_run, f"{at_a_time} trainings run")
             for node in lost:
                 kill_group(node)
             wait_until(half_run, f"{at_a_time // 2} trainings are lost")
@@ -465,6 +465,11 @@ def kill_confirm(finished_study, folder, num_kills, rng):
         before = now
     code, output = finish(confirm(killed))
     assert code == 0, output
+    check_confirm(killed, calm)
+
+
+def check_confirm(killed, calm):
+    """Raises when a killed confirm has ended otherwise than one left in peace; two trainings with two seeds each."""
     assert confirmed(killed) == confirmed(calm)
     assert len(confirmed(killed)) == 4
     summaries = [json.loads((study / "confirm" / "summary.json").read_text()) for study in (calm, killed)]
@@ -475,18 +480,24 @@ def kill_confirm(finished_study, folder, num_kills, rng):
     assert list(killed.rglob("*.tmp")) == []
 
 
-def kill_at_random(study_dir, num_trials, num_kills, rng):
-    """Kills one study again and again with its Ray, finishes it, extends it by 4, and checks it.
+def moment(number):
+    """Returns the executor of a kill of ``kill_at_random``, and the event that it follows."""
+    return tuple(RESOURCES)[number % len(RESOURCES)], ("start", *COURSE)[number % NUM_MOMENTS]
 
-    The kills go through the course of a search, inline and with Ray Train in turn: each comes a random while after an
-    event, however slow the machine is. Any five have every moment of it, any ten every moment with either executor.
+
+def kill_at_random(study_dir, num_trials, numbers, rng):
+    """Kills one study again and again with its Ray, extends it by 4, finishes and checks it.
+
+    The numbers go through the course of a search, inline and with Ray Train in turn: each kill comes a random while
+    after an event, however slow the machine is. Any five numbers in a row have every moment of it, any ten every moment
+    with either executor.
 
     Returns:
         ``(executor, event waited for, seconds from then to the kill, trainings finished by then)`` of each kill.
     """
-    kills, before, first = [], {}, rng.randrange(len(RESOURCES) * NUM_MOMENTS)
-    for number in range(first, first + num_kills):
-        executor, done_events = tuple(RESOURCES)[number % len(RESOURCES)], COURSE[: number % NUM_MOMENTS]
+    kills, before = [], {}
+    for number in numbers:
+        (executor, last), done_events = moment(number), COURSE[: number % NUM_MOMENTS]
         process = driver(study_dir, num_trials, executor)
         for event in done_events:
             while not (line := process.stdout.readline()).startswith(event):
@@ -499,12 +510,10 @@ def kill_at_random(study_dir, num_trials, num_kills, rng):
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
-        kills.append((executor, done_events[-1] if done_events else "start", delay_s, len(now)))
-    for wanted in (num_trials, num_trials + 4):
-        code, output = finish(driver(study_dir, wanted))
-        if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
-            code, output = finish(driver(study_dir, wanted))
-        assert code == 0, output
-        check(study_dir, wanted, before)
-        before = results(study_dir)
+        kills.append((executor, last, delay_s, len(now)))
+    code, output = finish(driver(study_dir, num_trials + 4))
+    if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
+        code, output = finish(driver(study_dir, num_trials + 4))
+    assert code == 0, output
+    check(study_dir, num_trials + 4, before)
     return kills

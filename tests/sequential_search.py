@@ -27,9 +27,11 @@ SEARCH = {
 
 
 def import_everything():
+    import numpy.ma
+    import numpy.random
     import optuna.samplers._tpe.sampler
 
-    assert optuna
+    assert numpy, optuna
     gc.collect()
     gc.freeze()
     gc.disable()

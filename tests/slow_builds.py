@@ -1,4 +1,4 @@
-"""The real preparation and training, with builds of the cache that take ``SECONDS``; workers import it by name.
+"""The real preparation and training, with builds of the cache that take long; workers import it by name.
 
 Each build and each wait for one appends a line to ``builds.jsonl`` beside the study: what (``begins``, ``ends``,
 ``waits``), which cache, which process, when, and how many trials had a folder then.
@@ -18,7 +18,8 @@ from carft_ray.evaluation import shared_inputs, training  # noqa: F401  (with to
 from carft_ray.launch import runtime
 from carft_ray.layout import STOP
 
-SECONDS = 24.0
+SECONDS = 24.0  # of a build
+FILL_S = 12.0  # of one before the first trial: each node tells of it after three seconds, the driver of both
 HANG_TIMEOUT_S = 20.0  # so that only a build takes as long, however busy the machine is
 CLASSES = ("circle", "square")
 NUM_TRAIN = 60
@@ -37,17 +38,19 @@ def notes(base_dir):
 
 
 @contextlib.contextmanager
-def slow(base_dir):
-    """Within the block, packing a training set is slow."""
+def slow(base_dir, seconds=SECONDS, at_once=1):
+    """Within the block, packing a training set is slow, and goes on when so many builds have begun."""
     build, waiting = packed._build, packed.waiting
 
     def slow_build(source, path, on_image):
         def on_slow_image(done, total):
-            time.sleep(SECONDS / total)
+            time.sleep(seconds / total)
             if on_image is not None:
                 on_image(done, total)
 
         note(base_dir, "begins")
+        while sum(line["what"] == "begins" for line in notes(base_dir)) < at_once:
+            time.sleep(0.1)
         build(source, path, on_slow_image)
         note(base_dir, "ends")
 
@@ -65,7 +68,7 @@ def slow(base_dir):
 
 
 def fill(recipe, prepared_dir, say):
-    with slow(prepared_dir.parent.parent):
+    with slow(prepared_dir.parent.parent, FILL_S, at_once=2):
         return runtime.fill(recipe, prepared_dir, say)
 
 

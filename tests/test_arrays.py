@@ -180,24 +180,6 @@ def build(source, cache_dir, queue):
     queue.put(int(image_set(source, None, "none", cache_dir).images_NHWC.sum()))
 
 
-@pytest.mark.slow
-def test_two_processes_build_an_entry_once(tmp_path):
-    source = Pictures(num_images=40, log_path=tmp_path / "log", delay_s=0.005)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=build, args=(source, tmp_path / "cache", queue)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    sums = {queue.get(timeout=120) for _ in workers}
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert len(sums) == 1
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert len(lines) == 40
-    assert len({line.split()[0] for line in lines}) == 1
-
-
 def test_a_killed_builder_leaves_no_entry_and_the_next_one_clears_up(tmp_path):
     cache_dir, log = tmp_path / "cache", tmp_path / "log"
     context = multiprocessing.get_context("spawn")

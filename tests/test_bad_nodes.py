@@ -21,14 +21,14 @@ SIZES = {"object_store_memory": 10**8}
 def two_nodes(monkeypatch):
     """A cluster whose head has no CPU; gives its address and Ray's names of its two nodes."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZES})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SIZES})
     nodes = [cluster.add_node(num_cpus=1, **SIZES) for _ in range(2)]
     yield cluster.address, [node.node_id for node in nodes]
     cluster.shutdown()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["inline", "ray-train"])
+@pytest.mark.parametrize("executor", ["inline", pytest.param("ray-train", marks=pytest.mark.whole)])
 def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_nodes, executor):
     address, (left_out, other) = two_nodes
     monkeypatch.setattr(BadNodes, "left_out", lambda self: [left_out])

@@ -27,7 +27,7 @@ from carft_ray.study.rows import trials
 HERE = Path(__file__).parent
 NEVER = "ImportError: libnever.so.9: cannot open shared object file"
 LOCK = "TypeError: cannot pickle '_thread.lock' object"
-EXECUTORS = ["inline", "ray-train"]
+EXECUTORS = ["inline", pytest.param("ray-train", marks=pytest.mark.whole)]
 
 # texts as Ray 2.50 and 2.60 give them, shortened
 OF_A_TASK = """\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=17, ip=10.0.0.7, actor_id=1f, repr=nested_trial)
@@ -217,8 +217,8 @@ def check_told(text):
     ("executor", "mode", "cause"),
     [  # workers of Ray Train that do not come in time are in test_kills
         ("inline", "raise", NEVER),
-        ("inline", "die", "its process died: Worker "),
-        ("ray-train", "raise_worker", NEVER),
+        pytest.param("inline", "die", "its process died: Worker ", marks=pytest.mark.whole),
+        pytest.param("ray-train", "raise_worker", NEVER, marks=pytest.mark.whole),
     ],
 )
 def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
@@ -270,9 +270,9 @@ def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp
 @pytest.mark.parametrize(
     ("mode", "cause"),
     [
-        ("raise", NEVER),
         ("die", "WorkerCrashedError: The worker died unexpectedly while executing this task."),
-        ("conda", "Conda executable"),
+        pytest.param("raise", NEVER, marks=pytest.mark.whole),
+        pytest.param("conda", "Conda executable", marks=pytest.mark.whole),
     ],
 )
 def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, monkeypatch, mode, cause):

@@ -9,7 +9,7 @@ import secrets
 import killed_searches as searches
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 
 @pytest.fixture(autouse=True)

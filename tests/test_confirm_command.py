@@ -1,12 +1,12 @@
-"""``carft-ray confirm`` with real trainings on a real Ray: killed at random moments, and asked to look at test sets.
+"""``carft-ray confirm`` with real trainings: killed at moments of its course, and asked to look at test sets.
 
-Five kills of one confirm are a row of ``make kill-matrix``.
+Five kills of one confirm on a real Ray are a row of ``make kill-matrix``.
 """
 
-import random
+import json
 import re
-import secrets
 import shutil
+import signal
 from pathlib import Path
 
 import crash_host
@@ -25,13 +25,33 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_confirm_killed_twice_ends_with_the_numbers_of_one_left_in_peace(folder, tmp_path):
-    seed = secrets.randbelow(10**6)
-    print("seed", seed)
-    try:
-        searches.kill_confirm(folder / "study", tmp_path, 2, random.Random(seed))
-    finally:
-        searches.kill_drivers()
+def test_a_confirm_killed_at_durable_operations_ends_with_the_numbers_of_one_left_in_peace(folder, tmp_path):
+    """In forks of one process, without Ray; some are killed once, one is killed four times."""
+    confirm = ["confirm", "study", "--top", "1", "--seeds", "2", "--executor", "debug"]
+    with crash_host.started(tmp_path, "confirm_program") as host:
+
+        def run(jobs):
+            for job in jobs:
+                shutil.copytree(folder / "study", tmp_path / job["name"] / "study")
+            return host(jobs)
+
+        kinds = tmp_path / "kinds.json"
+        calm, [answer] = run([{"name": "calm", "commands": [{"argv": confirm, "count_to": str(kinds)}]}])["calm"]
+        assert answer["code"] == 0, answer["log"]
+        number = len(json.loads(kinds.read_text()))
+        kill_at = [[number * part // 10] for part in (1, 3, 5, 7, 9)] + [[number // 5] * 4]
+        jobs = [
+            {
+                "name": "-".join(map(str, kills)),
+                "commands": [*({"argv": confirm, "kill": (at, "after")} for at in kills), {"argv": confirm}],
+            }
+            for kills in kill_at
+        ]
+        found = run(jobs)
+    for name, (place, (*killed, last)) in found.items():
+        assert {answer["code"] for answer in killed} == {-signal.SIGKILL}, name
+        assert last["code"] == 0, last["log"]
+        searches.check_confirm(place / "study", calm / "study")
 
 
 LEAKS = [

@@ -12,6 +12,7 @@ import pytest
 import ray
 import short_training
 import stand_in
+from crash_host import call
 
 from carft_ray.errors import InterruptedRunError, RecipeError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
@@ -45,12 +46,12 @@ def numbers(study):
 
 
 @pytest.mark.slow
-def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_path):
+def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for executor in ("inline", "debug"):
-        process = command(tmp_path, "search", recipe, "--study", executor, "--executor", executor)
-        assert process.wait() == 0, process.stderr.read()
-        process.stderr.close()
+        assert call(["search", recipe, "--study", tmp_path / executor, "--executor", executor]) == 0
     with_ray, without = numbers(tmp_path / "inline"), numbers(tmp_path / "debug")
     assert len(without) == 2
     assert without == with_ray
@@ -101,7 +102,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path):
+def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=40"]
     process = command(tmp_path, *words)
@@ -113,9 +114,9 @@ def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path):
     process.kill()
     process.wait()
     process.stderr.close()
-    process = command(tmp_path, *words)
-    assert process.wait() == 0, process.stderr.read()
-    process.stderr.close()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert call(words) == 0
     logs = [path.read_text() for path in (tmp_path / "study").glob("trials/*/log.txt")]
     assert any("attempt 2: starts on" in log and "from step" in log for log in logs), logs
 

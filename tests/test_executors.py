@@ -1,5 +1,6 @@
-"""The same training run in three ways: here, by one Ray Train worker, and by two of them. Real model, real images."""
+"""The same training run in this process, by one Ray Train worker, and by two of them. Real model, real images."""
 
+import functools
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ SETTINGS = [
     "resources.threads=1",
 ]
 WAYS = {
-    "inline": ["resources.executor=inline"],
+    "here": ["resources.executor=inline"],
     "one": ["resources.executor=ray-train"],
     "two": ["resources.executor=ray-train", "resources.num_workers=2", "resources.cpus_per_worker=0.5"],
 }
@@ -36,18 +37,21 @@ def ignore(row):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder and result of the training, for each way to run it."""
-    folder, found = tmp_path_factory.mktemp("ways"), {}
-    for way, settings in WAYS.items():
-        recipe = load_recipe(RECIPE, SETTINGS + settings)
+    """Gives a function that returns folder and result of the training for a way to run it."""
+    folder = tmp_path_factory.mktemp("ways")
+
+    @functools.cache
+    def train(way):
+        recipe = load_recipe(RECIPE, SETTINGS + WAYS[way])
         epochs, said = [], []
         result, _ = train_once(recipe, folder / way, False, "", said.append, ignore, epochs.append)
         assert any(text.startswith(("evaluating zero-shot", "the heads are")) for text in said), way
         assert [row["epoch"] for row in epochs] == [1]
         assert not (folder / way / "_tune").exists()
         assert not ray.is_initialized()
-        found[way] = (folder / way, result)
-    return found
+        return folder / way, result
+
+    return train
 
 
 def numbers(result):
@@ -65,16 +69,18 @@ def predictions(folder):
     return dict(zip(mine["sample_id"].to_pylist(), mine["prediction"].to_pylist(), strict=True))
 
 
-def test_inline_and_ray_train_with_one_worker_give_the_same_metrics(trained):
-    inline, one = numbers(trained["inline"][1]), numbers(trained["one"][1])
-    assert inline.keys() == one.keys()
-    assert {name: (inline[name], one[name]) for name in inline if abs(inline[name] - one[name]) > 1e-5} == {}
+@pytest.mark.whole
+def test_one_worker_of_ray_train_gives_the_same_metrics_as_this_process(trained):
+    expected, found = numbers(trained("here")[1]), numbers(trained("one")[1])
+    assert expected.keys() == found.keys()
+    assert {name: (expected[name], found[name]) for name in found if abs(expected[name] - found[name]) > 1e-5} == {}
 
 
-def test_two_workers_predict_the_same_but_for_the_order_of_sums(trained):
-    one, two = predictions(trained["one"][0]), predictions(trained["two"][0])
-    assert one.keys() == two.keys()
-    assert len(one) == 640
-    assert [image for image in one if one[image] != two[image]] == []
-    assert trained["one"][1]["moved"] > 0.001  # they have learnt
-    assert trained["two"][1]["moved"] == pytest.approx(trained["one"][1]["moved"], rel=1e-6)
+def test_two_workers_predict_the_same_as_this_process_but_for_the_order_of_sums(trained):
+    (one_dir, one), (two_dir, two) = trained("here"), trained("two")
+    expected, found = predictions(one_dir), predictions(two_dir)
+    assert expected.keys() == found.keys()
+    assert len(expected) == 640
+    assert [image for image in expected if expected[image] != found[image]] == []
+    assert one["moved"] > 0.001  # they have learnt
+    assert two["moved"] == pytest.approx(one["moved"], rel=1e-6)

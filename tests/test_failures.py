@@ -265,6 +265,7 @@ def test_a_training_for_which_there_is_never_memory_is_set_aside(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(tmp_path, monkeypatch):
     """A real Ray that takes any machine for full: every process of a trial is ended."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BASE.parent), str(BASE)]))

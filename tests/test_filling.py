@@ -103,6 +103,7 @@ def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_tr
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, recipe, two_nodes):
     path = tmp_path / "images" / "val" / "circle" / "003.png"
     path.write_bytes(b"no image")
@@ -114,6 +115,7 @@ def test_an_image_that_cannot_be_read_ends_the_search_before_a_trial(tmp_path, r
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
     tmp_path, recipe, two_nodes
 ):  # the last of these two nodes
@@ -123,6 +125,7 @@ def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for_it_live(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     data = recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})
@@ -139,6 +142,7 @@ def test_a_trial_that_builds_longer_than_the_time_to_hang_and_one_that_waits_for
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     runner = Runner(stand_in.prepare, stand_in.train, slow_builds.fill_and_ask_to_stop)

@@ -1,7 +1,8 @@
 """Searches over a real Ray, killed from outside: drivers, trials, workers, and trainings that hang.
 
 The long version is ``make kill-matrix``: ten kills of one study, so that each moment meets both executors; two of every
-other kill; and forty trials of all fates, undisturbed and with the driver killed five times, with both executors.
+other kill; and forty trials of all fates (``chaos.py``), undisturbed and with the driver killed five times, with both
+executors.
 """
 
 import random
@@ -40,28 +41,29 @@ def seed():
     return drawn
 
 
-def test_a_study_killed_at_every_stage_is_finished_and_extended(tmp_path, seed):
-    """From the start of Ray to the end of trainings, inline and with Ray Train in turn; all of it is killed at once."""
-    kills = searches.kill_at_random(tmp_path / "study", 6, 5, random.Random(seed))
-    print(*kills, sep="\n")
-    assert {event for _, event, _, _ in kills} == {"start", *searches.COURSE}
-    assert {executor for executor, _, _, _ in kills} == {"inline", "ray-train"}
-
-
-def test_trials_of_all_fates_end_with_the_counts_of_their_seed_though_the_driver_is_killed(tmp_path, seed):
-    """They diverge, raise, hang, die and want for memory, and the pruner cuts some."""
-    print(dict(searches.chaotic(tmp_path / "study", 40, seed, "inline", 1)))
-
-
 @pytest.mark.parametrize(
-    ("what", "executor"),
-    [("training", "inline"), ("training", "ray-train"), ("trial", "ray-train"), ("driver", "ray-train")],
+    "moments",
+    [
+        [("ray-train", "TrialEpoch"), ("inline", "TrialFinished")],
+        pytest.param(
+            [("inline", "start"), ("ray-train", "Preparing"), ("inline", "Started")],
+            marks=pytest.mark.whole,
+        ),
+    ],
 )
-def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(
-    tmp_path, cluster, what, executor
-):
+def test_a_study_killed_with_its_ray_at_any_stage_is_extended_and_finished(tmp_path, seed, moments):
+    """Killed while trainings run, and once one has ended; the others from the start of Ray on."""
+    numbers = [number for number in range(10) if searches.moment(number) in moments]
+    kills = searches.kill_at_random(tmp_path / "study", 4, numbers, random.Random(seed))
+    print(*kills, sep="\n")
+    assert sorted((executor, event) for executor, event, _, _ in kills) == sorted(moments)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("what", ["training", "trial", "driver"])
+def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster, what):
     study_dir = tmp_path / "study"
-    output = searches.kill_one(what, executor, study_dir, cluster)
+    output = searches.kill_one(what, "ray-train", study_dir, cluster)
     attempts = sorted(row.attempt for row in trials(study_dir) + baselines(study_dir))
     if what == "driver":  # with it goes all that runs, and its end is no failure of a training
         assert set(attempts) <= {1, 2}
@@ -71,6 +73,7 @@ def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group
         assert output.count("gets another attempt") == 1
 
 
+@pytest.mark.whole
 def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
     """Something else holds the cluster: room for the preparation is left, but not for two workers."""
     address, auth = cluster
@@ -85,6 +88,7 @@ def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
     assert told.endswith(f" gets another attempt: {why}: is the cluster full?\n")
 
 
+@pytest.mark.whole
 def test_a_training_that_hangs_is_ended_and_named(tmp_path, cluster):
     stand_in.tell(tmp_path, seconds=0.05, **{"1": "hang_once"})
     study_dir = tmp_path / "study"
@@ -96,10 +100,12 @@ def test_a_training_that_hangs_is_ended_and_named(tmp_path, cluster):
     searches.check(study_dir, 2)
 
 
+@pytest.mark.whole
 def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path):
     stand_in.tell(tmp_path, seconds=0.1)
     searches.lose_nodes("inline", tmp_path / "study", 8, 10)
 
 
+@pytest.mark.whole
 def test_a_trial_that_never_advances_is_set_aside_and_the_same_command_again_trains_it(tmp_path):
     searches.set_one_aside("inline", tmp_path / "study")

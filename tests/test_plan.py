@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import short_training
+from crash_host import call
 from stand_in import make_recipe
 
 from carft_ray.data.caching.cache import list_entries
@@ -161,23 +159,20 @@ def test_the_first_images_of_a_source_are_a_source(source):
     assert first.fingerprint != source.fingerprint
 
 
-def cli(*words):
-    command = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.mark.slow
-def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
+def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     recipe = short_training.make(tmp_path)
     cache = tmp_path / "cache"
     study = tmp_path / "studies" / "short"
     settings = [f"data.cache_dir={cache}", "search.max_concurrent_trials=2", "search.baselines={plain: {kl_weight: 0}}"]
     words = [word for setting in settings for word in ("--set", setting)]
     before = {path.name for path in tmp_path.iterdir()}
-    done = cli("plan", recipe, "--study", study, *words, "--price-per-hour", "6", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    capsys.readouterr()
+    code = call(["plan", recipe, "--study", study, *words, "--price-per-hour", "6", "--json"])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    found = json.loads(shown.out)
     assert {path.name for path in tmp_path.iterdir()} == before | {"cache", "studies"}
     assert list(study.parent.iterdir()) == []
     assert found["num_trials"] == 2
@@ -194,7 +189,6 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
     assert [entry.source for entry in list_entries(cache) if entry.kind == "heads"] == ["15 sentences"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -202,11 +196,11 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path):
         (["--set", "search.space={}"], "search.space: must hold at least one parameter to search"),
     ],
 )
-def test_what_cannot_be_planned_is_told_before_anything_is_measured(words, message):
-    done = cli("plan", ROOT / "search_spaces" / "quickstart.yaml", *words)
-    assert done.returncode in (2, 3)
-    assert f"error: {message}" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_planned_is_told_before_anything_is_measured(words, message, capsys):
+    assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
+    told = capsys.readouterr().err
+    assert f"error: {message}" in told
+    assert "Traceback" not in told
 
 
 def test_a_share_is_ten_steps_of_the_largest_batch(source):

@@ -33,16 +33,6 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     assert worker._worker_logs_enabled is True
 
 
-@pytest.mark.slow
-def test_free_resources_are_told_by_node():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)
-    try:
-        [node] = ray.nodes()
-        assert ray_private.available_resources_per_node()[node["NodeID"]]["CPU"] == 2.0
-    finally:
-        ray.shutdown()
-
-
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
     monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
     with (

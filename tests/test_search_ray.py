@@ -41,7 +41,7 @@ def workers_find_the_stand_in(monkeypatch):
 
 def driver(study_dir, num_trials, **search):
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
-    command += ["{}", "", json.dumps(search)]
+    command += [json.dumps(search.pop("resources", {})), "", json.dumps(search)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -87,10 +87,10 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
 
 
 @pytest.mark.slow
-def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp_path):
+def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     stand_in.tell(tmp_path, seconds=0.5, slow_stop=3)  # seconds that a stopped training cleans up; Tune would give it 2
     study_dir = tmp_path / "study"
-    process = driver(study_dir, 6)
+    process = driver(study_dir, 4)
     read_until(process, ["TrialFinished"])
     read_until(process, ["TrialEpoch"])  # of another one, which is in the middle of its training
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
@@ -98,7 +98,7 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     assert process.returncode == 130, output + errors
     assert errors == ""
     assert "Stopping" in output
-    assert "of 6 trials finished" in output
+    assert "of 4 trials finished" in output
     assert "Resume with: carft-ray resume" in output
     stopped = {row.name: row for row in trials(study_dir)}
     done = {name for name, row in stopped.items() if row.outcome == "complete"}
@@ -107,18 +107,13 @@ def test_an_interrupted_and_a_killed_search_are_finished_by_the_same_command(tmp
     assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
     assert (study_dir / "figure.png").exists()
 
-    process = driver(study_dir, 6)
-    lines = read_until(process, ["TrialFinished", "TrialStarted"])
-    process.kill()
-    output, _ = process.communicate(timeout=600)
-    assert not any(f"TrialStarted {name} " in line for name in done for line in lines)
-
-    process = driver(study_dir, 6)
+    process = driver(study_dir, 4)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
+    assert not any(f"TrialStarted {name} " in output for name in done)
     rows = trials(study_dir)
-    assert [row.number for row in rows] == list(range(6))
-    assert [row.outcome for row in rows] == ["complete"] * 6
+    assert [row.number for row in rows] == list(range(4))
+    assert [row.outcome for row in rows] == ["complete"] * 4
     assert max(row.attempt for row in rows) > 1
     for row in rows:  # resumed, not begun again: each epoch stands once in the metrics
         epochs = (study_dir / "trials" / row.name / "metrics.jsonl").read_text().splitlines()
@@ -158,24 +153,21 @@ def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_howe
 
 @pytest.mark.slow
 def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path):
-    """Inline, one at a time, so that the order is that of the numbers."""
+    """In the driver's process, one at a time, so that the order is that of the numbers."""
     stand_in.tell(tmp_path, seconds=0.8)
+    search = {**HALVING, "resources": {"executor": "debug"}}
 
     def finished(study_dir):
-        process = driver(study_dir, 3, **HALVING)
-        output, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, output + errors
-        assert errors == ""
+        run_search(stand_in.make_recipe(3, epochs=4, **search), study_dir, None, runner=RUNNER)
         return [(row.number, row.values, row.outcome, row.reason, row.objective) for row in trials(study_dir)]
 
     expected = finished(tmp_path / "whole")
     assert {outcome for _, _, outcome, _, _ in expected} == {"complete", "pruned"}
 
     study_dir = tmp_path / "killed"
-    process = driver(study_dir, 3, **HALVING)
-    while not any(
-        row.intermediate_values.keys() >= {25} and row.number for row in begun(study_dir)
-    ):  # a later trial, first rung
+    process = driver(study_dir, 3, **search)
+    # a later trial, first rung
+    while not any(row.intermediate_values.keys() >= {25} and row.number for row in begun(study_dir)):
         assert process.poll() is None
         time.sleep(0.3)
     process.kill()
@@ -189,6 +181,7 @@ def begun(study_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path):
     """Inline, one at a time: both run in the same process, which Tune reuses."""
     stand_in.tell(tmp_path, **{"0": "slow_end"}, tell_pid=True)

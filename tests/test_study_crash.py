@@ -1,6 +1,7 @@
 """A search that is killed at every durable operation and goes on: nothing lost, nothing doubled, the same values.
 
-Without Ray, in forks of one process (``crash_host.py``); what is trained is a stand-in.
+Without Ray, in forks of one process (``crash_host.py``); what is trained is a stand-in. ``make test`` makes every third
+kill of each kind, ``make test-all`` all.
 """
 
 import json
@@ -8,6 +9,7 @@ import signal
 from collections import Counter
 
 import crash_host
+import kill_points
 import pytest
 import stand_in
 from sequential_search import DIVERGES, SEARCH
@@ -56,9 +58,9 @@ def moments(kinds, number):
     return () if kinds[number - 1] == "fsync" and kinds[number - 2] in ("append", "replace") else ("after",)
 
 
-@pytest.fixture(scope="module")
-def killed(host, search, undisturbed):
-    """Searches killed within or after every durable operation, each then run to its end; some killed twice."""
+@pytest.fixture(scope="module", params=kill_points.SHARES)
+def killed(request, host, search, undisturbed):
+    """Searches killed within or after durable operations, each then run to its end; some killed twice."""
     _, kinds = undisturbed
     jobs = []
     for number, kind in enumerate(kinds, start=1):
@@ -69,7 +71,7 @@ def killed(host, search, undisturbed):
         again = {"argv": search, "kill": (3 + number * 7 % 17, "after")}
         commands = [{"argv": search, "kill": (number, "after")}, again, {"argv": search}]
         jobs.append({"name": f"{number:03d}-twice", "commands": commands})
-    return host(jobs)
+    return host(kill_points.share(jobs, request.param))
 
 
 def told(study_dir):
@@ -103,9 +105,10 @@ def test_the_undisturbed_search_is_what_the_others_are_compared_with(undisturbed
 
 def test_every_kill_struck_and_every_search_then_ended(undisturbed, killed):
     codes = {name: [answer["code"] for answer in answers] for name, (_, answers) in killed.items()}
-    assert len(codes) > 0.9 * len(undisturbed[1])
+    assert len(codes) > 0.25 * len(undisturbed[1])
     assert {name: found for name, found in codes.items() if found[0] != -signal.SIGKILL or found[-1]} == {}
-    assert sum(found[1] == -signal.SIGKILL for name, found in codes.items() if "twice" in name) > 3
+    second = [found[1] for name, found in codes.items() if "twice" in name]
+    assert second.count(-signal.SIGKILL) > len(second) / 4
     logs = [answer["log"] for _, answers in killed.values() for answer in answers]
     assert [log for log in logs if "Traceback (" in log or "arning" in log] == []
 

@@ -419,7 +419,7 @@ def test_a_lock_of_a_dead_process_is_none(here):
 @pytest.mark.slow
 def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     stand_in.tell(here, seconds=4)
-    command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6"]
+    command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6", '{"executor": "debug"}']
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
