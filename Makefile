@@ -10,6 +10,9 @@ JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
+# pytest keeps its rewritten assertions, and interpreters that tests start what they compile: 10 s for each process
+export PYTHONDONTWRITEBYTECODE :=
+
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together

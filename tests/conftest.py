@@ -6,6 +6,7 @@ import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # a recipe may ask for more: on busy cores they wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
 
 import numpy as np
