@@ -19,7 +19,7 @@ from carft_ray.recipe.fields import (
 )
 from carft_ray.recipe.fine_tuning import field_kind
 
-SPACE = Resume("space", "the sampler must know one space; old trials are taken along where they lie inside")
+SPACE = Resume("space", "the sampler needs one space; earlier trials inside it still count")
 
 
 def _choices(value: Any) -> tuple[Any, ...]:

@@ -25,7 +25,6 @@ NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() 
 SEARCHABLE = tuple(key for key in TrainConfig.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
-WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
@@ -45,7 +44,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         step = "Remove it, or give the model that it belongs to as model.name."
         yield Finding(path, rule, shown(pretrained), next_step=step, reads=reads)
     if name != "sandbox" and ":" not in name and pretrained is None:
-        rule = f"is required for {name}: without weights the model knows nothing"
+        rule = f"is required for {name}: the weights to start from"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
         yield Finding(path, rule, next_step=step, reads=reads)
 

@@ -61,7 +61,7 @@ def grid_index(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> tup
 
 
 def contains(parameter: Parameter, value: Any) -> bool:
-    """Tells whether a parameter may have a value."""
+    """Returns whether a parameter may have a value."""
     return _number(parameter, value) is not None
 
 
