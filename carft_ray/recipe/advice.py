@@ -7,12 +7,13 @@ from typing import Any, get_args
 
 from carft_ray.errors import Problem
 from carft_ray.recipe.benchmarks import IN_OUT
+from carft_ray.recipe.fields import Config
 from carft_ray.recipe.messages import shown
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.rules import benchmark_sets, named_sets
 from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
-from carft_ray.recipe.schema import PrunerConfig, Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.words import counted
 
@@ -86,30 +87,31 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null says the same"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
-    if search.objective.id_weight != 0.5 and kind not in ("weighted_mean", "pareto"):
+    if _is_changed(search.objective, "id_weight") and kind not in ("weighted_mean", "pareto"):
         yield "search.objective.id_weight", f"has no effect: the objective is {kind}"
     if kind != "pareto" and best != "knee":
         yield "search.objective.best", f"has no effect: the objective is {kind}"
-    if search.objective.tolerance != 0.005 and (kind, best) != ("pareto", "lexicographic"):
+    if _is_changed(search.objective, "tolerance") and (kind, best) != ("pareto", "lexicographic"):
         yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
-    for path, spec in named_sets(recipe).items():
-        if isinstance(images := plain(spec), BenchmarkSet) and images.trial_seed and images.split not in IN_OUT:
+    for path, spec in benchmark_sets(recipe).items():
+        if spec.trial_seed and spec.split not in IN_OUT:
             yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
     yield from sampler_advice(recipe)
     for key, names in PRUNER_KEYS.items():
-        given = getattr(search.pruner, key) != PrunerConfig.model_fields[key].default
-        if given and search.pruner.name not in names:
+        if _is_changed(search.pruner, key) and search.pruner.name not in names:
             yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
         few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
-        yield (
-            "search.pruner",
-            f"is weakly informative: a training has {few}, and its intermediate values hardly predict its end",
-        )
+        why = f"a training has {few}, and its intermediate values hardly predict its end"
+        yield "search.pruner", f"is weakly informative: {why}"
     if recipe.model.name != "sandbox" and templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
+
+
+def _is_changed(part: Config, key: str) -> bool:
+    return bool(getattr(part, key) != type(part).model_fields[key].default)
 
 
 def _domains(recipe: Recipe) -> Iterator[str]:

@@ -59,15 +59,24 @@ def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
     return {path: spec for path, spec in sets.items() if spec is not None}
 
 
+def benchmark_sets(recipe: Recipe) -> dict[KeyPath, BenchmarkSet]:
+    """Returns the sets of a recipe that are benchmarks, those that are shown corrupted too, by key path."""
+    sets = {
+        (*path, "of") if isinstance(spec, CorruptedSet) else path: plain(spec)
+        for path, spec in named_sets(recipe).items()
+    }
+    return {path: spec for path, spec in sets.items() if isinstance(spec, BenchmarkSet)}
+
+
 def _sets(recipe: Recipe) -> Iterator[Finding]:
-    for path, spec in named_sets(recipe).items():
+    for path in named_sets(recipe):
         other: KeyPath = ("data", "ood_val", path[-1])
         if len(path) > 2 and path[-1] in ROLES:
             yield Finding(path, "a set must not have the name of a role")
         elif path[1] == "ood_test" and path[-1] in recipe.data.ood_val:
             yield Finding(path, "must differ from the names in data.ood_val", reads=(other,))
-        if isinstance(images := plain(spec), BenchmarkSet):
-            yield from _benchmark((*path, "of") if isinstance(spec, CorruptedSet) else path, images)
+    for path, images in benchmark_sets(recipe).items():
+        yield from _benchmark(path, images)
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
