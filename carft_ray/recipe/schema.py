@@ -118,6 +118,7 @@ class SamplerConfig(Config):
     startup_trials: PositiveInt | None = key(None, "8", SAMPLING, range="1 to `search.trials`")
     """random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, which
     learns nothing from them"""
+    # checked by sampler_rules.py
     options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key(
         {},
         "{n_ei_candidates: 48}",
@@ -140,7 +141,7 @@ class PrunerConfig(Config):
     startup_trials: PositiveInt = key(4, "8", CUT)
     """`median`, `percentile`: complete trials before anything is cut"""
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, "50.0", CUT)
-    """`percentile`: the best share of the trainings, in percent, which continues"""
+    """`percentile`: percentage of the trainings, the best ones, that continues"""
 
 
 class SearchConfig(Config):
@@ -166,7 +167,7 @@ class SearchConfig(Config):
         "[{learning_rate: 5e-4, kl_weight: 10}]",
         PROPOSED,
         type="list of fields of train",
-        range="values inside the space, no point twice",
+        range="values inside the space, no entry twice",
     )
     """values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; they
     count as trials"""
@@ -211,7 +212,7 @@ class ResourcesConfig(Config):
 
     @property
     def threads_per_worker(self) -> int:
-        """Torch threads of a worker; trials that fight for cores were measured 100 times slower."""
+        """Torch threads of a worker; trials that compete for cores were measured 100 times slower."""
         return self.threads or max(1, int(self.cpus_per_worker))
 
 

@@ -219,6 +219,7 @@ class BenchmarkSet(StoredSet):
     """A public benchmark as its archives unpack, with its own class list, splits and masks."""
 
     source: Literal["benchmark"] = key(REQUIRED, "sandbox", IMAGES)
+    # a key of benchmarks.py
     name: str = key(REQUIRED, "vlcs", IMAGES, range="a name of the table above")
     """which benchmark: its class list, masks and splits"""
     split: str | None = key(None, "out", IMAGES, range="as the table above says")
