@@ -286,7 +286,7 @@ BAD = [
     # model
     (
         "model: {name: ViT-B-32}",
-        "r.yaml:9: model.pretrained: is required for ViT-B-32: without weights the model knows nothing\n"
+        "r.yaml:9: model.pretrained: is required for ViT-B-32: the weights to start from\n"
         "    Give a tag of open_clip such as openai, or the path of a weights file.",
     ),
     (
@@ -909,7 +909,7 @@ def test_imagenet_v2_is_no_ood_validation_set(tmp_path, name):
     option = f"data.ood_val={{x: {{source: folder, path: p, domains: [{name}]}}}}"
     recipe = load_recipe(_write(tmp_path), [option])
     assert advice.warnings(recipe) == [
-        "data.ood_val.x looks like ImageNet-V2, which picks as ID does and is no OOD validation set"
+        "data.ood_val.x seems to be ImageNet-V2, which ranks models as ID does and is no OOD validation set"
     ]
 
 

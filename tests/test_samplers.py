@@ -722,7 +722,7 @@ def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
         ),
         (
             {"sampler": {"name": "cmaes"}, "enqueue": [{"kl_weight": 1.0}]},
-            "search.enqueue are tried, but teach nothing: cmaes learns from its own draws alone",
+            "search.enqueue are tried, but cmaes learns from its own draws alone",
         ),
     ],
 )

@@ -1,18 +1,19 @@
-"""What a valid recipe should still hear: what keeps it from being searched, and settings that have no effect."""
+"""Advice on a valid recipe: what keeps it from being searched, and settings that have no effect."""
 
 import posixpath
 import re
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 from carft_ray.errors import Problem
 from carft_ray.recipe.benchmarks import IN_OUT
+from carft_ray.recipe.fields import Config
 from carft_ray.recipe.messages import shown
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.rules import benchmark_sets, named_sets
 from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
-from carft_ray.recipe.schema import PrunerConfig, Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.words import counted
 
@@ -32,7 +33,7 @@ WORD_FAMILIES = {
 }
 
 
-FEW_EPOCHS = 10  # with fewer, intermediate values predicted little where it was measured (rank correlation .1 to .7)
+FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final one (measured rank correlations .1 to .7)
 PRUNER_KEYS = {  # which pruners a setting is for
     "first": (HALVING, "median", "percentile"),
     "factor": (HALVING,),
@@ -42,7 +43,7 @@ PRUNER_KEYS = {  # which pruners a setting is for
 
 
 def check_searchable(recipe: Recipe) -> list[Problem]:
-    """Returns what keeps a valid recipe from being searched; ``train`` does not mind."""
+    """Returns what keeps a valid recipe from being searched; ``train`` accepts it."""
     problems = []
     if not recipe.search.space:
         step = "Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}."
@@ -61,54 +62,56 @@ def warnings(recipe: Recipe) -> list[str]:
 
 def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     train, search, space = recipe.train, recipe.search, recipe.search.space
-    no_kl = train.kl_weight == 0 and "kl_weight" not in space
+    kind, best, templates = search.objective.kind, search.objective.best, recipe.prompts.templates
+
+    def always(name: str, value: Any) -> bool:
+        """Returns whether a field of ``train`` has this value in all trials."""
+        return name not in space and bool(getattr(train, name) == value)
+
     if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
         yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
-    if train.context_scale is not None and no_kl:
-        yield "train.context_scale", "has no effect: kl_weight is 0"
-    if "context_scale" in space and no_kl:
-        yield "search.space.context_scale", "has no effect: kl_weight is 0"
-    if not isinstance(recipe.prompts.templates, str) and len(recipe.prompts.templates) == 1 and not no_kl:
+    for name, of, value in (("context_scale", "kl_weight", 0), ("lora_alpha", "lora_rank", None)):
+        if always(of, value) and getattr(train, name) is not None:
+            yield f"train.{name}", f"has no effect: {of} is {shown(value)}"
+        if always(of, value) and name in space:
+            yield f"search.space.{name}", f"has no effect: {of} is {shown(value)}"
+    if isinstance(templates, tuple) and len(templates) == 1 and not always("kl_weight", 0):
         yield "train.kl_weight", "has no effect: with one template the KL term is always 0"
-    if train.decay != "all" and train.weight_decay == 0 and "weight_decay" not in space:
+    if train.decay != "all" and always("weight_decay", 0):
         yield "train.decay", "has no effect: weight_decay is 0"
-    if train.head_bias and train.head_lr_factor == 0 and "head_lr_factor" not in space:
+    if train.head_bias and always("head_lr_factor", 0):
         yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
-    if train.lora_rank is None and "lora_rank" not in space:
-        if train.lora_alpha is not None:
-            yield "train.lora_alpha", "has no effect: lora_rank is null"
-        if "lora_alpha" in space:
-            yield "search.space.lora_alpha", "has no effect: lora_rank is null"
-    if train.ema_decay == 0 and "ema_decay" not in space:
+    if always("ema_decay", 0):
         yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null says the same"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
-    if search.objective.id_weight != 0.5 and search.objective.kind not in ("weighted_mean", "pareto"):
-        yield "search.objective.id_weight", f"has no effect: the objective is {search.objective.kind}"
-    if search.objective.kind != "pareto" and search.objective.best != "knee":
-        yield "search.objective.best", f"has no effect: the objective is {search.objective.kind}"
-    if search.objective.tolerance != 0.005 and (search.objective.kind, search.objective.best) != (
-        "pareto",
-        "lexicographic",
-    ):
+    if _is_changed(search.objective, "id_weight") and kind not in ("weighted_mean", "pareto"):
+        yield "search.objective.id_weight", f"has no effect: the objective is {kind}"
+    if kind != "pareto" and best != "knee":
+        yield "search.objective.best", f"has no effect: the objective is {kind}"
+    if _is_changed(search.objective, "tolerance") and (kind, best) != ("pareto", "lexicographic"):
         yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
         yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
-    for path, spec in named_sets(recipe).items():
-        if isinstance(images := plain(spec), BenchmarkSet) and images.trial_seed and images.split not in IN_OUT:
+    for path, spec in benchmark_sets(recipe).items():
+        if spec.trial_seed and spec.split not in IN_OUT:
             yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
     yield from sampler_advice(recipe)
     for key, names in PRUNER_KEYS.items():
-        given = getattr(search.pruner, key) != PrunerConfig.model_fields[key].default
-        if given and search.pruner.name not in names:
+        if _is_changed(search.pruner, key) and search.pruner.name not in names:
             yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
         few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
-        yield "search.pruner", f"is weakly informative: intermediate values predict little of a training of {few}"
-    if recipe.model.name != "sandbox" and recipe.prompts.templates == "sandbox":
+        why = f"a training has {few}, and its intermediate values hardly predict its end"
+        yield "search.pruner", f"is weakly informative: {why}"
+    if recipe.model.name != "sandbox" and templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
+
+
+def _is_changed(part: Config, key: str) -> bool:
+    return bool(getattr(part, key) != type(part).model_fields[key].default)
 
 
 def _domains(recipe: Recipe) -> Iterator[str]:
@@ -127,7 +130,7 @@ def _domains(recipe: Recipe) -> Iterator[str]:
             family, other = near
             yield f"{dotted(path)} is of one family with {other} ({family}), which the selection has seen"
         elif path[1] == "ood_val" and "ImageNet-V2" in _families(path, spec):
-            yield f"{dotted(path)} looks like ImageNet-V2, which picks as ID does and is no OOD validation set"
+            yield f"{dotted(path)} seems to be ImageNet-V2, which ranks models as ID does and is no OOD validation set"
 
 
 def _relative(path: KeyPath, spec: SetSpec, sets: dict[KeyPath, SetSpec]) -> tuple[str, str] | None:

@@ -1,6 +1,6 @@
 """The benchmarks that ``source: benchmark`` knows by name: what a recipe may say of each.
 
-How their files lie stands in ``data/benchmark_sets/reader.py``, what is known of their classes in ``data/facts/``.
+The layout of their files is in ``data/benchmark_sets/reader.py``, facts about their classes in ``data/facts/``.
 """
 
 from dataclasses import dataclass

@@ -92,7 +92,7 @@ def core_type(annotation: Any) -> Any:
 
 
 def is_config(kind: Any) -> bool:
-    """Tells a part of a recipe from a plain type."""
+    """Returns whether a type is a part of a recipe."""
     return isinstance(kind, type) and issubclass(kind, Config)
 
 
@@ -102,7 +102,7 @@ def members(kind: Any) -> list[type[Config]]:
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses a name that stands twice."""
+    """Refuses a name that occurs twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
     return names

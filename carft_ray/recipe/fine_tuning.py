@@ -125,8 +125,8 @@ class TrainConfig(Config):
     head_lr_factor: NonNegativeFloat = key(1.0, "0", METHOD)
     """learning rate of the class head, relative to the tower's; 0 freezes it"""
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, "0.75", METHOD)
-    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head stands above
-    all. 1: one learning rate"""
+    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the
+    uppermost. 1: one learning rate"""
     freeze_layers: NonNegativeInt = key(0, "2", METHOD, range="0 to the number of layers")
     """lowest layers of the image tower that do not train (stem, blocks, projection); all of them: the class head alone
     trains"""
@@ -140,7 +140,7 @@ class TrainConfig(Config):
     last step"""
     recalibrate_batches: NonNegativeInt = key(0, "10", METHOD)
     """for towers with BatchNorm: batches of 128 clean training images from which the running statistics of mixed
-    weights are computed anew; 0: they stay those of the zero-shot model"""
+    weights are computed again; 0: they stay those of the zero-shot model"""
     context_scale: PositiveFloat | None = key(None, "50", METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
@@ -170,11 +170,13 @@ class EvaluateConfig(Config):
     """Evaluation while a training runs; the end is always evaluated in full."""
 
     every_epochs: NonNegativeInt = key(
-        1, "2", Resume("identity", "when a training is looked at decides when a pruner may cut it")
+        1, "2", Resume("identity", "a pruner may cut a training only where it is evaluated")
     )
-    """epochs between looks at a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is always
-    in full"""
-    subset: PositiveInt = key(250, "1000", Resume("identity", "the looks at trainings are compared with each other"))
-    """images per set in the evaluations on the way"""
+    """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is
+    always in full"""
+    subset: PositiveInt = key(
+        250, "1000", Resume("identity", "intermediate values of trainings are compared with each other")
+    )
+    """images per set in the evaluations while a training runs"""
     batch_size: PositiveInt = key(256, "64", MEMORY)
     """images per forward pass; halved where memory is short"""

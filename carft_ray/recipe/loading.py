@@ -1,6 +1,6 @@
 """Recipe files: read, check, write.
 
-All problems of a file are told at once, each with file, line, key path, rule, value and nearest match.
+All problems of a file are reported at once, each with file, line, key path, rule, value and nearest match.
 """
 
 import copy
@@ -17,7 +17,7 @@ from carft_ray.recipe import text
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
-from carft_ray.recipe.rules import ROLES, WEIGHTS_ENDINGS, broken_rules
+from carft_ray.recipe.rules import ROLES, broken_rules
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet
 from carft_ray.recipe.text import KeyPath
@@ -155,8 +155,8 @@ def resolve_path(written: str, base_dir: Path) -> Path:
 
 
 def is_weights_path(pretrained: str) -> bool:
-    """Tells the path of a weights file from a tag of open_clip."""
-    return "/" in pretrained or pretrained.endswith(WEIGHTS_ENDINGS)
+    """Returns whether a text is the path of a weights file; else it is a tag of open_clip."""
+    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
 
 
 def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
@@ -173,14 +173,14 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
 def absolute_model(model: ModelConfig, base_dir: Path) -> ModelConfig:
     """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
     if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():
-        model = model.model_copy(update={"pretrained": str(path)})  # a file without an ending that tells it
+        model = model.model_copy(update={"pretrained": str(path)})  # a file whose ending does not show it
     return _model_with_paths(model, lambda written: str(resolve_path(written, base_dir)))
 
 
 def portable_paths(recipe: Recipe) -> Recipe:
-    """Returns the recipe without a path of this machine: each file and folder by its name, beside the recipe.
+    """Returns the recipe without a path of this machine: each file and folder by its name, next to the recipe.
 
-    What lies inside another folder of the recipe stays there. Two of one name get names of folders around them until
+    What is inside another folder of the recipe stays there. Two of one name get names of folders around them until
     they differ. ``data.cache_dir`` is left out: it is the machine's.
 
     Args:

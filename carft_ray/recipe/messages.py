@@ -60,7 +60,7 @@ class Finding:
     Attributes:
         path: The key path of the value that breaks the rule.
         rule: As in ``Problem``, and so are the next four.
-        reads: Further key paths that the rule looked at.
+        reads: Further key paths that the rule has read.
         is_absence: A key is missing, so that the part around it cannot be used.
     """
 
@@ -105,7 +105,7 @@ def findings(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -
 
 
 def _is_echo(details: Mapping[str, Any]) -> bool:
-    """Tells a list that pydantic calls too short only because it has refused elements of it."""
+    """Returns whether pydantic calls a list too short only because it has refused elements of it."""
     return details["type"] == "too_short" and bool(len(details["input"]) >= details["ctx"]["min_length"])
 
 
@@ -203,6 +203,6 @@ def _annotation(part: Any, key: str) -> Any:
 
 
 def _tags(part: Any) -> set[Any]:
-    """Returns the words that tell this part from the others of its union."""
+    """Returns the words that distinguish this part from the others of its union."""
     kinds = (core_type(part.model_fields[key].annotation) for key in ("source", "type") if key in part.model_fields)
     return {tag for kind in kinds if get_origin(kind) is Literal for tag in get_args(kind)}

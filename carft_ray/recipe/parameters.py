@@ -19,7 +19,7 @@ from carft_ray.recipe.fields import (
 )
 from carft_ray.recipe.fine_tuning import field_kind
 
-SPACE = Resume("space", "the sampler must know one space; old trials are taken along where they lie inside")
+SPACE = Resume("space", "the sampler needs one space; earlier trials inside it still count")
 
 
 def _choices(value: Any) -> tuple[Any, ...]:
@@ -96,6 +96,11 @@ class CategoricalParameter(Config):
         return choices
 
 
+def decimal(value: float) -> Decimal:
+    """Returns a number as it is written: 0.1 divides 0.9 then, which is not so for floats."""
+    return Decimal(str(value))
+
+
 def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
     if low > high:
         raise ValueError(f"low <= high must hold, but got low={low}, high={high}")
@@ -103,8 +108,7 @@ def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
         raise ValueError(f"low > 0 must hold with log: true, but got low={low}")
     if log and step is not None:
         raise ValueError(f"log: true and step exclude each other, but got step={step}")
-    # in decimals: 0.1 divides 0.9, which floats deny
-    if step is not None and (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
+    if step is not None and (decimal(high) - decimal(low)) % decimal(step) != 0:
         raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
 
 

@@ -2,7 +2,7 @@
 
 ``learning_rate`` for ViT-B: 140 public runs of plain fine-tuning of ViT-B/16 on ImageNet have their best OOD accuracy
 at or below 1e-6 and their best ID accuracy at 1e-5; at 3e-5 both fall. For the other real models no such table is
-public: their ranges are those of ViT-B moved by what larger and smaller models usually want, and are wide.
+public: their ranges are those of ViT-B moved by what larger and smaller models usually need, and are wide.
 ``kl_weight`` grows with the square of the model's logit scale, so its range belongs to a scale of about 100.
 """
 
@@ -94,7 +94,7 @@ def _set_name(domain: str) -> str:
 
 
 def _folder() -> Path:
-    """Returns where the recipes lie: inside an installed package, beside it in a checkout."""
+    """Returns where the recipes are: inside an installed package, next to it in a checkout."""
     return PACKAGED if PACKAGED.is_dir() else CHECKOUT
 
 

@@ -25,7 +25,6 @@ NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() 
 SEARCHABLE = tuple(key for key in TrainConfig.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
-WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def broken_rules(recipe: Recipe) -> list[Finding]:
@@ -45,7 +44,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         step = "Remove it, or give the model that it belongs to as model.name."
         yield Finding(path, rule, shown(pretrained), next_step=step, reads=reads)
     if name != "sandbox" and ":" not in name and pretrained is None:
-        rule = f"is required for {name}: without weights the model knows nothing"
+        rule = f"is required for {name}: the weights to start from"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
         yield Finding(path, rule, next_step=step, reads=reads)
 
@@ -60,15 +59,24 @@ def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
     return {path: spec for path, spec in sets.items() if spec is not None}
 
 
+def benchmark_sets(recipe: Recipe) -> dict[KeyPath, BenchmarkSet]:
+    """Returns the sets of a recipe that are benchmarks, those that are shown corrupted too, by key path."""
+    sets = {
+        (*path, "of") if isinstance(spec, CorruptedSet) else path: plain(spec)
+        for path, spec in named_sets(recipe).items()
+    }
+    return {path: spec for path, spec in sets.items() if isinstance(spec, BenchmarkSet)}
+
+
 def _sets(recipe: Recipe) -> Iterator[Finding]:
-    for path, spec in named_sets(recipe).items():
+    for path in named_sets(recipe):
         other: KeyPath = ("data", "ood_val", path[-1])
         if len(path) > 2 and path[-1] in ROLES:
             yield Finding(path, "a set must not have the name of a role")
         elif path[1] == "ood_test" and path[-1] in recipe.data.ood_val:
             yield Finding(path, "must differ from the names in data.ood_val", reads=(other,))
-        if isinstance(images := plain(spec), BenchmarkSet):
-            yield from _benchmark((*path, "of") if isinstance(spec, CorruptedSet) else path, images)
+    for path, images in benchmark_sets(recipe).items():
+        yield from _benchmark(path, images)
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:

@@ -4,13 +4,13 @@ The verdicts were read in Optuna 5.0 and are held by a test each. ``study/propos
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.constraints import constraint_names
-from carft_ray.recipe.messages import Finding, shown
+from carft_ray.recipe.messages import Finding, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import grid_size, num_values
@@ -57,7 +57,7 @@ class Option:
         return kind + ends + (f" and <= {self.high:g}" if math.isfinite(self.high) else "")
 
     def takes(self, value: Any) -> bool:
-        """Tells whether a value is allowed; null always is, and means the default."""
+        """Returns whether a value is allowed; null always is, and means the default."""
         if value is None:
             return True
         if self.kind in (bool, str):
@@ -69,7 +69,7 @@ class Option:
 
 _GENETIC = {
     "population_size": Option(int, "a quarter of the trials, 4 to 50", "trials of a generation", low=2),
-    "mutation_prob": Option(float, "1 / parameters", "probability that a parameter is drawn anew", low=0, high=1),
+    "mutation_prob": Option(float, "1 / parameters", "probability that a parameter is drawn at random", low=0, high=1),
     "crossover_prob": Option(float, "0.9", "probability that a child has two parents", low=0, high=1),
     "swapping_prob": Option(float, "0.5", "probability that a parameter is of the other parent", low=0, high=1),
 }
@@ -77,10 +77,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "tpe": {
         "multivariate": Option(bool, "true with one objective, false with two", "draws the parameters together"),
         "group": Option(bool, "false", "with conditions: draws together what is drawn in the same trials"),
-        "constant_liar": Option(bool, "true", "keeps away from the values of running trials"),
+        "constant_liar": Option(bool, "true", "avoids the values of running trials"),
         "n_ei_candidates": Option(int, "24", "candidates of which the best is taken", low=1),
     },
-    "gp": {"deterministic": Option(bool, "false", "takes the objective for free of noise")},
+    "gp": {"deterministic": Option(bool, "false", "assumes an objective without noise")},
     "cmaes": {
         "popsize": Option(int, "4 + 3 ln(parameters)", "trials of a generation", low=4),
         "sigma0": Option(float, "1/6", "first standard deviation, in widths of the range", low=0, high=1, above=True),
@@ -103,7 +103,7 @@ Feature = Literal["pruning", "constraints", "conditional", "categorical", "paret
 
 
 class Cell(NamedTuple):
-    """What a sampler makes of a feature.
+    """How a sampler handles a feature.
 
     Attributes:
         verdict: ok, ``validate`` warns, or ``validate`` refuses the recipe.
@@ -140,25 +140,25 @@ USES: dict[Feature, Use] = {
 _INDEPENDENT = Cell("ok", "its draws do not depend on results")
 _UNSEEN: dict[Feature, Cell] = {"pruning": _INDEPENDENT, "constraints": _INDEPENDENT, "pareto": _INDEPENDENT}
 _DISTINCT = "the draw depends on seed and trial alone"
-_COMPLETE = "a pruned trial teaches it nothing"
+_COMPLETE = "it learns nothing from a pruned trial"
 _GENETIC_CELLS: dict[Feature, Cell] = {
     "pruning": Cell("warns", _COMPLETE),
-    "constraints": Cell("ok", "a trial that breaks one loses against one that keeps it"),
+    "constraints": Cell("ok", "a trial that violates one ranks below one that meets it"),
     "conditional": Cell("warns", "conditional parameters are drawn at random, not inherited"),
     "categorical": Cell("ok", "a child has the choice of one of its parents"),
-    "pareto": Cell("ok", "made for it"),
+    "pareto": Cell("ok", "designed for it"),
     "resume": Cell("ok", "generations and parents are kept in the study"),
     "many at a time": Cell("ok", "trials that end after their generation is full have no children"),
 }
 CELLS: dict[str, dict[Feature, Cell]] = {
     "tpe": {
         "pruning": Cell("ok", "pruned trials rank by step and last value"),
-        "constraints": Cell("ok", "trials that break one count as bad"),
+        "constraints": Cell("ok", "trials that violate one count as bad"),
         "conditional": Cell("ok", "a parameter learns from the trials that have it"),
         "categorical": Cell("ok", "a weight per choice"),
         "pareto": Cell("ok", "good trials are the first fronts"),
         "resume": Cell("ok", "it has no state but the trials"),
-        "many at a time": Cell("ok", "running trials count as bad: it keeps away from them"),
+        "many at a time": Cell("ok", "running trials count as bad, so it avoids them"),
     },
     "gp": {
         "pruning": Cell("warns", _COMPLETE),
@@ -166,20 +166,20 @@ CELLS: dict[str, dict[Feature, Cell]] = {
         "conditional": Cell("warns", "conditional parameters are drawn at random, not modelled"),
         "categorical": Cell("ok", "its kernel counts the choices that differ"),
         "pareto": Cell("ok", "expected gain of hypervolume"),
-        "resume": Cell("ok", "it has no state but the trials, and is fitted anew for each"),
-        "many at a time": Cell("ok", "expected gain beside the running trials"),
+        "resume": Cell("ok", "it has no state but the trials, and is fitted again for each"),
+        "many at a time": Cell("ok", "expected gain given the running trials"),
     },
     "cmaes": {
         "pruning": Cell("warns", _COMPLETE),
-        "constraints": Cell("warns", "it does not look at them; each trial still keeps them in its choice of alpha"),
+        "constraints": Cell("warns", "it ignores them; each trial still keeps them in its choice of alpha"),
         "conditional": Cell("refused", "every trial must have the same parameters"),
         "categorical": Cell("refused", "choices have no order and no distance"),
         "pareto": Cell("refused", "it has one objective"),
         "resume": Cell("ok", "its state is a pickle in the study; one from elsewhere needs --trust"),
-        "many at a time": Cell("ok", "trials that end after their generation is full teach it nothing"),
+        "many at a time": Cell("ok", "it learns nothing from trials that end after their generation is full"),
     },
     "nsga2": _GENETIC_CELLS,
-    "nsga3": {**_GENETIC_CELLS, "pareto": Cell("ok", "made for three objectives and more; nsga2 suits two")},
+    "nsga3": {**_GENETIC_CELLS, "pareto": Cell("ok", "designed for three objectives and more; nsga2 suits two")},
     "qmc": {
         **_UNSEEN,
         "conditional": Cell("ok", "an inactive parameter leaves its coordinate unused"),
@@ -235,7 +235,7 @@ def sampler_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yields what a valid sampler should still be told of: the key, and what about it."""
+    """Yields advice on a valid sampler: the key, and what about it."""
     search, sampler, options = recipe.search, recipe.search.sampler, recipe.search.sampler.options
     for feature, cell in CELLS[sampler.name].items():
         if cell.verdict == "warns" and USES[feature].applies(recipe):
@@ -248,7 +248,7 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
         what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, of only"
         yield "search.sampler.name", f"{what} {counted(search.trials, 'trial')}"
     if sampler.name == "cmaes" and search.enqueue:
-        yield "search.enqueue", "are tried, but teach nothing: cmaes learns from its own draws alone"
+        yield "search.enqueue", "are tried, but cmaes learns from its own draws alone"
     size = grid_size(search.space) if sampler.name == "grid" else None
     if search.space and size is not None and size < search.trials:
         there = counted(size, "point")
@@ -274,6 +274,7 @@ def _refused(recipe: Recipe) -> Iterator[Finding]:
 def _options(recipe: Recipe) -> Iterator[Finding]:
     name, given = recipe.search.sampler.name, recipe.search.sampler.options
     known = OPTIONS[name]
+    reads: tuple[KeyPath, ...] = (NAME, OPTIONS_PATH)
     for key, value in given.items():
         path: KeyPath = (*OPTIONS_PATH, key)
         option = known.get(key)
@@ -283,15 +284,8 @@ def _options(recipe: Recipe) -> Iterator[Finding]:
             rule = f"{name} has no such option" if known else f"{name} has no options"
             yield Finding(path, rule, allowed=tuple(known), nearest=nearest(key, known), next_step=step, reads=(NAME,))
         elif not option.takes(value):
-            near = nearest(str(value), option.choices)
-            yield Finding(path, f"must be {option.range}", shown(value), option.choices, near, reads=(NAME,))
-    yield from _excluded(name, given)
-
-
-def _excluded(name: str, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Options of a sampler that exclude each other."""
-    reads: tuple[KeyPath, ...] = (NAME, OPTIONS_PATH)
-    if name == "tpe" and options.get("group") is True and options.get("multivariate") is False:
+            yield unlisted(path, f"must be {option.range}", value, option.choices, NAME)
+    if name == "tpe" and given.get("group") is True and given.get("multivariate") is False:
         yield Finding((*OPTIONS_PATH, "group"), "group needs multivariate: true", reads=reads)
-    if name == "cmaes" and options.get("lr_adapt") is True and options.get("with_margin") is True:
+    if name == "cmaes" and given.get("lr_adapt") is True and given.get("with_margin") is True:
         yield Finding((*OPTIONS_PATH, "lr_adapt"), "lr_adapt and with_margin exclude each other", reads=reads)

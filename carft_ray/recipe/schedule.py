@@ -1,4 +1,4 @@
-"""A training's schedule in steps, epochs, images and percent, as far as rules, evaluations and pruners must know it."""
+"""A training's schedule in steps, epochs, images and percent, as far as rules, evaluations and pruners need it."""
 
 import math
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def rungs(pruner: PrunerConfig) -> tuple[int, ...]:
 
 
 def has_intermediate_value(every_epochs: int, pruner: PrunerConfig, epoch: int, epochs: int) -> bool:
-    """Tells whether a training is evaluated on the subset at the end of an epoch.
+    """Returns whether a training is evaluated on the subset at the end of an epoch.
 
     It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.
     """
@@ -58,14 +58,14 @@ def has_intermediate_value(every_epochs: int, pruner: PrunerConfig, epoch: int, 
 
 
 def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None) -> int:
-    """Returns at how many intermediate values the pruner could cut a training of so many epochs.
+    """Returns at how many evaluations the recipe's pruner could cut a training of so many epochs.
 
-    The last epoch is none of them, nor is an evaluation before ``search.pruner.first`` or in the warm-up.
+    The last epoch is none of them, nor is an evaluation before ``search.pruner.first``, nor one in the warm-up.
 
     Args:
         recipe: The recipe.
         epochs: Of the training.
-        steps_per_epoch: At the smallest batch; None: not known, and none is in the warm-up.
+        steps_per_epoch: At the smallest batch; None: not known, and no evaluation is in the warm-up.
     """
     pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
     warmup = 0
@@ -81,7 +81,7 @@ def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None)
 
 
 def can_cut(recipe: Recipe, num_images: int | None = None) -> bool:
-    """Tells whether the recipe's pruner could cut any of the trainings that the search space holds.
+    """Returns whether the recipe's pruner could cut any of the trainings that the search space holds.
 
     Args:
         recipe: A recipe with a pruner.

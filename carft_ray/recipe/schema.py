@@ -2,7 +2,7 @@
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
 study is resumed (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
-``python -m carft_ray.recipe.tables``. Rules that concern several keys stand in ``rules.py``.
+``python -m carft_ray.recipe.tables``. Rules that concern several keys are in ``rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
 otherwise.
@@ -69,7 +69,7 @@ class AlphaConfig(Config):
     grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = key(
         (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "[0, 0.25, 0.5, 0.75, 1]", OBJECTIVE, range="rises from 0 to 1"
     )
-    """where the alpha curve is measured, beside `lowest` and up to two points next to the best
+    """alphas at which the curve is measured, in addition to `lowest` and up to two next to the best
     ([docs/objectives.md](../docs/objectives.md))"""
     lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, "0.2", OBJECTIVE)
     """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
@@ -95,8 +95,8 @@ class ObjectiveConfig(Config):
     """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
     Pareto front, which needs `alpha.mode: sample`"""
     id_weight: Fraction = key(0.5, "0.3", RANKING)
-    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: of the number by
-    which a running training is looked at"""
+    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
+    intermediate values of a running training"""
     id_margin: Fraction = key(0.005, "0.01", Resume("identity", "what a confirm claims is fixed before it is seen"))
     """in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it ranks
     nothing"""
@@ -112,12 +112,13 @@ class SamplerConfig(Config):
     name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
     """who proposes the next values"""
     seed: Seed = key(
-        0, "1", Resume("identity", "choosing a luckier seed is selection on noise; qmc goes on with its own")
+        0, "1", Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
     )
     """seed of the sampler"""
     startup_trials: PositiveInt | None = key(None, "8", SAMPLING, range="1 to `search.trials`")
     """random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, which
     learns nothing from them"""
+    # checked by sampler_rules.py
     options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key(
         {},
         "{n_ei_candidates: 48}",
@@ -136,11 +137,11 @@ class PrunerConfig(Config):
     first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, "0.25", CUT)
     """share of the schedule before which no training is cut; the first rung"""
     factor: Annotated[int, Field(ge=2, strict=True)] = key(2, "3", CUT)
-    """`successive_halving`: one in so many trainings goes on, and the next rung is so many times later"""
+    """`successive_halving`: one in so many trainings continues, and the next rung is so many times later"""
     startup_trials: PositiveInt = key(4, "8", CUT)
     """`median`, `percentile`: complete trials before anything is cut"""
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, "50.0", CUT)
-    """`percentile`: the best share of the trainings that goes on, in percent"""
+    """`percentile`: percentage of the trainings, the best ones, that continues"""
 
 
 class SearchConfig(Config):
@@ -166,12 +167,12 @@ class SearchConfig(Config):
         "[{learning_rate: 5e-4, kl_weight: 10}]",
         PROPOSED,
         type="list of fields of train",
-        range="values inside the space, no point twice",
+        range="values inside the space, no entry twice",
     )
     """values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; they
     count as trials"""
     warm_start: tuple[str, ...] = key((), "[../studies/first]", PROPOSED, range="folders of studies")
-    """other studies whose trials the sampler is told of; they are no trials of this one"""
+    """other studies whose trials are passed to the sampler; they are not trials of this one"""
     baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(nothing_is_empty)] = key(
         {},
         "{fine_tuning: {kl_weight: 0}}",
@@ -179,10 +180,10 @@ class SearchConfig(Config):
         type="name: fields of train",
         range="any name but `zero_shot`, which is always shown",
     )
-    """values over `train`, trained before the trials and shown beside them, never told to the sampler"""
+    """values over `train`, trained before the trials and shown with them, never passed to the sampler"""
     max_concurrent_trials: PositiveInt | None = key(None, "2", HOW_FAST)
-    """trials at a time; null: what the machine or cluster holds; one fewer each time that Ray ends a trial for want of
-    memory"""
+    """trials at a time; null: as many as the machine or cluster has resources for; one fewer each time that Ray ends a
+    trial that is out of memory"""
     keep_checkpoints: PositiveInt = key(3, "10", Resume("running", "what is kept"))
     """best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings on a
     Pareto front); the results of the others stay"""
@@ -201,8 +202,8 @@ class ResourcesConfig(Config):
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
         None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )
-    """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share lies on one GPU: with 0.3, three trials run
-    on each"""
+    """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share is of one GPU: with 0.3, three trials run on
+    each"""
     threads: PositiveInt | None = key(None, "1", HOW_FAST)
     """torch threads per worker; null: `cpus_per_worker`"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, "600", HOW_FAST)
@@ -211,7 +212,7 @@ class ResourcesConfig(Config):
 
     @property
     def threads_per_worker(self) -> int:
-        """Torch threads of a worker; trials that fight for cores were measured 100 times slower."""
+        """Torch threads of a worker; trials that compete for cores were measured 100 times slower."""
         return self.threads or max(1, int(self.cpus_per_worker))
 
 

@@ -30,7 +30,7 @@ MEASURED = Resume("identity", "what the objective is measured on")
 TESTED = Resume("identity", "fixed before anything is selected")
 SHARED = Resume(
     "running",
-    "the list of shared images is made once, before the first trial; with keep, images stand that are found later",
+    "the list of shared images is made once, before the first trial; with keep, images that are found later stay",
 )
 KEPT_IMAGES = Resume("running", "where and how images are kept; the pixels are the same")
 IMAGES = Resume("identity", "which images")
@@ -111,12 +111,12 @@ class SandboxSet(Config):
 
 
 class StoredSet(Config):
-    """What every set of stored images has: where it lies, and which of its images belong to it."""
+    """What every set of stored images has: where it is, and which of its images belong to it."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
 
     path: str = key(REQUIRED, "../my_images", MOVED, range="a path")
-    """where the images lie"""
+    """where the images are"""
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(
         None, "[0, 0.1]", IMAGES, range="0 <= from < to <= 1"
     )
@@ -127,10 +127,10 @@ class StoredSet(Config):
     shots_seed: Seed = key(0, "1", IMAGES)
     """other seed, other shots"""
     classes: Literal["all", "some"] = key(
-        "all", "some", Resume("identity", "between which classes images are told apart")
+        "all", "some", Resume("identity", "among which classes images are classified")
     )
-    """`all`: the set has every class of the class list; `some`: it has some of them, and its images are told apart
-    between those only"""
+    """`all`: the set has every class of the class list; `some`: it has some of them, and its images are classified
+    among those only"""
     on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
     """an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first of a
     set and says where all are named, and the manifest counts them (every image is decoded once to find them)"""
@@ -151,7 +151,7 @@ class FolderSet(StoredSet):
     domains: Domains | None = key(
         None, "[silhouette, quickdraw]", IMAGES, range="at least 1 name of a folder, none twice"
     )
-    """the folders of the tree that belong to the set; null: the class folders stand at `path`"""
+    """the folders of the tree that belong to the set; null: the class folders are at `path`"""
 
 
 class ColumnSet(StoredSet):
@@ -212,13 +212,14 @@ class WebDatasetSet(StoredSet):
     """ending of the file with the label, or `json:KEY`; null: `cls`"""
     class_names: ClassNames | None = key(None, "[cat, dog]", CLASS_NAMES, range="none twice")
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of
-    `classnames.txt` beside the shards, else the texts of the labels, sorted"""
+    `classnames.txt` next to the shards, else the texts of the labels, sorted"""
 
 
 class BenchmarkSet(StoredSet):
     """A public benchmark as its archives unpack, with its own class list, splits and masks."""
 
     source: Literal["benchmark"] = key(REQUIRED, "sandbox", IMAGES)
+    # a key of benchmarks.py
     name: str = key(REQUIRED, "vlcs", IMAGES, range="a name of the table above")
     """which benchmark: its class list, masks and splits"""
     split: str | None = key(None, "out", IMAGES, range="as the table above says")
@@ -300,17 +301,17 @@ class DataConfig(Config):
     )
     """classes in the order of the labels; null: those of `train` (folders: sorted)"""
     shared_images: Literal["drop", "keep", "fail"] = key("drop", "keep", SHARED)
-    """images that stand in two roles: `drop` leaves them to the role nearest to the test, `keep` leaves all, and test
+    """images that are in two roles: `drop` keeps them in the role nearest to the test, `keep` keeps all, and test
     numbers are given without them too, `fail` ends with exit code 8"""
     shared_limit: Fraction = key(0.05, "0.1", SHARED)
     """largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely wrong"""
     cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES, range="a path")
     """folder for decoded images; null: the user's cache folder"""
     cache_gb: PositiveFloat | None = key(None, "50", KEPT_IMAGES)
-    """size of that folder in 10^9 bytes; after a build, what was not used for longest goes until it fits, but nothing
-    in use; null: no limit"""
+    """size of that folder in 10^9 bytes; after a build, the entries that were unused for longest are removed until it
+    fits, none in use; null: no limit"""
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
-    """keep the files of `train` as one file in the cache; auto: where they lie on network disks and the cache does not,
+    """keep the files of `train` as one file in the cache; auto: where they are on network disks and the cache is not,
     and the images of Parquet files"""
 
 

@@ -1,6 +1,6 @@
 """Writes the tables of keys in the documents, from the fields of the schema: ``python -m carft_ray.recipe.tables``.
 
-A table stands between ``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else is written by hand.
+A table is between ``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else is written by hand.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def key_tables() -> dict[str, list[str]]:
 
 
 def resume_tables() -> dict[str, list[str]]:
-    """Returns the tables that say which keys may change freely when a study goes on, and which never change."""
+    """Returns the tables that say which keys may change freely when a study is resumed, and which never change."""
     names: dict[Resume, dict[str, None]] = {}
     for key in documented_keys():
         names.setdefault(key.key.resume, {})[f"`{key.name}`"] = None

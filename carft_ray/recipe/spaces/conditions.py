@@ -10,12 +10,12 @@ from carft_ray.recipe.text import KeyPath
 
 
 def same(left: Any, right: Any) -> bool:
-    """Tells whether two values of a recipe are one: 1 is 1.0, and true is no number."""
+    """Returns whether two values of a recipe are one: 1 is 1.0, and true is no number."""
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
 def is_active(parameter: Parameter, values: Mapping[str, Any]) -> bool:
-    """Tells whether a parameter is drawn in addition to these values; a parent without a value fulfils no condition."""
+    """Returns whether a parameter is drawn in addition to these values; a parent without a value meets no condition."""
     return all(
         name in values and any(same(values[name], wanted) for wanted in allowed)
         for name, allowed in parameter.when.items()

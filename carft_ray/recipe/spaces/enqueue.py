@@ -6,10 +6,9 @@ from typing import Any
 
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.messages import SYNONYMS, Finding, shown, unlisted
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import is_active, same
-from carft_ray.recipe.spaces.grid import decimal
 from carft_ray.recipe.text import KeyPath
 
 NESTED = "train"

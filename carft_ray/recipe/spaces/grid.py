@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import active_values, in_order, is_active, same
 
@@ -22,11 +22,6 @@ def num_values(parameter: Parameter) -> int | None:
     if parameter.step is None:
         return None
     return int((decimal(parameter.high) - decimal(parameter.low)) / decimal(parameter.step)) + 1
-
-
-def decimal(value: float) -> Decimal:
-    """Returns a number as it is written: 0.1 divides 0.9 then, which floats deny."""
-    return Decimal(str(value))
 
 
 def grid_size(space: Mapping[str, Parameter]) -> int | None:
@@ -61,7 +56,7 @@ def grid_index(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> tup
 
 
 def contains(parameter: Parameter, value: Any) -> bool:
-    """Tells whether a parameter may have a value."""
+    """Returns whether a parameter may have a value."""
     return _number(parameter, value) is not None
 
 

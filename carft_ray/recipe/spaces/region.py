@@ -7,11 +7,11 @@ is a set of values over all fields of ``train``, and two spaces can be compared 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.rules import SEARCHABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import active_values, same
-from carft_ray.recipe.spaces.grid import contains, decimal, num_values
+from carft_ray.recipe.spaces.grid import contains, num_values
 
 Direction = Literal["narrow", "widen"]
 DIRECTIONS: tuple[Direction, ...] = ("narrow", "widen")
@@ -51,7 +51,7 @@ def directions(old: Parameter | None, new: Parameter | None, own: Any) -> frozen
 
 
 def _covers(outer: Parameter | None, inner: Parameter | None, own: Any) -> bool:
-    """Tells whether each value that ``inner`` may have, ``outer`` may have in the same place."""
+    """Returns whether each value that ``inner`` may have, ``outer`` may have in the same place."""
     if outer is None or inner is None:
         return (inner is None or _only(inner, own)) and (outer is None or contains(outer, own))
     if not _within(inner, outer):
@@ -62,7 +62,7 @@ def _covers(outer: Parameter | None, inner: Parameter | None, own: Any) -> bool:
 
 
 def _within(inner: Parameter, outer: Parameter) -> bool:
-    """Tells whether all values of one parameter are values of another."""
+    """Returns whether all values of one parameter are values of another."""
     points = _points(inner)
     if points is not None:
         return all(contains(outer, point) for point in points)
@@ -92,5 +92,5 @@ def _only(parameter: Parameter, value: Any) -> bool:
 
 
 def _implies(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> bool:
-    """Tells whether a condition holds nowhere where another one does not."""
+    """Returns whether a condition holds nowhere where another one does not."""
     return all(name in one and all(any(same(v, w) for w in other[name]) for v in one[name]) for name in other)
