@@ -1,6 +1,6 @@
 """The benchmarks that ``source: benchmark`` knows by name: what a recipe may say of each.
 
-How their files lie stands in ``data/benchmark_sets/layouts.toml``, what is known of their classes in the folder ``facts``.
+How their files lie stands in ``data/benchmark_sets/layouts.toml``, what is known of their classes in ``facts/`` there.
 """
 
 from dataclasses import dataclass
