@@ -620,6 +620,6 @@ def test_how_many_images_are_left_out_is_told_once_with_the_first_ones(run, here
     assert "; and 1 more (carft-ray doctor RECIPE --json names all of training and validation)" in line
     named = json.loads(run("doctor", "recipe.yaml", "--json", *SKIP)[1])["sets"]["data.train"]["unreadable"]
     assert [f"star/{index}.png" in text for index, text in enumerate(named)] == [True] * 4
-    records._told.clear()  # as in a process of its own, which opens the set three times
+    records._warned.clear()  # as in a process of its own, which opens the set three times
     code, _, said = run("train", "--out", "skipping", *SKIP)
     assert (code, said.count("left out")) == (0, 1)

@@ -35,7 +35,6 @@ SEVERITY = 3
 IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
 WEATHER = ("fog", "frost", "gaussian_noise", "defocus_blur", "jpeg_compression")
 
-
 _TEMPLATE = Template(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 

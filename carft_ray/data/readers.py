@@ -86,6 +86,7 @@ def _of_files(
     return Reader(list_files, problems, places, **more)
 
 
+_ROWS: dict[str, Any] = {"disjoint": tables.rows_disjoint, "naming": tables.naming}
 READERS: dict[type[StoredSet], Reader] = {
     BenchmarkSet: Reader(
         benchmarks.list_benchmark,
@@ -101,25 +102,12 @@ READERS: dict[type[StoredSet], Reader] = {
         folder.folder_set_places,
         naming=lambda spec: spec.domains is None,
     ),
-    TableSet: _of_files(
-        tables.table_files,
-        tables.list_rows,
-        tables.own_class_names,
-        disjoint=tables.rows_disjoint,
-        naming=tables.naming,
-    ),
     WebDatasetSet: _of_files(
-        webdataset.shards,
-        webdataset.list_shards,
-        webdataset.own_class_names,
-        naming=lambda spec: spec.image,
+        webdataset.shards, webdataset.list_shards, webdataset.own_class_names, naming=lambda spec: spec.image
     ),
+    TableSet: _of_files(tables.table_files, tables.list_rows, tables.own_class_names, **_ROWS),
     HuggingFaceSet: _of_files(
-        huggingface.data_files,
-        partial(tables.list_rows, kind=huggingface.KIND),
-        tables.own_class_names,
-        disjoint=tables.rows_disjoint,
-        naming=tables.naming,
+        huggingface.data_files, partial(tables.list_rows, kind=huggingface.KIND), tables.own_class_names, **_ROWS
     ),
 }
 

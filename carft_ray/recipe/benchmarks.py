@@ -1,6 +1,6 @@
 """The benchmarks that ``source: benchmark`` knows by name: what a recipe may say of each.
 
-The layout of their files is in ``data/benchmark_sets/reader.py``, facts about their classes in ``data/facts/``.
+The layout of their files is in ``data/benchmark_sets/layouts.toml``, facts about their classes in ``facts/`` there.
 """
 
 from dataclasses import dataclass

@@ -201,8 +201,8 @@ def made_once(path: Path, lock_path: Path, read: Callable[[Path], T | None], mak
     if (found := read(path)) is not None:
         return found
     with lock(lock_path) as alone:
-        for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
-            left.unlink(missing_ok=True)  # of a process that was killed
+        for left in path.parent.glob(f".{path.stem}.*.tmp") if alone else ():
+            left.unlink(missing_ok=True)  # of the file or a part of it, by a process that was killed
         return make() if (found := read(path)) is None else found
 
 
