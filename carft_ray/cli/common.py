@@ -8,12 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from carft_ray import __version__, console, environment
 from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from carft_ray.recipe.schema import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -159,7 +162,9 @@ def require_choice(option: str, rule: str, value: str, allowed: Iterable[str]) -
         raise UsageError(Problem(option, rule, repr(value), allowed, nearest(value, allowed)))
 
 
-def load(path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None) -> Any:
+def load(
+    path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
+) -> "Recipe":
     """Loads and checks a recipe as far as that needs no weights; warnings go to standard error.
 
     Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
@@ -221,7 +226,7 @@ def command_line(*words: object, **options: object) -> str:
     return shlex.join(line)
 
 
-def begin_line(value: Any, recipe: Path, study: Path | None = None, **options: object) -> str:
+def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **options: object) -> str:
     """Returns the command that begins with a recipe: a search, or one training where it has nothing to search.
 
     Args:

@@ -3,13 +3,18 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
+
+if TYPE_CHECKING:
+    from carft_ray.recipe.schema import Recipe
+    from carft_ray.results.confirmation.plan import Stage
+    from carft_ray.results.reading.overview import Overview
 
 WINNER_RULES = ("search", "confirmed")
 
@@ -77,7 +82,14 @@ def confirm(
         common.suggest(study, "confirm")
 
 
-def _train(view: Any, recipe: Any, asked: Any, twice: bool, show: bool, run: Callable[[Any, Any], None]) -> Any:
+def _train(
+    view: "Overview",
+    recipe: "Recipe",
+    asked: tuple[int, int, list["Overview"]],
+    twice: bool,
+    show: bool,
+    run: Callable[[Any, Any], None],
+) -> tuple["Stage", "Stage | None"]:
     """Fixes the winner and trains; where the fresh seeds choose, trains their choice once more; returns both stages.
 
     Args:
@@ -100,7 +112,7 @@ def _train(view: Any, recipe: Any, asked: Any, twice: bool, show: bool, run: Cal
     for note in notes:
         console.warn(note)
 
-    def train(stage: Any) -> None:
+    def train(stage: "Stage") -> None:
         say(plan.cost(read_study(study_dir), stage))
         trainings = stage.trainings()
         with search_shown(show, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as on_event:

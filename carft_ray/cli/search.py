@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
 from carft_ray.words import counted
+
+if TYPE_CHECKING:
+    from carft_ray.recipe.schema import Recipe
 
 NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
 WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
@@ -96,7 +99,7 @@ def _load(
     sources: list[Path] | None,
     executor: str | None,
     num_workers: int | None,
-) -> Any:
+) -> "Recipe":
     """Returns a recipe with further studies for a warm start, whose paths count from the working directory."""
     overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
     value = common.load(path, overrides, executor, num_workers)
@@ -105,7 +108,7 @@ def _load(
 
 
 def _search(
-    value: Any,
+    value: "Recipe",
     study: Path,
     address: str | None,
     again: str | None,
