@@ -165,7 +165,7 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
         if has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
             # open_clip then searches the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
-        return Opened(model, config, hugging_face.convert(state, model.state_dict()), str(folder), place, folder)
+        return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
     config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
