@@ -116,7 +116,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _needs_channels_first(visual: nn.Module) -> bool:
-    """Finds a convolution whose gradient crashes the process on the CPU when the channels stand last.
+    """Finds a convolution whose gradient crashes the process on the CPU when the channels come last.
 
     That is oneDNN's (3.12 in torch 2.13), for 1 x 1 kernels with a stride over fewer than 16 channels: the first layer
     of FastViT, which MobileCLIP has.
