@@ -169,7 +169,7 @@ SICK = [
     (None, ("data.ood_val.fog.domains=[val]",), "error", "must not share images with data.id_val"),
     (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
     (None, ("train.lora_rank=99",), "error", "train.lora_rank: must be at most 32, the smallest side of a matrix"),
-    (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot tell"),
+    (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot"),
     (
         None,
         ('prompts.templates=["a {}", "' + "very " * 40 + '{}"]',),

@@ -78,7 +78,7 @@ def test_shapes_and_labels_that_do_not_belong_together_are_refused():
     ids, labels, logits = random_set()
     with pytest.raises(ValueError, match="must belong together"):
         predictions_table("s", 1.0, ids[:-1], labels, logits)
-    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 15"):
+    with pytest.raises(ValueError, match=r"labels must be in 0 \.\. 15"):
         predictions_table("s", 1.0, ids, labels + 16, logits)
 
 

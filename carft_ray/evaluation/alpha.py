@@ -140,7 +140,7 @@ def between(profile: AlphaProfile, lowest: float) -> tuple[float, ...]:
 def stepped_back(profile: AlphaProfile, measured: Mapping[str, float], lowest: float) -> AlphaChoice:
     """Returns the choice of a profile after its alpha, which is no point of the profile, was evaluated.
 
-    The choice stands unless it misses the constraints by more than the best point does; then that one is chosen.
+    The choice stays unless it misses the constraints by more than the best point does; then that one is chosen.
 
     Args:
         profile: With its choice.

@@ -74,7 +74,7 @@ def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -
 
 
 def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[Limit, ...]:
-    """Returns the constraints by what the search has written beside its preparation.
+    """Returns the constraints by the accuracies that the search has written next to its preparation.
 
     None without that file: baselines and trainings outside a search are never constrained.
 

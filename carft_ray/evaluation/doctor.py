@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a recipe, its data and its model, looked at before a GPU is taken.
+"""Everything that can be wrong with a recipe, its data and its model, checked before a GPU is taken.
 
 Sets are read image by image (test sets are counted and hashed only), the model is loaded, prompts are tokenized, and
-the zero-shot model is measured on ``id_val`` and on each OOD validation set, side by side: that tells whether a set is
+the zero-shot model is measured on ``id_val`` and on each OOD validation set, side by side: that shows whether a set is
 a shift at all, and whether class words and preprocessing are right.
 """
 
@@ -28,7 +28,7 @@ from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.metrics import wilson
-from carft_ray.evaluation.predictions import accuracy, select
+from carft_ray.evaluation.predictions import accuracy
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
 from carft_ray.learning.classifier import build_classifier
@@ -59,7 +59,7 @@ class Finding:
     """One thing to know.
 
     Attributes:
-        level: ``error``: a search would fail or mean nothing; ``warning``: look at it; ``note``: good to know.
+        level: ``error``: a search would fail or mean nothing; ``warning``: check it; ``note``: good to know.
         problem: Place, what, and what to do.
     """
 
@@ -77,7 +77,7 @@ class Diagnosis:
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
         model: Size and text side of the model; empty when it cannot be loaded.
         machine: ``device``, free disk and memory, versions.
-        pairs: Images that stand in two roles; None where that was not looked at.
+        pairs: Images that are in two roles; None where that was not checked.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -87,9 +87,13 @@ class Diagnosis:
     machine: dict[str, Any] = field(default_factory=dict)
     pairs: list[SharedPair] | None = None
 
-    def add(self, level: Level, problem: Problem | Sequence[Problem]) -> None:
-        """Adds findings of one level."""
-        self.findings += [Finding(level, one) for one in ([problem] if isinstance(problem, Problem) else problem)]
+    def add(self, level: Level, place: str, rule: str, value: str = "", next_step: str = "") -> None:
+        """Adds a finding."""
+        self.findings.append(Finding(level, Problem(place, rule, value, next_step=next_step)))
+
+    def fail(self, problems: Sequence[Problem]) -> None:
+        """Adds errors."""
+        self.findings += [Finding("error", problem) for problem in problems]
 
     @property
     def errors(self) -> list[Problem]:
@@ -108,53 +112,53 @@ def examine(
     say: Say = lambda text: None,
     progress: Progress = lambda what: lambda done, total: None,
 ) -> Diagnosis:
-    """Looks at everything, and goes on as far as it can after a problem. Test sets are counted and hashed only.
+    """Checks everything, and continues as far as it can after a problem. Test sets are counted and hashed only.
 
     Args:
         recipe: A valid recipe.
         num_images: Images of each validation set on which the zero-shot model is measured, by a hash of the sample id.
         quick: Read no image: lists, model and prompts only.
-        say: Told what is being done.
+        say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
     """
     found = Diagnosis()
     for text in (*warnings(recipe), *model_warnings(recipe.model)):
-        found.add("warning", Problem("", text))
-    found.add("error", check_model(recipe.model))
-    found.add("error", check_roles(recipe))
+        found.add("warning", "", text)
     problems = check_sets(recipe)
-    found.add("error", problems)
-    say("looking at the machine")
-    _look_at_machine(recipe, found)
+    found.fail([*check_model(recipe.model), *check_roles(recipe), *problems])
+    say("checking the machine")
+    _check_machine(recipe, found)
     wrong = {problem.place for problem in problems}
-    classes, cache = _class_list(recipe), cache_dir(recipe)
+    cache = cache_dir(recipe)
+    try:
+        classes = class_folders(recipe)
+    except DataError:  # the training set that has the list is broken, which ``check_sets`` reports
+        classes = None
     quick = quick or any(problem.place == "data.cache_dir" for problem in found.errors)  # what is found is kept there
     for path, spec in named_sets(recipe).items() if classes is not None else ():
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _look_at_set(spec, place, classes, quick, cache, found, progress(place))
-    if not quick and not found.errors:
-        say("comparing the images of the roles")
-        try:
+            _check_set(spec, place, classes, quick, cache, found, progress(place))
+    try:
+        if not quick and not found.errors:
+            say("comparing the images of the roles")
             found.pairs = shared_pairs(recipe, cache, say)
             rows = decide(recipe, found.pairs)
-            found.add("note", [Problem("", line) for line in shared_lines(rows)])
+            for line in shared_lines(rows):
+                found.add("note", "", line)
             recipe = without_shared(recipe, rows)
-        except CarftError as error:
-            found.add("error", error.problems)
-    if found.errors:
-        say("the model is not looked at: mend the errors first")
-        return found
-    say("opening the model")
-    try:
-        _look_at_model(recipe, num_images, quick, found, say)
+        if found.errors:
+            say("the model is not checked: correct the errors first")
+            return found
+        say("opening the model")
+        _check_model(recipe, num_images, quick, found, say)
     except CarftError as error:
-        found.add("error", error.problems)
+        found.fail(error.problems)
     return found
 
 
-def _look_at_machine(recipe: Recipe, found: Diagnosis) -> None:
+def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
     cache = cache_dir(recipe)
     there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
@@ -172,18 +176,10 @@ def _look_at_machine(recipe: Recipe, found: Diagnosis) -> None:
         tempfile.TemporaryFile(dir=cache).close()  # a system may forbid what the rights of a folder allow
     except OSError as error:
         rule, step = "must be a folder that may be written", "Name another one in data.cache_dir."
-        found.add("error", Problem("data.cache_dir", rule, f"{cache}: {error.strerror}", next_step=step))
+        found.add("error", "data.cache_dir", rule, f"{cache}: {error.strerror}", step)
 
 
-def _class_list(recipe: Recipe) -> tuple[str, ...] | None:
-    """Returns the class list; None where the training set that has it is broken, which ``check_sets`` tells."""
-    try:
-        return class_folders(recipe)
-    except DataError:
-        return None
-
-
-def _look_at_set(
+def _check_set(
     spec: Any,
     place: str,
     classes: tuple[str, ...] | None,
@@ -205,60 +201,56 @@ def _look_at_set(
             found.sets[place] |= image_facts(source, known)
             _judge_images(place, spec.on_bad_image, found.sets[place], found)
     except CarftError as error:
-        found.add("error", error.problems)
+        found.fail(error.problems)
         return
     if expected is not None and expected != len(source):
         step = "Images are missing or not of the set: fetch it again, or say in your report what you used."
-        found.add("warning", Problem(place, f"must have {expected:,} images", f"{len(source):,}", next_step=step))
+        found.add("warning", place, f"must have {expected:,} images", f"{len(source):,}", step)
 
 
-def _judge_classes(place: str, role: str, told: Mapping[str, Any], num_classes: int, found: Diagnosis) -> None:
-    counts = told["images_per_class"]
-    if role in ("id_val", "id_test") and told["num_classes"] < num_classes:
-        value = f"{told['num_classes']} of {num_classes}"
-        found.add("note", Problem(place, "accuracy says nothing of a class without an image", value))
+def _judge_classes(place: str, role: str, facts: Mapping[str, Any], num_classes: int, found: Diagnosis) -> None:
+    counts = facts["images_per_class"]
+    if role in ("id_val", "id_test") and facts["num_classes"] < num_classes:
+        value = f"{facts['num_classes']} of {num_classes}"
+        found.add("note", place, "accuracy says nothing of a class without an image", value)
     if role == "train" and counts["max"] >= IMBALANCE * counts["min"]:
         fewest = f"{counts['min']} to {counts['max']} images, fewest of {counts['smallest_class']!r}"
-        rule = f"classes are far from equally often: {fewest}"
-        found.add("warning", Problem(place, rule, next_step="Accuracy is of images: the small classes count little."))
+        step = "Accuracy is of images: the small classes count little."
+        found.add("warning", place, f"classes are far from equally often: {fewest}", next_step=step)
 
 
-def _judge_images(place: str, on_bad_image: str, told: Mapping[str, Any], found: Diagnosis) -> None:
-    if told["unreadable"]:
+def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found: Diagnosis) -> None:
+    if facts["unreadable"]:
         skipped = on_bad_image == "skip"
-        rule = "every image must be readable"
-        step = "They will be skipped." if skipped else f"Mend or remove them, or write {place}.on_bad_image: skip."
-        first = "; ".join(text.splitlines()[0] for text in told["unreadable"][:NUM_EXAMPLES])
-        value = f"{told['num_unreadable']} of {told['num_images']} that are not, such as {first}"
-        found.add("warning" if skipped else "error", Problem(place, rule, value, next_step=step))
-    if told["contradictions"]:
-        value = f"the same image under two labels: {told['contradictions'][0]}"
-        step = "Remove the one that is wrong."
-        found.add("warning", Problem(place, "an image must have one label", value, next_step=step))
-    if told["num_twice"]:
-        value = f"{told['num_twice']} of {told['num_images']} images that repeat an earlier one"
-        found.add("note", Problem(place, "an image counts as often as it is there", value))
-    if len(told["modes"]) > 1:
-        words = ", ".join(f"{count} {mode}" for mode, count in told["modes"].items())
-        found.add("note", Problem(place, f"images of several modes are made RGB (docs/data.md): {words}"))
+        step = "They will be skipped." if skipped else f"Repair or remove them, or write {place}.on_bad_image: skip."
+        first = "; ".join(text.splitlines()[0] for text in facts["unreadable"][:NUM_EXAMPLES])
+        value = f"{facts['num_unreadable']} of {facts['num_images']} that are not, such as {first}"
+        found.add("warning" if skipped else "error", place, "every image must be readable", value, step)
+    if facts["contradictions"]:
+        value = f"the same image under two labels: {facts['contradictions'][0]}"
+        found.add("warning", place, "an image must have one label", value, "Remove the one that is wrong.")
+    if facts["num_twice"]:
+        value = f"{facts['num_twice']} of {facts['num_images']} images that repeat an earlier one"
+        found.add("note", place, "an image counts as often as it is there", value)
+    if len(facts["modes"]) > 1:
+        words = ", ".join(f"{count} {mode}" for mode, count in facts["modes"].items())
+        found.add("note", place, f"images of several modes are made RGB (docs/data.md): {words}")
 
 
-def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+def _check_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
     recipe = with_threads(recipe, environment.usable_cores())
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = None if quick else load_shared_inputs(recipe)
     clip = load_clip(recipe.model) if inputs is None else inputs.clip
-    words = class_names(recipe)
-    prompts = templates(recipe.prompts, SANDBOX_TEMPLATES)
+    words, prompts = class_names(recipe), templates(recipe.prompts, SANDBOX_TEMPLATES)
     _judge_words(clip, words, prompts, found)
     heads = cached_heads(recipe, clip, words, prompts, device_of(recipe), say)
-    class_head_CD, context_head_TD = heads["class_head"], heads["context_head"]
     visual: torch.nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     weights = sum(parameter.numel() for parameter in visual.parameters())
     impossible = recipe_problems(visual, recipe)
-    found.add("error", impossible)
+    found.fail(impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
-    needed = training_bytes(weights, trained, recipe.train.ema_decay is not None)
+    needed_gb = round(training_bytes(weights, trained, recipe.train.ema_decay is not None) / 1e9, 2)
     found.model = {
         "name": recipe.model.name,
         "weights_hash": clip.weights_hash,
@@ -268,46 +260,40 @@ def _look_at_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosi
         "num_contexts": len(prompts),
         "tower_weights": weights,
         "trained_weights": trained,
-        "training_memory_gb": round(needed / 1e9, 2),
+        "training_memory_gb": needed_gb,
     }
     if clip.logit_bias is not None:
         rule = f"logit_bias {clip.logit_bias:g} is left out: a constant shift of all logits changes no softmax"
-        found.add("note", Problem("model.name", rule))
+        found.add("note", "model.name", rule)
     memory = found.machine["memory_gb"]
-    if found.machine["device"] == "cpu" and found.model["training_memory_gb"] > memory:
-        value = f"{found.model['training_memory_gb']} GB for the weights alone, of {memory} GB"
+    if found.machine["device"] == "cpu" and needed_gb > memory:
+        value = f"{needed_gb} GB for the weights alone, of {memory} GB"
         step = "Take a smaller model, or train less of it: train.freeze_layers or train.lora_rank."
-        found.add("error", Problem("model.name", "a training must fit into memory", value, next_step=step))
-    sizes = {place: one["short_side"] for place, one in found.sets.items() if one.get("short_side")}
-    small = [place for place, size in sizes.items() if size["median"] < clip.image_size / 2]
+        found.add("error", "model.name", "a training must fit into memory", value, step)
+    medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
+    small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:
-        sides = ", ".join(f"{place} {sizes[place]['median']:g}" for place in small)
-        rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {sides}"
-        found.add("note", Problem("model", rule))
+        rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {', '.join(small)}"
+        found.add("note", "model", rule)
     if inputs is not None:
         say(f"measuring the zero-shot model on up to {num_images} images of each validation set")
-        _measure(recipe, inputs, class_head_CD, context_head_TD, num_images, found)
-    _judge_contexts(context_head_TD, prompts, found)
+        _measure(recipe, inputs, heads, num_images, found)
+    _judge_contexts(heads["context_head"], prompts, found)
 
 
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
     for word, labels in same_words(words).items():
-        rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot tell apart: labels {labels}"
-        found.add("note", Problem("prompts.class_names", rule, next_step="Give them words that differ."))
+        rule = f"{word!r} names {len(labels)} classes, which zero-shot cannot distinguish: labels {labels}"
+        found.add("note", "prompts.class_names", rule, next_step="Give them words that differ.")
     # what is cut off makes no difference: a sentence that is whole differs from itself with a word more
     longest = sorted(words, key=len)[-3:]
-    cut = [
-        sentence
-        for template in prompts
-        for sentence in (template.replace("{}", word) for word in longest)
-        if torch.equal(*clip.tokenizer([sentence, f"{sentence} x"]).unbind(0))
-    ]
+    sentences = [template.replace("{}", word) for template in prompts for word in longest]
+    cut = [each for each in sentences if torch.equal(*clip.tokenizer([each, f"{each} x"]).unbind(0))]
     if cut:
         length = clip.tokenizer(["x"]).shape[1]
         rule = f"sentences must be shorter than the {length} tokens that the model reads"
         step = "Shorten prompts.templates or prompts.class_names."
-        value = f"{len(cut)} that are cut off, such as {cut[0]!r}"
-        found.add("warning", Problem("prompts", rule, value, next_step=step))
+        found.add("warning", "prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}", step)
 
 
 def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found: Diagnosis) -> None:
@@ -316,35 +302,29 @@ def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found
     if pairs:
         first, second = (prompts[index] for index in pairs[0])
         rule = f"{len(pairs)} pairs of contexts are the same to the model, such as {first!r} and {second!r}"
-        found.add("note", Problem("prompts.templates", rule))
+        found.add("note", "prompts.templates", rule)
     contexts = found.model.get("effective_contexts")
     if contexts is not None and contexts < FEW_CONTEXTS:
         rule = f"must spread over contexts (exp of the entropy at least {FEW_CONTEXTS}), or the KL term does nothing"
         step = "Use more, and more different, templates, or a lower train.context_scale."
-        found.add("warning", Problem("prompts.templates", rule, f"{contexts:.2f}", next_step=step))
+        found.add("warning", "prompts.templates", rule, f"{contexts:.2f}", step)
 
 
 def _measure(
-    recipe: Recipe,
-    inputs: SharedInputs,
-    class_head_CD: torch.Tensor,
-    context_head_TD: torch.Tensor,
-    num_images: int,
-    found: Diagnosis,
+    recipe: Recipe, inputs: SharedInputs, heads: Mapping[str, torch.Tensor], num_images: int, found: Diagnosis
 ) -> None:
     device = device_of(recipe)
-    classifier = build_classifier(inputs.clip, class_head_CD, recipe.train, device).eval()
+    classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device).eval()
     for image_set in inputs.validation:
         few = subset(image_set, num_images)
         table = predict(classifier, few, 0.0, recipe.evaluate.batch_size, RunContext())
         chance = 1 / (len(few.groups) if few.groups is not None else len(inputs.class_names))
-        value = accuracy(select(table, few.name, 0.0))
-        found.zero_shot[few.name] = {"accuracy": value, "num_images": len(few), "chance": chance}
+        found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), "chance": chance}
     first = subset(inputs.validation[0], min(num_images, recipe.evaluate.batch_size))
     with torch.inference_mode():
         features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
         scale = recipe.train.context_scale or inputs.clip.logit_scale
-        log_p_BT = context_distribution(features_BD, context_head_TD.to(features_BD), scale)
+        log_p_BT = context_distribution(features_BD, heads["context_head"].to(features_BD), scale)
         found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
     found.findings += zero_shot_findings(found.zero_shot)
 
@@ -352,7 +332,7 @@ def _measure(
 def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     """Judges zero-shot accuracies: at chance something is wrong, and a shift should be harder than ``id_val``.
 
-    Chance must lie below Wilson's 95 % interval.
+    Chance must be below Wilson's 95 % interval.
 
     Args:
         zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
@@ -368,7 +348,7 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
             rule = f"no harder than id_val for the zero-shot model: {numbers}"
-            step = "A shift is one relative to the training images; look whether this set is the shift you mean."
+            step = "A shift is one relative to the training images; check whether this set is the shift you mean."
             findings.append(Finding("note", Problem(name, rule, next_step=step)))
     return findings
 
@@ -376,19 +356,8 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
 def as_plain_data(found: Diagnosis) -> dict[str, Any]:
     """Returns a diagnosis for JSON: ``healthy``, ``findings``, ``sets``, ``zero_shot``, ``model``, ``machine``."""
     findings = [
-        {
-            "level": one.level,
-            "place": one.problem.place,
-            "text": str(one.problem),
-            "next_step": one.problem.next_step,
-        }
-        for one in found.findings
+        {"level": level, "place": problem.place, "text": str(problem), "next_step": problem.next_step}
+        for level, problem in ((one.level, one.problem) for one in found.findings)
     ]
-    return {
-        "healthy": not found.errors,
-        "findings": findings,
-        "sets": found.sets,
-        "zero_shot": found.zero_shot,
-        "model": found.model,
-        "machine": found.machine,
-    }
+    parts = ("sets", "zero_shot", "model", "machine")
+    return {"healthy": not found.errors, "findings": findings, **{name: getattr(found, name) for name in parts}}

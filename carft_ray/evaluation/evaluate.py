@@ -46,14 +46,8 @@ def predict(
     with torch.inference_mode():
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
-    mine = predictions_table(
-        image_set.name,
-        alpha,
-        image_set.sample_ids[positions],
-        image_set.labels[positions],
-        logits_NC,
-        image_set.groups,
-    )
+    ids, labels = image_set.sample_ids[positions], image_set.labels[positions]
+    mine = predictions_table(image_set.name, alpha, ids, labels, logits_NC, image_set.groups)
     return merge_shards(gather(context, (positions, mine)), len(image_set))
 
 
@@ -90,9 +84,5 @@ def subset(image_set: ImageSet, num_images: int) -> ImageSet:
     if len(image_set) <= num_images:
         return image_set
     chosen = np.sort(np.argsort(image_set.sample_ids, kind="stable")[:num_images])
-    return dataclasses.replace(
-        image_set,
-        images_NHWC=image_set.images_NHWC[chosen],
-        labels=image_set.labels[chosen],
-        sample_ids=image_set.sample_ids[chosen],
-    )
+    arrays = {name: getattr(image_set, name)[chosen] for name in ("images_NHWC", "labels", "sample_ids")}
+    return dataclasses.replace(image_set, **arrays)

@@ -97,7 +97,7 @@ def cached_heads(
         class_names: C words.
         templates: T sentences, each with ``{}`` for the class.
         device: Where they are embedded, with the threads that torch has now.
-        say: Told what is done, and how long it will take where it takes more than a moment.
+        say: Called with what is done, and how long it will take where it takes more than a moment.
 
     Returns:
         The heads. Where the cache cannot be written, they are embedded for this call alone, after a warning.
@@ -108,8 +108,8 @@ def cached_heads(
     def embed() -> dict[str, Tensor]:
         if not embedded:
             say(f"embedding {number} sentences for the heads")
-            told = time_left(say, "embedding sentences")
-            heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress=told)
+            on_progress = time_left(say, "embedding sentences")
+            heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress)
             clip.model.to("cpu")
             embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())
         return embedded
@@ -149,6 +149,6 @@ def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], devic
     if device.type == "cpu":
         computed += [environment.cpu_model(), torch.get_num_threads()]
     versions = environment.versions_of(("torch", "open_clip_torch", "transformers", "timm"))
-    # neither the architecture's options nor its modules tell everything: an activation may be in one of them alone
+    # neither the architecture's options nor its modules hold everything: an activation may be in one of them alone
     model = [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
     return cache.key_of(["heads", FORMAT_VERSION, model, tokens.hexdigest(), computed, versions])

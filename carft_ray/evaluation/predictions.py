@@ -63,7 +63,7 @@ def predictions_table(
         sample_ids: Stable ids, uint64 [N].
         labels: True classes, [N], each in 0 .. C - 1.
         logits_NC: Class logits, [N, C]; kept as float32. N may be 0 (an empty part of a sharded evaluation).
-        groups: Classes between which the images are told apart, where these are not all: a group scores the largest
+        groups: Classes between which the images are classified, where these are not all: a group scores the largest
             logit of its classes and is named by its first class (``ImageSet.groups``). All other logits are ignored,
             in the log-sum-exps too.
 
@@ -80,7 +80,7 @@ def predictions_table(
     num_samples, num_classes = logits_NC.shape
     labels = np.asarray(labels, np.int64)
     if num_samples and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, but got {labels.min()} .. {labels.max()}")
+        raise ValueError(f"labels must be in 0 .. {num_classes - 1}, but got {labels.min()} .. {labels.max()}")
     if not np.isfinite(logits_NC).all():
         bad = int((~np.isfinite(logits_NC)).any(axis=1).sum())
         rule = f"class logits must be finite, but those of {bad} of {num_samples} images are not"
@@ -149,7 +149,7 @@ def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) 
         Table of N rows, row i being image i of the set.
 
     Raises:
-        CarftError: A position is missing, comes twice or lies outside; nothing is guessed or dropped.
+        CarftError: A position is missing, comes twice or is outside; nothing is guessed or dropped.
         ValueError: A part has other than n positions, or the parts are of different sets or alphas.
     """
     if any(len(part) != len(table) for part, table in shards):

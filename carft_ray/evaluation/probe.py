@@ -1,7 +1,7 @@
 """Real trainings on a small share of the sets, with their parts timed: what `plan` makes its forecast from.
 
 They are made by ``run_training`` itself, as trials are, in processes of the search's executor and as many at a time:
-trainings that share cores or a disk are slower, each. What ``plan`` wants stands in ``probe.json`` of the folder.
+trainings that share cores or a disk are slower, each. What ``plan`` asks for is in ``probe.json`` of the folder.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from carft_ray.recipe.spaces.space import apply
 
 PROBE = "probe.json"
 EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end can be seen
-MEETING_S = 60.0  # a probe waits so long for the others that shall run beside it
+MEETING_S = 60.0  # a probe waits so long for the others that shall run at the same time
 
 
 class FirstImages(DerivedSource):
@@ -56,7 +56,7 @@ class FirstImages(DerivedSource):
 
 
 def share_of(inputs: SharedInputs, recipe: Recipe, largest_batch: int) -> SharedInputs:
-    """Returns a share: ten steps of the largest batch, and as many images of each set as a look or a batch takes."""
+    """Returns a share: ten steps of the largest batch, and of each set the images of an evaluation or of a batch."""
     train = FirstImages(inputs.train, min(len(inputs.train), LOG_EVERY * largest_batch))
     number = max(recipe.evaluate.subset, recipe.evaluate.batch_size)
     validation = tuple(subset(image_set, number) for image_set in inputs.validation)
@@ -69,7 +69,7 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     Args:
         recipe: The study's recipe.
         folder: Where the preparation is kept.
-        say: Told how far the embedding of the sentences is, which no search does again on this machine.
+        say: Called with how far the embedding of the sentences is, which no search does again on this machine.
 
     Returns:
         ``inside_s`` in all, ``open_s`` for model and sets once they are in the cache, ``origin_s`` for their hashes,
@@ -161,7 +161,7 @@ def probe_training(
 
 
 def _meet(out_dir: Path, peers: int) -> None:
-    """Waits until the probes of this wave have all come as far: they are to be as slow as trials beside each other."""
+    """Waits until the probes of this wave have all come as far: they must be as slow as trials at the same time."""
     wave, end = out_dir.name.rpartition("-")[0], time.monotonic() + MEETING_S
     files.write_text(out_dir.parent / f"{out_dir.name}.met", "")
     while len(list(out_dir.parent.glob(f"{wave}-*.met"))) < peers and time.monotonic() < end:
@@ -174,14 +174,14 @@ def _timed(
     """Runs one training of two epochs; returns the seconds of its parts.
 
     Returns:
-        ``image_s`` a training image (of all workers together), ``look_s`` a look during the training, ``save_s`` a
-        checkpoint, ``rest_s`` everything else with ``num_alphas`` evaluations of the share at its end.
+        ``image_s`` a training image (of all workers together), ``look_s`` an evaluation during the training,
+        ``save_s`` a checkpoint, ``rest_s`` everything else with ``num_alphas`` evaluations of the share at its end.
     """
     every = 1 if recipe.evaluate.every_epochs or recipe.search.pruner.name != "none" else 0
     short = apply(recipe, {"epochs": EPOCHS})
     short = short.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"every_epochs": every})})
     windows: list[tuple[int, float]] = []  # images, seconds
-    looks: list[float] = []
+    evaluations: list[float] = []
     saves: list[float] = []
     at = {"images": 0, "progress": 0.0, "report": 0.0}
 
@@ -194,7 +194,7 @@ def _timed(
 
     def report(row: dict[str, float]) -> None:
         at["report"] = time.perf_counter()
-        looks.append(at["report"] - at["progress"])
+        evaluations.append(at["report"] - at["progress"])
 
     def should_stop() -> bool:
         if at["report"] and not saves:
@@ -208,14 +208,14 @@ def _timed(
     if context.rank != 0:
         return {}
     steady = windows[1:] if len(windows) > 2 else windows  # the first one also warms up
-    look_s = sum(looks) / len(looks) if every else 0.0
+    look_s = sum(evaluations) / len(evaluations) if every else 0.0
     save_s = saves[0] if saves else 0.0
     trained_s = sum(seconds for _, seconds in windows)
     return {
         "image_s": sum(seconds for _, seconds in steady) / sum(images for images, _ in steady),
         "look_s": look_s,
         "save_s": save_s,
-        "rest_s": max(0.0, total_s - trained_s - sum(looks) - EPOCHS * save_s),
+        "rest_s": max(0.0, total_s - trained_s - sum(evaluations) - EPOCHS * save_s),
         "num_alphas": len(result["curve"]) - float(not recipe.train.recalibrate_batches),
     }
 

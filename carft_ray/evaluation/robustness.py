@@ -33,7 +33,7 @@ Measure = Literal["effective_robustness", "gain_over_ft_line"]
 
 @dataclass(frozen=True)
 class Robustness:
-    """How far a model lies above the line.
+    """How far a model is above the line.
 
     Attributes:
         measure: As of ``above_line``.
@@ -41,7 +41,7 @@ class Robustness:
         id_range: Lowest and highest ID accuracy of these models; None without a model.
         value: rho; None where it is not defined.
         expected: OOD accuracy on the line at the model's ID accuracy; None where it is not defined.
-        extrapolated: The model's ID accuracy lies outside ``id_range``.
+        extrapolated: The model's ID accuracy is outside ``id_range``.
         reason: Why it is not defined; empty where it is.
     """
 

@@ -1,7 +1,7 @@
 """Event files for TensorBoard, written in the calling thread.
 
-``SummaryWriter`` writes in a thread of its own, where a full disk ends with a traceback on the terminal and a training
-that goes on. Here it is a ``StorageError`` of the training.
+``SummaryWriter`` writes in a thread of its own, where a full disk gives a traceback on the terminal while the training
+continues. Here it is a ``StorageError`` of the training.
 """
 
 import itertools
@@ -44,9 +44,9 @@ def tag_of(name: str) -> str:
 
 
 def run_folder(out_dir: Path, recipe: Recipe) -> Path:
-    """Returns the folder of a training's event files; its name, which TensorBoard shows, tells what the search varies.
+    """Returns the folder of a training's event files; its name, which TensorBoard shows, has what the search varies.
 
-    An earlier attempt's stays: the same recipe may search more, or have other baselines, when it goes on.
+    An earlier attempt's stays: the same recipe may search more, or have other baselines, when it resumes.
 
     Args:
         out_dir: Folder of the training.
@@ -84,7 +84,7 @@ class EventFile:
         self._flushed = time.monotonic()
         with files.writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "wb")  # noqa: SIM115  # lives as long as the training
+            self._file = open(self.path, "wb")  # noqa: SIM115  # open as long as the training
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         if purge_step is not None:

@@ -14,7 +14,6 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import cache_dir, class_words
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
-from carft_ray.evaluation.objective import ID_SET
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.models.clip import Clip, load_clip, templates
@@ -22,8 +21,6 @@ from carft_ray.learning.ranks import gather
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SandboxSet, plain
 from carft_ray.words import time_left
-
-__all__ = ["ID_SET", "SharedInputs", "fill_cache", "load_shared_inputs", "shared_inputs_of_worker"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +51,7 @@ class SharedInputs:
         return {"train": len(self.train), **{image_set.name: len(image_set) for image_set in self.validation}}
 
 
-_loaded: dict[str, SharedInputs] = {}  # of the last recipe: a process that runs many trials loads once
+_loaded: dict[str, SharedInputs] = {}  # of the last recipe: a process that runs many trials opens everything once
 
 
 def load_shared_inputs(
@@ -107,22 +104,20 @@ def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -
     Args:
         recipe: The recipe.
         prepared_dir: As of ``load_shared_inputs``.
-        say: Told which set is built, and how long it will take where it takes more than a moment.
+        say: Called with which set is built, and how long it will take where it takes more than a moment.
 
     Raises:
         RecipeError, DataError, StorageError: As ``load_shared_inputs``.
     """
-    told: dict[str, Callable[[int, int], None]] = {}
+    reports: dict[str, Callable[[int, int], None]] = {}
 
     def on_image(name: str, done: int, total: int) -> None:
-        if not done:
-            if name not in told:
-                say(f"waiting for another process that builds {name} into the cache")
-            told[name] = time_left(say, f"building {name} into the cache")
-            return
-        if name not in told:
-            told[name] = time_left(say, f"building {name} into the cache")
-        told[name](done, total)
+        if not done and name not in reports:
+            say(f"waiting for another process that builds {name} into the cache")
+        if not done or name not in reports:
+            reports[name] = time_left(say, f"building {name} into the cache")
+        if done:
+            reports[name](done, total)
 
     load_shared_inputs(recipe, on_image, prepared_dir)
 
@@ -148,7 +143,7 @@ def shared_inputs_of_worker(recipe: Recipe, context: RunContext, prepared_dir: P
 
     try:
         inputs = load_shared_inputs(recipe, on_image, prepared_dir)
-    except StoppedRun as error:  # raised below, once the others know of it
+    except StoppedRun as error:  # raised below, once the others have it
         stopped = str(error)
     stopped = next(filter(None, gather(context, stopped)), "")
     if inputs is None or stopped:

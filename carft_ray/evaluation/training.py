@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from carft_ray import files
+from carft_ray import files, layout
 from carft_ray.data.source import ImageSet, PixelArray
 from carft_ray.errors import DivergedError, Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
@@ -36,17 +36,6 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
 from carft_ray.evaluation.targets import TargetStore
-from carft_ray.layout import (
-    CHECKPOINTS,
-    HEADS,
-    METRICS,
-    PREDICTIONS,
-    PREPARATION,
-    RESULT,
-    TARGETS,
-    WEIGHTS,
-    ZERO_SHOT_TABLE,
-)
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
@@ -101,18 +90,18 @@ def prepare(
     say("opening model and sets")
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
     check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
-    done = folder / PREPARATION
+    done = folder / layout.PREPARATION
     key = f"predictions {PREDICTIONS_VERSION}: {inputs.key}"  # those of an older version are made anew
     content = _read_prepared(done, key)
     if content is None:
         clip, device = inputs.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
-        with files.new_file(folder / HEADS) as temporary:
+        with files.new_file(folder / layout.HEADS) as temporary:
             save_tensors(temporary, heads)
         say("evaluating zero-shot")
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
-        write_predictions(folder / ZERO_SHOT_TABLE, table)
+        write_predictions(folder / layout.ZERO_SHOT_TABLE, table)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
@@ -123,8 +112,8 @@ def prepare(
         }
         files.write_json(done, content)
     if share_targets:
-        context_head_TD = load_tensors(folder / HEADS)["context_head"]
-        store = TargetStore(recipe.train, inputs, context_head_TD, folder / TARGETS)
+        context_head_TD = load_tensors(folder / layout.HEADS)["context_head"]
+        store = TargetStore(recipe.train, inputs, context_head_TD, folder / layout.TARGETS)
         store.fill(recipe, device_of(recipe), say)
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
@@ -165,10 +154,10 @@ def run_training(
         StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
         DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
         OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
-        MachineError: A rank does not see the files from which rank 0 goes on.
+        MachineError: A rank does not see the files from which rank 0 resumes.
         CarftError: As its message says.
     """
-    result_path, weights_path = out_dir / RESULT, out_dir / WEIGHTS
+    result_path, weights_path = out_dir / layout.RESULT, out_dir / layout.WEIGHTS
     finished, is_trained = from_rank_0(
         context,
         lambda: (files.read_json(result_path) if files.exists(result_path) else None, files.exists(weights_path)),
@@ -179,8 +168,8 @@ def run_training(
     started = time.perf_counter()
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
-    heads = load_tensors(prepared_dir / HEADS)
-    targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / TARGETS)
+    heads = load_tensors(prepared_dir / layout.HEADS)
+    targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / layout.TARGETS)
     views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
     training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC)
     # where an earlier attempt has trained, only the curve is left
@@ -193,7 +182,7 @@ def run_training(
     }
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        files.remove_folder(out_dir / CHECKPOINTS)  # before: what is finished is never read again
+        files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
         files.write_json(result_path, result)
     return result
 
@@ -231,11 +220,11 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     zero_shot, at = training.mixtures(fine_tuned, inputs.validation)
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
+    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
     table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
     at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
     if training.context.rank == 0:
-        write_predictions(training.out_dir / PREDICTIONS, table)
+        write_predictions(training.out_dir / layout.PREDICTIONS, table)
     return {
         "format_version": RESULT_VERSION,
         "objective": choice.value,
@@ -280,14 +269,14 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             recipe.train,
             recorded,
             device=device,
-            checkpoint_dir=training.out_dir / CHECKPOINTS,
+            checkpoint_dir=training.out_dir / layout.CHECKPOINTS,
             attempt=attempt,
             stored_targets=training.targets,
             on_epoch=on_epoch,
             num_threads=recipe.resources.threads_per_worker,
         )
     if context.rank == 0:
-        with files.new_file(training.out_dir / WEIGHTS) as temporary:
+        with files.new_file(training.out_dir / layout.WEIGHTS) as temporary:
             save_tensors(temporary, state)
     return state
 
@@ -296,7 +285,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
     """Gives a context that also writes what is reported to it: epochs to ``metrics.jsonl``, all to TensorBoard."""
     opened: list[EventFile] = []
-    metrics_path = out_dir / METRICS
+    metrics_path = out_dir / layout.METRICS
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
@@ -332,9 +321,10 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
 
 
 def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> None:
-    """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and how it ended.
+    """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and its results.
 
-    It stands before ``result.json``: a kill in between writes the same line again, which TensorBoard shows once.
+    It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
+    TensorBoard shows once.
     """
     varied = [name for values in recipe.search.baselines.values() for name in values]
     names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space, *varied))
@@ -342,7 +332,7 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     values = {name: v if isinstance(v, int | float | str) else str(v) for name, v in train.items() if v is not None}
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
-    rows = files.read_json_lines(out_dir / METRICS)
+    rows = files.read_json_lines(out_dir / layout.METRICS)
     events = EventFile(run_folder(out_dir, recipe))
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)

@@ -21,17 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import (
-    MACHINE_ERRNOS,
-    exists,
-    fsync_file,
-    new_folder,
-    remove_folder,
-    retried,
-    write_text,
-    writing,
-)
 
 FORMAT_VERSION = 1
 KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
@@ -83,25 +74,25 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         StorageError: It cannot be written; the checkpoints before it are untouched.
     """
     folder = checkpoint_dir / f"attempt-{attempt}" / f"step-{checkpoint.step:08d}"
-    if exists(folder):
+    if files.exists(folder):
         return folder
-    with writing(folder):
+    with files.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as temporary:
-        files = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
-        files |= {AVERAGE: checkpoint.average} if checkpoint.average else {}
-        for name, tensors in files.items():
+    with files.new_folder(folder) as temporary:
+        parts = {WEIGHTS: checkpoint.weights, OPTIMIZER: checkpoint.optimizer}
+        parts |= {AVERAGE: checkpoint.average} if checkpoint.average else {}
+        for name, tensors in parts.items():
             save_tensors(temporary / name, tensors)
         content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "step": checkpoint.step,
             "position": checkpoint.position,
-            "sha256": {name: _sha256(temporary / name) for name in files},
+            "sha256": {name: _sha256(temporary / name) for name in parts},
         }
         content["sha256"]["state"] = _sha256_of_state(content)
-        write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+        files.write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     for _, old in _folders(checkpoint_dir)[KEEP:]:
-        remove_folder(old)
+        files.remove_folder(old)
     return folder
 
 
@@ -116,7 +107,7 @@ def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Pro
         try:
             return load_checkpoint(folder), problems
         except StorageError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in MACHINE_ERRNOS:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in files.MACHINE_ERRNOS:
                 raise
             problems.extend(error.problems)
     return None, problems
@@ -129,7 +120,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         StorageError: It is incomplete, damaged, or of another format version; or it cannot be read.
     """
     try:
-        return retried(folder, lambda: _load(folder))
+        return files.retried(folder, lambda: _load(folder))
     except OSError as error:
         raise StorageError(_damaged(folder, f"{Path(error.filename or '').name}: {error.strerror}")) from error
 
@@ -170,7 +161,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)  # the library gives its file mode 600, whatever the umask
-    fsync_file(path)
+    files.fsync_file(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _needs_channels_first(visual: nn.Module) -> bool:
-    """Finds a convolution whose gradient crashes the process on the CPU when the channels stand last.
+    """Finds a convolution whose gradient crashes the process on the CPU when the channels come last.
 
     That is oneDNN's (3.12 in torch 2.13), for 1 x 1 kernels with a stride over fewer than 16 channels: the first layer
     of FastViT, which MobileCLIP has.
@@ -152,14 +152,8 @@ def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, devi
     Precision 'auto' is bf16 where the device computes in it natively, else that of the weights.
     """
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    classifier = ImageClassifier(
-        clip.model.visual,  # type: ignore[arg-type]  # open_clip is untyped
-        class_head_CD,
-        clip.logit_scale,
-        clip.mean,
-        clip.std,
-        train.class_head_form,
-        train.head_bias,
-        torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None,
-    )
+    dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None
+    visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
+    form, bias = train.class_head_form, train.head_bias
+    classifier = ImageClassifier(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
     return classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)

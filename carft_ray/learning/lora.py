@@ -4,7 +4,7 @@
 
 Only A and B train. With B = 0 the tower is the zero-shot model bit for bit. The three stacked projections of an
 attention are one matrix. Every state that leaves the training holds plain merged weights (``merged_state``), so that
-mixing with alpha scales the merged correction and no other room knows of LoRA.
+mixing with alpha scales the merged correction and no other module knows of LoRA.
 
 Shape letters: O outputs, I inputs, r rank.
 """

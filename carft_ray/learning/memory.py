@@ -1,4 +1,4 @@
-"""Out of memory on a device: told from other errors, reported with its numbers; and batches that halve until they fit.
+"""Out of memory on a device: recognised, reported with its numbers; and batches that halve until they fit.
 
 The loss is a sum over samples and predictions are per image, so no split into smaller batches changes a result.
 """
@@ -34,7 +34,7 @@ NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; an
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an exception of torch, NumPy or Python says that memory could not be had. Needs no torch."""
+    """Tells whether an exception of torch, NumPy or Python says that there was no memory. Needs no torch."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     text = str(error)
@@ -128,7 +128,7 @@ def _limit() -> str:
 
 
 def _give_back(device: "torch.device") -> None:
-    """Lets go of what torch keeps for later, in pieces that may be too small now."""
+    """Frees what torch keeps for later, in pieces that may be too small now."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""What the workers of one training agree on before they compute. Every function here is called by all ranks alike.
+"""What the workers of one training agree on before they compute. All ranks call every function here.
 
 A rank that took another branch than the others would leave them in a collective until its time-out.
 """

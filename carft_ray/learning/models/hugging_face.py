@@ -8,10 +8,10 @@
 Both compute the same function; a test compares logits. transformers is not needed here.
 """
 
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,15 @@ NAMES = {
     "logit_scale": "logit_scale",
 }
 BLOCK_NAMES = {
-    "ln_1": ["layer_norm1"],
-    "ln_2": ["layer_norm2"],
-    "attn.in_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],  # rows, in this order
-    "attn.out_proj": ["self_attn.out_proj"],
-    "mlp.c_fc": ["mlp.fc1"],
-    "mlp.c_proj": ["mlp.fc2"],
+    "ln_1.": ["layer_norm1"],
+    "ln_2.": ["layer_norm2"],
+    "attn.in_proj_": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],  # rows, in this order
+    "attn.out_proj.": ["self_attn.out_proj"],
+    "mlp.c_fc.": ["mlp.fc1"],
+    "mlp.c_proj.": ["mlp.fc2"],
 }
 TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right, a Linear from the left
-_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+[._])(weight|bias)")
 
 
 def names_of(name: str) -> list[str]:
@@ -131,20 +131,17 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model_config, _preprocessing(folder, vision["image_size"])
 
 
-def convert(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name.
-
-    Args:
-        state: The CLIPModel's.
-        names: Of the tensors of the open_clip model.
-    """
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name."""
     # 0, 1, 2, ...: old versions stored position_ids
     rest = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
+    layers = {found[1] for name in rest if (found := re.search(r"\.layers\.(\d+)\.", name))}
+    blocks = itertools.product(("visual.", ""), sorted(layers), BLOCK_NAMES, ("weight", "bias"))
     renamed: dict[str, Tensor] = {}
-    for name in names:
-        if parts := [rest.pop(theirs) for theirs in names_of(name) if theirs in rest]:
+    for ours in (*NAMES, *(f"{tower}transformer.resblocks.{i}.{part}{kind}" for tower, i, part, kind in blocks)):
+        if parts := [rest.pop(theirs) for theirs in names_of(ours) if theirs in rest]:
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            renamed[name] = tensor.T.contiguous() if name in TRANSPOSED else tensor
+            renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
     return renamed | rest
 
 

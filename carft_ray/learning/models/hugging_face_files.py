@@ -116,7 +116,7 @@ def _config(clip: Clip) -> dict[str, Any]:
     tokenizer: Any = clip.tokenizer
     projection = visual.proj.shape[1]
     ends = {"bos_token_id": tokenizer.sot_token_id, "eos_token_id": tokenizer.eot_token_id}
-    ends["pad_token_id"] = tokenizer.eot_token_id  # padding stands behind the end, where the causal mask hides it
+    ends["pad_token_id"] = tokenizer.eot_token_id  # padding comes after the end, where the causal mask hides it
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

@@ -16,20 +16,8 @@ from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
-from carft_ray.learning.models import hugging_face
+from carft_ray.learning.models import catalog, hugging_face
 from carft_ray.learning.models.building import build_model, fetching, quiet
-from carft_ray.learning.models.catalog import (
-    HUB,
-    OPEN_CLIP_CONFIG,
-    QUICK,
-    RANDOM,
-    SANDBOX,
-    activation_problems,
-    check_model,
-    has_tokenizer,
-    is_hugging_face_folder,
-    tag_in_path,
-)
 from carft_ray.learning.models.weights import State, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
@@ -79,20 +67,20 @@ def open_model(
         RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
         DataError: The weights cannot be fetched or read.
     """
-    if problems := check_model(part):
+    if problems := catalog.check_model(part):
         raise RecipeError(problems)
     if (folder := _folder(part)) is not None:
         return _open_folder(folder, device, read)
-    if part.name.startswith(HUB):
-        page = part.name.removeprefix(HUB)
+    if part.name.startswith(catalog.HUB):
+        page = part.name.removeprefix(catalog.HUB)
         with fetching("model.name", part.name, page):
-            path = download_pretrained_from_hf(page, filename=OPEN_CLIP_CONFIG)
+            path = download_pretrained_from_hf(page, filename=catalog.OPEN_CLIP_CONFIG)
             download_pretrained_from_hf(page)  # into the same folder of the hub's cache
         return _open_folder(Path(path).parent, device, read)
     name = part.name.replace("/", "-")
     config = open_clip.get_model_config(name)
     state, path, preprocessing = None, None, _usual_preprocessing(name)
-    if part.pretrained not in (None, RANDOM):
+    if part.pretrained not in (None, catalog.RANDOM):
         path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
     if path is not None and is_from_openai(state := read(path, "model.pretrained")):
         _require_activation(name, True, f"{path.name} (OpenAI's own)")
@@ -111,7 +99,7 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
     Returns:
         The tower on the device 'meta'; None where its configuration is on the hub, or open_clip cannot build it.
     """
-    if part.name.startswith(HUB):
+    if part.name.startswith(catalog.HUB):
         return None
     folder = _folder(part)
     config = open_clip.get_model_config(part.name.replace("/", "-")) if folder is None else _folder_config(folder)
@@ -128,16 +116,16 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
 
 def _folder(part: ModelConfig) -> Path | None:
     """Returns the folder that has a model; None for a model of open_clip or of the hub."""
-    if part.name == SANDBOX:
+    if part.name == catalog.SANDBOX:
         return SANDBOX_WEIGHTS
     return Path(part.name.removeprefix(LOCAL_DIR)) if part.name.startswith(LOCAL_DIR) else None
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
     """Returns what open_clip builds the model of a folder from."""
-    if is_hugging_face_folder(folder):
+    if catalog.is_hugging_face_folder(folder):
         return hugging_face.read_config(folder)[0]
-    config: dict[str, Any] = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    config: dict[str, Any] = json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     return config
 
 
@@ -157,25 +145,25 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
     state: State = {}
     for path in folder_files(folder):
         state |= read(path, place)
-    if is_hugging_face_folder(folder):
+    if catalog.is_hugging_face_folder(folder):
         config, preprocessing = hugging_face.read_config(folder)
         with torch.device(device):
             model: nn.Module = open_clip.CLIP(**config)
         set_preprocessing(model, preprocessing)
-        if has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
+        if catalog.has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
             # open_clip then searches the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
-        return Opened(model, config, hugging_face.convert(state, model.state_dict()), str(folder), place, folder)
+        return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
     config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
-        raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule))
+        raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule))
     try:
         with fetching(place, f"the text tower of {folder.name}", config["text_cfg"].get("hf_model_name")):
             model = build_model(f"{LOCAL_DIR}{folder.resolve()}", device)
     except BUILD_ERRORS as error:
-        rule = "model_cfg must be one that open_clip can build"
-        raise DataError(Problem(f"{folder / OPEN_CLIP_CONFIG}", rule, f"{type(error).__name__}: {error}")) from error
+        rule, said = "model_cfg must be one that open_clip can build", f"{type(error).__name__}: {error}"
+        raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule, said)) from error
     return Opened(model, config, state, str(folder), place, folder)
 
 
@@ -194,7 +182,7 @@ def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | N
                 raise
             return None, known
     if not path.is_file():  # ``check_model`` lets it pass where it cannot read the list of tags
-        rule = f"must be a tag of {name}, a weights file, or '{RANDOM}'"
+        rule = f"must be a tag of {name}, a weights file, or '{catalog.RANDOM}'"
         raise RecipeError(Problem("model.pretrained", rule, repr(pretrained), tuple(tags), nearest(pretrained, tags)))
     if (tag := _released_as(name, path)) is not None:
         return path, _known(name, tag, f"{path.name} ('{tag}' by its hash)")
@@ -203,19 +191,19 @@ def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | N
 
 def _known(name: str, tag: str, weights: str) -> dict[str, Any]:
     """Returns what open_clip knows of the weights of a tag, which must have the activation of the name."""
-    known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
+    known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
     _require_activation(name, bool(known.get("quick_gelu", False)), weights)
     return known
 
 
 def _require_activation(name: str, trained_quick: bool, weights: str) -> None:
-    if problems := activation_problems(name, trained_quick, weights):
+    if problems := catalog.activation_problems(name, trained_quick, weights):
         raise RecipeError(problems)
 
 
 def _released_as(name: str, path: Path) -> str | None:
     """Returns the tag of a file that open_clip has released, whose address ends in the start of its SHA-256."""
-    addresses = {tag: open_clip.get_pretrained_url(name.removesuffix(QUICK), tag) for tag in _tags(name)}
+    addresses = {tag: open_clip.get_pretrained_url(name.removesuffix(catalog.QUICK), tag) for tag in _tags(name)}
     hashes = {found[1]: tag for tag, url in addresses.items() if (found := re.search(r"-([0-9a-f]{8})\.pt$", url))}
     if not hashes or path.suffix != ".pt":
         return None
@@ -224,25 +212,25 @@ def _released_as(name: str, path: Path) -> str | None:
 
 
 def _tags(name: str) -> list[str]:
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(name.removesuffix(QUICK))
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(name.removesuffix(catalog.QUICK))
     return tags
 
 
 def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
-    config = path.parent / OPEN_CLIP_CONFIG
+    config = path.parent / catalog.OPEN_CLIP_CONFIG
     if config.is_file():
         found: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
         return found
-    if (tag := tag_in_path(name, path)) in _tags(name):
-        known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(QUICK), tag)
+    if (tag := catalog.tag_in_path(name, path)) in _tags(name):
+        known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
         return known
     kinds = preprocessing_kinds(name)
     if len(kinds) > 1:
         logging.getLogger(__name__).warning(
             "model.pretrained: %s does not record its preprocessing, and open_clip's weights of %s differ in it (such "
             "as %s); mean, std and resizing of CLIP are used. Put the %s of the weights next to the file.",
-            *(path.name, name, ", ".join(next(iter(tags)) for tags in kinds.values()), OPEN_CLIP_CONFIG),
+            *(path.name, name, ", ".join(next(iter(tags)) for tags in kinds.values()), catalog.OPEN_CLIP_CONFIG),
         )
     return _usual_preprocessing(name)
 

@@ -36,8 +36,8 @@ _PEAK_LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.1
 _CLIP_NORM = 1.0
 _FEWEST_STEPS = 10  # of the one-cycle schedule
-# Captions do not tell everything: part of them name only the shape's group, part another shape of the group. The tower
-# sees the shapes well but the words tell them apart badly, which leaves fine-tuning something to gain.
+# Captions are incomplete: part of them name only the shape's group, part another shape of the group. So the tower
+# separates the shapes well, but the words do not, which leaves fine-tuning something to gain.
 _COARSE_FRACTION = 0.45
 _WRONG_FRACTION = 0.17
 

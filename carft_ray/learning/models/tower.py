@@ -107,7 +107,7 @@ def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
     """Returns the learning rate of each parameter of a tower, relative to that of the class head.
 
     Layer l of n (from 0) has ``layer_decay ** (n - l)``; the class head is layer n. Source: BEiT, arXiv 2106.08254, and
-    timm's ``param_groups_layer_decay``, for which a classifier's last norm stands with its head, too.
+    timm's ``param_groups_layer_decay``, for which a classifier's last norm belongs to its head, too.
     """
     if layer_decay == 1:
         return {name: 1.0 for name, _ in visual.named_parameters()}
@@ -190,7 +190,7 @@ def check_tower(visual: nn.Module, recipe: Recipe) -> None:
 
 
 def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
-    """Returns what a tower cannot do of what a recipe may ask: as it stands, at the ends of its space, in a baseline.
+    """Returns what a tower cannot do of what a recipe may ask: as it is, at the ends of its space, in a baseline.
 
     Each value is named once, by its key in the recipe.
     """
@@ -203,7 +203,7 @@ def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields values over ``train`` that trainings of the recipe may have, with the key path that they stand under."""
+    """Yields values over ``train`` that trainings of the recipe may have, with their key path."""
     searched = {name: recipe.search.space[name] for name in TOWER_FIELDS if name in recipe.search.space}
     ends: list[list[Any]] = []
     for name, parameter in searched.items():
