@@ -26,15 +26,14 @@ from carft_ray.evaluation.robustness import (
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
+from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_stored, read_summary
 from carft_ray.results.statistics import bootstrap
 from carft_ray.results.statistics.selection import Pick, correct_best, one_se_pick, ranking_noise, regret_table
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import FrontRule
-from carft_ray.study.ledger import read_ledger, reads_of
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
@@ -110,7 +109,7 @@ def study_report(
         "trials": view.counts(),
         "trainings": len(ended),
         "alphas": stored.num_alphas,
-        "test_reads": len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir),
+        "test_reads": num_test_reads(study_dir),
     }
     against, above = against_baseline(recipe, best, baselines, stored), robustness(view, best, reference)
     shared = read_shared(study_dir)
