@@ -164,10 +164,8 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
     bbc_value, wins = bootstrap.bbc(resamples)
     pick = None
     if best.name in stored.moved and not best.violation:
-        candidates, lowest = (
-            bootstrap.meeting(stored.candidates, evidence.bounds),
-            evidence.view.recipe.search.alpha.lowest,
-        )
+        candidates = bootstrap.meeting(stored.candidates, evidence.bounds)
+        lowest = evidence.view.recipe.search.alpha.lowest
         pick = one_se_pick(spec, stored.chosen[best.name], candidates, stored.moved, lowest, noise.seed)
     curve, num_resamples = bootstrap.overtuning(bootstrap.incumbent_values(resamples)), len(resamples.in_bag)
     of = "images alone. Quote this one until there is a confirm"
@@ -176,9 +174,11 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
         of = "images and seeds. Quote the confirm where it has this trial"
         covered = f"image and seed noise, the latter from {counted(len(again), 'confirmed configuration')}"
     included = "alpha and constraints included" if evidence.bounds else "alpha included"
-    values, share = counted(len(objectives), "value"), sum(win.share for win in wins if win.name == best.name)
+    values = counted(len(objectives), "value")
+    share = sum(win.share for win in wins if win.name == best.name)
     measured = f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
     pick_lines = [] if pick is None else [_pick_line(best, pick)]
+    lost = curve.relative[-1]
     is_best = pick is not None and (pick.name, pick.alpha) == (best.name, best.alpha)
     return _Worth(
         {
@@ -206,11 +206,7 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
             "unbiased where seeds matter little, half the bias stays where they matter much.",
             *(pick_lines if is_best else []),
             _wins_line(wins),
-            *(
-                f"Overtuning: {100 * share:.0f} % of what the search had gained is lost again."
-                for share in curve.relative[-1:]
-                if share is not None
-            ),
+            *([] if lost is None else [f"Overtuning: {100 * lost:.0f} % of what the search had gained is lost again."]),
         ],
     )
 
