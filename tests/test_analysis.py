@@ -200,7 +200,7 @@ def test_a_killed_analysis_goes_on_and_a_read_of_the_other_kind_is_told_of_it(ru
         (again / "test" / gone).unlink()
     code, _, err = run("test", "study")
     assert code == 8
-    assert "That read is not finished; go on with it: carft-ray test" in err
+    assert "That read is not finished; continue it: carft-ray test" in err
     code, out, err = run("test", "study", "--all-trials")
     assert code == 0, err
     assert "continuing the read of" in err

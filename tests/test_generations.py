@@ -18,7 +18,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import contains
 from carft_ray.recipe.spaces.region import directions, place
 from carft_ray.recipe.spaces.space import apply
-from carft_ray.results.reading.overview import own_values, row_dict, study_recipe
+from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.lock import study_lock
 from carft_ray.study.rows import best_row, trials
@@ -179,8 +179,8 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
         run_all(study)
     rows = trials(study_dir)
     assert ["weight_decay" in row.values for row in rows] == [False] * 6 + [True] * 2
-    own = own_values(wide, rows)
-    shown_values = [row_dict(row, None, study_dir, own)["values"]["weight_decay"] for row in rows]
+    view = Overview(study_dir, wide, rows, [])
+    shown_values = [view.row_data(row)["values"]["weight_decay"] for row in rows]
     assert shown_values[:6] == [wide.train.weight_decay] * 6
     assert shown_values[6:] == [row.values["weight_decay"] for row in rows[6:]]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stand_in
 from ray import cloudpickle
 from rich.console import Console
 
@@ -21,7 +22,7 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.results.reading.overview import row_dict
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.outcome import TrialRow, TrialSpec
 
 
@@ -114,7 +115,8 @@ def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer
 def test_an_objective_of_the_fitted_curve_is_marked_beside_what_was_measured():
     fitted = replace(row(1, 0.57), fitted=True, at_chance=True)
     for rows, marked in (([row(0, 0.5)], False), ([row(0, 0.5), fitted], True)):
-        table = console.trial_table([row_dict(each, rows[0], Path(), {}) for each in rows])
+        view = Overview(Path(), stand_in.make_recipe(2), rows, [])
+        table = console.trial_table([view.row_data(each) for each in rows])
         [objectives] = [[*column.cells] for column in table.columns if column.header == "objective, %"]
         assert objectives == ["50.0", "~57.0"][: len(rows)]
         assert (table.caption == console.FITTED) is marked

@@ -27,7 +27,7 @@ from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.schema import SamplerConfig
 from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.spaces.space import apply
-from carft_ray.results.reading.overview import own_values, row_dict
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.proposals import samplers, space
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
@@ -881,8 +881,9 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     missing = ["label_smoothing" not in row.values for row in rows]
     assert {*missing} == {True, False}
     blank = []
+    view = Overview(tmp_path / "study", recipe, rows, [])
     for table in (
-        console.trial_table([row_dict(row, rows[0], tmp_path / "study", own_values(recipe, rows)) for row in rows]),
+        console.trial_table([view.row_data(row) for row in rows]),
         live._fitting_table([live._line(row, " ") for row in rows], 300),
     ):
         [column] = [column for column in table.columns if column.header == "label_smoothing"]

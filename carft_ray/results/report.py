@@ -25,15 +25,14 @@ from carft_ray.evaluation.robustness import (
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
+from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_stored, read_summary
 from carft_ray.results.statistics import bootstrap
 from carft_ray.results.statistics.selection import Pick, correct_best, one_se_pick, ranking_noise, regret_table
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.front import FrontRule
-from carft_ray.study.ledger import read_ledger, reads_of
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
@@ -109,7 +108,7 @@ def study_report(
         "trials": view.counts(),
         "trainings": len(ended),
         "alphas": stored.num_alphas,
-        "test_reads": len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir),
+        "test_reads": num_test_reads(study_dir),
     }
     against, above = against_baseline(recipe, best, baselines, stored), robustness(view, best, reference)
     shared = read_shared(study_dir)
@@ -164,10 +163,8 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
     bbc_value, wins = bootstrap.bbc(resamples)
     pick = None
     if best.name in stored.moved and not best.violation:
-        candidates, lowest = (
-            bootstrap.meeting(stored.candidates, evidence.bounds),
-            evidence.view.recipe.search.alpha.lowest,
-        )
+        candidates = bootstrap.meeting(stored.candidates, evidence.bounds)
+        lowest = evidence.view.recipe.search.alpha.lowest
         pick = one_se_pick(spec, stored.chosen[best.name], candidates, stored.moved, lowest, noise.seed)
     curve, num_resamples = bootstrap.overtuning(bootstrap.incumbent_values(resamples)), len(resamples.in_bag)
     of = "images alone. Quote this one until there is a confirm"
@@ -176,9 +173,11 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
         of = "images and seeds. Quote the confirm where it has this trial"
         covered = f"image and seed noise, the latter from {counted(len(again), 'confirmed configuration')}"
     included = "alpha and constraints included" if evidence.bounds else "alpha included"
-    values, share = counted(len(objectives), "value"), sum(win.share for win in wins if win.name == best.name)
+    values = counted(len(objectives), "value")
+    share = sum(win.share for win in wins if win.name == best.name)
     measured = f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
     pick_lines = [] if pick is None else [_pick_line(best, pick)]
+    lost = curve.relative[-1]
     is_best = pick is not None and (pick.name, pick.alpha) == (best.name, best.alpha)
     return _Worth(
         {
@@ -206,11 +205,7 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
             "unbiased where seeds matter little, half the bias stays where they matter much.",
             *(pick_lines if is_best else []),
             _wins_line(wins),
-            *(
-                f"Overtuning: {100 * share:.0f} % of what the search had gained is lost again."
-                for share in curve.relative[-1:]
-                if share is not None
-            ),
+            *([] if lost is None else [f"Overtuning: {100 * lost:.0f} % of what the search had gained is lost again."]),
         ],
     )
 

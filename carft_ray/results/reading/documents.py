@@ -71,11 +71,20 @@ def _failure_lines(rows: list[TrialRow]) -> list[str]:
     return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
+def num_test_reads(study_dir: Path) -> int:
+    """Returns how often the test sets were read, by studies that this one has learned from too.
+
+    Raises:
+        HoldOutError: The ledger is not as carft-ray has written it.
+    """
+    return len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+
+
 def ledger(study_dir: Path) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
         problems = check_ledger(study_dir)
-        reads = None if problems else len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+        reads = None if problems else num_test_reads(study_dir)
     except CarftError as error:
         reads, problems = None, list(error.problems)
     return {"test_reads": reads, "problems": [str(problem) for problem in problems]}

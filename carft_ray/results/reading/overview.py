@@ -1,8 +1,8 @@
 """A study as commands read it: nothing is locked, nothing is written, no torch is loaded."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ class Overview:
     recipe: Recipe
     trials: list[TrialRow]
     baselines: list[TrialRow]
-    confirmations: list[TrialRow]
-    holder: str | None
-    stopping: bool
-    running: frozenset[tuple[str, str]]
+    confirmations: list[TrialRow] = field(default_factory=list)
+    holder: str | None = None
+    stopping: bool = False
+    running: frozenset[tuple[str, str]] = frozenset()
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
@@ -62,8 +62,12 @@ class Overview:
 
     def state(self, row: TrialRow) -> str:
         """Returns a row's outcome; of one that has none yet, whether it runs, was stopped, waits or is set aside."""
-        if row.outcome != "running" or row.set_aside or self.holder is None:
-            return state_at_rest(row)
+        if row.outcome != "running":
+            return row.outcome
+        if row.set_aside:
+            return "set_aside"
+        if self.holder is None:
+            return "stopped" if row.attempt else "waiting"
         return "running" if (row.kind, row.name) in self.running else "waiting"
 
     def counts(self) -> dict[str, int]:
@@ -71,72 +75,47 @@ class Overview:
         found = [self.state(row) for row in self.trials]
         return {state: found.count(state) for state in STATES}
 
-    def data(self, row: TrialRow) -> dict[str, Any]:
-        """Returns a row as plain data: that of ``row_dict`` with number, state, attempt and start."""
+    def row_data(self, row: TrialRow) -> dict[str, Any]:
+        """Returns a trial or baseline as JSON."""
+        best = self.best
         return {
-            "number": row.number,
-            **row_dict(row, self.best, self.study_dir, self._own),
+            "kind": row.kind,
+            "name": row.name,
+            "values": row.values if row.name == ZERO_SHOT else {**self._own_values, **row.values},
             "outcome": self.state(row),
-            "attempt": row.attempt,
-            "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
+            "epoch": last_epoch(folder_of(self.study_dir, row)) if row.outcome == "running" else None,
+            "reason": row.reason,
+            "alpha": row.alpha,
+            "objective": row.objective,
+            "fitted": row.fitted,
+            "at_chance": row.at_chance,
+            "metrics": row.metrics,
+            "violations": violations(row.metrics),
+            "on_front": row.standing > 0,
+            "elapsed_s": row.elapsed_s,
+            "outside": row.outside,
+            "best": best is not None and row.kind == best.kind and row.name == best.name,
         }
+
+    def data(self, row: TrialRow) -> dict[str, Any]:
+        """Returns ``row_data`` with number, attempt and start."""
+        started = None if row.started is None else row.started.isoformat(timespec="seconds")
+        return {"number": row.number, **self.row_data(row), "attempt": row.attempt, "started": started}
 
     def result(self, row: TrialRow) -> dict[str, Any]:
         """Returns the content of a row's ``result.json``; empty without one."""
         return read_result(folder_of(self.study_dir, row)) or {}
 
     @functools.cached_property
-    def _own(self) -> dict[str, Any]:
-        return own_values(self.recipe, self.rows)
+    def _own_values(self) -> dict[str, Any]:
+        """The values of ``train`` that trainings have where they were given no other.
 
-
-def state_at_rest(row: TrialRow) -> str:
-    """Returns a row's outcome where no search runs; of one that has none: set aside, stopped, or not begun."""
-    if row.outcome != "running":
-        return row.outcome
-    return "set_aside" if row.set_aside else "stopped" if row.attempt else "waiting"
-
-
-def own_values(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """Returns the values of ``train`` that trainings have where they were given no other.
-
-    Args:
-        recipe: The study's.
-        rows: Its trainings; what they or the search space name is returned, but for what is drawn on a condition.
-    """
-    own, space = recipe.train.model_dump(mode="json"), recipe.search.space
-    names = dict.fromkeys([*space, *(name for row in rows for name in row.values)])
-    left_out = {"alpha", "seed", *(name for name, parameter in space.items() if parameter.when)}
-    return {name: own[name] for name in names if name in own and name not in left_out}
-
-
-def row_dict(row: TrialRow, best: TrialRow | None, study_dir: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a trial or baseline as plain data.
-
-    Args:
-        row: The row, of a study on which no search runs (``state_at_rest``).
-        best: The best row.
-        study_dir: The study directory, for the number of the last epoch of a training that has not ended.
-        own: As of ``own_values``.
-    """
-    return {
-        "kind": row.kind,
-        "name": row.name,
-        "values": row.values if row.name == ZERO_SHOT else {**own, **row.values},
-        "outcome": state_at_rest(row),
-        "epoch": last_epoch(folder_of(study_dir, row)) if row.outcome == "running" else None,
-        "reason": row.reason,
-        "alpha": row.alpha,
-        "objective": row.objective,
-        "fitted": row.fitted,
-        "at_chance": row.at_chance,
-        "metrics": row.metrics,
-        "violations": violations(row.metrics),
-        "on_front": row.standing > 0,
-        "elapsed_s": row.elapsed_s,
-        "outside": row.outside,
-        "best": best is not None and row.kind == best.kind and row.name == best.name,
-    }
+        Those that a training or the search space names, but for what is drawn on a condition.
+        """
+        own, space = self.recipe.train.model_dump(mode="json"), self.recipe.search.space
+        names = dict.fromkeys([*space, *(name for row in self.rows for name in row.values)])
+        left_out = {"alpha", "seed", *(name for name, parameter in space.items() if parameter.when)}
+        return {name: own[name] for name in names if name in own and name not in left_out}
 
 
 def read_study(folder: Path) -> Overview:

@@ -9,7 +9,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import pruner_quality
-from carft_ray.results.reading.overview import STATES, own_values, row_dict, state_at_rest
+from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import against_baseline, read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.rows import best_first
@@ -18,14 +18,11 @@ from carft_ray.words import counted
 
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
-    best = result.best
-    trials = best_first(result.trials)
-    states = [state_at_rest(row) for row in result.trials]
-    own = own_values(recipe, [*result.baselines, *trials])
-    rows = [row_dict(row, best, result.study_dir, own) for row in (*result.baselines, *trials)]
+    view = Overview(result.study_dir, recipe, result.trials, result.baselines)
+    rows = [view.row_data(row) for row in (*view.baselines, *best_first(view.trials))]
     return {
         "study": str(result.study_dir),
-        "trials": {name: states.count(name) for name in STATES},
+        "trials": view.counts(),
         "pruner": pruner_quality(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,
         "elapsed_s": round(result.elapsed_s, 1),

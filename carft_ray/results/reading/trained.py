@@ -105,17 +105,9 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
     if run_dir != folder:
         require_weights(folder, run_dir, recipe)
     recipe = apply(recipe, result["train"])
-    heads = load_tensors(folder / PREPARED / HEADS)
-    shared = read_shared(folder)
-    return Trained(
-        name,
-        recipe,
-        result,
-        load_shared_inputs(without_shared(recipe, shared)),
-        heads["class_head"],
-        load_tensors(run_dir / WEIGHTS),
-        tuple(shared_lines(shared)),
-    )
+    head, shared = load_tensors(folder / PREPARED / HEADS)["class_head"], read_shared(folder)
+    inputs = load_shared_inputs(without_shared(recipe, shared))
+    return Trained(name, recipe, result, inputs, head, load_tensors(run_dir / WEIGHTS), tuple(shared_lines(shared)))
 
 
 def require_weights(study_dir: Path, run_dir: Path, recipe: Recipe) -> None:

@@ -153,7 +153,7 @@ def analyse(
         "objective": {"kind": test.kind, "id_weight": test.id_weight},
         "rules": [vars(line) for line in rules],
         "candidates": found,
-        "lines": [*record.lines("Analysis, no choice: test read"), *_lines(judged, len(points), num_images)],
+        "lines": [*record.lines("Analysis, test read"), *_lines(judged, len(points), num_images)],
     }
 
 
@@ -203,8 +203,11 @@ def regrets_on_test(
 
 def _lines(judged: Judged, num_points: int, num_images: Mapping[str, int]) -> list[str]:
     """Returns the text next to the table of an analysis."""
-    some = f"with weights, and read: {len(judged.trials)} of {counted(judged.num_complete, 'complete trial')}"
-    lines = [f"{some}, {counted(num_points, 'candidate')} (trial, alpha) in all; the rules pick among these alone."]
+    some = f"{len(judged.trials)} of {counted(judged.num_complete, 'complete trial')}"
+    lines = [
+        f"It chooses nothing. Trials with weights, and read: {some}, {counted(num_points, 'candidate')} (trial, alpha) "
+        "in all; the rules pick among these alone."
+    ]
     if len(judged.trials) < judged.num_complete:
         lines.append(
             "A search keeps the weights of its best search.keep_checkpoints trials; to judge all, begin it with "
