@@ -206,12 +206,11 @@ def _disk_of(recipe: Recipe, study_dir: Path) -> dict[str, int]:
 
 def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
     """Returns which limit of the recipe's budget the search will reach, in a sentence; empty for none."""
-    search_s, hours = found["search_s"][0], found["gpu_hours"][0]
-    limits = recipe.budget
-    if limits.wall_time is not None and search_s > limits.wall_time:
-        return f"budget.wall_time ({limits.wall_time:g} s) will end it after about {limits.wall_time / search_s:.0%}."
-    if limits.gpu_hours is not None and hours > limits.gpu_hours:
-        return f"budget.gpu_hours ({limits.gpu_hours:g}) will end it after about {limits.gpu_hours / hours:.0%}."
+    limits = (("wall_time", " s", found["search_s"][0]), ("gpu_hours", "", found["gpu_hours"][0]))
+    for name, unit, expected in limits:
+        limit = getattr(recipe.budget, name)
+        if limit is not None and expected > limit:
+            return f"budget.{name} ({limit:g}{unit}) will end it after about {limit / expected:.0%}."
     return ""
 
 
@@ -223,8 +222,8 @@ def price(found: Mapping[str, Any], per_gpu_hour: float | None, per_hour: float 
         per_gpu_hour: Of one GPU, while trainings hold it.
         per_hour: Of the whole machine or cluster, from the start of the search to its end.
     """
-    if per_gpu_hour is not None:
-        return tuple(round(hours * per_gpu_hour, 4) for hours in found["gpu_hours"])
-    if per_hour is not None:
-        return tuple(round(seconds / 3600 * per_hour, 4) for seconds in found["search_s"])
+    search_hours = [seconds / 3600 for seconds in found["search_s"]]
+    for rate, hours in ((per_gpu_hour, found["gpu_hours"]), (per_hour, search_hours)):
+        if rate is not None:
+            return tuple(round(each * rate, 4) for each in hours)
     return None

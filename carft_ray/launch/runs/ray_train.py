@@ -1,0 +1,120 @@
+"""One training by a group of Ray Train workers, for the ``train`` verb; the loop is that of the trials."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from carft_ray import files
+from carft_ray.errors import ClusterError, Problem
+from carft_ray.launch.executors import HEAD_ONLY, run_nested
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.recovery.causes import explained
+from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
+from carft_ray.launch.session import computing
+from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
+from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
+from carft_ray.recipe.schema import Recipe
+from carft_ray.study.outcome import (
+    TrialSpec,
+    failure_error,
+    log_lost,
+    progress_of,
+    read_failure,
+    read_heartbeat,
+    read_result,
+)
+from carft_ray.study.study import LOST_ATTEMPTS
+
+Row = dict[str, float]
+
+logger = logging.getLogger(__name__)
+
+
+def train_with_ray(
+    recipe: Recipe,
+    out_dir: Path,
+    address: str | None = None,
+    resume_command: str = "",
+    on_epoch: Callable[[Row], None] = lambda row: None,
+    runner: Runner | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs one training on ``recipe.resources.num_workers`` Ray Train workers, or resumes one.
+
+    Args:
+        recipe: The recipe.
+        out_dir: Folder of the training, seen by every node; it must be claimed and locked (``study.lock``).
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        resume_command: Shown after an interruption.
+        on_epoch: Given the metrics of every epoch.
+        runner: What is trained; by default ``evaluation.training``.
+        say: Given texts of what the preparation does.
+
+    Returns:
+        Content of ``result.json``, and what the preparation found (``evaluation.training.prepare``).
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        ClusterError: The workers could not start, or died again and again without advancing.
+        DivergedError, CarftError: As a worker raised it.
+    """
+    out_dir = out_dir.resolve()
+    runner = runner or replace(RUNNER, prepare=prepare_single)
+    interrupted = partial(interruption, "stopped; the newest checkpoint is kept", resume_command)
+    number, before = 0, [0, 0]  # attempts in a row that were lost without advancing, and how far they came
+    while True:
+        attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
+        spec = TrialSpec("trial", 0, "train", {}, attempt)
+        for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, with this number
+            with files.writing(out_dir / stale):
+                (out_dir / stale).unlink(missing_ok=True)
+        try:
+            with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
+                prepared = run_prepare(runtime, say)
+                with stop_file_on_signal(out_dir / STOP):
+                    # in a task: in this process Ray Train would take Ctrl-C for itself
+                    task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
+                    gone = _wait(task.remote(runtime, spec, out_dir), out_dir / METRICS, on_epoch)
+        finally:
+            shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
+        if (result := read_result(out_dir)) is not None:
+            return result, prepared
+        failure = read_failure(out_dir, attempt)
+        if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
+            number, before = 0, [0, 0]
+            continue
+        if failure is not None and failure.outcome != "lost":
+            raise failure_error(failure, "train", out_dir)
+        if files.seen(out_dir / STOP):
+            raise interrupted()
+        reason, _, details = (gone or "they ended without a message").partition("\n")
+        if failure is not None:
+            reason, details = failure.reason, failure.details
+        log_lost(out_dir, attempt, reason, details)
+        now = progress_of(out_dir)
+        number, before = 1 if now > before else number + 1, now
+        has_begun = failure is not None or read_heartbeat(out_dir, attempt) is not None
+        if not has_begun or number >= LOST_ATTEMPTS:
+            step = f"Details are in {out_dir / LOG}."
+            raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
+        logger.warning("the training gets another attempt: %s", reason)
+
+
+def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[Row], None]) -> str:
+    """Waits for a training and passes on its epochs; returns why it was lost (``causes.explained``), or nothing."""
+    has_ended, offset = False, files.read_new_lines(metrics_path, 0)[1]
+    while not has_ended:
+        has_ended = bool(ray.wait([task], timeout=CHECK_EVERY_S)[0])
+        rows, offset = files.read_new_lines(metrics_path, offset)
+        for row in rows:
+            on_epoch(row)
+    try:
+        return str(ray.get(task))
+    except ray.exceptions.RayError as error:
+        return explained(error)
