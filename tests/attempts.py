@@ -81,10 +81,15 @@ def plan_of(study, runner=STAND_IN):
 
 def start(plan, spec):
     """Starts an attempt; returns its process."""
+    return forked(_attempt, plan, spec)
+
+
+def forked(function, *args):
+    """Starts a module's function in a process that has torch and all loaded; returns the process."""
     with pytest.MonkeyPatch.context() as patched:  # the process to fork looks for modules where it is told to
         patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
         forkserver.ensure_running()
-    process = _forks.Process(target=_attempt, args=(plan, spec), daemon=True)
+    process = _forks.Process(target=function, args=args, daemon=True)
     process.start()
     return process
 

@@ -18,12 +18,14 @@ CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
 LONGEST = (
     "test_kills",
-    "test_causes",
-    "test_search_ray",
     "test_crash",
-    "test_confirm_command",
+    "test_search_ray",
     "test_collective_kills",
+    "test_causes",
     "test_filling",
+    "test_confirm_command",
+    "test_study_crash",
+    "test_executors",
 )
 
 

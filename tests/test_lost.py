@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -90,10 +89,7 @@ def gloo(function, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_join, args=(rank, port, function, *args), daemon=True) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
+    workers = [attempts.forked(_join, rank, port, function, *args) for rank in (0, 1)]
     for worker in workers:
         worker.join()
     return [worker.exitcode for worker in workers]

@@ -261,6 +261,7 @@ def test_the_new_folder_must_be_new(here):
         again(here / "study", "zero_shot", here / "run")
 
 
+@pytest.mark.whole
 def test_a_trial_of_a_real_search_is_reproduced(tmp_path):
     """Trained in a process of Ray with threads of its own; done again in that of the command."""
     settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1"]
