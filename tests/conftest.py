@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny real CLIP with random weights and small real image sets."""
 
+import gc
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs
 import numpy as np
 import pytest
 
+gc.disable()  # until all is collected: half a million objects of torch, transformers and others are no garbage
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in its background is deaf to Ctrl-C
 
 CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
@@ -32,6 +34,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     """Puts the longest files first, so that with several processes none of them is left for the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config):
@@ -85,7 +92,7 @@ def source():
     return ArraySource()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def clip64():
     """The tiny CLIP in float64."""
     import torch
@@ -94,13 +101,13 @@ def clip64():
     return make_tiny_clip(dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def heads64(clip64):
     """Class and context head of ``clip64``."""
     return _heads(clip64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def heads(tiny_clip):
     """Class and context head of ``tiny_clip``."""
     return _heads(tiny_clip)

@@ -38,6 +38,12 @@ def in_file(study_dir):
     return re.match(r"# The best trial of this study, (\S+)\. ", text)[1], load_recipe(study_dir / BEST).train.alpha
 
 
+def written(path):
+    """Which file it is and when it was written; when it was read last does not count."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 def in_study(study_dir):
     best = best_row(trials(study_dir))
     return best.name, best.alpha
@@ -65,7 +71,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         first, second, third = study.next(), study.next(), study.next()
         write_result(study_dir, second, 0.5)
         study.settle(second)
-        before = (study_dir / BEST).stat()
+        before = written(study_dir / BEST)
         write_result(study_dir, first, 0.4)
         study.settle(first)
         third.folder(study_dir).mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         study.settle(third)
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         study.recover_running()
-    assert (study_dir / BEST).stat() == before
+    assert written(study_dir / BEST) == before
 
 
 @pytest.mark.parametrize("left", ["nothing", "the one before"])
@@ -145,7 +151,7 @@ def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
 
 
-@pytest.mark.parametrize("error", [InterruptedRunError("stopped"), ValueError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
 def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
     recipe = finished(study_dir)
     with open_study(study_dir, recipe) as study:

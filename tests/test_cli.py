@@ -373,7 +373,7 @@ def test_a_class_list_that_does_not_match_is_told_for_every_set(run):
         assert f"  - {place}: every class must be there in every set, but got none for 'sqare'" in err
 
 
-@pytest.mark.parametrize("domain", ["photo", "photo_val", "sketch"])
+@pytest.mark.parametrize("domain", ["photo", "sketch"])
 def test_an_unreadable_image_is_named_and_the_mended_command_works(run, domain):
     image = Path("images", domain, "star", "1.png")
     whole, before = image.read_bytes(), everything()
@@ -527,13 +527,15 @@ def test_version_is_one_line(run):
     assert out.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_every_command_speaks_json_and_shows_tracebacks_on_demand(words):
-    command = typer.main.get_command(cli.app)
-    for word in words:
-        command = command.commands[word]
-    options = {option for parameter in command.params for option in parameter.opts}
-    assert {"--debug"} | ({"--json"} if list(words) != ["dashboard"] else set()) <= options  # which serves pages
+def test_every_command_speaks_json_and_shows_tracebacks_on_demand():
+    program = typer.main.get_command(cli.app)
+    for words in commands():
+        command = program
+        for word in words:
+            command = command.commands[word]
+        options = {option for parameter in command.params for option in parameter.opts}
+        wanted = {"--debug"} | ({"--json"} if list(words) != ["dashboard"] else set())  # which serves pages
+        assert wanted <= options, words
 
 
 def test_grey_and_transparent_images_are_read(run):

@@ -123,10 +123,10 @@ def test_a_chosen_alpha_that_turns_out_to_miss_more_than_a_grid_point_is_given_u
 @pytest.mark.parametrize("noise_se", [1e-4, 1.0])
 def test_many_constrained_curves_are_chosen_as_each_alone(grid, noise_se):
     rng = np.random.default_rng(2)
-    curves = 0.6 + 0.1 * rng.random((100, 1)) * np.array(grid) + rng.normal(0, 0.01, (100, len(grid)))
-    missed = rng.normal(0, 0.1, (100, 2, len(grid))) + rng.normal(0, 0.1, (100, 1, 1))
+    curves = 0.6 + 0.1 * rng.random((40, 1)) * np.array(grid) + rng.normal(0, 0.01, (40, len(grid)))
+    missed = rng.normal(0, 0.1, (40, 2, len(grid))) + rng.normal(0, 0.1, (40, 1, 1))
     noise = np.eye(len(grid)) * noise_se**2 / 2
-    many = choose_alphas(grid, curves, 0.1, np.stack([noise] * 100), missed)
+    many = choose_alphas(grid, curves, 0.1, np.stack([noise] * 40), missed)
     assert many.values == pytest.approx((many.readers * curves).sum(axis=1))
     for b, curve in enumerate(curves):
         one = choose_alpha(grid, curve.tolist(), 0.1, noise, missed[b])

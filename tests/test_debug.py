@@ -68,8 +68,9 @@ def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
     assert any(isinstance(event, TrialEpoch) for event in events)
 
 
+@pytest.mark.slow
 def test_the_pruner_cuts_a_running_training(tmp_path):
-    stand_in.tell(tmp_path, seconds=0.7)
+    stand_in.tell(tmp_path, seconds=0.3)
     pruner = {"name": "median", "startup_trials": 1, "first": 0.3}
     recipe = stand_in.make_recipe(
         4, 3, baselines={}, pruner=pruner, sampler={"seed": 3}, evaluate={"every_epochs": 1}, **DEBUG
@@ -79,12 +80,14 @@ def test_the_pruner_cuts_a_running_training(tmp_path):
     assert set(outcomes) == {"complete", "pruned"}, outcomes
 
 
+@pytest.mark.slow
 def test_a_trial_that_raises_is_a_verdict_after_its_second_attempt_and_the_search_goes_on(tmp_path):
     stand_in.tell(tmp_path, **{"1": "raise"})
     result = run_search(stand_in.make_recipe(3, baselines={}, **DEBUG), tmp_path / "study", runner=STAND_IN)
     assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     stand_in.tell(tmp_path, seconds=1.0)
     recipe = stand_in.make_recipe(2, baselines={}, **DEBUG)

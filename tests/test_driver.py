@@ -368,16 +368,16 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
 
 
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
-    """Half of 32 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
-    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
+    """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
+    with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
         study.recover_running()
-        tune = Tune(Driver(study, 32, lambda event: None))
-        live = [tune.start() for _ in range(32)]
+        tune = Tune(Driver(study, 12, lambda event: None))
+        live = [tune.start() for _ in range(12)]
         for _ in range(3):
-            for trial in live[:16]:
+            for trial in live[:6]:
                 tune.end(trial, lost="its node is gone")
-            live = live[16:] + [tune.start() for _ in range(16)]
-        for _ in range(6 * 32 - 3 * 16):
+            live = live[6:] + [tune.start() for _ in range(6)]
+        for _ in range(6 * 12 - 3 * 6):
             assert tune.driver.failure is None
             tune.end(live.pop(0), lost="no route to node7")
             live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]

@@ -30,34 +30,34 @@ def test_files_are_small():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 500_000
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_hashes_and_sources_are_complete(name):
-    read, facts = read_file(name), load_facts(name)
-    assert read["name"] == name
-    given = {item for item in ITEMS if read[item]}
-    assert Counter(p.item for p in facts.provenance) == Counter(given)
-    for found in facts.provenance:
-        text = json.dumps(read[found.item], ensure_ascii=False, separators=(",", ":"))
-        assert found.sha256 == hashlib.sha256(text.encode()).hexdigest(), found.item
-        assert all(source.repo and source.path for source in found.sources)
-        assert found.sure == facts.is_sure(found.item)
-        owners = {source.repo.split("/")[0] for source in found.sources}
-        assert len(owners) >= 2 if found.sure else found.note, found.item
-    assert not facts.is_sure("nothing")
+def test_hashes_and_sources_are_complete():
+    for name in CLASSES:
+        read, facts = read_file(name), load_facts(name)
+        assert read["name"] == name
+        given = {item for item in ITEMS if read[item]}
+        assert Counter(p.item for p in facts.provenance) == Counter(given)
+        for found in facts.provenance:
+            text = json.dumps(read[found.item], ensure_ascii=False, separators=(",", ":"))
+            assert found.sha256 == hashlib.sha256(text.encode()).hexdigest(), (name, found.item)
+            assert all(source.repo and source.path for source in found.sources), (name, found.item)
+            assert found.sure == facts.is_sure(found.item)
+            owners = {source.repo.split("/")[0] for source in found.sources}
+            assert len(owners) >= 2 if found.sure else found.note, (name, found.item)
+        assert not facts.is_sure("nothing")
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_names_are_unique_but_for_the_known_twins(name):
-    facts = load_facts(name)
-    twice = {word for word, n in Counter(facts.classes).items() if n > 1}
-    assert twice == ({"mazama temama"} if name == "iwildcam" else set())
-    words = {word for word, n in Counter(facts.words or ()).items() if n > 1}
-    if name != "iwildcam":  # common names of animals: several species share one
-        assert words == ({"missile", "sunglasses"} if name == "imagenet" else set())
-    assert facts.words is None or len(facts.words) == len(facts.classes)
-    for template in facts.templates or ():
-        assert template.count("{}") == 1
-        assert template.format("word") != template
+def test_names_are_unique_but_for_the_known_twins():
+    for name in CLASSES:
+        facts = load_facts(name)
+        twice = {word for word, n in Counter(facts.classes).items() if n > 1}
+        assert twice == ({"mazama temama"} if name == "iwildcam" else set())
+        words = {word for word, n in Counter(facts.words or ()).items() if n > 1}
+        if name != "iwildcam":  # common names of animals: several species share one
+            assert words == ({"missile", "sunglasses"} if name == "imagenet" else set()), name
+        assert facts.words is None or len(facts.words) == len(facts.classes), name
+        for template in facts.templates or ():
+            assert template.count("{}") == 1
+            assert template.format("word") != template
 
 
 def test_folders_are_sorted_where_labels_come_from_sorted_folders():

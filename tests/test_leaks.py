@@ -390,10 +390,9 @@ COPIES = {  # change -> how many of the copies are found, in percent; as the doc
 }
 
 
-@pytest.mark.parametrize("num_per_class", [2, 24])
-def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are(num_per_class):
+def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are():
     """All pairs of twelve domains at 32 pixels: silhouettes and pixelated ones are the hard ones."""
-    pictures = dict(sandbox_pictures(DOMAINS, num_per_class))
+    pictures = dict(sandbox_pictures(DOMAINS, 8))
     whole = [np.asarray(image) for images in pictures.values() for image in images]
     known = signed(whole, 1)
     maybe = {(min(i, j), max(i, j)) for i, j in candidates(known, known).tolist()}
@@ -403,10 +402,10 @@ def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are(num_per_clas
     assert {domains[index] for pair in pairs for index in pair} <= {"silhouette"}  # some hardly differ
     assert len(pairs) <= len(whole) / 1000
 
-    some = [image for images in pictures.values() for image in images[:: 8 if num_per_class > 2 else 4]]
+    some = [image for images in pictures.values() for image in images[::4]]
     for name, (change, percent) in COPIES.items():
         found = distances(thumbnails(some), thumbnails([change(image) for image in some])) <= TOLERANCE
-        assert 100 * found.mean() >= percent - (0 if num_per_class > 2 else 5), name
+        assert 100 * found.mean() >= percent - 2, name  # of 384; the documents tell those of more
         assert all(apart(np.asarray(image), np.asarray(change(image))) <= LIMIT for image in some[::40]), name
 
 

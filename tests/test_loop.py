@@ -124,9 +124,9 @@ def mean_kl(clip, heads, source, state, train):
 
 
 def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source):
-    whole = fine_tune(clip64, *heads64, source, settings(precision="fp64"))
-    for size in (1, 5, 12):
-        split = fine_tune(clip64, *heads64, source, settings(precision="fp64", micro_batch=size))
+    whole = fine_tune(clip64, *heads64, source, settings(precision="fp64", epochs=2))
+    for size in (1, 5):
+        split = fine_tune(clip64, *heads64, source, settings(precision="fp64", epochs=2, micro_batch=size))
         assert largest_difference(whole, split) < 1e-9
 
 
@@ -159,7 +159,7 @@ def test_stored_targets_stand_in_for_the_frozen_model(tiny_clip, heads, source):
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_unit_head_is_the_exact_equivalent_of_the_folded_one(clip64, heads64, source, clip_norm):
-    values = {"precision": "fp64", "clip_norm": clip_norm, "head_bias": True, "head_lr_factor": 3.0, "epochs": 8}
+    values = {"precision": "fp64", "clip_norm": clip_norm, "head_bias": True, "head_lr_factor": 3.0}
     folded = fine_tune(clip64, *heads64, source, settings(class_head_form="folded", **values))
     unit = fine_tune(clip64, *heads64, source, settings(class_head_form="unit", **values))
     unit["class_head"] = unit["class_head"] * clip64.logit_scale

@@ -31,6 +31,7 @@ print(found["num_parameters"]["image"], resource.getrusage(resource.RUSAGE_SELF)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["openai-vit", "openai-resnet", "siglip", "mobileclip2"])
 def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
     folder = make_folder(FAMILIES[kind], tmp_path)

@@ -567,7 +567,7 @@ def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
     assert len({values["learning_rate"] for values in drawn}) == 6
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_point_begins_the_search_of_every_sampler(name):
     entries = [{"kl_weight": 2.5}, {key: 2.0 if key == "kl_weight" else 10 for key in FINITE}]
     entries = entries if name == "grid" else [entries[0]]

@@ -183,8 +183,8 @@ def test_packaged_weights_open_in_stock_open_clip_and_know_the_shapes():
     model.eval()
     head = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, [t.format for t in TEMPLATES])
     accuracies = {}
-    for domain in ("photo", "sketch", "dark_photo"):
-        source = sandbox_source(domain, "val", 10, domain)
+    for domain in ("photo", "sketch"):
+        source = sandbox_source(domain, "val", 5, domain)
         images = torch.stack([preprocess(Image.fromarray(source.pixels(i))) for i in range(len(source))])
         with torch.no_grad():
             predictions = (F.normalize(model.encode_image(images), dim=-1) @ head).argmax(dim=1)

@@ -7,12 +7,12 @@ from typing import get_args
 import pytest
 
 from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
-from carft_ray.recipe import tables, text
+from carft_ray.recipe import tables
 from carft_ray.recipe.advice import check_searchable, warnings
 from carft_ray.recipe.fields import Class, members
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import documented_keys
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.rules import SEARCHABLE
 from carft_ray.recipe.sets import SandboxSet, SetSpec
 
@@ -27,10 +27,11 @@ def test_every_recipe_validates_can_be_searched_and_has_no_idle_setting(path):
     assert warnings(recipe) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_recipe_has_short_lines_and_stands_in_the_readme(path):
-    assert max(map(len, path.read_text().splitlines())) <= 120
-    assert f"`{path.name}`" in (FOLDER / "README.md").read_text()
+def test_every_recipe_has_short_lines_and_stands_in_the_readme():
+    readme = (FOLDER / "README.md").read_text()
+    for path in RECIPES:
+        assert max(map(len, path.read_text().splitlines())) <= 120, path
+        assert f"`{path.name}`" in readme
 
 
 def test_the_quickstart_has_the_sets_that_the_sandbox_exports():
@@ -122,8 +123,6 @@ def test_the_example_of_every_key_is_valid(key):
         before = ["resources.num_workers=2"]
     recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={key.key.example}"])
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
-    path = FOLDER / "x.yaml"
-    assert text.parse(dump_recipe(recipe), str(path)).problems == []
 
 
 def test_every_key_says_what_it_means_and_whether_it_may_change():

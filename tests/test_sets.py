@@ -350,11 +350,3 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
         assert check_sets(recipe) == []
     finally:
         hidden.chmod(0o700)
-
-
-def test_importing_the_data_layer_loads_no_torch():
-    modules = "carft_ray.data.sets, carft_ray.data.views, carft_ray.data.caching.arrays"
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.stdout.strip() == "False", done.stderr
