@@ -245,15 +245,6 @@ def test_a_damaged_file_of_a_study_is_named(here, name):
         again(here / "run")
 
 
-def test_a_study_without_provenance_cannot_be_checked(here):
-    path = here / "study" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["provenance"]
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(StorageError, match="must say what the training started from"):
-        again(here / "study", "0")
-
-
 def test_the_new_folder_must_be_new(here):
     with pytest.raises(UsageError, match="--out"):
         again(here / "study", "0", here / "run")

@@ -105,6 +105,12 @@ def judged_trials(study_dir: Path, recipe: Recipe) -> Judged:
     return Judged(tuple(judged), best.name, len(complete))
 
 
+def judged_again(details: Mapping[str, Any]) -> Judged:
+    """Returns what a line of the ledger has of an analysis."""
+    judged = [JudgedTrial(**{**trial, "alphas": tuple(trial["alphas"])}) for trial in details["trials"]]
+    return Judged(tuple(judged), details["best"], details["num_complete"])
+
+
 def analyse(
     study_dir: Path, recipe: Recipe, judged: Judged, tables: Mapping[str, pa.Table], record: ReadRecord
 ) -> dict[str, Any]:

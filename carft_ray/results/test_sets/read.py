@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pydantic import TypeAdapter
 
 from carft_ray import files
 from carft_ray.data.caching.arrays import image_set
@@ -39,8 +38,15 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
-from carft_ray.results.test_sets.analysis import Judged, analyse, judged_trials
-from carft_ray.results.test_sets.summary import ID_TEST, Compared, ReadRecord, compared_rows, read_record, summarise
+from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
+from carft_ray.results.test_sets.summary import (
+    ID_TEST,
+    ReadRecord,
+    compared_again,
+    compared_rows,
+    read_record,
+    summarise,
+)
 from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
@@ -190,10 +196,6 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
-# what the ledger holds of a read that was killed
-_COMPARED, _JUDGED = TypeAdapter(Compared), TypeAdapter(Judged)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Read:
     """What a read is of.
@@ -211,7 +213,7 @@ class _Read:
 
 def _rows_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
     """Returns winner and baselines: of a read that continues, or those of the study."""
-    compared = compared_rows(study_dir, recipe) if entry is None else _COMPARED.validate_python(entry.details)
+    compared = compared_rows(study_dir, recipe) if entry is None else compared_again(entry.details)
     runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
@@ -223,7 +225,7 @@ def _rows_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Re
 
 def _trials_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
     """Returns every trial whose weights are there: of a read that continues, or those of the study."""
-    judged = judged_trials(study_dir, recipe) if entry is None else _JUDGED.validate_python(entry.details)
+    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
     runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
     return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
 

@@ -123,6 +123,12 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
     return Compared(False, tuple(rows))
 
 
+def compared_again(details: Mapping[str, Any]) -> Compared:
+    """Returns the rows that a line of the ledger has of a read."""
+    rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in details["rows"])
+    return Compared(details["confirmed"], tuple(rows))
+
+
 def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
     path = study_dir / CONFIRM / SUMMARY
