@@ -4,10 +4,11 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # a recipe may ask for more: on busy cores they wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a recipe may ask for more: on busy cores they must not spin
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
 
 import numpy as np
@@ -49,6 +50,14 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A training in this process leaves torch with the threads of its recipe: back to one for the next test."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 class ArraySource:

@@ -327,7 +327,7 @@ def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
 
 def test_a_played_driver_has_its_trials_running(tmp_path):
     cost = engine.driver_cost(tmp_path / "study", num_finished=3, num_live=4, num_reports=5, num_seconds=2)
-    assert min(cost.look_ms, cost.look_share, cost.view_ms, cost.view_share) > 0
+    assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0
     assert len(engine.driver_table([cost])) == 3
     assert [row.outcome for row in trials(tmp_path / "study")] == ["complete"] * 3 + ["running"] * 4
 

@@ -66,7 +66,8 @@ def tune(tmp_path):
 
         def begin(began=None, **budget):
             events = []
-            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetConfig(**budget), began))
+            since = () if began is None else (began,)
+            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetConfig(**budget), *since))
             driven.events = events
             return driven
 
