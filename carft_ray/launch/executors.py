@@ -96,7 +96,7 @@ def tune_trainable(runtime: Runtime) -> Any:
         return {"lost": ""}
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        where = {"bundle_label_selector": [_anywhere_but(config["avoid"])]} if config["avoid"] else {}
+        where: dict[str, Any] = {"bundle_label_selector": [_anywhere_but(config["avoid"])]} if config["avoid"] else {}
         return tune.PlacementGroupFactory([runtime.capacity.worker_resources], **where)
 
     return tune.with_resources(inline_trial, resources)
@@ -176,7 +176,7 @@ def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
         MachineError: One does not; the message is the same on every rank.
     """
     problem, node_id = not_visible(runtime), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    everybody = [(node_id, ray.util.get_node_ip_address(), problem)]
+    everybody = [(node_id, ray.util.get_node_ip_address(), problem)]  # type: ignore[no-untyped-call]
     if context.world_size > 1:
         from carft_ray.learning.ranks import gather  # torch; the driver holds none
 
@@ -245,7 +245,7 @@ def _heartbeat(
 def end_process(alive: Heartbeat) -> None:
     """Ends the process of an attempt that hangs, on whatever node it runs; does not wait for it."""
     where = NodeAffinitySchedulingStrategy(node_id=alive.node_id, soft=False)
-    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_kill).remote(alive.pid)
+    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_kill).remote(alive.pid)  # type: ignore[call-overload]
 
 
 def _kill(pid: int) -> None:
@@ -301,6 +301,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
     folder = folder or spec.folder(runtime.study_dir)
     use_gpu = runtime.capacity.gpus_per_worker > 0
     can_select = "label_selector" in {each.name for each in fields(ScalingConfig)}  # older releases of Ray cannot
+    selector: dict[str, Any] = {"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}
     trainer = TorchTrainer(
         _nested_worker,
         train_loop_config={"runtime": runtime, "spec": spec, "folder": folder},
@@ -310,12 +311,12 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
             use_gpu=use_gpu,
             resources_per_worker=runtime.capacity.worker_resources,
             placement_strategy="STRICT_PACK" if runtime.capacity.one_node else "PACK",
-            **({"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}),
+            **selector,
         ),
         run_config=RunConfig(
             name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name
             storage_path=str(runtime.study_dir / RAY_FILES / "train"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),  # type: ignore[call-arg]  # V2
         ),
     )
     try:

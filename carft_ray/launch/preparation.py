@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from carft_ray import environment, files
 from carft_ray.data.listed_sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
-from carft_ray.launch.ray_cluster.cluster import Capacity, num_fitting
+from carft_ray.launch.ray_cluster.cluster import Capacity, nodes_alive, num_fitting
 from carft_ray.launch.recovery.causes import lost_rank, root_cause
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
@@ -68,7 +68,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
     pending = {}
     for node_id in nodes:
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-        task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)
+        task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
         pending[task.remote(runtime)] = node_id
     show, longest_s = _changes(say), 0.0
     while pending:
@@ -120,8 +120,8 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     need = capacity.worker_resources.items()
     return {
         node["NodeID"]: node["NodeManagerAddress"]
-        for node in ray.nodes()
-        if node["Alive"] and all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need)
+        for node in nodes_alive()
+        if all(num_fitting(name, amount, node["Resources"].get(name, 0)) for name, amount in need)
     }
 
 
@@ -197,5 +197,5 @@ def _prepare(runtime: Runtime) -> dict[str, Any]:
     if problem := not_visible(runtime):
         raise ClusterError(problem)
     node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
-    num_cpus = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == node_id)
+    num_cpus = next(node["Resources"].get("CPU", 1) for node in nodes_alive() if node["NodeID"] == node_id)
     return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, progress_writer(folder))

@@ -135,4 +135,4 @@ def not_visible(runtime: Runtime) -> Problem | None:
         return None
     rule = "must be seen by every node: a trial runs on any of them"
     step = "Put the study into a folder that all nodes share."
-    return Problem(str(runtime.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)
+    return Problem(str(runtime.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)  # type: ignore[no-untyped-call]

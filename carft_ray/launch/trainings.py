@@ -128,7 +128,7 @@ def _ray_error(error: Exception) -> ClusterError:
     return found
 
 
-class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
+class DriverSearcher(Searcher):
     """Answers Tune from the driver. Concurrency and the end of the search are the driver's, too."""
 
     def __init__(self, driver: Driver) -> None:
@@ -140,7 +140,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         """Takes Tune's list of its trials."""
         self._trials = trials
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a text
         """Returns what to run next; None to be asked again; ``FINISHED`` at the end. Never None with nothing live."""
         for trial in self._trials:  # what has ended without a message: a reused actor that could not be reset
             if trial.status in ("TERMINATED", "ERROR") and self._driver.holds(trial.trial_id):
@@ -169,7 +169,7 @@ class DriverSearcher(Searcher):  # type: ignore[misc]  # Ray is untyped here
         """Reads nothing."""
 
 
-class DriverCallback(tune.Callback):  # type: ignore[misc]  # Ray is untyped here
+class DriverCallback(tune.Callback):
     """Has the driver poll what runs, in Tune's loop."""
 
     def __init__(self, driver: Driver, searcher: DriverSearcher) -> None:

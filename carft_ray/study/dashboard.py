@@ -20,7 +20,7 @@ from carft_ray.layout import JOURNAL
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
 
 
-class _ReadOnlyJournal(JournalFileBackend):  # type: ignore[misc]  # optuna is untyped here
+class _ReadOnlyJournal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         raise PermissionError("the journal is open for reading only")
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -260,9 +261,13 @@ def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
         watcher.join()
 
 
+def nodes_alive() -> list[dict[str, Any]]:
+    """Returns what Ray knows of each node that is alive: ``NodeID``, ``NodeManagerAddress``, ``Resources``."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def _nodes() -> tuple[Node, ...]:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return tuple(Node(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in alive)
+    return tuple(Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes_alive())
 
 
 def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:

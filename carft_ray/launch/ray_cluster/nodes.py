@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import ray
 
-from carft_ray.launch.ray_cluster.cluster import UNITS, Capacity, amount_text, num_fitting
+from carft_ray.launch.ray_cluster.cluster import UNITS, Capacity, amount_text, nodes_alive, num_fitting
 from carft_ray.launch.ray_cluster.ray_private import available_resources_per_node
 
 Resources = Mapping[str, float]
@@ -68,8 +68,7 @@ def why_waiting(capacity: Capacity) -> str:
     if not any(group["state"] == "PENDING" for group in groups):
         return "Ray has given it what it needs and is starting it"
     free = available_resources_per_node()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in alive]
+    nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in nodes_alive()]
     need = capacity.worker_resources
     return lacking(need, capacity.num_workers, capacity.one_node, nodes) or "what it needs has just become free"
 
@@ -83,7 +82,7 @@ def alive_nodes() -> dict[str, str]:
     """Returns the address of every node that is alive, by Ray's name of it; empty where no Ray runs."""
     if not ray.is_initialized():
         return {}
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes_alive()}
 
 
 @dataclass

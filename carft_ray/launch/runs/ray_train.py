@@ -79,7 +79,7 @@ def train_with_ray(
                 prepared = run_prepare(runtime, say)
                 with stop_file_on_signal(out_dir / STOP):
                     # in a task: in this process Ray Train would take Ctrl-C for itself
-                    task = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
+                    task: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
                     gone = _wait(task.remote(runtime, spec, out_dir), out_dir / METRICS, on_epoch)
         finally:
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
@@ -106,7 +106,7 @@ def train_with_ray(
         logger.warning("the training gets another attempt: %s", reason)
 
 
-def _wait(task: ray.ObjectRef, metrics_path: Path, on_epoch: Callable[[Row], None]) -> str:
+def _wait(task: ray.ObjectRef[str], metrics_path: Path, on_epoch: Callable[[Row], None]) -> str:
     """Waits for a training and passes on its epochs; returns why it was lost (``causes.explained``), or nothing."""
     has_ended, offset = False, files.read_new_lines(metrics_path, 0)[1]
     while not has_ended:

@@ -1,7 +1,8 @@
 """All that we use of Optuna's private names, each with what it is for; ``pyproject.toml`` bounds the releases above.
 
 Where a release has another name in its place, the message says which release and which name; ``tests/test_privates.py``
-pins what each does. ``samplers`` overrides one private method besides, ``QMCSampler._find_sample_id``.
+pins what each does. ``samplers`` overrides two private methods, ``QMCSampler._find_sample_id`` and
+``BruteForceSampler._populate_tree``.
 """
 
 from contextlib import AbstractContextManager
@@ -18,9 +19,9 @@ def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.trial.Tria
     return optuna.trial.Trial(study, trial_id(frozen))
 
 
-def trial_id(frozen: FrozenTrial) -> int:
+def trial_id(trial: FrozenTrial | optuna.trial.Trial) -> int:
     """Returns the id of a trial in its storage, which is no number within its study."""
-    found: int = private_name("optuna", "FrozenTrial._trial_id", lambda: frozen._trial_id)
+    found: int = private_name("optuna", "FrozenTrial._trial_id", lambda: trial._trial_id)
     return found
 
 

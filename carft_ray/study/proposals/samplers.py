@@ -87,7 +87,7 @@ def distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)
 
 
-class _GP(GPSampler):  # type: ignore[misc]  # Optuna is untyped here
+class _GP(GPSampler):
     """GP that draws once per trial, whatever cuts it off, on one thread."""
 
     def sample_relative(
@@ -101,7 +101,7 @@ class _GP(GPSampler):  # type: ignore[misc]  # Optuna is untyped here
         return values
 
 
-class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
+class _QMC(QMCSampler):
     """QMC over the recipe's space from the first trial on; a trial's place in the sequence is how many were before."""
 
     def __init__(self, space: Mapping[str, Parameter], number: int, rest: BaseSampler, **options: Any) -> None:
@@ -119,13 +119,16 @@ class _QMC(QMCSampler):  # type: ignore[misc]  # Optuna is untyped here
         return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
 
 
-class _Grid(BruteForceSampler):  # type: ignore[misc]  # Optuna is untyped here
+class _Grid(BruteForceSampler):
     """Each point of the space once. Trials that have no values, or those of another space, are none of them."""
 
     def __init__(self, space: Mapping[str, Parameter], seed: int) -> None:
         super().__init__(seed=seed)
         self._space = {name: distribution(parameter) for name, parameter in space.items()}
 
-    def _populate_tree(self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]) -> None:
+    # a static method there, which could not know the space
+    def _populate_tree(  # type: ignore[override]
+        self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]
+    ) -> None:
         fit = [trial for trial in trials if trial.params and trial.distributions.items() <= self._space.items()]
         super()._populate_tree(tree, fit, params)

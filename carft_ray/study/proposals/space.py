@@ -1,5 +1,7 @@
 """The values of a trial: asked of the recipe's sampler, or given by the recipe's points."""
 
+from typing import Any
+
 import optuna
 from optuna.trial import TrialState
 
@@ -81,7 +83,7 @@ def _draw_together(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> 
     if name == "cmaes" and POINT in trial.user_attrs:
         study.sampler = optuna.samplers.RandomSampler(seed=0)  # a given point is no draw of its distribution
     elif name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
-        sampler = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
+        sampler: Any = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
         generation = sampler.get_trial_generation(study, trial._cached_frozen_trial)
         sampler.get_parent_population(study, generation)
         study.sampler = make_sampler(recipe, trial.number, 0)
