@@ -67,23 +67,29 @@ TrialOption = Annotated[
 Command = Callable[..., None]
 
 
-def command(example: str, panel: str | None = None, to: typer.Typer = app) -> Callable[[Command], Command]:
+def command(
+    example: str, panel: str | None = None, to: typer.Typer = app, shared: Command | None = None
+) -> Callable[[Command], Command]:
     """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
 
     Args:
         example: For the help; begins with the name of the command.
         panel: Of the help.
         to: The app that the command belongs to; the example begins with its name, too.
+        shared: A function whose keyword-only parameters are options of the command, which takes them as ``**shared``.
     """
+    of_shared = inspect.signature(shared).parameters.values() if shared else ()
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def run(*, debug: bool, **given: Any) -> None:
             function(**given)
 
-        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
-        signature = inspect.signature(function)
-        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+        parameters = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+        parameters += [one for one in of_shared if one.kind == last]
+        debug = inspect.Parameter("debug", last, default=False, annotation=DebugOption)
+        run.__signature__ = signature.replace(parameters=[*parameters, debug])  # type: ignore[attr-defined]
         name = example.split()[to is not app]
         to.command(name, epilog=f"Example:  carft-ray {example}", rich_help_panel=panel)(run)
         return function

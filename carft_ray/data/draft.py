@@ -23,11 +23,7 @@ from carft_ray.data.images import cause_of
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there

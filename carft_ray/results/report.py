@@ -15,13 +15,7 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.metrics import alpha_area
 from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
-from carft_ray.evaluation.robustness import (
-    CAVEAT,
-    MIN_MODELS,
-    Robustness,
-    above_line,
-    read_reference,
-)
+from carft_ray.evaluation.robustness import CAVEAT, MIN_MODELS, Robustness, above_line, read_reference
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
