@@ -12,18 +12,13 @@ from carft_ray import console
 from carft_ray.cli import common
 
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
+TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
 
 
 @common.command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
-    trial: Annotated[
-        str | None,
-        typer.Argument(
-            help="Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best.",
-            show_default=False,
-        ),
-    ] = None,
+    trial: Annotated[str | None, typer.Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the new training in this folder, new or empty.")] = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -11,16 +11,13 @@ from carft_ray.cli import common
 from carft_ray.cli.test import lost_cells, regret_table
 from carft_ray.words import counted
 
+REFERENCE = "CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
+
 
 @common.command("report studies/quickstart", common.TRUST)
 def report(
     study: common.StudyArgument,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
-        ),
-    ] = None,
+    reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:

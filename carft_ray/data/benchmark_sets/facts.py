@@ -9,9 +9,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import AfterValidator, TypeAdapter
 
 from carft_ray.errors import DataError, Problem, nearest
 
@@ -76,7 +77,7 @@ class Facts:
     within: str | None
     groups: tuple[tuple[int, ...], ...] | None
     domains: tuple[str, ...] | None
-    counts: Mapping[str, int]
+    counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
     templates: tuple[str, ...] | None
     table: Mapping[str, Any] | None
     licence_note: str
