@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -23,14 +23,10 @@ WINNER = (
 @common.command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST)
 def confirm(
     study: common.StudyArgument,
-    top: Annotated[int, typer.Option(min=1, help="Trials to train again, from the best down.")] = 3,
-    seeds: Annotated[
-        int, typer.Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")
-    ] = 3,
-    winner: Annotated[str, typer.Option(metavar="search|confirmed", help=WINNER)] = "search",
-    against: Annotated[
-        list[Path] | None, typer.Option(help="Study whose winner is one more baseline; repeatable.")
-    ] = None,
+    top: Annotated[int, Option(min=1, help="Trials to train again, from the best down.")] = 3,
+    seeds: Annotated[int, Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")] = 3,
+    winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
+    against: Annotated[list[Path] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,

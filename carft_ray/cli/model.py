@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -18,8 +18,8 @@ RESIZE = {"shortest": "shortest side, then centre crop", "longest": "longest sid
 
 @common.command("model ViT-B-16-quickgelu --pretrained openai", common.ONE_TRAINING)
 def model(
-    name: Annotated[str, typer.Argument(help=NAME, metavar="NAME|RECIPE", show_default=False)],
-    pretrained: Annotated[str | None, typer.Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
+    name: Annotated[str, Argument(help=NAME, metavar="NAME|RECIPE", show_default=False)],
+    pretrained: Annotated[str | None, Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -5,26 +5,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
 from carft_ray.words import counted
 
-NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
-WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
+NarrowOption = Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")]
+WidenOption = Annotated[bool, Option("--widen", help="Let the search space of the study grow.")]
 WallTimeOption = Annotated[
-    str | None, typer.Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
+    str | None, Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
 ]
 WarmStartOption = Annotated[
-    list[Path] | None, typer.Option(metavar="DIR", help="Use the trials of another study; repeatable.")
+    list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
 ]
 AgainOption = Annotated[
     str | None,
-    typer.Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
+    Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[bool, typer.Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
+TrustOption = Annotated[bool, Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 def _search(
@@ -98,7 +98,7 @@ def _search(
 @common.command("search search_spaces/quickstart.yaml --study studies/quickstart", common.SEARCH, shared=_search)
 def search(
     recipe: common.RecipeArgument,
-    study: Annotated[Path, typer.Option(help="Study directory; an existing study is resumed.")],
+    study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
@@ -109,9 +109,7 @@ def search(
 @common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=_search)
 def resume(
     study: common.StudyArgument,
-    trials: Annotated[
-        str | None, typer.Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")
-    ] = None,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")] = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
@@ -131,8 +129,8 @@ def resume(
 
 @common.command("stop studies/quickstart", common.SEARCH)
 def stop(
-    study: Annotated[Path, typer.Argument(help="Folder of a study, or of a training.", show_default=False)],
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
+    no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
@@ -169,15 +167,13 @@ def stop(
 @common.command("plan search_spaces/quickstart.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[Path | None, typer.Option(help="Study directory; its trainings give the times.")] = None,
+    study: Annotated[Path | None, Option(help="Study directory; its trainings give the times.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
-    price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of one GPU, for the cost of the search.")
-    ] = None,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the whole machine or cluster.")] = None,
+    price_per_gpu_hour: Annotated[float | None, Option(min=0, help="Of one GPU, for the cost of the search.")] = None,
+    price_per_hour: Annotated[float | None, Option(min=0, help="Of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Measure what a search will take: trials at a time, time, GPU hours, disk, money.

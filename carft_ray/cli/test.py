@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import typer
 from rich.table import Column, Table
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -21,9 +21,9 @@ ANALYSIS = (
 def evaluate_test_sets(
     study: common.StudyArgument,
     again: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
+        str | None, Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
     ] = None,
-    all_trials: Annotated[bool, typer.Option("--all-trials", help=ANALYSIS)] = False,
+    all_trials: Annotated[bool, Option("--all-trials", help=ANALYSIS)] = False,
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:

@@ -137,10 +137,20 @@ def records(
         lambda path: _opened(path, len(whole)),
         lambda: _read(whole, path, is_test, on_progress),
     )
-    kept = None
     if isinstance(source, StoredSource) and isinstance(whole, StoredSource) and len(source) < len(whole):
-        kept = np.searchsorted(whole.rows, source.rows)
-    return _records(table, source, kept)
+        table = table.take(pa.array(np.searchsorted(whole.rows, source.rows)))
+    texts = table["problem"].combine_chunks()
+    problems = {
+        index: Problem(source.place(index), **json.loads(texts[index].as_py()))
+        for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
+    }
+    seen = {}
+    if "mode" in table.column_names:
+        height, width, mode = (_column(table, name) for name in ("height", "width", "mode"))
+        seen = {"heights": height.view(np.int64), "widths": width.view(np.int64), "modes": mode.view(f"S{_MODE_BYTES}")}
+    digests = _column(table, "digest").reshape(-1, DIGEST_BYTES)
+    thumbnails = _column(table, "thumbnails").reshape(-1, *_SHAPE)
+    return Records(digests, thumbnails, _column(table, "num_bytes").view(np.int64), problems, **seen)
 
 
 def without_bad_images(
@@ -386,29 +396,6 @@ def _as_text(error: DataError) -> str:
     """Returns the problem of an image without its place, which may be another when the records are read."""
     problem = error.problems[0]
     return json.dumps({"rule": problem.rule, "value": problem.value, "next_step": problem.next_step})
-
-
-def _records(table: pa.Table, source: Source, kept: IntArray | None) -> Records:
-    """Returns the records of a table; with ``kept`` those of these rows, which are the images of the source."""
-    if kept is not None:
-        table = table.take(pa.array(kept))
-    num_images = len(source)
-    texts = table["problem"].combine_chunks()
-    problems = {
-        index: Problem(source.place(index), **json.loads(texts[index].as_py()))
-        for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
-    }
-    seen = {}
-    if "mode" in table.column_names:
-        height, width, mode = (_column(table, name) for name in ("height", "width", "mode"))
-        seen = {"heights": height.view(np.int64), "widths": width.view(np.int64), "modes": mode.view(f"S{_MODE_BYTES}")}
-    return Records(
-        _column(table, "digest").reshape(num_images, DIGEST_BYTES),
-        _column(table, "thumbnails").reshape(num_images, *_SHAPE),
-        _column(table, "num_bytes").view(np.int64),
-        problems,
-        **seen,
-    )
 
 
 def _column(table: pa.Table, name: str) -> PixelArray:

@@ -167,10 +167,8 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
     """
     blurred = np.rint(fields.gaussian(x, sigma) * 255) / 255
     height, width = x.shape[:2]
-    visited = np.arange(height * width).reshape(height, width)[
-        reach + 1 : height - reach + 1, reach + 1 : width - reach + 1
-    ]
-    targets = visited.ravel()[::-1]
+    visited = np.s_[reach + 1 : height - reach + 1, reach + 1 : width - reach + 1]
+    targets = np.arange(height * width).reshape(height, width)[visited].ravel()[::-1]
     origin = list(range(height * width))
     for _ in range(rounds):
         offsets = rng.integers(-reach, reach, (len(targets), 2))
@@ -197,21 +195,12 @@ def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
 # Weather
 
 
-def snow(
-    x: Floats,
-    rng: Rng,
-    mean: float,
-    deviation: float,
-    zoom: float,
-    threshold: float,
-    radius: float,
-    sigma: float,
-    mix: float,
-) -> Floats:
+def snow(x: Floats, rng: Rng, *setting: float) -> Floats:
     """Whitens the picture and lets flakes fall over it, once as drawn and once turned by 180 degrees.
 
     Flakes are normal noise, enlarged, cut below a threshold and smeared within 45 degrees of the vertical.
     """
+    mean, deviation, zoom, threshold, radius, sigma, mix = setting
     flakes = fields.zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
     flakes = fields.smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]
