@@ -78,9 +78,6 @@ def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: 
 
     Returns:
         The corrupted image, uint8 [H, W, 3].
-
-    Raises:
-        ValueError: The name or the severity is not known.
     """
     setting = PARAMETERS[name][table_side(*pixels.shape[:2])][severity - 1]
     arguments = setting if isinstance(setting, list) else [setting]
