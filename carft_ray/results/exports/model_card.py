@@ -1,6 +1,7 @@
 """The model card of an export: what it is, how well it does where, and how to use it, per format.
 
-The text is in ``model_card.md`` and, per format, in ``use_<format>.md``: templates of ``string.Template``.
+The text is in ``model_card.md`` and, per format, in ``use_<format>.md``: templates of ``string.Template``. How
+images are resized is in ``resize.toml``.
 """
 
 import textwrap
