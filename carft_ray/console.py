@@ -1,9 +1,10 @@
 """What people see: tables, progress and messages. Results go to standard output, everything else to standard error."""
 
 import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -115,20 +116,20 @@ def numbers(*names: str, no_wrap: bool = False) -> list[Column]:
 
 
 def table(
-    columns: Sequence[str | Column], rows: Iterable[Sequence[str]], best: Container[int] = (), style: str = "bold green"
+    columns: Sequence[str | Column], rows: Iterable[Sequence[str]], best: Sequence[bool] = (), style: str = "bold green"
 ) -> Table:
     """Returns a table without lines; a first column given by its name is not wrapped.
 
     Args:
         columns: Names, or columns with a way of their own (``numbers``).
         rows: Texts; markup in them counts.
-        best: Indices of the rows that stand out.
+        best: For each row whether it stands out; none does where it is empty.
         style: How they do.
     """
     headers = (Column(one, no_wrap=not index) if isinstance(one, str) else one for index, one in enumerate(columns))
     made = Table(*headers, box=None, pad_edge=False, header_style="bold")
-    for index, row in enumerate(rows):
-        made.add_row(*row, style=style if index in best else None)
+    for row, stands_out in zip(rows, best or itertools.repeat(False), strict=False):
+        made.add_row(*row, style=style if stands_out else None)
     return made
 
 
@@ -194,7 +195,7 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         objective = objective_cell(row["objective"], row["fitted"])
         lines.append([row["name"], *ranks, f"{row['alpha']:.2f}", *accuracies, objective, missed])
     titles = numbers("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %")
-    return table(["", *titles, ""], lines, [index for index, row in enumerate(rows) if row["new_rank"] == 1])
+    return table(["", *titles, ""], lines, [row["new_rank"] == 1 for row in rows])
 
 
 def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -214,8 +215,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         objective = objective_cell(row["objective"], row["fitted"])
         lines.append([row["name"], *values, alpha, *accuracies, objective, time, _remark(row)])
     titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
-    best = [index for index, row in enumerate(rows) if row["best"]]
-    made = table(["", *titles, Column("", max_width=40)], lines, best)
+    made = table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
     if any(row["fitted"] for row in rows):
         made.caption, made.caption_justify = FITTED, "left"
     return made
@@ -233,8 +233,8 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         estimates = (map(percent, row["estimates"][name]) for name in columns)
         cells = [f"{mean} [{low}, {high}]" for mean, low, high in estimates]
         lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, row["role"]])
-    winners = [index for index, row in enumerate(rows) if row["role"] == "winner"]
-    return table(["%, [95 %]", *numbers("alpha", "seeds", *columns, no_wrap=True), ""], lines, winners)
+    titles = numbers("alpha", "seeds", *columns, no_wrap=True)
+    return table(["%, [95 %]", *titles, ""], lines, [row["role"] == "winner" for row in rows])
 
 
 def _remark(row: Mapping[str, Any]) -> str:
@@ -268,7 +268,7 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         counts = [str(row["trials"][state] or "") for state in states]
         best = objective_cell(row["best_objective"])
         lines.append([row["name"], str(row["wanted"]), *counts, best, "runs" if row["running"] else ""])
-    broken = [index for index, row in enumerate(rows) if row["problem"] is not None]
+    broken = [row["problem"] is not None for row in rows]
     return table(["study", *numbers("wanted", *states, "objective, %"), ""], lines, broken, "red")
 
 

@@ -158,5 +158,4 @@ class OutdatedAttemptError(InterruptedRunError):
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed word that is most similar to ``value``, or None when none is close."""
-    matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)), None)

@@ -189,21 +189,6 @@ def test_one_image_is_named_as_not_covered():
     assert all(map(math.isfinite, result.images_random))
 
 
-@pytest.mark.parametrize(
-    ("values", "weights", "message"),
-    [
-        ({}, {}, "same sets"),
-        ({"a": np.zeros((2, 3))}, {"b": 1.0}, "same sets"),
-        ({"a": np.zeros(3)}, {"a": 1.0}, r"\[seeds, images\]"),
-        ({"a": np.zeros((3, 0))}, {"a": 1.0}, "not empty"),
-        ({"a": np.zeros((3, 2)), "b": np.zeros((2, 2))}, {"a": 1.0, "b": 1.0}, "same number of seeds"),
-    ],
-)
-def test_arrays_that_do_not_belong_together_are_refused(values, weights, message):
-    with pytest.raises(ValueError, match=message):
-        crossed(values, weights)
-
-
 def test_weighted_mean_of_sets_is_the_plain_crossed_interval():
     spec = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.5)
     plain, general = crossed(FIXTURE, HALVES), objective_interval(spec, FIXTURE)

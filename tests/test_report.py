@@ -128,7 +128,7 @@ def test_counts_and_corrections(original):
     assert found["noise"]["image"] == pytest.approx(noise.variance)
     assert found["corrected"]["value"] == correct_best(objectives, noise.variance).value
     assert found["best"]["name"] == view.best.name
-    stored = read_stored(original, view.recipe, rows, [], spec)
+    stored = read_stored(original, view.recipe, rows, spec)
     assert found["bbc"]["value"] == bbc(resample(stored.candidates, spec, 0.1, 100))[0]
     assert sum(win["share"] for win in found["bbc"]["wins"]) == pytest.approx(1)
     assert found["headline"]["baseline"] == "plain"
@@ -137,7 +137,7 @@ def test_counts_and_corrections(original):
 
 def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(original):
     view = read_study(original)
-    stored = read_stored(original, view.recipe, complete(view), [], objective_spec(view.recipe))
+    stored = read_stored(original, view.recipe, complete(view), objective_spec(view.recipe))
     assert {candidate.alphas for candidate in stored.candidates} == {GRID}
     assert {candidate.alphas for candidate in stored.chosen.values()} == {(0.65,)}
 
@@ -145,7 +145,7 @@ def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(origi
 def test_a_fixed_alpha_stands_alone(tmp_path):
     study_dir = make_study(tmp_path / "fixed", make_recipe(alpha=0.6), alpha=0.6)
     view = read_study(study_dir)
-    stored = read_stored(study_dir, view.recipe, complete(view), [], objective_spec(view.recipe))
+    stored = read_stored(study_dir, view.recipe, complete(view), objective_spec(view.recipe))
     assert {candidate.alphas for candidate in stored.candidates} == {(0.6,)}
     assert study_report(view, num_resamples=50)["bbc"]["wins"][0]["alpha"] == 0.6
 

@@ -19,6 +19,7 @@ from stand_in import make_recipe
 from suggestions import check_suggestions
 
 from carft_ray.cli import search as search_commands
+from carft_ray.cli.common import load
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.overview import find_row, read_study, total_trials
@@ -457,14 +458,15 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     path = here / "first" / "resolved.yaml"
     path.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", path.read_text(), count=1))  # as many as images
     asked = []
-    monkeypatch.setattr(search_commands, "_search", lambda *given: asked.append(given))
+    monkeypatch.setattr(search_commands, "_search", lambda *given, **shared: asked.append((*given, shared)))
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == 0
-    [(recipe, study, address, *_, json_, may, notify)] = asked
-    assert (may, notify) == ([], (None, None))
+    [(recipe_path, study, overrides, shared)] = asked
+    assert {shared[name] for name in ("narrow", "widen", "notify_command", "notify_url")} == {False, None}
+    recipe = load(recipe_path, overrides, shared["executor"], shared["num_workers"])
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
-    assert (study, address, json_) == (Path("first"), "auto", True)
+    assert (study, shared["address"], shared["json_"]) == (Path("first"), "auto", True)
 
 
 # mistakes: words, the beginning of the message

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from carft_ray import __version__, console, environment
 from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
@@ -37,53 +38,57 @@ ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a st
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
 READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data")
 
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
-StudyArgument = Annotated[Path, typer.Argument(help="The study directory.", show_default=False)]
-TrainedArgument = Annotated[Path, typer.Argument(help="Folder of a training or a study.", show_default=False)]
+RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
+StudyArgument = Annotated[Path, Argument(help="The study directory.", show_default=False)]
+TrainedArgument = Annotated[Path, Argument(help="Folder of a training or a study.", show_default=False)]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 DetailsOption = Annotated[
-    bool, typer.Option("--details", help="All numbers, by set and over seeds alone, and full sentences.")
+    bool, Option("--details", help="All numbers, by set and over seeds alone, and full sentences.")
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
-    str | None, typer.Option(help="inline, ray-train, debug (without Ray) or auto; replaces that of the recipe.")
+    str | None, Option(help="inline, ray-train, debug (without Ray) or auto; replaces that of the recipe.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Workers of one training; replaces that of the recipe.")]
-AddressOption = Annotated[str | None, typer.Option(help="Address of a running Ray cluster; without it, a local Ray.")]
+WorkersOption = Annotated[int | None, Option(min=1, help="Workers of one training; replaces that of the recipe.")]
+AddressOption = Annotated[str | None, Option(help="Address of a running Ray cluster; without it, a local Ray.")]
 NotifyCommandOption = Annotated[
     str | None,
-    typer.Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
+    Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
 ]
-NotifyUrlOption = Annotated[str | None, typer.Option(metavar="URL", help="Post the same JSON to this webhook.")]
-AlphaOption = Annotated[float | None, typer.Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
-TrialOption = Annotated[
-    str | None, typer.Option(help="Number or name of a trial, or name of a baseline; default: the best.")
-]
+NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Post the same JSON to this webhook.")]
+AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
+TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
 
 
 Command = Callable[..., None]
 
 
-def command(example: str, panel: str | None = None, to: typer.Typer = app) -> Callable[[Command], Command]:
+def command(
+    example: str, panel: str | None = None, to: typer.Typer = app, shared: Command | None = None
+) -> Callable[[Command], Command]:
     """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
 
     Args:
         example: For the help; begins with the name of the command.
         panel: Of the help.
         to: The app that the command belongs to; the example begins with its name, too.
+        shared: A function whose keyword-only parameters are options of the command, which takes them as ``**shared``.
     """
+    of_shared = inspect.signature(shared).parameters.values() if shared else ()
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def run(*, debug: bool, **given: Any) -> None:
             function(**given)
 
-        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption)
-        signature = inspect.signature(function)
-        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+        parameters = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
+        parameters += [one for one in of_shared if one.kind == last]
+        debug = inspect.Parameter("debug", last, default=False, annotation=DebugOption)
+        run.__signature__ = signature.replace(parameters=[*parameters, debug])  # type: ignore[attr-defined]
         name = example.split()[to is not app]
         to.command(name, epilog=f"Example:  carft-ray {example}", rich_help_panel=panel)(run)
         return function
@@ -103,7 +108,7 @@ def _show_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
+        bool, Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Holds what may stand before any command; the text of the help is the app's own."""

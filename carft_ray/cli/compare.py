@@ -6,25 +6,20 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
 
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
+TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
 
 
 @common.command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
-    trial: Annotated[
-        str | None,
-        typer.Argument(
-            help="Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Keep the new training in this folder, new or empty.")] = None,
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
+    trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
+    out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""
@@ -64,8 +59,8 @@ def reproduce(
 
 @common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST)
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=TARGET, show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help=TARGET, show_default=False)],
+    a: Annotated[str, Argument(metavar="A", help=TARGET, show_default=False)],
+    b: Annotated[str, Argument(metavar="B", help=TARGET, show_default=False)],
     json_: common.JsonOption = False,
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""

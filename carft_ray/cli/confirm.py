@@ -1,42 +1,32 @@
 """Confirming the winner of a search with fresh seeds."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
 
 if TYPE_CHECKING:
-    from carft_ray.recipe.schema import Recipe
     from carft_ray.results.confirmation.plan import Stage
-    from carft_ray.results.reading.overview import Overview
 
 WINNER_RULES = ("search", "confirmed")
+WINNER = (
+    "search: the winner is the search's. confirmed: the best on the fresh seeds, which is then trained with as many "
+    "further seeds."
+)
 
 
 @common.command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST)
 def confirm(
     study: common.StudyArgument,
-    top: Annotated[int, typer.Option(min=1, help="Trials to train again, from the best down.")] = 3,
-    seeds: Annotated[
-        int, typer.Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")
-    ] = 3,
-    winner: Annotated[
-        str,
-        typer.Option(
-            metavar="search|confirmed",
-            help="search: the winner is the search's. confirmed: the best on the fresh seeds, which is then trained "
-            "with as many further seeds.",
-        ),
-    ] = "search",
-    against: Annotated[
-        list[Path] | None, typer.Option(help="Study whose winner is one more baseline; repeatable.")
-    ] = None,
+    top: Annotated[int, Option(min=1, help="Trials to train again, from the best down.")] = 3,
+    seeds: Annotated[int, Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")] = 3,
+    winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
+    against: Annotated[list[Path] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
@@ -60,18 +50,38 @@ def confirm(
     recipe = common.load(overview.resolved_recipe(view.study_dir), None, executor, num_workers)
     given = {"top": top, "seeds": seeds, "winner": None if winner == "search" else winner, "against": against}
     given |= {"executor": executor, "num_workers": num_workers, "address": address}
+    from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
-    from carft_ray.results.confirmation.summary import summarise
+    from carft_ray.progress import search_shown
+    from carft_ray.results.confirmation import plan
+    from carft_ray.results.confirmation.summary import choose, summarise
 
-    with notifying(notify_command, notify_url, recipe.name, view.study_dir, console.warn) as with_notices:
+    study_dir, show = view.study_dir, not json_
+    say, command = console.sayer(show), common.command_line("confirm", study, **given)
+    with notifying(notify_command, notify_url, recipe.name, study_dir, console.warn) as with_notices:
+        first, second, notes = plan.plan(view, top, seeds, others)
+        second = second if winner == "confirmed" else None
+        for note in notes:
+            console.warn(note)
 
-        def run(fix: Callable[[Any], Any], on_event: Callable[[Any], None]) -> None:
-            command = common.command_line("confirm", study, **given)
-            run_confirm(recipe, view.study_dir, fix, command, address, with_notices(on_event))
+        def train(stage: "Stage") -> None:
+            say(plan.cost(overview.read_study(study_dir), stage))
+            trainings = stage.trainings()
+            with search_shown(show, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as on_event:
 
-        stages = _train(view, recipe, (top, seeds, others), winner == "confirmed", not json_, run)
-    summary = summarise(view.study_dir, recipe, *stages)
+                def fix(locked: Any) -> Any:
+                    return plan.fix(study_dir, recipe, first, second, stage)
+
+                run_confirm(recipe, study_dir, fix, command, address, with_notices(on_event))
+
+        train(first)
+        if winner == "confirmed":
+            chosen = choose(study_dir, objective_spec(recipe), first)
+            second = plan.second_stage(first, chosen, recipe)
+            say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
+            train(second)
+    summary = summarise(study_dir, recipe, first, second)
     if console.print_json(summary, json_):
         return
     console.out.print(console.estimate_table(summary["table"]))
@@ -80,48 +90,3 @@ def confirm(
         console.next_step(f"carft-ray confirm {shlex.quote(str(study))} --winner confirmed")
     else:
         common.suggest(study, "confirm")
-
-
-def _train(
-    view: "Overview",
-    recipe: "Recipe",
-    asked: tuple[int, int, list["Overview"]],
-    twice: bool,
-    show: bool,
-    run: Callable[[Any, Any], None],
-) -> tuple["Stage", "Stage | None"]:
-    """Fixes the winner and trains; where the fresh seeds choose, trains their choice once more; returns both stages.
-
-    Args:
-        view: The study.
-        recipe: Its recipe.
-        asked: Number of trials and of seeds, further studies.
-        twice: The fresh seeds choose the winner.
-        show: False: nothing but warnings is shown.
-        run: Takes what fixes a stage, and what takes the events.
-    """
-    from carft_ray.evaluation.objective import objective_spec
-    from carft_ray.progress import search_shown
-    from carft_ray.results.confirmation import plan
-    from carft_ray.results.confirmation.summary import choose
-    from carft_ray.results.reading.overview import read_study
-
-    study_dir, say = view.study_dir, console.sayer(show)
-    first, second, notes = plan.plan(view, *asked)
-    second = second if twice else None
-    for note in notes:
-        console.warn(note)
-
-    def train(stage: "Stage") -> None:
-        say(plan.cost(read_study(study_dir), stage))
-        trainings = stage.trainings()
-        with search_shown(show, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as on_event:
-            run(lambda study: plan.fix(study_dir, recipe, first, second, stage), on_event)
-
-    train(first)
-    if twice:
-        chosen = choose(study_dir, objective_spec(recipe), first)
-        second = plan.second_stage(first, chosen, recipe)
-        say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
-        train(second)
-    return first, second

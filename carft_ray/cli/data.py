@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
-CacheOption = Annotated[
-    Path | None, typer.Option(help="Folder of the cache (data.cache_dir); default: the user's own.")
-]
+CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's own.")]
 
 
 @common.command("data ls", to=common.data_app)
@@ -89,15 +88,13 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 
 @common.command("data clean --older-than 30d", to=common.data_app)
 def data_clean(
-    all_: Annotated[bool, typer.Option("--all", help="Remove everything, and the notes about images.")] = False,
-    older_than: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")
-    ] = None,
+    all_: Annotated[bool, Option("--all", help="Remove everything, and the notes about images.")] = False,
+    older_than: Annotated[str | None, Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")] = None,
     to_gb: Annotated[
         float | None,
-        typer.Option(min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."),
+        Option(min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     cache: CacheOption = None,
     json_: common.JsonOption = False,
 ) -> None:

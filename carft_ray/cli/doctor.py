@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -16,11 +17,11 @@ from carft_ray.words import counted
 def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of each validation set for zero-shot.")] = 1000,
-    quick: Annotated[bool, typer.Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
+    images: Annotated[int, Option(min=1, help="Images of each validation set for zero-shot.")] = 1000,
+    quick: Annotated[bool, Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
     pairs: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write all pairs of images in two roles: a .csv table or an .html page."),
+        Option(metavar="FILE", help="Write all pairs of images in two roles: a .csv table or an .html page."),
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:

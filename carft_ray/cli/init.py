@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -18,18 +19,16 @@ DomainsOption = list[str] | None
 
 @common.command("init --from my_images --to my_recipe.yaml --train photo", common.ONE_TRAINING)
 def init(
-    from_: Annotated[Path | None, typer.Option("--from", help="Folder of images to write a recipe for.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Name of a recipe that ships with carft-ray.")] = None,
-    to: Annotated[Path | None, typer.Option(help="File to write; without it the recipe is printed.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
-    model: Annotated[str, typer.Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Its weights: a tag or a file; the default has openai.")
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Domain that trains; the largest.")] = None,
-    ood_val: Annotated[DomainsOption, typer.Option(help="Domain that chooses; repeatable. Half of the others.")] = None,
-    ood_test: Annotated[DomainsOption, typer.Option(help="Domain that tests; repeatable. The rest.")] = None,
-    hold_out: Annotated[str | None, typer.Option(help="Domain of the test, in a preset that leaves one out.")] = None,
+    from_: Annotated[Path | None, Option("--from", help="Folder of images to write a recipe for.")] = None,
+    preset: Annotated[str | None, Option(help="Name of a recipe that ships with carft-ray.")] = None,
+    to: Annotated[Path | None, Option(help="File to write; without it the recipe is printed.")] = None,
+    list_: Annotated[bool, Option("--list", help="List the presets.")] = False,
+    model: Annotated[str, Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
+    pretrained: Annotated[str | None, Option(help="Its weights: a tag or a file; the default has openai.")] = None,
+    train: Annotated[str | None, Option(help="Domain that trains; the largest.")] = None,
+    ood_val: Annotated[DomainsOption, Option(help="Domain that chooses; repeatable. Half of the others.")] = None,
+    ood_test: Annotated[DomainsOption, Option(help="Domain that tests; repeatable. The rest.")] = None,
+    hold_out: Annotated[str | None, Option(help="Domain of the test, in a preset that leaves one out.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe: --from a folder of images (by its domains, splits and classes), or a --preset."""

@@ -4,28 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.console import size_text
 from carft_ray.errors import Problem, RecipeError, UsageError
 
+NAME = "A model name of open_clip, local-dir:FOLDER, hf-hub:OWNER/NAME, sandbox, or a recipe (YAML)."
 RECIPES = (".yaml", ".yml")
 RESIZE = {"shortest": "shortest side, then centre crop", "longest": "longest side, then padding", "squash": "squash"}
 
 
 @common.command("model ViT-B-16-quickgelu --pretrained openai", common.ONE_TRAINING)
 def model(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="A model name of open_clip, local-dir:FOLDER, hf-hub:OWNER/NAME, sandbox, or a recipe (YAML).",
-            metavar="NAME|RECIPE",
-            show_default=False,
-        ),
-    ],
-    pretrained: Annotated[str | None, typer.Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
+    name: Annotated[str, Argument(help=NAME, metavar="NAME|RECIPE", show_default=False)],
+    pretrained: Annotated[str | None, Option(metavar="TAG|FILE", help="Its weights: a tag or a file.")] = None,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -4,23 +4,20 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.cli.test import lost_cells, regret_table
 from carft_ray.words import counted
 
+REFERENCE = "CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
+
 
 @common.command("report studies/quickstart", common.TRUST)
 def report(
     study: common.StudyArgument,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
-        ),
-    ] = None,
+    reference: Annotated[Path | None, Option(help=REFERENCE)] = None,
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
@@ -53,13 +50,13 @@ def rescore(
     study: common.StudyArgument,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain; without it that of the recipe."),
+        Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain; without it that of the recipe."),
     ] = None,
     id_weight: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Weight of ID in weighted_mean; default: the recipe's.")
+        float | None, Option(min=0, max=1, help="Weight of ID in weighted_mean; default: the recipe's.")
     ] = None,
     sets: Annotated[
-        str | None, typer.Option(metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in.")
+        str | None, Option(metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in.")
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -12,8 +12,8 @@ from carft_ray.cli import common
 
 @common.command("sandbox build --to /tmp/tiny-clip", to=common.sandbox_app)
 def sandbox_build(
-    to: Annotated[Path, typer.Option(help="Folder of the model; must be new or empty.")],
-    steps: Annotated[int | None, typer.Option(min=10, help="Pre-training steps; fewer make a weaker model.")] = None,
+    to: Annotated[Path, Option(help="Folder of the model; must be new or empty.")],
+    steps: Annotated[int | None, Option(min=10, help="Pre-training steps; fewer make a weaker model.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Pre-train the tiny CLIP again from nothing (about ten minutes on an idle core)."""
@@ -35,7 +35,7 @@ def sandbox_build(
 
 @common.command("sandbox images --to sandbox_png", to=common.sandbox_app)
 def sandbox_images(
-    to: Annotated[Path, typer.Option(help="Folder of the images; must be new or empty.")],
+    to: Annotated[Path, Option(help="Folder of the images; must be new or empty.")],
     json_: common.JsonOption = False,
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""

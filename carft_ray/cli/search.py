@@ -3,121 +3,57 @@
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
 from carft_ray.words import counted
 
-if TYPE_CHECKING:
-    from carft_ray.recipe.schema import Recipe
-
-NarrowOption = Annotated[bool, typer.Option("--narrow", help="Let the search space of the study shrink.")]
-WidenOption = Annotated[bool, typer.Option("--widen", help="Let the search space of the study grow.")]
+NarrowOption = Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")]
+WidenOption = Annotated[bool, Option("--widen", help="Let the search space of the study grow.")]
 WallTimeOption = Annotated[
-    str | None, typer.Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
+    str | None, Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
 ]
 WarmStartOption = Annotated[
-    list[Path] | None, typer.Option(metavar="DIR", help="Use the trials of another study; repeatable.")
+    list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
 ]
 AgainOption = Annotated[
     str | None,
-    typer.Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
+    Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[bool, typer.Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
-
-
-@common.command("search search_spaces/quickstart.yaml --study studies/quickstart", common.SEARCH)
-def search(
-    recipe: common.RecipeArgument,
-    study: Annotated[Path, typer.Option(help="Study directory; an existing study is resumed.")],
-    set_: common.SetOption = None,
-    executor: common.ExecutorOption = None,
-    num_workers: common.WorkersOption = None,
-    address: common.AddressOption = None,
-    narrow: NarrowOption = False,
-    widen: WidenOption = False,
-    warm_start: WarmStartOption = None,
-    wall_time: WallTimeOption = None,
-    notify_command: common.NotifyCommandOption = None,
-    notify_url: common.NotifyUrlOption = None,
-    again: AgainOption = None,
-    trust: TrustOption = False,
-    json_: common.JsonOption = False,
-) -> None:
-    """Search for the best hyperparameters. The same command again resumes the search."""
-    value = _load(recipe, set_ or [], wall_time, warm_start, executor, num_workers)
-    _search(value, study, address, again, trust, json_, _allowed(narrow, widen), (notify_command, notify_url))
-
-
-@common.command("resume studies/quickstart --trials +4", common.SEARCH)
-def resume(
-    study: common.StudyArgument,
-    trials: Annotated[
-        str | None, typer.Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")
-    ] = None,
-    set_: common.SetOption = None,
-    executor: common.ExecutorOption = None,
-    num_workers: common.WorkersOption = None,
-    address: common.AddressOption = None,
-    narrow: NarrowOption = False,
-    widen: WidenOption = False,
-    warm_start: WarmStartOption = None,
-    wall_time: WallTimeOption = None,
-    notify_command: common.NotifyCommandOption = None,
-    notify_url: common.NotifyUrlOption = None,
-    again: AgainOption = None,
-    trust: TrustOption = False,
-    json_: common.JsonOption = False,
-) -> None:
-    """Resume a study where it was, or extend it. Its recipe is its own resolved.yaml.
-
-    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
-    """
-    from carft_ray.results.reading import overview
-
-    study_dir = overview.require_study(study)
-    recipe = overview.resolved_recipe(study_dir)
-    overrides = [*overview.behind(study_dir), *(set_ or ())]
-    if trials is not None:
-        overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
-    value = _load(recipe, overrides, wall_time, warm_start, executor, num_workers)
-    _search(value, study, address, again, trust, json_, _allowed(narrow, widen), (notify_command, notify_url))
-
-
-def _allowed(narrow: bool, widen: bool) -> list[Any]:
-    return ["narrow"] * narrow + ["widen"] * widen
-
-
-def _load(
-    path: Path,
-    overrides: list[str],
-    wall_time: str | None,
-    sources: list[Path] | None,
-    executor: str | None,
-    num_workers: int | None,
-) -> "Recipe":
-    """Returns a recipe with further studies for a warm start, whose paths count from the working directory."""
-    overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
-    value = common.load(path, overrides, executor, num_workers)
-    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(source.resolve()) for source in sources or ()))))
-    return value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
+TrustOption = Annotated[bool, Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 def _search(
-    value: "Recipe",
+    recipe: Path,
     study: Path,
-    address: str | None,
-    again: str | None,
-    trust: bool,
-    json_: bool,
-    allow: list[Any],
-    notify: tuple[str | None, str | None],
+    overrides: list[str],
+    *,
+    executor: common.ExecutorOption = None,
+    num_workers: common.WorkersOption = None,
+    address: common.AddressOption = None,
+    narrow: NarrowOption = False,
+    widen: WidenOption = False,
+    warm_start: WarmStartOption = None,
+    wall_time: WallTimeOption = None,
+    notify_command: common.NotifyCommandOption = None,
+    notify_url: common.NotifyUrlOption = None,
+    again: AgainOption = None,
+    trust: TrustOption = False,
+    json_: common.JsonOption = False,
 ) -> None:
-    """What `search` and `resume` do once they have a recipe."""
+    """What `search` and `resume` do once they know the recipe, and the options that they share.
+
+    The paths of further studies for a warm start count from the working directory.
+    """
+    overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
+    value = common.load(recipe, overrides, executor, num_workers)
+    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(path.resolve()) for path in warm_start or ()))))
+    value = value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
+    allow: list[Any] = ["narrow"] * narrow + ["widen"] * widen
     from carft_ray.recipe.advice import check_searchable
 
     if problems := check_searchable(value):
@@ -136,7 +72,7 @@ def _search(
     from carft_ray.results.reading.summary import study_summary
 
     with (
-        notifying(*notify, value.name, study, console.warn) as with_notices,
+        notifying(notify_command, notify_url, value.name, study, console.warn) as with_notices,
         search_shown(not json_, study, value.train.epochs) as on_event,
     ):
         result = run_search(value, study, address, with_notices(on_event), trusted=trust, may=allow)
@@ -159,10 +95,42 @@ def _search(
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
 
+@common.command("search search_spaces/quickstart.yaml --study studies/quickstart", common.SEARCH, shared=_search)
+def search(
+    recipe: common.RecipeArgument,
+    study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
+    set_: common.SetOption = None,
+    **shared: Any,
+) -> None:
+    """Search for the best hyperparameters. The same command again resumes the search."""
+    _search(recipe, study, set_ or [], **shared)
+
+
+@common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=_search)
+def resume(
+    study: common.StudyArgument,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")] = None,
+    set_: common.SetOption = None,
+    **shared: Any,
+) -> None:
+    """Resume a study where it was, or extend it. Its recipe is its own resolved.yaml.
+
+    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
+    """
+    from carft_ray.results.reading import overview
+
+    study_dir = overview.require_study(study)
+    recipe = overview.resolved_recipe(study_dir)
+    overrides = [*overview.behind(study_dir), *(set_ or ())]
+    if trials is not None:
+        overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
+    _search(recipe, study, overrides, **shared)
+
+
 @common.command("stop studies/quickstart", common.SEARCH)
 def stop(
-    study: Annotated[Path, typer.Argument(help="Folder of a study, or of a training.", show_default=False)],
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
+    no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
@@ -199,15 +167,13 @@ def stop(
 @common.command("plan search_spaces/quickstart.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[Path | None, typer.Option(help="Study directory; its trainings give the times.")] = None,
+    study: Annotated[Path | None, Option(help="Study directory; its trainings give the times.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
-    price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of one GPU, for the cost of the search.")
-    ] = None,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the whole machine or cluster.")] = None,
+    price_per_gpu_hour: Annotated[float | None, Option(min=0, help="Of one GPU, for the cost of the search.")] = None,
+    price_per_hour: Annotated[float | None, Option(min=0, help="Of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Measure what a search will take: trials at a time, time, GPU hours, disk, money.

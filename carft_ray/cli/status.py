@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -21,8 +21,8 @@ ORDERS = ("objective", "number")
 @common.command("status studies/quickstart", common.READING)
 def status(
     study: common.StudyArgument,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
+    watch: Annotated[bool, Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
+    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
     """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
@@ -120,11 +120,11 @@ def _watch(study: Path, every_s: float) -> bool:
 
 @common.command("ls studies/quickstart --sort objective --limit 10", common.READING)
 def list_(
-    folder: Annotated[Path, typer.Argument(help="A study, or a folder with studies in it.", show_default=False)],
+    folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
     sort: Annotated[
-        str, typer.Option(metavar="objective|number", help="Best first, or in the order of the search.")
+        str, Option(metavar="objective|number", help="Best first, or in the order of the search.")
     ] = "objective",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many trials.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
@@ -158,8 +158,8 @@ def list_(
 @common.command("logs studies/quickstart 7 --follow", common.READING)
 def logs(
     study: common.StudyArgument,
-    trial: Annotated[str, typer.Argument(help="Trial (7, t0007) or name of a baseline.", show_default=False)],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until its training ends.")] = False,
+    trial: Annotated[str, Argument(help="Trial (7, t0007) or name of a baseline.", show_default=False)],
+    follow: Annotated[bool, Option("--follow", "-f", help="Print new lines until its training ends.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
@@ -191,7 +191,7 @@ def logs(
 @common.command("dashboard studies/quickstart --port 8080", common.READING)
 def dashboard(
     study: common.StudyArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0: a free one.")] = 8080,
+    port: Annotated[int, Option(min=0, max=65535, help="Of this machine; 0: a free one.")] = 8080,
 ) -> None:
     """Show a study in the browser with optuna-dashboard. It follows a running search and writes nothing.
 

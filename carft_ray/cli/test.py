@@ -4,28 +4,26 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import typer
 from rich.table import Column, Table
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem
+
+ANALYSIS = (
+    "Another read, an analysis: every trial whose weights are there, to judge the rules of selection. "
+    "`search --set search.keep_checkpoints=N` keeps the weights of the best N. The winner stays what it is."
+)
 
 
 @common.command("test studies/quickstart", common.TRUST)
 def evaluate_test_sets(
     study: common.StudyArgument,
     again: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
+        str | None, Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
     ] = None,
-    all_trials: Annotated[
-        bool,
-        typer.Option(
-            "--all-trials",
-            help="Another read, an analysis: every trial whose weights are there, to judge the rules of selection. "
-            "`search --set search.keep_checkpoints=N` keeps the weights of the best N. The winner stays what it is.",
-        ),
-    ] = False,
+    all_trials: Annotated[bool, Option("--all-trials", help=ANALYSIS)] = False,
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
@@ -54,7 +52,7 @@ def regret_table(rules: Sequence[Mapping[str, Any]]) -> Table:
         cells += ["-" if rule["objective"] is None else console.percent(rule["objective"]), *lost_cells(rule)]
         lines.append([rule["rule"], rule["name"] or "-", *cells, rule["note"]])
     titles = console.numbers("alpha", "objective, %", "regret, points", "standard error")
-    oracles = [index for index, rule in enumerate(rules) if rule["rule"] == "oracle"]
+    oracles = [rule["rule"] == "oracle" for rule in rules]
     return console.table(["rule, on test", Column("picks", no_wrap=True), *titles, ""], lines, oracles, "dim")
 
 
@@ -76,5 +74,5 @@ def _table(summary: Mapping[str, Any]) -> Table:
         seeds = str(row["num_seeds"] or "-")
         lines.append([row["name"], f"{row['alpha']:.2f}", seeds, *means, f"[{low}, {high}]", row["role"]])
     titles = [*console.numbers("alpha", "seeds", *columns.values()), *console.numbers("95 % of it", no_wrap=True)]
-    winners = [index for index, row in enumerate(summary["rows"]) if row["role"] == "winner"]
+    winners = [row["role"] == "winner" for row in summary["rows"]]
     return console.table(["test accuracy, %", *titles, Column("", no_wrap=True)], lines, winners)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
@@ -17,8 +17,8 @@ HEADS = ("fine_tuned", "zero_shot")
 def validate(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the complete resolved recipe.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
+    show: Annotated[bool, Option("--show", help="Print the complete resolved recipe.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Check a recipe and its folders; without --deep nothing is loaded or decoded."""
@@ -43,9 +43,9 @@ def validate(
 @common.command("train search_spaces/quickstart.yaml --out runs/first", common.ONE_TRAINING)
 def train(
     recipe: common.RecipeArgument,
-    out: Annotated[Path, typer.Option(help="Folder of the training.")],
+    out: Annotated[Path, Option(help="Folder of the training.")],
     set_: common.SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
@@ -86,7 +86,7 @@ def evaluate(
     folder: common.TrainedArgument,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
-    head: Annotated[str, typer.Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = HEADS[0],
+    head: Annotated[str, Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = HEADS[0],
     json_: common.JsonOption = False,
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
@@ -111,10 +111,10 @@ def evaluate(
 @common.command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
 def export(
     folder: common.TrainedArgument,
-    to: Annotated[Path, typer.Option(help="Folder of the export; must be new or empty.")],
+    to: Annotated[Path, Option(help="Folder of the export; must be new or empty.")],
     format_: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; or A,B."),
+        Option("--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; or A,B."),
     ] = None,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,

@@ -23,19 +23,15 @@ from carft_ray.data.images import cause_of
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
-SEVERITY = 3
 IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
-WEATHER = ("fog", "frost", "gaussian_noise", "defocus_blur", "jpeg_compression")
 
-_TEMPLATE = Template(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TEMPLATE, _CORRUPTED = (
+    Template(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("draft.yaml", "draft_shift.yaml")
+)
 
 
 @dataclass(frozen=True)
@@ -206,17 +202,7 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
     halves = bool(roles.ood_val) and not roles.ood_test
     lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
-        of = _id_set(path, found, roles.train, "val")
-        lines += [
-            "  # The tree has one domain. Corrupted images of id_val stand in for a shift: better than none, and no",
-            "  # substitute for images of the places where the model will be used.",
-            "  ood_val:",
-            "    corrupted:",
-            "      source: corrupted",
-            f"      of: {{{of}}}",
-            f"      corruptions: [{', '.join(WEATHER)}]",
-            f"      severity: {SEVERITY}",
-        ]
+        lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val")).splitlines()
     for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_val if halves else roles.ood_test)):
         if not domains:
             continue

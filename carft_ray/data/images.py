@@ -78,9 +78,8 @@ def decode_image(content: bytes, place: str) -> PixelArray:
         raise DataError(Problem(place, rule, "more", next_step="Save it smaller, or take it out.")) from error
     except _DECODE_ERRORS as error:
         cause = "no image that is known" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(
-            Problem(place, "must be a readable image", cause or type(error).__name__, next_step=_STEP)
-        ) from error
+        problem = Problem(place, "must be a readable image", cause or type(error).__name__, next_step=_STEP)
+        raise DataError(problem) from error
 
 
 def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tuple[int, int], str]:

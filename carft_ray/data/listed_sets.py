@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from carft_ray.data.caching.index import open_table, write_table
+from carft_ray.data.caching.index import open_table, required, write_table
 from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
@@ -35,12 +35,7 @@ FORMAT_VERSION = 1
 TRAIN, ID_VAL = "train", "id_val"
 
 _SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.uint64(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("place", pa.large_binary(), nullable=False),
-        pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
-    ]
+    required(sample_id=pa.uint64(), label=pa.int64(), place=pa.large_binary(), digest=pa.binary(DIGEST_BYTES))
 )
 
 

@@ -64,26 +64,17 @@ _SHAPE = (NUM_VIEWS, SIDE, SIDE, 3)
 _BLACK = bytes(math.prod(_SHAPE))
 _MODE_BYTES = 8
 _UNREAD = -1  # number of bytes of a file that cannot be read
-_KNOWN = [
-    pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
-    pa.field("num_bytes", pa.int64(), nullable=False),
-    pa.field("thumbnails", pa.binary(len(_BLACK)), nullable=False),
-    pa.field("problem", pa.string()),
-]
-_SEEN = [  # not of test sets
-    pa.field("height", pa.int64(), nullable=False),
-    pa.field("width", pa.int64(), nullable=False),
-    pa.field("mode", pa.binary(_MODE_BYTES), nullable=False),
-]
-_NOTHING: dict[str, Any] = {  # of a file that cannot be read
-    "digest": bytes(DIGEST_BYTES),
-    "num_bytes": _UNREAD,
-    "thumbnails": _BLACK,
-    "problem": None,
-    "height": 0,
-    "width": 0,
-    "mode": bytes(_MODE_BYTES),
+_COLUMNS: dict[str, tuple[pa.DataType, Any]] = {  # type, and the value for a file that cannot be read
+    "digest": (pa.binary(DIGEST_BYTES), bytes(DIGEST_BYTES)),
+    "num_bytes": (pa.int64(), _UNREAD),
+    "thumbnails": (pa.binary(len(_BLACK)), _BLACK),
+    "problem": (pa.string(), None),
+    "height": (pa.int64(), 0),
+    "width": (pa.int64(), 0),
+    "mode": (pa.binary(_MODE_BYTES), bytes(_MODE_BYTES)),
 }
+_FIELDS = [pa.field(name, kind, nullable=value is None) for name, (kind, value) in _COLUMNS.items()]
+_NUM_OF_TEST = 4  # fields of a test set: what its images look like is not kept
 _NO_NUMBERS = np.empty(0, np.int64)
 
 
@@ -146,10 +137,20 @@ def records(
         lambda path: _opened(path, len(whole)),
         lambda: _read(whole, path, is_test, on_progress),
     )
-    kept = None
     if isinstance(source, StoredSource) and isinstance(whole, StoredSource) and len(source) < len(whole):
-        kept = np.searchsorted(whole.rows, source.rows)
-    return _records(table, source, kept)
+        table = table.take(pa.array(np.searchsorted(whole.rows, source.rows)))
+    texts = table["problem"].combine_chunks()
+    problems = {
+        index: Problem(source.place(index), **json.loads(texts[index].as_py()))
+        for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
+    }
+    seen = {}
+    if "mode" in table.column_names:
+        height, width, mode = (_column(table, name) for name in ("height", "width", "mode"))
+        seen = {"heights": height.view(np.int64), "widths": width.view(np.int64), "modes": mode.view(f"S{_MODE_BYTES}")}
+    digests = _column(table, "digest").reshape(-1, DIGEST_BYTES)
+    thumbnails = _column(table, "thumbnails").reshape(-1, *_SHAPE)
+    return Records(digests, thumbnails, _column(table, "num_bytes").view(np.int64), problems, **seen)
 
 
 def without_bad_images(
@@ -301,7 +302,7 @@ def _opened(path: Path, num_images: int) -> pa.Table | None:
 
 def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) -> pa.Table:
     """Reads the files of a set, part by part; what earlier passes have read is not read again."""
-    schema = pa.schema(_KNOWN if is_test else _KNOWN + _SEEN)
+    schema = pa.schema(_FIELDS[:_NUM_OF_TEST] if is_test else _FIELDS)
     tables, parts = [schema.empty_table()], []
     with ThreadPoolExecutor(reading_threads()) as pool:
         for start in range(0, len(source), PART):
@@ -370,7 +371,7 @@ def _add_thumbnails(source: Source, pictures: list[tuple[int, dict[str, Any], by
 
 def _decoded(source: Source, is_test: bool, index: int) -> tuple[dict[str, Any], bytes, PixelArray | None]:
     """Returns what is found in an image but its thumbnails, its bytes, and its pixels; None: it cannot be decoded."""
-    row = dict(_NOTHING)
+    row = {name: value for name, (_, value) in _COLUMNS.items()}
     try:
         if isinstance(source, StoredSource):
             content = source.content(index)
@@ -395,29 +396,6 @@ def _as_text(error: DataError) -> str:
     """Returns the problem of an image without its place, which may be another when the records are read."""
     problem = error.problems[0]
     return json.dumps({"rule": problem.rule, "value": problem.value, "next_step": problem.next_step})
-
-
-def _records(table: pa.Table, source: Source, kept: IntArray | None) -> Records:
-    """Returns the records of a table; with ``kept`` those of these rows, which are the images of the source."""
-    if kept is not None:
-        table = table.take(pa.array(kept))
-    num_images = len(source)
-    texts = table["problem"].combine_chunks()
-    problems = {
-        index: Problem(source.place(index), **json.loads(texts[index].as_py()))
-        for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
-    }
-    seen = {}
-    if "mode" in table.column_names:
-        height, width, mode = (_column(table, name) for name in ("height", "width", "mode"))
-        seen = {"heights": height.view(np.int64), "widths": width.view(np.int64), "modes": mode.view(f"S{_MODE_BYTES}")}
-    return Records(
-        _column(table, "digest").reshape(num_images, DIGEST_BYTES),
-        _column(table, "thumbnails").reshape(num_images, *_SHAPE),
-        _column(table, "num_bytes").view(np.int64),
-        problems,
-        **seen,
-    )
 
 
 def _column(table: pa.Table, name: str) -> PixelArray:

@@ -52,14 +52,7 @@ def batches(seed: int, epoch: int, n: int, batch_size: int, rank: int, world_siz
 
     Returns:
         One int64 array per global batch, ``ceil(n / batch_size)`` in all.
-
-    Raises:
-        ValueError: A count is below 1 or the rank is outside the world.
     """
-    if batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"batch_size >= 1 and 0 <= rank < world_size must hold, got {batch_size}, {rank}, {world_size}"
-        )
     order = permutation(seed, epoch, n)
     parts = []
     for start in range(0, n, batch_size):
@@ -98,10 +91,8 @@ def crop_boxes(
         Boxes (left, top, right, bottom) in pixels, int64 [B, 4], not empty and inside their images.
 
     Raises:
-        ValueError: ``crop_scale`` or ``visit`` is out of range.
+        ValueError: ``visit`` is out of range.
     """
-    if not 0 < crop_scale <= 1:
-        raise ValueError(f"0 < crop_scale <= 1 must hold, but got {crop_scale}")
     num_images = len(sample_ids)
     width = np.broadcast_to(np.asarray(widths, dtype=np.int64), (num_images,))
     height = np.broadcast_to(np.asarray(heights, dtype=np.int64), (num_images,))

@@ -15,13 +15,7 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.metrics import alpha_area
 from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
-from carft_ray.evaluation.robustness import (
-    CAVEAT,
-    MIN_MODELS,
-    Robustness,
-    above_line,
-    read_reference,
-)
+from carft_ray.evaluation.robustness import CAVEAT, MIN_MODELS, Robustness, above_line, read_reference
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
@@ -62,19 +56,8 @@ class _Evidence:
     resamples: bootstrap.Resamples
 
 
-@dataclass(frozen=True)
-class _Worth:
-    """What the best trial is worth.
-
-    Attributes:
-        data: Parts of the report.
-        brief: The short text.
-        details: The lines that the long text has in addition.
-    """
-
-    data: dict[str, Any]
-    brief: list[str]
-    details: list[str]
+# what the best trial is worth: parts of the report, the short text, and the lines that the long text has in addition
+_Worth = tuple[dict[str, Any], list[str], list[str]]
 
 
 def study_report(
@@ -98,10 +81,10 @@ def study_report(
         [row for row in rows if row.outcome == "complete" and row.objective is not None]
         for rows in (view.trials, view.baselines)
     )
-    stored = read_stored(study_dir, recipe, trials, baselines, spec, bounds)
+    stored = read_stored(study_dir, recipe, [*trials, *baselines], spec, bounds)
     resamples = bootstrap.resample(stored.candidates, spec, lowest, num_resamples, bounds=bounds)
     evidence, front = _Evidence(view, best, trials, spec, bounds, stored, resamples), front_data(recipe, view.trials)
-    worth = _by_one_number(evidence) if front is None else _by_front(evidence, front)
+    data, few, more = _by_one_number(evidence) if front is None else _by_front(evidence, front)
     share = bootstrap.share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     counts = {
@@ -112,7 +95,7 @@ def study_report(
     }
     against, above = against_baseline(recipe, best, baselines, stored), robustness(view, best, reference)
     shared = read_shared(study_dir)
-    texts = {"lines": [*worth.brief, *worth.details, *curve_line(view, best)], "brief": list(worth.brief)}
+    texts = {"lines": [*few, *more, *curve_line(view, best)], "brief": few}
     parts = ("row_lines", "lines", "brief")
     later = {step: read_summary(study_dir / step / SUMMARY, *parts) for step in (CONFIRM, TEST_DIR)}
     for form, lines in texts.items():
@@ -137,7 +120,7 @@ def study_report(
             "share_meeting_constraints": share,
         },
         "front": front,
-        **worth.data,
+        **data,
         "rules": [asdict(line) for line in regret_table(stored.candidates, resamples, spec, lowest)],
         "headline": against,
         "robustness": {name: [asdict(one) for one in several] for name, several in above.items()},
@@ -179,7 +162,7 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
     pick_lines = [] if pick is None else [_pick_line(best, pick)]
     lost = curve.relative[-1]
     is_best = pick is not None and (pick.name, pick.alpha) == (best.name, best.alpha)
-    return _Worth(
+    return (
         {
             "noise": {**asdict(noise), "words": noise.words},
             "corrected": asdict(corrected),
@@ -219,7 +202,7 @@ def _by_front(evidence: _Evidence, front: dict[str, Any]) -> _Worth:
     rule = FrontRule(front["rule"]["best"], front["rule"]["tolerance"])
     choice = bootstrap.front_choice(evidence.stored.candidates, resamples, evidence.spec, rule, (best.name, alpha))
     num_resamples, pair = len(resamples.in_bag), (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
-    return _Worth(
+    return (
         {
             "noise": None,
             "corrected": None,

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter
 
 from carft_ray.errors import DataError, Problem, nearest
 
@@ -75,7 +77,7 @@ class Facts:
     within: str | None
     groups: tuple[tuple[int, ...], ...] | None
     domains: tuple[str, ...] | None
-    counts: Mapping[str, int]
+    counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
     templates: tuple[str, ...] | None
     table: Mapping[str, Any] | None
     licence_note: str
@@ -102,17 +104,7 @@ def load_facts(name: str) -> Facts:
     if name not in fact_names():
         rule = "must be a benchmark whose facts are known"
         raise DataError(Problem("", rule, repr(name), fact_names(), nearest(name, fact_names())))
-    read = read_file(name)
-    tuples = {key: read[key] and tuple(read[key]) for key in ("classes", "words", "domains", "templates")}
-    groups = read["groups"] and tuple(map(tuple, read["groups"]))
-    provenance = tuple(map(_provenance, read["provenance"]))
-    counts = MappingProxyType(read["counts"])
-    return Facts(**{**read, **tuples, "groups": groups, "counts": counts, "provenance": provenance})
-
-
-def _provenance(read: dict[str, Any]) -> Provenance:
-    sources = tuple(Source(source["repo"], source["path"]) for source in read["sources"])
-    return Provenance(**{**read, "sources": sources})
+    return TypeAdapter(Facts).validate_python(read_file(name))
 
 
 def read_file(name: str) -> dict[str, Any]:

@@ -19,22 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from carft_ray.data.benchmark_sets import layouts
 from carft_ray.data.benchmark_sets.facts import Facts
-from carft_ray.data.benchmark_sets.layouts import (
-    KIND,
-    STEP,
-    Row,
-    by_number,
-    fields,
-    images_in,
-    listed,
-    listing_of,
-    read_json_list,
-    read_lines,
-    read_matlab,
-    tree_rows,
-    unreadable_list,
-)
 from carft_ray.data.caching.index import checked_stamp
 from carft_ray.data.formats.table_rows import READ_ERRORS, read_columns, read_schema
 from carft_ray.data.images import decode_image
@@ -58,36 +44,36 @@ SIDE = 32  # pixels of CIFAR
 
 def class_tree(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``root/class/*``."""
-    return listing_of(root, tree_rows(root))
+    return layouts.listing_of(root, layouts.tree_rows(root))
 
 
 def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``train/wnid/*`` or ``val/wnid/*``; a flat ``val/*`` by the devkit's ground truth next to it."""
-    rows = tree_rows(root, str(spec.split))
-    images = images_in(root / "val") if spec.split == "val" and not rows else []
+    rows = layouts.tree_rows(root, str(spec.split))
+    images = layouts.images_in(root / "val") if spec.split == "val" and not rows else []
     if not images:
-        return listing_of(root, rows)
+        return layouts.listing_of(root, rows)
     devkit = root / DEVKIT
     if not (devkit / TRUTH).is_file():
         rule = f"must have a folder per class in val, or {DEVKIT}/{TRUTH} next to it"
-        raise DataError(Problem(place, rule, f"{counted(len(images), 'image')} without labels", next_step=STEP))
-    numbers = read_lines(devkit / TRUTH)
+        raise DataError(Problem(place, rule, f"{counted(len(images), 'image')} without labels", next_step=layouts.STEP))
+    numbers = layouts.read_lines(devkit / TRUTH)
     if len(images) != len(numbers):
         rule = f"must have one line per image of val, {len(images)}"
         raise DataError(Problem(str(devkit / TRUTH), rule, str(len(numbers))))
     keys = ("ILSVRC2012_ID", "WNID", "num_children")  # what has children is an inner node of WordNet
-    nodes = zip(*(read_matlab(devkit / META, "synsets", key) for key in keys), strict=True)
+    nodes = zip(*(layouts.read_matlab(devkit / META, "synsets", key) for key in keys), strict=True)
     names = {int(number): str(wnid) for number, wnid, children in nodes if not children}
     if absent := next((number for number in numbers if int(number) not in names), None):
         raise DataError(Problem(str(devkit / TRUTH), f"a label must be the number of a class in {META}", absent))
     rows = [(f"val/{image}", names[int(number)]) for image, number in zip(images, numbers, strict=True)]
-    return listing_of(root, rows)
+    return layouts.listing_of(root, rows)
 
 
 def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists the folders that ObjectNet shares with ImageNet; the others are left out. The red frame is cut off."""
     known = set(facts.classes)
-    listing = listing_of(root, [row for row in tree_rows(root) if row[1] in known])
+    listing = layouts.listing_of(root, [row for row in layouts.tree_rows(root) if row[1] in known])
 
     def decode(content: bytes, index: int) -> PixelArray:
         place = listing.place(index)
@@ -102,16 +88,16 @@ def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listi
 
 def domainbed(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists the domains of a set, or the ``in`` or ``out`` part of each."""
-    rows: list[Row] = []
+    rows: list[layouts.Row] = []
     classes: set[str] = set()
     for domain in chosen_domains(spec, facts):
-        found = tree_rows(root, domain)
+        found = layouts.tree_rows(root, domain)
         classes |= {name for _, name in found}
         if spec.split is not None:
             held_out = holdout(len(found), spec.trial_seed, facts.domains.index(domain) if facts.domains else 0)
             found = [row for i, row in enumerate(found) if (i in held_out) == (spec.split == "out")]
         rows += found
-    return replace(listing_of(root, rows), found=tuple(sorted(classes)))  # a fifth may lack some
+    return replace(layouts.listing_of(root, rows), found=tuple(sorted(classes)))  # a fifth may lack some
 
 
 def chosen_domains(spec: BenchmarkSet, facts: Facts) -> tuple[str, ...]:
@@ -140,36 +126,38 @@ def holdout(num_images: int, trial_seed: int, environment: int) -> set[int]:
 def fmow(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/rgb_img_<row>.png``: rows of the table, counted from 0 with the sequestered ones."""
     table = _columns(root / "rgb_metadata.csv", "split", "category", "timestamp")
-    rows: list[Row] = []
+    rows: list[layouts.Row] = []
     for index, (split, category, timestamp) in enumerate(zip(*table, strict=True)):
         year = timestamp[:4]  # 2016-01-01T00:00:00Z
         shifted = "test" if year >= TEST_YEAR else "val" if year >= VAL_YEAR else None
         own = {"train": "train", "val": "id_val", "test": "id_test"}.get(split) if shifted is None else None
         if (own or (shifted if split == shifted else None)) == spec.split:
             rows.append((f"images/rgb_img_{index}.png", category))
-    return listed(root, rows, place)
+    return layouts.listed(root, rows, place)
 
 
 def iwildcam(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``train/<filename>``, which holds the images of all splits."""
     path = root / TABLE
     table = zip(*_columns(path, "split", "filename", "y"), strict=True)
-    rows = [(f"train/{file}", by_number(y, 0, facts, path, file)) for split, file, y in table if split == spec.split]
-    return listed(root, rows, place)
+    rows = [
+        (f"train/{file}", layouts.by_number(y, 0, facts, path, file)) for split, file, y in table if split == spec.split
+    ]
+    return layouts.listed(root, rows, place)
 
 
 def camelyon17(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``patches/patient_P_node_N/patch_patient_P_node_N_x_X_y_Y.png``."""
     path = root / TABLE
-    rows: list[Row] = []
+    rows: list[layouts.Row] = []
     names = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
     for patient, node, x, y, tumor, center, number in zip(*_columns(path, *names), strict=True):
         own = {"0": "train", "1": "id_val"}.get(number)
         if {VAL_HOSPITAL: "val", TEST_HOSPITAL: "test"}.get(center, own) == spec.split:
             folder = f"patient_{patient}_node_{node}"
             file = f"patches/{folder}/patch_{folder}_x_{x}_y_{y}.png"
-            rows.append((file, by_number(tumor, 0, facts, path, file)))
-    return listed(root, rows, place)
+            rows.append((file, layouts.by_number(tumor, 0, facts, path, file)))
+    return layouts.listed(root, rows, place)
 
 
 def _columns(path: Path, *names: str) -> list[list[str]]:
@@ -178,10 +166,10 @@ def _columns(path: Path, *names: str) -> list[list[str]]:
         there = tuple(read_schema(path).names)
         if absent := [name for name in names if name not in there]:
             rule = f"must have the columns {', '.join(names)}"
-            raise DataError(Problem(str(path), rule, f"no {absent[0]}", there, nearest(absent[0], there), STEP))
+            raise DataError(Problem(str(path), rule, f"no {absent[0]}", there, nearest(absent[0], there), layouts.STEP))
         table = read_columns(path, names)
     except READ_ERRORS as error:
-        raise unreadable_list(path, error) from error
+        raise layouts.unreadable_list(path, error) from error
     return [table[name].to_pylist() for name in names]
 
 
@@ -189,57 +177,59 @@ def flowers102(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
     """Lists ``jpg/image_00001.jpg`` by ``setid.mat`` and ``imagelabels.mat``."""
     labels_path = root / "imagelabels.mat"
     key = {"train": "trnid", "val": "valid", "test": "tstid"}[str(spec.split)]
-    labels, numbers = read_matlab(labels_path, "labels"), read_matlab(root / "setid.mat", key)
-    rows: list[Row] = []
+    labels, numbers = layouts.read_matlab(labels_path, "labels"), layouts.read_matlab(root / "setid.mat", key)
+    rows: list[layouts.Row] = []
     for number in map(int, numbers):
         file = f"jpg/image_{number:05d}.jpg"
         label = labels[number - 1] if 0 < number <= len(labels) else "none"
-        rows.append((file, by_number(label, 1, facts, labels_path, file)))
-    return listed(root, rows, place)
+        rows.append((file, layouts.by_number(label, 1, facts, labels_path, file)))
+    return layouts.listed(root, rows, place)
 
 
 def fgvc_aircraft(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/0034309.jpg`` by ``images_variant_<split>.txt``."""
     path = root / f"images_variant_{spec.split}.txt"
-    lines = [fields(line, 2, path) for line in read_lines(path)]
-    return listed(root, [(f"images/{image}.jpg", variant) for image, variant in lines], place)
+    lines = [layouts.fields(line, 2, path) for line in layouts.read_lines(path)]
+    return layouts.listed(root, [(f"images/{image}.jpg", variant) for image, variant in lines], place)
 
 
 def stanford_cars(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``cars_<split>/00001.jpg`` by the annotations of the devkit."""
     own = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     path = root / own[str(spec.split)]
-    files, labels = (read_matlab(path, "annotations", key) for key in ("fname", "class"))
+    files, labels = (layouts.read_matlab(path, "annotations", key) for key in ("fname", "class"))
     rows = [
-        (f"cars_{spec.split}/{file}", by_number(label, 1, facts, path, file))
+        (f"cars_{spec.split}/{file}", layouts.by_number(label, 1, facts, path, file))
         for file, label in zip(files, labels, strict=True)
     ]
-    return listed(root, rows, place)
+    return layouts.listed(root, rows, place)
 
 
 def food101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/<class>/<number>.jpg`` by ``meta/<split>.json``."""
-    lists = read_json_list(root / "meta" / f"{spec.split}.json")
+    lists = layouts.read_json_list(root / "meta" / f"{spec.split}.json")
     rows = [(f"images/{image}.jpg", name) for name, images in lists.items() for image in images]
-    return listed(root, rows, place)
+    return layouts.listed(root, rows, place)
 
 
 def dtd(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/<class>/*`` by ``labels/<split>1.txt``."""
     path = root / "labels" / f"{spec.split}{PARTITION}.txt"
-    rows = [(f"images/{line}", fields(line, 2, path, "/")[0]) for line in read_lines(path)]
-    return listed(root, rows, place)
+    rows = [(f"images/{line}", layouts.fields(line, 2, path, "/")[0]) for line in layouts.read_lines(path)]
+    return layouts.listed(root, rows, place)
 
 
 def sun397(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``<letter>/<class>/*``, where a class may be two folders, or what the first partition's file names."""
     if spec.split is not None:
         path = root / f"{'Training' if spec.split == 'train' else 'Testing'}_{PARTITION:02d}.txt"
-        names = [line.lstrip("/") for line in read_lines(path)]
-        return listed(root, [(name, _sun_class(name)) for name in names], place)
+        names = [line.lstrip("/") for line in layouts.read_lines(path)]
+        return layouts.listed(root, [(name, _sun_class(name)) for name in names], place)
     folders = sorted({folder.parent for folder in root.glob("?/**/sun_*.jpg")})
-    names = [f"{folder.relative_to(root).as_posix()}/{file}" for folder in folders for file in images_in(folder)]
-    return listing_of(root, [(name, _sun_class(name)) for name in names])
+    names = [
+        f"{folder.relative_to(root).as_posix()}/{file}" for folder in folders for file in layouts.images_in(folder)
+    ]
+    return layouts.listing_of(root, [(name, _sun_class(name)) for name in names])
 
 
 def _sun_class(name: str) -> str:
@@ -250,14 +240,14 @@ def _sun_class(name: str) -> str:
 def oxford_pets(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``images/<breed>_<number>.jpg`` by ``annotations/<split>.txt``."""
     path = root / "annotations" / f"{spec.split}.txt"
-    lines = [fields(line, 2, path) for line in read_lines(path)]
-    rows = [(f"images/{image}.jpg", by_number(rest.split()[0], 1, facts, path, image)) for image, rest in lines]
-    return listed(root, rows, place)
+    lines = [layouts.fields(line, 2, path) for line in layouts.read_lines(path)]
+    rows = [(f"images/{image}.jpg", layouts.by_number(rest.split()[0], 1, facts, path, image)) for image, rest in lines]
+    return layouts.listed(root, rows, place)
 
 
 def caltech101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``<class>/image_0001.jpg``; the background is no class."""
-    return listing_of(root, [row for row in tree_rows(root) if row[1] != BACKGROUND])
+    return layouts.listing_of(root, [row for row in layouts.tree_rows(root) if row[1] != BACKGROUND])
 
 
 def cifar10(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -286,7 +276,7 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_p
     rows = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
     labels = np.concatenate([batch[:, label_bytes - 1] for batch in batches]).tolist()
     classes = [
-        by_number(label, 0, facts, paths[number], f"image {row}")
+        layouts.by_number(label, 0, facts, paths[number], f"image {row}")
         for label, (number, row) in zip(labels, rows, strict=True)
     ]
 
@@ -294,7 +284,7 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_p
         return np.ascontiguousarray(np.frombuffer(content, np.uint8).reshape(3, SIDE, SIDE).transpose(1, 2, 0))
 
     return Listing(
-        kind=KIND,
+        kind=layouts.KIND,
         home=str(root.resolve()),
         names=[f"{files[number]}/{row:05d}" for number, row in rows],
         classes=classes,
@@ -315,4 +305,4 @@ def _cifar_rows(path: Path, row_bytes: int) -> PixelArray:
             raise DataError(Problem(str(path), rule, f"{size} bytes", next_step="Unpack the archive again."))
         return np.memmap(path, np.uint8, "r", shape=(size // row_bytes, row_bytes))
     except OSError as error:
-        raise unreadable_list(path, error) from error
+        raise layouts.unreadable_list(path, error) from error

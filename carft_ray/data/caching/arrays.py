@@ -17,6 +17,7 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.caching import cache
+from carft_ray.data.caching.index import required
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
 from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source
@@ -155,14 +156,9 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
             if on_image is not None:
                 on_image(index + 1, len(source))
     height, width = shape[:2] if shape else (0, 0)
-    schema = pa.schema(
-        [
-            pa.field("image", pa.binary(height * width * 3), nullable=False),
-            pa.field("label", pa.int64(), nullable=False),
-            pa.field("sample_id", pa.uint64(), nullable=False),
-        ],
-        metadata={"format_version": str(FORMAT_VERSION), "height": str(height), "width": str(width)},
-    )
+    sizes = {"format_version": str(FORMAT_VERSION), "height": str(height), "width": str(width)}
+    columns = required(image=pa.binary(height * width * 3), label=pa.int64(), sample_id=pa.uint64())
+    schema = pa.schema(columns, sizes)
     with pa.memory_map(str(pixels_path)) as pixel_file:
         image_buffer = pixel_file.read_buffer()
         column = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(source), [None, image_buffer])

@@ -91,6 +91,11 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     return made_once(entry, entry.parent / f"{key[:2]}.lock", open_table, write)
 
 
+def required(**columns: pa.DataType) -> list[pa.Field]:
+    """Returns columns of a schema in which no value is missing."""
+    return [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a table as an Arrow file that appears whole.
 

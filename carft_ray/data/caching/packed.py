@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from carft_ray.data.caching import cache
 from carft_ray.data.caching.arrays import OnImage, about, check_same, waiting
+from carft_ray.data.caching.index import required
 from carft_ray.data.content import in_order
 from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
@@ -32,14 +33,8 @@ _NETWORK = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs"),
     *("lustre", "nfs", "pvfs2", "smb3", "virtiofs", "wekafs"),
 )
-_SCHEMA = pa.schema(
-    [
-        pa.field("image", pa.large_binary(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("sample_id", pa.uint64(), nullable=False),
-    ],
-    metadata={"format_version": str(FORMAT_VERSION)},
-)
+_COLUMNS = required(image=pa.large_binary(), label=pa.int64(), sample_id=pa.uint64())
+_SCHEMA = pa.schema(_COLUMNS, {"format_version": str(FORMAT_VERSION)})
 
 
 class PackedSource(DerivedSource):

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -78,21 +78,7 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return pa.compute.struct_field(table.column(column), field)
 
 
-class Rows(Protocol):
-    """One column of a file, a row at a time."""
-
-    def __len__(self) -> int:
-        """Returns the number of rows."""
-
-    def value(self, row: int) -> Any:
-        """Returns the value of a row, None for none.
-
-        Raises:
-            READ_ERRORS: It cannot be read.
-        """
-
-
-def open_rows(path: Path, column: str) -> Rows:
+def open_rows(path: Path, column: str) -> "ParquetRows | ArrowRows":
     """Opens one column of a Parquet or Arrow file.
 
     Raises:
@@ -102,7 +88,7 @@ def open_rows(path: Path, column: str) -> Rows:
 
 
 class ParquetRows:
-    """A column of a Parquet file; see ``Rows``. Threads may share it.
+    """A column of a Parquet file, a row at a time. Threads may share it.
 
     Args:
         path: The file.
@@ -146,7 +132,7 @@ class ParquetRows:
 
 
 class ArrowRows:
-    """A column of an Arrow file; see ``Rows``.
+    """A column of an Arrow file, a row at a time.
 
     Args:
         path: The file.

@@ -23,14 +23,7 @@ from carft_ray.data.content import image_digest
 from carft_ray.data.formats.folder import file_listing, missing_files
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.formats.shards import find_files, finder, folder_of
-from carft_ray.data.formats.table_rows import (
-    ENDINGS,
-    READ_ERRORS,
-    is_text_format,
-    open_rows,
-    read_columns,
-    read_schema,
-)
+from carft_ray.data.formats.table_rows import ENDINGS, READ_ERRORS, is_text_format, open_rows, read_columns, read_schema
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest

@@ -34,7 +34,6 @@ from carft_ray.data.synthetic import fields
 from carft_ray.data.synthetic.fields import Floats, Rng
 
 CORRUPTION_VERSION = 1  # changes when the same arguments give other bytes; part of the key of whatever stores them
-SEVERITIES = (1, 2, 3, 4, 5)
 SIDES = (32, 64, 224)  # pixels; the tables that were published
 
 # mean and standard deviation of red, green and blue of the five photographs of frost that ImageNet-C draws from
@@ -73,20 +72,13 @@ def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: 
     Args:
         pixels: RGB image, uint8 [H, W, 3].
         name: One of ``CORRUPTIONS``.
-        severity: One of ``SEVERITIES``.
+        severity: 1 to 5.
         seed: 0 <= seed < 2**64.
         sample_id: Stable id of the image, below 2**64.
 
     Returns:
         The corrupted image, uint8 [H, W, 3].
-
-    Raises:
-        ValueError: The name or the severity is not known.
     """
-    if name not in CORRUPTIONS:
-        raise ValueError(f"name must be one of {', '.join(CORRUPTIONS)}, but got {name!r}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity must be one of {SEVERITIES}, but got {severity}")
     setting = PARAMETERS[name][table_side(*pixels.shape[:2])][severity - 1]
     arguments = setting if isinstance(setting, list) else [setting]
     return _to_bytes(CORRUPTIONS[name](pixels / 255, generator(name, seed, sample_id), *arguments))
@@ -172,10 +164,8 @@ def glass_blur(x: Floats, rng: Rng, sigma: float, reach: int, rounds: int) -> Fl
     """
     blurred = np.rint(fields.gaussian(x, sigma) * 255) / 255
     height, width = x.shape[:2]
-    visited = np.arange(height * width).reshape(height, width)[
-        reach + 1 : height - reach + 1, reach + 1 : width - reach + 1
-    ]
-    targets = visited.ravel()[::-1]
+    visited = np.s_[reach + 1 : height - reach + 1, reach + 1 : width - reach + 1]
+    targets = np.arange(height * width).reshape(height, width)[visited].ravel()[::-1]
     origin = list(range(height * width))
     for _ in range(rounds):
         offsets = rng.integers(-reach, reach, (len(targets), 2))
@@ -202,21 +192,12 @@ def zoom_blur(x: Floats, rng: Rng, end: float, step: float) -> Floats:
 # Weather
 
 
-def snow(
-    x: Floats,
-    rng: Rng,
-    mean: float,
-    deviation: float,
-    zoom: float,
-    threshold: float,
-    radius: float,
-    sigma: float,
-    mix: float,
-) -> Floats:
+def snow(x: Floats, rng: Rng, *setting: float) -> Floats:
     """Whitens the picture and lets flakes fall over it, once as drawn and once turned by 180 degrees.
 
     Flakes are normal noise, enlarged, cut below a threshold and smeared within 45 degrees of the vertical.
     """
+    mean, deviation, zoom, threshold, radius, sigma, mix = setting
     flakes = fields.zoom(rng.normal(mean, deviation, x.shape[:2]), zoom)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1))
     flakes = fields.smear(flakes, radius, sigma, rng.uniform(-135, -45))[..., None]

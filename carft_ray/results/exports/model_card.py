@@ -1,9 +1,11 @@
 """The model card of an export: what it is, how well it does where, and how to use it, per format.
 
-The text is in ``model_card.md`` and, per format, in ``use_<format>.md``: templates of ``string.Template``.
+The text is in ``model_card.md`` and, per format, in ``use_<format>.md``: templates of ``string.Template``. How
+images are resized is in ``resize.toml``.
 """
 
 import textwrap
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -13,24 +15,7 @@ from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.sets import plain
 from carft_ray.results.reading.trained import Trained, evaluate_trained
 
-# resize_mode of open_clip -> the same in words, and as code that returns the resized image, uint8 [S, S, 3]
-_RESIZE = {
-    "shortest": (
-        "the shorter side resized to {size} pixels, {size} x {size} cut out of the middle",
-        "shape = [int({size} * side / min(image.size)) for side in image.size]\n"
-        "left, top = [round((side - {size}) / 2) for side in shape]\n"
-        "box = (left, top, left + {size}, top + {size})\n"
-        "return np.asarray(image.resize(shape, {resampling}).crop(box))",
-    ),
-    "longest": (
-        "the longer side resized to {size} pixels, padded with black to {size} x {size}",
-        "shape = [round(side / (max(image.size) / {size})) for side in image.size]\n"
-        'square = Image.new("RGB", ({size}, {size}))\n'
-        "square.paste(image.resize(shape, {resampling}), [({size} - side) // 2 for side in shape])\n"
-        "return np.asarray(square)",
-    ),
-    "squash": ("resized to {size} x {size} pixels", "return np.asarray(image.resize(({size}, {size}), {resampling}))"),
-}
+_RESIZE = tomllib.loads(Path(__file__).with_name("resize.toml").read_text(encoding="utf-8"))
 
 
 def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias: bool) -> str:
@@ -76,14 +61,14 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
 def usage(name: str, clip: Clip, has_bias: bool) -> str:
     """Returns how to use a format: a whole program, which prints the class of each image, and notes."""
     resampling = f"Image.Resampling.{_resampling(clip).upper()}"
-    code = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]][1].format(size=clip.image_size, resampling=resampling)
-    resize = textwrap.indent(code, "    ")
+    code = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["code"]
+    resize = textwrap.indent(code.format(size=clip.image_size, resampling=resampling), "    ")
     return _template(f"use_{name}").substitute(resize=resize, bias=' + head["class_bias"]' if has_bias else "")
 
 
 def preprocessing(clip: Clip) -> str:
     """Returns the evaluation preprocessing of a model in words."""
-    shape = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]][0].format(size=clip.image_size)
+    shape = _RESIZE[clip.config["preprocess_cfg"]["resize_mode"]]["words"].format(size=clip.image_size)
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (clip.mean, clip.std))
     return f"RGB, {shape} ({_resampling(clip)}), divided by 255, mean ({mean}), std ({std})"
 

@@ -51,20 +51,14 @@ def predictions_path(study_dir: Path, row: TrialRow) -> Path:
 
 
 def read_stored(
-    study_dir: Path,
-    recipe: Recipe,
-    trials: Sequence[TrialRow],
-    baselines: Sequence[TrialRow],
-    spec: ObjectiveSpec,
-    bounds: Sequence[Limit] = (),
+    study_dir: Path, recipe: Recipe, rows: Sequence[TrialRow], spec: ObjectiveSpec, bounds: Sequence[Limit] = ()
 ) -> Stored:
     """Reads the predictions of complete trials and baselines.
 
     Args:
         study_dir: The study directory.
         recipe: Its recipe.
-        trials: Complete trials, in the order of the search.
-        baselines: Complete baselines, zero-shot among them.
+        rows: Complete trials, in the order of the search, then baselines, zero-shot among them.
         spec: The objective.
         bounds: The constraints; what their calibration errors are made of is read with the candidates.
 
@@ -72,10 +66,9 @@ def read_stored(
         StorageError: Predictions are missing or damaged.
         DataError: They lack a set or an alpha, or are of different images.
     """
-    rows = [*trials, *baselines]
     tables = [read_predictions(predictions_path(study_dir, row)) for row in rows]
     stored = [alphas(table, spec.id_set) for table in tables]
-    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in trials}
+    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in rows if row.kind == "trial"}
     evaluated: list[tuple[TrialRow, pa.Table, tuple[float, ...]]] = []  # its own alpha comes last
     for row, table, found in zip(rows, tables, stored, strict=True):
         choices = _choices(recipe, row, found, results[row.name]) if row.kind == "trial" else ()

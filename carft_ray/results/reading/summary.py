@@ -54,7 +54,7 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
     rivals = [row for row in result.baselines if row.objective is not None]
-    stored = read_stored(result.study_dir, recipe, [best], rivals, objective_spec(recipe))
+    stored = read_stored(result.study_dir, recipe, [best, *rivals], objective_spec(recipe))
     against = against_baseline(recipe, best, rivals, stored)
     return [
         *front_lines(front),

@@ -149,13 +149,11 @@ def resampled_accuracies(correct: Mapping[str, BoolArray], num_resamples: int = 
         ValueError: A set has fewer than two images.
     """
     rng = np.random.default_rng(0)
-    return {
-        name: np.concatenate(
-            [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
-        ).astype(np.float64)  # whole numbers below 2^24: exact
-        / x.shape[1]
-        for name, x in correct.items()
-    }
+    found = {}
+    for name, x in correct.items():
+        num_right = [counts @ x.T.astype(np.float32) for counts in _counts(rng, x.shape[1], num_resamples)]
+        found[name] = np.concatenate(num_right).astype(np.float64) / x.shape[1]  # whole numbers below 2^24: exact
+    return found
 
 
 def share_meeting(

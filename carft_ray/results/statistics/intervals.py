@@ -101,12 +101,8 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
         weights: w_j per set, the same sets; sets of weight 0 change nothing.
         seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
             at the mean accuracies.
-
-    Raises:
-        ValueError: The arrays do not belong together, or there is no image.
     """
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
-    _check(arrays, weights, seed_values)
     num_seeds = next(iter(arrays.values())).shape[0]
     weighted: list[FloatArray] = [weights[name] * array.mean(axis=1) for name, array in arrays.items()]
     y = np.sum(weighted, axis=0) if seed_values is None else np.asarray(seed_values, np.float64)
@@ -258,16 +254,6 @@ def in_points(interval: Interval, signed: bool = False, short: bool = False) -> 
         return f"{mean} {ends}"
     text = f"{mean}, 95 % {ends} {interval.words}"
     return text if interval.images_fixed is None else f"{text}; {shown(interval.images_fixed)} {OVER_SEEDS}"
-
-
-def _check(arrays: Mapping[str, FloatArray], weights: Mapping[str, float], seed_values: Sequence[float] | None) -> None:
-    if not arrays or set(arrays) != set(weights):
-        raise ValueError(f"values and weights must name the same sets, but got {sorted(arrays)} and {sorted(weights)}")
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
-        raise ValueError(f"values must be arrays [seeds, images] that are not empty, but got {shapes}")
-    if len({shape[0] for shape in shapes.values()} | ({len(seed_values)} if seed_values is not None else set())) != 1:
-        raise ValueError(f"every set must have the same number of seeds, but got {shapes} and {seed_values}")
 
 
 def _image_variance(array_rn: FloatArray) -> float:

@@ -16,17 +16,8 @@ import numpy as np
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
-from carft_ray.results.statistics.intervals import (
-    Interval,
-    accuracy_interval,
-    crossed,
-    headline,
-    in_points,
-    objective_difference,
-    objective_interval,
-    paired_differences,
-    values_by_seed,
-)
+from carft_ray.results.statistics import intervals
+from carft_ray.results.statistics.intervals import Interval
 from carft_ray.results.statistics.selection import seed_variances
 from carft_ray.words import counted
 
@@ -198,7 +189,7 @@ def row_lines(comparison: Comparison, short: bool = False) -> list[str]:
     lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
     for row in comparison.rows:
         shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        numbers = [f"{what} {in_points(found, short=short)}" for what, found in shown.items() if found]
+        numbers = [f"{what} {intervals.in_points(found, short=short)}" for what, found in shown.items() if found]
         if short:
             lines.append(f"    {row.name}: {', '.join(numbers)}")
         else:
@@ -223,9 +214,9 @@ def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
         tested = ""
         if each.p_holm is not None:
             tested = f"; {_p(each.p_holm)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
-        lines.append(f"    {each.other}: {in_points(each.objective, signed=True, short=short)}{tested}")
+        lines.append(f"    {each.other}: {intervals.in_points(each.objective, signed=True, short=short)}{tested}")
         for name, p_value in () if short else each.sets_p_holm.items():
-            lines.append(f"        {name} {in_points(each.sets[name], signed=True)}; {_p(p_value)}")
+            lines.append(f"        {name} {intervals.in_points(each.sets[name], signed=True)}; {_p(p_value)}")
     if comparison.baselines:
         family = "the number of baselines" if short else "the number of baselines, or of sets,"
         lines.append(
@@ -262,9 +253,9 @@ def _last_lines(comparison: Comparison) -> list[str]:
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
-    sets = {each: accuracy_interval(correct[each]) for each in spec.sets}
-    ood = accuracy_interval(*(correct[each] for each in spec.ood_sets)) if spec.ood_sets else None
-    return Row(name, objective_interval(spec, correct), sets[spec.id_set], ood, sets)
+    sets = {each: intervals.accuracy_interval(correct[each]) for each in spec.sets}
+    ood = intervals.accuracy_interval(*(correct[each] for each in spec.ood_sets)) if spec.ood_sets else None
+    return Row(name, intervals.objective_interval(spec, correct), sets[spec.id_set], ood, sets)
 
 
 def _difference(
@@ -275,19 +266,21 @@ def _difference(
         {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
         for row in (winner, other)
     )
-    objective = objective_difference(spec, a, b)
-    sets = {name: crossed({name: gap}, {name: 1.0}) for name, gap in paired_differences(a, b).items()}
+    objective = intervals.objective_difference(spec, a, b)
+    sets = {
+        name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in intervals.paired_differences(a, b).items()
+    }
     id_kept = keeps_id(sets[spec.id_set], id_margin)
-    return Difference(other, objective, None, sets, {}, id_kept, headline(objective, other))
+    return Difference(other, objective, None, sets, {}, id_kept, intervals.headline(objective, other))
 
 
-def _holm(intervals: Mapping[str, Interval]) -> dict[str, float]:
+def _holm(found: Mapping[str, Interval]) -> dict[str, float]:
     """Returns the p-values of a family, adjusted."""
-    return dict(zip(intervals, holm([interval.p_value for interval in intervals.values()]), strict=True))
+    return dict(zip(found, holm([interval.p_value for interval in found.values()]), strict=True))
 
 
 def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
-    own, pooled = values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
+    own, pooled = intervals.values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
     se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
     return Optimism(searched, searched - float(np.mean(own)), se)
 

@@ -96,7 +96,7 @@ def judged_trials(study_dir: Path, recipe: Recipe) -> Judged:
         step = "A search begun with --set search.keep_checkpoints=N keeps the weights of its best N trials."
         value = "none whose weights are there"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", value, next_step=step))
-    stored = read_stored(study_dir, recipe, kept, (), objective_spec(recipe))
+    stored = read_stored(study_dir, recipe, kept, objective_spec(recipe))
     judged = []
     for row, candidate in zip(kept, stored.candidates, strict=True):
         alpha = row.alpha or 0.0

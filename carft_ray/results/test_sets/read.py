@@ -39,14 +39,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import (
-    ID_TEST,
-    ReadRecord,
-    compared_again,
-    compared_rows,
-    read_record,
-    summarise,
-)
+from carft_ray.results.test_sets.summary import ReadRecord, compared_again, compared_rows, read_record, summarise
 from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
@@ -192,7 +185,7 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     if problems := check_sets(recipe):
         raise DataError(problems)
     classes = class_folders(recipe)
-    specs = {ID_TEST: recipe.data.id_test, **recipe.data.ood_test}
+    specs = {"id_test": recipe.data.id_test, **recipe.data.ood_test}
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
