@@ -172,16 +172,15 @@ class Journal:
         Raises:
             StorageError: The result of a trial lacks what its search needs.
         """
-        is_trial = spec.kind == "trial"
-        if is_trial:
+        lowest = None
+        if spec.kind == "trial":
+            lowest = self._recipe.search.alpha.lowest if self.rule else None
             missing, rule = missing_metrics(result["metrics"], self._constraints, self.rule is not None)
             if missing:
                 place = str(spec.folder(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
-        lowest = self._recipe.search.alpha.lowest if is_trial and self.rule else None
-        return self.tell(
-            spec, TrialState.COMPLETE, {**result_attributes(result, lowest), **attributes}, result["objective"]
-        )
+        kept = {**result_attributes(result, lowest), **attributes}
+        return self.tell(spec, TrialState.COMPLETE, kept, result["objective"])
 
     def tell(
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None

@@ -5,7 +5,7 @@ pins what each does. ``samplers`` overrides one private method besides, ``QMCSam
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from pkgutil import resolve_name
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -26,13 +26,6 @@ def trial_id(frozen: FrozenTrial) -> int:
 
 def on_one_thread() -> AbstractContextManager[None]:
     """Returns a block in which the GP sampler computes on one thread."""
-
-    def find() -> Any:
-        from optuna._gp.thread_limiting import limit_threads_in_optimization
-
-        return limit_threads_in_optimization
-
-    block: AbstractContextManager[None] = private_name(
-        "optuna", "optuna._gp.thread_limiting.limit_threads_in_optimization", find
-    )()
+    name = "optuna._gp.thread_limiting.limit_threads_in_optimization"
+    block: AbstractContextManager[None] = private_name("optuna", name, lambda: resolve_name(name))()
     return block
