@@ -126,7 +126,8 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
     old, new = kept.search.space, recipe.search.space
     names = dict.fromkeys(str(one.path[2]) for one in space)
     how = {name: directions(old.get(name), new.get(name), getattr(kept.train, name)) for name in names}
-    unasked = [one for one in space if not _asked(how[str(one.path[2])], may)]
+    asked = {name for name in names if how[name] & set(may) or set(may) == set(DIRECTIONS)}
+    unasked = [one for one in space if str(one.path[2]) not in asked]
     if refused or unasked:
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
@@ -237,10 +238,6 @@ def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
             ]
             if together[0] != together[1]:
                 yield Difference((*path, *inner, key), *places)
-
-
-def _asked(how: frozenset[Direction], may: Collection[Direction]) -> bool:
-    return bool(how & set(may)) or set(may) == set(DIRECTIONS)
 
 
 def _problem(found: Difference, study_dir: Path) -> Problem:

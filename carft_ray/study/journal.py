@@ -68,14 +68,11 @@ class Journal:
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
             name, rule = study_name(self._study_dir, kind), self.rule if kind == "trial" else None
-            begin = {} if name in known else {"directions": ["maximize"] * (2 if rule else 1)}
-            study = self.studies[kind] = (optuna.load_study if name in known else optuna.create_study)(
-                study_name=name,
-                storage=self._storage,
-                sampler=optuna.samplers.RandomSampler(seed=0),
-                pruner=optuna.pruners.NopPruner(),
-                **begin,
-            )
+            if name not in known:
+                directions = ["maximize"] * (2 if rule else 1)
+                optuna.create_study(study_name=name, storage=self._storage, directions=directions)
+            plain = {"sampler": optuna.samplers.RandomSampler(seed=0), "pruner": optuna.pruners.NopPruner()}
+            study = self.studies[kind] = optuna.load_study(study_name=name, storage=self._storage, **plain)
             if rule is not None and front.FRONT not in study.user_attrs:
                 with self.writing():
                     study.set_user_attr(front.FRONT, asdict(rule))

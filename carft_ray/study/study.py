@@ -29,7 +29,7 @@ from carft_ray.layout import JOURNAL, LOG, METRICS, PREPARED, REFERENCES, RESULT
 from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import Direction
-from carft_ray.study import outcome
+from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.identity import claim, record_recipe
 from carft_ray.study.journal import Journal
@@ -37,18 +37,7 @@ from carft_ray.study.lease import Lease
 from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
 from carft_ray.study.proposals import pruning, space, warm_start
-from carft_ray.study.rows import (
-    LATE_CUT,
-    SET_ASIDE,
-    SPENT,
-    ZERO_SHOT,
-    confirmations,
-    readable,
-    row_of,
-    rows_of,
-    storage_of,
-    trainings,
-)
+from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, row_of, rows_of, storage_of, trainings
 from carft_ray.study.space_revisions import begin_generation, remove_half_made
 
 ERRORS = 2  # attempts that end with an exception before the study gets the outcome: it must come back once
@@ -311,7 +300,7 @@ class Study:
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
-        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *confirmations(self.study_dir)))
+        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *rows.confirmations(self.study_dir)))
 
     def _spend_left_behind(self, spec: TrialSpec) -> None:
         if spec.attempt and str(spec.attempt) not in (self._journal.attribute(spec, SPENT) or {}):
@@ -355,8 +344,8 @@ class Study:
         """
         if self._references_known:
             return True
-        rows = {row.name: row for row in self.rows("baseline")}
-        named = {name: rows.get(name) for name in self.recipe.search.constraints.id_drop}
+        baselines = {row.name: row for row in self.rows("baseline")}
+        named = {name: baselines.get(name) for name in self.recipe.search.constraints.id_drop}
         ended = {name: row for name, row in named.items() if row is None or row.outcome not in ("complete", "running")}
         if ended:
             raise NoSuccessfulTrialError([_without_reference(self.study_dir, *each) for each in ended.items()])
@@ -404,7 +393,7 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
         claimed = claim(study_dir, recipe, may)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
-        with readable(study_dir):
+        with rows.readable(study_dir):
             storage = storage_of(study_dir)
             with files.writing(study_dir / JOURNAL):
                 remove_half_made(storage, claimed.generation)

@@ -5,8 +5,8 @@ pins what each does.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
@@ -43,10 +43,7 @@ def one_trial_dies() -> Iterator[None]:
     name = "ray.air.execution._internal.actor_manager.RayActorManager"
     manager = private_name("ray", name, lambda: resolve_name(name))
     names = ("_actor_start_failed", "_actor_task_failed")
-    before = {
-        name: private_name("ray", f"RayActorManager.{name}", functools.partial(getattr, manager, name))
-        for name in names
-    }
+    before = {each: private_name("ray", f"RayActorManager.{each}", partial(getattr, manager, each)) for each in names}
 
     def known(plain: Callable[..., None]) -> Callable[..., None]:
         def failed(manager: Any, *, exception: Exception, **tracked: Any) -> None:
