@@ -241,6 +241,19 @@ def read_json(path: Path) -> Any:
     raise StorageError(Problem(str(path), "must be a whole JSON file", value, next_step=step))
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object once; None where the file is missing or holds anything else.
+
+    Raises:
+        OSError: A network disk does not answer.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a file of JSON lines; an incomplete last line (a crash while it was appended) is left out.
 
@@ -318,6 +331,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise StorageError(named) from error
 
 
+def remove(path: Path) -> None:
+    """Removes a file or folder that may be gone already.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    with writing(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder of this process's training as far as it can; what stays harms nobody."""
     _check_fence()
@@ -356,7 +382,4 @@ def remove_remains(folder: Path) -> None:
             for name in fnmatch.filter([*folders, *names], ".*.[0-9]*.tmp")
         ]
         for path in remains:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)  # it may have been in a folder that is gone
+            remove(path)  # it may have been in a folder that is gone

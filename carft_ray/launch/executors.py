@@ -23,46 +23,19 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from carft_ray import files
-from carft_ray.errors import (
-    CarftError,
-    ClusterError,
-    DivergedError,
-    InterruptedRunError,
-    MachineError,
-    OutdatedAttemptError,
-    OutOfMemoryError,
-    StorageError,
-)
+from carft_ray import errors, files
+from carft_ray.errors import CarftError, ClusterError, OutdatedAttemptError
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
-from carft_ray.launch.recovery.causes import (
-    UNKNOWN,
-    device_error_step,
-    explained,
-    is_death,
-    is_full_memory,
-    lost_rank,
-    root_cause,
-)
+from carft_ray.launch.recovery import causes
 from carft_ray.launch.runtime import Runtime, not_visible, stop_reader
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED, RAY_FILES
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.recipe.schema import alone
 from carft_ray.recipe.spaces.space import apply
-from carft_ray.study.outcome import (
-    Failure,
-    Heartbeat,
-    TrialSpec,
-    append_log,
-    check_fence,
-    progress_words,
-    read_failure,
-    read_heartbeat,
-    replace_failure,
-    write_failure,
-)
+from carft_ray.study import outcome
+from carft_ray.study.outcome import Failure, Heartbeat, TrialSpec, append_log, check_fence, read_failure
 from carft_ray.words import counted
 
 HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
@@ -132,7 +105,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
-            start = f" from {progress_words(folder)}" if spec.attempt > 1 else ""
+            start = f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
             append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
@@ -141,7 +114,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
-    except OutOfMemoryError as error:
+    except errors.OutOfMemoryError as error:
         failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
         failure = replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
@@ -156,16 +129,16 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
             if not nodes and getattr(error, "rank", None) == context.rank:  # this node does not see the study
                 raise
             try:
-                write_failure(folder, failure)
-            except StorageError:
+                outcome.write_failure(folder, failure)
+            except errors.StorageError:
                 raise error from None
             return False
     else:
         if math.isfinite(result["objective"]):
             return True
         reason = f"objective is {result['objective']}"
-        failure = Failure("diverged", reason, spec.attempt, DivergedError.exit_code)
-    write_failure(folder, failure)
+        failure = Failure("diverged", reason, spec.attempt, errors.DivergedError.exit_code)
+    outcome.write_failure(folder, failure)
     return False
 
 
@@ -183,7 +156,7 @@ def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
         everybody = gather(context, everybody[0])
     for rank, (_, _, problem) in enumerate(everybody):
         if problem:
-            raise MachineError(problem, rank)
+            raise errors.MachineError(problem, rank)
     return tuple((node_id, address) for node_id, address, _ in everybody)
 
 
@@ -233,12 +206,12 @@ def _heartbeat(
         try:
             yield replace(context, should_stop=partial(should_stop, watch))
         except Exception as error:
-            has_failed = getattr(error, "exit_code", 1) != InterruptedRunError.exit_code
+            has_failed = getattr(error, "exit_code", 1) != errors.InterruptedRunError.exit_code
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
             with contextlib.suppress(OSError):
-                if not has_failed and read_heartbeat(folder, attempt):  # it is still ours
+                if not has_failed and outcome.read_heartbeat(folder, attempt):  # it is still ours
                     path.unlink(missing_ok=True)
 
 
@@ -262,21 +235,21 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
         context: Of the worker that met it.
         nodes: Name and address of each rank's node; empty where they are not known yet.
     """
-    if isinstance(error, CarftError) and error.exit_code == InterruptedRunError.exit_code:
+    if isinstance(error, CarftError) and error.exit_code == errors.InterruptedRunError.exit_code:
         return None
     text = str(error).strip()
     line = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-    if isinstance(error, DivergedError):
+    if isinstance(error, errors.DivergedError):
         reason = "; ".join(str(replace(problem, next_step="")) for problem in error.problems)
         return Failure("diverged", reason, attempt, error.exit_code)
-    rank = lost_rank(error, context)
+    rank = causes.lost_rank(error, context)
     if rank is not None:
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line
-        node = nodes[rank][0] if rank != UNKNOWN and nodes else ""
+        node = nodes[rank][0] if rank != causes.UNKNOWN and nodes else ""
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
     if isinstance(error, CarftError):
         return Failure("fatal", text, attempt, error.exit_code)
-    if (step := device_error_step(error)) is not None:
+    if (step := causes.device_error_step(error)) is not None:
         return Failure("lost", line, attempt, ClusterError.exit_code, node=nodes[context.rank][0], step=step)
     return Failure("error", line, attempt)
 
@@ -322,7 +295,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        return _dead_worker(error, spec, folder) or _late(error, runtime) or explained(error)
+        return _dead_worker(error, spec, folder) or _late(error, runtime) or causes.explained(error)
     return ""
 
 
@@ -342,19 +315,20 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
         Which worker, where and why; empty when none has died.
     """
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    dead = {rank: each for rank, each in failures.items() if is_death(each)}
+    dead = {rank: each for rank, each in failures.items() if causes.is_death(each)}
     if not dead:
         return ""
-    rank, alive = min(dead), read_heartbeat(folder, spec.attempt)
+    rank, alive = min(dead), outcome.read_heartbeat(folder, spec.attempt)
     node, address = alive.nodes[rank] if alive and rank < len(alive.nodes) else ("", "")
-    cause = root_cause(dead[rank])
+    cause = causes.root_cause(dead[rank])
     where = f"rank {rank}{f' on {address}' if address else ''}"
-    reason = cause if is_full_memory(cause) else f"{where}: {cause}"
+    reason = cause if causes.is_full_memory(cause) else f"{where}: {cause}"
     before = read_failure(folder, spec.attempt)
     if before is None or before.outcome in ("error", "lost"):
         details = "" if before is None else before.details or before.reason
-        with contextlib.suppress(StorageError):
-            replace_failure(folder, Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node))
+        with contextlib.suppress(errors.StorageError):
+            lost = Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node)
+            outcome.replace_failure(folder, lost)
     return reason
 
 

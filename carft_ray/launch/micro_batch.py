@@ -8,7 +8,6 @@ training continues from its checkpoint with what is noted. The global batch, and
 With gradient checkpointing another one fits: its key ends in ``, checkpointed``.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,5 @@ def _device(recipe: Recipe) -> str:
 
 
 def _read(folder: Path) -> dict[str, int]:
-    try:
-        found = json.loads(files.retried(folder / MICRO_BATCH, (folder / MICRO_BATCH).read_bytes))
-    except (FileNotFoundError, ValueError):
-        return {}
+    found = files.retried(folder / MICRO_BATCH, lambda: files.read_object(folder / MICRO_BATCH)) or {}
     return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

@@ -85,7 +85,7 @@ def notifying(
 
 
 class _Shared:
-    """Takes events for two. Tune writes it to a file that nobody reads; the notices do not go there."""
+    """Takes events for two. Tune writes it to a file that nobody reads; there it is None."""
 
     def __init__(self, on_event: OnEvent, notices: "_Notices") -> None:
         self._on_event, self._notices = on_event, notices
@@ -95,11 +95,7 @@ class _Shared:
         self._notices.take(event)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Shared, (_ignore, None)
-
-
-def _ignore(event: Event) -> None:
-    del event
+        return type(None), ()
 
 
 class _Notices:

@@ -52,19 +52,11 @@ class Probed:
     """What the probes have found; seconds and bytes, means over those of the last wave.
 
     Attributes:
-        first_s: As of ``Measured``.
-        next_s: As of ``Measured``.
-        spread: Standard deviation of the probes over their mean.
-        prepare_s: What the preparation of a search will take, once the sets are in the cache.
         prepared: As ``evaluation.probe.probe_prepare`` returns it.
         trainings: Parts of each kind of training at the smallest and the largest batch, by name.
         evaluation: Parts of an evaluation of the share, and its sizes.
     """
 
-    first_s: float
-    next_s: float
-    spread: float
-    prepare_s: float
     prepared: Mapping[str, Any]
     trainings: Mapping[str, Mapping[str, float]]
     evaluation: Mapping[str, float]
@@ -104,21 +96,10 @@ def measure_by_probe(
             started_s = time.monotonic() - began
             runner = runner or Runner(probe_prepare, probe_training, fill)
             runtime = make_runtime(recipe, folder / "study", nodes, runner)
-            found = _probe(runtime, say)
+            found = _probe(runtime, started_s, say)
             ended = time.monotonic()
         after_s = time.monotonic() - ended
-    measured = Measured(
-        source="probe",
-        took_s=time.monotonic() - began,
-        before_s=OUTSIDE_S / 2 + started_s + found.prepare_s,
-        after_s=after_s + OUTSIDE_S / 2,
-        first_s=found.first_s,
-        next_s=found.next_s,
-        training_s=_training_s(recipe, found),
-        doubt=max(LEAST_DOUBT, found.spread),
-        disk=_disk(recipe, runtime.capacity, found),
-    )
-    return runtime.capacity, measured
+    return runtime.capacity, replace(found, took_s=time.monotonic() - began, after_s=after_s + OUTSIDE_S / 2)
 
 
 def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -135,7 +116,8 @@ def probe_training(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: A
     return probe.probe_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
-def _probe(runtime: Runtime, say: Callable[[str], None]) -> Probed:
+def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Measured:
+    """Returns what is measured while Ray runs, which took ``started_s`` to start: ``took_s``, ``after_s`` are 0."""
     recipe, capacity, study_dir = runtime.recipe, runtime.capacity, runtime.study_dir
     num_waves = 1 if runtime.nested else 2  # a process is used again inline: the second wave shows what that saves
     trainings, wave = _trainings(recipe), capacity.concurrency
@@ -169,14 +151,20 @@ def _probe(runtime: Runtime, say: Callable[[str], None]) -> Probed:
     parts = [one.pop("trainings") for one in results]
     before_s = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
     first_s = max(0.0, before_s[0] - statistics.fmean(totals))
-    return Probed(
+    prepare_s = prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared)
+    spread = statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0
+    means = {name: _means([one[name] for one in parts]) for name in parts[0]}
+    found = Probed(prepared, means, _means(results))
+    return Measured(
+        source="probe",
+        took_s=0.0,
+        before_s=OUTSIDE_S / 2 + started_s + prepare_s,
+        after_s=0.0,
         first_s=first_s,
         next_s=first_s if num_waves == 1 else max(0.0, before_s[1] - before_s[0] - statistics.fmean(totals)),
-        spread=statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0,
-        prepare_s=prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared),
-        prepared=prepared,
-        trainings={name: _means([one[name] for one in parts]) for name in parts[0]},
-        evaluation=_means(results),
+        training_s=_training_s(recipe, found),
+        doubt=max(LEAST_DOUBT, spread),
+        disk=_disk(recipe, capacity, found),
     )
 
 

@@ -33,8 +33,7 @@ def begin(folder: Path, recipe: Recipe) -> None:
     Raises:
         StorageError: The folder cannot be written.
     """
-    with files.writing(folder / STOP):
-        (folder / STOP).unlink(missing_ok=True)
+    files.remove(folder / STOP)
     files.write_text(folder / RESOLVED, dump_recipe(recipe))
 
 

@@ -4,7 +4,6 @@ Both follow every training that ends. At opening all trainings are gone through 
 and ``best.yaml`` is written where the kill came first.
 """
 
-import shutil
 from pathlib import Path
 
 from carft_ray import files
@@ -36,14 +35,14 @@ class Retention:
         """Removes what is not kept any longer, now that a training has ended."""
         folder = self._study_dir / FOLDERS[row.kind]
         if row.outcome not in ("complete", "running"):
-            _remove(folder / row.name / CHECKPOINTS)
-            _remove(folder / row.name / WEIGHTS)
+            files.remove(folder / row.name / CHECKPOINTS)
+            files.remove(folder / row.name / WEIGHTS)
         elif row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
                 if not worse.standing:
                     del self._kept[worse.name]
-                    _remove(folder / worse.name / WEIGHTS)
+                    files.remove(folder / worse.name / WEIGHTS)
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
@@ -85,12 +84,3 @@ def constraint_lines(best: TrialRow | None) -> list[str]:
     if best is None or not missed:
         return []
     return [f"No trial meets all constraints; {best.name} misses them least: it {missed}."]
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or folder that may be gone already."""
-    with files.writing(path):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -165,20 +165,15 @@ def stand(rows: Sequence[TrialRow], rule: FrontRule) -> list[TrialRow]:
     """
     front = front_of(rows)
     best = best_point(front, rule)
-    placed: dict[str, Point] = {}
-    for point in front:
-        if point.name not in placed or point.metrics["objective"] > placed[point.name].metrics["objective"]:
-            placed[point.name] = point
-    if best is not None:
-        placed[best.name] = best
-
-    def at(row: TrialRow, point: Point | None) -> TrialRow:
-        if point is None:
-            return row
-        standing, objective = 2 if point is best else 1, point.metrics["objective"]
-        return replace(row, alpha=point.alpha, objective=objective, metrics=point.metrics, standing=standing)
-
-    return [at(row, placed.get(row.name)) for row in rows]
+    # the last one of a training counts: the best one, else that with the largest mean, the first of equals
+    falling = sorted(front, key=lambda point: (point is best, point.metrics["objective"]), reverse=True)
+    placed, found = {point.name: point for point in reversed(falling)}, []
+    for row in rows:
+        if point := placed.get(row.name):
+            standing, objective = 2 if point is best else 1, point.metrics["objective"]
+            row = replace(row, alpha=point.alpha, objective=objective, metrics=point.metrics, standing=standing)
+        found.append(row)
+    return found
 
 
 def spread_points(points: Sequence[dict[str, float]], alpha: float) -> list[dict[str, float]]:

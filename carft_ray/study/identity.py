@@ -13,6 +13,8 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,15 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
         return Claim(True, recipe)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
-    found = list(recipe_differences(kept, recipe))
+    found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
     refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
     refused += list(_moved_apart(kept, recipe))
     space = [one for one in found if class_of(one.path) == "space"]
     old, new = kept.search.space, recipe.search.space
     names = dict.fromkeys(str(one.path[2]) for one in space)
     how = {name: directions(old.get(name), new.get(name), getattr(kept.train, name)) for name in names}
-    unasked = [one for one in space if not _asked(how[str(one.path[2])], may)]
+    asked = {name for name in names if how[name] & set(may) or set(may) == set(DIRECTIONS)}
+    unasked = [one for one in space if str(one.path[2]) not in asked]
     if refused or unasked:
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
@@ -187,16 +190,12 @@ def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
         return []
     before = Recipe.model_validate(manifest[RECIPES][-1]["recipe"]).model_dump(mode="json")
     now, last = Recipe.model_validate(manifest["recipe"]).model_dump(mode="json"), resolved.model_dump(mode="json")
-    parts = [(key, *(_part(whole, key) for whole in (before, now, last))) for key in _CATCH_UP]
+    parts = [(key, *(reduce(getitem, key.split("."), whole) for whole in (before, now, last))) for key in _CATCH_UP]
     return [f"{key}={json.dumps(new)}" for key, old, new, found in parts if found == old != new]
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> Iterator[Difference]:
-    """Yields every key that differs, of nested mappings too."""
-    yield from _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), ())
-
-
-def _differences(old: Any, new: Any, path: KeyPath) -> Iterator[Difference]:
+def _differences(old: Any, new: Any, path: KeyPath = ()) -> Iterator[Difference]:
+    """Yields every key that differs between two recipes as JSON holds them, of nested mappings too."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new or isinstance(old, bool) != isinstance(new, bool):
             yield Difference(path, old, new)
@@ -241,10 +240,6 @@ def _moved_apart(old: Recipe, new: Recipe) -> Iterator[Difference]:
                 yield Difference((*path, *inner, key), *places)
 
 
-def _asked(how: frozenset[Direction], may: Collection[Direction]) -> bool:
-    return bool(how & set(may)) or set(may) == set(DIRECTIONS)
-
-
 def _problem(found: Difference, study_dir: Path) -> Problem:
     there = "left out" if found.old is MISSING else shown(found.old)
     value = "none" if found.new is MISSING else shown(found.new)
@@ -264,9 +259,3 @@ def _flags_step(study_dir: Path, how: dict[str, frozenset[Direction]], may: Coll
     step = f"{given} is not enough: the space {words}." if given else f"The space {words}."
     step += f" To have it so, give {flags}, here or with: carft-ray search RECIPE --study {study_dir} {flags}."
     return f"{step}\n    Trials that lie inside still count for the sampler. Or: {_other_folder(study_dir)}"
-
-
-def _part(value: dict[str, Any], key: str) -> Any:
-    for piece in key.split("."):
-        value = value[piece]
-    return value

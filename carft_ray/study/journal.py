@@ -19,6 +19,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from carft_ray import files
@@ -30,7 +31,7 @@ from carft_ray.study import front, trust
 from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
 from carft_ray.study.proposals import space, warm_start
-from carft_ray.study.proposals.optuna_private import running_trial, trial_id
+from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of, study_name
 
@@ -68,14 +69,12 @@ class Journal:
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
             name, rule = study_name(self._study_dir, kind), self.rule if kind == "trial" else None
-            begin = {} if name in known else {"directions": ["maximize"] * (2 if rule else 1)}
-            study = self.studies[kind] = (optuna.load_study if name in known else optuna.create_study)(
-                study_name=name,
-                storage=self._storage,
-                sampler=optuna.samplers.RandomSampler(seed=0),
-                pruner=optuna.pruners.NopPruner(),
-                **begin,
-            )
+            if name not in known:
+                directions = [StudyDirection.MAXIMIZE] * (2 if rule else 1)
+                optuna.create_study(study_name=name, storage=self._storage, directions=directions)
+            sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
+            study = optuna.load_study(study_name=name, storage=self._storage, sampler=sampler, pruner=pruner)
+            self.studies[kind] = study
             if rule is not None and front.FRONT not in study.user_attrs:
                 with self.writing():
                     study.set_user_attr(front.FRONT, asdict(rule))
@@ -172,16 +171,15 @@ class Journal:
         Raises:
             StorageError: The result of a trial lacks what its search needs.
         """
-        is_trial = spec.kind == "trial"
-        if is_trial:
+        lowest = None
+        if spec.kind == "trial":
+            lowest = self._recipe.search.alpha.lowest if self.rule else None
             missing, rule = missing_metrics(result["metrics"], self._constraints, self.rule is not None)
             if missing:
                 place = str(spec.folder(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
-        lowest = self._recipe.search.alpha.lowest if is_trial and self.rule else None
-        return self.tell(
-            spec, TrialState.COMPLETE, {**result_attributes(result, lowest), **attributes}, result["objective"]
-        )
+        kept = {**result_attributes(result, lowest), **attributes}
+        return self.tell(spec, TrialState.COMPLETE, kept, result["objective"])
 
     def tell(
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None
@@ -211,7 +209,7 @@ class Journal:
         there = {each.params["alpha"] for each in of_this}
         within = trial.distributions["alpha"]
         for point in front.spread_points(points, alpha):
-            if point["alpha"] in there or not within._contains(within.to_internal_repr(point["alpha"])):
+            if point["alpha"] in there or not is_within(within, point["alpha"]):
                 continue
             frozen = optuna.trial.create_trial(
                 values=[point["id_accuracy"], point["ood_accuracy"]],

@@ -6,7 +6,6 @@ lock, which could turn away a search that begins at that moment, and write nothi
 """
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -167,11 +166,9 @@ def _named(content: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a lease; None when it cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    with contextlib.suppress(OSError):
+        return files.read_object(path)
+    return None
 
 
 def _or_empty(read: Callable[[], str]) -> str:

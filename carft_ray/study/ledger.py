@@ -37,7 +37,7 @@ from carft_ray.recipe.spaces.region import Direction
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import STUDY_NAMES, readable, rows_by_kind, storage_of
+from carft_ray.study.rows import STUDY_NAMES, readable, rows_by_kind, storage_of, stored
 from carft_ray.words import counted
 
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
@@ -97,8 +97,7 @@ class _Copies:
     @property
     def is_ahead(self) -> bool:
         """Whether a kill struck after the journal and before the file."""
-        one_more = len(self.journal) == self.noted[0] + 1
-        return one_more and self.lines == self.journal[:-1]
+        return len(self.journal) == self.noted[0] + 1 and self.lines == self.journal[:-1]
 
 
 def read_ledger(study_dir: Path) -> list[Entry]:
@@ -188,7 +187,8 @@ def record(
     )
     lines.append(json.dumps(asdict(entry), allow_nan=False))
     with readable(study_dir), files.writing(study_dir / JOURNAL):
-        _study(storage_of(study_dir)).set_user_attr(ATTRIBUTE, lines)
+        search = optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage_of(study_dir))
+        search.set_user_attr(ATTRIBUTE, lines)
     mend(study_dir)
     return _entry(lines[-1])
 
@@ -283,9 +283,8 @@ def _read(study_dir: Path) -> _Copies:
         content = path.read_bytes() if files.exists(path) else b""
     *whole, rest = content.split(b"\n")
     with readable(study_dir):
-        storage = storage_of(study_dir)
-        known = STUDY_NAMES["trial"] in optuna.get_all_study_names(storage)
-        journal = list(_study(storage).user_attrs.get(ATTRIBUTE, [])) if known else []
+        search = stored(storage_of(study_dir), STUDY_NAMES["trial"])
+        journal = list(search.user_attrs.get(ATTRIBUTE, [])) if search else []
         for line in journal:
             _entry(line)
     manifest = files.read_json(study_dir / MANIFEST) if files.exists(study_dir / MANIFEST) else {}
@@ -299,10 +298,6 @@ def _read(study_dir: Path) -> _Copies:
         place = f"{study_dir / MANIFEST}: {ATTRIBUTE}"
         raise StorageError(Problem(place, "must have count and head", str(noted))) from error
     return _Copies([line.decode(errors="replace") for line in whole], rest, journal, (count, head))
-
-
-def _study(storage: optuna.storages.BaseStorage) -> optuna.Study:
-    return optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage)
 
 
 def _entry(line: str) -> Entry:

@@ -295,7 +295,7 @@ def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -
     Raises:
         OSError: A network disk does not answer; it is asked once.
     """
-    content = None if known else _read_once(folder / HEARTBEAT)
+    content = None if known else files.read_object(folder / HEARTBEAT)
     if not known and (content is None or content.get("attempt") != attempt):
         return None
     try:
@@ -341,12 +341,4 @@ def append_log(folder: Path, text: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return files.retried(path, lambda: _read_once(path))
-
-
-def _read_once(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return files.retried(path, lambda: files.read_object(path))

@@ -27,16 +27,13 @@ TEST_ROLES = ("id_test", "ood_test")
 
 def known_at_once(recipe: Recipe) -> dict[str, Any]:
     """Returns the provenance that needs neither data nor model. Of test sets it holds the specification only."""
-    specs = {dotted(path): spec for path, spec in named_sets(recipe).items() if path[1] in TEST_ROLES}
+    tests = {dotted(path[1:]): spec for path, spec in named_sets(recipe).items() if path[1] in TEST_ROLES}
     return {
         "seeds": {"sampler": recipe.search.sampler.seed, "train": recipe.train.seed},
         "code": environment.code(),
         "versions": environment.versions(),
         "hardware": {**environment.hardware(), "threads": recipe.resources.threads_per_worker},
-        "test_sets": {
-            name.removeprefix("data."): spec.model_dump(mode="json", exclude_defaults=True)
-            for name, spec in specs.items()
-        },
+        "test_sets": {name: spec.model_dump(mode="json", exclude_defaults=True) for name, spec in tests.items()},
     }
 
 

@@ -62,11 +62,8 @@ def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
     names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the journal, which has them by then
     with readable(study_dir):
         storage = storage_of(study_dir)
-        known = optuna.get_all_study_names(storage)  # when its first search is just making them, not all are there
-        return {
-            kind: rows_of(kind, optuna.load_study(storage=storage, study_name=name)) if name in known else []
-            for kind, name in names.items()
-        }
+        studies = {kind: stored(storage, name) for kind, name in names.items()}
+        return {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
@@ -187,6 +184,12 @@ def storage_of(study_dir: Path) -> JournalStorage:
     """Returns the storage of a study's journal; Optuna's own lock spins for ever on a relative path."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return JournalStorage(JournalFileBackend(str(study_dir.resolve() / JOURNAL)))
+
+
+def stored(storage: JournalStorage, name: str) -> optuna.Study | None:
+    """Returns an Optuna study of a journal; None while its first search has not made it yet."""
+    there = name in optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage) if there else None
 
 
 @contextlib.contextmanager

@@ -70,11 +70,7 @@ def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -
 
 
 def placed_trial(
-    trial: FrozenTrial,
-    recipe: Recipe,
-    values: dict[str, Any],
-    attributes: dict[str, Any],
-    with_values: bool = True,
+    trial: FrozenTrial, recipe: Recipe, values: dict[str, Any], attributes: dict[str, Any], with_values: bool = True
 ) -> FrozenTrial:
     """Returns a trial with its state and values, as one of a study with the recipe's space.
 
@@ -118,9 +114,8 @@ def _carried(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
 
 
 def _constraints(trial: FrozenTrial) -> dict[str, float]:
-    if OUTSIDE in trial.user_attrs:
-        return dict(trial.user_attrs[OUTSIDE]["constraints"])
-    return dict(trial.constraints)
+    outside = trial.user_attrs.get(OUTSIDE)
+    return dict(outside["constraints"] if outside else trial.constraints)
 
 
 def _at_its_time(made: FrozenTrial, trial: FrozenTrial) -> FrozenTrial:

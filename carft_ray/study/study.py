@@ -29,43 +29,15 @@ from carft_ray.layout import JOURNAL, LOG, METRICS, PREPARED, REFERENCES, RESULT
 from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import Direction
+from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.identity import claim, record_recipe
 from carft_ray.study.journal import Journal
 from carft_ray.study.lease import Lease
 from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
-from carft_ray.study.outcome import (
-    Cut,
-    Failure,
-    Kind,
-    TrialRow,
-    TrialSpec,
-    append_log,
-    failure_error,
-    left_behind,
-    log_lost,
-    progress_of,
-    progress_words,
-    raise_fence,
-    read_cut,
-    read_failure,
-    read_result,
-    rounded,
-    write_cut,
-)
+from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
 from carft_ray.study.proposals import pruning, space, warm_start
-from carft_ray.study.rows import (
-    LATE_CUT,
-    SET_ASIDE,
-    SPENT,
-    ZERO_SHOT,
-    confirmations,
-    readable,
-    row_of,
-    rows_of,
-    storage_of,
-    trainings,
-)
+from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, row_of, rows_of, storage_of, trainings
 from carft_ray.study.space_revisions import begin_generation, remove_half_made
 
 ERRORS = 2  # attempts that end with an exception before the study gets the outcome: it must come back once
@@ -126,9 +98,8 @@ class Study:
         self._enter("baseline", self.recipe.search.baselines)
         ended = self._recover("baseline") + self._recover("trial")
         self.notes += self._journal.take_in()
-        for row in self.rows("baseline") + [
-            row_of("trial", each) for each in trainings(self._journal.studies["trial"])
-        ]:
+        trials = [row_of("trial", each) for each in trainings(self._journal.studies["trial"])]
+        for row in self.rows("baseline") + trials:
             self._retention.ended(row)
         self._knows_all = True
         self._retention.note_best()
@@ -153,7 +124,7 @@ class Study:
             if wanted is not None and spec.name not in wanted:
                 continue
             self._spend_left_behind(spec)
-            failure = read_failure(spec.folder(self.study_dir), spec.attempt)
+            failure = outcome.read_failure(spec.folder(self.study_dir), spec.attempt)
             mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
             if row := self.settle(spec) if spec.attempt and not mended else None:
                 ended.append(row)
@@ -207,7 +178,7 @@ class Study:
         if found is None or found[0] in before:
             return None
         folder, (percent, value) = spec.folder(self.study_dir), found
-        cut, reason = read_cut(folder), None
+        cut, reason = outcome.read_cut(folder), None
         if cut is not None and percent > cut.percent:
             return None
         if cut is None:
@@ -218,7 +189,7 @@ class Study:
                     self._journal.note(spec, {LATE_CUT: reason})
                 reason = None
             if reason is not None:
-                write_cut(folder, Cut(spec.attempt, percent, reason))
+                outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
         self._journal.report(spec, percent, value)
         return reason
 
@@ -232,21 +203,21 @@ class Study:
             CarftError: The training found a fault that is not in its values; it stays RUNNING.
         """
         folder = spec.folder(self.study_dir)
-        result = read_result(folder)
+        result = outcome.read_result(folder)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
-        cut = read_cut(folder)
+        cut = outcome.read_cut(folder)
         if result is not None:
             return self._ended(self._journal.complete(spec, result, {LATE_CUT: cut.reason} if cut else {}))
         if cut is not None:
             return self._pruned(spec, "pruned", cut.reason)
-        failure = read_failure(folder, spec.attempt)
+        failure = outcome.read_failure(folder, spec.attempt)
         return None if failure is None else self._settle_failure(spec, folder, failure)
 
     def _settle_failure(self, spec: TrialSpec, folder: Path, failure: Failure) -> TrialRow | None:
         if failure.outcome == "fatal":
-            raise failure_error(failure, f"{spec.kind} {spec.name}", folder)
+            raise outcome.failure_error(failure, f"{spec.kind} {spec.name}", folder)
         if failure.outcome == "memory":  # the micro-batch is at fault
             self.repeat(spec)
             return None
@@ -266,8 +237,8 @@ class Study:
         append_log(folder, f"attempt {spec.attempt}: the same error of the device at the same step\n{failure.details}")
         return self._pruned(spec, "error", failure.reason)
 
-    def _pruned(self, spec: TrialSpec, outcome: str, reason: str) -> TrialRow:
-        return self._ended(self._journal.tell(spec, TrialState.PRUNED, {"outcome": outcome, "reason": reason}))
+    def _pruned(self, spec: TrialSpec, verdict: str, reason: str) -> TrialRow:
+        return self._ended(self._journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason}))
 
     def _ended(self, row: TrialRow) -> TrialRow:
         self._retention.ended(row)
@@ -287,7 +258,7 @@ class Study:
             Whether the attempt advanced and is repeated, did not advance and is repeated, or is the last for now.
         """
         folder = spec.folder(self.study_dir)
-        log_lost(folder, spec.attempt, reason, details)
+        outcome.log_lost(folder, spec.attempt, reason, details)
         before, now = self._journal.attribute(spec, LOST) or {}, progress_of(folder)
         advanced = now > before.get("progress", [0, 0])
         number = 1 if advanced else before.get("number", 0) + 1
@@ -296,7 +267,7 @@ class Study:
             self.repeat(spec)
             return "advanced" if advanced else "repeated"
         raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
-        why = f"{number} attempts in a row were lost and did not advance; the last: {rounded(reason)}"
+        why = f"{number} attempts in a row were lost and did not advance; the last: {outcome.rounded(reason)}"
         self._journal.note(spec, {SET_ASIDE: why})
         return "set aside"
 
@@ -305,7 +276,7 @@ class Study:
         folder, path = spec.folder(self.study_dir), self.study_dir / STOP
         why = "" if not files.exists(path) else path.read_text(errors="replace").partition("\n")[0]
         self._lease.check()
-        where = f"resume continues from {progress_words(folder)}"
+        where = f"resume continues from {outcome.progress_words(folder)}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")
 
     def set_aside(self) -> list[TrialRow]:
@@ -329,11 +300,11 @@ class Study:
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
-        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *confirmations(self.study_dir)))
+        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *rows.confirmations(self.study_dir)))
 
     def _spend_left_behind(self, spec: TrialSpec) -> None:
         if spec.attempt and str(spec.attempt) not in (self._journal.attribute(spec, SPENT) or {}):
-            seconds, gpus = left_behind(spec.folder(self.study_dir), spec.attempt, self.recipe.resources)
+            seconds, gpus = outcome.left_behind(spec.folder(self.study_dir), spec.attempt, self.recipe.resources)
             if seconds:
                 self.spend(spec, seconds, gpus)
 
@@ -373,8 +344,8 @@ class Study:
         """
         if self._references_known:
             return True
-        rows = {row.name: row for row in self.rows("baseline")}
-        named = {name: rows.get(name) for name in self.recipe.search.constraints.id_drop}
+        baselines = {row.name: row for row in self.rows("baseline")}
+        named = {name: baselines.get(name) for name in self.recipe.search.constraints.id_drop}
         ended = {name: row for name, row in named.items() if row is None or row.outcome not in ("complete", "running")}
         if ended:
             raise NoSuccessfulTrialError([_without_reference(self.study_dir, *each) for each in ended.items()])
@@ -422,7 +393,7 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
         claimed = claim(study_dir, recipe, may)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
-        with readable(study_dir):
+        with rows.readable(study_dir):
             storage = storage_of(study_dir)
             with files.writing(study_dir / JOURNAL):
                 remove_half_made(storage, claimed.generation)

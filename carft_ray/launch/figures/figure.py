@@ -191,7 +191,6 @@ def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
 
 def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     edge: dict[str, Any] = {"edgecolors": GREY, "linewidths": 0.6}
     _scatter(axes, [dot.pair for dot in dots if not dot.kl_weight], 55, "#a8a8a8", 3, **edge)
@@ -203,15 +202,13 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
         low, high = low / 2, high * 2
     coloured = [dot.pair for dot in dots if dot.kl_weight]
     drawn = _scatter(axes, coloured, 55, weights, 3, cmap="cividis", norm=LogNorm(low, high), **edge)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=22, pad=0.02)
-    bar.set_label("kl_weight of the trial", size=10.5)
-    bar.ax.tick_params(labelsize=9.5)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
-    bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=22, pad=0.02, ticks=ticks, format="%.4g")
+    bar.set_label("kl_weight of the trial", size=10.5)
+    bar.ax.tick_params(labelsize=9.5)
+    bar.minorticks_off()
     bar.outline.set_visible(False)
 
 

@@ -60,7 +60,6 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
     Raises:
         StorageError: It cannot be written.
     """
-    pareto = recipe.search.objective.kind == "pareto"
 
     def pair(row: TrialRow) -> Pair:
         return row.metrics["id_accuracy"], row.metrics["ood_accuracy"]
@@ -83,7 +82,7 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,
-        front=[point.pair for point in front_of(trials)] if pareto else (),
+        front=[point.pair for point in front_of(trials)] if recipe.search.objective.kind == "pareto" else (),
     )
     return path
 

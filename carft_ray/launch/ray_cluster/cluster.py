@@ -99,8 +99,8 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
         ClusterError: There is no Ray at the address, none can be started, or it has gone.
     """
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update({name: os.environ.get(name, value) for name, value in ours.items()})
+    before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
+    os.environ.update({**ours, **before})
     folder = tempfile.gettempdir()
     folder = folder if len(folder) <= LONGEST_TEMP_DIR else "/tmp"
     temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=folder)
@@ -118,11 +118,9 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
             finally:
                 ray.shutdown()
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.update(before)
+        for name in ours.keys() - before.keys():
+            del os.environ[name]
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
 

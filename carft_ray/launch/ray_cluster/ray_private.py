@@ -5,8 +5,9 @@ pins what each does.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import ray
@@ -29,9 +30,7 @@ def without_news_of_workers() -> Iterator[None]:
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     """Returns what nobody holds, by Ray's name of the node; the public call has the sum over nodes only."""
     name = "ray._private.state.available_resources_per_node"
-    found: Mapping[str, Mapping[str, float]] = private_name(
-        "ray", name, lambda: ray._private.state.available_resources_per_node
-    )()
+    found: Mapping[str, Mapping[str, float]] = private_name("ray", name, lambda: resolve_name(name))()
     return found
 
 
@@ -41,12 +40,10 @@ def one_trial_dies() -> Iterator[None]:
 
     The exception is no ``RayActorError``, and at what it does not know Tune ends its whole run (read in Ray 2.60).
     """
-    manager = private_name("ray", "ray.air.execution._internal.actor_manager.RayActorManager", _actor_manager)
+    name = "ray.air.execution._internal.actor_manager.RayActorManager"
+    manager = private_name("ray", name, lambda: resolve_name(name))
     names = ("_actor_start_failed", "_actor_task_failed")
-    before = {
-        name: private_name("ray", f"RayActorManager.{name}", functools.partial(getattr, manager, name))
-        for name in names
-    }
+    before = {each: private_name("ray", f"RayActorManager.{each}", partial(getattr, manager, each)) for each in names}
 
     def known(plain: Callable[..., None]) -> Callable[..., None]:
         def failed(manager: Any, *, exception: Exception, **tracked: Any) -> None:
@@ -63,9 +60,3 @@ def one_trial_dies() -> Iterator[None]:
     finally:
         for name, plain in before.items():
             setattr(manager, name, plain)
-
-
-def _actor_manager() -> Any:
-    from ray.air.execution._internal.actor_manager import RayActorManager
-
-    return RayActorManager

@@ -20,15 +20,8 @@ from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
-from carft_ray.study.outcome import (
-    TrialSpec,
-    failure_error,
-    log_lost,
-    progress_of,
-    read_failure,
-    read_heartbeat,
-    read_result,
-)
+from carft_ray.study import outcome
+from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import LOST_ATTEMPTS
 
 Row = dict[str, float]
@@ -72,8 +65,7 @@ def train_with_ray(
         attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
         spec = TrialSpec("trial", 0, "train", {}, attempt)
         for stale in (STOP, ERROR):  # of an attempt that was killed before its first checkpoint, with this number
-            with files.writing(out_dir / stale):
-                (out_dir / stale).unlink(missing_ok=True)
+            files.remove(out_dir / stale)
         try:
             with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
                 prepared = run_prepare(runtime, say)
@@ -83,23 +75,23 @@ def train_with_ray(
                     gone = _wait(task.remote(runtime, spec, out_dir), out_dir / METRICS, on_epoch)
         finally:
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
-        if (result := read_result(out_dir)) is not None:
+        if (result := outcome.read_result(out_dir)) is not None:
             return result, prepared
-        failure = read_failure(out_dir, attempt)
+        failure = outcome.read_failure(out_dir, attempt)
         if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
             number, before = 0, [0, 0]
             continue
         if failure is not None and failure.outcome != "lost":
-            raise failure_error(failure, "train", out_dir)
+            raise outcome.failure_error(failure, "train", out_dir)
         if files.seen(out_dir / STOP):
             raise interrupted()
         reason, _, details = (gone or "they ended without a message").partition("\n")
         if failure is not None:
             reason, details = failure.reason, failure.details
-        log_lost(out_dir, attempt, reason, details)
-        now = progress_of(out_dir)
+        outcome.log_lost(out_dir, attempt, reason, details)
+        now = outcome.progress_of(out_dir)
         number, before = 1 if now > before else number + 1, now
-        has_begun = failure is not None or read_heartbeat(out_dir, attempt) is not None
+        has_begun = failure is not None or outcome.read_heartbeat(out_dir, attempt) is not None
         if not has_begun or number >= LOST_ATTEMPTS:
             step = f"Details are in {out_dir / LOG}."
             raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))

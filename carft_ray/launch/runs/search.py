@@ -161,9 +161,8 @@ def _nothing_within_budget(study: Study, ended: str, address: str | None) -> Bud
     rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
     hours = study.recipe.budget.gpu_hours
     more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
-    return BudgetError(
-        Problem("budget", rule, next_step=f"Give more and continue with: {_resume(study, address)} {more}")
-    )
+    step = f"Give more and continue with: {_resume(study, address)} {more}"
+    return BudgetError(Problem("budget", rule, next_step=step))
 
 
 def _resume(study: Study, address: str | None) -> str:

@@ -6,9 +6,10 @@ pins what each does. ``samplers`` overrides two private methods, ``QMCSampler._f
 """
 
 from contextlib import AbstractContextManager
-from typing import Any
+from pkgutil import resolve_name
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from carft_ray.environment import private_name
@@ -25,15 +26,20 @@ def trial_id(trial: FrozenTrial | optuna.trial.Trial) -> int:
     return found
 
 
+def frozen_trial(trial: optuna.trial.Trial) -> FrozenTrial:
+    """Returns what is known of a trial that is being drawn, as samplers take it."""
+    found: FrozenTrial = private_name("optuna", "Trial._cached_frozen_trial", lambda: trial._cached_frozen_trial)
+    return found
+
+
+def is_within(distribution: BaseDistribution, value: Any) -> bool:
+    """Tells whether a distribution can give this value."""
+    contains = private_name("optuna", "BaseDistribution._contains", lambda: distribution._contains)
+    return bool(contains(distribution.to_internal_repr(value)))
+
+
 def on_one_thread() -> AbstractContextManager[None]:
     """Returns a block in which the GP sampler computes on one thread."""
-
-    def find() -> Any:
-        from optuna._gp.thread_limiting import limit_threads_in_optimization
-
-        return limit_threads_in_optimization
-
-    block: AbstractContextManager[None] = private_name(
-        "optuna", "optuna._gp.thread_limiting.limit_threads_in_optimization", find
-    )()
+    name = "optuna._gp.thread_limiting.limit_threads_in_optimization"
+    block: AbstractContextManager[None] = private_name("optuna", name, lambda: resolve_name(name))()
     return block

@@ -15,17 +15,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import (
-    BaseSampler,
-    BruteForceSampler,
-    CmaEsSampler,
-    GPSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    QMCSampler,
-    RandomSampler,
-    TPESampler,
-)
+from optuna.samplers import BaseSampler, BruteForceSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler
 
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.sampler_rules import population_size, startup_trials
@@ -59,15 +49,14 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
         case "tpe":
             # what ``group`` implies; without it Optuna warns of two objectives
             together = {"multivariate": True} if options.get("group") else {}
-            return TPESampler(n_startup_trials=startup, seed=seed, **{**together, **options})
+            return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, **{**together, **options})
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
         case "cmaes":
             return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
-        case "nsga2":
-            return NSGAIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
-        case "nsga3":
-            return NSGAIIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
+        case "nsga2" | "nsga3" as name:
+            kind = optuna.samplers.NSGAIISampler if name == "nsga2" else optuna.samplers.NSGAIIISampler
+            return kind(seed=seed, **{**options, "population_size": population_size(recipe)})
         case "qmc":
             # one sequence: the seed must be the same for every draw
             plain = {"scramble": True, "seed": recipe.search.sampler.seed % 2**32, **options}

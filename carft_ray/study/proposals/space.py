@@ -10,7 +10,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import in_order, is_active
 from carft_ray.recipe.spaces.enqueue import flat
 from carft_ray.recipe.spaces.grid import grid_index, grid_size
-from carft_ray.study.proposals.optuna_private import running_trial
+from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 
 Value = bool | int | float | str | None
@@ -23,8 +23,7 @@ def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
         choice: Value = trial.suggest_categorical(name, list(parameter.choices))
         return choice
     if isinstance(parameter, IntParameter):
-        low, high = parameter.low, parameter.high
-        return int(trial.suggest_int(name, low, high, step=parameter.step, log=parameter.log))
+        return int(trial.suggest_int(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log))
     return float(trial.suggest_float(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log))
 
 
@@ -82,11 +81,10 @@ def _draw_together(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> 
     name = recipe.search.sampler.name
     if name == "cmaes" and POINT in trial.user_attrs:
         study.sampler = optuna.samplers.RandomSampler(seed=0)  # a given point is no draw of its distribution
-    elif name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
-        sampler: Any = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
-        generation = sampler.get_trial_generation(study, trial._cached_frozen_trial)
-        sampler.get_parent_population(study, generation)
-        study.sampler = make_sampler(recipe, trial.number, 0)
     else:
-        study.sampler = make_sampler(recipe, trial.number, 0)
+        if name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
+            sampler: Any = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
+            generation = sampler.get_trial_generation(study, frozen_trial(trial))
+            sampler.get_parent_population(study, generation)
+        study.sampler = make_sampler(recipe, trial.number)
     _ = trial.relative_params

@@ -22,19 +22,11 @@ from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import place
+from carft_ray.study import rows
 from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.study.ledger import read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import (
-    WARM_FROM,
-    generation_name,
-    is_training,
-    readable,
-    row_of,
-    state_and_values,
-    storage_of,
-    trainings,
-)
+from carft_ray.study.rows import WARM_FROM, is_training, state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
@@ -110,13 +102,13 @@ def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tup
     theirs = _recipe_of(source)
     own = theirs.train.model_dump(mode="json")  # values that its trials have in common
     with _search_of(source) as search:
-        trials = [] if search is None else trainings(search)
+        trials = [] if search is None else rows.trainings(search)
     same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
     known = [trial.user_attrs[WARM_FROM] for trial in study.get_trials(deepcopy=False) if not is_training(trial)]
     there = {(origin["id"], origin["trial"]) for origin in known if "id" in origin}
     taken, left_out = 0, Counter[str]()
     for trial in trials:
-        row = row_of("trial", trial)
+        row = rows.row_of("trial", trial)
         if state_and_values(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
             left_out["not finished" if row.outcome == "running" else "lost, which is no verdict"] += 1
             continue
@@ -153,11 +145,10 @@ def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem
 def _objective(recipe: Recipe) -> dict[str, Any]:
     """Returns by name what two studies must share, or their objectives do not compare."""
     search = recipe.search
+    is_weighted = search.objective.kind == "weighted_mean" and recipe.data.ood_val
     return {
         "search.objective.kind": search.objective.kind,
-        "search.objective.id_weight": (
-            search.objective.id_weight if search.objective.kind == "weighted_mean" and recipe.data.ood_val else None
-        ),
+        "search.objective.id_weight": search.objective.id_weight if is_weighted else None,
         "search.alpha.mode": search.alpha.mode,
         "search.constraints": search.constraints.model_dump(mode="json"),
         "the sets of data.ood_val": sorted(recipe.data.ood_val),
@@ -182,11 +173,9 @@ def _recipe_of(source: Path) -> Recipe:
 @contextlib.contextmanager
 def _search_of(source: Path) -> Iterator[optuna.Study | None]:
     """Gives the Optuna study of a study's trials to read from; None where no trial was ever begun."""
-    name = generation_name(read_manifest(source).get(GENERATION, 1))
-    with readable(source):
-        storage = storage_of(source)
-        known = name in optuna.get_all_study_names(storage)
-        yield optuna.load_study(study_name=name, storage=storage) if known else None
+    name = rows.generation_name(read_manifest(source).get(GENERATION, 1))
+    with rows.readable(source):
+        yield rows.stored(rows.storage_of(source), name)
 
 
 def _source_id(study_dir: Path) -> str:
