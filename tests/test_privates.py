@@ -19,7 +19,7 @@ def test_a_running_trial_of_the_storage_can_be_drawn_and_told():
     trial = optuna_private.running_trial(study, study.get_trials(deepcopy=False)[-1])
     assert 0 <= trial.suggest_float("x", 0, 1) <= 1
     frozen = optuna_private.frozen_trial(trial)
-    assert frozen.number == trial.number and frozen.params == trial.params
+    assert (frozen.number, frozen.params) == (trial.number, trial.params)
     within = frozen.distributions["x"]
     assert [optuna_private.is_within(within, value) for value in (0.0, 1.0, 1.1)] == [True, True, False]
     study.tell(trial.number, 0.5)

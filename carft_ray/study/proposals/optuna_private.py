@@ -32,7 +32,7 @@ def frozen_trial(trial: optuna.trial.Trial) -> FrozenTrial:
     return found
 
 
-def is_within(distribution: BaseDistribution, value: Any) -> bool:
+def is_within(distribution: BaseDistribution, value: float) -> bool:
     """Tells whether a distribution can give this value."""
     contains = private_name("optuna", "BaseDistribution._contains", lambda: distribution._contains)
     return bool(contains(distribution.to_internal_repr(value)))
