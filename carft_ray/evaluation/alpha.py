@@ -223,8 +223,7 @@ def fitted_curve(
     alphas: Sequence[float] | FloatArray, objectives: Sequence[float] | FloatArray, at: Sequence[float] | FloatArray
 ) -> FloatArray:
     """Returns the anchored cubic of the points (alpha = 0 is the first) at the alphas ``at``."""
-    curve: FloatArray = _fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives
-    return curve
+    return np.asarray(_fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives)
 
 
 def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) -> FloatArray:
@@ -344,8 +343,7 @@ def _fine(points: FloatArray, lowest: float, violations: FloatArray | None) -> F
     if violations is not None:
         fine = np.union1d(fine, points)
         fine = fine[np.append(True, np.diff(fine) > 1e-9)]
-    eligible: FloatArray = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
-    return eligible
+    return np.asarray(fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)])
 
 
 def _totals(violations_BKA: FloatArray | None, points: FloatArray, at: FloatArray) -> FloatArray:
@@ -353,20 +351,17 @@ def _totals(violations_BKA: FloatArray | None, points: FloatArray, at: FloatArra
     if violations_BKA is None:
         return np.zeros((1, len(at)))
     between = np.stack([np.interp(at, points, unit) for unit in np.eye(len(points))])
-    missed: FloatArray = np.maximum(violations_BKA @ between, 0).sum(axis=1)
-    return missed
+    return np.asarray(np.maximum(violations_BKA @ between, 0).sum(axis=1))
 
 
 def _first_best(values_BA: FloatArray, totals_BA: FloatArray) -> npt.NDArray[np.int64]:
     """Returns the index of the largest value among those with the smallest total, the first of equals, [B]."""
     least = totals_BA <= totals_BA.min(axis=1, keepdims=True) + 1e-12
     values_BA = np.where(least, values_BA, -np.inf)
-    first: npt.NDArray[np.int64] = (values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1)
-    return first
+    return np.asarray((values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1))
 
 
 def _picked(totals_BA: FloatArray, best_B: npt.NDArray[np.int64]) -> FloatArray:
     """Returns the totals of the picks, [B]."""
     each_BA = np.broadcast_to(totals_BA, (len(best_B), totals_BA.shape[1]))
-    picked: FloatArray = np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]
-    return picked
+    return np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]

@@ -40,8 +40,7 @@ def predict(
     def logits_of(batch: np.ndarray) -> np.ndarray:
         context.should_stop()  # a sign of life: a long evaluation is no training that hangs
         pixels_BHWC = torch.from_numpy(image_set.images_NHWC[batch]).to(device)
-        logits: np.ndarray = classifier(pixels_BHWC)[1].float().cpu().numpy()
-        return logits
+        return np.asarray(classifier(pixels_BHWC)[1].float().cpu())
 
     with torch.inference_mode():
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)

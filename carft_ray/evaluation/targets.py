@@ -96,8 +96,7 @@ class TargetStore:
             with torch.inference_mode():
                 features_BD = frozen.features(torch.from_numpy(pixels_BHWC).to(device))
                 p_BT = context_distribution(features_BD, context_head_TD, self.context_scale).exp()
-            rows: npt.NDArray[np.float16] = p_BT.half().cpu().numpy()
-            return rows
+            return p_BT.half().cpu().numpy()
 
         everything = np.arange(len(source), dtype=np.int64)
         return np.concatenate(in_batches(distributions, everything, batch_size, image_size, device))

@@ -231,10 +231,9 @@ def fine_tune(
     learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, checkpoint_dir, attempt)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
-    if train.compile:
-        for compiled in (classifier, frozen):
-            if compiled is not None:
-                compiled.visual.compile()
+    for each in (classifier, frozen) if train.compile else ():
+        if each is not None:
+            each.visual.compile()
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False)

@@ -11,6 +11,7 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from carft_ray.data.benchmark_sets.facts import load_facts
 from carft_ray.errors import DataError, Problem
@@ -107,13 +108,7 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     image_size = square_size(preprocess)
     stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
     kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
-    steps = [step for step in stock.transforms if type(step).__name__ in kept]
-
-    def to_input(image: Image.Image) -> Image.Image:
-        for step in steps:
-            image = step(image)
-        return image
-
+    to_input = Compose([step for step in stock.transforms if type(step).__name__ in kept])
     vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
     if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
         rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"

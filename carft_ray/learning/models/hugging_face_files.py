@@ -180,14 +180,6 @@ def _write_tokenizer(folder: Path, clip: Clip) -> None:
     write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
     lines = [" ".join(pair) for pair in merges if len(pair) == 2]
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines]) + "\n")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": tokenizer.context_length,
-            "bos_token": _START,
-            "eos_token": _END,
-            "unk_token": _END,
-            "pad_token": _END,
-        },
-    )
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.context_length, "bos_token": _START}
+    ends = dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END)
+    write_json(folder / "tokenizer_config.json", config | ends)

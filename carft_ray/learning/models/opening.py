@@ -125,8 +125,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     """Returns what open_clip builds the model of a folder from."""
     if catalog.is_hugging_face_folder(folder):
         return hugging_face.read_config(folder)[0]
-    config: dict[str, Any] = json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    return config
+    return dict(json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"])
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
@@ -212,19 +211,16 @@ def _released_as(name: str, path: Path) -> str | None:
 
 
 def _tags(name: str) -> list[str]:
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(name.removesuffix(catalog.QUICK))
-    return tags
+    return list(open_clip.list_pretrained_tags_by_model(name.removesuffix(catalog.QUICK)))
 
 
 def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
     config = path.parent / catalog.OPEN_CLIP_CONFIG
     if config.is_file():
-        found: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
-        return found
+        return dict(json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {})
     if (tag := catalog.tag_in_path(name, path)) in _tags(name):
-        known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
-        return known
+        return dict(open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag))
     kinds = preprocessing_kinds(name)
     if len(kinds) > 1:
         logging.getLogger(__name__).warning(
