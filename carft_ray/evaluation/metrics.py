@@ -57,8 +57,7 @@ class Answers:
     @property
     def correct(self) -> BoolArray:
         """Which images are classified right, bool [N]."""
-        right: BoolArray = self.true_rank == 0
-        return right
+        return np.asarray(self.true_rank == 0)
 
     def take(self, indices: IntArray) -> "Answers":
         """Returns the images at these positions, which may repeat."""

@@ -93,7 +93,8 @@ class _Learner:
     def update(self, loss: Loss, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
         epoch, indices, pixels, batch_size = batch
-        torch.manual_seed(_step_seed(self.train.seed, self.step, self.context.rank))
+        # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
+        torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
         pixels_BHWC = torch.from_numpy(pixels).to(labels_B.device)
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
@@ -333,8 +334,3 @@ def _stop_asked(context: RunContext, device: torch.device) -> bool:
     flag = torch.tensor([float(context.rank == 0 and context.should_stop())], device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Returns a seed for torch's generator at this step (some towers drop patches); it makes resuming exact."""
-    return (seed * 1_000_003 + step * 1_009 + rank) % 2**63

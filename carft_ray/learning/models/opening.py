@@ -50,10 +50,7 @@ class Opened:
 
 
 def open_model(
-    part: ModelConfig,
-    device: str = "cpu",
-    read: Callable[[Path, str], State] = read_weights,
-    may_fetch: bool = True,
+    part: ModelConfig, device: str = "cpu", read: Callable[[Path, str], State] = read_weights, may_fetch: bool = True
 ) -> Opened:
     """Builds the model that a recipe names and reads its weights.
 
@@ -105,10 +102,9 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
     config = open_clip.get_model_config(part.name.replace("/", "-")) if folder is None else _folder_config(folder)
     try:
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        quick = config.get("quick_gelu", False)
         with quiet(), torch.device("meta"):
-            model: Any = open_clip.CLIP(
-                config["embed_dim"], vision, {"layers": 1}, quick_gelu=config.get("quick_gelu", False)
-            )
+            model: Any = open_clip.CLIP(config["embed_dim"], vision, {"layers": 1}, quick_gelu=quick)
     except BUILD_ERRORS:
         return None
     return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
