@@ -237,7 +237,7 @@ def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) 
         correct: Per set the correctness of the models, bool [A, n_j].
         spec: The objective.
     """
-    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in (spec.id_set, *spec.ood_sets)})
+    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in spec.sets})
     covariance = np.zeros((len(correct[spec.id_set]),) * 2)
     for name, slope_A in slopes.items():
         weighted = slope_A[:, None] * correct[name]
@@ -273,16 +273,15 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         DataError: The sets were not all evaluated at the same alphas.
         CarftError: See ``choose_alpha``.
     """
-    names = (spec.id_set, *spec.ood_sets)
     alphas = predictions.alphas(table, spec.id_set)
     for name in spec.ood_sets:
         if predictions.alphas(table, name) != alphas:
             rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
             raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
-    matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
+    matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in spec.sets}
     noise_AA = objective_covariance(matrices, spec)
-    accuracies: dict[str, list[float]] = {name: matrices[name].mean(axis=1).tolist() for name in names}
-    objectives = tuple(spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas)))
+    accuracies: dict[str, list[float]] = {name: matrices[name].mean(axis=1).tolist() for name in spec.sets}
+    objectives = tuple(spec.value({name: accuracies[name][i] for name in spec.sets}) for i in range(len(alphas)))
     violations_KA = violation_curve(table, bounds, alphas) if bounds else None
     choice = choose_alpha(alphas, objectives, lowest, noise_AA, violations_KA)
     return AlphaProfile(tuple(alphas), accuracies, objectives, noise_AA, choice, violations_KA)

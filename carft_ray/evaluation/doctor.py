@@ -26,7 +26,7 @@ from carft_ray.data.shared.shared_images import decide, shared_lines, without_sh
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
-from carft_ray.evaluation.heads import cached_heads
+from carft_ray.evaluation.heads import Say, cached_heads
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
@@ -101,7 +101,6 @@ class Diagnosis:
         return [finding.problem for finding in self.findings if finding.level == "error"]
 
 
-Say = Callable[[str], None]
 OnImage = Callable[[int, int], None]
 
 

@@ -223,9 +223,8 @@ def fine_tune(
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
-    frozen = None
-    if train.kl_weight > 0:
-        frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False)
+    has_kl = train.kl_weight > 0
+    frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False) if has_kl else None
     loss = Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
