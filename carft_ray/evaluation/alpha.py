@@ -223,8 +223,7 @@ def fitted_curve(
     alphas: Sequence[float] | FloatArray, objectives: Sequence[float] | FloatArray, at: Sequence[float] | FloatArray
 ) -> FloatArray:
     """Returns the anchored cubic of the points (alpha = 0 is the first) at the alphas ``at``."""
-    curve: FloatArray = _fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives
-    return curve
+    return np.asarray(_fit_readers(np.asarray(alphas, np.float64), np.asarray(at, np.float64)) @ objectives)
 
 
 def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) -> FloatArray:
@@ -238,7 +237,7 @@ def objective_covariance(correct: Mapping[str, BoolArray], spec: ObjectiveSpec) 
         correct: Per set the correctness of the models, bool [A, n_j].
         spec: The objective.
     """
-    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in (spec.id_set, *spec.ood_sets)})
+    slopes = spec.slopes({name: correct[name].mean(axis=1) for name in spec.sets})
     covariance = np.zeros((len(correct[spec.id_set]),) * 2)
     for name, slope_A in slopes.items():
         weighted = slope_A[:, None] * correct[name]
@@ -274,16 +273,15 @@ def alpha_profile(table: pa.Table, spec: ObjectiveSpec, lowest: float, bounds: S
         DataError: The sets were not all evaluated at the same alphas.
         CarftError: See ``choose_alpha``.
     """
-    names = (spec.id_set, *spec.ood_sets)
     alphas = predictions.alphas(table, spec.id_set)
     for name in spec.ood_sets:
         if predictions.alphas(table, name) != alphas:
             rule = f"must have been evaluated at the alphas of {spec.id_set}, {alphas}"
             raise DataError(Problem(f"predictions of {name}", rule, f"{predictions.alphas(table, name)}"))
-    matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in names}
+    matrices = {name: predictions.correct_matrix([(table, alpha) for alpha in alphas], name) for name in spec.sets}
     noise_AA = objective_covariance(matrices, spec)
-    accuracies: dict[str, list[float]] = {name: matrices[name].mean(axis=1).tolist() for name in names}
-    objectives = tuple(spec.value({name: accuracies[name][i] for name in names}) for i in range(len(alphas)))
+    accuracies: dict[str, list[float]] = {name: matrices[name].mean(axis=1).tolist() for name in spec.sets}
+    objectives = tuple(spec.value({name: accuracies[name][i] for name in spec.sets}) for i in range(len(alphas)))
     violations_KA = violation_curve(table, bounds, alphas) if bounds else None
     choice = choose_alpha(alphas, objectives, lowest, noise_AA, violations_KA)
     return AlphaProfile(tuple(alphas), accuracies, objectives, noise_AA, choice, violations_KA)
@@ -344,8 +342,7 @@ def _fine(points: FloatArray, lowest: float, violations: FloatArray | None) -> F
     if violations is not None:
         fine = np.union1d(fine, points)
         fine = fine[np.append(True, np.diff(fine) > 1e-9)]
-    eligible: FloatArray = fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)]
-    return eligible
+    return np.asarray(fine[(fine >= lowest - 1e-9) & (fine <= points[-1] + 1e-9)])
 
 
 def _totals(violations_BKA: FloatArray | None, points: FloatArray, at: FloatArray) -> FloatArray:
@@ -353,20 +350,17 @@ def _totals(violations_BKA: FloatArray | None, points: FloatArray, at: FloatArra
     if violations_BKA is None:
         return np.zeros((1, len(at)))
     between = np.stack([np.interp(at, points, unit) for unit in np.eye(len(points))])
-    missed: FloatArray = np.maximum(violations_BKA @ between, 0).sum(axis=1)
-    return missed
+    return np.asarray(np.maximum(violations_BKA @ between, 0).sum(axis=1))
 
 
 def _first_best(values_BA: FloatArray, totals_BA: FloatArray) -> npt.NDArray[np.int64]:
     """Returns the index of the largest value among those with the smallest total, the first of equals, [B]."""
     least = totals_BA <= totals_BA.min(axis=1, keepdims=True) + 1e-12
     values_BA = np.where(least, values_BA, -np.inf)
-    first: npt.NDArray[np.int64] = (values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1)
-    return first
+    return np.asarray((values_BA >= values_BA.max(axis=1, keepdims=True) - 1e-12).argmax(axis=1))
 
 
 def _picked(totals_BA: FloatArray, best_B: npt.NDArray[np.int64]) -> FloatArray:
     """Returns the totals of the picks, [B]."""
     each_BA = np.broadcast_to(totals_BA, (len(best_B), totals_BA.shape[1]))
-    picked: FloatArray = np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]
-    return picked
+    return np.take_along_axis(each_BA, best_B[:, None], axis=1)[:, 0]

@@ -51,9 +51,8 @@ class Limit:
     def measured(self, table: pa.Table, alpha: float) -> float:
         """Returns the violation of predictions at one alpha."""
         part = select(table, self.set_name, alpha)
-        return self.violation(
-            accuracy(part) if self.measure == "accuracy" else expected_calibration_error(answers(part))
-        )
+        value = accuracy(part) if self.measure == "accuracy" else expected_calibration_error(answers(part))
+        return self.violation(value)
 
 
 def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:

@@ -26,7 +26,7 @@ from carft_ray.data.shared.shared_images import decide, shared_lines, without_sh
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
-from carft_ray.evaluation.heads import cached_heads
+from carft_ray.evaluation.heads import Say, cached_heads
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import accuracy
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
@@ -101,8 +101,7 @@ class Diagnosis:
         return [finding.problem for finding in self.findings if finding.level == "error"]
 
 
-Say = Callable[[str], None]
-Progress = Callable[[str], Callable[[int, int], None]]
+OnImage = Callable[[int, int], None]
 
 
 def examine(
@@ -110,7 +109,7 @@ def examine(
     num_images: int = 1000,
     quick: bool = False,
     say: Say = lambda text: None,
-    progress: Progress = lambda what: lambda done, total: None,
+    progress: Callable[[str], OnImage] = lambda what: lambda done, total: None,
 ) -> Diagnosis:
     """Checks everything, and continues as far as it can after a problem. Test sets are counted and hashed only.
 
@@ -139,7 +138,7 @@ def examine(
         place = dotted(path)
         if not any(one == place or one.startswith(f"{place}.") for one in wrong):
             say(f"reading {place}" if not quick else f"listing {place}")
-            _check_set(spec, place, classes, quick, cache, found, progress(place))
+            _check_set(spec, place, classes, None if quick else cache, found, progress(place))
     try:
         if not quick and not found.errors:
             say("comparing the images of the roles")
@@ -180,14 +179,9 @@ def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
 
 
 def _check_set(
-    spec: Any,
-    place: str,
-    classes: tuple[str, ...] | None,
-    quick: bool,
-    cache: Path,
-    found: Diagnosis,
-    on_progress: Callable[[int, int], None],
+    spec: Any, place: str, classes: tuple[str, ...] | None, cache: Path | None, found: Diagnosis, on_image: OnImage
 ) -> None:
+    """Checks one set; without ``cache`` its images are not read."""
     role = place.split(".")[1]
     stored = isinstance(spec, StoredSet)
     try:
@@ -196,9 +190,8 @@ def _check_set(
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)
-        if isinstance(source, StoredSource) and not quick:
-            known = records(source, cache, role in TEST_ROLES, on_progress)
-            found.sets[place] |= image_facts(source, known)
+        if isinstance(source, StoredSource) and cache is not None:
+            found.sets[place] |= image_facts(source, records(source, cache, role in TEST_ROLES, on_image))
             _judge_images(place, spec.on_bad_image, found.sets[place], found)
     except CarftError as error:
         found.fail(error.problems)

@@ -1,7 +1,7 @@
 """Running a classifier over decoded sets, shared out over the workers of a training, exactly."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,7 @@ def predict(
     def logits_of(batch: np.ndarray) -> np.ndarray:
         context.should_stop()  # a sign of life: a long evaluation is no training that hangs
         pixels_BHWC = torch.from_numpy(image_set.images_NHWC[batch]).to(device)
-        logits: np.ndarray = classifier(pixels_BHWC)[1].float().cpu().numpy()
-        return logits
+        return np.asarray(classifier(pixels_BHWC)[1].float().cpu())
 
     with torch.inference_mode():
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
@@ -61,17 +60,14 @@ def predict_all(
 def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:
     """Returns ``accuracy/<set>``, ``id_accuracy``, ``ood_accuracy`` (mean of the OOD sets) and ``objective``.
 
+    ``ood_accuracy`` is absent where there is no OOD set.
+
     Args:
         table: Predictions that hold all sets of the objective at ``alpha``.
         spec: The objective and its sets.
         alpha: Which rows.
     """
-    by_set = {name: accuracy(select(table, name, alpha)) for name in (spec.id_set, *spec.ood_sets)}
-    return metrics_of(by_set, spec)
-
-
-def metrics_of(by_set: Mapping[str, float], spec: ObjectiveSpec) -> Metrics:
-    """``metrics_at`` from accuracies by set. ``ood_accuracy`` is absent where there is no OOD set."""
+    by_set = {name: accuracy(select(table, name, alpha)) for name in spec.sets}
     metrics = {f"accuracy/{name}": value for name, value in by_set.items()}
     metrics["id_accuracy"] = by_set[spec.id_set]
     if spec.ood_sets:

@@ -57,8 +57,7 @@ class Answers:
     @property
     def correct(self) -> BoolArray:
         """Which images are classified right, bool [N]."""
-        right: BoolArray = self.true_rank == 0
-        return right
+        return np.asarray(self.true_rank == 0)
 
     def take(self, indices: IntArray) -> "Answers":
         """Returns the images at these positions, which may repeat."""
@@ -78,8 +77,7 @@ def answers(table: pa.Table) -> Answers:
     """
     if not len(table):
         raise DataError(Problem("predictions", "a set must have at least one image"))
-    found = [(name, alpha) for name in predictions.sets(table) for alpha in predictions.alphas(table, name)]
-    if len(found) > 1:
+    if len(found := predictions.evaluated(table)) > 1:
         raise ValueError(f"the table must hold one set at one alpha, but got {found}")
     labels = table["label"].to_numpy().astype(np.int64)
     top_NK = pc.list_flatten(table["top_classes"]).to_numpy().reshape(len(table), -1)
@@ -112,8 +110,7 @@ def equal_width_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArr
     to the lower bin, and 0 to the first.
     """
     edges = np.arange(num_bins + 1) / num_bins
-    bins_N: IntArray = np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
-    return bins_N
+    return (np.searchsorted(edges, confidence, side="left") - 1).clip(0)
 
 
 def equal_mass_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArray:
@@ -122,8 +119,7 @@ def equal_mass_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArra
     An image than which i images have less confidence goes to bin floor(num_bins i / N), so equal confidences share a
     bin, and without ties the counts differ by at most one.
     """
-    bins_N: IntArray = num_bins * np.searchsorted(np.sort(confidence), confidence, side="left") // len(confidence)
-    return bins_N
+    return num_bins * np.searchsorted(np.sort(confidence), confidence, side="left") // len(confidence)
 
 
 def expected_calibration_error(given: Answers, bins_N: IntArray | None = None) -> float:

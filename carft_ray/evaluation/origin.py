@@ -61,29 +61,26 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
     Raises:
         DataError: A file cannot be read.
     """
-    sources = open_sets(recipe) if inputs is None else inputs.sources
     decoded = {} if inputs is None else {image_set.name: image_set for image_set in inputs.validation}
     contents: dict[str, dict[str, Any]] = {}
-    for name, source in sources.items():
+    for name, source in (open_sets(recipe) if inputs is None else inputs.sources).items():
         images = source.images if isinstance(source, CorruptedSource) else source
-        known: list[bytes] | None = None
-        if isinstance(images, StoredSource | ListedSource):
-            if isinstance(images, ListedSource):
-                known = images.hashes()
-            elif inputs is not None:
-                known = records(images, cache_dir(recipe)).hashes()
-            if known is not None and isinstance(source, CorruptedSource):
-                known = [image_digest(source.shown_content(digest)) for digest in known]
-            digest = set_digest(source, known)
+        is_stored, known = isinstance(images, StoredSource | ListedSource), None
+        if isinstance(images, ListedSource):
+            known = images.hashes()
+        elif isinstance(images, StoredSource):
+            known = None if inputs is None else records(images, cache_dir(recipe)).hashes()
         elif name in decoded:
-            digest = set_digest(source, [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC])
+            known = [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC]
         elif inputs is not None:
-            digest = set_digest(source, image_digests(inputs.train))
+            known = image_digests(inputs.train)
         else:
             continue
-        contents[name] = {"digest": digest, "num_images": len(source)}
-        if isinstance(images, StoredSource | ListedSource) and images.num_skipped:
-            contents[name]["num_skipped"] = images.num_skipped
+        if known is not None and is_stored and isinstance(source, CorruptedSource):
+            known = [image_digest(source.shown_content(digest)) for digest in known]
+        contents[name] = {"digest": set_digest(source, known), "num_images": len(source)}
+        if num_skipped := getattr(images, "num_skipped", 0):
+            contents[name]["num_skipped"] = num_skipped
     return contents
 
 

@@ -73,10 +73,8 @@ def predictions_table(
     """
     logits_NC = np.asarray(logits_NC, np.float32)
     if logits_NC.ndim != 2 or logits_NC.shape[1] < 1 or not len(logits_NC) == len(sample_ids) == len(labels):
-        raise ValueError(
-            f"logits [N, C], sample_ids [N] and labels [N] must belong together, but got {logits_NC.shape}, "
-            f"{np.shape(sample_ids)}, {np.shape(labels)}"
-        )
+        shapes = (logits_NC.shape, np.shape(sample_ids), np.shape(labels))
+        raise ValueError(f"logits [N, C], sample_ids [N] and labels [N] must belong together, but got {shapes}")
     num_samples, num_classes = logits_NC.shape
     labels = np.asarray(labels, np.int64)
     if num_samples and not 0 <= labels.min() <= labels.max() < num_classes:
@@ -159,8 +157,8 @@ def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) 
         rule = f"the parts of an evaluation must hold each of the {num_samples} images exactly once"
         raise CarftError(Problem("evaluation", rule, f"{len(np.unique(positions))} of them in {len(positions)} rows"))
     table = concat([table for _, table in shards])
-    if num_samples and len(_pairs(table)) != 1:
-        raise ValueError(f"the parts must be of one set and one alpha, but got {_pairs(table)}")
+    if num_samples and len(evaluated(table)) != 1:
+        raise ValueError(f"the parts must be of one set and one alpha, but got {evaluated(table)}")
     return table.take(pa.array(np.argsort(positions)))
 
 
@@ -177,14 +175,17 @@ def accuracy(table: pa.Table) -> float:
 
 def sets(table: pa.Table) -> list[str]:
     """Returns the names of the sets in order of appearance."""
-    names: list[str] = pc.unique(table["set"].cast(pa.string())).to_pylist()
-    return names
+    return list(pc.unique(table["set"].cast(pa.string())).to_pylist())
 
 
 def alphas(table: pa.Table, set_name: str) -> list[float]:
     """Returns the alphas at which a set was evaluated, rising."""
-    found: list[float] = pc.unique(table.filter(pc.equal(table["set"], set_name))["alpha"]).to_pylist()
-    return sorted(found)
+    return sorted(pc.unique(table.filter(pc.equal(table["set"], set_name))["alpha"]).to_pylist())
+
+
+def evaluated(table: pa.Table) -> list[tuple[str, float]]:
+    """Returns each set with each of its alphas."""
+    return [(name, alpha) for name in sets(table) for alpha in alphas(table, name)]
 
 
 def select(table: pa.Table, set_name: str, alpha: float) -> pa.Table:
@@ -195,11 +196,9 @@ def select(table: pa.Table, set_name: str, alpha: float) -> pa.Table:
     """
     rows = table.filter(pc.and_(pc.equal(table["set"], set_name), pc.equal(table["alpha"], float(alpha))))
     if not len(rows):
-        known = tuple(f"{name} at {value:g}" for name, value in _pairs(table))
-        place = "predictions"
-        raise DataError(
-            Problem(place, "the set must have been evaluated at the alpha", f"{set_name} at {alpha:g}", known)
-        )
+        known = tuple(f"{name} at {value:g}" for name, value in evaluated(table))
+        rule = "the set must have been evaluated at the alpha"
+        raise DataError(Problem("predictions", rule, f"{set_name} at {alpha:g}", known))
     return rows
 
 
@@ -211,8 +210,7 @@ def correct(table: pa.Table, set_name: str, alpha: float) -> BoolArray:
     Raises:
         DataError: The set was not evaluated at this alpha.
     """
-    row: BoolArray = correct_matrix([(table, alpha)], set_name)[0]
-    return row
+    return correct_matrix([(table, alpha)], set_name)[0]  # type: ignore[no-any-return]
 
 
 def correct_matrix(evaluations: Sequence[tuple[pa.Table, float]], set_name: str) -> BoolArray:
@@ -247,8 +245,7 @@ def sample_ids(table: pa.Table, set_name: str, alpha: float) -> IdArray:
     Raises:
         DataError: The set was not evaluated at this alpha.
     """
-    ids: IdArray = select(table, set_name, alpha)["sample_id"].to_numpy()
-    return np.sort(ids)
+    return np.sort(select(table, set_name, alpha)["sample_id"].to_numpy())
 
 
 def write_predictions(path: Path, table: pa.Table) -> None:
@@ -286,7 +283,3 @@ def read_predictions(path: Path) -> pa.Table:
         rule = f"must have the columns {', '.join(SCHEMA.names)} and num_classes"
         raise StorageError(Problem(str(path), rule, ", ".join(table.schema.names), next_step=step))
     return table
-
-
-def _pairs(table: pa.Table) -> list[tuple[str, float]]:
-    return [(name, alpha) for name in sets(table) for alpha in alphas(table, name)]

@@ -99,7 +99,6 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     def total(words: str) -> float:
         return sum(seconds for text, seconds in spent if text.startswith(words))
 
-    images = inputs.validation[0].images_NHWC
     kept = 0  # of the training set
     if isinstance(inputs.train, DecodedSource):
         kept = len(inputs.train) * int(np.prod(share.train.pixels(0).shape))
@@ -118,7 +117,7 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
         "num_train": len(inputs.train),
         "num_validation": num_validation,
         "num_contexts": len(inputs.templates),
-        "cache_bytes": int(num_validation * np.prod(images.shape[1:]) + kept),
+        "cache_bytes": int(num_validation * np.prod(inputs.validation[0].images_NHWC.shape[1:]) + kept),
     }
 
 
@@ -208,12 +207,10 @@ def _timed(
     if context.rank != 0:
         return {}
     steady = windows[1:] if len(windows) > 2 else windows  # the first one also warms up
-    look_s = sum(evaluations) / len(evaluations) if every else 0.0
-    save_s = saves[0] if saves else 0.0
-    trained_s = sum(seconds for _, seconds in windows)
+    trained_s, save_s = sum(seconds for _, seconds in windows), saves[0] if saves else 0.0
     return {
         "image_s": sum(seconds for _, seconds in steady) / sum(images for images, _ in steady),
-        "look_s": look_s,
+        "look_s": sum(evaluations) / len(evaluations) if every else 0.0,
         "save_s": save_s,
         "rest_s": max(0.0, total_s - trained_s - sum(evaluations) - EPOCHS * save_s),
         "num_alphas": len(result["curve"]) - float(not recipe.train.recalibrate_batches),

@@ -22,16 +22,9 @@ from carft_ray.recipe.schema import Recipe
 
 FLUSH_EVERY_S = 5.0
 # TensorBoard shows groups, and plots inside them, in the order of their names: curves, epochs, final, other
-TAGS = {
-    "loss": "curves/1_loss",
-    "ce": "curves/2_ce",
-    "kl": "curves/3_kl",
-    "learning_rate": "curves/4_learning_rate",
-    "subset/id_accuracy": "epochs/1_id_accuracy",
-    "subset/ood_accuracy": "epochs/2_ood_accuracy",
-    "subset/objective": "epochs/3_objective",
-    "subset/alpha": "epochs/4_alpha",
-}
+TAGS = {name: f"curves/{i}_{name}" for i, name in enumerate(("loss", "ce", "kl", "learning_rate"), 1)}
+_OF_EPOCHS = ("id_accuracy", "ood_accuracy", "objective", "alpha")
+TAGS |= {f"subset/{name}": f"epochs/{i}_{name}" for i, name in enumerate(_OF_EPOCHS, 1)}
 SHORT = {"learning_rate": "lr", "kl_weight": "kl", "weight_decay": "wd"}  # in names of runs
 EVENTS = "events.out.tfevents."
 LONGEST_NAME = 120  # bytes; of 255 that file systems allow

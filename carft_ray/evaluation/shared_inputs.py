@@ -83,16 +83,14 @@ def load_shared_inputs(
             recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))
         ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
-        validation = tuple(
-            dataclasses.replace(
-                image_set(source, clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb), name=name
-            )
-            for name, source in sources.items()
-            if name != TRAIN
-        )
+
+        def decoded(name: str) -> ImageSet:
+            found = image_set(sources[name], clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)
+            return dataclasses.replace(found, name=name)
+
+        validation = tuple(decoded(name) for name in sources if name != TRAIN)
         names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
-        fingerprints = [source.fingerprint for source in sources.values()]
-        key = json.dumps([clip.weights_hash, names, prompts, fingerprints])
+        key = json.dumps([clip.weights_hash, names, prompts, [source.fingerprint for source in sources.values()]])
         _loaded.clear()
         _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
     return _loaded[asked]

@@ -76,9 +76,8 @@ class TargetStore:
         missing = [visit for visit in range(num_visits) if not files.exists(self._path(visit))]
         if not missing:
             return
-        clip, width = self.inputs.clip, self.context_head_TD.shape[1]
-        unused_head_CD = torch.zeros(1, width, dtype=self.context_head_TD.dtype)
-        frozen = build_classifier(clip, unused_head_CD, self.train, device).eval().requires_grad_(False)
+        unused_head_CD = self.context_head_TD[:1]  # of classes; only the image tower runs
+        frozen = build_classifier(self.inputs.clip, unused_head_CD, self.train, device).eval().requires_grad_(False)
         for visit in missing:
             say(f"storing the frozen model's context distributions, epoch {visit + 1} of {num_visits}")
             buffer = io.BytesIO()
@@ -96,8 +95,7 @@ class TargetStore:
             with torch.inference_mode():
                 features_BD = frozen.features(torch.from_numpy(pixels_BHWC).to(device))
                 p_BT = context_distribution(features_BD, context_head_TD, self.context_scale).exp()
-            rows: npt.NDArray[np.float16] = p_BT.half().cpu().numpy()
-            return rows
+            return p_BT.half().cpu().numpy()
 
         everything = np.arange(len(source), dtype=np.int64)
         return np.concatenate(in_batches(distributions, everything, batch_size, image_size, device))

@@ -92,7 +92,10 @@ def prepare(
     check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / layout.PREPARATION
     key = f"predictions {PREDICTIONS_VERSION}: {inputs.key}"  # those of an older version are made anew
-    content = _read_prepared(done, key)
+    content: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or a damaged one
+        before = json.loads(done.read_text())
+        content = before if before["key"] == key and "provenance" in before else None
     if content is None:
         clip, device = inputs.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
@@ -113,20 +116,11 @@ def prepare(
         files.write_json(done, content)
     if share_targets:
         context_head_TD = load_tensors(folder / layout.HEADS)["context_head"]
-        store = TargetStore(recipe.train, inputs, context_head_TD, folder / layout.TARGETS)
-        store.fill(recipe, device_of(recipe), say)
+        targets = TargetStore(recipe.train, inputs, context_head_TD, folder / layout.TARGETS)
+        targets.fill(recipe, device_of(recipe), say)
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
     return {**content["metrics"], **others, "provenance": provenance}
-
-
-def _read_prepared(path: Path, key: str) -> dict[str, Any] | None:
-    """Returns what an earlier ``prepare`` wrote, or None when there is none, or it is of other inputs or damaged."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content if content["key"] == key and "provenance" in content else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def run_training(
@@ -163,8 +157,7 @@ def run_training(
         lambda: (files.read_json(result_path) if files.exists(result_path) else None, files.exists(weights_path)),
     )
     if finished is not None:
-        content: dict[str, Any] = finished
-        return content
+        return dict(finished)
     started = time.perf_counter()
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
@@ -340,11 +333,7 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
 
 
 def _choose(
-    recipe: Recipe,
-    spec: ObjectiveSpec,
-    bounds: Sequence[Limit],
-    start: pa.Table,
-    at: Callable[[float], pa.Table],
+    recipe: Recipe, spec: ObjectiveSpec, bounds: Sequence[Limit], start: pa.Table, at: Callable[[float], pa.Table]
 ) -> tuple[pa.Table, AlphaChoice, list[float], list[dict[str, float]]]:
     """Evaluates the alphas that are wanted; returns predictions, chosen alpha, what it was chosen from, and the curve.
 

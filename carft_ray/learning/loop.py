@@ -93,7 +93,8 @@ class _Learner:
     def update(self, loss: Loss, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
         epoch, indices, pixels, batch_size = batch
-        torch.manual_seed(_step_seed(self.train.seed, self.step, self.context.rank))
+        # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
+        torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
         pixels_BHWC = torch.from_numpy(pixels).to(labels_B.device)
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
@@ -222,19 +223,17 @@ def fine_tune(
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
-    frozen = None
-    if train.kl_weight > 0:
-        frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False)
+    has_kl = train.kl_weight > 0
+    frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False) if has_kl else None
     loss = Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
     learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, checkpoint_dir, attempt)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
-    if train.compile:
-        for compiled in (classifier, frozen):
-            if compiled is not None:
-                compiled.visual.compile()
+    for each in (classifier, frozen) if train.compile else ():
+        if each is not None:
+            each.visual.compile()
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False)
@@ -334,8 +333,3 @@ def _stop_asked(context: RunContext, device: torch.device) -> bool:
     flag = torch.tensor([float(context.rank == 0 and context.should_stop())], device=device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Returns a seed for torch's generator at this step (some towers drop patches); it makes resuming exact."""
-    return (seed * 1_000_003 + step * 1_009 + rank) % 2**63

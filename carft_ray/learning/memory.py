@@ -94,8 +94,10 @@ def in_batches(
         elif len(batch) == 1:
             raise OutOfMemoryError(problem)
         else:  # the exception is gone by now, and with it what it held
+            import torch
+
             batch_size = len(batch) // 2
-            _give_back(device)
+            torch.cuda.empty_cache()  # of what torch keeps in pieces that may be too small now; nothing without a GPU
     return parts
 
 
@@ -125,11 +127,3 @@ def _limit() -> str:
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return "" if limit == resource.RLIM_INFINITY else f", of which a process may use {limit / 1e9:.1f} GB (ulimit -v)"
-
-
-def _give_back(device: "torch.device") -> None:
-    """Frees what torch keeps for later, in pieces that may be too small now."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()

@@ -110,10 +110,7 @@ def recalibrate(classifier: ImageClassifier, views_NHWC: PixelArray | None) -> N
         norm.momentum = None
         norm.train()
     try:
-        with (
-            torch.no_grad(),
-            explained_shortage("train.recalibrate_batches", RECALIBRATION_BATCH, image_size, device),
-        ):
+        with torch.no_grad(), explained_shortage("train.recalibrate_batches", RECALIBRATION_BATCH, image_size, device):
             for start in range(0, len(views_NHWC), RECALIBRATION_BATCH):
                 classifier.features(torch.from_numpy(views_NHWC[start : start + RECALIBRATION_BATCH]).to(device))
     finally:

@@ -30,10 +30,8 @@ def build_model(name: str, device: str = "cpu") -> nn.Module:
     """
     with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        model: nn.Module = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, precision="fp32", device=device
-        )
-    return model
+        options = {"load_weights": False, "pretrained_text": False, "precision": "fp32", "device": device}
+        return open_clip.create_model(name, **options)  # type: ignore[no-any-return]  # open_clip is untyped
 
 
 @contextlib.contextmanager
@@ -102,11 +100,9 @@ def quiet(*loggers: str) -> Iterator[None]:
     if not handlers:
         root.addHandler(logging.NullHandler())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for each, level in levels.items():
             each.setLevel(level)
-        for handler in [h for h in root.handlers if h not in handlers]:
-            root.removeHandler(handler)
+        root.handlers[:] = handlers

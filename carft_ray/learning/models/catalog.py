@@ -84,8 +84,7 @@ def _is_quick(value: ast.expr) -> bool:
 
 def _open_clip() -> Path:
     """Returns the folder of open_clip; to find it does not import it."""
-    spec = importlib.util.find_spec("open_clip")
-    return Path(str(spec.origin)).parent  # type: ignore[union-attr]  # it is installed
+    return Path(str(importlib.util.find_spec("open_clip").origin)).parent  # type: ignore[union-attr]  # it is installed
 
 
 def check_model(model: ModelConfig) -> list[Problem]:

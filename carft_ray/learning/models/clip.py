@@ -11,6 +11,7 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from carft_ray.data.benchmark_sets.facts import load_facts
 from carft_ray.errors import DataError, Problem
@@ -83,12 +84,10 @@ def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tup
         return prompts.templates
     if prompts.templates in BENCHMARKS:
         return load_facts(prompts.templates).templates or ()
-    named = {
-        "sandbox": sandbox_templates,
-        "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
-        "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
-    }
-    return named[prompts.templates]
+    if prompts.templates == "sandbox":
+        return sandbox_templates
+    named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(template("{}") for template in named[prompts.templates])
 
 
 def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:
@@ -107,13 +106,7 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     image_size = square_size(preprocess)
     stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
     kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
-    steps = [step for step in stock.transforms if type(step).__name__ in kept]
-
-    def to_input(image: Image.Image) -> Image.Image:
-        for step in steps:
-            image = step(image)
-        return image
-
+    to_input = Compose([step for step in stock.transforms if type(step).__name__ in kept])
     vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
     if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
         rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
@@ -159,13 +152,12 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     context_length, options = text.get("context_length", 77), {**(text.get("tokenizer_kwargs") or {})}
     wanted = text.get("hf_tokenizer_name")
     if not wanted:
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length, **options)
-        return tokenizer
+        return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
     is_local = folder is not None and has_tokenizer(folder)
     try:
         with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
             options["tokenizer_mode"] = text.get("tokenizer_mode")
-            tokenizer = HFTokenizer(str(folder) if is_local else wanted, context_length, **options)
+            return HFTokenizer(str(folder) if is_local else wanted, context_length, **options)  # type: ignore[no-any-return]
     except ImportError as error:
         rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
         step = "Install it: pip install 'carft-ray[hf]'"
@@ -175,7 +167,6 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
             raise
         rule = f"the tokenizer files of {name} ({wanted}) must be readable by transformers"
         raise DataError(Problem("model.name", rule, f"{folder}: {str(error).splitlines()[0]}")) from error
-    return tokenizer
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

@@ -44,6 +44,12 @@ def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, A
     text, name = config["text_cfg"], part.name.replace("/", "-")
     scale, bias = state.get("logit_scale"), state.get("logit_bias")
     quick, activations = bool(config.get("quick_gelu", False)), ", ".join(_modules(visual, ACTIVATIONS.__contains__))
+    layers: list[dict[str, Any]] = []
+    for i, names in enumerate(groups):
+        num_parameters = sum(sizes[each] for each in names)
+        layers.append({"layer": i, "name": layer_label(names), "num_parameters": num_parameters})
+        if train is not None:
+            layers[i]["lr_factor"] = factors[names[0]] * (i >= train.freeze_layers)
     return {
         "name": part.name,
         "pretrained": part.pretrained,
@@ -62,15 +68,7 @@ def describe(part: ModelConfig, train: TrainConfig | None = None) -> dict[str, A
         "num_blocks": len(groups) - 2,
         "norms": _modules(visual, lambda name: "Norm" in name and "Conv" not in name),
         "has_batch_norm": any(isinstance(module, _BatchNorm) for module in visual.modules()),
-        "layers": [
-            {
-                "layer": i,
-                "name": layer_label(names),
-                "num_parameters": sum(sizes[name] for name in names),
-                **({} if train is None else {"lr_factor": factors[names[0]] * (i >= train.freeze_layers)}),
-            }
-            for i, names in enumerate(groups)
-        ],
+        "layers": layers,
         "memory_bytes": {"weights": FLOAT32 * num_all, "training": training_bytes(num_image, num_image)},
         "tags": _tags(name),
         "preprocessing_differs": len(preprocessing_kinds(name)) > 1 and not state,

@@ -25,21 +25,10 @@ from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
 PLACE = "model.name"  # of messages: the key that names the folder
 # what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
 _DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
-_TEXT = _DEFAULTS | {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "eos_token_id": 49407,
-}
-_VISION = _DEFAULTS | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
+_TEXT = _DEFAULTS | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+_VISION = _DEFAULTS | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+_VISION |= {"image_size": 224, "patch_size": 32}
 # hidden_act -> open_clip's quick_gelu, and its act_kwargs of the tower
 _ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
     "quick_gelu": (True, None),

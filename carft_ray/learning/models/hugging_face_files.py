@@ -176,18 +176,9 @@ def _write_tokenizer(folder: Path, clip: Clip) -> None:
     tokenizer: Any = clip.tokenizer
     renamed = {tokenizer.sot_token_id: _START, tokenizer.eot_token_id: _END}
     vocabulary = {renamed.get(index, word): index for word, index in tokenizer.encoder.items()}
-    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    lines = [" ".join(pair) for pair in merges if len(pair) == 2]
+    lines = [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get) if len(pair) == 2]
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines]) + "\n")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": tokenizer.context_length,
-            "bos_token": _START,
-            "eos_token": _END,
-            "unk_token": _END,
-            "pad_token": _END,
-        },
-    )
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.context_length, "bos_token": _START}
+    ends = dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END)
+    write_json(folder / "tokenizer_config.json", config | ends)

@@ -50,10 +50,7 @@ class Opened:
 
 
 def open_model(
-    part: ModelConfig,
-    device: str = "cpu",
-    read: Callable[[Path, str], State] = read_weights,
-    may_fetch: bool = True,
+    part: ModelConfig, device: str = "cpu", read: Callable[[Path, str], State] = read_weights, may_fetch: bool = True
 ) -> Opened:
     """Builds the model that a recipe names and reads its weights.
 
@@ -105,10 +102,9 @@ def image_tower(part: ModelConfig) -> nn.Module | None:
     config = open_clip.get_model_config(part.name.replace("/", "-")) if folder is None else _folder_config(folder)
     try:
         vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+        quick = config.get("quick_gelu", False)
         with quiet(), torch.device("meta"):
-            model: Any = open_clip.CLIP(
-                config["embed_dim"], vision, {"layers": 1}, quick_gelu=config.get("quick_gelu", False)
-            )
+            model: Any = open_clip.CLIP(config["embed_dim"], vision, {"layers": 1}, quick_gelu=quick)
     except BUILD_ERRORS:
         return None
     return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
@@ -125,8 +121,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     """Returns what open_clip builds the model of a folder from."""
     if catalog.is_hugging_face_folder(folder):
         return hugging_face.read_config(folder)[0]
-    config: dict[str, Any] = json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
-    return config
+    return dict(json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"])
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
@@ -212,19 +207,16 @@ def _released_as(name: str, path: Path) -> str | None:
 
 
 def _tags(name: str) -> list[str]:
-    tags: list[str] = open_clip.list_pretrained_tags_by_model(name.removesuffix(catalog.QUICK))
-    return tags
+    return list(open_clip.list_pretrained_tags_by_model(name.removesuffix(catalog.QUICK)))
 
 
 def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
     config = path.parent / catalog.OPEN_CLIP_CONFIG
     if config.is_file():
-        found: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
-        return found
+        return dict(json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {})
     if (tag := catalog.tag_in_path(name, path)) in _tags(name):
-        known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
-        return known
+        return dict(open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag))
     kinds = preprocessing_kinds(name)
     if len(kinds) > 1:
         logging.getLogger(__name__).warning(

@@ -3,8 +3,8 @@
 Shape letters: B pictures of a batch, U distinct captions of the batch, D embedding dimension.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,8 @@ _COARSE_FRACTION = 0.45
 _WRONG_FRACTION = 0.17
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Pictures:
-    """Pre-training pictures with everything that a caption may say about them."""
-
-    images_NHWC: PixelArray
-    labels: IntArray
-    templates: list[tuple[int, ...]]
+# images [N, H, W, 3], labels [N], and which templates are true of each: all that a caption may say
+Pictures = tuple[PixelArray, IntArray, list[tuple[int, ...]]]
 
 
 def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progress: Progress | None = None) -> None:
@@ -75,16 +68,14 @@ def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progre
     if num_steps < _FEWEST_STEPS:
         raise UsageError(Problem("num_steps", f"must be at least {_FEWEST_STEPS}", str(num_steps)))
     require_new(out_dir, "--to")
-    pictures = draw_pictures(_NUM_PICTURES, progress)
-    state = train_model(pictures, num_steps, seed, progress)
+    state = train_model(draw_pictures(_NUM_PICTURES, progress), num_steps, seed, progress)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
     with new_folder(out_dir) as folder:
-        write_json(folder / "open_clip_config.json", config)
+        write_json(folder / "open_clip_config.json", {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG})
         write_bytes(folder / "open_clip_model.safetensors", safetensors.torch.save(halves, {"format": "pt"}))
 
 
-def draw_pictures(count: int, progress: Progress | None) -> _Pictures:
+def draw_pictures(count: int, progress: Progress | None) -> Pictures:
     """Draws pictures of all domains and classes in equal parts."""
     domains = list(DOMAINS)
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -96,11 +87,12 @@ def draw_pictures(count: int, progress: Progress | None) -> _Pictures:
         templates.append(true_templates(shown))
         if progress is not None and (i + 1) % 1000 == 0:
             progress(i + 1, count, {})
-    return _Pictures(images, labels, templates)
+    return images, labels, templates
 
 
-def train_model(pictures: _Pictures, num_steps: int, seed: int, progress: Progress | None) -> dict[str, Tensor]:
+def train_model(pictures: Pictures, num_steps: int, seed: int, progress: Progress | None) -> dict[str, Tensor]:
     """Trains from nothing and returns the state; arguments as those of ``pretrain``."""
+    images_NHWC, labels, templates = pictures
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = open_clip.CLIP(**MODEL_CONFIG).train().to(memory_format=torch.channels_last)  # a third faster
@@ -109,19 +101,16 @@ def train_model(pictures: _Pictures, num_steps: int, seed: int, progress: Progre
     words = (*CLASSES, *GROUPS)
     tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
     tokens = tokenizer([template.format(word) for template in TEMPLATES for word in words])
-    order = np.concatenate(
-        [rng.permutation(len(pictures.labels)) for _ in range(-(-num_steps * _BATCH_SIZE // len(pictures.labels)))]
-    )
+    num_epochs = math.ceil(num_steps * _BATCH_SIZE / len(labels))
+    order = np.concatenate([rng.permutation(len(labels)) for _ in range(num_epochs)])
     mean, std = (torch.tensor(PREPROCESS_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     for step in range(num_steps):
         rows = order[step * _BATCH_SIZE : (step + 1) * _BATCH_SIZE]
         captions = [
-            pictures.templates[i][int(rng.random() * len(pictures.templates[i]))] * len(words)
-            + _word(rng, int(pictures.labels[i]))
-            for i in rows
+            templates[i][int(rng.random() * len(templates[i]))] * len(words) + _word(rng, int(labels[i])) for i in rows
         ]
         distinct, caption_B = torch.unique(torch.tensor(captions), return_inverse=True)
-        images_BCHW = (torch.from_numpy(pictures.images_NHWC[rows]).permute(0, 3, 1, 2) / 255 - mean) / std
+        images_BCHW = (torch.from_numpy(images_NHWC[rows]).permute(0, 3, 1, 2) / 255 - mean) / std
         features_BD = F.normalize(model.encode_image(images_BCHW), dim=-1)
         texts_UD = F.normalize(model.encode_text(tokens[distinct]), dim=-1)
         logits_BU = model.logit_scale.exp() * features_BD @ texts_UD.T

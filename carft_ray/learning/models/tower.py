@@ -59,8 +59,7 @@ def layer_groups(visual: nn.Module) -> list[list[str]]:
 def _matcher(visual: nn.Module) -> dict[str, Any]:
     """Returns the patterns of a tower's layers, as ``timm.models.group_parameters`` takes them."""
     if hasattr(visual, "trunk"):
-        matcher: dict[str, Any] = visual.trunk.group_matcher(coarse=False)  # type: ignore[union-attr,operator]
-        return matcher
+        return dict(visual.trunk.group_matcher(coarse=False))  # type: ignore[union-attr,operator]
     if hasattr(visual, "transformer"):
         # the norm comes before the projection of a class token, and after attention pooling
         norm = [(r"ln_post\.", _WITH_LAST_BLOCK)] if getattr(visual, "attn_pool", None) is None else []
@@ -137,9 +136,8 @@ def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
             rule = "must be null: the blocks of this image tower have no Linear layers"
             refuse("lora_rank", rule, "train.freeze_layers trains a part of any tower.")
         elif not adapted:
-            refuse(
-                "lora_rank", f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
-            )
+            rule = f"must be null with freeze_layers {frozen}: no Linear layer is left in a block that trains"
+            refuse("lora_rank", rule)
         elif train.lora_rank > smallest:
             refuse("lora_rank", f"must be at most {smallest}, the smallest side of a matrix")
     if train.grad_checkpointing and not any(hasattr(module, "grad_checkpointing") for module in visual.modules()):
