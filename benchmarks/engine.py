@@ -36,6 +36,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import TrialSpec, trial_name
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import storage_of
 from carft_ray.study.study import Study, open_study
 
@@ -130,7 +131,7 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
     recipe = recipe_of(num_trials, sampler)
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / RESOLVED, dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(metrics_of(0.5))
         spec = study.next()
         assert spec is not None
@@ -227,7 +228,7 @@ def study_cost(
     asked, settled = [], []
     began = time.perf_counter()
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         open_s = time.perf_counter() - began
         for _ in range(num_asked):
             began = time.perf_counter()
@@ -300,7 +301,7 @@ def driver_cost(
     readings, draws, read_cpu, draw_cpu = [], [], 0.0, 0.0
     shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         driver = Driver(study, num_live, lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
         view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []

@@ -34,6 +34,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import open_study
 
@@ -56,7 +57,7 @@ def search(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[TrialRo
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(Path(folder) / "study", recipe) as study,
     ):
-        study.recover_running()
+        recover_running(study)
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.outcome import FORMAT_VERSION, TrialRow
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -95,7 +96,7 @@ def replayed(
         tempfile.TemporaryDirectory(prefix="carft-replay-") as folder,
         open_study(study_dir or Path(folder) / "study", recipe) as study,
     ):
-        study.recover_running()
+        recover_running(study)
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)

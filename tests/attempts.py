@@ -19,13 +19,14 @@ import torch
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.evaluation import training
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.executors import run_worker
-from carft_ray.launch.ray_cluster.cluster import Node
-from carft_ray.launch.recovery.causes import explained
+from carft_ray.launch.failures.causes import explained
+from carft_ray.launch.ray_cluster.concurrency import Node
 from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
+from carft_ray.launch.worker import run_worker
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import micro_batch_of, shortage
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
@@ -109,7 +110,7 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
     events, running = [], {}
     with open_study(study_dir, recipe) as study:
         plan = plan_of(study, runner)
-        study.recover_running()
+        recover_running(study)
         limit_s = recipe.resources.hang_timeout_s
         driver = Driver(
             study, at_a_time, events.append, hang_timeout_s=limit_s, end_process=lambda alive: os.kill(alive.pid, 9)

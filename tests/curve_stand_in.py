@@ -14,6 +14,7 @@ from carft_ray.errors import CarftError
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -109,7 +110,7 @@ def call(argv):
     recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
     try:
         with open_study(Path(argv[0]), recipe) as study:
-            study.recover_running()
+            recover_running(study)
             study.add_zero_shot(ZERO_SHOT)
             run_all(study)
             print(*study.notes, sep="\n")

@@ -14,6 +14,7 @@ from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 DIVERGES = 2  # number of the trial that does
@@ -43,7 +44,7 @@ def call(argv):
     recipe = stand_in.make_recipe(num_trials, epochs=EPOCHS, **SEARCH)
     try:
         with open_study(study_dir, recipe) as study:
-            told = study.recover_running()
+            told = recover_running(study)
             prepared = study.study_dir / "prepared"
             study.add_zero_shot(stand_in.prepare(recipe, prepared))
             while (spec := study.next()) is not None:

@@ -7,6 +7,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import with_threads
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.provenance import record_provenance
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 
@@ -14,7 +15,7 @@ def search(study_dir, recipe, num_attempts=None):
     """Does what ``run_search`` does; with ``num_attempts`` it ends early, as a search that was stopped."""
     with open_study(study_dir, recipe) as study:
         files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         found = prepare(with_threads(recipe, environment.usable_cores()), study_dir / "prepared")  # as a search does
         record_provenance(study_dir, recipe, found.pop("provenance"))
         study.add_zero_shot(found)

@@ -14,6 +14,7 @@ from carft_ray.evaluation.predictions import accuracy, read_predictions, select
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.test_sets.analysis import regrets_on_test
 from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -245,7 +246,7 @@ def test_nothing_else_reads_what_it_has_stored(run, again, folder):
         assert told[0] == told[1]
     recipe = load_recipe(again / "resolved.yaml")
     with open_study(again, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         assert best_row(study.rows()) == best_row(trials(folder / "study"))
         assert study.done()
 

@@ -15,6 +15,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -51,7 +52,7 @@ def in_study(study_dir):
 
 def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(6)) as study:
-        study.recover_running()
+        recover_running(study)
         for objective in (0.9, 0.2, 0.3, 0.1, 0.5, 0.5, 0.4):  # that of the baseline first, which is no trial
             assert (study_dir / BEST).exists() == bool(study.rows() and study.rows()[0].outcome == "complete")
             spec = study.next()
@@ -67,7 +68,7 @@ def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
 
 def test_only_a_better_trial_changes_it(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         first, second, third = study.next(), study.next(), study.next()
         write_result(study_dir, second, 0.5)
         study.settle(second)
@@ -78,7 +79,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6))
         study.settle(third)
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
     assert written(study_dir / BEST) == before
 
 
@@ -86,7 +87,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
 def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp_path, left):
     recipe = stand_in.make_recipe(2, baselines={})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         for objective in (0.3, 0.6):
             before = (study_dir / BEST).read_bytes() if (study_dir / BEST).exists() else b""
             spec = study.next()
@@ -98,14 +99,14 @@ def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp
         (study_dir / BEST).write_bytes(before)
         assert in_file(study_dir) != in_study(study_dir)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
     assert in_file(study_dir) == in_study(study_dir)
 
 
 def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir, tmp_path):
     recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(curve_stand_in.ZERO_SHOT)
         while curve_stand_in.run_all(study, 1):
             seen.append(in_file(study_dir))
@@ -118,7 +119,7 @@ def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir
 
 def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(study_dir, tmp_path):
     with open_study(study_dir, curve_stand_in.make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         first, second = study.next(), study.next()
         for spec in (second, first):
             write_result(study_dir, spec, 0.7, alpha=spec.values["alpha"])
@@ -132,7 +133,7 @@ def finished(study_dir, num=3):
     """A finished study of a curve that can be drawn, without best.yaml and figure."""
     recipe = curve_stand_in.make_recipe(num, baselines={})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(curve_stand_in.ZERO_SHOT)
         curve_stand_in.run_all(study)
     (study_dir / BEST).unlink()
@@ -173,7 +174,7 @@ def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(
 
 def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         with figure_at_the_end(study, 0):
             pass
     assert figures(study_dir) == set()
@@ -184,7 +185,7 @@ def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
     with open_study(study_dir, recipe) as study:
         (study_dir / LEASE).write_text(json.dumps({"host": "another", "pid": 1}))
         with pytest.raises(StorageError, match="was taken over"):
-            study.recover_running()
+            recover_running(study)
         with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")
     assert not (study_dir / BEST).exists()

@@ -23,6 +23,7 @@ from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results.reading import documents, overview
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -62,7 +63,7 @@ def test_gpu_hours_count_what_running_trainings_will_hold_until_they_end():
 def tune(tmp_path):
     """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.recover_running()
+        recover_running(study)
 
         def begin(began=None, **budget):
             events = []
@@ -136,7 +137,7 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
 def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last_sign_of_life(tmp_path):
     study_dir, recipe = tmp_path / "study", make_recipe(2)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
     folder = spec.folder(study_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     os.utime(folder / HEARTBEAT, (now - 100, now - 100))
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
 
 
@@ -154,7 +155,7 @@ def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, mo
     study_dir = tmp_path / "study"
     recipe = budgeted(make_recipe(2), gpu_hours=3)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.spend(study.next(), 1800, 2.0)
     (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
     monkeypatch.setattr("sys.argv", ["carft-ray", "status", str(study_dir)])
@@ -201,7 +202,7 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
         study.spend(spec, 3600, 1.0)
         folder = spec.folder(study_dir)

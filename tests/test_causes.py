@@ -15,7 +15,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
-from carft_ray.launch.recovery.causes import LONGEST, error_of, explained, is_full_memory, root_cause
+from carft_ray.launch.failures.causes import LONGEST, error_of, explained, is_full_memory, root_cause
 from carft_ray.launch.runs.ray_train import train_with_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner

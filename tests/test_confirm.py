@@ -27,6 +27,7 @@ from carft_ray.results.confirmation.plan import (
     second_stage,
 )
 from carft_ray.results.reading.overview import read_study
+from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
 from carft_ray.study.study import open_study
 
@@ -45,7 +46,7 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     recipe = make_recipe(len(objectives) - 1, **search)
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in objectives:
             finish(study, study.next(), objective)
@@ -113,7 +114,7 @@ def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_o
     fix(view.study_dir, view.recipe, first, None, first)
     recipe = make_recipe(4)
     with open_study(view.study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         finish(study, study.next(), 0.9)
     now, _, [note] = plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
@@ -160,7 +161,7 @@ def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):
     recipe = make_recipe(2)
     with open_study(tmp_path / "study", recipe) as study:
         (tmp_path / "study" / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
     with pytest.raises(NoSuccessfulTrialError, match="must have a finished trial"):
         first_stage(read_study(tmp_path / "study"), 1, 2)
 
@@ -169,7 +170,7 @@ def test_the_cost_counts_what_is_missing(view):
     stage = first_stage(view, 1, 2)
     assert cost(view, stage) == "2 configurations x 2 fresh seeds: 4 trainings to run of about 7 s each."
     with open_study(view.study_dir, view.recipe) as study:
-        study.recover_confirm(stage.trainings())
+        recover_confirm(study, stage.trainings())
         for _ in range(3):
             finish(study, study.next(), 0.5)
     now = read_study(view.study_dir)
@@ -183,7 +184,7 @@ def run_confirm(study_dir, recipe, trainings, num_attempts=None):
     """A confirm without Ray; returns the names of what was trained."""
     trained = []
     with open_study(study_dir, recipe) as study:
-        study.recover_confirm(trainings)
+        recover_confirm(study, trainings)
         while num_attempts != len(trained) and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_re
     trainings = first_stage(view, 1, 3).trainings()
     run_confirm(view.study_dir, view.recipe, trainings, num_attempts=2)
     with open_study(view.study_dir, view.recipe) as study:
-        study.recover_confirm(trainings)
+        recover_confirm(study, trainings)
         spec = study.next()  # and the process is killed here
     rest = run_confirm(view.study_dir, view.recipe, trainings)
     assert rest == list(trainings)[2:]
@@ -244,12 +245,12 @@ def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
     trainings = first_stage(view, 1, 2).trainings()
     with open_study(view.study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         waiting = study.next()
     run_confirm(view.study_dir, recipe, trainings, num_attempts=1)
     assert trials(view.study_dir)[waiting.number].outcome == "running"
     with open_study(view.study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.next().name == waiting.name
         new = study.next()
         assert (new.kind, new.number) == ("trial", 4)

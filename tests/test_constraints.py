@@ -23,6 +23,7 @@ from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
 from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -216,7 +217,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
         2, **PROFILE, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}, constraints={"id_drop": drops}
     )
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(ZERO_SHOT)
         plain, other = study.next(), study.next()
         assert (plain.name, other.name) == ("plain", "other")
@@ -233,7 +234,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
 def test_a_recovered_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first = study.next()
         study.lost(first, "killed")
         again = study.next()
@@ -247,7 +248,7 @@ def test_a_recovered_trial_waits_too_and_a_baseline_gets_its_second_attempt_firs
 def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(
@@ -268,7 +269,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
         for outcome, attempts in (("diverged", 1), ("error", 2)):
@@ -295,7 +296,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
     view = read_study(study_dir)
@@ -310,7 +311,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
     recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"ece": {"id_val": 0.1}})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
 from carft_ray.study.study import open_study
 
@@ -37,7 +38,7 @@ def study_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboards")
     recipe = load_recipe(short_training.make(folder), [*OVERRIDES, f"data.cache_dir={folder / 'cache'}"])
     with open_study(folder / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         prepared = study.study_dir / "prepared"
         study.add_zero_shot(prepare(recipe, prepared))
         while (spec := study.next()) is not None:

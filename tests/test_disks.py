@@ -12,9 +12,10 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.recovery.leaks import Leaks
+from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
@@ -114,7 +115,7 @@ def alive(folder):
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         driver = Driver(study, 1, events.append)
         folder = driver.propose("one").folder(study.study_dir)
         alive(folder)
@@ -134,13 +135,13 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
     recipe = make_recipe(2, baselines={})
     with open_study(tmp_path / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         name = study.next().name
     before = (tmp_path / "study" / "manifest.json").read_bytes()
     disk("manifest.json", 5)
     disk("study", 1)
     with open_study(tmp_path / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.next().name == name
     assert (tmp_path / "study" / "manifest.json").read_bytes() == before
 

@@ -23,11 +23,12 @@ from carft_ray.launch.events import (
     TrialSetAside,
     TrialStarted,
 )
-from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
+from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.outcome import Failure, TrialSpec, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
@@ -86,7 +87,7 @@ class Tune:
 @pytest.fixture
 def study(tmp_path):
     with open_study(tmp_path / "study", make_recipe(6)) as study:
-        study.recover_running()
+        recover_running(study)
         yield study
 
 
@@ -370,7 +371,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
-        study.recover_running()
+        recover_running(study)
         tune = Tune(Driver(study, 12, lambda event: None))
         live = [tune.start() for _ in range(12)]
         for _ in range(3):

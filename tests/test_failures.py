@@ -21,16 +21,18 @@ from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.evaluation.training import prepare
 from carft_ray.launch.events import ConcurrencyChanged, Note
-from carft_ray.launch.executors import run_worker
+from carft_ray.launch.failures.causes import host_memory
 from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_cluster.nodes import Node, lacking, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.recovery.causes import host_memory
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
+from carft_ray.launch.worker import run_worker
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
 from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
@@ -274,7 +276,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     stand_in.tell(tmp_path, seconds=100)
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(tmp_path / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         with running_ray(None, tmp_path / "ray.log") as there:
             plan = make_runtime(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
@@ -364,7 +366,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     stand_in.tell(tmp_path, seconds=0.4, tell_pid=True)
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         plan = attempts.plan_of(study)
         first = study.next()
         folder = first.folder(study_dir)

@@ -15,7 +15,7 @@ from test_lost import gloo
 
 from carft_ray.errors import DataError, InterruptedRunError
 from carft_ray.evaluation import shared_inputs
-from carft_ray.launch import executors
+from carft_ray.launch import worker
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -164,11 +164,11 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_of_a_training_reports_its_steps(tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(executors, "HEARTBEAT_EVERY_S", 0.0)
+    monkeypatch.setattr(worker, "HEARTBEAT_EVERY_S", 0.0)
     path = tmp_path / HEARTBEAT
     path.write_text("{}")
     nodes = (("node", "address"), ("node", "address"))
-    with executors._heartbeat(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
+    with worker._heartbeat(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
         os.utime(path, (1, 1))
         assert not context.should_stop()
         assert path.stat().st_mtime > 1

@@ -21,6 +21,7 @@ from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.lock import study_lock
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -50,7 +51,7 @@ def begin(study_dir, recipe, num_trials=6, values=False):
     """Runs trials whose objective is that of the stand-in; every third diverges."""
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         for _ in range(num_trials):
             spec = study.next()
             if spec.number % 3 == 2:
@@ -58,7 +59,7 @@ def begin(study_dir, recipe, num_trials=6, values=False):
             else:
                 write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
             if values:
-                study._journal.report(spec, 1, 0.1 * spec.number)
+                study.journal.report(spec, 1, 0.1 * spec.number)
             study.settle(spec)
     return trials(study_dir)
 
@@ -145,7 +146,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
     with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow):
         pass
     with open_study(study_dir, narrow, ("narrow",)) as study:
-        study.recover_running()
+        recover_running(study)
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
         assert 0 < len(inside) < len(before)
@@ -175,7 +176,7 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
     begin(study_dir, recipe_of())
     wide = recipe_of(8, weight_decay={"low": 0.3, "high": 0.9})  # which its own value is not in
     with open_study(study_dir, wide, ("widen", "narrow")) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     rows = trials(study_dir)
     assert ["weight_decay" in row.values for row in rows] == [False] * 6 + [True] * 2
@@ -205,13 +206,13 @@ def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
     before = begin(study_dir, recipe_of())
     wider = recipe_of(8, weight_decay={"low": 0.01, "high": 1.0, "log": True})
     with open_study(study_dir, wider, ("widen",)) as study:
-        study.recover_running()
+        recover_running(study)
         rows = study.rows()
         assert [row.values for row in rows] == [{**row.values, "weight_decay": 0.1} for row in before]
         assert shown(rows) == shown(before)
         assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
     with open_study(study_dir, recipe_of(9), ("narrow",)) as study:  # removed: those with other values go
-        study.recover_running()
+        recover_running(study)
         assert [row.outside for row in study.rows()] == [False] * 6 + [True] * 2
         assert [spec.number for spec in run_all(study)] == [8]
 
@@ -230,7 +231,7 @@ def test_mixed_changes_need_both_options(study_dir):
 def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
     recipe = recipe_of(12)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         specs = [study.next() for _ in range(8)]
         outside = [spec for spec in specs if not 1e-4 <= spec.values["learning_rate"] <= 1e-3]
         inside = [spec for spec in specs if spec not in outside]
@@ -239,7 +240,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
         (outside[1].folder(study_dir) / "checkpoint").mkdir(parents=True)
     with open_study(study_dir, recipe_of(12, learning_rate=NARROW), ("narrow",)) as study:
-        study.recover_running()
+        recover_running(study)
         rows = study.rows()
         assert (rows[outside[0].number].outcome, rows[outside[0].number].objective) == ("complete", 0.9)
         for spec in outside[1:]:
@@ -257,7 +258,7 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
     before = begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(7, learning_rate=NARROW), ("narrow",)) as study:
         assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
-        study.recover_running()
+        recover_running(study)
         run_all(study, lambda spec: 0.01)
     assert carft_ray.open_study(study_dir).trials().num_rows == 7
     assert carft_ray.open_study(study_dir).best.name == best_row(before).name
@@ -326,7 +327,7 @@ def call(argv):
     recipe = test_generations.recipe_of(8, learning_rate=space)
     try:
         with open_study(study_dir, recipe, argv[2:]) as study:
-            study.recover_running()
+            recover_running(study)
             print(len(study.rows()))
     except CarftError as error:
         print(error, file=sys.stderr)
@@ -339,7 +340,7 @@ def call(argv):
 def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path):
     begin(tmp_path / "original", recipe_of())
     with open_study(tmp_path / "original", recipe_of(8)) as study:
-        study.recover_running()
+        recover_running(study)
         study.next()
     before = shown(trials(tmp_path / "original"))
     (tmp_path / "narrowing.py").write_text(_PROGRAM)

@@ -19,6 +19,7 @@ from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.overview import study_recipe
 from carft_ray.study.identity import claim, class_of, record_recipe
 from carft_ray.study.lock import study_lock
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
 from carft_ray.study.study import open_study
 
@@ -149,11 +150,11 @@ def test_keys_below_a_key_of_the_table_have_its_class():
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
     with open_study(study_dir, make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
     with open_study(study_dir, make_recipe(2, baselines=more)) as study:
-        study.recover_running()
+        recover_running(study)
         assert [spec.name for spec in run_all(study)] == ["strong"]
     assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
     assert set(read_manifest(study_dir)[0].search.baselines) == {"plain", "strong"}
@@ -202,14 +203,14 @@ def folder_recipe(base, **data):
 def test_a_project_that_was_moved_goes_on(tmp_path):
     write_tree(tmp_path / "old")
     with open_study(tmp_path / "old" / "study", folder_recipe(tmp_path / "old")) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     (tmp_path / "old").rename(tmp_path / "new")
     study_dir = tmp_path / "new" / "study"
     assert len(trials(study_dir)) == 2
     recipe = folder_recipe(tmp_path / "new").model_copy(update={"search": make_recipe(3).search})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         assert [spec.number for spec in run_all(study)] == [2]
     assert read_manifest(study_dir)[0].data.id_test.path == str(tmp_path / "new" / "images")
     kept = json.loads((study_dir / "manifest.json").read_text())["recipes"]
@@ -220,12 +221,12 @@ def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_pa
     write_tree(tmp_path)
     with open_study(tmp_path / "study", folder_recipe(tmp_path)) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(tmp_path)))
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(tmp_path / "study", copy)
     with open_study(copy, load_recipe(copy / "resolved.yaml")) as study:
-        assert study.recover_running() == []
+        assert recover_running(study) == []
         assert study.done()
 
 

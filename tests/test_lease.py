@@ -18,6 +18,7 @@ from carft_ray.layout import LEASE
 from carft_ray.study import lease as module
 from carft_ray.study.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
 from carft_ray.study.lock import study_lock
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -108,7 +109,7 @@ def test_a_damaged_lease_counts_by_its_age(study_dir, content):
 def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_EVERY_S", 0.05)
     with open_study(study_dir, make_recipe(1)) as study:
-        study.recover_running()
+        recover_running(study)
         journal = (study_dir / "study.journal").stat()
         for _ in range(3):
             os.utime(study_dir / LEASE, (0, 0))
@@ -120,7 +121,7 @@ def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypat
 
 def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
-        study.recover_running()
+        recover_running(study)
         study.next()
         assert not study.taken_over
         path = leave(study_dir, host="node7", boot="another", pid=12)

@@ -14,6 +14,7 @@ from sequential_search import attempt
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.study.ledger import check_ledger, mend, read_ledger, reads_of, record, require_unread
 from carft_ray.study.lock import repair_journal, study_lock
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
 from carft_ray.study.study import open_study
 
@@ -25,7 +26,7 @@ def searched(tmp_path_factory):
     """A study whose search has ended: two trials, a baseline, zero-shot."""
     folder = tmp_path_factory.mktemp("studies")
     with open_study(folder / "study", RECIPE) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
         while (spec := study.next()) is not None:
             attempt(study, spec, study.study_dir / "prepared")
@@ -101,13 +102,13 @@ def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
     assert trials(study_dir) == trials(searched)
     assert baselines(study_dir) == baselines(searched)
     with open_study(study_dir, RECIPE) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.done()
 
 
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
     with open_study(fresh, larger(3)) as study:
-        study.recover_running()
+        recover_running(study)
         record(study.study_dir, RECIPE, "winner fixed", details={"winner": "t0000"})
         spec = study.next()
         attempt(study, spec, study.study_dir / "prepared")

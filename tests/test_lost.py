@@ -20,8 +20,8 @@ from tiny import make_tiny_clip
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, DivergedError, MachineError, Problem, StorageError
 from carft_ray.evaluation.heads import build_heads
-from carft_ray.launch.executors import run_worker
-from carft_ray.launch.recovery.causes import UNKNOWN, device_error_step, lost_rank
+from carft_ray.launch.failures.causes import UNKNOWN, device_error_step, lost_rank
+from carft_ray.launch.worker import run_worker
 from carft_ray.learning import checkpoint, loop
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune

@@ -14,6 +14,7 @@ from carft_ray.results.confirmation.plan import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import TEST, WENT_ON, record
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
@@ -31,7 +32,7 @@ def make(study_dir, recipe, num_finished, objective=0.5):
     """A study of so many finished trials, and one more that has begun where the recipe has more."""
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for _ in range(num_finished):
             finish(study, start(study), objective)

@@ -38,6 +38,7 @@ from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.outcome import Failure, trial_name, write_failure
+from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
 from carft_ray.study.study import open_study
 
@@ -56,7 +57,7 @@ def told(study_dir):
 
 def make_study(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot(ZERO_SHOT)
         return run_all(study)
 
@@ -72,11 +73,11 @@ def test_trainings_and_points_are_counted_apart(study_dir):
     assert [row.number for row in rows] != list(range(5))  # the points between have numbers, too
     assert [trial.number for trial in search.trials if is_training(trial)] == [row.number for row in rows]
     with open_study(study_dir, make_recipe(5)) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.done()
     assert total_trials("+2", read_study_with_recipe(study_dir, make_recipe(5))) == 7
     with open_study(study_dir, make_recipe(7)) as study:
-        study.recover_running()
+        recover_running(study)
         assert len(run_all(study)) == 2
 
 
@@ -148,7 +149,7 @@ def test_weights_of_all_trainings_on_the_front_stay(study_dir):
 
 def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(study_dir):
     with open_study(study_dir, make_recipe(6, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
         write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6, details="Traceback ..."))
@@ -281,7 +282,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
     def search(num_trials, points_of_new):
         recipe = make_recipe(num_trials, objective=objective, baselines={})
         with open_study(study_dir, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             study.add_zero_shot(ZERO_SHOT)
             spec = study.next()
             points_result(study_dir, spec, points_of_new(spec.values["alpha"]))
@@ -294,7 +295,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         said = [*notes, cost(view, first)]
         wanted, trained = fix(study_dir, view.recipe, first, second, first), []
         with open_study(study_dir, view.recipe) as study:
-            study.recover_confirm(wanted)
+            recover_confirm(study, wanted)
             while (spec := study.next()) is not None:
                 curve_stand_in.write_result(study, spec)
                 assert study.settle(spec).outcome == "complete"
@@ -333,7 +334,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
     with open_study(study_dir, view.recipe) as study:
-        study.recover_confirm(fix(study_dir, view.recipe, first, None, first))
+        recover_confirm(study, fix(study_dir, view.recipe, first, None, first))
         while (spec := study.next()) is not None:
             recipe, place = apply(view.recipe, spec.values), spec.folder(study_dir)
             prepare(recipe, study_dir / "prepared")

@@ -16,7 +16,7 @@ from carft_ray.evaluation.probe import FirstImages, share_of
 from carft_ray.launch import probe as plan
 from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
 from carft_ray.launch.probe import between, kind_of, num_visits
-from carft_ray.launch.ray_cluster.cluster import Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
 from carft_ray.recipe.spaces.space import drawn, middle
 

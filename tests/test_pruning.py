@@ -24,6 +24,7 @@ from carft_ray.results.reading.documents import pruner_quality, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -178,7 +179,7 @@ def frozen(study_dir, number):
 
 def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first, second = begin(study), begin(study)
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
@@ -217,7 +218,7 @@ def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(stu
 
 def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         reason = study.report(second, row(2, 0.5))
@@ -231,7 +232,7 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
 
 def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_training_are_noted(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first, second = begin(study), begin(study)
         write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
         finish(study, first)
@@ -251,13 +252,13 @@ def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_trainin
 
 def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it read them
     with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome) for told in study.recover_running()] == [(1, "pruned"), (2, "pruned")]
+        assert [(told.number, told.outcome) for told in recover_running(study)] == [(1, "pruned"), (2, "pruned")]
         again = study.next()
         assert (again.number, again.attempt) == (0, 2)
 
@@ -271,7 +272,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
         recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner=HALVING)
         found = []
         with open_study(folder, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             specs = [begin(study) for _ in range(8)]
             if not reopen:
                 found = [
@@ -282,7 +283,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
                         study._recover("trial")
-                        if (spec.kind, spec.number) not in study._journal._trials:
+                        if (spec.kind, spec.number) not in study.journal._trials:
                             found.append(None)
                             continue
                         found.append(study.report(spec, row(epoch, values[spec.number, rung])))
@@ -301,13 +302,13 @@ def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, re
     storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
     optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         first, second, third = begin(study), begin(study), begin(study)
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         assert study.settle(second).outcome == "pruned"
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         _, third = begin(study), begin(study)
         assert study.report(third, row(2, 0.55))
         assert study.settle(third).intermediate_values == {33: 0.55}
@@ -376,7 +377,7 @@ def test_the_deciding_value_is_that_of_the_last_rung_or_the_last_before_the_end(
 
 def test_status_holds_the_pruner(study_dir, recipe):
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
     assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
 
 

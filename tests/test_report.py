@@ -21,6 +21,7 @@ from carft_ray.results.statistics.bootstrap import bbc, resample
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
 from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
@@ -76,7 +77,7 @@ def make_study(study_dir, recipe, alpha=0.65):
     stored = sorted({*GRID, alpha})
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
         write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
         for lift in (0.02, 0.1, 0.12, 0.11, 0.05):

@@ -31,6 +31,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,7 @@ def searched(folder, mode, num_trials):
     study_dir = folder / "study"
     with open_study(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         prepared = study_dir / "prepared"
         study.add_zero_shot(prepare(recipe, prepared, lambda text: None))
         while (spec := study.next()) is not None:
@@ -301,7 +302,7 @@ def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, caps
     recipe = stand_in.make_recipe(2)
     with open_study(tmp_path / "empty", recipe) as study:
         (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
     monkeypatch.chdir(tmp_path)
     assert crash_host.call(["rescore", "empty"]) == 6
     assert "must have a finished trial, but got none" in capsys.readouterr().err

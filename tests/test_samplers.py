@@ -29,6 +29,7 @@ from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.proposals import samplers, space
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 from carft_ray.study.trust import check_trusted
@@ -483,7 +484,7 @@ def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
     study_dir = tmp_path / "study"
     for _ in range(3):  # opened again in the middle, and at the end
         with open_study(study_dir, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             begun = [study.next() for _ in range(9)]
             for spec in filter(None, begun):
                 (spec.folder(study_dir)).mkdir(parents=True, exist_ok=True)
@@ -548,11 +549,11 @@ def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
     recipe = make_recipe(6, baselines={}, enqueue=entries)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with open_study(whole, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     for _ in range(7):
         with open_study(parts, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             spec = study.next()
             if spec is not None:
                 spec.folder(parts).mkdir(parents=True, exist_ok=True)
@@ -750,7 +751,7 @@ def cmaes_study(tmp_path, monkeypatch):
     study_dir, recipe = tmp_path / "study", make_recipe(6, baselines={}, sampler={"name": "cmaes"})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         for _ in range(3):
             spec = study.next()
             spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
@@ -776,7 +777,7 @@ def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
     token = (study_dir / "token").read_text().strip()
     assert [path.name for path in (study_dir.parent / "cache/carft-ray/studies").iterdir()] == [token]
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         study.next()
     assert trace.exists()
 
@@ -799,21 +800,21 @@ def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_st
     before = (study_dir / "study.journal").read_bytes()
     with open_study(study_dir, recipe) as study:
         with pytest.raises(UsageError) as caught:
-            study.recover_running()
+            recover_running(study)
         assert len(caught.value.problems) == 1
         assert "add --trust" in str(caught.value)
     with open_study(study_dir, recipe) as study, pytest.raises(UsageError, match="add --trust"):
-        study._journal.spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
+        study.journal.spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
     assert not trace.exists()
     assert (study_dir / "study.journal").read_bytes() == before
     assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing
     assert not trace.exists()
     with open_study(study_dir, recipe) as study:
-        study.recover_running(trusted=True)
+        recover_running(study, trusted=True)
         study.next()
     assert trace.exists()
     with open_study(study_dir, recipe) as study:
-        study.recover_running()  # it counts as the user's own now
+        recover_running(study)  # it counts as the user's own now
 
 
 def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch):
@@ -821,7 +822,7 @@ def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
     data = recipe.data.model_copy(update={"cache_dir": str(study_dir.parent / "cache/carft-ray")})
     with open_study(study_dir, recipe.model_copy(update={"data": data})) as study, pytest.raises(UsageError):
-        study.recover_running()
+        recover_running(study)
     assert not trace.exists()
 
 
@@ -836,7 +837,7 @@ def test_a_study_without_a_pickle_may_go_on_with_cmaes(tmp_path, monkeypatch):
 def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
     assert not (tmp_path / "study" / "token").exists()
     assert not (tmp_path / "cache").exists()
 
@@ -875,7 +876,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
 def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
     with open_study(tmp_path / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     rows = trials(tmp_path / "study")
     missing = ["label_smoothing" not in row.values for row in rows]

@@ -26,6 +26,7 @@ from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -218,7 +219,7 @@ def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
 def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
     recipe = stand_in.make_recipe(3, baselines={})
     with open_study(tmp_path / "study", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         while (spec := study.next()) is not None:
             spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
             write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6))

@@ -25,6 +25,7 @@ from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.lock import study_lock
 from carft_ray.study.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS, open_study
 
@@ -66,7 +67,7 @@ def study_dir(tmp_path):
 
 def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study_dir):
     with open_study(study_dir, make_recipe(5)) as study:
-        assert study.recover_running() == []
+        assert recover_running(study) == []
         specs = run_all(study)
         assert study.done()
     assert [spec.kind for spec in specs] == ["baseline"] + ["trial"] * 5
@@ -80,7 +81,7 @@ def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study
 
 def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "num_images": {"id_val": 64}})
         assert study.add_zero_shot({"objective": 0.9}) is None  # once
         run_all(study, lambda spec: 0.1 * spec.number)
@@ -104,7 +105,7 @@ def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
 
 def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_comes_back(study_dir):
     with open_study(study_dir, make_recipe(3, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         first, second = study.next(), study.next()
         fail(study_dir, first, "diverged", "loss not finite")
         assert study.settle(first).outcome == "diverged"
@@ -126,7 +127,7 @@ def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
     limit = 3e-4
     recipe = make_recipe(40, baselines={})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         while (spec := study.next()) is not None:
             if spec.values["learning_rate"] > limit:
                 fail(study_dir, spec, "diverged")
@@ -144,7 +145,7 @@ def advance(study_dir, spec, step):
 
 def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the_next_search(study_dir):
     with open_study(study_dir, make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         for attempt in range(1, LOST_ATTEMPTS + 1):
             spec = study.next()
             assert (spec.number, spec.attempt) == (0, attempt)
@@ -167,7 +168,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
     log = (spec.folder(study_dir) / "log.txt").read_text()
     assert log.index("attempt 1: lost: the process died") < log.index("Traceback of the other rank")
     with open_study(study_dir, make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.set_aside() == []
         again = study.next()
         assert (again.name, again.attempt) == (spec.name, LOST_ATTEMPTS + 1)
@@ -176,7 +177,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
 
 def test_lost_attempts_that_advance_have_no_limit(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         for attempt in range(1, 4 * LOST_ATTEMPTS):
             spec = study.next()
             advance(study_dir, spec, 10 * (attempt // 2))
@@ -196,7 +197,7 @@ def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(s
         return study.lost(spec, failure.reason) if row is None else (row.outcome, row.reason)
 
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         told = [lose(study, step) for step in (7, 12, None, 12)]
         assert told == ["repeated"] * 4
         assert lose(study, 12) == ("error", "AcceleratorError: CUDA error")
@@ -205,26 +206,26 @@ def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(s
 def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
     recipe = make_recipe(1, baselines={})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
         fail(study_dir, spec, "fatal", "a file is gone")
         with pytest.raises(CarftError, match="a file is gone") as caught:
             study.settle(spec)
         assert caught.value.exit_code == 4
     with open_study(study_dir, recipe) as study:  # mended meanwhile
-        study.recover_running()
+        recover_running(study)
         assert study.next().attempt == 2
 
 
 def test_an_interrupted_search_recovers_its_running_trials_with_number_and_values(study_dir):
     recipe = make_recipe(4)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         baseline, first, second = study.next(), study.next(), study.next()
         write_result(study_dir, second, 0.8)  # finished, but the driver died before it could tell
     assert [row.outcome for row in trials(study_dir)] == ["running", "running"]
     with open_study(study_dir, recipe) as study:
-        [told] = study.recover_running()
+        [told] = recover_running(study)
         assert (told.number, told.objective) == (second.number, 0.8)
         specs = run_all(study)
     assert (specs[0].name, specs[0].attempt) == (baseline.name, 2)
@@ -236,15 +237,15 @@ def test_an_interrupted_search_recovers_its_running_trials_with_number_and_value
 
 def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
     with open_study(study_dir, make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     before = trials(study_dir)
     with open_study(study_dir, make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.done()
         assert study.next() is None
     with open_study(study_dir, make_recipe(4)) as study:
-        study.recover_running()
+        recover_running(study)
         assert [spec.number for spec in run_all(study)] == [2, 3]
     after = trials(study_dir)
     assert after[:2] == before
@@ -258,7 +259,7 @@ def test_values_that_a_kill_has_cut_off_are_drawn_at_recovery(study_dir):
     trial = optuna_study(study_dir).ask()
     rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
     assert spec.values["learning_rate"] == rate
     assert 0.1 <= spec.values["kl_weight"] <= 10
@@ -298,7 +299,7 @@ def test_optuna_lets_a_running_trial_be_recovered(tmp_path):
 @pytest.mark.parametrize("tail", [b'{"op_code":5,"work', b'{"op_code":5,"work\n', b"\0\0\0\n"])
 def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, tail):
     with open_study(study_dir, make_recipe(3)) as study:
-        study.recover_running()
+        recover_running(study)
         spec = study.next()
     journal = study_dir / "study.journal"
     with open(journal, "ab") as file:
@@ -308,7 +309,7 @@ def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, t
         assert any("incomplete last line" in note for note in study.notes)
         assert journal.read_bytes() == whole
         assert (study_dir / "study.journal.torn").read_bytes() == tail + b"\n"
-        study.recover_running()
+        recover_running(study)
         assert run_all(study)[0].name == spec.name
     assert len(trials(study_dir)) == 3
 
@@ -319,7 +320,7 @@ def test_the_lock_of_a_dead_optuna_is_removed(study_dir):
     os.symlink("gone", study_dir / "study.journal.lock")  # its target is missing: Optuna would spin for ever
     with open_study(study_dir, make_recipe(2)) as study:
         assert any("study.journal.lock" in note for note in study.notes)
-        study.recover_running()
+        recover_running(study)
         run_all(study)
 
 
@@ -408,7 +409,7 @@ def test_a_folder_that_is_no_study_has_no_trials(tmp_path):
 
 def test_reading_leaves_no_trace(study_dir):
     with open_study(study_dir, make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         study.next()
         before = {path.name: path.read_bytes() for path in study_dir.iterdir() if path.is_file()}
         assert [row.outcome for row in baselines(study_dir)] == ["running"]
@@ -427,7 +428,7 @@ def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
     search = {**recipe.search.model_dump(), "space": space, "alpha": {"mode": "sample"}}
     recipe = type(recipe).model_validate({**recipe.model_dump(), "search": search})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         drawn = [spec.values for spec in run_all(study)]
     assert {values["epochs"] for values in drawn} == {2, 5, 8}
     assert {values["decay"] for values in drawn} == {"all", "matrices"}
@@ -443,7 +444,7 @@ def test_the_same_seed_draws_the_same_values(tmp_path, name):
     drawn = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         with open_study(tmp_path / folder, make_recipe(8, baselines={}, sampler={"name": name, "seed": seed})) as study:
-            study.recover_running()
+            recover_running(study)
             drawn.append([spec.values for spec in run_all(study, lambda spec: spec.values["kl_weight"])])
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
@@ -497,7 +498,7 @@ def test_a_full_disk_is_one_message(study_dir):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})
         with open_study(study_dir, make_recipe()) as study:
-            study.recover_running()
+            recover_running(study)
             size = (study_dir / "study.journal").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
             try:
@@ -511,7 +512,7 @@ def test_a_full_disk_is_one_message(study_dir):
     )
     assert "study.journal: must be writable, but got File too large" in done.stdout
     with open_study(study_dir, make_recipe(2)) as study:  # with space again, nothing is lost
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     assert len(trials(study_dir)) == 2
 
@@ -541,7 +542,7 @@ def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, ord
     values = {"rising": lambda n: n, "falling": lambda n: -n, "equal": lambda n: 0.5, "mixed": lambda n: (7 * n) % 5}
     recipe = make_recipe(8, keep_checkpoints=3, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         ranked = run_with_weights(study, lambda spec: values[order](spec.number) if spec.kind == "trial" else -100)
     assert weights(study_dir) == {"plain", "other", *ranked[:3]}
     assert len(list(study_dir.glob("trials/*/result.json"))) == 8
@@ -554,7 +555,7 @@ def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
     for num_trials, keep in ((6, 4), (6, 2), (9, 3)):
         recipe = make_recipe(num_trials, keep_checkpoints=keep, baselines={})
         with open_study(study_dir, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             ranked = run_with_weights(study, value)
             assert weights(study_dir) <= set(ranked[:keep])
             assert ranked[0] in weights(study_dir)
@@ -562,7 +563,7 @@ def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
 
 def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
     with open_study(study_dir, make_recipe(2, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         for outcome in ("diverged", "error"):
             for _ in range({"diverged": 1, "error": 2}[outcome]):
                 spec = study.next()
@@ -579,7 +580,7 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
 def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):
     recipe = make_recipe(3, keep_checkpoints=1, baselines={})
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         run_with_weights(study, lambda spec: spec.number)
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         row = study.rows()[0]
@@ -607,7 +608,7 @@ def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
             raise error("unfit")
         assert not study_dir.exists()
     with open_study(study_dir, make_recipe(3, epochs=7)) as study:  # the mended recipe takes the same folder
-        study.recover_running()
+        recover_running(study)
         study.next()
     with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7)):
         raise DataError("unfit")
@@ -635,10 +636,10 @@ def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
 
 def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
-        study.recover_running()
-        study._journal.add("baseline", "zero_shot", {"alpha": 0.0})
+        recover_running(study)
+        study.journal.add("baseline", "zero_shot", {"alpha": 0.0})
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.next().kind == "trial"
         assert study.add_zero_shot({"objective": 0.25}).objective == 0.25
         assert study.add_zero_shot({"objective": 0.5}) is None
@@ -649,11 +650,11 @@ def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(st
 def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_drawn(tmp_path, name):
     recipe = make_recipe(8, sampler={"name": name, "startup_trials": 3})
     with open_study(tmp_path / "whole", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study, lambda spec: objective(apply(recipe, spec.values).train))
     for _ in range(9):
         with open_study(tmp_path / "parts", recipe) as study:
-            study.recover_running()
+            recover_running(study)
             spec = study.next()
             write_result(study.study_dir, spec, objective(apply(recipe, spec.values).train))
             study.settle(spec)
@@ -665,7 +666,7 @@ def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_d
 @pytest.mark.parametrize("garbage", [b"\0" * 300 + b"\n", b"{half a li", b"no json\n"])
 def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(study_dir, garbage):
     with open_study(study_dir, make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     journal = study_dir / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)

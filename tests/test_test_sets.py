@@ -31,6 +31,7 @@ from carft_ray.results.confirmation.summary import summarise
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.lock import study_lock
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import open_study
 
@@ -377,7 +378,7 @@ def test_a_study_without_test_sets_is_told_to_begin_another(run, here, folder):
 def test_a_study_without_a_finished_trial_is_told(run, here, folder):
     recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1"])
     with open_study(here / "empty", recipe) as study:
-        study.recover_running()
+        recover_running(study)
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
     code, _, err = run("test", "empty")
     assert code == 6

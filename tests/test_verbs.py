@@ -28,6 +28,7 @@ from carft_ray.study.identity import claim
 from carft_ray.study.lease import holder
 from carft_ray.study.lock import study_lock
 from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
@@ -64,7 +65,7 @@ def make_study(study_dir, num_trials=8):
     recipe = make_recipe(num_trials)
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         finish(study, start(study), 0.4)
         for objective in (0.5, 0.7, 0.6):
@@ -199,7 +200,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
     with open_study(study_dir, recipe) as study:
         time.sleep(0.02)
         begin(study_dir, recipe)
-        study.recover_running()
+        recover_running(study)
         assert counts() == ({"waiting": 1}, True, [])  # it waits to be recovered
         time.sleep(0.02)
         spec = start(study)
@@ -235,7 +236,7 @@ def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
     recipe = make_recipe(1, baselines={})
     with open_study(here / "done", recipe) as study:
         begin(here / "done", recipe)
-        study.recover_running()
+        recover_running(study)
         finish(study, start(study), 0.4)
     _, out, err = run("status", "done")
     assert "1 of 1 trial finished." in out
@@ -326,7 +327,7 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
     study_dir, recipe = here / "first", make_recipe(8)
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
-        study.recover_running()
+        recover_running(study)
         spec = start(study)
 
         def training():
@@ -346,7 +347,7 @@ def test_follow_ends_with_a_training_that_diverges(run, here):
     study_dir, recipe = here / "first", make_recipe(8)
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
-        study.recover_running()
+        recover_running(study)
         spec = start(study)
         folder = spec.folder(study_dir)
         failure = Failure("diverged", "loss not finite at step 9", spec.attempt)

@@ -19,6 +19,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import record
 from carft_ray.study.proposals.warm_start import inherited_reads
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import open_study
 
@@ -31,7 +32,7 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources") / "first"
     begin(folder, recipe_of(13), 12, values=True)
     with open_study(folder, recipe_of(13)) as study:
-        study.recover_running()
+        recover_running(study)
         study.next()
     return folder
 
@@ -58,7 +59,7 @@ def taken_in(study_dir):
 
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with open_study(study_dir, warm(recipe_of(3), first)) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
         assert best_row(study.rows()) is None
@@ -81,17 +82,17 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
 def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
     recipe = warm(recipe_of(1), first)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
     with open_study(first, recipe_of(14)) as study:  # has more by now
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     shutil.copytree(first, tmp_path / "copy")
     shutil.rmtree(first)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.notes == []
     with open_study(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.notes == [
             f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before",
         ]
@@ -102,7 +103,7 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
     begin(study_dir, recipe_of(3), 3)
     before = trials(study_dir)
     with open_study(study_dir, warm(recipe_of(4), first)) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.rows() == before
         assert [spec.number for spec in run_all(study)] == [15]
 
@@ -110,19 +111,19 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     record(first, recipe_of(13), "test", ("id_test",), {}, "")
     with open_study(study_dir, warm(recipe_of(3), first)) as study:
-        study.recover_running()
+        recover_running(study)
         assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")
     assert inherited_reads(study_dir) == 1
     third = tmp_path / "third"
     with open_study(third, warm(recipe_of(4), study_dir)) as study:
-        study.recover_running()
+        recover_running(study)
     assert inherited_reads(third) == 1
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     recipe = recipe_of(1, train={"batch_size": 64}, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
     with open_study(study_dir, warm(recipe, first)) as study:
-        study.recover_running()
+        recover_running(study)
         [note] = study.notes
         counts = re.fullmatch(
             r"warm start: 0 of 13 .*; left out: (\d+) with learning_rate outside the space, "
@@ -134,7 +135,7 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     other = study_dir.with_name("other")
     recipe = recipe_of(1, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
     with open_study(other, warm(recipe, first)) as study:
-        study.recover_running()
+        recover_running(study)
     rates = [trial.params["learning_rate"] for trial in taken_in(other)]
     assert 0 < len(rates) < 12
     assert all(1e-4 <= rate <= 1e-3 for rate in rates)
@@ -145,7 +146,7 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
 
 def refused(recipe, study_dir):
     with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
     assert caught.value.exit_code == 3
     assert not study_dir.exists()  # the mended recipe may use the name
     return str(caught.value)
@@ -202,7 +203,7 @@ def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
             pytest.raises(RecipeError, match=f"must be another study, but got {told}"),
             open_study(study_dir, warm(recipe_of(2), source)) as study,
         ):
-            study.recover_running()
+            recover_running(study)
 
 
 def test_the_sampler_begins_with_what_is_known(study_dir, first):
@@ -211,7 +212,7 @@ def test_the_sampler_begins_with_what_is_known(study_dir, first):
     def proposals(folder, sources):
         search = {"sampler": {"name": "tpe", "startup_trials": 8}}
         with open_study(folder, warm(recipe_of(8, search=search), *sources)) as study:
-            study.recover_running()
+            recover_running(study)
             drawn = []
             while (spec := study.next()) is not None:
                 drawn.append(spec.values["learning_rate"])
@@ -229,7 +230,7 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
     """Every append is the last one of a search, which then begins again."""
     recipe = warm(recipe_of(1), first)
     with open_study(study_dir, recipe) as study:
-        study.recover_running()
+        recover_running(study)
     whole = [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)]
     journal = study_dir / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -237,7 +238,7 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
     for number in range(begun, len(lines)):
         journal.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
         with open_study(study_dir, recipe) as study:
-            study.recover_running()
+            recover_running(study)
             assert any("12 of 13 trials" in note for note in study.notes)
         assert [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)] == whole
         assert len(optuna_study(study_dir).trials) == 12
@@ -245,12 +246,12 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
 
 def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
     with open_study(study_dir, warm(recipe_of(2), first)) as study:
-        study.recover_running()
+        recover_running(study)
         run_all(study)
     names = [row.name for row in trials(study_dir)]
     narrow = warm(recipe_of(3, learning_rate=NARROW), first)
     with open_study(study_dir, narrow, ("narrow",)) as study:
-        study.recover_running()
+        recover_running(study)
         assert [row.name for row in study.rows()] == names
         assert [spec.number for spec in run_all(study)] == [14]
         assert len(study.notes) == 1  # of the space: the source is not taken in again

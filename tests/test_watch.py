@@ -20,6 +20,7 @@ from carft_ray.live import SearchView
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -31,7 +32,7 @@ def fill(study, num_finished):
     """Finishes trials of an open study, every seventh badly, and leaves two that run."""
     study_dir = study.study_dir
     (study_dir / RESOLVED).write_text(dump_recipe(study.recipe))
-    study.recover_running()
+    recover_running(study)
     study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
     for number in range(num_finished):
         spec = study.next()
@@ -203,7 +204,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
     from carft_ray.study.dashboard import _ReadOnlyJournal
 
     with open_study(tmp_path / "study", make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
         before = (tmp_path / "study" / JOURNAL).read_bytes()
         storage = JournalStorage(_ReadOnlyJournal(str(tmp_path / "study" / JOURNAL)))
         number = storage.get_all_studies()[0]._study_id
@@ -216,7 +217,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
 def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
     with open_study(tmp_path / "study", make_recipe(2)) as study:
-        study.recover_running()
+        recover_running(study)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "carft_ray.cli", "dashboard", str(tmp_path / "study")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

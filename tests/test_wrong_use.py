@@ -17,6 +17,7 @@ import short_training
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import open_study
 
@@ -31,7 +32,7 @@ def original(tmp_path_factory):
     recipe = load_recipe(folder / "recipe.yaml", ["search.trials=4"])
     with open_study(folder / "study", recipe) as study:
         (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        study.recover_running()
+        recover_running(study)
         study.add_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()

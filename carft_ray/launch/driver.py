@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
+from carft_ray.launch.failures.causes import is_full_memory
+from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.recovery.causes import is_full_memory
-from carft_ray.launch.recovery.leaks import Leaks
 from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig

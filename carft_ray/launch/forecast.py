@@ -20,7 +20,8 @@ import numpy as np
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, Problem
-from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.runtime import RUNNER, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS

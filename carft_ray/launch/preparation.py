@@ -12,8 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from carft_ray import environment, files
 from carft_ray.data.listed_sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
-from carft_ray.launch.ray_cluster.cluster import Capacity, nodes_alive, num_fitting
-from carft_ray.launch.recovery.causes import lost_rank, root_cause
+from carft_ray.launch.failures.causes import lost_rank, root_cause
+from carft_ray.launch.ray_cluster.cluster import nodes_alive
+from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext

@@ -27,7 +27,8 @@ from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.events import Event, TrialFinished
 from carft_ray.launch.forecast import LEAST_DOUBT, OUTSIDE_S, Measured, interrupted, temporary
 from carft_ray.launch.preparation import fill_nodes, run_prepare
-from carft_ray.launch.ray_cluster.cluster import Capacity, running_ray
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.runtime import Runner, Runtime, fill, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.launch.trainings import run_trainings
@@ -37,6 +38,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.space import apply, drawn, middle
 from carft_ray.study.outcome import read_result
+from carft_ray.study.recovery import recover_confirm
 from carft_ray.study.study import open_study
 
 PROBE = "probe.json"
@@ -136,7 +138,7 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
         filling_s = fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
         prepared = run_prepare(replace(runtime, is_filled=True), say)
         prepared_s = time.monotonic() - began
-        study.recover_confirm(dict.fromkeys(names, middle(recipe.search.space)))
+        recover_confirm(study, dict.fromkeys(names, middle(recipe.search.space)))
         say(f"training a little, {wave} at a time ({capacity.reason})")
         began = time.monotonic()
         if run_trainings(study, runtime, on_event):

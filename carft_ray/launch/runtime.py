@@ -11,7 +11,7 @@ import ray
 from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
-from carft_ray.launch.ray_cluster.cluster import Capacity, Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe

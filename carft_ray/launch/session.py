@@ -18,7 +18,8 @@ from carft_ray.data.sets import cache_dir
 from carft_ray.data.shared.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.ray_cluster.cluster import Node, running_ray
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch.ray_cluster.concurrency import Node
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP

@@ -19,13 +19,14 @@ from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Event
-from carft_ray.launch.executors import end_process, run_worker, tune_trainable
+from carft_ray.launch.failures.causes import error_of, explained, root_cause
+from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.nodes import why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.recovery.causes import error_of, explained, root_cause
-from carft_ray.launch.recovery.leaks import Leaks
+from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.stop import stop_file_on_signal
+from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.study.outcome import TrialSpec

@@ -15,7 +15,7 @@ advance; after ``LOST_ATTEMPTS`` in a row that do not, the training is set aside
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,8 @@ from carft_ray.study.journal import Journal
 from carft_ray.study.lease import Lease
 from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
-from carft_ray.study.proposals import pruning, space, warm_start
-from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, row_of, rows_of, storage_of, trainings
+from carft_ray.study.proposals import pruning, space
+from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, rows_of, storage_of, trainings
 from carft_ray.study.space_revisions import begin_generation, remove_half_made
 
 ERRORS = 2  # attempts that end with an exception before the study gets the outcome: it must come back once
@@ -59,12 +59,12 @@ class Study:
         self.recipe = recipe
         self.notes = notes
         self._lease = held
-        self._journal = Journal(study_dir, recipe, held, storage)
-        self._retention = Retention(study_dir, recipe, held)
+        self.journal = Journal(study_dir, recipe, held, storage)
+        self.retention = Retention(study_dir, recipe, held)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
-        self._asks = True  # whether the sampler proposes new trials
-        self._waiting: deque[TrialSpec] = deque()
-        self._knows_all = False  # whether all trials were retained or not, as they are once the study is recovered
+        self.asks = True  # whether the sampler proposes new trials
+        self.waiting: deque[TrialSpec] = deque()
+        self.knows_all = False  # whether all trials were retained or not, as they are once the study is recovered
 
     @property
     def taken_over(self) -> bool:
@@ -75,67 +75,6 @@ class Study:
         """Raises a ``StorageError`` when another process has taken the study over."""
         self._lease.check()
 
-    def check_recoverable(self, trusted: bool = False) -> None:
-        """Raises what ``recover_running`` would raise of the arguments of the user, before anything is written."""
-        self._journal.trusted = trusted
-        self._journal.check_trusted()
-        warm_start.new_sources(self._journal.studies["trial"], self.study_dir, self.recipe)
-
-    def recover_running(self, trusted: bool = False) -> list[TrialRow]:
-        """Takes over what an earlier search left RUNNING: records what has ended, queues the rest for another attempt.
-
-        Args:
-            trusted: A study from elsewhere may be opened by a sampler that unpickles.
-
-        Returns:
-            Rows of what was recorded.
-
-        Raises:
-            UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
-        """
-        self._journal.trusted = trusted
-        self._journal.check_trusted()
-        self._enter("baseline", self.recipe.search.baselines)
-        ended = self._recover("baseline") + self._recover("trial")
-        self.notes += self._journal.take_in()
-        trials = [row_of("trial", each) for each in trainings(self._journal.studies["trial"])]
-        for row in self.rows("baseline") + trials:
-            self._retention.ended(row)
-        self._knows_all = True
-        self._retention.note_best()
-        return ended
-
-    def recover_confirm(self, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
-        """As ``recover_running``, for the trainings of a confirm: only these run until the study is opened again.
-
-        Args:
-            trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
-        """
-        self._asks = False
-        self._journal.open("confirm")
-        self._enter("confirm", trainings)
-        return self._recover("confirm", trainings)
-
-    def _recover(self, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
-        """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
-        ended = []
-        for trial in self._journal.running(kind):
-            spec = self._journal.spec(kind, trial)
-            if wanted is not None and spec.name not in wanted:
-                continue
-            self._spend_left_behind(spec)
-            failure = outcome.read_failure(spec.folder(self.study_dir), spec.attempt)
-            mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
-            if row := self.settle(spec) if spec.attempt and not mended else None:
-                ended.append(row)
-                continue
-            for name in (SET_ASIDE, LOST):  # this is another search
-                if self._journal.attribute(spec, name):
-                    self._journal.note(spec, {name: None})
-            if spec not in self._waiting and spec.name != ZERO_SHOT:  # which is never trained
-                self._waiting.append(spec)
-        return ended
-
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
 
@@ -145,14 +84,14 @@ class Study:
         Raises:
             NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
         """
-        if not self._waiting and self._wants_more() and self._may_try():
-            self._waiting.append(self._journal.ask())
-        waiting = next((spec for spec in self._waiting if spec.kind != "trial" or self._may_try()), None)
+        if not self.waiting and self._wants_more() and self._may_try():
+            self.waiting.append(self.journal.ask())
+        waiting = next((spec for spec in self.waiting if spec.kind != "trial" or self._may_try()), None)
         if waiting is None:
             return None
-        self._waiting.remove(waiting)
+        self.waiting.remove(waiting)
         spec = replace(waiting, attempt=waiting.attempt + 1)
-        self._journal.note(spec, {"attempt": spec.attempt})
+        self.journal.note(spec, {"attempt": spec.attempt})
         raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
 
@@ -173,7 +112,7 @@ class Study:
         pruner = self.recipe.search.pruner
         if spec.kind != "trial" or pruner.name == "none":
             return None
-        found, known = pruning.intermediate_value(self.recipe, spec.values, line), self._journal.pruner_trials()
+        found, known = pruning.intermediate_value(self.recipe, spec.values, line), self.journal.pruner_trials()
         before = known[spec.number].intermediate_values if spec.number in known else {}
         if found is None or found[0] in before:
             return None
@@ -185,12 +124,12 @@ class Study:
             others = [trial for number, trial in known.items() if number != spec.number]
             reason = pruning.cut_reason(pruner, {**before, percent: value}, others)
             if reason is not None and files.exists(folder / RESULT):
-                if self._journal.attribute(spec, LATE_CUT) is None:
-                    self._journal.note(spec, {LATE_CUT: reason})
+                if self.journal.attribute(spec, LATE_CUT) is None:
+                    self.journal.note(spec, {LATE_CUT: reason})
                 reason = None
             if reason is not None:
                 outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
-        self._journal.report(spec, percent, value)
+        self.journal.report(spec, percent, value)
         return reason
 
     def settle(self, spec: TrialSpec) -> TrialRow | None:
@@ -209,7 +148,7 @@ class Study:
                 self.report(spec, line)
         cut = outcome.read_cut(folder)
         if result is not None:
-            return self._ended(self._journal.complete(spec, result, {LATE_CUT: cut.reason} if cut else {}))
+            return self._ended(self.journal.complete(spec, result, {LATE_CUT: cut.reason} if cut else {}))
         if cut is not None:
             return self._pruned(spec, "pruned", cut.reason)
         failure = outcome.read_failure(folder, spec.attempt)
@@ -222,28 +161,28 @@ class Study:
             self.repeat(spec)
             return None
         if failure.outcome == "error":
-            failed = sorted({*(self._journal.attribute(spec, FAILED) or []), spec.attempt})
-            self._journal.note(spec, {FAILED: failed})
+            failed = sorted({*(self.journal.attribute(spec, FAILED) or []), spec.attempt})
+            self.journal.note(spec, {FAILED: failed})
             if len(failed) < ERRORS:
                 self.repeat(spec)
                 return None
         if failure.outcome != "lost":
             return self._pruned(spec, failure.outcome, failure.reason)
-        step, attempt = self._journal.attribute(spec, DEVICE_ERROR) or (None, 0)
+        step, attempt = self.journal.attribute(spec, DEVICE_ERROR) or (None, 0)
         if failure.step != step:
-            self._journal.note(spec, {DEVICE_ERROR: [failure.step, spec.attempt]})
+            self.journal.note(spec, {DEVICE_ERROR: [failure.step, spec.attempt]})
         if failure.step is None or failure.step != step or spec.attempt == attempt:
             return None
         append_log(folder, f"attempt {spec.attempt}: the same error of the device at the same step\n{failure.details}")
         return self._pruned(spec, "error", failure.reason)
 
     def _pruned(self, spec: TrialSpec, verdict: str, reason: str) -> TrialRow:
-        return self._ended(self._journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason}))
+        return self._ended(self.journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason}))
 
     def _ended(self, row: TrialRow) -> TrialRow:
-        self._retention.ended(row)
-        if row.kind == "trial" and self._knows_all:
-            self._retention.note_best()
+        self.retention.ended(row)
+        if row.kind == "trial" and self.knows_all:
+            self.retention.note_best()
         return row
 
     def lost(self, spec: TrialSpec, reason: str, details: str = "") -> Literal["advanced", "repeated", "set aside"]:
@@ -259,16 +198,16 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         outcome.log_lost(folder, spec.attempt, reason, details)
-        before, now = self._journal.attribute(spec, LOST) or {}, progress_of(folder)
+        before, now = self.journal.attribute(spec, LOST) or {}, progress_of(folder)
         advanced = now > before.get("progress", [0, 0])
         number = 1 if advanced else before.get("number", 0) + 1
-        self._journal.note(spec, {LOST: {"progress": now, "number": number}})
+        self.journal.note(spec, {LOST: {"progress": now, "number": number}})
         if number < LOST_ATTEMPTS:
             self.repeat(spec)
             return "advanced" if advanced else "repeated"
         raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
         why = f"{number} attempts in a row were lost and did not advance; the last: {outcome.rounded(reason)}"
-        self._journal.note(spec, {SET_ASIDE: why})
+        self.journal.note(spec, {SET_ASIDE: why})
         return "set aside"
 
     def stopped(self, spec: TrialSpec) -> None:
@@ -281,11 +220,11 @@ class Study:
 
     def set_aside(self) -> list[TrialRow]:
         """Returns the trainings of all kinds that are set aside."""
-        return [row for kind in self._journal.studies for row in self.rows(kind) if row.set_aside]
+        return [row for kind in self.journal.studies for row in self.rows(kind) if row.set_aside]
 
     def repeat(self, spec: TrialSpec) -> None:
         """Gives the training of an attempt another one, and does not count this one as failed."""
-        self._waiting.append(spec)
+        self.waiting.append(spec)
 
     def spend(self, spec: TrialSpec, seconds: float, gpus: float) -> None:
         """Notes what an attempt took; call it before ``settle`` or ``lost``.
@@ -295,18 +234,12 @@ class Study:
             seconds: From its start to its end.
             gpus: GPUs that its workers held together.
         """
-        before = self._journal.attribute(spec, SPENT) or {}
-        self._journal.note(spec, {SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}})
+        before = self.journal.attribute(spec, SPENT) or {}
+        self.journal.note(spec, {SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}})
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
         return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *rows.confirmations(self.study_dir)))
-
-    def _spend_left_behind(self, spec: TrialSpec) -> None:
-        if spec.attempt and str(spec.attempt) not in (self._journal.attribute(spec, SPENT) or {}):
-            seconds, gpus = outcome.left_behind(spec.folder(self.study_dir), spec.attempt, self.recipe.resources)
-            if seconds:
-                self.spend(spec, seconds, gpus)
 
     def add_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
@@ -317,24 +250,24 @@ class Study:
         Returns:
             Its row, or None when it is there already.
         """
-        number = self._journal.numbers("baseline").get(ZERO_SHOT)
+        number = self.journal.numbers("baseline").get(ZERO_SHOT)
         if number is None:
-            spec = self._journal.add("baseline", ZERO_SHOT, {"alpha": 0.0})
+            spec = self.journal.add("baseline", ZERO_SHOT, {"alpha": 0.0})
         elif self.rows("baseline")[number].outcome == "running":  # a kill came before all of it was written
             spec = TrialSpec("baseline", number, ZERO_SHOT, {"alpha": 0.0}, 1)
         else:
             return None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
-        return self._ended(self._journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"]))
+        return self._ended(self.journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"]))
 
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:
         """Returns all trials (or baselines, or trainings of the confirm) in the order of their numbers."""
-        return rows_of(kind, self._journal.studies[kind])
+        return rows_of(kind, self.journal.studies[kind])
 
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
-        return not self._waiting and not self._wants_more()
+        return not self.waiting and not self._wants_more()
 
     def _may_try(self) -> bool:
         """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
@@ -358,14 +291,14 @@ class Study:
         return True
 
     def _wants_more(self) -> bool:
-        study = self._journal.studies["trial"]
-        more = self._asks and len(trainings(study)) < self.recipe.search.trials
+        study = self.journal.studies["trial"]
+        more = self.asks and len(trainings(study)) < self.recipe.search.trials
         return more and not space.used_up(study, self.recipe)
 
-    def _enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
+    def enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
-        known = self._journal.numbers(kind)
-        self._waiting += [self._journal.add(kind, name, trainings[name]) for name in trainings if name not in known]
+        known = self.journal.numbers(kind)
+        self.waiting += [self.journal.add(kind, name, trainings[name]) for name in trainings if name not in known]
 
     def _began(self) -> bool:
         """Tells whether a training was ever started."""

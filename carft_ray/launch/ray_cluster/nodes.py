@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import ray
 
-from carft_ray.launch.ray_cluster.cluster import UNITS, Capacity, amount_text, nodes_alive, num_fitting
+from carft_ray.launch.ray_cluster.cluster import nodes_alive
+from carft_ray.launch.ray_cluster.concurrency import UNITS, Capacity, amount_text, num_fitting
 from carft_ray.launch.ray_cluster.ray_private import available_resources_per_node
 
 Resources = Mapping[str, float]

@@ -16,6 +16,7 @@ from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.outcome import TrialRow
+from carft_ray.study.recovery import recover_confirm
 from carft_ray.study.study import Study, open_study
 from carft_ray.words import counted
 
@@ -58,7 +59,7 @@ def run_confirm(
             on_event(Note(note))
         trainings = fix(study)
         begin(study.study_dir, recipe)
-        for row in study.recover_confirm(trainings):
+        for row in recover_confirm(study, trainings):
             on_event(TrialFinished(row, is_best=False))
 
         def rows() -> list[TrialRow]:

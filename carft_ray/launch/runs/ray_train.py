@@ -12,9 +12,9 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, Problem
-from carft_ray.launch.executors import HEAD_ONLY, run_nested
+from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.recovery.causes import explained
+from carft_ray.launch.ray_workers import HEAD_ONLY, run_nested
 from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal

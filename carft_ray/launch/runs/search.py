@@ -19,6 +19,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.region import Direction
 from carft_ray.study.outcome import TrialRow
+from carft_ray.study.recovery import check_recoverable, recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study, open_study
 from carft_ray.words import counted
@@ -89,10 +90,10 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
-        study.check_recoverable(trusted)
+        check_recoverable(study, trusted)
         begin(study_dir, recipe)
         num_before = _num_finished(study)
-        recovered = study.recover_running(trusted)
+        recovered = recover_running(study, trusted)
         for note in study.notes:
             on_event(Note(note))
         for row in recovered:

@@ -1,0 +1,85 @@
+"""Recovery of trainings that an earlier search left running: it was killed or stopped, or its machine was lost.
+
+What has ended is recorded; the rest is queued for another attempt, which resumes from its newest checkpoint.
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from carft_ray.study import outcome
+from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+from carft_ray.study.proposals import warm_start
+from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, row_of, trainings
+from carft_ray.study.study import LOST, Study
+
+
+def check_recoverable(study: Study, trusted: bool = False) -> None:
+    """Raises what ``recover_running`` would raise of the arguments of the user, before anything is written."""
+    study.journal.trusted = trusted
+    study.journal.check_trusted()
+    warm_start.new_sources(study.journal.studies["trial"], study.study_dir, study.recipe)
+
+
+def recover_running(study: Study, trusted: bool = False) -> list[TrialRow]:
+    """Takes over what an earlier search left RUNNING: records what has ended, queues the rest for another attempt.
+
+    Args:
+        trusted: A study from elsewhere may be opened by a sampler that unpickles.
+
+    Returns:
+        Rows of what was recorded.
+
+    Raises:
+        UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
+    """
+    study.journal.trusted = trusted
+    study.journal.check_trusted()
+    study.enter("baseline", study.recipe.search.baselines)
+    ended = _recover(study, "baseline") + _recover(study, "trial")
+    study.notes += study.journal.take_in()
+    trials = [row_of("trial", each) for each in trainings(study.journal.studies["trial"])]
+    for row in study.rows("baseline") + trials:
+        study.retention.ended(row)
+    study.knows_all = True
+    study.retention.note_best()
+    return ended
+
+
+def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
+    """As ``recover_running``, for the trainings of a confirm: only these run until the study is opened again.
+
+    Args:
+        trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
+    """
+    study.asks = False
+    study.journal.open("confirm")
+    study.enter("confirm", trainings)
+    return _recover(study, "confirm", trainings)
+
+
+def _recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
+    """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
+    ended = []
+    for trial in study.journal.running(kind):
+        spec = study.journal.spec(kind, trial)
+        if wanted is not None and spec.name not in wanted:
+            continue
+        _spend_left_behind(study, spec)
+        failure = outcome.read_failure(spec.folder(study.study_dir), spec.attempt)
+        mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
+        if row := study.settle(spec) if spec.attempt and not mended else None:
+            ended.append(row)
+            continue
+        for name in (SET_ASIDE, LOST):  # this is another search
+            if study.journal.attribute(spec, name):
+                study.journal.note(spec, {name: None})
+        if spec not in study.waiting and spec.name != ZERO_SHOT:  # which is never trained
+            study.waiting.append(spec)
+    return ended
+
+
+def _spend_left_behind(study: Study, spec: TrialSpec) -> None:
+    if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
+        seconds, gpus = outcome.left_behind(spec.folder(study.study_dir), spec.attempt, study.recipe.resources)
+        if seconds:
+            study.spend(spec, seconds, gpus)
