@@ -35,10 +35,11 @@ from carft_ray.layout import HEARTBEAT, JOURNAL, METRICS, RESOLVED, RESULT
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import storage_of
-from carft_ray.study.study import Study, open_study
+from carft_ray.study.study import Study
 
 PARTS = ("throughput", "study", "driver")
 SIZES = (10, 1_000, 10_000)

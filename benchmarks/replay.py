@@ -33,10 +33,10 @@ from carft_ray.layout import RESULT
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
-from carft_ray.study.study import open_study
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30

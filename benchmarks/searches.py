@@ -40,10 +40,10 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.front import front_of, non_dominated
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import FORMAT_VERSION, TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 ROOT = Path(__file__).parent.parent
 NUM_TRIALS = 30

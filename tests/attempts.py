@@ -26,8 +26,8 @@ from carft_ray.launch.worker import run_worker
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import micro_batch_of, shortage
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)

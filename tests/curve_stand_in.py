@@ -14,8 +14,8 @@ from carft_ray.errors import CarftError
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PARETO = {"kind": "pareto"}

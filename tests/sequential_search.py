@@ -13,9 +13,9 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 DIVERGES = 2  # number of the trial that does
 EPOCHS = 3

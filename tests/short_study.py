@@ -6,9 +6,9 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import with_threads
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 
 def search(study_dir, recipe, num_attempts=None):

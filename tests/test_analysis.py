@@ -14,9 +14,9 @@ from carft_ray.evaluation.predictions import accuracy, read_predictions, select
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.test_sets.analysis import regrets_on_test
 from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

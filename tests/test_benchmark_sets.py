@@ -13,15 +13,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torchvision.datasets as oracle
-from layouts import (
-    BACKGROUND,
-    DEVKIT,
-    OBJECTNET_ONLY,
-    cifar_batches,
-    make_flat_val,
-    make_layout,
-    picture,
-)
+from layouts import BACKGROUND, DEVKIT, OBJECTNET_ONLY, cifar_batches, make_flat_val, make_layout, picture
 from PIL import Image
 from pydantic import TypeAdapter
 from sources import open_set

@@ -14,10 +14,10 @@ from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, LEASE
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.results.reading import documents, overview
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 HOUR = BudgetConfig(wall_time=3600)

@@ -27,9 +27,9 @@ from carft_ray.results.confirmation.plan import (
     second_stage,
 )
 from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
-from carft_ray.study.study import open_study
 
 
 def finish(study, spec, objective, alpha=0.5):

@@ -22,10 +22,10 @@ from carft_ray.recipe.schema import alone
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NOISE = np.eye(6) * 0.01**2 / 2  # paired standard error of neighbours: .01

@@ -15,15 +15,7 @@ from scipy import ndimage
 
 from carft_ray.data.synthetic import corruptions as module
 from carft_ray.data.synthetic import fields
-from carft_ray.data.synthetic.corruptions import (
-    CORRUPTIONS,
-    EXTRA,
-    PARAMETERS,
-    SIDES,
-    corrupt,
-    generator,
-    table_side,
-)
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS, EXTRA, PARAMETERS, SIDES, corrupt, generator, table_side
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
-from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

@@ -27,10 +27,11 @@ from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import LOST_ATTEMPTS, open_study
+from carft_ray.study.study import LOST_ATTEMPTS
 
 
 class Tune:

@@ -31,10 +31,11 @@ from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import run_worker
 from carft_ray.learning.memory import in_batches, is_out_of_memory, micro_batch_of
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import LOST_ATTEMPTS, open_study
+from carft_ray.study.study import LOST_ATTEMPTS
 
 BASE = Path(__file__).parent
 CPU = torch.device("cpu")

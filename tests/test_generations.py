@@ -21,9 +21,9 @@ from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}

@@ -19,9 +19,9 @@ from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.overview import study_recipe
 from carft_ray.study.identity import claim, class_of, record_recipe
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
-from carft_ray.study.study import open_study
 
 KEYS = [key for key in unique_keys() if key.name != "format_version"]  # which has one value
 # where the example of the schema is what the quickstart has already, or is refused for another reason

@@ -18,9 +18,9 @@ from carft_ray.layout import LEASE
 from carft_ray.study import lease as module
 from carft_ray.study.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import open_study
 
 
 def leave(study_dir, age_s=0.0, **changes):

@@ -14,9 +14,9 @@ from sequential_search import attempt
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.study.ledger import check_ledger, mend, read_ledger, reads_of, record, require_unread
 from carft_ray.study.lock import repair_journal, study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
-from carft_ray.study.study import open_study
 
 RECIPE = stand_in.make_recipe(2)
 

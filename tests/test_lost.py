@@ -26,8 +26,8 @@ from carft_ray.learning import checkpoint, loop
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.ranks import from_rank_0, gather, on_all_ranks
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_failure
-from carft_ray.study.study import open_study
 
 TWO = RunContext(rank=1, world_size=2)
 

@@ -14,8 +14,8 @@ from carft_ray.results.confirmation.plan import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import TEST, WENT_ON, record
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
 

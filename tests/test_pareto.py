@@ -37,10 +37,10 @@ from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.study.front import front_of, non_dominated, points_of
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, trial_name, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
-from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 

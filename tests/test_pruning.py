@@ -22,11 +22,11 @@ from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.results.reading.documents import pruner_quality, status
 from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import open_study
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6

@@ -20,9 +20,9 @@ from carft_ray.results.report import robustness, study_report
 from carft_ray.results.statistics.bootstrap import bbc, resample
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
 SETS = {"id_val": 60, "noisy": 40, "blurry": 40}

@@ -31,8 +31,8 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

@@ -28,10 +28,10 @@ from carft_ray.recipe.schema import SamplerConfig
 from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview
+from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import open_study
 from carft_ray.study.trust import check_trusted
 
 BASE = Path(__file__).parent

@@ -13,22 +13,15 @@ import pytest
 import ray
 import stand_in
 
-from carft_ray.errors import (
-    CarftError,
-    ClusterError,
-    DataError,
-    NoSuccessfulTrialError,
-    RecipeError,
-    StorageError,
-)
+from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
-from carft_ray.study.study import open_study
 
 HERE = Path(__file__).parent
 RUNNER = Runner(stand_in.prepare, stand_in.train)

@@ -13,12 +13,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.bootstrap import Candidate, resample
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
 from carft_ray.results.statistics.paired import holm, keeps_id
-from carft_ray.results.statistics.selection import (
-    correct_best,
-    one_se_pick,
-    ranking_noise,
-    regret_table,
-)
+from carft_ray.results.statistics.selection import correct_best, one_se_pick, ranking_noise, regret_table
 
 J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)

@@ -9,14 +9,7 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
-from carft_ray.data.sets import (
-    cache_dir,
-    check_roles,
-    check_sets,
-    class_folders,
-    class_names,
-    open_source,
-)
+from carft_ray.data.sets import cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths

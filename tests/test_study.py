@@ -24,10 +24,11 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
-from carft_ray.study.study import LOST_ATTEMPTS, open_study
+from carft_ray.study.study import LOST_ATTEMPTS
 
 BASE = Path(__file__).parent
 

@@ -31,9 +31,9 @@ from carft_ray.results.confirmation.summary import summarise
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
-from carft_ray.study.study import open_study
 
 pytestmark = pytest.mark.slow
 

@@ -27,9 +27,9 @@ from carft_ray.study.best import write_best
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import holder
 from carft_ray.study.lock import study_lock
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.study import open_study
 
 BASE = Path(__file__).parent
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}

@@ -17,9 +17,9 @@ import short_training
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.study import open_study
 
 OTHER_SPACE = "search.space.learning_rate={low: 1e-3, high: 1e-1, log: true}"
 

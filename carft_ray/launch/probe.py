@@ -37,9 +37,9 @@ from carft_ray.recipe.schedule import has_intermediate_value, num_recalibrated, 
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.space import apply, drawn, middle
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_result
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.study.study import open_study
 
 PROBE = "probe.json"
 VIEWS = ("seed", "crop_scale", "context_scale", "precision")  # a training with others finds no stored targets

@@ -35,7 +35,7 @@ def recover_running(study: Study, trusted: bool = False) -> list[TrialRow]:
     study.journal.trusted = trusted
     study.journal.check_trusted()
     study.enter("baseline", study.recipe.search.baselines)
-    ended = _recover(study, "baseline") + _recover(study, "trial")
+    ended = recover(study, "baseline") + recover(study, "trial")
     study.notes += study.journal.take_in()
     trials = [row_of("trial", each) for each in trainings(study.journal.studies["trial"])]
     for row in study.rows("baseline") + trials:
@@ -54,10 +54,10 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
     study.asks = False
     study.journal.open("confirm")
     study.enter("confirm", trainings)
-    return _recover(study, "confirm", trainings)
+    return recover(study, "confirm", trainings)
 
 
-def _recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
+def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
     """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
     ended = []
     for trial in study.journal.running(kind):

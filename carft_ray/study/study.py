@@ -13,9 +13,8 @@ An attempt advances when it leaves a newer checkpoint than the lost one before i
 advance; after ``LOST_ATTEMPTS`` in a row that do not, the training is set aside and the others continue.
 """
 
-import contextlib
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,20 +24,16 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.layout import JOURNAL, LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
+from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.region import Direction
 from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
-from carft_ray.study.identity import claim, record_recipe
 from carft_ray.study.journal import Journal
 from carft_ray.study.lease import Lease
-from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
 from carft_ray.study.proposals import pruning, space
-from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, rows_of, storage_of, trainings
-from carft_ray.study.space_revisions import begin_generation, remove_half_made
+from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
 ERRORS = 2  # attempts that end with an exception before the study gets the outcome: it must come back once
 LOST_ATTEMPTS = 5  # attempts lost in a row without advancing before a training is set aside
@@ -300,49 +295,9 @@ class Study:
         known = self.journal.numbers(kind)
         self.waiting += [self.journal.add(kind, name, trainings[name]) for name in trainings if name not in known]
 
-    def _began(self) -> bool:
+    def began(self) -> bool:
         """Tells whether a training was ever started."""
         return any(row.attempt and row.name != ZERO_SHOT for row in self.rows() + self.rows("baseline"))
-
-
-@contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Iterator[Study]:
-    """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``recover_running`` next.
-
-    When model or data turn out unfit before a training has begun, or a new study gets no Ray, the study vanishes.
-
-    Args:
-        study_dir: The study directory; made when it is missing.
-        recipe: The recipe of the search.
-        may: How the search space may change; a change begins another generation of the study.
-
-    Raises:
-        StorageError: Another search runs on it, or the study cannot be read or written.
-        RecipeError: It is the study of another recipe.
-        UsageError: The folder holds something that is no study.
-    """
-    study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
-    with study_lock(study_dir) as held:
-        claimed = claim(study_dir, recipe, may)
-        files.remove_remains(study_dir)
-        notes = [note for note in [held.note] if note] + repair_journal(study_dir)
-        with rows.readable(study_dir):
-            storage = storage_of(study_dir)
-            with files.writing(study_dir / JOURNAL):
-                remove_half_made(storage, claimed.generation)
-            if claimed.space_changes:
-                before = Study(study_dir, claimed.kept, held, [], storage)
-                before._recover("trial")  # what has ended is recorded in the space that it was drawn from
-                with before._journal.writing():
-                    notes.append(begin_generation(storage, claimed.generation, recipe))
-            elif may:
-                notes.append(f"{' '.join(f'--{one}' for one in may)} has no effect: the space is that of the study")
-            if claimed.is_news:
-                held.check()
-                record_recipe(study_dir, recipe, claimed.space_changes)
-            study = Study(study_dir, recipe, held, notes, storage)
-        with gone_if_nothing_began(study_dir, claimed.is_new, study._began):
-            yield study
 
 
 def _without_reference(study_dir: Path, name: str, row: TrialRow | None) -> Problem:

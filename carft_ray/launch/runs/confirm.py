@@ -15,9 +15,10 @@ from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.study.study import Study, open_study
+from carft_ray.study.study import Study
 from carft_ray.words import counted
 
 Trainings = Mapping[str, dict[str, Any]]

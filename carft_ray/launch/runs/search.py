@@ -18,10 +18,11 @@ from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.region import Direction
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import check_recoverable, recover_running
 from carft_ray.study.rows import best_row
-from carft_ray.study.study import Study, open_study
+from carft_ray.study.study import Study
 from carft_ray.words import counted
 
 
