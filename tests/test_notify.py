@@ -116,7 +116,7 @@ def test_the_end_says_how_it_came_and_the_error_goes_on(server, error, kind, tex
 
 def test_an_end_by_the_budget_is_told_as_such():
     notices = _Notices("pets", Path("pets"))
-    notices.tell(Stopping(2, "the wall time is used up"))
+    notices.take(Stopping(2, "the wall time is used up"))
     notices.end(None)
     [content] = drained(notices)
     assert content["event"] == "finished"
@@ -127,10 +127,10 @@ def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
     now = [100.0]
     notices = _Notices("pets", Path("pets"), clock=lambda: now[0])
     for number in range(5):
-        notices.tell(ended(number, outcome="error", reason="boom"))
-        notices.tell(ended(10 + number, 0.1 * number, is_best=True))
+        notices.take(ended(number, outcome="error", reason="boom"))
+        notices.take(ended(10 + number, 0.1 * number, is_best=True))
     now[0] += AT_MOST_EVERY_S
-    notices.tell(ended(5, outcome="error", reason="boom"))
+    notices.take(ended(5, outcome="error", reason="boom"))
     told = [content["text"] for content in drained(notices)]
     assert told == [
         "pets: t0000-abcd: error, boom",

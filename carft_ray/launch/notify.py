@@ -25,7 +25,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +38,6 @@ EVENT = "CARFT_RAY_EVENT"
 
 Kind = Literal["best", "failed_trial", "finished", "stopped", "failed"]
 OnEvent = Callable[[Event], None]
-Waiting = queue.SimpleQueue[dict[str, Any] | None]
 
 
 @contextlib.contextmanager
@@ -65,10 +63,9 @@ def notifying(
     if command is None and url is None:
         yield lambda on_event: on_event
         return
-    notices = _Notices(name, study_dir.absolute())
-    faults: list[str] = []
-    sending = partial(_send_all, notices.waiting, command, url, faults)
-    thread = threading.Thread(target=sending, name="notify", daemon=True)
+    notices, faults = _Notices(name, study_dir.absolute()), list[str]()
+    given = (notices.waiting, command, url, faults)
+    thread = threading.Thread(target=_send_all, args=given, name="notify", daemon=True)
     thread.start()
     try:
         yield lambda on_event: _Shared(on_event, notices)
@@ -106,7 +103,7 @@ class _Notices:
     """
 
     def __init__(self, name: str, study_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.waiting: Waiting = queue.SimpleQueue()
+        self.waiting = queue.SimpleQueue[dict[str, Any] | None]()
         self._about = {"study": name, "study_dir": str(study_dir)}
         self._clock = clock
         self._last: dict[str, float] = {}
@@ -156,7 +153,7 @@ class _Notices:
         self.waiting.put({"event": kind, "text": f"{self._about['study']}: {text}", **self._about, **more})
 
 
-def _send_all(waiting: Waiting, command: str | None, url: str | None, faults: list[str]) -> None:
+def _send_all(waiting: Any, command: str | None, url: str | None, faults: list[str]) -> None:
     while (content := waiting.get()) is not None:
         body = json.dumps(content).encode()
         if command is not None and (fault := _run(command, body, content["event"])):

@@ -14,33 +14,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from carft_ray.recipe.fields import Config, Resume, core_type, members
+from carft_ray.recipe.fields import Resume, core_type, members
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import SET, DocumentedKey, documented_keys
-from carft_ray.recipe.sets import (
-    BenchmarkSet,
-    ColumnSet,
-    CorruptedSet,
-    FolderSet,
-    HuggingFaceSet,
-    SandboxSet,
-    StoredSet,
-    WebDatasetSet,
-)
 
-COMMAND = "python -m carft_ray.recipe.tables"
-ROOT = Path(__file__).parents[2]
-# the table of what a kind of sets adds to a more general one
-KINDS: dict[type[Config], str] = {
-    SandboxSet: "sandbox",
-    StoredSet: "stored",
-    FolderSet: "folder",
-    ColumnSet: "columns",
-    HuggingFaceSet: "huggingface",
-    WebDatasetSet: "webdataset",
-    BenchmarkSet: "benchmark",
-    CorruptedSet: "corrupted",
-}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}  # limits of a field, the lower ones first
 TABLE = re.compile(r"(<!-- keys: ([^\n]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
@@ -82,7 +59,8 @@ def updated(text: str, tables: Mapping[str, Sequence[str]]) -> str:
 def _table_of(key: DocumentedKey) -> str:
     if not key.name.startswith(SET):
         return key.name.rpartition(".")[0] or "recipe"
-    return "set" if key.name == f"{SET}source" else KINDS[key.part]
+    # what a kind of sets adds to a more general one
+    return "set" if key.name == f"{SET}source" else key.part.__name__.removesuffix("Set").lower()
 
 
 def _row(keys: Sequence[DocumentedKey]) -> str:
@@ -150,9 +128,9 @@ def _number(value: float) -> str:
     return f"2**{whole.bit_length() - 1}" if whole > 10**6 and whole.bit_count() == 1 else str(value)
 
 
-def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
+def main(arguments: Sequence[str], root: Path = Path(__file__).parents[2]) -> str | None:
     """Writes the tables, or with ``--check`` returns what to run when one is not as the schema has it."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Writes the tables of keys in the documents.")
+    parser = argparse.ArgumentParser(description="Writes the tables of keys in the documents.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a table is stale")
     check = parser.parse_args(arguments).check
     stale = []
@@ -162,7 +140,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> str | None:
             stale.append(name)
             if not check:
                 (root / name).write_text(new, encoding="utf-8")
-    return f"{', '.join(stale)}: tables are not as the schema has them; run: {COMMAND}" if check and stale else None
+    return f"{', '.join(stale)}: tables are not as the schema has them; run: make tables" if check and stale else None
 
 
 if __name__ == "__main__":
