@@ -201,7 +201,7 @@ def import_everything():
     import carft_ray.evaluation.training
     import carft_ray.launch.runs.single
     import carft_ray.progress
-    import carft_ray.recipe.advice  # noqa: F401
+    import carft_ray.recipe.checks.advice  # noqa: F401
 
     PIL.Image.preinit()
     torch.set_num_threads(1)

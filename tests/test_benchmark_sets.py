@@ -28,8 +28,8 @@ from carft_ray.data.synthetic.corruptions import CORRUPTIONS
 from carft_ray.errors import DataError
 from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import Corruption, SetSpec, plain
 

@@ -15,7 +15,7 @@ from carft_ray.evaluation.constraints import Limit, calibration_gaps, limits, vi
 from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
-from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import alone

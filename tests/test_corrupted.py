@@ -22,7 +22,7 @@ from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
-from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.identity import class_of

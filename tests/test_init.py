@@ -12,7 +12,7 @@ from carft_ray.data.draft import choose_roles, draft, readable, survey
 from carft_ray.data.sets import check_roles, check_sets, class_folders, class_names
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe import text
-from carft_ray.recipe.advice import check_searchable, warnings
+from carft_ray.recipe.checks.advice import check_searchable, warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.presets import preset_text, presets
 

@@ -15,9 +15,9 @@ from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.driver import no_successful_trial
 from carft_ray.learning.context import RunContext
-from carft_ray.recipe.advice import warnings
+from carft_ray.recipe.checks.advice import warnings
+from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.rules import broken_rules
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema import PrunerConfig, Recipe
 from carft_ray.results.reading.documents import pruner_quality, status

@@ -12,8 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe import advice, text
+from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.checks import advice
+from carft_ray.recipe.checks.messages import findings
+from carft_ray.recipe.checks.rules import TEMPLATE_SETS
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig, field_kind
 from carft_ray.recipe.loading import (
     absolute_paths,
@@ -25,8 +28,6 @@ from carft_ray.recipe.loading import (
     recipe_hash,
     resolve_path,
 )
-from carft_ray.recipe.messages import findings
-from carft_ray.recipe.rules import TEMPLATE_SETS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import Corruption
 from carft_ray.recipe.spaces.space import apply

@@ -166,7 +166,7 @@ QUICK = (  # module, and what it must not load, nor those before it
     ("carft_ray.environment", "torch ray optuna open_clip numpy pyarrow PIL"),
     ("carft_ray.recipe.loading", "torch ray optuna open_clip numpy pyarrow PIL"),
     ("carft_ray.recipe.spaces.space", "torch ray optuna open_clip numpy pyarrow PIL"),
-    ("carft_ray.recipe.advice", "torch ray optuna open_clip numpy pyarrow PIL"),
+    ("carft_ray.recipe.checks.advice", "torch ray optuna open_clip numpy pyarrow PIL"),
     ("carft_ray.cli", "torch ray optuna open_clip"),
     ("carft_ray.learning.models.catalog", "torch ray optuna open_clip"),
     ("carft_ray.data.sets", "torch ray optuna open_clip"),

@@ -21,18 +21,18 @@ from test_study import optuna_study, run_all
 
 from carft_ray import api, cli, console, live
 from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
-from carft_ray.recipe import advice
+from carft_ray.recipe.checks import advice
+from carft_ray.recipe.checks.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.schema import SamplerConfig
 from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
+from carft_ray.study.proposals.trust import check_trusted
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
-from carft_ray.study.trust import check_trusted
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler

@@ -8,12 +8,12 @@ import pytest
 
 from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
 from carft_ray.recipe import tables
-from carft_ray.recipe.advice import check_searchable, warnings
+from carft_ray.recipe.checks.advice import check_searchable, warnings
+from carft_ray.recipe.checks.rules import SEARCHABLE
 from carft_ray.recipe.fields import Class, members
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.rules import SEARCHABLE
 from carft_ray.recipe.sets import SandboxSet, SetSpec
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"

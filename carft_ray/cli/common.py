@@ -176,7 +176,7 @@ def load(
     """
     from carft_ray.data.sets import check_roles, check_sets
     from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
-    from carft_ray.recipe.advice import warnings
+    from carft_ray.recipe.checks.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
@@ -240,7 +240,7 @@ def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **optio
         study: The study directory; None: one of the recipe's name.
         options: As of ``command_line``.
     """
-    from carft_ray.recipe.advice import check_searchable
+    from carft_ray.recipe.checks.advice import check_searchable
 
     if check_searchable(value):
         return command_line("train", recipe, **options, out=Path("runs") / value.name)

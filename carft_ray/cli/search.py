@@ -54,7 +54,7 @@ def _search(
     named = tuple(dict.fromkeys((*value.search.warm_start, *(str(path.resolve()) for path in warm_start or ()))))
     value = value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
     allow: list[Any] = ["narrow"] * narrow + ["widen"] * widen
-    from carft_ray.recipe.advice import check_searchable
+    from carft_ray.recipe.checks.advice import check_searchable
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
@@ -62,7 +62,7 @@ def _search(
 
     if not require_unread(study, value, again, allow) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
-    from carft_ray.study.trust import unpickles
+    from carft_ray.study.proposals.trust import unpickles
 
     if trust and not unpickles(value):
         console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
@@ -183,7 +183,7 @@ def plan(
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
     from carft_ray.launch.probe import measure_by_probe
-    from carft_ray.recipe.advice import check_searchable
+    from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:

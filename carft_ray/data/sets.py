@@ -14,8 +14,8 @@ from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.parameters import CategoricalParameter
-from carft_ray.recipe.rules import named_sets
 from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain

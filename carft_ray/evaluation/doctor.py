@@ -37,8 +37,8 @@ from carft_ray.learning.losses import context_distribution, context_entropy
 from carft_ray.learning.models.catalog import check_model, model_warnings
 from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.models.tower import num_trained, recipe_problems, training_bytes
-from carft_ray.recipe.advice import warnings
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.checks.advice import warnings
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe, with_threads
 from carft_ray.recipe.sets import StoredSet
 from carft_ray.recipe.text import dotted

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
+from carft_ray.recipe.checks.messages import Finding, findings
+from carft_ray.recipe.checks.rules import ROLES, broken_rules
 from carft_ray.recipe.fine_tuning import ModelConfig
-from carft_ray.recipe.messages import Finding, findings
 from carft_ray.recipe.overrides import Places, apply_overrides
-from carft_ray.recipe.rules import ROLES, broken_rules
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet
 from carft_ray.recipe.text import KeyPath

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from carft_ray.errors import Problem
-from carft_ray.recipe.messages import child_type, keys_of, nearest_key
+from carft_ray.recipe.checks.messages import child_type, keys_of, nearest_key
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath, dotted, parse
 

@@ -21,10 +21,10 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.fields import Class
 from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
 from carft_ray.recipe.loading import is_weights_path
-from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.spaces.region import DIRECTIONS, Direction, directions

@@ -16,7 +16,7 @@ from carft_ray import environment, files
 from carft_ray.data.shared.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import MANIFEST
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import dotted
 

@@ -46,7 +46,7 @@ from carft_ray.data.shared.same_picture import LIMIT, GreyPicture, grey_picture,
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SetSpec, StoredSet, plain
 from carft_ray.words import time_left

@@ -21,7 +21,7 @@ from carft_ray.data.sets import TEST_ROLES, check_roles, may_share, plain_place
 from carft_ray.data.shared.overlap import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.errors import HoldOutError, Problem, StorageError
 from carft_ray.layout import SHARED_IMAGES
-from carft_ray.recipe.rules import named_sets
+from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet
 from carft_ray.words import counted

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from carft_ray.recipe.messages import Finding, unlisted
+from carft_ray.recipe.checks.messages import Finding, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath

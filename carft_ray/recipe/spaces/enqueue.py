@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from carft_ray.recipe.checks.messages import SYNONYMS, Finding, shown, unlisted
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.messages import SYNONYMS, Finding, shown, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import is_active, same

@@ -7,8 +7,8 @@ is a set of values over all fields of ``train``, and two spaces can be compared 
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from carft_ray.recipe.checks.rules import SEARCHABLE
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
-from carft_ray.recipe.rules import SEARCHABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import active_values, same
 from carft_ray.recipe.spaces.grid import contains, num_values

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from carft_ray.errors import RecipeError
+from carft_ray.recipe.checks.rules import batch_findings, train_findings
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.rules import batch_findings, train_findings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import in_order, is_active
 from carft_ray.recipe.text import dotted

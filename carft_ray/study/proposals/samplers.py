@@ -1,4 +1,4 @@
-"""Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/sampler_rules.py``.
+"""Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/checks/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
 study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
@@ -17,8 +17,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, BruteForceSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler
 
+from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.proposals.optuna_private import on_one_thread
 

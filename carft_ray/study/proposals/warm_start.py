@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from carft_ray.data.sets import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.layout import JOURNAL
+from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.loading import recipe_hash
-from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import place
 from carft_ray.study import rows

@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.checks.messages import Finding, findings, nearest_key, shown, unlisted
+from carft_ray.recipe.checks.sampler_rules import sampler_findings
 from carft_ray.recipe.fields import core_type, key_of
 from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
-from carft_ray.recipe.messages import Finding, findings, nearest_key, shown, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.sampler_rules import sampler_findings
 from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain

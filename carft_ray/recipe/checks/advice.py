@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 from carft_ray.errors import Problem
 from carft_ray.recipe.benchmarks import IN_OUT
+from carft_ray.recipe.checks.messages import shown
+from carft_ray.recipe.checks.rules import benchmark_sets, named_sets
+from carft_ray.recipe.checks.sampler_rules import sampler_advice
 from carft_ray.recipe.fields import Config
-from carft_ray.recipe.messages import shown
-from carft_ray.recipe.rules import benchmark_sets, named_sets
-from carft_ray.recipe.sampler_rules import sampler_advice
 from carft_ray.recipe.schedule import HALVING, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from carft_ray.errors import nearest
+from carft_ray.recipe.checks.messages import Finding, unlisted
 from carft_ray.recipe.constraints import constraint_names
-from carft_ray.recipe.messages import Finding, unlisted
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import grid_size, num_values
