@@ -324,7 +324,6 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
 def test_baselines_and_fresh_seeds_have_no_constraints():
     recipe = make_recipe(constraints={"id_drop": {"zero_shot": 0.1}})
     assert alone(recipe).search.constraints == ConstraintsConfig()
-    assert alone(recipe).search.objective.kind == "weighted_mean"
 
 
 def written(tmp_path, text):

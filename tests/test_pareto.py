@@ -25,6 +25,7 @@ from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema import alone
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.confirmation.plan import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirmation.summary import summarise
@@ -336,7 +337,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
     with open_study(study_dir, view.recipe) as study:
         recover_confirm(study, fix(study_dir, view.recipe, first, None, first))
         while (spec := study.next()) is not None:
-            recipe, place = apply(view.recipe, spec.values), spec.folder(study_dir)
+            recipe, place = apply(alone(view.recipe), spec.values), spec.folder(study_dir)  # as a worker does
             prepare(recipe, study_dir / "prepared")
             run_training(recipe, place, study_dir / "prepared", RunContext(), spec.attempt)
             study.settle(spec)

@@ -253,9 +253,6 @@ def with_threads(recipe: Recipe, number: int) -> Recipe:
 
 
 def alone(recipe: Recipe) -> Recipe:
-    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints, one number."""
-    objective = recipe.search.objective
-    if objective.kind == "pareto":
-        objective = objective.model_copy(update={"kind": "weighted_mean"})
-    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig(), "objective": objective})
+    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints."""
+    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig()})
     return recipe.model_copy(update={"search": search})
