@@ -315,7 +315,8 @@ import gc, sys
 from pathlib import Path
 import test_generations
 from carft_ray.errors import CarftError
-from carft_ray.study.study import open_study
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_running
 
 def import_everything():
     import optuna.samplers._tpe.sampler

@@ -177,9 +177,9 @@ def host(tmp_path_factory):
 @pytest.mark.parametrize("which", kill_points.SHARES)
 def test_a_search_killed_at_any_write_doubles_no_point_and_ends_as_the_undisturbed_one(host, tmp_path, which):
     search, kinds_path = ["study", "3"], tmp_path / "kinds.json"
-    undisturbed, [answer] = host([{"name": "whole", "commands": [{"argv": search, "count_to": str(kinds_path)}]}])[
-        "whole"
-    ]
+    whole = f"whole, {which}"
+    jobs = [{"name": whole, "commands": [{"argv": search, "count_to": str(kinds_path)}]}]
+    undisturbed, [answer] = host(jobs)[whole]
     assert answer["code"] == 0, answer["log"]
     kinds = json.loads(kinds_path.read_text())
     jobs = [

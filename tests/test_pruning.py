@@ -25,7 +25,7 @@ from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
 
 HALVING = {"name": "successive_halving"}
@@ -282,7 +282,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
             for rung, epoch in enumerate((2, 4)):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
-                        study._recover("trial")
+                        recover(study, "trial")
                         if (spec.kind, spec.number) not in study.journal._trials:
                             found.append(None)
                             continue

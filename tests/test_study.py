@@ -495,7 +495,8 @@ def test_a_full_disk_is_one_message(study_dir):
         from pathlib import Path
         from stand_in import make_recipe
         from carft_ray.errors import StorageError
-        from carft_ray.study.study import open_study
+        from carft_ray.study.opening import open_study
+        from carft_ray.study.recovery import recover_running
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})
         with open_study(study_dir, make_recipe()) as study:

@@ -12,7 +12,7 @@ from stand_in import SANDBOX_SET
 from test_generations import begin, recipe_of
 from test_study import optuna_study, run_all, write_result
 
-from carft_ray.errors import RecipeError
+from carft_ray.errors import ClusterError, Problem, RecipeError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import absolute_paths, dump_recipe
 from carft_ray.recipe.schema import Recipe
@@ -266,12 +266,17 @@ def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_
     begin(study_dir, recipe_of(2), 2)
     asked = []
     monkeypatch.chdir(first.parent)
-    monkeypatch.setattr("carft_ray.cli.search._search", lambda *given: asked.append(given))
+
+    def run_search(recipe, *rest, **options):
+        asked.append(recipe)
+        raise ClusterError(Problem("ray", "is not started here"))
+
+    monkeypatch.setattr("carft_ray.launch.runs.search.run_search", run_search)
     shutil.copytree(first, first.parent / "second")
     resolved = study_dir / "resolved.yaml"
     resolved.write_text(resolved.read_text().replace("batch_size: 512", "batch_size: 8"))
     words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
-    assert crash_host.call(words) == 0, capsys.readouterr().err
-    assert asked[0][0].search.warm_start == (str(first.resolve()), str(first.parent.resolve() / "second"))
+    assert crash_host.call(words) == ClusterError.exit_code, capsys.readouterr().err
+    assert asked[0].search.warm_start == (str(first.resolve()), str(first.parent.resolve() / "second"))
     recipe = absolute_paths(recipe_of(2, search={"warm_start": ["../first"]}), study_dir.parent)
     assert recipe.search.warm_start == (str((study_dir.parent.parent / "first").resolve()),)
