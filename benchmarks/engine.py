@@ -114,7 +114,8 @@ def finish(folder: Path, objective: float) -> dict[str, Any]:
     metrics = metrics_of(objective)
     points = [{"alpha": alpha, **metrics} for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
     content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": metrics, "elapsed_s": 13.4}
-    files.write_json(folder / RESULT, {**content, "curve": points})
+    num_images = dict.fromkeys(("train", "id_val", *SETS), 500)
+    files.write_json(folder / RESULT, {**content, "curve": points, "num_images": num_images})
     return content
 
 
