@@ -88,6 +88,24 @@ class ArraySource:
         return self.images[index]
 
 
+@pytest.fixture
+def run(here, capsys):
+    """Runs a command line in the folder ``here`` of a module; every command that it suggests must parse."""
+    import crash_host
+    from suggestions import check_suggestions
+
+    capsys.readouterr()
+
+    def call(*words):
+        code = crash_host.call(words)
+        captured = capsys.readouterr()
+        check_suggestions(captured.err)
+        assert "Traceback (" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny_clip():
     """A CLIP of two small transformers, 16 x 16 pixels, random weights, s = 20."""

@@ -15,7 +15,6 @@ import pytest
 import short_sealed
 import short_training
 import torch
-from suggestions import check_suggestions
 
 from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.listing import sample_id
@@ -55,21 +54,6 @@ def here(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "study", tmp_path / "study")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(here, capsys):
-    """Runs a command line; every command that it suggests must parse."""
-    capsys.readouterr()
-
-    def call(*words):
-        code = crash_host.call(words)
-        captured = capsys.readouterr()
-        check_suggestions(captured.err)
-        assert "Traceback (" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

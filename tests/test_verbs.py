@@ -12,11 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-import crash_host
 import pytest
 import stand_in
 from stand_in import make_recipe
-from suggestions import check_suggestions
 
 from carft_ray.cli import search as search_commands
 from carft_ray.cli.common import load
@@ -87,21 +85,6 @@ def here(original, tmp_path, monkeypatch):
     shutil.copytree(original, tmp_path / "first")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(here, capsys):
-    """Runs a command line; every command that it suggests must parse."""
-    capsys.readouterr()
-
-    def call(*words):
-        code = crash_host.call(words)
-        captured = capsys.readouterr()
-        check_suggestions(captured.err)
-        assert "Traceback (" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
 
 
 def everything(folder):

@@ -1,4 +1,4 @@
-"""Ray itself: a local one for the time of the search, or a running cluster; and how many trials fit into it."""
+"""Ray itself: a local one for the time of the search, or a running cluster."""
 
 import _thread
 import contextlib
