@@ -46,6 +46,7 @@ def disk(monkeypatch):
 FOREVER = 10**6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", files.MACHINE_ERRNOS, ids=errno.errorcode.get)
 def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error(disk, tmp_path, number):
     path = tmp_path / "there"

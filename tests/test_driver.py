@@ -222,6 +222,7 @@ def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(t
     assert "log.txt" in str(failure)
 
 
+@pytest.mark.slow
 def test_failures_beside_successes_do_not_end_the_search(tune):
     tune.finish(tune.start())
     tune.finish(tune.start())
@@ -307,6 +308,7 @@ def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
     os.utime(path, (last_step, last_step))
 
 
+@pytest.mark.slow
 def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(search):
     ended = []
     tune = search(hang_timeout_s=0.2, end_process=ended.append)
@@ -352,6 +354,7 @@ def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
     assert told == [f"{trial.config['spec']['name']} has waited 0 s for its process: is the cluster full?"]
 
 
+@pytest.mark.slow
 def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     tune.finish(tune.start())
     tune.finish(tune.start())
@@ -369,6 +372,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     assert "run the same command again" in str(failure)
 
 
+@pytest.mark.slow
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
@@ -386,6 +390,7 @@ def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
         assert isinstance(tune.driver.failure, ClusterError)
 
 
+@pytest.mark.slow
 def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
     tune.finish(tune.start())
     for number in range(30):
