@@ -63,4 +63,5 @@ CHECKPOINTS = "checkpoint"
 PREDICTIONS = "predictions/validation.parquet"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
+LEAVE = "leave.json"  # the driver's word that an attempt is to write a checkpoint and end; another one follows
 HEARTBEAT = "heartbeat.json"  # while an attempt runs: its process and nodes; the time of change is its last step

@@ -18,9 +18,10 @@ from ray.tune.search import Searcher
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import Event
+from carft_ray.launch.events import Event, Note
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
@@ -63,6 +64,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
+        drains=None if runtime.in_process else Drains(lambda text: on_event(Note(text))),
     )
     with stop_file_on_signal(study.study_dir / STOP):
         (_run_here if runtime.in_process else _run_with_tune)(driver, runtime)
@@ -77,7 +79,8 @@ def _run_here(driver: Driver, runtime: Runtime) -> None:
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         folder = spec.folder(study_dir)
-        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(study_dir, folder))))
+        should_stop = stop_reader(study_dir, folder, spec.attempt)
+        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, should_stop)))
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
@@ -149,7 +152,7 @@ class DriverSearcher(Searcher):
         spec = self._driver.propose(trial_id)
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
-        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out()}
+        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""
