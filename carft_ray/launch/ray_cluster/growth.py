@@ -147,8 +147,8 @@ def await_nodes(
             if files.seen(study_dir / STOP):
                 raise ClusterError(Problem("search", "was stopped on request"))
             if limit_s is not None and time.monotonic() - began >= limit_s:
-                rule = f"no node on which a trial fits has come within {limit_s:g} s"
-                raise ClusterError(Problem("resources.wait_for_nodes", rule, capacity.reason))
+                rule = f"after {limit_s:g} s there is {capacity.reason}"
+                raise ClusterError(Problem("resources.wait_for_nodes", rule))
             time.sleep(CHECK_EVERY_S)
             capacity = present_capacity(recipe, most)
     finally:
