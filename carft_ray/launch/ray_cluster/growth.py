@@ -140,8 +140,8 @@ def await_nodes(
                 if group is not None:
                     ray.util.remove_placement_group(group)
                 told = capacity.reason
-                say(f"waiting: {told}")
                 write_concurrency(study_dir, 0, told)
+                say(f"waiting: {told}")
                 strategy = "STRICT_PACK" if capacity.one_node else "PACK"
                 group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)
             if files.seen(study_dir / STOP):
