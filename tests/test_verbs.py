@@ -142,7 +142,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert answer["best"]["objective"] == 0.7
     assert answer["selected_on"] == ["id_val"]
     assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
-    assert answer["search"] == {"running": False, "holder": None, "stopping": False}
+    nothing = {"at_a_time": None, "limited_by": None}
+    assert answer["search"] == {"running": False, "holder": None, "stopping": False, **nothing}
     assert answer["times"]["training_s"] >= 4 * 61
     assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
     code, out, err = run("status", "first")

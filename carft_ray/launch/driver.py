@@ -11,12 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
 from carft_ray.launch.failures.causes import is_full_memory
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
@@ -33,7 +36,10 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 # so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
+COUNT_EVERY_S = 3.0  # how many trainings fit
 POLL_SHARE = 0.1  # of the time, at most
+MEMORY = "memory was full"
+STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 
@@ -68,7 +74,7 @@ class Driver:
 
     Attributes:
         study: The open study.
-        concurrency: Trainings at a time from now on; falls where memory is full.
+        concurrency: Trainings at a time from now on; falls where memory is full, and follows the cluster.
         on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
@@ -79,6 +85,11 @@ class Driver:
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
+        capacity_now: Returns how trainings fit now; None: that does not change.
+        asked: Further trainings, for which nodes are asked for.
+        reason: Why not more run at a time, at the beginning.
+        one_node: Whether all workers of a training are to be on one node; None: as it was at the beginning.
+        on_change: Given trainings at a time, and why not more, whenever they change.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
@@ -96,6 +107,11 @@ class Driver:
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
+    capacity_now: Callable[[], Capacity] | None = None
+    asked: int = 0
+    reason: str = ""
+    on_change: Callable[[int, str], None] = lambda concurrency, reason: None
+    one_node: bool | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
@@ -108,7 +124,11 @@ class Driver:
         self._only_lost = True  # these were all lost, none ended with an exception
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
-        self._next_poll = 0.0
+        self._next_poll = self._next_count = 0.0
+        self._most_at_a_time = self.concurrency
+        self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
+        self._told = self.concurrency, self.reason
+        self._stopping_since = 0.0
 
     @property
     def live(self) -> list[TrialSpec]:
@@ -125,7 +145,11 @@ class Driver:
         Args:
             key: Names the attempt from now on.
         """
-        if len(self._attempts) >= self.concurrency or self.failure is not None or self.check_stop():
+        if (
+            len(self._attempts) >= max(1, self.concurrency + self.asked)
+            or self.failure is not None
+            or self.check_stop()
+        ):
             return None
         try:
             spec = self.study.next()
@@ -154,7 +178,7 @@ class Driver:
         attempt = self._attempts.pop(key, None)
         if attempt is None:
             return
-        spec, seconds = attempt.spec, time.monotonic() - attempt.began
+        spec, seconds = attempt.spec, self._held_s(attempt)
         self._gpu_s += seconds * self.gpus
         try:
             self.study.spend(spec, seconds, self.gpus)
@@ -201,7 +225,7 @@ class Driver:
         When the budget is used up, it asks what runs to stop.
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
-            self.is_stopping = True
+            self.is_stopping, self._stopping_since = True, time.monotonic()
             self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
@@ -232,6 +256,7 @@ class Driver:
         except StorageError as error:
             self.failure = error
             raise
+        self._follow()
         for attempt in list(self._attempts.values()):
             self._read_steps(attempt)
         if self.leaks and (number := self.leaks.check(self.live)):
@@ -248,10 +273,63 @@ class Driver:
             if self.drains and not attempt.leaves and (reason := self.drains.reason(attempt.alive)):
                 self.ask_to_leave(attempt.spec, reason)
 
+    def _held_s(self, attempt: _Attempt) -> float:
+        """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
+        waits = attempt.offset is None or (self.leaks is not None and attempt.alive is None)
+        return 0.0 if waits else time.monotonic() - attempt.began
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether a stop was asked for, and all attempts that have not ended wait for resources, which may never come.
+
+        A Ray Train group that has been waiting until a moment ago gets the time to see the stop by itself.
+        """
+        late = self.is_stopping and time.monotonic() - self._stopping_since >= STOP_WAITING_AFTER_S
+        waiting = [
+            attempt.offset is None or (late and self.leaks is not None and attempt.alive is None)
+            for attempt in self._attempts.values()
+        ]
+        return self.is_stopping and bool(waiting) and all(waiting)
+
+    def end_waiting(self) -> None:
+        """Sets aside for the next search what waits for resources when this one stops."""
+        for key in list(self._attempts):
+            self.ended(key)
+
+    def _follow(self) -> None:
+        """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
+
+        Where memory was full, as large a share of them as had memory; no nodes are asked for then, as what would wait
+        for them would take what is left free.
+        """
+        now = time.monotonic()
+        if self.capacity_now is None or now < self._next_count:
+            return
+        self._next_count = now + COUNT_EVERY_S
+        found = self.capacity_now()
+        self.one_node = found.one_node
+        if self._share == 1:
+            self.concurrency, self.asked = found.concurrency, found.asked
+            self._tell(found.reason)
+        else:
+            self.concurrency = max(1, int(found.concurrency * self._share)) if found.concurrency else 0
+            self.asked = 0
+            self._tell(f"{MEMORY}; {found.concurrency} would fit")
+
+    def _tell(self, reason: str) -> None:
+        """Tells how many run at a time from now on, where that has changed."""
+        self._most_at_a_time = max(self._most_at_a_time, self.concurrency)
+        if (self.concurrency, reason) != self._told:
+            self._told = self.concurrency, reason
+            self.on_change(self.concurrency, reason)
+            self.on_event(events.ConcurrencyChanged(self.concurrency, reason))
+
     def _read_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
+        if alive and not attempt.alive and self.leaks is not None:
+            attempt.began = now  # its workers have got their resources
         attempt.alive = alive or attempt.alive
         step_ns = alive.last_step_ns if alive else 0
         if step_ns != attempt.step_ns:
@@ -289,7 +367,7 @@ class Driver:
         if self.budget is None or self.failure is not None:
             return False
         now = time.monotonic()
-        gpu_s = self._gpu_s + self.gpus * sum(now - attempt.began for attempt in self._attempts.values())
+        gpu_s = self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
         gpus, longest_s = self.gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
         self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
@@ -366,13 +444,19 @@ class Driver:
             reason = f"{reason} (on {addresses})"
         if attempt.leaves:
             reason = f"{reason}, before it could leave: {attempt.leaves}"
+        if self.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
+            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
+            self.study.repeat(spec)
+            self.on_event(events.Note(f"{spec.name} waits again: {reason}"))
+            return
         if is_full_memory(reason) and self.concurrency > 1:
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self.concurrency -= 1
+            self._share *= Fraction(self.concurrency - 1, self.concurrency)
+            self.concurrency, self.asked = self.concurrency - 1, 0
             self.study.repeat(spec)
             text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
             self.on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
-            self.on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
+            self._tell(MEMORY)
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
@@ -390,7 +474,7 @@ class Driver:
         """
         self._only_lost = lost and (self._only_lost or not self._failed_in_a_row)
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.concurrency):
+        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self._most_at_a_time):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
             kind = MachineError if self._only_lost else NoSuccessfulTrialError

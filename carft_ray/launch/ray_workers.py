@@ -9,7 +9,7 @@ results into its folder before it ends; Ray carries none.
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray import tune
 from carft_ray import errors
 from carft_ray.errors import ClusterError
 from carft_ray.launch.failures import causes
-from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES
@@ -28,21 +28,22 @@ from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec, read_failure
 from carft_ray.words import counted
 
-# the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
-HEAD_ONLY = {"node:__internal_head__": 0.001}
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 
 
 def tune_trainable(runtime: Runtime) -> Any:
     """Returns the Tune trainable, with its resources.
 
-    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out.
+    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out;
+    ``one_node``, where it is there, is that of the cluster as it is now.
     It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
     """
     if runtime.nested:
 
         def nested_trial(config: dict[str, Any]) -> dict[str, str]:
-            return {"lost": run_nested(runtime, TrialSpec(**config["spec"]), avoid=config["avoid"])}
+            one_node = config.get("one_node", runtime.capacity.one_node)
+            here = replace(runtime, capacity=replace(runtime.capacity, one_node=one_node))
+            return {"lost": run_nested(here, TrialSpec(**config["spec"]), avoid=config["avoid"])}
 
         return tune.with_resources(nested_trial, HEAD_ONLY)
 

@@ -193,6 +193,13 @@ class ResourcesConfig(Config):
     )
     """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share is of one GPU: with 0.3, three trials run on
     each"""
+    accelerator: SetName | None = key(None, "H100", HOW_FAST, range="a kind as Ray names it; with GPUs")
+    """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
+    wait_for_nodes: Annotated[NonNegativeFloat, BeforeValidator(seconds_of)] | None = key(
+        None, "10m", HOW_FAST, type="float or text", range=">= 0; `90s`, `10m`, `1h30m`"
+    )
+    """on a cluster (`--address`): how long a command waits at its start for the first nodes on which a trial fits;
+    null: as long as it takes where an autoscaler may add them, else not at all"""
     threads: PositiveInt | None = key(None, "1", HOW_FAST)
     """torch threads per worker; null: `cpus_per_worker`"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, "600", HOW_FAST)

@@ -15,8 +15,9 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, Problem, StorageError
 from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
 from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_workers import HEAD_ONLY, run_nested
+from carft_ray.launch.ray_workers import run_nested
 from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
