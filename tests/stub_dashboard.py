@@ -129,10 +129,6 @@ class Dashboard:
         job["status"] = "STOPPED"
         return web.json_response({"stopped": True})
 
-    async def _delete(self, request):
-        del self.jobs[request.match_info["job"]]
-        return web.json_response({"deleted": True})
-
     def application(self):
         found = web.Application(middlewares=[self._guard], client_max_size=2**30)
         found.add_routes(
@@ -143,7 +139,6 @@ class Dashboard:
                 web.post("/api/jobs/", self._submit),
                 web.get("/api/jobs/", self._list),
                 web.get("/api/jobs/{job}", self._info),
-                web.delete("/api/jobs/{job}", self._delete),
                 web.get("/api/jobs/{job}/logs", self._logs),
                 web.get("/api/jobs/{job}/logs/tail", self._tail),
                 web.post("/api/jobs/{job}/stop", self._stop),

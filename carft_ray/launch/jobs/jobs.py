@@ -167,13 +167,9 @@ def ask_package(server: Server, study: Path) -> Found:
             value = f"{job.status} for {QUESTION_S:.0f} s"
             raise ClusterError(Problem("the cluster", "must run a job of seconds", value, next_step=step))
         time.sleep(QUESTION_POLL_S)
-    try:
-        if job.exit_code is None:
-            raise ended_error(job)
-        return answer(log_of(server, name))
-    finally:
-        with contextlib.suppress(ClusterError):
-            ask(server, lambda client: client.delete_job(name))
+    if job.exit_code is None:
+        raise ended_error(job)
+    return answer(log_of(server, name))  # not deleted: Ray 2.60 then lists it as failed
 
 
 def follow(server: Server, name: str, write: Callable[[str], None]) -> Job:
