@@ -139,7 +139,7 @@ def _started(
             f"--temp-dir={folder}/r",
             f"--object-store-memory={OBJECT_STORE_BYTES}",
         ]
-        command += ["--min-worker-port=0", "--max-worker-port=0"]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
         log_path = folder / "start.log"
         with open(log_path, "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=surroundings, start_new_session=True)
