@@ -38,6 +38,10 @@ def doctor(
     Every image is read once. Ends with exit code 4 when a search would fail or mean nothing. With --address, each node
     is asked what it sees, has and runs; exit code 5 names the nodes on which trials would fail, and what to do.
     """
+    if address is not None and address.startswith(("http://", "https://")):
+        rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
+        step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
+        raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
     from carft_ray.evaluation.doctor import Diagnosis, as_plain_data, examine
     from carft_ray.recipe.loading import load_recipe
@@ -93,15 +97,11 @@ def _attached(address: str | None) -> Iterator[None]:
     """Attaches to a cluster for the time of the block, where there is an address.
 
     Raises:
-        ClusterError: It cannot be reached, or the address is that of its Jobs API.
+        ClusterError: It cannot be reached.
     """
     if address is None:
         yield
         return
-    if address.startswith(("http://", "https://")):
-        rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
-        step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
-        raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.launch.ray_cluster.cluster import running_ray
     from carft_ray.layout import RAY_LOG
 

@@ -36,6 +36,7 @@ CLOCKS_WITHIN_S = 10.0
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna")
 CLOCK_S = 1.0
 SLOW_FILES_PER_S, SLOW_MB_PER_S = 50, 5
+MEASURED_FOR_S = 0.1  # what took less says nothing
 LITTLE_SPACE_GB, NO_SPACE_GB = 5.0, 0.5
 LITTLE_MEMORY_GB = 2.0
 LITTLE_SHARED_MEMORY_GB = 0.25  # containers have 64 MB unless they are told otherwise
@@ -358,7 +359,8 @@ def _judge_gpus(report: NodeReport, facts: Mapping[str, Any], add: Add) -> None:
 
 
 def _judge_speed(facts: Mapping[str, Any], add: Add) -> None:
-    if (read := facts["read"]) is None:
+    read = facts["read"]
+    if read is None or read["seconds"] < MEASURED_FOR_S:
         return
     files_per_s, mb_per_s = speed(read)
     if files_per_s < SLOW_FILES_PER_S and mb_per_s < SLOW_MB_PER_S:

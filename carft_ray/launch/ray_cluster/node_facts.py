@@ -233,9 +233,8 @@ def _version(library: str) -> str | None:
 
 def _carft_ray() -> dict[str, str]:
     try:
-        import carft_ray
-        from carft_ray import environment
+        from carft_ray import __version__, environment
 
-        return {"version": carft_ray.__version__, "source": environment.source_digest(), "fault": ""}
+        return {"version": __version__, "source": environment.source_digest(), "fault": ""}
     except Exception as error:  # whatever another version or a broken installation does
         return {"version": "", "source": "", "fault": f"{type(error).__name__}: {error}"}
