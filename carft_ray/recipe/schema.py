@@ -25,6 +25,7 @@ from carft_ray.recipe.fields import (
     SetName,
     key,
     nothing_is_empty,
+    seconds_of,
 )
 from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
 from carft_ray.recipe.parameters import SPACE, Parameter, name_types
