@@ -294,9 +294,8 @@ def test_a_process_whose_node_was_taken_away_is_told_so():
     lost = explained(ActorDiedError(died))
     assert not lost.startswith("preempted")
     died.node_death_info.reason = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
-    assert explained(WorkerGroupError("", {0: ActorDiedError(died)})).startswith(
-        "preempted: ActorDiedError: The actor died"
-    )
+    lost = explained(WorkerGroupError("", {0: ActorDiedError(died)}))
+    assert lost.startswith("preempted: ActorDiedError: The actor died")
 
 
 @pytest.mark.slow
