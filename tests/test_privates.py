@@ -1,5 +1,7 @@
 """Private names of Ray and Optuna: what each does, and the message where a release has it no more."""
 
+from pkgutil import resolve_name
+
 import optuna
 import pytest
 import ray
@@ -35,6 +37,11 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     with ray_private.without_news_of_workers():
         assert worker._worker_logs_enabled is False
     assert worker._worker_logs_enabled is True
+
+
+def test_the_groups_of_an_autoscaler_can_be_asked_for():
+    """What it answers is in test_growth.py, with a real one."""
+    assert callable(resolve_name("ray._private.state.state.get_cluster_config"))
 
 
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
