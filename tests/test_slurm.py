@@ -188,7 +188,12 @@ def test_a_ray_that_ends_ends_the_job_and_is_no_reason_to_requeue(tmp_path):
     assert job.written("scontrol.txt") == []
 
 
-SHORT = ("search.trials=2", "search.baselines={}", "data.id_val.num_per_class=20", "train.epochs=40")
+SET = "{{{0}: {{source: sandbox, domain: {0}, split: {1}, num_per_class: 8}}}}"
+SHORT = (  # few images and many epochs: a signal meets the middle of a training
+    *("search.trials=2", "search.baselines={}", "train.epochs=40", "evaluate.every_epochs=40"),
+    *(f"data.{role}.num_per_class={number}" for role, number in (("train", 16), ("id_val", 8), ("id_test", 8))),
+    *("data.ood_val=" + SET.format("negative", "val"), "data.ood_test=" + SET.format("sketch", "test")),
+)
 
 
 @pytest.mark.slow
