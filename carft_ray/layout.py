@@ -14,7 +14,7 @@
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
       test/              what reads of the test sets have found
-      _tune/             Ray's own files, while a search runs
+      _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
 The folder of `train` is laid out as a study without a journal, with one training in it.
 """
@@ -36,6 +36,7 @@ FIGURE_SVG = "figure.svg"
 RAY_LOG = "ray.log"
 PREPARED = "prepared"
 RAY_FILES = "_tune"
+CONCURRENCY = "concurrency.json"  # in it: trainings at a time, and why not more
 FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]
 TEST_DIR = "test"
@@ -63,4 +64,5 @@ CHECKPOINTS = "checkpoint"
 PREDICTIONS = "predictions/validation.parquet"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
+LEAVE = "leave.json"  # the driver's word that an attempt is to write a checkpoint and end; another one follows
 HEARTBEAT = "heartbeat.json"  # while an attempt runs: its process and nodes; the time of change is its last step

@@ -106,8 +106,8 @@ class SearchView:
         view._phase = "" if overview.holder else "no search runs"
         view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
         view._best = "" if overview.best is None else overview.best.name
-        num_running = max(1, len(view._running))
-        view._started = Started(num_trials(overview.recipe), overview.num_finished, num_running, "")
+        at_a_time = overview.at_a_time or (max(1, len(view._running)), "")
+        view._started = Started(num_trials(overview.recipe), overview.num_finished, *at_a_time)
         return view
 
     def line(self) -> str:
@@ -250,7 +250,7 @@ class SearchView:
         if self._started is None or seen < SEEN_FOR_A_RANGE or num_left <= 0:
             return 0.0
         of_sum = statistics.stdev(self._seconds) * math.sqrt(num_left + num_left**2 / seen)
-        return IN_RANGE * of_sum / self._started.concurrency
+        return IN_RANGE * of_sum / max(1, self._started.concurrency)
 
     def _seconds_left(self, num_left: int) -> float | None:
         """Estimates the rest from the trainings that ended in this search; None before the first has."""
@@ -260,7 +260,7 @@ class SearchView:
         running = [max(each - (self._clock() - ran.began), 0.0) for ran in self._running.values()]
         num_running = sum(ran.spec.kind == self._kind for ran in self._running.values())
         waiting = each * max(num_left - num_running, 0)
-        return max((sum(running) + waiting) / self._started.concurrency, max(running, default=0.0))
+        return max((sum(running) + waiting) / max(1, self._started.concurrency), max(running, default=0.0))
 
 
 class _Line(NamedTuple):

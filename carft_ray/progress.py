@@ -137,6 +137,8 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
                 finished, wanted = event.num_finished, event.num_trials
                 left = counted_trainings(wanted - finished, kind)
                 return f"{left} to go, {event.concurrency} at a time ({event.reason})"
+            case events.ConcurrencyChanged():
+                return f"from now on {event.concurrency} at a time ({event.reason})"
             case events.BaselineFinished():
                 return f"baseline {_result(event.row)}"
             case events.TrialFinished():

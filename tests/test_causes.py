@@ -287,6 +287,7 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
     recipe = stand_in.make_recipe(resources={"executor": "ray-train"})

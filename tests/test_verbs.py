@@ -142,7 +142,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert answer["best"]["objective"] == 0.7
     assert answer["selected_on"] == ["id_val"]
     assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
-    assert answer["search"] == {"running": False, "holder": None, "stopping": False}
+    nothing = {"at_a_time": None, "limited_by": None}
+    assert answer["search"] == {"running": False, "holder": None, "stopping": False, **nothing}
     assert answer["times"]["training_s"] >= 4 * 61
     assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
     code, out, err = run("status", "first")
@@ -166,6 +167,7 @@ def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
     assert load_recipe(path).train.learning_rate == view.best.values["learning_rate"]
 
 
+@pytest.mark.slow
 def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_it(run, here):
     study_dir = here / "first"
 
@@ -385,6 +387,7 @@ def test_stop_asks_a_training_too(run, here):
     assert err.splitlines()[-1] == "The training has ended."
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_waiting_only(run, here):
     with open_study(here / "first", make_recipe(8)), meanwhile(lambda: interrupted(here / "first" / "stop")):
         code, _, err = run("stop", "first")
@@ -490,6 +493,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: str(value)[:60])
 def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
     (here / "empty").mkdir()

@@ -69,6 +69,8 @@ def status(
     else:
         asked = "; it was asked to stop" if view.stopping else ""
         console.say(f"\nA search runs on it: {view.holder}{asked}.")
+        if view.at_a_time is not None:
+            console.say(f"{view.at_a_time[0]} at a time ({view.at_a_time[1]}).")
     common.suggest(study, "status")
 
 

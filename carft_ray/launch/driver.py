@@ -11,16 +11,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
 from carft_ray.launch.failures.causes import is_full_memory
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
+from carft_ray.study import outcome
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
 from carft_ray.study.rows import best_row
@@ -31,7 +36,10 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 # so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
+COUNT_EVERY_S = 3.0  # how many trainings fit
 POLL_SHARE = 0.1  # of the time, at most
+MEMORY = "memory was full"
+STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 
@@ -47,6 +55,7 @@ class _Attempt:
         step_ns: Its last step; -1 until it was read.
         seen: When that step was first seen here.
         hung: Why it was ended from outside; empty where it was not.
+        leaves: Why it was asked to leave; empty where it was not.
     """
 
     spec: TrialSpec
@@ -56,6 +65,7 @@ class _Attempt:
     step_ns: int = -1
     seen: float = 0.0
     hung: str = ""
+    leaves: str = ""
 
 
 @dataclass(eq=False)
@@ -64,7 +74,7 @@ class Driver:
 
     Attributes:
         study: The open study.
-        concurrency: Trainings at a time from now on; falls where memory is full.
+        concurrency: Trainings at a time from now on; falls where memory is full, and follows the cluster.
         on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
@@ -74,6 +84,12 @@ class Driver:
         why_waiting: Says why a process does not come.
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
+        drains: Nodes that are being taken away; None: there are none to ask for.
+        capacity_now: Returns how trainings fit now; None: that does not change.
+        asked: Further trainings, for which nodes are asked for.
+        reason: Why not more run at a time, at the beginning.
+        one_node: Whether all workers of a training are to be on one node; None: as it was at the beginning.
+        on_change: Given trainings at a time, and why not more, whenever they change.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
@@ -90,6 +106,12 @@ class Driver:
     why_waiting: Callable[[], str] = lambda: "is the cluster full?"
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
+    drains: Drains | None = None
+    capacity_now: Callable[[], Capacity] | None = None
+    asked: int = 0
+    reason: str = ""
+    on_change: Callable[[int, str], None] = lambda concurrency, reason: None
+    one_node: bool | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
@@ -102,7 +124,11 @@ class Driver:
         self._only_lost = True  # these were all lost, none ended with an exception
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
-        self._next_poll = 0.0
+        self._next_poll = self._next_count = 0.0
+        self._most_at_a_time = self.concurrency
+        self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
+        self._told = self.concurrency, self.reason
+        self._stopping_since = 0.0
 
     @property
     def live(self) -> list[TrialSpec]:
@@ -119,7 +145,11 @@ class Driver:
         Args:
             key: Names the attempt from now on.
         """
-        if len(self._attempts) >= self.concurrency or self.failure is not None or self.check_stop():
+        if (
+            len(self._attempts) >= max(1, self.concurrency + self.asked)
+            or self.failure is not None
+            or self.check_stop()
+        ):
             return None
         try:
             spec = self.study.next()
@@ -148,7 +178,7 @@ class Driver:
         attempt = self._attempts.pop(key, None)
         if attempt is None:
             return
-        spec, seconds = attempt.spec, time.monotonic() - attempt.began
+        spec, seconds = attempt.spec, self._held_s(attempt)
         self._gpu_s += seconds * self.gpus
         try:
             self.study.spend(spec, seconds, self.gpus)
@@ -159,6 +189,30 @@ class Driver:
             self._settle(attempt, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
+
+    def ask_to_leave(self, spec: TrialSpec, reason: str) -> None:
+        """Asks an attempt to write a checkpoint and end. Another one continues from there, and no failure is counted.
+
+        It ends at the end of its metrics window. One that was asked before, or has ended, is passed over; where the
+        request cannot be written, the next call tries again.
+
+        Args:
+            spec: The attempt.
+            reason: One line, for its log.
+        """
+        attempt = next((each for each in self._attempts.values() if each.spec == spec), None)
+        if attempt is None or attempt.leaves or self.study.taken_over:
+            return
+        with contextlib.suppress(StorageError):
+            outcome.write_leave(spec.folder(self.study.study_dir), spec.attempt, reason)
+            attempt.leaves = reason
+
+    def avoided(self) -> list[str]:
+        """Returns Ray's names of the nodes on which nothing is to start: bad ones, and those that are taken away.
+
+        Ray keeps new processes off the latter, but Tune has an idle one there run the next attempt.
+        """
+        return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
     def died(self, spec: TrialSpec) -> None:
         """Suspects that an attempt whose process died has left a placement group."""
@@ -171,7 +225,7 @@ class Driver:
         When the budget is used up, it asks what runs to stop.
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
-            self.is_stopping = True
+            self.is_stopping, self._stopping_since = True, time.monotonic()
             self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
@@ -202,6 +256,7 @@ class Driver:
         except StorageError as error:
             self.failure = error
             raise
+        self._follow()
         for attempt in list(self._attempts.values()):
             self._read_steps(attempt)
         if self.leaks and (number := self.leaks.check(self.live)):
@@ -210,11 +265,71 @@ class Driver:
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
                 self._report_epochs(attempt)
+            self._leave_drained_nodes()
+
+    def _leave_drained_nodes(self) -> None:
+        """Asks what has a rank on a node that is being taken away to leave."""
+        for attempt in list(self._attempts.values()) if self.drains else ():
+            if self.drains and not attempt.leaves and (reason := self.drains.reason(attempt.alive)):
+                self.ask_to_leave(attempt.spec, reason)
+
+    def _held_s(self, attempt: _Attempt) -> float:
+        """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
+        waits = attempt.offset is None or (self.leaks is not None and attempt.alive is None)
+        return 0.0 if waits else time.monotonic() - attempt.began
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether a stop was asked for, and all attempts that have not ended wait for resources, which may never come.
+
+        A Ray Train group that has been waiting until a moment ago gets the time to see the stop by itself.
+        """
+        late = self.is_stopping and time.monotonic() - self._stopping_since >= STOP_WAITING_AFTER_S
+        waiting = [
+            attempt.offset is None or (late and self.leaks is not None and attempt.alive is None)
+            for attempt in self._attempts.values()
+        ]
+        return self.is_stopping and bool(waiting) and all(waiting)
+
+    def end_waiting(self) -> None:
+        """Sets aside for the next search what waits for resources when this one stops."""
+        for key in list(self._attempts):
+            self.ended(key)
+
+    def _follow(self) -> None:
+        """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
+
+        Where memory was full, as large a share of them as had memory; no nodes are asked for then, as what would wait
+        for them would take what is left free.
+        """
+        now = time.monotonic()
+        if self.capacity_now is None or now < self._next_count:
+            return
+        self._next_count = now + COUNT_EVERY_S
+        found = self.capacity_now()
+        self.one_node = found.one_node
+        if self._share == 1:
+            self.concurrency, self.asked = found.concurrency, found.asked
+            self._tell(found.reason)
+        else:
+            self.concurrency = max(1, int(found.concurrency * self._share)) if found.concurrency else 0
+            self.asked = 0
+            self._tell(f"{MEMORY}; {found.concurrency} would fit")
+
+    def _tell(self, reason: str) -> None:
+        """Tells how many run at a time from now on, where that has changed."""
+        self._most_at_a_time = max(self._most_at_a_time, self.concurrency)
+        if (self.concurrency, reason) != self._told:
+            self._told = self.concurrency, reason
+            self.on_change(self.concurrency, reason)
+            self.on_event(events.ConcurrencyChanged(self.concurrency, reason))
 
     def _read_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
+        if alive and not attempt.alive and self.leaks is not None:
+            attempt.began = now  # its workers have got their resources
         attempt.alive = alive or attempt.alive
         step_ns = alive.last_step_ns if alive else 0
         if step_ns != attempt.step_ns:
@@ -252,7 +367,7 @@ class Driver:
         if self.budget is None or self.failure is not None:
             return False
         now = time.monotonic()
-        gpu_s = self._gpu_s + self.gpus * sum(now - attempt.began for attempt in self._attempts.values())
+        gpu_s = self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
         gpus, longest_s = self.gpus * len(self._attempts), max(self._longest_end_s, self._longest_step_s)
         self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
@@ -265,12 +380,17 @@ class Driver:
     def _settle(self, attempt: _Attempt, gone: str) -> None:
         """Has the study record how an attempt ended; ``gone`` as of ``ended``."""
         spec = attempt.spec
+        if attempt.leaves:
+            outcome.excuse(spec.folder(self.study.study_dir), spec.attempt)
         row = self.study.settle(spec)
         if row is None:
             if self.check_stop():
                 self.study.stopped(spec)  # it stays RUNNING, for the next search
                 return
             failure = read_failure(spec.folder(self.study.study_dir), spec.attempt)
+            if failure is None and attempt.leaves and not gone:
+                self._left(attempt)
+                return
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
                 return
@@ -296,6 +416,13 @@ class Driver:
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
             raise no_successful_trial(self.study, self._ended)
 
+    def _left(self, attempt: _Attempt) -> None:
+        """Gives an attempt that has left as it was asked to another one."""
+        spec = attempt.spec
+        outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
+        self.study.repeat(spec)
+        self.on_event(events.Note(f"{spec.name} gets another attempt: {attempt.leaves}"))
+
     def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
 
@@ -315,13 +442,21 @@ class Driver:
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
+        if attempt.leaves:
+            reason = f"{reason}, before it could leave: {attempt.leaves}"
+        if self.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
+            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
+            self.study.repeat(spec)
+            self.on_event(events.Note(f"{spec.name} waits again: {reason}"))
+            return
         if is_full_memory(reason) and self.concurrency > 1:
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self.concurrency -= 1
+            self._share *= Fraction(self.concurrency - 1, self.concurrency)
+            self.concurrency, self.asked = self.concurrency - 1, 0
             self.study.repeat(spec)
             text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
             self.on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
-            self.on_event(events.ConcurrencyChanged(self.concurrency, "memory was full"))
+            self._tell(MEMORY)
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
@@ -339,7 +474,7 @@ class Driver:
         """
         self._only_lost = lost and (self._only_lost or not self._failed_in_a_row)
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.concurrency):
+        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self._most_at_a_time):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
             kind = MachineError if self._only_lost else NoSuccessfulTrialError

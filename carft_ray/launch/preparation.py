@@ -2,7 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.failures.causes import lost_rank, root_cause
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
+from carft_ray.launch.ray_cluster.nodes import lacking_for
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
@@ -24,6 +26,7 @@ from carft_ray.words import counted
 MAX_NODES_SHOWN = 3  # of many nodes that fill their caches, at a time
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
+WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then says what it lacks
 FILLING = "filling-{}.txt"  # what a node does, by Ray's name
 
 
@@ -95,6 +98,23 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
                 texts[node_id] = (runtime.study_dir / RAY_FILES / FILLING.format(node_id)).read_text()
         show(_of_nodes(texts, nodes))
     return longest_s
+
+
+def fill_new_nodes(runtime: Runtime, new: Set[str]) -> None:
+    """Begins to fill the caches of nodes that have come while trainings run, and does not wait for them.
+
+    A training that starts there in the meantime waits for the set that is being built. One that fails is passed over.
+
+    Args:
+        runtime: Of the search.
+        new: Ray's names of the nodes.
+    """
+    if new and runtime.runner.fill is not None:
+        for node_id in new & _nodes_for_trainings(runtime.capacity).keys():
+            where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+            ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1, scheduling_strategy=where)(_fill).remote(  # type: ignore[call-overload]
+                runtime
+            )
 
 
 def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -170,18 +190,24 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
         if not runtime.is_filled:
             fill_nodes(runtime, say)
         return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
-    task = ray.remote(num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, max_retries=0)(_prepare)
+    kind = {name: amount for name, amount in capacity.worker_resources.items() if name not in ("CPU", "GPU")}
+    task = ray.remote(
+        num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
+    )(_prepare)
     path, show = runtime.study_dir / RAY_FILES / DOING, _changes(say)
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
         if not runtime.is_filled:
             fill_nodes(runtime, say)
-        pending, has_ended = task.remote(runtime), False
+        pending, has_ended, began = task.remote(runtime), False, time.monotonic()
         while not has_ended:
             _check_not_stopped(runtime)
             has_ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
             with contextlib.suppress(OSError):
                 show(path.read_text())
+                continue
+            if time.monotonic() - began >= WAIT_NOTE_AFTER_S and (lacks := lacking_for(capacity, 1)):
+                show(f"the preparation waits for a node: it {lacks}")
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it

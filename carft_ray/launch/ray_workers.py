@@ -1,15 +1,15 @@
 """Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
 
-A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
-nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
-needs no actor that could die, and lets another process ask for the stop. A training writes its results into its folder
-before it ends; Ray carries none.
+A training is stopped by a file that rank 0 reads, ``stop`` in the study directory, ``cut.json`` or ``leave.json`` in
+its own folder; so nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node
+that sees the study, needs no actor that could die, and lets another process ask for the stop. A training writes its
+results into its folder before it ends; Ray carries none.
 """
 
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray import tune
 from carft_ray import errors
 from carft_ray.errors import ClusterError
 from carft_ray.launch.failures import causes
-from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES
@@ -28,28 +28,29 @@ from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec, read_failure
 from carft_ray.words import counted
 
-# the driver of a Ray Train group takes no CPU, which could starve its own workers; every head node has this resource
-HEAD_ONLY = {"node:__internal_head__": 0.001}
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 
 
 def tune_trainable(runtime: Runtime) -> Any:
     """Returns the Tune trainable, with its resources.
 
-    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out.
+    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out;
+    ``one_node``, where it is there, is that of the cluster as it is now.
     It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
     """
     if runtime.nested:
 
         def nested_trial(config: dict[str, Any]) -> dict[str, str]:
-            return {"lost": run_nested(runtime, TrialSpec(**config["spec"]), avoid=config["avoid"])}
+            one_node = config.get("one_node", runtime.capacity.one_node)
+            here = replace(runtime, capacity=replace(runtime.capacity, one_node=one_node))
+            return {"lost": run_nested(here, TrialSpec(**config["spec"]), avoid=config["avoid"])}
 
         return tune.with_resources(nested_trial, HEAD_ONLY)
 
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
         folder = spec.folder(runtime.study_dir)
-        context = RunContext(should_stop=stop_reader(runtime.study_dir, folder))
+        context = RunContext(should_stop=stop_reader(runtime.study_dir, folder, spec.attempt))
         if not run_worker(runtime, spec, folder, context):
             failure = read_failure(folder, spec.attempt)
             if failure and failure.outcome == "memory":  # Ray ends the process, and with it all that it held
@@ -88,7 +89,10 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
     folder = folder or spec.folder(runtime.study_dir)
     use_gpu = runtime.capacity.gpus_per_worker > 0
     can_select = "label_selector" in {each.name for each in fields(ScalingConfig)}  # older releases of Ray cannot
+    counts_apart = "max_preemption_failures" in {each.name for each in fields(FailureConfig)}  # and do not
     selector: dict[str, Any] = {"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}
+    failures: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 1}
+    failures |= {"max_preemption_failures": 0} if counts_apart else {}
     trainer = TorchTrainer(
         _nested_worker,
         train_loop_config={"runtime": runtime, "spec": spec, "folder": folder},
@@ -103,7 +107,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
         run_config=RunConfig(
             name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name
             storage_path=str(runtime.study_dir / RAY_FILES / "train"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),  # type: ignore[call-arg]  # V2
+            failure_config=FailureConfig(**failures),
         ),
     )
     try:
@@ -116,7 +120,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
 def _nested_worker(config: dict[str, Any]) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
     runtime, spec, folder = config["runtime"], config["spec"], config["folder"]
-    place, should_stop = ray.train.get_context(), stop_reader(runtime.study_dir, folder)
+    place, should_stop = ray.train.get_context(), stop_reader(runtime.study_dir, folder, spec.attempt)
     context = RunContext(place.get_world_rank(), place.get_world_size(), should_stop=should_stop)
     if not run_worker(runtime, spec, folder, context):
         raise RuntimeError(f"{spec.name} failed, see its folder")

@@ -11,10 +11,11 @@ import ray
 from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
-from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import Capacity, Most, Node, capacity_of
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.outcome import must_leave
 
 Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], float]
@@ -82,6 +83,8 @@ class Runtime:
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.
+        attached: The Ray is not ours: its nodes come and go.
+        most: The largest cluster that may come of it (``concurrency.Most``).
         is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
     """
 
@@ -90,6 +93,8 @@ class Runtime:
     capacity: Capacity
     runner: Runner
     in_process: bool = False
+    attached: bool = False
+    most: Most = ()
     is_filled: bool = False
 
     @property
@@ -99,21 +104,22 @@ class Runtime:
         return executor == "ray-train" or (executor == "auto" and self.capacity.num_workers > 1)
 
 
-def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner) -> Runtime:
+def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner, most: Most = ()) -> Runtime:
     """Returns the runtime of a search (or of one training) on these nodes; its sets are without what the list of shared
     images leaves out.
 
     Raises:
-        ClusterError: A training does not fit.
+        ClusterError: A training does not fit, on ``most`` neither.
     """
-    capacity = capacity_of(recipe, nodes)
+    capacity = capacity_of(recipe, nodes, most)
     resources = recipe.resources.model_copy(update={"gpus_per_worker": capacity.gpus_per_worker})
     recipe = without_shared(recipe, read_shared(study_dir))
-    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner)
+    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, most=most)
 
 
-def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
-    """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
+def stop_reader(study_dir: Path, folder: Path, attempt: int) -> Callable[[], bool]:
+    """Returns a function that tells whether an attempt is to end: the search stops, the pruner has cut the training, or
+    the attempt is to leave.
 
     It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
     """
@@ -122,7 +128,7 @@ def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     def should_stop() -> bool:
         nonlocal stopped, next_at
         if not stopped and time.monotonic() >= next_at:
-            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT)
+            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT) or must_leave(folder, attempt)
             next_at = time.monotonic() + STOP_CHECK_S
         return stopped
 

@@ -19,7 +19,8 @@ from carft_ray.data.shared.shared_images import SharedRow, shared_of_study, writ
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Node
+from carft_ray.launch.ray_cluster.concurrency import Most, Node
+from carft_ray.launch.ray_cluster.growth import await_nodes, most_nodes
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
@@ -73,7 +74,12 @@ def computing(
         ray = running_ray(address, folder / RAY_LOG, stop_path)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
-            yield replace(make_runtime(recipe, folder, nodes, runner), in_process=in_process)
+            most: Most = ()
+            if address is not None and not in_process:
+                most = most_nodes()
+                nodes = await_nodes(recipe, nodes, most, folder, say)
+            runtime = make_runtime(recipe, folder, nodes, runner, most)
+            yield replace(runtime, in_process=in_process, attached=address is not None and not in_process)
 
 
 def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:
@@ -93,4 +99,4 @@ def _this_machine(recipe: Recipe) -> Node:
 
     asked = recipe.resources
     cpus, gpus = asked.cpus_per_worker * asked.num_workers, (asked.gpus_per_worker or 0) * asked.num_workers
-    return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus))
+    return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus), asked.accelerator or "")

@@ -18,10 +18,14 @@ from ray.tune.search import Searcher
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import Event
+from carft_ray.launch.events import Event, Note
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.ray_cluster.nodes import why_waiting
+from carft_ray.launch.preparation import fill_new_nodes
+from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_cluster.drains import Drains
+from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
+from carft_ray.launch.ray_cluster.nodes import alive_nodes, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime, stop_reader
@@ -33,6 +37,7 @@ from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 
 STOPPED = "stopped on request"
+MAX_PENDING = "100000"  # trials that Tune may hold waiting: how many that are is the driver's affair
 
 
 def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], None], began: float | None = None) -> str:
@@ -63,6 +68,11 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
+        drains=None if runtime.in_process else Drains(lambda text: on_event(Note(text))),
+        capacity_now=_following(runtime) if runtime.attached else None,
+        asked=capacity.asked,
+        reason=capacity.reason,
+        on_change=functools.partial(write_concurrency, study.study_dir),
     )
     with stop_file_on_signal(study.study_dir / STOP):
         (_run_here if runtime.in_process else _run_with_tune)(driver, runtime)
@@ -71,13 +81,27 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 
+def _following(runtime: Runtime) -> Callable[[], Capacity]:
+    """Returns what tells how trainings fit now; nodes that are new then begin to fill their caches."""
+    known = set(alive_nodes())
+
+    def now() -> Capacity:
+        nodes = set(alive_nodes())
+        fill_new_nodes(runtime, nodes - known)
+        known.update(nodes)
+        return present_capacity(runtime.recipe, runtime.most)
+
+    return now
+
+
 def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
     key, study_dir = "training", runtime.study_dir
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         folder = spec.folder(study_dir)
-        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(study_dir, folder))))
+        should_stop = stop_reader(study_dir, folder, spec.attempt)
+        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, should_stop)))
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
@@ -95,10 +119,10 @@ def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bo
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
-    # else actors start one after the other; where the driver lowers its concurrency, ``propose`` keeps to that
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(driver.concurrency)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = MAX_PENDING  # else actors start one after the other
     ray_files = runtime.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
+    write_concurrency(runtime.study_dir, driver.concurrency, driver.reason)
     searcher = DriverSearcher(driver)
     try:
         tuner = tune.Tuner(
@@ -111,11 +135,16 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
                 trial_dirname_creator=_tune_name,
             ),
             run_config=tune.RunConfig(
-                name="search", storage_path=str(ray_files), verbose=0, callbacks=[DriverCallback(driver, searcher)]
+                name="search",
+                storage_path=str(ray_files),
+                verbose=0,
+                callbacks=[DriverCallback(driver, searcher)],
+                stop=EndOfWaiting(driver),
             ),
         )
         with one_trial_dies():
             tuner.fit()
+        driver.end_waiting()
     except Exception as error:
         driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
     if not driver.study.taken_over:
@@ -149,7 +178,8 @@ class DriverSearcher(Searcher):
         spec = self._driver.propose(trial_id)
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
-        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out()}
+        spread = {} if self._driver.one_node is None else {"one_node": self._driver.one_node}
+        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), **spread}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""
@@ -189,6 +219,21 @@ class DriverCallback(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Suspects that a trial whose process died has left a placement group."""
         self._driver.died(TrialSpec(**trial.config["spec"]))
+
+
+class EndOfWaiting(tune.Stopper):
+    """Ends Tune's run when a stop was asked for and what is left waits for nodes, which may never come."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Ends no trial by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asks the driver."""
+        return self._driver.only_waits
 
 
 def _tune_name(tune_trial: Any) -> str:

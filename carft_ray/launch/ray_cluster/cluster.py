@@ -18,7 +18,7 @@ import ray
 
 from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
-from carft_ray.launch.ray_cluster.concurrency import Node
+from carft_ray.launch.ray_cluster.concurrency import Node, node_of
 from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would restart the group inside of an attempt; see drains.py
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never calls the searcher
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
@@ -39,6 +40,8 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 CONNECT_TIMEOUT_S = 10
+# what only waits takes no CPU, which could starve its own workers; every head node has this resource
+HEAD_ONLY = {"node:__internal_head__": 0.001}
 CHECK_HEAD_EVERY_S = 2
 # loggers that write only: a token is used; there are no progress files (we turned them off)
 SILENCED = ("ray._private.authentication", "ray.tune.analysis")
@@ -77,7 +80,7 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
             watching = contextlib.nullcontext() if temp_dir is None else _noticing_its_end(temp_dir, stop_path)
             try:
                 with watching:
-                    yield _nodes()
+                    yield nodes_now()
             finally:
                 ray.shutdown()
     finally:
@@ -227,5 +230,6 @@ def nodes_alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _nodes() -> tuple[Node, ...]:
-    return tuple(Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0)) for node in nodes_alive())
+def nodes_now() -> tuple[Node, ...]:
+    """Returns the nodes that are alive."""
+    return tuple(node_of(node["Resources"]) for node in nodes_alive())

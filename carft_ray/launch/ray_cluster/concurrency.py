@@ -1,20 +1,33 @@
-"""How many trainings run at a time on the nodes of a cluster, and what limits them."""
+"""How many trainings run at a time on the nodes of a cluster, what limits them, and how many wait for further nodes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from carft_ray.errors import ClusterError, Problem
+from carft_ray.errors import ClusterError, Problem, nearest
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
 
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
+KIND = "accelerator_type:"  # begins the resource that says of which kind the accelerators of a node are
+OF_KIND = 0.001  # of that resource, as Ray itself asks for a kind: each node has 1
 
 
 @dataclass(frozen=True)
 class Node:
-    """Resources of one machine."""
+    """Resources of one machine; ``accelerator`` is the kind of its GPUs by Ray's name: ``H100``."""
 
     num_cpus: float
     num_gpus: float
+    accelerator: str = ""
+
+    def amount(self, name: str) -> float:
+        """Returns how much it has of ``CPU`` or ``GPU``."""
+        return self.num_cpus if name == "CPU" else self.num_gpus
+
+
+# of the largest cluster that may come of this one: its nodes; none, where it does not grow; None, where it may grow and
+# nobody says how far
+Most = tuple[Node, ...] | None
 
 
 @dataclass(frozen=True)
@@ -22,12 +35,14 @@ class Capacity:
     """How trials fit into a cluster.
 
     Attributes:
-        concurrency: Trials at a time, at least 1.
+        concurrency: Trials at a time; 0 where a trial must wait for a node.
         reason: Why not more.
         num_workers: Processes of one trial.
         cpus_per_worker: CPUs of each.
         gpus_per_worker: GPUs of each, resolved.
         one_node: Whether all workers of a trial can be on one machine, and then will be.
+        asked: Further trials, for which nodes are asked for.
+        accelerator: The kind of the GPUs; empty: any.
     """
 
     concurrency: int
@@ -36,50 +51,104 @@ class Capacity:
     cpus_per_worker: float
     gpus_per_worker: float
     one_node: bool
+    asked: int = 0
+    accelerator: str = ""
 
     @property
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for one worker."""
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+        need = {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+        return need | ({f"{KIND}{self.accelerator}": OF_KIND} if self.accelerator else {})
 
 
-def capacity_of(recipe: Recipe, nodes: tuple[Node, ...]) -> Capacity:
+def node_of(resources: Mapping[str, float]) -> Node:
+    """Returns a machine with these resources, by Ray's names."""
+    kinds = [name.removeprefix(KIND) for name in resources if name.startswith(KIND)]
+    kind = min(kinds, key=len, default="")  # a placement group adds longer names of its own
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0), kind)
+
+
+def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Capacity:
     """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
 
+    While the cluster may grow, as many trials wait for nodes as run, and at least one; where nobody says how far it may
+    grow, one waits. Ray asks its autoscaler for nodes on behalf of what waits.
+
+    Args:
+        recipe: The recipe.
+        nodes: Those that are there.
+        most: Those of the largest cluster that may come of this one.
+
     Raises:
-        ClusterError: Not even one trial fits.
+        ClusterError: Not even one trial fits, and none ever will.
     """
-    resources = recipe.resources
-    num_workers, cpus = resources.num_workers, resources.cpus_per_worker
-    gpus = resources.gpus_per_worker
+    resources, kind = recipe.resources, recipe.resources.accelerator
+    num_workers, cpus, gpus = resources.num_workers, resources.cpus_per_worker, resources.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if any(node.num_gpus for node in nodes) else 0.0
-
+        gpus = 1.0 if kind or any(node.num_gpus for node in (*nodes, *(most or ()))) else 0.0
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    there = {"CPU": [node.num_cpus for node in nodes], "GPU": [node.num_gpus for node in nodes]}
-    slots = {name: [num_fitting(name, amount, capacity) for capacity in there[name]] for name, amount in need.items()}
-    together = [min(counts) for counts in zip(*slots.values(), strict=True)]  # workers that fit on each node
-    one_node = any(count >= num_workers for count in together)
-
-    def num_trials(counts: list[int]) -> int:
-        return sum(count // num_workers for count in counts) if one_node else sum(counts) // num_workers
-
-    fitting = num_trials(together)
-    if not fitting:
-        needed = " and ".join(f"{num_workers} x {amount_text(amount, name)}" for name, amount in need.items())
-        have = f"{amount_text(sum(there['CPU']), 'CPU')} and {amount_text(sum(there['GPU']), 'GPU')} in all"
-        step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
-        raise ClusterError(Problem("resources", f"a trial needs {needed}", have, next_step=step))
-    scarcest = min(need, key=lambda name: (num_trials(slots[name]), sum(slots[name])))
-    if num_trials(slots[scarcest]) == fitting:
-        need = {scarcest: need[scarcest]}  # the others do not matter
-    reason = _limit(fitting, need, there, num_workers, one_node)
+    usable, to_come = _of_kind(nodes, kind), _of_kind(most or (), kind)
+    fitting, one_node = _fit(need, num_workers, usable)
+    will_fit, will_be_one_node = _fit(need, num_workers, to_come)
+    if fitting:
+        reason = _limit(fitting, need, usable, num_workers, one_node)
+    elif most is None or will_fit:
+        reason, one_node = f"no node for a trial, which needs {_needed(need, num_workers, kind)}", will_be_one_node
+    else:
+        raise ClusterError(_never_fits(need, num_workers, kind, nodes, most or ()))
+    asked = 1 if most is None else min(max(1, fitting), max(0, will_fit - fitting))
     wanted = recipe.search.max_concurrent_trials
-    if wanted is not None and wanted <= fitting:
-        fitting, reason = wanted, "search.max_concurrent_trials"
-    if recipe.resources.executor == "debug":
-        fitting, reason = 1, "executor debug: one after the other"
-    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node)
+    if wanted is not None:
+        if wanted <= fitting:
+            fitting, reason = wanted, "search.max_concurrent_trials"
+        asked, will_fit = min(asked, wanted - fitting), min(will_fit, wanted)
+    if resources.executor == "debug":
+        fitting, asked, reason = 1, 0, "executor debug: one after the other"
+    if asked:
+        limit = "" if most is None else f", of {will_fit} at most"
+        reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for{limit}"
+    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node, asked, kind or "")
+
+
+def _of_kind(nodes: tuple[Node, ...], kind: str | None) -> tuple[Node, ...]:
+    return tuple(node for node in nodes if kind in (None, node.accelerator))
+
+
+def _slots(need: dict[str, float], nodes: tuple[Node, ...]) -> dict[str, list[int]]:
+    """Returns how many workers fit on each node, by each resource alone."""
+    return {name: [num_fitting(name, amount, node.amount(name)) for node in nodes] for name, amount in need.items()}
+
+
+def _fit(need: dict[str, float], num_workers: int, nodes: tuple[Node, ...]) -> tuple[int, bool]:
+    """Returns how many trials fit on these nodes, and whether all workers of one fit on one node."""
+    together = [min(counts) for counts in zip(*_slots(need, nodes).values(), strict=True)]
+    one_node = any(count >= num_workers for count in together)
+    return _num_trials(together, num_workers, one_node), one_node
+
+
+def _num_trials(counts: list[int], num_workers: int, one_node: bool) -> int:
+    return sum(count // num_workers for count in counts) if one_node else sum(counts) // num_workers
+
+
+def _needed(need: dict[str, float], num_workers: int, kind: str | None) -> str:
+    text = " and ".join(f"{num_workers} x {amount_text(amount, name)}" for name, amount in need.items())
+    return f"{text} of kind {kind}" if kind else text
+
+
+def _never_fits(
+    need: dict[str, float], num_workers: int, kind: str | None, nodes: tuple[Node, ...], most: tuple[Node, ...]
+) -> Problem:
+    """Returns the message for a trial that fits neither on the nodes that are there nor on those that may come."""
+    every = most or nodes
+    kinds = tuple(sorted({node.accelerator for node in every} - {""}))
+    if kind and kind not in kinds:
+        rule = "must be a kind of accelerator that a node of the cluster has"
+        return Problem("resources.accelerator", rule, kind, kinds, nearest(kind, kinds))
+    cpus, gpus = (sum(node.amount(name) for node in _of_kind(every, kind)) for name in ("CPU", "GPU"))
+    have = f"{amount_text(cpus, 'CPU')} and {amount_text(gpus, 'GPU')} in all"
+    have += " with all nodes that the autoscaler may add" if most else ""
+    step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
+    return Problem("resources", f"a trial needs {_needed(need, num_workers, kind)}", have, next_step=step)
 
 
 def num_fitting(name: str, amount: float, capacity: float) -> int:
@@ -98,22 +167,27 @@ def num_fitting(name: str, amount: float, capacity: float) -> int:
 
 
 def amount_text(amount: float, name: str) -> str:
-    """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``."""
+    """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``, ``accelerators H100``."""
+    if name.startswith(KIND):
+        return f"accelerators {name.removeprefix(KIND)}"
     return counted(amount, name) if name in ("CPU", "GPU") else f"{amount:g} {name}"
 
 
-def _limit(
-    fitting: int, need: dict[str, float], there: dict[str, list[float]], num_workers: int, one_node: bool
-) -> str:
+def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_workers: int, one_node: bool) -> str:
     """Returns why no more trials fit.
 
     Args:
         fitting: How many do.
-        need: Of each worker, by the resources that limit them.
-        there: Of each node, by resource.
+        need: Of each worker, by resource.
+        nodes: Those that a trial may use.
         num_workers: As in ``Capacity``.
         one_node: As in ``Capacity``.
     """
+    by_one = {name: _num_trials(counts, num_workers, one_node) for name, counts in _slots(need, nodes).items()}
+    scarcest = min(need, key=lambda name: (by_one[name], sum(_slots(need, nodes)[name])))
+    if by_one[scarcest] == fitting:
+        need = {scarcest: need[scarcest]}  # the others do not matter
+    there = {name: [node.amount(name) for node in nodes] for name in need}
     if len(need) == 1:
         [(name, amount)] = need.items()
         total, part = sum(there[name]), int(amount * UNITS)

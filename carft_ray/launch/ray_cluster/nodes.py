@@ -68,10 +68,14 @@ def why_waiting(capacity: Capacity) -> str:
     groups = ray.util.placement_group_table().values()
     if not any(group["state"] == "PENDING" for group in groups):
         return "Ray has given it what it needs and is starting it"
+    return lacking_for(capacity) or "what it needs has just become free"
+
+
+def lacking_for(capacity: Capacity, num_workers: int | None = None) -> str:
+    """Returns what keeps workers from starting now, as ``lacking`` does; by default all those of a trial."""
     free = available_resources_per_node()
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in nodes_alive()]
-    need = capacity.worker_resources
-    return lacking(need, capacity.num_workers, capacity.one_node, nodes) or "what it needs has just become free"
+    return lacking(capacity.worker_resources, num_workers or capacity.num_workers, capacity.one_node, nodes)
 
 
 def _less(there: float, amount: float, number: int) -> bool:

@@ -14,6 +14,8 @@ import ray
 
 from carft_ray.environment import private_name
 
+GCS_TIMEOUT_S = 2.0  # of a question to the head: who asks has other things to do
+
 
 @contextlib.contextmanager
 def without_news_of_workers() -> Iterator[None]:
@@ -32,6 +34,32 @@ def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     name = "ray._private.state.available_resources_per_node"
     found: Mapping[str, Mapping[str, float]] = private_name("ray", name, lambda: resolve_name(name))()
     return found
+
+
+def draining_nodes() -> Mapping[str, int]:
+    """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one.
+
+    Empty while the head does not answer.
+    """
+    name = "ray._private.worker.global_worker.gcs_client.get_draining_nodes"
+    ask = private_name("ray", name, lambda: resolve_name(name))
+    try:
+        found: Mapping[str, int] = ask(timeout=GCS_TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return {}
+    return found
+
+
+def node_groups() -> list[tuple[dict[str, float], int]] | None:
+    """Returns the groups of nodes that Ray's autoscaler may start: resources of a node, and how many (-1: any number).
+
+    None where no autoscaler has told Ray of them: releases up to 2.60 do so on hosted platforms alone.
+    """
+    name = "ray._private.state.state.get_cluster_config"
+    found = private_name("ray", name, lambda: resolve_name(name))()
+    if found is None:
+        return None
+    return [(dict(group.resources), group.max_count) for group in found.node_group_configs]
 
 
 @contextlib.contextmanager

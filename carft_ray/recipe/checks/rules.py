@@ -273,6 +273,9 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
         step = "Write executor: ray-train, or leave the executor out."
         reads = (("resources", "executor"),)
         yield Finding(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step, reads=reads)
+    if recipe.resources.accelerator is not None and recipe.resources.gpus_per_worker == 0:
+        kind = ("resources", "accelerator")
+        yield Finding(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator, reads=(path,))
     if gpus > 1 and gpus != int(gpus):
         step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
         yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)

@@ -53,7 +53,13 @@ def status(overview: Overview) -> dict[str, Any]:
             state: [overview.data(row) for row in rows if overview.state(row) == state]
             for state in ("running", "stopped", "set_aside")
         },
-        "search": {"running": overview.holder is not None, "holder": overview.holder, "stopping": overview.stopping},
+        "search": {
+            "running": overview.holder is not None,
+            "holder": overview.holder,
+            "stopping": overview.stopping,
+            "at_a_time": overview.at_a_time[0] if overview.at_a_time else None,
+            "limited_by": overview.at_a_time[1] if overview.at_a_time else None,
+        },
         "ledger": ledger(overview.study_dir),
         "budget": budget(overview),
         "times": {

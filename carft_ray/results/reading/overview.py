@@ -1,5 +1,6 @@
 """A study as commands read it: nothing is locked, nothing is written, no torch is loaded."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import JOURNAL, LOG, MANIFEST, METRICS, RESOLVED, STOP
+from carft_ray.layout import CONCURRENCY, JOURNAL, LOG, MANIFEST, METRICS, RAY_FILES, RESOLVED, STOP
 from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
@@ -34,6 +35,7 @@ class Overview:
         holder: Who runs the search, in words; None: no search runs on the study.
         stopping: A stop was asked for and the live search has not ended yet.
         running: Kinds and names of the trainings that run.
+        at_a_time: How many the search runs at a time at this moment, and why not more; None where it does not say.
     """
 
     study_dir: Path
@@ -44,6 +46,7 @@ class Overview:
     holder: str | None = None
     stopping: bool = False
     running: frozenset[tuple[str, str]] = frozenset()
+    at_a_time: tuple[int, str] | None = None
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
@@ -132,7 +135,8 @@ def read_study(folder: Path) -> Overview:
     live = frozenset((row.kind, row.name) for row in trainings if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
     recipe = study_recipe(study_dir)
-    return Overview(study_dir, recipe, rows["trial"], rows["baseline"], rows["confirm"], found, stopping, live)
+    groups = (rows["trial"], rows["baseline"], rows["confirm"])
+    return Overview(study_dir, recipe, *groups, found, stopping, live, _at_a_time(study_dir) if found else None)
 
 
 def is_study(folder: Path) -> bool:
@@ -292,6 +296,14 @@ def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     with files.passing_faults():
         alive = read_heartbeat(folder_of(study_dir, row), row.attempt)
     return None if alive is None else alive.began
+
+
+def _at_a_time(study_dir: Path) -> tuple[int, str] | None:
+    """Returns how many trainings the search that holds the study runs at a time, and why not more."""
+    found = None
+    with contextlib.suppress(OSError):  # of a network disk: nothing is known then
+        found = files.read_object(study_dir / RAY_FILES / CONCURRENCY)
+    return (int(found["concurrency"]), str(found["reason"])) if found else None
 
 
 def _trains(study_dir: Path, row: TrialRow) -> bool:

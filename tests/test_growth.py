@@ -1,0 +1,481 @@
+"""Clusters that grow and shrink: how many trainings run then, and real nodes that come and go."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import stand_in
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from test_driver import Tune
+
+from carft_ray.errors import ClusterError, InterruptedRunError
+from carft_ray.launch.driver import Driver
+from carft_ray.launch.events import ConcurrencyChanged, Note, Preparing, Started, TrialFinished, TrialStarted
+from carft_ray.launch.ray_cluster import growth, ray_private
+from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT, nodes_now, running_ray
+from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of, node_of
+from carft_ray.launch.ray_cluster.growth import await_nodes, groups_of, largest, read_config
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
+from carft_ray.layout import STOP
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_running
+
+HERE = Path(__file__).parent
+SIZES = {"object_store_memory": 10**8}
+HEAD, GPU_NODE = Node(0, 0), Node(8, 2)
+GROUPS = """
+max_workers: 3
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 2}, max_workers: 0}
+  large: {resources: {CPU: 8, GPU: 2, "accelerator_type:H100": 1}, min_workers: 0, max_workers: 2}
+  small: {resources: {CPU: 4}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most", "recipe", "found", "reason"),
+    [
+        # from zero workers: one trial waits, with the GPUs that are to come
+        ([HEAD], [HEAD, *[GPU_NODE] * 3], {}, (0, 1), "no node for a trial, which needs 1 x 1 CPU and 1 x 1 GPU; "
+         "nodes for 1 are asked for, of 6 at most"),
+        # then as many wait as run
+        ([GPU_NODE], [GPU_NODE] * 3, {}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for, of 6 at most"),
+        ([GPU_NODE] * 2, [GPU_NODE] * 3, {}, (4, 2), "4 GPUs, 1 a trial; nodes for 2 more are asked for, of 6 at most"),
+        ([GPU_NODE] * 3, [GPU_NODE] * 3, {}, (6, 0), "6 GPUs, 1 a trial"),
+        # no more than the recipe wants
+        ([GPU_NODE], [GPU_NODE] * 3, {"max_concurrent_trials": 3}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are "
+         "asked for, of 3 at most"),
+        ([GPU_NODE], [GPU_NODE] * 3, {"max_concurrent_trials": 1}, (1, 0), "search.max_concurrent_trials"),
+        # nobody knows how far it may grow
+        ([GPU_NODE], None, {}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
+        ([HEAD], None, {}, (0, 1), "no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"),
+        # a node by hand, beyond the autoscaler's
+        ([GPU_NODE] * 4, [GPU_NODE] * 3, {}, (8, 0), "8 GPUs, 1 a trial"),
+        # of one kind
+        ([Node(8, 2, "H100"), Node(8, 8, "T4")], [], {"accelerator": "H100"}, (2, 0), "2 GPUs, 1 a trial"),
+        ([Node(8, 8, "T4")], [Node(8, 2, "H100")], {"accelerator": "H100"}, (0, 1), "no node for a trial, which needs "
+         "1 x 1 CPU and 1 x 1 GPU of kind H100; nodes for 1 are asked for, of 2 at most"),
+    ],
+)  # fmt: skip
+def test_as_many_trials_wait_for_nodes_as_run(nodes, most, recipe, found, reason):
+    kind, wanted = recipe.get("accelerator"), recipe.get("max_concurrent_trials")
+    recipe = stand_in.make_recipe(max_concurrent_trials=wanted, resources={"accelerator": kind})
+    capacity = capacity_of(recipe, tuple(nodes), None if most is None else tuple(most))
+    assert (capacity.concurrency, capacity.asked, capacity.reason) == (*found, reason)
+
+
+def test_a_trial_on_the_largest_node_that_may_come_is_awaited_there():
+    recipe = stand_in.make_recipe(resources={"num_workers": 4})
+    most = (HEAD, Node(8, 4), Node(8, 2))
+    assert capacity_of(recipe, (HEAD,), most).one_node
+    assert not capacity_of(recipe, (Node(8, 2), Node(8, 2)), most).one_node  # over two that are there
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most", "resources", "told"),
+    [
+        ([HEAD], [HEAD, GPU_NODE], {"num_workers": 3}, "resources: a trial needs 3 x 1 CPU and 3 x 1 GPU, but got "
+         "8 CPUs and 2 GPUs in all with all nodes that the autoscaler may add"),
+        ([Node(8, 2, "A100")], [], {"accelerator": "H100"}, "resources.accelerator: must be a kind of accelerator "
+         "that a node of the cluster has, but got H100; did you mean 'A100'? (allowed: A100)"),
+    ],
+)  # fmt: skip
+def test_a_trial_that_fits_on_no_node_that_may_come_is_refused(nodes, most, resources, told):
+    with pytest.raises(ClusterError) as caught:
+        capacity_of(stand_in.make_recipe(resources=resources), tuple(nodes), tuple(most))
+    assert str(caught.value).startswith(told)
+
+
+def test_a_kind_of_accelerator_is_asked_of_ray():
+    capacity = capacity_of(stand_in.make_recipe(resources={"accelerator": "H100"}), (Node(8, 1, "H100"),))
+    assert capacity.worker_resources == {"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}
+    there = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100_group_0_ab12": 1.0, "accelerator_type:H100": 1.0}
+    assert node_of(there) == Node(8, 1, "H100")
+
+
+def test_the_file_of_the_cluster_launcher_says_how_far_it_grows(tmp_path):
+    large = {"CPU": 8, "GPU": 2, "accelerator_type:H100": 1}
+    groups, limit = groups_of(GROUPS)
+    assert (groups, limit) == ([(large, 2), ({"CPU": 4}, 3)], 3)
+    assert largest([HEAD], groups, limit) == (HEAD, Node(8, 2, "H100"), Node(8, 2, "H100"), Node(4, 0))
+    assert len(largest([], [({"CPU": 4}, -1)])) == growth.UNBOUNDED
+    for bad in ("", "- 1", "max_workers: 3", "available_node_types: {a: {max_workers: many}}", "a: ["):
+        assert groups_of(bad) == (None, None)
+
+    (tmp_path / "config.yaml").write_text(GROUPS)
+    for number, address in (("7", "10.0.0.1:6379"), ("8", "10.0.0.1:6380")):  # two clusters on one machine
+        (tmp_path / number).mkdir()
+        words = ["python", "monitor.py", f"--gcs-address={address}", f"--autoscaling-config={tmp_path}/config.yaml"]
+        (tmp_path / number / "cmdline").write_bytes("\0".join(words[: 4 if number == "7" else 3]).encode())
+    assert read_config("10.0.0.1:6379", tmp_path) == (groups, limit)
+    assert read_config("10.0.0.1:6380", tmp_path) == (None, None)
+
+
+def test_where_no_node_comes_a_command_says_how_it_would_wait(tmp_path):
+    recipe = stand_in.make_recipe(resources={"num_workers": 3})
+    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
+        await_nodes(recipe, (Node(2, 0),), (), tmp_path, pytest.fail)
+    assert str(caught.value).endswith("Nodes that are yet to be added are awaited with resources.wait_for_nodes=10m.")
+
+
+class Changing:
+    """A cluster that a driver follows; ``fits`` and ``asked`` may be set."""
+
+    def __init__(self):
+        self.fits, self.asked = 2, 0
+
+    def __call__(self):
+        return Capacity(self.fits, f"{self.fits} CPUs", 1, 1.0, 0.0, one_node=self.fits > 1, asked=self.asked)
+
+
+@pytest.fixture
+def followed(tmp_path, monkeypatch):
+    """Gives a function that makes a search of 12 trials on a cluster that changes."""
+    monkeypatch.setattr("carft_ray.launch.driver.COUNT_EVERY_S", 0.0)
+    with open_study(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
+        recover_running(study)
+
+        def make(**how):
+            events, cluster = [], Changing()
+            tune = Tune(Driver(study, 2, events.append, capacity_now=cluster, reason="2 CPUs", **how))
+            tune.events, tune.cluster = events, cluster
+            return tune
+
+        yield make
+
+
+def changes(events):
+    return [(event.concurrency, event.reason) for event in events if isinstance(event, ConcurrencyChanged)]
+
+
+def test_trainings_at_a_time_follow_the_nodes(followed):
+    tune = followed()
+    running = [tune.start(), tune.start()]
+    assert tune.start() is None
+    tune.cluster.fits, tune.cluster.asked = 3, 1
+    tune.look()
+    running += [tune.start(), tune.start()]
+    assert tune.start() is None  # three run, one waits
+    assert running[-1].config["one_node"]
+    tune.cluster.fits, tune.cluster.asked = 1, 0
+    tune.look()
+    for trial in running[:3]:
+        tune.finish(trial)
+        assert tune.start() is None  # fewer from now on
+    tune.finish(running[3])
+    assert not tune.start().config["one_node"]
+    assert changes(tune.events) == [(3, "3 CPUs"), (1, "1 CPUs")]
+
+
+def test_without_any_node_one_trial_waits(followed):
+    tune = followed()
+    tune.cluster.fits = 0
+    tune.look()
+    assert tune.start() is not None
+    assert tune.start() is None
+    assert tune.driver.concurrency == 0
+
+
+def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(followed):
+    tune = followed()
+    first, _ = tune.start(), tune.start()
+    tune.end(first, "no memory was left on node 10.0.0.7 (7GB of 8GB used)")
+    assert changes(tune.events) == [(1, "memory was full")]
+    for fits, at_a_time in ((2, 1), (8, 4), (1, 1), (0, 0), (3, 1)):
+        tune.cluster.fits, tune.cluster.asked = fits, 1
+        tune.look()
+        assert (tune.driver.concurrency, tune.driver.asked) == (at_a_time, 0)
+    assert changes(tune.events)[-1] == (1, "memory was full; 3 would fit")
+
+
+def test_workers_that_did_not_come_in_time_have_waited_and_are_no_loss(followed):
+    tune = followed()
+    for _ in range(30):  # more often than anything may be lost
+        tune.end(tune.start(), f"2 workers with 1 CPU each did not start within 900 s ({START_TIMEOUT})")
+    assert tune.driver.failure is None
+    assert not tune.driver.study.set_aside()
+    told = [event.text for event in tune.events if isinstance(event, Note)]
+    assert len(told) == 30
+    assert " waits again: 2 workers with 1 CPU each did not start within 900 s" in told[0]
+
+
+def test_half_of_a_large_cluster_may_go_at_once(followed):
+    tune = followed()
+    tune.cluster.fits = 8
+    tune.look()
+    running = [tune.start() for _ in range(8)]
+    tune.cluster.fits = 1
+    tune.look()
+    for trial in running:
+        tune.die(trial)
+    assert tune.driver.failure is None
+
+
+def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
+    tune = followed(gpus=4.0, on_change=lambda *change: told.append(change))
+    told = []
+    runs = tune.start()
+    waits = tune.driver.propose("waits")
+    for attempt in tune.driver._attempts.values():
+        attempt.began -= 1000
+    (tune.driver.study.study_dir / STOP).write_text("asked\n")
+    tune.look()
+    assert not tune.driver.only_waits  # one writes its checkpoint
+    tune.end(runs)
+    assert tune.driver.only_waits
+    tune.driver.end_waiting()
+    assert tune.driver.live == []
+    assert 4000 < tune.driver.study.gpu_seconds() < 4100
+    assert [row.outcome for row in tune.driver.study.rows() if row.name == waits.name] == ["running"]
+
+
+def test_a_group_that_waits_for_its_workers_is_given_up_some_time_after_a_stop(followed):
+    tune = followed(gpus=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
+    tune.start()
+    for attempt in tune.driver._attempts.values():
+        attempt.began -= 1000
+    (tune.driver.study.study_dir / STOP).write_text("asked\n")
+    tune.look()
+    assert not tune.driver.only_waits
+    tune.driver._stopping_since -= 100
+    assert tune.driver.only_waits
+    tune.driver.end_waiting()
+    assert tune.driver.study.gpu_seconds() == 0
+
+
+def marked_fill(recipe, prepared_dir, say):
+    """Marks the node whose cache is filled."""
+    (prepared_dir.parent.parent / f"filled-{ray.get_runtime_context().get_node_id()}").touch()
+    return 0.0
+
+
+RUNNER = Runner(stand_in.prepare, stand_in.train, marked_fill)
+PYTHONPATH = os.pathsep.join([str(HERE.parent), str(HERE)])
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster of a head without CPUs, which notices soon that a node is gone."""
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    for name, value in {"initial_delay_ms": 0, "period_ms": 500, "failure_threshold": 2}.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SIZES})
+    yield cluster
+    cluster.shutdown()
+
+
+class Hands:
+    """Adds a node when a search waits for the first, another one later, and then takes that away."""
+
+    def __init__(self, cluster, study_dir):
+        self.cluster, self.study_dir = cluster, study_dir
+        self.events, self.nodes, self.seen = [], [], []
+
+    def __call__(self, event):
+        self.events.append(event)
+        ended = isinstance(event, TrialFinished)
+        if (isinstance(event, Preparing) and event.what.startswith("waiting: ")) or (ended and len(self.nodes) == 1):
+            self.seen.append(read_study(self.study_dir).at_a_time)
+            self.nodes.append(self.cluster.add_node(num_cpus=1, **SIZES))
+        elif ended and len(self.nodes) == 2 and len(list(self.study_dir.parent.glob("filled-*"))) == 2:
+            self.seen.append(read_study(self.study_dir).at_a_time)
+            self.cluster.remove_node(self.nodes[1], allow_graceful=False)
+            self.nodes.append(None)
+
+    def __reduce__(self):
+        """Tune writes it to a file that nobody reads."""
+        return list, ()
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, cluster):
+    """From no node to one, to two, and back to one."""
+    stand_in.tell(tmp_path, seconds=1)
+    resources = {"gpus_per_worker": 0, "wait_for_nodes": 60}
+    recipe = stand_in.make_recipe(12, baselines={}, resources=resources)
+    hands = Hands(cluster, tmp_path / "study")
+    result = run_search(recipe, tmp_path / "study", cluster.address, hands, RUNNER)
+    events = hands.events
+    assert [row.outcome for row in result.trials] == ["complete"] * 12
+    assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
+    assert [number for number, _ in changes(events)] == [2, 1]
+    assert hands.seen == [
+        (0, "no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"),
+        (1, "1 CPU, 1 a trial"),
+        (2, "2 CPUs, 1 a trial"),
+    ]
+    assert read_study(tmp_path / "study").at_a_time is None
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("executor", ["inline", "ray-train"])
+def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluster, executor):
+    """At its beginning, and later one of whose trials waits for a node that never comes."""
+    monkeypatch.setattr("carft_ray.launch.driver.STOP_WAITING_AFTER_S", 3.0)
+    stand_in.tell(tmp_path, seconds=1)
+    resources = {"gpus_per_worker": 0, "wait_for_nodes": 60, "executor": executor}
+    recipe = stand_in.make_recipe(9, baselines={}, resources=resources)
+
+    def stopped_by(event):
+        if isinstance(event, Preparing) and event.what.startswith("waiting: "):
+            (tmp_path / "study" / STOP).write_text("asked\n")
+
+    with pytest.raises(InterruptedRunError, match="stopped; 0 of 9 trials finished"):
+        run_search(recipe, tmp_path / "study", cluster.address, stopped_by, RUNNER)
+
+    cluster.add_node(num_cpus=1, **SIZES)
+    monkeypatch.setattr("carft_ray.launch.session.most_nodes", lambda: (Node(1, 0), Node(1, 0)))
+    started = []
+
+    def stopped_later(event):
+        started.extend([event] if isinstance(event, TrialStarted) else [])
+        if isinstance(event, TrialFinished):
+            (tmp_path / "study" / STOP).write_text("asked\n")
+
+    with pytest.raises(InterruptedRunError, match="stopped; 1 of 9 trials finished"):
+        run_search(recipe, tmp_path / "study", cluster.address, stopped_later, RUNNER)
+    assert groups_left(cluster.address) == []
+
+
+def groups_left(address):
+    """Returns the placement groups that stay, as another driver sees them: Ray removes those of one that has ended."""
+    gone_by = time.monotonic() + 30
+    with running_ray(address, Path(os.devnull)):
+        while groups := [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]:
+            if time.monotonic() >= gone_by:
+                break
+            time.sleep(0.5)
+        return groups
+
+
+HEAD_TYPE, FAKE_HEAD = "ray.head.default", "f" * 51 + "00000"  # as Ray's provider of nodes for tests knows the head
+
+
+@contextlib.contextmanager
+def autoscaling_head(folder, version):
+    """Starts a head without CPUs whose autoscaler may start two nodes with a CPU; gives its address."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    lists = ["cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands"]
+    lists += [f"{who}setup_commands" for who in ("", "head_", "worker_")]
+    lists += [f"{who}_start_ray_commands" for who in ("head", "worker")]
+    config = {
+        "cluster_name": "fake",
+        "max_workers": 2,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            **dict.fromkeys(
+                ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "launch_multiple"), True
+            ),
+            "gcs_address": f"127.0.0.1:{port}",
+            "head_node_id": FAKE_HEAD,
+        },
+        "available_node_types": {
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": 1, "object_store_memory": 10**8},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
+        },
+        "head_node_type": HEAD_TYPE,
+        **{name: {} for name in ("docker", "auth", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in lists},
+    }
+    folder.mkdir()
+    (folder / "cluster.yaml").write_text(json.dumps(config))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(folder),
+        "PYTHONPATH": PYTHONPATH,
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+        "RAY_enable_autoscaler_v2": str(int(version == 2)),
+    }
+    options = {
+        "port": port,
+        "node-ip-address": "127.0.0.1",
+        "num-cpus": 0,
+        "temp-dir": folder / "t",
+        "object-store-memory": 10**8,
+        "include-dashboard": "false",
+        "include-log-monitor": "false",
+        "autoscaling-config": folder / "cluster.yaml",
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        started_by = time.monotonic() + 60
+        while "Ray runtime started" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < started_by, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_path_factory, version):
+    """Ray's own autoscaler, with its provider for tests: nodes are processes of this machine."""
+    base_dir = tmp_path_factory.mktemp("a")
+    stand_in.tell(base_dir, seconds=1.5)
+    recipe, events = stand_in.make_recipe(6, baselines={}, resources={"gpus_per_worker": 0, "wait_for_nodes": 60}), []
+    with short_folder() as folder, autoscaling_head(folder / "h", version) as address:
+        result = run_search(recipe, base_dir / "study", address, events.append, RUNNER)
+        assert [row.outcome for row in result.trials] == ["complete"] * 6
+        waits = [event.what for event in events if isinstance(event, Preparing) and event.what.startswith("waiting")]
+        assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for, of 2 at most"]
+        [started] = [event for event in events if isinstance(event, Started)]
+        assert (2, "2 CPUs, 1 a trial") in [(started.concurrency, started.reason), *changes(events)]
+        with running_ray(address, folder / "ray.log"):
+            gone_by = time.monotonic() + 60
+            while any(node.num_cpus for node in nodes_now()):
+                assert time.monotonic() < gone_by, "the nodes stay"
+                time.sleep(0.5)
+            # what newer releases of its second version tell Ray, and hosted platforms
+            told = autoscaler_pb2.ClusterConfig()
+            group = told.node_group_configs.add(max_count=4)
+            group.resources["CPU"] = 8
+            assert ray_private.node_groups() is None
+            ray._private.worker.global_worker.gcs_client.report_cluster_config(told.SerializeToString())
+            assert ray_private.node_groups() == [({"CPU": 8}, 4)]
+            assert growth.most_nodes()[1:] == (Node(8, 0),) * 4
+
+
+@contextlib.contextmanager
+def short_folder():
+    """Gives a folder whose path is short enough for the sockets of Ray."""
+    folder = Path(tempfile.mkdtemp(prefix="cg-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
