@@ -1,0 +1,169 @@
+"""Finished and unfinished studies of many kinds with stored results and predictions, made without a training."""
+
+import json
+import math
+
+import numpy as np
+from stand_in import SANDBOX_SET
+
+from carft_ray import files
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.recovery import recover_running
+
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+IMAGES = {"id_val": 120, "noisy": 80, "blurry": 80}
+CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
+
+
+def make_recipe(trials=6, ood=True, **search):
+    """The recipe of a random search: learning rate, KL weight and a categorical value."""
+    validation = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+    space = {
+        "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "kl_weight": {"low": 0.1, "high": 100, "log": True},
+        "decay": {"choices": ["all", "matrices"]},
+    }
+    if "alpha" in search:
+        space["alpha"] = {"low": 0.1, "high": 1.0}
+    content = {
+        "name": "kinds",
+        "data": {
+            "train": {**SANDBOX_SET, "split": "train"},
+            "id_val": {**SANDBOX_SET, "split": "val"},
+            "ood_val": validation if ood else {},
+        },
+        "search": {
+            "trials": trials,
+            "space": space,
+            "sampler": {"name": "random"},
+            "baselines": {"fine_tuning": {"kl_weight": 0}},
+            **search,
+        },
+    }
+    return Recipe.model_validate(content)
+
+
+def accuracies(train, alpha):
+    """ID rises with alpha and the learning rate; OOD rises, then falls, the less the larger the KL weight is."""
+    fit = 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2)
+    kept = 1 / (1 + math.exp(-math.log10(train.kl_weight + 0.01)))
+    ood = 0.55 + 0.25 * fit * alpha * (1.2 - alpha) + 0.08 * kept * alpha
+    return {"id_val": 0.62 + 0.24 * fit * alpha, "noisy": ood, "blurry": ood - 0.08}
+
+
+def predictions(train, alphas, sets, rng):
+    """Predictions of those accuracies; images have a difficulty of their own, and labels go round the classes."""
+    tables = []
+    for alpha in alphas:
+        for name in sets:
+            count = IMAGES[name]
+            labels, hard = np.arange(count) % len(CLASSES), (np.arange(count) * 37 % count + 0.5) / count
+            right = hard + rng.normal(0, 0.04, count) < accuracies(train, alpha)[name]
+            logits = rng.normal(0, 0.3, (count, len(CLASSES))).astype(np.float32)
+            logits[np.arange(count), np.where(right, labels, (labels + 1) % len(CLASSES))] += 2 + 2 * rng.random(count)
+            tables.append(predictions_table(name, alpha, np.arange(count, dtype=np.uint64), labels, logits))
+    return concat(tables)
+
+
+def metrics_of(table, spec, alpha):
+    from carft_ray.evaluation.predictions import correct
+
+    found = {name: float(correct(table, name, alpha).mean()) for name in spec.sets}
+    metrics = {f"accuracy/{name}": value for name, value in found.items()} | {"id_accuracy": found["id_val"]}
+    if spec.ood_sets:
+        metrics["ood_accuracy"] = float(np.mean([found[name] for name in spec.ood_sets]))
+    return {**metrics, "objective": spec.value(found)}
+
+
+def finish(study, spec, rng, limit=None):
+    """Writes what a training of these values leaves, and settles it."""
+    folder, recipe = spec.folder(study.study_dir), apply(study.recipe, spec.values)
+    what = objective_spec(recipe)
+    alphas = sorted({*GRID, spec.values.get("alpha", 1.0)})
+    table = predictions(recipe.train, alphas, what.sets, rng)
+    write_predictions(folder / "predictions" / "validation.parquet", table)
+    curve = [{"alpha": alpha, **metrics_of(table, what, alpha)} for alpha in alphas]
+    if limit is not None:
+        for point in curve:
+            point["violation/id_drop/zero_shot"] = limit - point["id_accuracy"]
+
+    def rank(point):
+        return -max(0.0, point.get("violation/id_drop/zero_shot", 0.0)), point["objective"]
+
+    best = max(curve[1:], key=rank)
+    if "alpha" in spec.values:
+        best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
+    metrics = {name: value for name, value in best.items() if name != "alpha"}
+    content = {
+        "format_version": 1,
+        "objective": metrics["objective"],
+        "alpha": best["alpha"],
+        "metrics": metrics,
+        "fine_tuned": {name: value for name, value in curve[-1].items() if name != "alpha"},
+        "curve": curve,
+        "moved": 0.01,
+        "chosen_from": alphas,
+        "num_images": {"train": 64, **{name: IMAGES[name] for name in what.sets}},
+        "train": recipe.train.model_dump(mode="json"),
+        "elapsed_s": 20.0 + 10 * rng.random(),
+    }
+    files.write_json(folder / "result.json", content)
+    study.spend(spec, content["elapsed_s"], 0.0)
+    assert study.settle(spec) is not None
+
+
+def fail(study, spec, outcome="diverged"):
+    spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
+    study.spend(spec, 5.0, 0.0)
+    write_failure(spec.folder(study.study_dir), Failure(outcome, "loss not finite at step 3 <b>", spec.attempt))
+    study.settle(spec)
+
+
+def fill(study, num, fails=lambda number: False, limit=None):
+    """Ends baselines and ``num`` trials of an open study."""
+    study_dir, rng = study.study_dir, np.random.default_rng(0)
+    (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
+    recover_running(study)
+    what = objective_spec(study.recipe)
+    zero_shot = predictions(study.recipe.train, (0.0,), what.sets, rng)
+    write_predictions(study_dir / "prepared" / "zero_shot.parquet", zero_shot)
+    study.add_zero_shot(metrics_of(zero_shot, what, 0.0))
+    ended = 0
+    while ended < num and (spec := study.next()) is not None:
+        if spec.kind == "trial" and fails(spec.number):
+            fail(study, spec)
+        else:
+            finish(study, spec, rng, limit)
+        ended += spec.kind == "trial"
+
+
+def make(study_dir, num=6, recipe=None, fails=lambda number: False, limit=None):
+    """Writes a finished study; returns its directory."""
+    with open_study(study_dir, recipe or make_recipe(num)) as study:
+        fill(study, num, fails, limit)
+    return study_dir
+
+
+def start(study):
+    """Leaves a trial that trains."""
+    spec = study.next()
+    append_log(spec.folder(study.study_dir), "attempt 1: starts on here")
+    (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
+
+
+KINDS = {
+    "one": {"num": 1},
+    "two": {"num": 2},
+    "thirty": {"num": 30, "fails": lambda number: number % 7 == 3},
+    "all failed": {"num": 5, "fails": lambda number: True},
+    "no OOD set": {"num": 8, "recipe": make_recipe(8, ood=False)},
+    "Pareto": {"num": 8, "recipe": make_recipe(8, objective={"kind": "pareto"}, alpha={"mode": "sample"})},
+    "constraints": {"num": 12, "recipe": make_recipe(12, constraints={"id_drop": {"zero_shot": 0.0}}), "limit": 0.66},
+    "no baseline": {"num": 4, "recipe": make_recipe(4, baselines={})},
+}
