@@ -167,8 +167,8 @@ def _accuracy(found: _Evidence) -> Line:
     names = ("ID", "OOD mean")
     text = ", ".join(f"{name} {value} %" for name, value in zip(names, found.accuracies, strict=False))
     if found.baseline is not None:
-        kept = {True: "kept", False: "not shown to be kept", None: "not tested"}[found.keeps_id]
-        text += f"; ID accuracy of {_spaced(found.baseline)}: {kept}"
+        kept = {True: "keeps", False: "not shown to keep", None: "not yet tested whether it keeps"}[found.keeps_id]
+        text += f"; {kept} the ID accuracy of {_spaced(found.baseline)}"
     if len(found.accuracies) < 2:
         text += "; there is no OOD set"
     return Line("Accuracy", bool(found.keeps_id) and len(found.accuracies) == len(names), text)
@@ -199,7 +199,7 @@ def _cost(document: Document) -> Line:
     fixed = [_spaced(row["name"]) for row in status["baselines"] if row["name"] != ZERO_SHOT]
     text = f"tuned with {' and '.join(each)}" if each else "no training has ended"
     if fixed:
-        text += f"; {', '.join(fixed)} with one training each, not tuned"
+        text += f"; {' and '.join(fixed)} not tuned: one training{' each' * (len(fixed) > 1)}"
     if document["rivals"]:
         text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
     hours = status["budget"]["gpu_hours_used"]

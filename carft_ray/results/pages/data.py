@@ -147,12 +147,14 @@ def _plain_line(view: Overview) -> dict[str, Any] | None:
 
 
 def _points_of_best(view: Overview) -> list[tuple[str, float]]:
-    """Returns the three ends of a comparison of the best trial with itself: names and alphas, without repetition."""
+    """Returns the points at which the best trial is compared with itself, by name; where it is at alpha 1, two."""
     best = view.best
     if best is None or not predictions_path(view.study_dir, best).exists():
         return []
     known = alphas(read_predictions(predictions_path(view.study_dir, best)), ID_SET)
     wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
+    if wanted["chosen"] == wanted["fine-tuned"]:
+        del wanted["fine-tuned"]
     return [(name, alpha) for name, alpha in wanted.items() if alpha in known]
 
 

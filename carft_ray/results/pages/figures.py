@@ -188,5 +188,6 @@ FIGURES = (
         "The value of the best trial so far on images that did not choose it. Where it falls, the search has followed "
         "luck.",
         _overtuning,
+        is_wide=True,
     ),
 )

@@ -34,7 +34,7 @@
 
   // numbers as people read them
   const percent = (value, digits = 1) => (value == null ? "" : (100 * value).toFixed(digits));
-  const spaced = (name) => String(name).replaceAll("_", " ");
+  const spaced = (name) => doc.names[name] ?? String(name).replaceAll("_", " ");
   const short = (value) => {
     if (typeof value !== "number") return value == null ? "" : String(value);
     return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(3)));
@@ -64,14 +64,14 @@
   });
   const layout = (more = {}) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("ink"), size: 12.5, family: "system-ui, Helvetica, Arial, sans-serif" },
-    margin: { l: 52, r: 16, t: 8, b: 44 }, height: 340, hovermode: "closest", dragmode: false, showlegend: false,
+    margin: { l: 52, r: 16, t: 8, b: 44 }, height: 340, hovermode: "closest", dragmode: matchMedia("(hover: hover)").matches ? "zoom" : false, showlegend: false,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
     hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
     xaxis: axis(), yaxis: axis(), ...more,
   });
   const width = (element) => element.clientWidth || 600;
   const isNarrow = (element) => width(element) < 560;
-  const bar = (title, element) => ({ title: { text: title, side: "right", font: { size: 12 } }, thickness: 10, len: 0.8, outlinewidth: 0, ...(isNarrow(element) ? { orientation: "h", y: -0.28, len: 1, title: { text: title, side: "top" } } : {}) });
+  const bar = (title, element) => ({ title: { text: title, side: "right", font: { size: 12 } }, thickness: 10, len: 0.8, outlinewidth: 0, ...(isNarrow(element) ? { orientation: "h", y: -0.16, yanchor: "top", len: 1, title: { text: title, side: "bottom" } } : {}) });
 
   /** Ticks of a logit axis around some accuracies, at percents that people would choose. */
   const logitAxis = (accuracies, title) => {
@@ -88,7 +88,7 @@
   };
   const parameterAxis = (name, more = {}) => {
     const one = doc.space[name] ?? {};
-    return one.choices ? axis({ title: spaced(name), type: "category", ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", exponentformat: "power", nticks: 5, ...more });
+    return one.choices ? axis({ title: spaced(name), type: "category", ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", exponentformat: "power", dtick: one.log && one.high >= 30 * one.low ? 1 : undefined, nticks: 5, ...more });
   };
 
   // filters
@@ -119,11 +119,11 @@
   };
   const curveColour = (curve) => (curve.name === best?.name ? colour("best") : colour(isBaseline.has(curve.name) ? "muted" : "grey"));
   const diamonds = (curves, x, y) => ({
-    x: curves.map(x), y: curves.map(y), mode: "markers", name: "at the slider's alpha", text: curves.map((curve) => `${spaced(curve.name)} at alpha ${state.alpha.toFixed(2)}`),
+    x: curves.map(x), y: curves.map(y), mode: "markers", name: "at the slider", text: curves.map((curve) => `${spaced(curve.name)} at alpha ${state.alpha.toFixed(2)}`),
     marker: { symbol: "diamond", size: curves.map((curve) => (curve.name === best?.name ? 13 : 8)), color: curves.map(curveColour), line: { color: colour("paper"), width: 1.5 } }, hovertemplate: "%{text}<extra></extra>", meta: "diamonds",
   });
   const lines = (curves, x, y) => curves.map((curve) => ({
-    x: curve.points.map(x), y: curve.points.map(y), mode: "lines", showlegend: curve.name === best?.name, name: "alpha curve of the best",
+    x: curve.points.map(x), y: curve.points.map(y), mode: "lines", showlegend: curve.name === best?.name, name: "curve of the best",
     line: { color: curveColour(curve), width: curve.name === best?.name ? 2.5 : 1, dash: isBaseline.has(curve.name) ? "dot" : "solid" }, opacity: curve.name === best?.name ? 1 : 0.55,
     text: curve.points.map((point) => `${spaced(curve.name)}, alpha ${point.alpha}: ID ${percent(point.id_accuracy)} %` + (point.ood_accuracy == null ? "" : `, OOD ${percent(point.ood_accuracy)} %`)), hovertemplate: "%{text}<extra></extra>",
   }));
@@ -158,7 +158,7 @@
       traces.push({ x, y: x.map((value) => slope * value + intercept), mode: "lines", name: "line of plain fine-tuning", line: { color: colour("purple"), width: 1.5, dash: "longdash" }, hoverinfo: "skip" });
     }
     const edge = front(points);
-    if (edge.length > 1) traces.push({ x: edge.map(X), y: edge.map(Y), mode: "lines", name: "front", line: { color: colour("green"), width: 1.5, shape: "hv" }, hoverinfo: "skip" });
+    if (edge.length > 1) traces.push({ x: edge.map(X), y: edge.map(Y), mode: "lines", name: "front", line: { color: colour("green"), width: 1.5, shape: "vh" }, hoverinfo: "skip" });
     traces.push(...lines(curves, (point) => onAxes(point)[0], (point) => onAxes(point)[1]));
     traces.push({ x: feasible.map(X), y: feasible.map(Y), mode: "markers", name: "trial", text: feasible.map(about), hovertemplate: "%{text}<extra></extra>", customdata: feasible.map((trial) => trial.name),
       marker: { size: points.length > 300 ? 6 : 9, line: { color: colour("grey"), width: 0.8 }, ...(coloured ? { color: feasible.map((trial) => (trial.values.kl_weight > 0 ? Math.log10(trial.values.kl_weight) : null)), cmin: ends[0], cmax: ends[1], colorscale: CIVIDIS, showscale: true, colorbar: { ...bar("KL weight", element), tickvals: decades(ends), ticktext: decades(ends).map((k) => short(10 ** k)) } } : { color: colour("blue") }) } });
@@ -171,9 +171,9 @@
       traces.push({ x: confirmed.map((row) => logit(row.estimates.ID[0])), y: confirmed.map((row) => logit(row.estimates["OOD mean"][0])), mode: "markers", name: "confirmed, 95 %", error_x: bars("ID"), error_y: bars("OOD mean"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: 10, color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
     }
     const own = points.find((trial) => trial.name === best?.name);
-    if (own) traces.push({ x: [X(own)], y: [Y(own)], mode: "markers", name: `best, alpha ${own.alpha?.toFixed(2)}`, hoverinfo: "skip", marker: { symbol: "circle-open", size: 17, color: colour("best"), line: { width: 2.5 } } });
+    if (own) traces.push({ x: [X(own)], y: [Y(own)], mode: "markers", name: "best", hoverinfo: "skip", marker: { symbol: "circle-open", size: 17, color: colour("best"), line: { width: 2.5 } } });
     traces.push(diamonds(curves, (curve) => { const value = at(curve, state.alpha, "id_accuracy"); return value == null ? null : logit(value); }, (curve) => { const value = at(curve, state.alpha, "ood_accuracy"); return value == null ? null : logit(value); }));
-    return { traces, layout: layout({ height: isNarrow(element) ? 480 : 560, showlegend: true, xaxis: logitAxis(everything.map((point) => point.id), "ID accuracy, %"), yaxis: logitAxis(everything.map((point) => point.ood), "OOD accuracy, mean over sets, %"), margin: { l: 56, r: 16, t: 8, b: isNarrow(element) ? 96 : 48 } }) };
+    return { traces, layout: layout({ height: isNarrow(element) ? 540 : 560, showlegend: true, xaxis: logitAxis(everything.map((point) => point.id), "ID accuracy, %"), yaxis: logitAxis(everything.map((point) => point.ood), "OOD accuracy, mean over sets, %"), margin: { l: 56, r: 16, t: 8, b: isNarrow(element) ? 110 : 48 } }) };
   };
   const decades = ([low, high]) => {
     const found = [];
@@ -196,7 +196,7 @@
     const tones = ["best", "ink", "blue", "green", "purple", "orange", "grey", "muted"];
     const first = table.rows.filter((row) => ["best", "winner"].includes(row.role)), others = table.rows.filter((row) => row.role === "baseline" && !row.name.endsWith(", alpha 1"));
     const traces = [...first, ...others].slice(0, 8).map((row, i) => ({
-      y: sets.map(spaced), x: row.cells.map((cell) => (cell ? 100 * cell.mean : null)), mode: "markers", name: spaced(row.name), hovertemplate: `${spaced(row.name)}: %{x:.1f} % on %{y}<extra></extra>`,
+      y: sets.map(spaced), x: row.cells.map((cell) => (cell ? 100 * cell.mean : null)), mode: "markers", cliponaxis: false, name: spaced(row.name), hovertemplate: `${spaced(row.name)}: %{x:.1f} % on %{y}<extra></extra>`,
       marker: { symbol: marks[i], color: colour(tones[i]), size: i ? 9 : 11 },
       error_x: row.cells.some((cell) => cell?.low != null) ? { type: "data", symmetric: false, thickness: 1, width: 0, color: colour(tones[i]), array: row.cells.map((cell) => (cell?.high == null ? 0 : 100 * (cell.high - cell.mean))), arrayminus: row.cells.map((cell) => (cell?.low == null ? 0 : 100 * (cell.mean - cell.low))) } : undefined,
     })).reverse();
@@ -208,7 +208,7 @@
     const tone = (i) => (i ? 0.45 : 1);
     const traces = steps.flatMap((step, i) => ["right", "wrong"].map((key) => ({
       type: "bar", orientation: "h", y: sets, x: doc.changes.map((one) => (key === "right" ? 1 : -1) * one.steps[i][key]), offsetgroup: String(i), name: `${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}`,
-      marker: { color: colour(key === "right" ? "blue" : "best"), opacity: tone(i), pattern: { shape: key === "right" ? "" : "/", fgcolor: colour("paper"), size: 5 } }, hovertemplate: `%{y}: %{text} images ${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}<extra></extra>`, text: doc.changes.map((one) => String(one.steps[i][key])), textposition: "none",
+      marker: { color: colour(key === "right" ? "blue" : "best"), opacity: tone(i), pattern: { shape: key === "right" ? "" : "/", fillmode: "overlay", fgcolor: colour("paper"), size: 5 } }, hovertemplate: `%{y}: %{text} images ${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}<extra></extra>`, text: doc.changes.map((one) => String(one.steps[i][key])), textposition: "none",
     })));
     return { traces, layout: layout({ height: 160 + 46 * sets.length, barmode: "relative", showlegend: true, xaxis: axis({ title: "images", zeroline: true, zerolinecolor: colour("muted") }), yaxis: axis({ autorange: "reversed" }) }) };
   };
@@ -251,7 +251,7 @@
   draw.importance = () => {
     const names = Object.keys(Object.values(doc.importance)[0]).sort((a, b) => (doc.importance.id_accuracy?.[b] ?? 0) - (doc.importance.id_accuracy?.[a] ?? 0));
     const label = { id_accuracy: "for ID accuracy", ood_accuracy: "for OOD accuracy" };
-    const traces = Object.entries(doc.importance).map(([metric, shares], i) => ({ type: "bar", orientation: "h", y: names.map(spaced), x: names.map((name) => shares[name] ?? 0), name: label[metric], hovertemplate: `%{y}: %{x:.2f} ${label[metric]}<extra></extra>`, marker: { color: colour(i ? "orange" : "blue"), pattern: { shape: i ? "/" : "", fgcolor: colour("paper"), size: 5 } } }));
+    const traces = Object.entries(doc.importance).map(([metric, shares], i) => ({ type: "bar", orientation: "h", y: names.map(spaced), x: names.map((name) => shares[name] ?? 0), name: label[metric], hovertemplate: `%{y}: %{x:.2f} ${label[metric]}<extra></extra>`, marker: { color: colour(i ? "orange" : "blue"), pattern: { shape: i ? "/" : "", fillmode: "overlay", fgcolor: colour("paper"), size: 5 } } }));
     return { traces, layout: layout({ height: 140 + 60 * names.length, showlegend: true, xaxis: axis({ title: "share", rangemode: "tozero" }), yaxis: axis({ autorange: "reversed" }) }) };
   };
 
@@ -291,7 +291,7 @@
     const traces = Array.from({ length: BANDS }, (_, k) => {
       const band = order.slice(Math.floor((k * order.length) / BANDS), Math.floor(((k + 1) * order.length) / BANDS)), x = [], y = [];
       for (const trial of band) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null ? null : column.to(value)); }); x.push(null); y.push(null); }
-      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(k / Math.max(1, BANDS - 1)), width: points.length > 100 ? 1 : 1.8 }, opacity: 0.3 + (0.7 * (k + 1)) / BANDS };
+      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(k / Math.max(1, BANDS - 1)), width: points.length > 100 ? 1 : 1.8 }, opacity: 0.5 + (0.5 * (k + 1)) / BANDS };
     });
     const ends = columns.flatMap((column, i) => [0, 1].map((end) => ({ x: i, y: end, text: column.ends[end], showarrow: false, yshift: end ? 12 : -12, font: { size: 11, color: colour("muted") } })));
     const names = columns.map((column) => spaced(column.name).replace(isNarrow(element) ? " " : "\u0000", "<br>"));
@@ -330,7 +330,7 @@
     const traces = kinds.map((kind) => {
       const several = all.filter((one) => label(one) === kind), outcome = several[0].outcome;
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
-        marker: { color: colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple"), line: { color: colour("paper"), width: all.length > 300 ? 0 : 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fgcolor: colour("paper"), size: 6 } } };
+        marker: { color: colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple"), line: { color: colour("paper"), width: all.length > 300 ? 0 : 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });
     return { traces, layout: layout({ height: 130 + 26 * Math.min(ends.length, 24), barmode: "overlay", showlegend: true, xaxis: axis({ type: "date" }), yaxis: axis({ title: "line", dtick: Math.ceil(ends.length / 12), autorange: "reversed", showgrid: false }) }) };
   };
@@ -383,7 +383,7 @@
   };
 
   // one figure, all figures
-  const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], scrollZoom: false };
+  const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
   const render = (id) => {
     const element = $(id).querySelector(".canvas");
     const found = draw[id](shown(), element);
@@ -394,12 +394,16 @@
       return;
     }
     element.querySelector(".empty")?.remove();
-    const image = { toImageButtonOptions: { format: "svg", filename: `${doc.name}-${id}` } };
-    Plotly.react(element, found.traces, found.layout, { ...CONFIG, ...image });
+    Plotly.react(element, found.traces, found.layout, CONFIG);
     element.dataset.points = found.traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
   };
   const FILTERED = new Set(["front", "alphas", "history", "slices", "contour", "parallel", "pruning", "timeline"]);
   const renderAll = (only = doc.figures) => { for (const id of only) render(id); };
+
+  for (const button of document.querySelectorAll("[data-save]")) button.addEventListener("click", () => {
+    const figure = button.closest("figure"), element = figure.querySelector(".canvas"), { width, height } = element.getBoundingClientRect();
+    if (element.data) Plotly.downloadImage(element, { format: button.dataset.save, filename: `${doc.name}-${figure.id}`, width, height, scale: button.dataset.save === "png" ? 3 : 1 });
+  });
 
   // alpha slider
   const moveAlpha = () => {
@@ -428,7 +432,7 @@
   const COLUMNS = [
     { title: "trial", of: (trial) => trial.number, cell: (trial) => make("th", { scope: "row" }, make("a", { href: `${doc.base}/${encodeURIComponent(trial.name)}/` }, trial.name)), text: (trial) => trial.name },
     { title: "outcome", of: (trial) => trial.outcome },
-    ...PARAMETERS.map((name) => ({ title: spaced(name), number: true, of: (trial) => trial.values[name], text: (trial) => short(trial.values[name]) })),
+    ...PARAMETERS.map((name) => ({ title: spaced(name), number: trials.every((trial) => typeof (trial.values[name] ?? 0) === "number"), of: (trial) => trial.values[name], text: (trial) => short(trial.values[name]) })),
     { title: "alpha", number: true, of: (trial) => trial.alpha, text: (trial) => trial.alpha?.toFixed(2) ?? "" },
     { title: "ID, %", number: true, of: (trial) => trial.id, text: (trial) => percent(trial.id) },
     ...(doc.has_ood ? [{ title: "OOD, %", number: true, of: (trial) => trial.ood, text: (trial) => percent(trial.ood) }] : []),

@@ -23,6 +23,12 @@ HERE = Path(__file__).parent
 GROUPS = ("Results", "Search", "Trust")
 NUM_STATIC = 100  # trials that stand in the page without JavaScript
 RELOAD_S = 15  # of a page that is written again while the search runs
+NAMES = {  # as people read them
+    "id_val": "ID (id_val)",
+    "id_test": "ID (id_test)",
+    "ood_mean": "OOD mean",
+    "kl_weight": "KL weight",
+}
 _TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
 
 
@@ -94,7 +100,7 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "value": _value, "number": _number}
+    environment.filters |= {"percent": _percent, "value": _value, "number": _number, "words": _words}
     shown = figures(document)
     base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
     lines: Sequence[Line] = verdict(document)
@@ -111,7 +117,7 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs() if shown else "",
-        data=embedded({**packed(document), "base": base, "figures": [figure.id for figure in shown]}),
+        data=embedded({**packed(document), "base": base, "names": NAMES, "figures": [figure.id for figure in shown]}),
         reload_s=RELOAD_S if reload and document["running"] else 0,
     )
 
@@ -180,6 +186,10 @@ def _picture(view: Overview, document: Mapping[str, Any]) -> str:
 
 def _percent(value: float | None, signed: bool = False) -> str:
     return "" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def _words(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " "))
 
 
 def _number(value: float | None) -> str:
