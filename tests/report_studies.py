@@ -17,7 +17,7 @@ from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-IMAGES = {"id_val": 400, "noisy": 200, "blurry": 200}
+IMAGES = {"id_val": 160, "noisy": 80, "blurry": 80}
 CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
 
 
@@ -37,6 +37,8 @@ def make_recipe(trials=6, ood=True, **search):
             "train": {**SANDBOX_SET, "split": "train"},
             "id_val": {**SANDBOX_SET, "split": "val"},
             "ood_val": validation if ood else {},
+            "id_test": {**SANDBOX_SET, "split": "test"},
+            "ood_test": {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}} if ood else {},
         },
         "search": {
             "trials": trials,
@@ -168,3 +170,68 @@ KINDS = {
     "constraints": {"num": 12, "recipe": make_recipe(12, constraints={"id_drop": {"zero_shot": 0.0}}), "limit": 0.66},
     "no baseline": {"num": 4, "recipe": make_recipe(4, baselines={})},
 }
+
+
+def levels(level, sets, seed=0, alpha=0.6):
+    """Predictions in which a share ``level`` of each set is right, other images with each seed."""
+    tables, rng = [], np.random.default_rng(seed)
+    for name in sets:
+        count = IMAGES.get(name, 160)
+        labels = np.arange(count) % len(CLASSES)
+        right = (np.arange(count) + 0.5) / count + rng.normal(0, 0.02, count) < level
+        logits = np.zeros((count, len(CLASSES)), np.float32)
+        logits[np.arange(count), np.where(right, labels, (labels + 1) % len(CLASSES))] = 1
+        tables.append(predictions_table(name, alpha, np.arange(count, dtype=np.uint64), labels, logits))
+    return concat(tables)
+
+
+def confirm_study(study_dir, recipe, winner, level, seeds):
+    """Writes a confirm in which the winner has a level and the baseline 0.6; returns its summary."""
+    from carft_ray.results.confirmation import plan, summary
+
+    rows = (
+        plan.PlanRow(winner, "winner", winner, 0.6, {}, 0.7),
+        plan.PlanRow("fine_tuning", "baseline", "fine_tuning", 0.6, {}, 0.65),
+        plan.PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.5),
+    )
+    stage, sets = plan.Stage(winner, tuple(seeds), rows), objective_spec(recipe).sets
+    for number, row in enumerate(rows[:2]):
+        for seed, name in zip(seeds, stage.names(row), strict=True):
+            folder = study_dir / "confirm" / name
+            table = levels(0.6 if number else level, sets, 10 * seed + number)
+            write_predictions(folder / "predictions" / "validation.parquet", table)
+            files.write_json(folder / "result.json", {})
+    write_predictions(study_dir / "prepared" / "zero_shot.parquet", levels(0.5, sets, alpha=0.0))
+    return summary.summarise(study_dir, recipe, stage, None)
+
+
+def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=False):
+    """Writes reads of the test sets in which the winner has a level and the baseline 0.6; returns the summary."""
+    from carft_ray.results.test_sets import summary
+    from carft_ray.study import ledger
+
+    sets = summary.objective_on_test(recipe).sets
+    entries = []
+    for number in range(reads):
+        if number and went_on:
+            ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+        entries.append(ledger.record(study_dir, recipe, ledger.TEST, sets, reason="again" if number else ""))
+    if went_on and reads == 1:
+        ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+    runs = {
+        name: tuple(summary.Run(seed, f"confirm/{name}-{seed}") for seed in seeds) for name in (winner, "fine_tuning")
+    }
+    rows = (
+        summary.Row(winner, "winner", 0.6, 0.7, runs[winner]),
+        summary.Row("fine_tuning", "baseline", 0.6, 0.65, runs["fine_tuning"]),
+        summary.Row("zero_shot", "baseline", 0.0, 0.5, ()),
+    )
+    tables = {run.folder: levels(level, sets, 10 * run.seed) for run in runs[winner]}
+    tables |= {run.folder: levels(0.6, sets, 10 * run.seed + 1) for run in runs["fine_tuning"]}
+    tables["zero_shot"] = levels(0.5, sets, alpha=0.0)
+    lines = ledger.read_ledger(study_dir)
+    content = summary.summarise(
+        recipe, summary.Compared(True, rows), (), tables, summary.read_record(entries[-1], lines, reads)
+    )
+    files.write_json(study_dir / "test" / "summary.json", content)
+    return content

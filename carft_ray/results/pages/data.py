@@ -4,6 +4,7 @@
 ``baselines`` and ``trials`` those of `ls --sort number --json`. The rest is read from stored results and predictions.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import ID_SET, mean_ood_accuracy, objective_spec
 from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predictions, select
 from carft_ray.evaluation.robustness import MIN_MODELS, above_line
-from carft_ray.layout import CONFIRM, MANIFEST, SUMMARY, TEST_DIR
+from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.sets import plain
 from carft_ray.results.pages.health import findings
@@ -69,7 +70,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "test": read_summary(study_dir / TEST_DIR / SUMMARY, "rows", "differences"),
         "baselines": rows["baselines"],
         "trials": rows["trials"],
-        "seconds": {row.name: _seconds(row) for row in view.rows if row.started is not None},
+        "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
         "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
         "curves": _curves(view),
         "plain_line": _plain_line(view),
@@ -110,9 +111,13 @@ def _rivals(document: Mapping[str, Any]) -> list[str]:
     return [name for name in found if name.removesuffix(", alpha 1") not in own]
 
 
-def _seconds(row: TrialRow) -> list[float]:
-    """Returns when a training began, in seconds since 1970, and how long it took."""
-    return [row.started.timestamp() if row.started else 0.0, max(row.elapsed_s or 0.0, row.spent_s)]
+def _seconds(view: Overview, row: TrialRow) -> list[float]:
+    """Returns when the first attempt at a training began, in seconds since 1970, and how long all have taken."""
+    began = row.started.timestamp() if row.started else 0.0
+    path = row.folder(view.study_dir) / LOG
+    with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
+        began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
+    return [began, max(row.elapsed_s or 0.0, row.spent_s)]
 
 
 def _curves(view: Overview) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@
   const spaced = (name) => doc.names[name] ?? String(name).replaceAll("_", " ");
   const short = (value) => {
     if (typeof value !== "number") return value == null ? "" : String(value);
+    if (value !== 0 && Math.abs(value) < 1e-3) return String(Number(value.toPrecision(3))).includes("e") || Math.abs(value) < 1e-4 ? value.toExponential(2).replace(/\.?0*e/, "e") : String(Number(value.toPrecision(3)));
     return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(3)));
   };
   const logit = (value) => { const p = Math.min(0.9995, Math.max(0.0005, value)); return Math.log(p / (1 - p)); };
@@ -71,7 +72,7 @@
   });
   const width = (element) => element.clientWidth || 600;
   const isNarrow = (element) => width(element) < 560;
-  const bar = (title, element) => ({ title: { text: title, side: "right", font: { size: 12 } }, thickness: 10, len: 0.8, outlinewidth: 0, ...(isNarrow(element) ? { orientation: "h", y: -0.16, yanchor: "top", len: 1, title: { text: title, side: "bottom" } } : {}) });
+  const bar = (title, element) => ({ title: { text: title, side: "right", font: { size: 12 } }, thickness: 10, len: 0.8, outlinewidth: 0, ...(isNarrow(element) ? { orientation: "h", y: -0.16, yanchor: "top", len: 1, title: { text: title, side: "bottom", font: { size: 12 } } } : {}) });
 
   /** Ticks of a logit axis around some accuracies, at percents that people would choose. */
   const logitAxis = (accuracies, title) => {
@@ -86,9 +87,15 @@
     const chosen = steps.find((ticks) => ticks.length >= 4) ?? steps.at(-1);
     return axis({ title, range: [low - margin, high + margin], tickvals: chosen.map(logit), ticktext: chosen.map((p) => short(Number((100 * p).toFixed(2)))) });
   };
+  const logTicks = (low, high) => {
+    const digits = high > 1000 * low ? [1] : high > 50 * low ? [1, 3] : [1, 2, 5], ticks = [];
+    for (let k = Math.floor(Math.log10(low)); k <= Math.log10(high); k += 1) for (const digit of digits) ticks.push(Number(`${digit}e${k}`));
+    const inside = ticks.filter((tick) => tick >= low / 1.01 && tick <= high * 1.01);
+    return inside.length > 1 ? { tickvals: inside, ticktext: inside.map(short), minor: { ticks: "" } } : {};
+  };
   const parameterAxis = (name, more = {}) => {
     const one = doc.space[name] ?? {};
-    return one.choices ? axis({ title: spaced(name), type: "category", ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", exponentformat: "power", dtick: one.log && one.high >= 30 * one.low ? 1 : undefined, nticks: 5, ...more });
+    return one.choices ? axis({ title: spaced(name), type: "category", ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", nticks: 5, ...(one.log ? logTicks(one.low, one.high) : {}), ...more });
   };
 
   // filters
@@ -151,7 +158,7 @@
     everything.push(...baselines.map((row) => ({ id: row.metrics.id_accuracy, ood: row.metrics.ood_accuracy })));
     if (!everything.length) return null;
     const confirmed = (doc.confirm?.table ?? []).filter((row) => row.role !== "baseline" && row.estimates["OOD mean"]);
-    everything.push(...confirmed.map((row) => ({ id: row.estimates.ID[0], ood: row.estimates["OOD mean"][0] })));
+    everything.push(...confirmed.flatMap((row) => [1, 2].map((end) => ({ id: row.estimates.ID[end], ood: row.estimates["OOD mean"][end] }))));
     if (doc.plain_line) {
       const [slope, intercept] = doc.plain_line.line, ids = everything.map((point) => logit(point.id));
       const x = [Math.min(...ids), Math.max(...ids)];
@@ -168,7 +175,7 @@
     if (ordered.length) traces.push({ x: ordered.map((row) => logit(row.metrics.id_accuracy)), y: ordered.map((row) => logit(row.metrics.ood_accuracy)), mode: "markers+text", name: "baseline", text: ordered.map((row) => spaced(row.name)), textposition: "bottom center", textfont: { color: colour("ink"), size: 12 }, cliponaxis: false, hovertemplate: "%{text}<extra></extra>", marker: { symbol: ordered.map((_, i) => marks[i % marks.length]), size: ordered.map((row) => (row.alpha === 0 ? 16 : 11)), color: colour("ink"), line: { color: colour("paper"), width: 1 } } });
     if (confirmed.length) {
       const bars = (name) => ({ type: "data", symmetric: false, thickness: 1, width: 4, color: colour("green"), array: confirmed.map((row) => logit(row.estimates[name][2]) - logit(row.estimates[name][0])), arrayminus: confirmed.map((row) => logit(row.estimates[name][0]) - logit(row.estimates[name][1])) });
-      traces.push({ x: confirmed.map((row) => logit(row.estimates.ID[0])), y: confirmed.map((row) => logit(row.estimates["OOD mean"][0])), mode: "markers", name: "confirmed, 95 %", error_x: bars("ID"), error_y: bars("OOD mean"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: 10, color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
+      traces.push({ x: confirmed.map((row) => logit(row.estimates.ID[0])), y: confirmed.map((row) => logit(row.estimates["OOD mean"][0])), mode: "markers", name: "confirmed, 95 %", error_x: bars("ID"), error_y: bars("OOD mean"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: confirmed.map((row) => (row.role === "winner" ? 12 : 7)), color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
     }
     const own = points.find((trial) => trial.name === best?.name);
     if (own) traces.push({ x: [X(own)], y: [Y(own)], mode: "markers", name: "best", hoverinfo: "skip", marker: { symbol: "circle-open", size: 17, color: colour("best"), line: { width: 2.5 } } });
@@ -228,7 +235,7 @@
     if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * (Number.isFinite(low) ? low : 0)), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${String(trial.reason ?? "").replaceAll("<", "&lt;")}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: 8, color: colour("grey") } });
     const dashes = ["dash", "dot", "dashdot", "longdash"];
     baselines.forEach((row, i) => traces.push({ x: [0, last], y: [100 * row.objective, 100 * row.objective], mode: "lines", name: spaced(row.name), line: { color: colour("muted"), width: 1.3, dash: dashes[i % 4] }, hovertemplate: `${spaced(row.name)} %{y:.1f} %<extra></extra>` }));
-    return { traces, layout: layout({ showlegend: true, xaxis: axis({ title: "trial" }), yaxis: axis({ title: "objective, %" }) }) };
+    return { traces, layout: layout({ showlegend: true, xaxis: axis({ title: "trial", dtick: last < 10 ? 1 : undefined }), yaxis: axis({ title: "objective, %" }) }) };
   };
   const total = (row) => Object.values(row.violations ?? {}).reduce((sum, value) => sum + Math.max(0, value), 0);
 
@@ -243,7 +250,7 @@
       found[`xaxis${key}`] = parameterAxis(name);
       found[`yaxis${key}`] = axis({ title: i % columns ? "" : "objective, %" });
       return { x: there.map((trial) => (doc.space[name]?.choices ? String(trial.values[name]) : trial.values[name])), y: there.map((trial) => 100 * trial.objective), xaxis: `x${key}`, yaxis: `y${key}`, mode: "markers", text: there.map(about), hovertemplate: "%{text}<extra></extra>",
-        marker: { size: points.length > 300 ? 5 : 8, color: showscale ? there.map((trial) => trial.alpha) : colour("blue"), colorscale: CIVIDIS, cmin: 0, cmax: 1, showscale: showscale && !i, colorbar: { title: { text: "alpha", side: "right" }, thickness: 10, outlinewidth: 0, len: Math.min(1, 1.6 / lanes) }, line: { color: colour("grey"), width: 0.8 } } };
+        marker: { size: points.length > 300 ? 5 : 8, color: showscale ? there.map((trial) => trial.alpha) : colour("blue"), colorscale: CIVIDIS, cmin: 0, cmax: 1, showscale: showscale && !i, colorbar: { title: { text: "alpha", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0, len: Math.min(1, 1.6 / lanes) }, line: { color: colour("grey"), width: 0.8 } } };
     });
     return { traces, layout: found };
   };
@@ -269,7 +276,7 @@
       return nearest > (1.5 * KERNEL) ** 2 || !(weight > 1e-12) ? null : sum / weight;
     }));
     const traces = [
-      { type: "contour", x: shares.map(sx.back), y: shares.map(sy.back), z, colorscale: CIVIDIS, ncontours: 14, line: { width: 0.5, color: colour("paper") }, colorbar: { title: { text: "objective, %", side: "right" }, thickness: 10, outlinewidth: 0 }, hovertemplate: "learning rate %{x:.3g}<br>KL weight %{y:.3g}<br>about %{z:.1f} %<extra></extra>" },
+      { type: "contour", x: shares.map(sx.back), y: shares.map(sy.back), z, colorscale: CIVIDIS, ncontours: 14, line: { width: 0.5, color: colour("paper") }, colorbar: { title: { text: "objective, %", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0 }, hovertemplate: "learning rate %{x:.3g}<br>KL weight %{y:.3g}<br>about %{z:.1f} %<extra></extra>" },
       { x: points.map((trial) => trial.values.learning_rate), y: points.map((trial) => trial.values.kl_weight), mode: "markers", text: points.map(about), hovertemplate: "%{text}<extra></extra>", marker: { size: 5, color: "#ffffff", line: { color: "#000000", width: 1 } } },
     ];
     return { traces, layout: layout({ height: 400, xaxis: parameterAxis("learning_rate"), yaxis: parameterAxis("kl_weight") }) };
@@ -291,7 +298,7 @@
     const traces = Array.from({ length: BANDS }, (_, k) => {
       const band = order.slice(Math.floor((k * order.length) / BANDS), Math.floor(((k + 1) * order.length) / BANDS)), x = [], y = [];
       for (const trial of band) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null ? null : column.to(value)); }); x.push(null); y.push(null); }
-      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(k / Math.max(1, BANDS - 1)), width: points.length > 100 ? 1 : 1.8 }, opacity: 0.5 + (0.5 * (k + 1)) / BANDS };
+      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(0.25 + (0.75 * k) / Math.max(1, BANDS - 1)), width: points.length > 100 ? 1 : 1.8 }, opacity: 0.5 + (0.5 * (k + 1)) / BANDS };
     });
     const ends = columns.flatMap((column, i) => [0, 1].map((end) => ({ x: i, y: end, text: column.ends[end], showarrow: false, yshift: end ? 12 : -12, font: { size: 11, color: colour("muted") } })));
     const names = columns.map((column) => spaced(column.name).replace(isNarrow(element) ? " " : "\u0000", "<br>"));

@@ -26,6 +26,7 @@ RELOAD_S = 15  # of a page that is written again while the search runs
 NAMES = {  # as people read them
     "id_val": "ID (id_val)",
     "id_test": "ID (id_test)",
+    "ood_val": "OOD val",
     "ood_mean": "OOD mean",
     "kl_weight": "KL weight",
 }
