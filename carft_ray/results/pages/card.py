@@ -143,8 +143,11 @@ def _of_search(document: Document) -> _Evidence | None:
         return None
     against, metrics = report["headline"], best["metrics"]
     names = ("id_accuracy", "ood_accuracy") if document["has_ood"] else ("id_accuracy",)
+    objective, label = document["objective"], "measured on the images that chose"
+    if objective["pareto"]:
+        label += f", by {objective['id_weight']:g} ID + {1 - objective['id_weight']:g} OOD"
     return _Evidence(
-        "measured on the images that chose",
+        label,
         against and f"{best['name']}: {against['sentence']}",
         against and against["baseline"],
         against and against["images_random"],
@@ -203,9 +206,15 @@ def _cost(document: Document) -> Line:
     if document["rivals"]:
         text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
     hours = status["budget"]["gpu_hours_used"]
-    text += f"; {hours:.3g} GPU hours" if hours else f"; {status['times']['training_s'] / 3600:.2g} hours without a GPU"
+    text += f"; {hours:.3g} GPU hours" if hours else f"; {_time(status['times']['training_s'])} without a GPU"
     is_equal = len(methods) > 1 and len({*methods.values()}) == 1
     return Line("Cost", is_equal and not fixed, text)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return "less than a minute"
+    return counted(round(seconds / 3600, 1), "hour") if seconds >= 3600 else counted(round(seconds / 60), "minute")
 
 
 def _percent(mean: float, interval: Sequence[float] | None = None) -> str:

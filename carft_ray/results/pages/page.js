@@ -202,12 +202,14 @@
     const marks = ["circle", "star", "square", "diamond", "triangle-up", "x", "cross", "triangle-down"];
     const tones = ["best", "ink", "blue", "green", "purple", "orange", "grey", "muted"];
     const first = table.rows.filter((row) => ["best", "winner"].includes(row.role)), others = table.rows.filter((row) => row.role === "baseline" && !row.name.endsWith(", alpha 1"));
-    const traces = [...first, ...others].slice(0, 8).map((row, i) => ({
+    const drawn = [...first, ...others].slice(0, 8), all = drawn.flatMap((row) => row.cells.flatMap((cell) => (cell ? [cell.mean, cell.low ?? cell.mean, cell.high ?? cell.mean] : []))).map((value) => 100 * value);
+    const margin = 0.06 * (Math.max(...all) - Math.min(...all)) + 0.5;
+    const traces = drawn.map((row, i) => ({
       y: sets.map(spaced), x: row.cells.map((cell) => (cell ? 100 * cell.mean : null)), mode: "markers", cliponaxis: false, name: spaced(row.name), hovertemplate: `${spaced(row.name)}: %{x:.1f} % on %{y}<extra></extra>`,
       marker: { symbol: marks[i], color: colour(tones[i]), size: i ? 9 : 11 },
       error_x: row.cells.some((cell) => cell?.low != null) ? { type: "data", symmetric: false, thickness: 1, width: 0, color: colour(tones[i]), array: row.cells.map((cell) => (cell?.high == null ? 0 : 100 * (cell.high - cell.mean))), arrayminus: row.cells.map((cell) => (cell?.low == null ? 0 : 100 * (cell.mean - cell.low))) } : undefined,
     })).reverse();
-    return { traces, layout: layout({ height: 140 + 34 * sets.length, showlegend: true, scattermode: "group", xaxis: axis({ title: `accuracy, %: ${table.label.toLowerCase()}` }), yaxis: axis({ autorange: "reversed" }), legend: { ...layout().legend, traceorder: "reversed" } }) };
+    return { traces, layout: layout({ height: 140 + 34 * sets.length, showlegend: true, scattermode: "group", xaxis: axis({ title: `accuracy, %: ${table.label.toLowerCase()}`, range: [Math.min(...all) - margin, Math.max(...all) + margin] }), yaxis: axis({ autorange: "reversed" }), legend: { ...layout().legend, traceorder: "reversed" } }) };
   };
 
   draw.changes = () => {
@@ -230,11 +232,11 @@
     const low = Math.min(...points.map((trial) => trial.objective), ...baselines.map((row) => row.objective));
     const traces = [
       { x: points.map((trial) => trial.number), y: points.map((trial) => 100 * trial.objective), mode: "markers", name: "trial", text: points.map(about), hovertemplate: "%{text}<extra></extra>", marker: { color: colour("blue"), size: points.length > 300 ? 5 : 8 } },
-      { x: [...steps.map((trial) => trial.number), last], y: [...steps.map((trial) => 100 * trial.objective), 100 * top], mode: "lines", name: "best so far", line: { shape: "hv", color: colour("best"), width: 2 }, hoverinfo: "skip" },
+      { x: [...steps.map((trial) => trial.number), last + 0.5], y: [...steps.map((trial) => 100 * trial.objective), 100 * top], mode: "lines", name: "best so far", line: { shape: "hv", color: colour("best"), width: 2 }, hoverinfo: "skip" },
     ];
     if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * (Number.isFinite(low) ? low : 0)), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${String(trial.reason ?? "").replaceAll("<", "&lt;")}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: 8, color: colour("grey") } });
     const dashes = ["dash", "dot", "dashdot", "longdash"];
-    baselines.forEach((row, i) => traces.push({ x: [0, last], y: [100 * row.objective, 100 * row.objective], mode: "lines", name: spaced(row.name), line: { color: colour("muted"), width: 1.3, dash: dashes[i % 4] }, hovertemplate: `${spaced(row.name)} %{y:.1f} %<extra></extra>` }));
+    baselines.forEach((row, i) => traces.push({ x: [-0.5, last + 0.5], y: [100 * row.objective, 100 * row.objective], mode: "lines", name: spaced(row.name), line: { color: colour("muted"), width: 1.3, dash: dashes[i % 4] }, hovertemplate: `${spaced(row.name)} %{y:.1f} %<extra></extra>` }));
     return { traces, layout: layout({ showlegend: true, xaxis: axis({ title: "trial", dtick: last < 10 ? 1 : undefined }), yaxis: axis({ title: "objective, %" }) }) };
   };
   const total = (row) => Object.values(row.violations ?? {}).reduce((sum, value) => sum + Math.max(0, value), 0);
