@@ -121,19 +121,20 @@ def test_a_single_training_of_ray_train_continues_on_the_other_node_too(tmp_path
 
 
 @contextlib.contextmanager
-def nodes(number, num_cpus=1, **settings):
-    """Runs a cluster whose head takes no trainings; yields how it is reached, its nodes, and what adds further ones."""
+def nodes(number, **settings):
+    """Runs a cluster whose head takes no trainings, and nodes of one CPU; yields how it is reached, and the nodes."""
     temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
     with temporary as folder, cluster(0, **{**LOST, **settings}) as reached:
+        started = join(number, 1, folder, *reached)
 
-        def add(number):
-            before = asked("ray.cluster_resources().get('CPU', 0)", *reached) if number else 0
-            found = join(number, num_cpus, folder, *reached)
-            enough = f"ray.cluster_resources().get('CPU', 0) >= {before + number * num_cpus}"
-            wait_until(lambda: [*map(ended, found)] and asked(enough, *reached), "the nodes join")
-            return found
+        def all_joined():
+            for node in started:
+                ended(node)
+            with contextlib.suppress(AssertionError):  # on a busy machine a head may not answer yet
+                return asked(f"ray.cluster_resources().get('CPU', 0) == {number}", *reached)
 
-        yield reached, add(number), add
+        wait_until(all_joined, "the nodes join")
+        yield reached, started
 
 
 def node_of(training, started):
@@ -172,7 +173,7 @@ def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_el
     stand_in.tell(tmp_path, seconds=0.1)
     num_workers, study_dir = 2 if executor == "ray-train" else 1, tmp_path / "study"
     resources = {"num_workers": num_workers, "cpus_per_worker": 1}
-    with nodes(num_workers + 1) as (reached, started, _):
+    with nodes(num_workers + 1) as (reached, started):
         process = driver(study_dir, 1, executor, *reached, search=TWINS, training="stepped", **resources)
         training = running_trial(study_dir, process, 14)
         node, node_id = node_of(training, started)
@@ -212,7 +213,7 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
     stand_in.tell(tmp_path, seconds=0.2)
     search = {**TWINS, "train": {"batch_size": 1, "checkpoint_every": "5s"}, "epochs": 1}
     study_dir = tmp_path / "study"
-    with nodes(2) as (reached, started, _):
+    with nodes(2) as (reached, started):
         process = driver(study_dir, 1, "inline", *reached, search=search, training="stepped")
         training = running_trial(study_dir, process, 1)
         wait_until(lambda: ended(process) or list(training.glob("checkpoint/attempt-1/step-*")), "it saves")
@@ -236,16 +237,18 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
 @pytest.mark.whole
 def test_after_the_loss_of_the_head_the_same_command_on_a_new_one_ends_the_study_and_repeats_nothing(tmp_path):
     stand_in.tell(tmp_path, seconds=1)
-    study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
-    with nodes(1, **soon) as ((address, auth), _, _):
+    study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "40"}
+    with nodes(1, **soon) as ((address, auth), _):
         process = driver(study_dir, 3, "inline", address, {**auth, **soon})
         finished = lambda: list(study_dir.glob("trials/*/result.json")) or ended(process)  # noqa: E731
         wait_until(lambda: finished() and killed_searches.running_pids(study_dir), "a trial has ended, another runs")
     before = killed_searches.results(study_dir)
     code, output = finish(process)
     assert code == 5, output
+    assert "is gone" in output
+    assert "run the same command again to resume" in output
     assert "Traceback" not in output
-    with nodes(1) as (reached, _, _):
+    with nodes(1) as (reached, _):
         code, output = finish(driver(study_dir, 3, "inline", *reached))
         assert code == 0, output
         assert not any(f"TrialStarted {name} " in output for name in before)

@@ -334,8 +334,15 @@ BATCH_SIZES = (10, 13)  # 13: the last batch has one image, so one of two worker
 
 
 def run_worker(rank, world_size, port, folder):
-    """One gloo worker of the two-worker test; module level, so that it can be started in a new process."""
+    """One gloo worker of the two-worker test; module level, so that it can be started in a new process.
+
+    It writes a checkpoint after every other step.
+    """
     import torch.distributed as dist
+
+    from carft_ray.learning import loop
+
+    loop.LOG_EVERY = 2
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -343,9 +350,10 @@ def run_worker(rank, world_size, port, folder):
     heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     for batch_size in BATCH_SIZES:
         rows = []
-        train = settings(precision="fp64", epochs=5, batch_size=batch_size, micro_batch=4)
+        train = settings(precision="fp64", epochs=5, batch_size=batch_size, micro_batch=4, checkpoint_every=1e-9)
         context = RunContext(rank=rank, world_size=world_size, report=rows.append)
-        state = fine_tune(clip, *heads, ArraySource(), train, context)
+        checkpoint_dir = folder / f"checkpoints-{batch_size}"
+        state = fine_tune(clip, *heads, ArraySource(), train, context, checkpoint_dir=checkpoint_dir)
         torch.save((state, rows), folder / f"{batch_size}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -359,6 +367,8 @@ def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, t
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(run_worker, (2, port, tmp_path), nprocs=2)
     for batch_size in BATCH_SIZES:
+        saved = {path.name for path in (tmp_path / f"checkpoints-{batch_size}").glob("attempt-1/step-*")}
+        assert saved == {"step-00000018", "step-00000020"}  # the last two stay; an epoch has 4 steps
         rows = []
         train = settings(precision="fp64", epochs=5, batch_size=batch_size)
         one = fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append))

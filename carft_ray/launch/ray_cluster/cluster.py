@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 
 from carft_ray import environment, files
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.ray_cluster.concurrency import Node, node_of
 from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
 
@@ -43,6 +44,8 @@ CONNECT_TIMEOUT_S = 10
 # what only waits takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
 CHECK_HEAD_EVERY_S = 2
+HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after so long without a head Ray ends the process
+HEAD_PATIENCE_SHARE = 0.7  # after which we end it
 # loggers that write only: a token is used; there are no progress files (we turned them off)
 SILENCED = ("ray._private.authentication", "ray.tune.analysis")
 LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
@@ -62,7 +65,8 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
         The nodes.
 
     Raises:
-        ClusterError: There is no Ray at the address, none can be started, or it has gone.
+        ClusterError: There is no Ray at the address, none can be started, or it has gone (of a cluster, a
+            ``MachineError``).
     """
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
     before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
@@ -76,10 +80,8 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
                 _start(temp_dir)
             else:
                 _attach(address or "")
-            # the head of a cluster may come back: there, Ray's own patience of a minute decides
-            watching = contextlib.nullcontext() if temp_dir is None else _noticing_its_end(temp_dir, stop_path)
             try:
-                with watching:
+                with _noticing_its_end(temp_dir, stop_path):
                     yield nodes_now()
             finally:
                 ray.shutdown()
@@ -183,33 +185,42 @@ def _quiet(log_path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noticing_its_end(temp_dir: str, stop_path: Path | None) -> Iterator[None]:
-    """Ends the block with a ``ClusterError`` when nobody listens at our Ray's address any more.
+def _noticing_its_end(temp_dir: str | None, stop_path: Path | None) -> Iterator[None]:
+    """Ends the block with a ``ClusterError`` when nobody listens at the head's address any more.
 
-    A signal to a whole process group or job ends Ray too, and then Ray's calls neither return nor notice Ctrl-C, until
-    it kills the process a minute later. So does this, sooner and with a message, where raising has no effect.
+    A signal to a whole process group or job ends a Ray of our own too, and then Ray's calls neither return nor notice
+    Ctrl-C, until it kills the process a minute later. So does this, sooner and with a message, where raising has no
+    effect. The head of a cluster may come back: there it comes shortly before Ray's own patience (``HEAD_PATIENCE``)
+    ends, and is a ``MachineError``.
     """
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     step = "Everything finished is kept; run the same command again to resume."
-    error = ClusterError(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
+    kind, patience_s = ClusterError, float(CHECK_HEAD_EVERY_S)
+    if temp_dir is None:
+        step = f"Start a new one. {step}"
+        kind, patience_s = MachineError, HEAD_PATIENCE_SHARE * float(os.environ.get(HEAD_PATIENCE, "60"))
+    error = kind(Problem("Ray", f"its head at {host}:{port} is gone", next_step=step))
     left, gone = threading.Event(), threading.Event()
 
     def check() -> None:
-        misses = 0
+        missed: list[float] = []  # when nobody answered, since somebody did
         while not left.wait(CHECK_HEAD_EVERY_S):
             try:
-                socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-                misses = 0
+                socket.create_connection((host, int(port)), CHECK_HEAD_EVERY_S).close()
+                missed.clear()
+                continue
             except OSError:
-                misses += 1
-            if misses >= 2:
+                missed.append(time.monotonic())
+            missed_s = missed[-1] - missed[0]
+            if missed_s >= patience_s:
                 gone.set()
                 _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
-            if misses >= 5:
-                stopped = stop_path is not None and files.seen(stop_path)
+            if missed_s >= patience_s + 3 * CHECK_HEAD_EVERY_S:
+                stopped = temp_dir is not None and stop_path is not None and files.seen(stop_path)
                 sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
                 sys.stderr.flush()
-                shutil.rmtree(temp_dir, ignore_errors=True)
+                if temp_dir is not None:
+                    shutil.rmtree(temp_dir, ignore_errors=True)
                 os._exit(InterruptedRunError.exit_code if stopped else error.exit_code)
 
     watcher = threading.Thread(target=check, name="head-watcher", daemon=True)
