@@ -142,6 +142,8 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
         with one_trial_dies():
             tuner.fit()
         driver.end_waiting()
+        if driver.leaks:
+            driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
         driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
     if not driver.study.taken_over:
