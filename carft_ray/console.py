@@ -349,6 +349,37 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     return table(["set", *numbers(*columns)], lines)
 
 
+def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of what the nodes of a cluster have and see; columns without a value are left out.
+
+    Args:
+        rows: ``name``, ``cpus`` and ``gpus`` that Ray may give, ``fault``; where that is empty ``kinds`` of GPUs, bytes
+            free (``gpu_free``, ``memory_free``, ``cache_free``, ``temp_free``) or in all (``shared``), ``read``: files
+            and MB per second, ``clock_s``, ``carft_ray``. None is not known.
+    """
+    sizes = {
+        "GPU free": "gpu_free",
+        "memory free": "memory_free",
+        "cache free": "cache_free",
+        "temp free": "temp_free",
+        "/dev/shm": "shared",
+    }
+    lines = []
+    for row in rows:
+        gpus = f"{row['gpus']:g} {', '.join(row.get('kinds', ()))}".strip()
+        cells = {"CPUs": f"{row['cpus']:g}", "GPUs": gpus if row["gpus"] or row.get("kinds") else ""}
+        cells |= {title: size_text(row[key]) if row.get(key) is not None else "" for title, key in sizes.items()}
+        read = row.get("read")
+        cells["files/s"], cells["MB/s"] = (f"{one:,.0f}" for one in read) if read else ("", "")
+        clock = row.get("clock_s")
+        cells["clock, s"] = "" if clock is None else f"{clock:+.1f}"
+        cells["carft-ray"] = row["fault"] or row["carft_ray"] or "none"
+        lines.append((row["name"], cells))
+    columns = dict.fromkeys(name for _, cells in lines for name, text in cells.items() if text)
+    shown = [[name, *(escape(cells[column]) for column in columns)] for name, cells in lines]
+    return table(["node", *numbers(*columns)], shown, [bool(row["fault"]) for row in rows], "red")
+
+
 def _range(of: Mapping[str, Any]) -> str:
     return f"{of['min']}" if of["min"] == of["max"] else f"{of['min']} to {of['max']}"
 

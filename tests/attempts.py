@@ -96,7 +96,7 @@ def forked(function, *args):
 
 
 def _attempt(plan, spec):
-    context = RunContext(should_stop=stop_reader(plan.study_dir, spec.folder(plan.study_dir)))
+    context = RunContext(should_stop=stop_reader(plan.study_dir, spec.folder(plan.study_dir), spec.attempt))
     try:
         run_worker(plan, spec, spec.folder(plan.study_dir), context)
     except Exception as error:  # what Tune would tell

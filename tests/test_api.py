@@ -37,6 +37,7 @@ def study_dir(original, tmp_path):
     return shutil.copytree(original, tmp_path / "study")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_module_gives_what_it_says(original, monkeypatch):
     monkeypatch.chdir(original.parents[1])
     found = doctest.testmod(api)
@@ -115,6 +116,7 @@ def test_wrong_use_is_told_in_words(study_dir, tmp_path):
         study.trials()
 
 
+@pytest.mark.slow
 def test_importing_the_package_and_reading_load_nothing_heavy(original):
     code = (
         "import sys, carft_ray\n"

@@ -325,6 +325,7 @@ def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     assert engine.study_table([cost])[0] == "| finished trials | 6 |"
 
 
+@pytest.mark.slow
 def test_a_played_driver_has_its_trials_running(tmp_path):
     cost = engine.driver_cost(tmp_path / "study", num_finished=3, num_live=4, num_reports=5, num_seconds=2)
     assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0

@@ -50,6 +50,7 @@ def in_study(study_dir):
     return best.name, best.alpha
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(6)) as study:
         recover_running(study)

@@ -47,6 +47,7 @@ def keys(cache_dir):
 # ---- what is in it
 
 
+@pytest.mark.slow
 def test_an_entry_says_what_it_holds(tmp_path):
     image_set(replace(Pictures(), name="sketch"), halve, "halved", tmp_path)
     (entry,) = cache.list_entries(tmp_path)

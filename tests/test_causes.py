@@ -11,6 +11,8 @@ import crash_host
 import pytest
 import ray
 import stand_in
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
@@ -287,6 +289,16 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
     assert not (tmp_path / "study").exists()
 
 
+def test_a_process_whose_node_was_taken_away_is_told_so():
+    died = ActorDiedErrorContext(error_message="The actor died because its node has died.", actor_id=b"1" * 16)
+    lost = explained(ActorDiedError(died))
+    assert not lost.startswith("preempted")
+    died.node_death_info.reason = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    lost = explained(WorkerGroupError("", {0: ActorDiedError(died)}))
+    assert lost.startswith("preempted: ActorDiedError: The actor died")
+
+
+@pytest.mark.whole
 @pytest.mark.slow
 def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
     recipe = stand_in.make_recipe(resources={"executor": "ray-train"})

@@ -390,6 +390,7 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint/attempt-1/step-*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_training_resumes_from_its_last_checkpoint(stopped, resume):
     code, said, weights = resume[1]()
     assert (code, weights) == (0, stopped[2])
@@ -397,6 +398,7 @@ def test_a_stopped_training_resumes_from_its_last_checkpoint(stopped, resume):
     assert "epoch 2:" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
 def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(stopped, resume, words):
     out, call = resume
@@ -410,6 +412,7 @@ def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before
     assert older.name == "step-00000003"
 
 
+@pytest.mark.slow
 def test_with_every_checkpoint_damaged_train_resume_ends_with_5_and_the_way_out(stopped, resume):
     out, call = resume
     for folder in checkpoints(out):

@@ -373,6 +373,7 @@ def test_a_class_list_that_does_not_match_is_told_for_every_set(run):
         assert f"  - {place}: every class must be there in every set, but got none for 'sqare'" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", ["photo", "sketch"])
 def test_an_unreadable_image_is_named_and_the_mended_command_works(run, domain):
     image = Path("images", domain, "star", "1.png")

@@ -207,6 +207,7 @@ def test_a_confirm_trains_each_once_and_asks_the_sampler_for_nothing(view):
     assert all((view.study_dir / "confirm" / name / "fine_tuned.safetensors").exists() for name in trainings)
 
 
+@pytest.mark.slow
 def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_recovered(view):
     trainings = first_stage(view, 1, 3).trainings()
     run_confirm(view.study_dir, view.recipe, trainings, num_attempts=2)

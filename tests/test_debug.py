@@ -58,6 +58,7 @@ def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_pat
     assert not (tmp_path / "debug" / "ray.log").exists()
 
 
+@pytest.mark.slow
 def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
     events = []
     result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)

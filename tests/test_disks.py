@@ -46,6 +46,7 @@ def disk(monkeypatch):
 FOREVER = 10**6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", files.MACHINE_ERRNOS, ids=errno.errorcode.get)
 def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error(disk, tmp_path, number):
     path = tmp_path / "there"
@@ -75,7 +76,7 @@ def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, num
 
 def test_a_training_asks_for_its_stop_again_where_the_disk_does_not_answer(disk, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "STOP_CHECK_S", 0.0)
-    should_stop = runtime.stop_reader(tmp_path, tmp_path / "trial")
+    should_stop = runtime.stop_reader(tmp_path, tmp_path / "trial", 1)
     (tmp_path / "stop").write_text("asked")
     disk("stop", 1, errno.EIO)
     assert [should_stop(), should_stop()] == [False, True]

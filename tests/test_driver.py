@@ -12,7 +12,7 @@ import pytest
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
-from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -25,10 +25,11 @@ from carft_ray.launch.events import (
 )
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
+from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialSpec, write_failure
+from carft_ray.study.outcome import Failure, TrialSpec, must_leave, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -222,6 +223,7 @@ def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(t
     assert "log.txt" in str(failure)
 
 
+@pytest.mark.slow
 def test_failures_beside_successes_do_not_end_the_search(tune):
     tune.finish(tune.start())
     tune.finish(tune.start())
@@ -307,6 +309,7 @@ def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
     os.utime(path, (last_step, last_step))
 
 
+@pytest.mark.slow
 def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(search):
     ended = []
     tune = search(hang_timeout_s=0.2, end_process=ended.append)
@@ -352,6 +355,7 @@ def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
     assert told == [f"{trial.config['spec']['name']} has waited 0 s for its process: is the cluster full?"]
 
 
+@pytest.mark.slow
 def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     tune.finish(tune.start())
     tune.finish(tune.start())
@@ -369,6 +373,7 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     assert "run the same command again" in str(failure)
 
 
+@pytest.mark.slow
 def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
@@ -386,6 +391,7 @@ def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
         assert isinstance(tune.driver.failure, ClusterError)
 
 
+@pytest.mark.slow
 def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
     tune.finish(tune.start())
     for number in range(30):
@@ -418,6 +424,98 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
     assert [bad_nodes.failed("gone") for _ in range(4)] == [""] * 4
     now[0] = 601.0
     assert bad_nodes.left_out() == []
+
+
+def spec_of(trial):
+    return TrialSpec(**trial.config["spec"])
+
+
+def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_failure_is_counted(tune):
+    trial = tune.start()
+    name, folder = trial.config["spec"]["name"], tune.folder(trial)
+    for number in range(1, 20):
+        (folder / "checkpoint" / "attempt-1" / f"step-{10 * number:08d}").mkdir(parents=True)
+        for reason in ("node7 goes", "asked once more"):
+            tune.driver.ask_to_leave(spec_of(trial), reason)
+        assert must_leave(folder, number)
+        tune.end(trial)
+        assert tune.events[-1] == Note(f"{name} gets another attempt: node7 goes")
+        trial = tune.start()
+        assert spec_of(trial).attempt == number + 1
+        assert not must_leave(folder, number + 1)  # what an attempt before was asked means nothing
+    tune.finish(trial)
+    assert kinds(tune.events).count(BaselineFinished) == 1
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert lines[0].endswith("attempt 1: left: node7 goes; the next attempt continues from step 10 (epoch 1)")
+    assert len(lines) == 19
+    tune.driver.ask_to_leave(spec_of(trial), "it has ended")
+    assert not must_leave(folder, 20)
+
+
+def test_an_attempt_that_dies_before_it_has_left_is_lost_as_any_other(tune):
+    tune.finish(tune.start())
+    for _ in range(LOST_ATTEMPTS):
+        trial = tune.start()
+        tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
+        tune.die(trial)
+    cause = "RuntimeError: The actor died unexpectedly., before it could leave: node7 goes"
+    assert tune.events[-1] == TrialSetAside(spec_of(trial), cause)
+
+
+def test_an_exception_while_a_node_goes_is_no_verdict_but_a_result_and_a_divergence_are(tune):
+    tune.finish(tune.start())
+    for number in (1, 2, 3):
+        trial = tune.start()
+        assert spec_of(trial).attempt == number
+        tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
+        tune.fail(trial, "error", "RuntimeError: the disk of this machine is gone")
+    tune.fail(tune.start(), "diverged")
+    assert tune.events[-1].row.outcome == "diverged"
+    trial = tune.start()
+    tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
+    tune.finish(trial)
+    assert tune.events[-1].row.outcome == "complete"
+
+
+def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_put_there(tune):
+    draining, now = {}, [0.0]
+    tune.driver.drains = Drains(pytest.fail, lambda: draining, lambda: now[0])
+    first, second = tune.start(), tune.start()
+    write_alive(tune, second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
+    tune.look()
+    draining["n2"] = round(1000 * (time.time() + 1000))
+    tune.look()  # Ray is asked once a second
+    assert not must_leave(tune.folder(second), 1)
+    now[0] = 1.0
+    tune.look()
+    assert must_leave(tune.folder(second), 1)
+    write_alive(tune, first, nodes=[("n1", "10.0.0.1")])
+    tune.look()
+    assert not must_leave(tune.folder(first), 1)
+    reason = json.loads((tune.folder(second) / "leave.json").read_text())["reason"]
+    assert re.fullmatch(r"10\.0\.0\.2 is being taken away within \d+ s", reason)
+    tune.end(second)
+    again = tune.start()
+    assert (again.config["spec"]["name"], again.config["avoid"]) == (second.config["spec"]["name"], ["n2"])
+    del draining["n2"]  # it is gone
+    now[0] = 2.0
+    tune.finish(again)
+    assert tune.start().config["avoid"] == []
+
+
+def test_a_ray_that_cannot_name_the_nodes_that_go_is_told_once(tune):
+    told, now = [], iter(range(100))
+
+    def ask():
+        raise UsageError("this release of ray has no such call")
+
+    tune.driver.drains = Drains(told.append, ask, lambda: float(next(now)))
+    for _ in range(3):
+        tune.look()
+        assert tune.driver.avoided() == []
+    assert told == [
+        "trainings are not asked to leave a node that is being taken away: this release of ray has no such call"
+    ]
 
 
 def leaking(search):

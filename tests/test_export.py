@@ -448,6 +448,7 @@ def of_sandbox(tmp_path_factory):
     return training, folder / "out", folder / "png" / "photo_id_val", export.folder
 
 
+@pytest.mark.whole
 def test_the_sandbox_model_gives_the_reported_accuracy_on_the_png_images_of_the_sandbox(of_sandbox):
     training, _, images, export = of_sandbox
     assert len(list(images.rglob("*.png"))) == training.result["num_images"]["id_val"] == 16 * NUM_PER_CLASS

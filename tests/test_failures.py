@@ -166,6 +166,7 @@ def sandbox_search(folder, prepared, recipe, megabytes):
     return attempts.search(folder / "study", recipe, attempts.limited(megabytes), at_a_time=1)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enough(tmp_path, prepared):
     """Both under a limit of the system on the memory of each training's process: a wide one and a tight one."""

@@ -151,6 +151,7 @@ def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_pa
     assert not (tmp_path / "study" / "_tune").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(tmp_path):
     asked = []
     recipe = attempts.sandbox_recipe()

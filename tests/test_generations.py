@@ -140,6 +140,7 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
 # ---- trials
 
 
+@pytest.mark.slow
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), values=True)
     narrow = recipe_of(10, learning_rate=NARROW)
@@ -271,6 +272,7 @@ def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypat
     assert "Outside the present search space: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
     from carft_ray.launch.runs.search import run_search
 

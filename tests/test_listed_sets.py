@@ -79,6 +79,7 @@ def test_a_command_lists_each_folder_once_and_a_second_one_opens_no_image(made):
     assert str(path) in run(made, "doctor", recipe)[1]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_trials_list_nothing(made):
     study = made / "study"

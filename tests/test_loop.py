@@ -1,7 +1,11 @@
 """The training loop: limit cases, splits that change nothing, and references written anew here."""
 
+import contextlib
+import itertools
 import math
 import re
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +275,49 @@ def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(tin
     assert attempt > 3
     assert largest_difference(whole, state) == 0.0
     assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
+
+
+@pytest.fixture
+def frequent(monkeypatch):
+    """Windows of two steps, and a clock that is a minute later at each look."""
+    monkeypatch.setattr("carft_ray.learning.loop.LOG_EVERY", 2)
+    minutes = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * next(minutes), perf_counter=time.perf_counter)
+    monkeypatch.setattr("carft_ray.learning.loop.time", clock)
+
+
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.5, "lora_rank": 2}], ids=["plain", "average and lora"])
+def test_a_kill_after_a_checkpoint_inside_an_epoch_changes_no_number(
+    tiny_clip, heads, source, tmp_path, frequent, values
+):
+    train = settings(epochs=2, batch_size=4, checkpoint_every="50s", **values)  # 10 steps an epoch
+    whole_rows, rows = [], []
+    whole = fine_tune(tiny_clip, *heads, source, train, RunContext(report=whole_rows.append))
+    for attempt in range(1, 20):
+        windows = iter(range(100))
+
+        def die(row, windows=windows):
+            if next(windows) == 1:  # in the second window, before its own checkpoint
+                raise KeyboardInterrupt
+
+        context = RunContext(report=rows.append, progress=die)
+        with contextlib.suppress(KeyboardInterrupt):
+            state = fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=tmp_path, attempt=attempt)
+            break
+        steps = {int(path.name[5:]) for path in tmp_path.glob("attempt-*/step-*")}
+        assert max(steps) == 2 * attempt  # one window is lost, no more
+    assert attempt == 10
+    assert largest_difference(whole, state) == 0.0
+    assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [10, 20]), (50, [18, 20]), (130, [14, 20]), (1e6, [10, 20])])
+def test_checkpoints_come_after_each_time_and_at_the_end_of_every_epoch(
+    tiny_clip, heads, source, tmp_path, frequent, every, steps
+):
+    train = settings(epochs=2, batch_size=4, checkpoint_every=every)
+    fine_tune(tiny_clip, *heads, source, train, checkpoint_dir=tmp_path)
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("attempt-1/step-*")) == steps  # the last two stay
 
 
 def without_speed(row):

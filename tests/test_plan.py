@@ -159,6 +159,7 @@ def test_the_first_images_of_a_source_are_a_source(source):
     assert first.fingerprint != source.fingerprint
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

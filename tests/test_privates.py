@@ -39,6 +39,13 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     assert worker._worker_logs_enabled is True
 
 
+def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypatch):
+    """What the call returns is pinned in test_leave.py, with a Ray."""
+    monkeypatch.delattr(type(ray._private.state.state), "get_draining_nodes")
+    with pytest.raises(UsageError, match=r"state\.get_draining_nodes, which carft-ray uses"):
+        ray_private.draining_nodes()
+
+
 def test_the_groups_of_an_autoscaler_can_be_asked_for():
     """What it answers is in test_growth.py, with a real one."""
     assert callable(resolve_name("ray._private.state.state.get_cluster_config"))

@@ -57,6 +57,7 @@ def test_drawings_whose_thumbnails_agree_are_not_one_picture():
     assert min(picture_distance(*(grey_picture(drawings[k]) for k in pair)) for pair in pairs) > LIMIT
 
 
+@pytest.mark.slow
 def test_other_photos_are_far_apart_and_the_order_makes_no_difference():
     looks = [grey_picture(pixels) for pixels in (*PICTURES.values(), photo(5, 200, 160), drawing(31))]
     looks.append(grey_picture(np.asarray(COPIES["5 % margin off"](Image.fromarray(PICTURES["photo"])))))

@@ -311,6 +311,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
     forms = dict(FORMS)
@@ -334,6 +335,7 @@ def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
             assert abs(steps - round(steps)) < 1e-6 or "step" not in form
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "qmc", "random", "grid"])
 def test_conditions_on_conditional_parameters_hold(name):
     parameters = {
@@ -453,6 +455,7 @@ def test_samplers_other_than_gp_load_no_torch(name):
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
     import torch
     from optuna._gp import acqf, gp
@@ -476,6 +479,7 @@ def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
 # ---- the grid
 
 
+@pytest.mark.slow
 def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
     parameters = {**CHOICE, **CHILD, "warmup_steps": {"type": "int", "low": 0, "high": 20, "step": 10}}
     recipe = make_recipe(100, space=parameters, baselines={}, sampler={"name": "grid"})
@@ -544,6 +548,7 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 # ---- enqueued values
 
 
+@pytest.mark.slow
 def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
     entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"train": {"learning_rate": 1e-4}}, {"kl_weight": 10}]
     recipe = make_recipe(6, baselines={}, enqueue=entries)
@@ -786,6 +791,7 @@ def copied(study_dir):
     return Path(shutil.copytree(study_dir, study_dir.with_name("copy"), dirs_exist_ok=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["kept", "gone", "foreign", "a path"])
 def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_study, monkeypatch, token):
     study_dir, recipe, trace = cmaes_study
@@ -873,6 +879,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
 # ---- trials without a value
 
 
+@pytest.mark.slow
 def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
     with open_study(tmp_path / "study", recipe) as study:

@@ -84,6 +84,7 @@ def test_classes_are_equally_frequent_and_in_the_order_of_folders():
     assert source.sample_ids.dtype == np.uint64
 
 
+@pytest.mark.slow
 def test_no_sample_id_or_picture_is_shared_by_two_sets():
     ids, pictures = [], set()
     for domain in DOMAINS:
@@ -95,6 +96,7 @@ def test_no_sample_id_or_picture_is_shared_by_two_sets():
     assert len(pictures) == len(DOMAINS) * len(sandbox.SPLITS) * len(CLASSES)
 
 
+@pytest.mark.slow
 def test_colours_sizes_and_tilts_have_one_distribution_in_every_domain():
     for domain in DOMAINS:
         shown = [sandbox._attributes(_rng(domain, i), domain, "star") for i in range(600)]
@@ -141,6 +143,7 @@ def test_an_unknown_domain_and_another_class_list_are_reported_at_once_with_the_
     assert [problem.nearest for problem in caught.value.problems] == ["sketch", "square"]
 
 
+@pytest.mark.slow
 def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_path, small_sets):
     seen = []
     export_images(tmp_path / "images", lambda done, total: seen.append((done, total)))
@@ -177,6 +180,7 @@ def test_contrastive_loss_vanishes_when_shared_captions_are_found_in_equal_parts
     torch.testing.assert_close(contrastive_loss(logits, caption), expected)
 
 
+@pytest.mark.slow
 def test_packaged_weights_open_in_stock_open_clip_and_know_the_shapes():
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{WEIGHTS}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{WEIGHTS}")

@@ -64,6 +64,7 @@ def training(tmp_path_factory):
     return folder / "out", recipe, result
 
 
+@pytest.mark.slow
 def test_a_training_is_one_run_of_tensorboard(training):
     out, _, _ = training
     folders = {path.parent for path in out.rglob("events.out.tfevents.*")}

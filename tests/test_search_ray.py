@@ -116,6 +116,7 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
             assert row == stopped[row.name]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_ray_train_runs_trials_on_two_workers_and_leaves_no_placement_group_however_they_end(tmp_path):
     """One is trained to its end, one is cut at a rung, one diverges."""
@@ -197,6 +198,7 @@ def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path):
     assert not (tmp_path / "study").exists()  # free for the mended recipe
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
     stand_in.tell(tmp_path, **{"1": "no_data"})
     with pytest.raises(CarftError, match="a file of the training set is gone") as caught:

@@ -27,6 +27,7 @@ def random_correct(rng, num_rows, sizes=SIZES, share=0.6):
 # ---------------------------------------------------------------------------------------------- correction
 
 
+@pytest.mark.slow
 def test_correction_of_the_fixture():
     found = correct_best(J, 0.01**2, num_draws=2_000_000)
     assert found.median == pytest.approx(0.695)
@@ -235,6 +236,7 @@ def test_the_mean_over_seeds_on_fixed_images_is_the_closed_form():
     assert special.ndtri(0.8) == pytest.approx(stats.norm.ppf(0.8))
 
 
+@pytest.mark.slow
 def test_a_few_simulated_studies_run_and_are_repeatable():
     checks, beside = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1, num_pairs=10)
     again, _ = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1, num_pairs=10)

@@ -318,6 +318,7 @@ print([p for p in touched if {"id_test", "sketch_test"} & set(Path(p).parts)])
 EVENTS = ("open", "os.listdir", "os.scandir")
 
 
+@pytest.mark.slow
 def test_no_file_of_a_test_role_is_opened(base):
     """Neither opened nor listed: an unreadable image, wrong classes and a closed folder there do no harm."""
     (base / "images" / "id_test" / "bird" / "0.png").write_bytes(b"no image")

@@ -90,6 +90,7 @@ def leaving(rows):
     return sorted({(place, "/".join(Path(image).parts[-3:])) for place, image, done in names if done == "leaves"})
 
 
+@pytest.mark.slow
 def test_an_image_stays_in_the_role_nearest_to_the_test(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
     copy(here, "test/dog/1.png", "val/dog/b.png", again=True)

@@ -123,6 +123,7 @@ def test_a_search_that_goes_on_compares_nothing_again(study, capsys, compares_no
     assert [one["num_images"] for one in results(study / "trials")] == [LEFT, LEFT]
 
 
+@pytest.mark.whole
 def test_confirm_and_reproduce_train_on_what_the_search_trained_on(study, capsys, compares_nothing):
     code, _, err = run(capsys, "confirm", study, "--top", "1", "--seeds", "2")
     assert code == 0, err

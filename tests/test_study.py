@@ -124,6 +124,7 @@ def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_come
         assert trial.user_attrs["outcome"] == outcome
 
 
+@pytest.mark.slow
 def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
     limit = 3e-4
     recipe = make_recipe(40, baselines={})
@@ -218,6 +219,7 @@ def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
         assert study.next().attempt == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_recovers_its_running_trials_with_number_and_values(study_dir):
     recipe = make_recipe(4)
     with open_study(study_dir, recipe) as study:
@@ -236,6 +238,7 @@ def test_an_interrupted_search_recovers_its_running_trials_with_number_and_value
     assert trials(study_dir)[1].attempt == 1  # told, not run again
 
 
+@pytest.mark.slow
 def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
     with open_study(study_dir, make_recipe(2)) as study:
         recover_running(study)
@@ -297,6 +300,7 @@ def test_optuna_lets_a_running_trial_be_recovered(tmp_path):
     assert again.ask().number == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [b'{"op_code":5,"work', b'{"op_code":5,"work\n', b"\0\0\0\n"])
 def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, tail):
     with open_study(study_dir, make_recipe(3)) as study:
@@ -417,6 +421,7 @@ def test_reading_leaves_no_trace(study_dir):
         assert {path.name: path.read_bytes() for path in study_dir.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
     recipe = make_recipe(20, baselines={})
     space = {
@@ -440,6 +445,7 @@ def test_categories_integers_and_steps_are_drawn_as_they_are_written(study_dir):
         apply(recipe, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_the_same_seed_draws_the_same_values(tmp_path, name):
     drawn = []
@@ -488,6 +494,7 @@ def test_numbers_in_a_reason_have_four_digits_and_the_log_keeps_the_rest(tmp_pat
     assert rest == f"Traceback: {reason}"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message(study_dir):
     """In a process of its own, whose files may not grow: what fails is the append to the journal."""
     code = f"""
@@ -539,6 +546,7 @@ def run_with_weights(study, value):
     return [row.name for row in sorted(study.rows(), key=lambda row: (-row.objective, row.number))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "mixed"])
 def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, order):
     values = {"rising": lambda n: n, "falling": lambda n: -n, "equal": lambda n: 0.5, "mixed": lambda n: (7 * n) % 5}
@@ -648,6 +656,7 @@ def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(st
         assert [row.objective for row in study.rows("baseline")] == [0.25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_drawn(tmp_path, name):
     recipe = make_recipe(8, sampler={"name": name, "startup_trials": 3})

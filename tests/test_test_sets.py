@@ -240,6 +240,7 @@ sealed.read_sealed(__import__("pathlib").Path(sys.argv[1]), None, str)
 """
 
 
+@pytest.mark.whole
 def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
     study, number = here / "study", 3
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}

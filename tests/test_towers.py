@@ -464,6 +464,7 @@ def train_once_with(folder, recipe_path, **values):
     return open_trained(out)
 
 
+@pytest.mark.whole
 def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
     path = short_training.make(tmp_path, RESNET)
     trained = train_once_with(tmp_path, path, recalibrate_batches=2)
@@ -525,6 +526,7 @@ def trained_by(context):
     return [*states, classifier.state(), {"prediction": torch.tensor(table["prediction"].to_pylist())}]
 
 
+@pytest.mark.whole
 def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

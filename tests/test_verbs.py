@@ -169,6 +169,7 @@ def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
     assert load_recipe(path).train.learning_rate == view.best.values["learning_rate"]
 
 
+@pytest.mark.slow
 def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_it(run, here):
     study_dir = here / "first"
 
@@ -400,6 +401,7 @@ def test_stop_asks_a_training_too(run, here):
     assert err.splitlines()[-1] == "The training has ended."
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_waiting_only(run, here):
     with open_study(here / "first", make_recipe(8)), meanwhile(lambda: interrupted(here / "first" / "stop")):
         code, _, err = run("stop", "first")
@@ -505,6 +507,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: str(value)[:60])
 def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
     (here / "empty").mkdir()

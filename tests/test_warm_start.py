@@ -206,6 +206,7 @@ def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
             recover_running(study)
 
 
+@pytest.mark.slow
 def test_the_sampler_begins_with_what_is_known(study_dir, first):
     """As many finished trials as random ones are asked for: the first proposal is one of tpe, and near the best."""
 
@@ -226,6 +227,7 @@ def test_the_sampler_begins_with_what_is_known(study_dir, first):
     assert warmed[:4].mean() < cold[:4].mean()
 
 
+@pytest.mark.slow
 def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
     """Every append is the last one of a search, which then begins again."""
     recipe = warm(recipe_of(1), first)

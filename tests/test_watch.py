@@ -214,6 +214,7 @@ def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
         assert (tmp_path / "study" / JOURNAL).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
     with open_study(tmp_path / "study", make_recipe(2)) as study:

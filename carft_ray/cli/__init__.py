@@ -8,6 +8,8 @@ module         commands
 ``model``      ``model``
 ``doctor``     ``doctor``
 ``search``     ``search``, ``resume``, ``stop``, ``plan``
+``submit``     ``submit``
+``cluster``    ``cluster jobs``, ``cluster logs``, ``cluster stop``
 ``status``     ``status``, ``ls``, ``logs``, ``dashboard``
 ``confirm``    ``confirm``
 ``test``       ``test``
@@ -21,7 +23,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 """
 
 # in the order of the help
-from carft_ray.cli import init, train, model, doctor, search, status, confirm, test, report  # noqa: F401  # isort: skip
+from carft_ray.cli import init, train, model, doctor, search, submit, cluster, status, confirm, test, report  # noqa: F401  # isort: skip
 from carft_ray.cli import compare, data, sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.common import app, main
 

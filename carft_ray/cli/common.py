@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
 data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
+cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: searches that were submitted.")
+app.add_typer(cluster_app, name="cluster", rich_help_panel="A search")
 app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
@@ -54,6 +56,10 @@ ExecutorOption = Annotated[
 ]
 WorkersOption = Annotated[int | None, Option(min=1, help="Workers of one training; replaces that of the recipe.")]
 AddressOption = Annotated[str | None, Option(help="Address of a running Ray cluster; without it, a local Ray.")]
+DashboardOption = Annotated[
+    str | None,
+    Option("--address", metavar="URL", help="Dashboard of the cluster.", show_default="http://127.0.0.1:8265"),
+]
 NotifyCommandOption = Annotated[
     str | None,
     Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
@@ -224,11 +230,16 @@ def command_line(*words: object, **options: object) -> str:
         words: Name and arguments.
         options: Values by the name of the option; one that is None is left out, a list repeats the option.
     """
-    line = ["carft-ray", *map(str, words)]
+    return shlex.join(["carft-ray", *map(str, words), *option_words(**options)])
+
+
+def option_words(**options: object) -> list[str]:
+    """Returns the words of options, as ``command_line`` takes them."""
+    words = []
     for name, value in options.items():
         for one in value if isinstance(value, list) else [] if value is None else [value]:
-            line += [f"--{name.strip('_').replace('_', '-')}", str(one)]
-    return shlex.join(line)
+            words += [f"--{name.strip('_').replace('_', '-')}", str(one)]
+    return words
 
 
 def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **options: object) -> str:

@@ -163,7 +163,7 @@ def _folder(cache: Path | None) -> Path:
 
 
 def _seconds(text: str) -> float:
-    from carft_ray.recipe.schema import seconds_of
+    from carft_ray.recipe.fields import seconds_of
 
     try:
         return float(seconds_of(text))

@@ -1,6 +1,8 @@
-"""What can be wrong with a recipe, its images and its model, before a GPU is taken."""
+"""What can be wrong with a recipe, its images, its model and the nodes of a cluster, before a GPU is taken."""
 
-from collections.abc import Iterator
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import DataError, Problem, UsageError
+from carft_ray.errors import ClusterError, DataError, Problem, UsageError
 from carft_ray.words import counted
 
 
@@ -23,57 +25,142 @@ def doctor(
         Path | None,
         Option(metavar="FILE", help="Write all pairs of images in two roles: a .csv table or an .html page."),
     ] = None,
+    address: Annotated[
+        str | None, Option(help="Check every node of this running Ray cluster, too: HOST:PORT, or auto on one of them.")
+    ] = None,
+    study: Annotated[
+        Path | None, Option(help="Where the study would be, with --address: does every node see and write its folder?")
+    ] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Check data, prompts, model and machine before anything is trained. Test sets are counted and hashed only.
 
-    Every image is read once. Ends with exit code 4 when a search would fail or mean nothing.
+    Every image is read once. Ends with exit code 4 when a search would fail or mean nothing. With --address, each node
+    is asked what it sees, has and runs; exit code 5 names the nodes on which trials would fail, and what to do.
     """
+    if address is not None and address.startswith(("http://", "https://")):
+        rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
+        step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
+        raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
-    from carft_ray.evaluation.doctor import as_plain_data, examine
+    from carft_ray.evaluation.doctor import Diagnosis, as_plain_data, examine
     from carft_ray.recipe.loading import load_recipe
 
     if pairs is not None:
         check_pairs_path(pairs)
         if quick:
             raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
+    if study is not None and address is None:
+        console.warn("--study has no effect without --address: this machine alone is checked")
     value = load_recipe(recipe, set_ or ())
+    say = console.sayer(not json_)
+    with _attached(address):
+        found, here, reports, on_nodes = Diagnosis(), True, [], []
+        if address is not None:
+            from carft_ray.launch.ray_cluster.checkup import ask_nodes, examine_there, images_are_here, judge
+
+            here = images_are_here(value)
+        if not here:
+            say("This machine sees none of the images; the nodes of the cluster check them.")
+        elif json_:
+            found = examine(value, images, quick)
+        else:
+            with console.counting() as progress:
+                found = examine(value, images, quick, console.say, progress)
+        if address is not None:
+            reports = ask_nodes(value, study, say)
+            on_nodes = judge(reports, value)
+            found = found if here else examine_there(reports, value, images, quick, say) or found
     if json_:
-        found = examine(value, images, quick)
-        console.print_json(as_plain_data(found))
+        _print_json(as_plain_data(found), reports, on_nodes)
     else:
-        with console.counting() as progress:
-            found = examine(value, images, quick, console.say, progress)
-        _show(found)
+        _show(found, reports, on_nodes)
     if pairs is not None and found.pairs is None:
         console.warn(f"{pairs} is not written: images are compared when nothing else is wrong with the data.")
     elif pairs is not None and found.pairs is not None:
         write_pairs(pairs, found.pairs)
         console.say(f"{pairs}: {counted(len(found.pairs), 'pair')} of images in two roles")
-    if found.errors:
+    broken = [one.problem for one in on_nodes if one.level == "error"]
+    if found.errors or broken:
+        error = DataError if found.errors else ClusterError
         if json_:
-            raise typer.Exit(DataError.exit_code)
-        raise DataError(found.errors)
+            raise typer.Exit(error.exit_code)
+        raise error([*found.errors, *broken])
     if not json_:
-        begin = common.begin_line(value, recipe, set=set_)
-        plan = common.command_line("plan", recipe, set=set_)
+        begin = common.begin_line(value, recipe, study, set=set_, address=address)
+        plan = common.command_line("plan", recipe, set=set_, address=address)
         console.next_step(*([plan] if begin.startswith("carft-ray search") else []), begin)
 
 
-def _show(found: Any) -> None:
+@contextlib.contextmanager
+def _attached(address: str | None) -> Iterator[None]:
+    """Attaches to a cluster for the time of the block, where there is an address.
+
+    Raises:
+        ClusterError: It cannot be reached.
+    """
+    if address is None:
+        yield
+        return
+    from carft_ray.launch.ray_cluster.cluster import running_ray
+    from carft_ray.layout import RAY_LOG
+
+    with tempfile.TemporaryDirectory(prefix="carft-ray-") as folder, running_ray(address, Path(folder) / RAY_LOG):
+        yield
+
+
+def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
+    """Prints a diagnosis; with a cluster, what its nodes have found and what is wrong there, too."""
+    if reports:
+        from carft_ray.evaluation.doctor import finding_data
+        from carft_ray.launch.ray_cluster.checkup import report_data
+
+        data["findings"] += map(finding_data, on_nodes)
+        data["healthy"] = data["healthy"] and all(one.level != "error" for one in on_nodes)
+        data["nodes"] = list(map(report_data, reports))
+    console.print_json(data)
+
+
+def _show(found: Any, reports: Sequence[Any] = (), on_nodes: Sequence[Any] = ()) -> None:
     """Prints what was found, and a verdict where there is no error; errors end the command."""
     if found.sets:
         console.out.print(console.checkup_table(found.sets, found.zero_shot))
     for line in _model_lines(found.model, found.machine):
         console.say(line)
-    for finding in found.findings:
+    if reports:
+        console.out.print(console.node_table([_node_row(report) for report in reports]))
+    findings = [*found.findings, *on_nodes]
+    for finding in findings:
         if finding.level == "note":
             console.say(f"note: {finding.problem}")
         elif finding.level == "warning":
             console.warn(str(finding.problem))
-    if not found.errors:
-        counts = [sum(one.level == level for one in found.findings) for level in ("warning", "note")]
-        console.say(f"No error, {counted(counts[0], 'warning')}, {counted(counts[1], 'note')}.")
+    errors, warnings, notes = (sum(one.level == level for one in findings) for level in ("error", "warning", "note"))
+    if not errors:
+        console.say(f"No error, {counted(warnings, 'warning')}, {counted(notes, 'note')}.")
+
+
+def _node_row(report: Any) -> dict[str, Any]:
+    """Returns what the table shows of a node."""
+    from carft_ray.launch.ray_cluster.checkup import speed
+
+    row = {"name": report.name, "cpus": report.resources.get("CPU", 0), "gpus": report.resources.get("GPU", 0)}
+    if (facts := report.facts) is None:
+        return {**row, "fault": report.fault}
+    free = [gpu["free_bytes"] for gpu in facts["gpus"] if gpu["free_bytes"] is not None]
+    return {
+        **row,
+        "fault": "",
+        "kinds": list(dict.fromkeys(gpu["name"] for gpu in facts["gpus"])),
+        "gpu_free": min(free, default=None),
+        "memory_free": facts["memory_free_bytes"],
+        "cache_free": facts["cache"] and facts["cache"]["free_bytes"],
+        "temp_free": facts["temp"] and facts["temp"]["free_bytes"],
+        "shared": facts["shared_memory_bytes"],
+        "read": facts["read"] and speed(facts["read"]),
+        "clock_s": report.clock_s,
+        "carft_ray": facts["carft_ray"]["version"],
+    }
 
 
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
@@ -86,6 +173,8 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str
             f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "
             f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
+    if not machine:
+        return
     yield (
         f"machine: {machine['device']}, {counted(machine['gpus'], 'GPU')}, {counted(machine['cores'], 'core')}, "
         f"{machine['memory_gb']:.0f} GB memory, {machine['cache_free_gb']:.0f} GB free for {machine['cache_dir']}"

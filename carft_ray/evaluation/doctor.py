@@ -348,9 +348,15 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
 
 def as_plain_data(found: Diagnosis) -> dict[str, Any]:
     """Returns a diagnosis for JSON: ``healthy``, ``findings``, ``sets``, ``zero_shot``, ``model``, ``machine``."""
-    findings = [
-        {"level": level, "place": problem.place, "text": str(problem), "next_step": problem.next_step}
-        for level, problem in ((one.level, one.problem) for one in found.findings)
-    ]
     parts = ("sets", "zero_shot", "model", "machine")
-    return {"healthy": not found.errors, "findings": findings, **{name: getattr(found, name) for name in parts}}
+    return {
+        "healthy": not found.errors,
+        "findings": [finding_data(one) for one in found.findings],
+        **{name: getattr(found, name) for name in parts},
+    }
+
+
+def finding_data(finding: Finding) -> dict[str, str]:
+    """Returns a finding for JSON."""
+    problem = finding.problem
+    return {"level": finding.level, "place": problem.place, "text": str(problem), "next_step": problem.next_step}

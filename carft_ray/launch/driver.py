@@ -20,10 +20,12 @@ from carft_ray.launch.failures.causes import is_full_memory
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
 from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema import BudgetConfig
+from carft_ray.study import outcome
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
 from carft_ray.study.rows import best_row
@@ -53,6 +55,7 @@ class _Attempt:
         step_ns: Its last step; -1 until it was read.
         seen: When that step was first seen here.
         hung: Why it was ended from outside; empty where it was not.
+        leaves: Why it was asked to leave; empty where it was not.
     """
 
     spec: TrialSpec
@@ -62,6 +65,7 @@ class _Attempt:
     step_ns: int = -1
     seen: float = 0.0
     hung: str = ""
+    leaves: str = ""
 
 
 @dataclass(eq=False)
@@ -80,6 +84,7 @@ class Driver:
         why_waiting: Says why a process does not come.
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
+        drains: Nodes that are being taken away; None: there are none to ask for.
         capacity_now: Returns how trainings fit now; None: that does not change.
         asked: Further trainings, for which nodes are asked for.
         reason: Why not more run at a time, at the beginning.
@@ -101,6 +106,7 @@ class Driver:
     why_waiting: Callable[[], str] = lambda: "is the cluster full?"
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
+    drains: Drains | None = None
     capacity_now: Callable[[], Capacity] | None = None
     asked: int = 0
     reason: str = ""
@@ -184,6 +190,30 @@ class Driver:
         except Exception as failure:  # raised again by the search
             self._fail(failure)
 
+    def ask_to_leave(self, spec: TrialSpec, reason: str) -> None:
+        """Asks an attempt to write a checkpoint and end. Another one continues from there, and no failure is counted.
+
+        It ends at the end of its metrics window. One that was asked before, or has ended, is passed over; where the
+        request cannot be written, the next call tries again.
+
+        Args:
+            spec: The attempt.
+            reason: One line, for its log.
+        """
+        attempt = next((each for each in self._attempts.values() if each.spec == spec), None)
+        if attempt is None or attempt.leaves or self.study.taken_over:
+            return
+        with contextlib.suppress(StorageError):
+            outcome.write_leave(spec.folder(self.study.study_dir), spec.attempt, reason)
+            attempt.leaves = reason
+
+    def avoided(self) -> list[str]:
+        """Returns Ray's names of the nodes on which nothing is to start: bad ones, and those that are taken away.
+
+        Ray keeps new processes off the latter, but Tune has an idle one there run the next attempt.
+        """
+        return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
+
     def died(self, spec: TrialSpec) -> None:
         """Suspects that an attempt whose process died has left a placement group."""
         if self.leaks:
@@ -235,6 +265,13 @@ class Driver:
         if not self.check_stop():
             for attempt in list(self._attempts.values()):
                 self._report_epochs(attempt)
+            self._leave_drained_nodes()
+
+    def _leave_drained_nodes(self) -> None:
+        """Asks what has a rank on a node that is being taken away to leave."""
+        for attempt in list(self._attempts.values()) if self.drains else ():
+            if self.drains and not attempt.leaves and (reason := self.drains.reason(attempt.alive)):
+                self.ask_to_leave(attempt.spec, reason)
 
     def _held_s(self, attempt: _Attempt) -> float:
         """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
@@ -343,12 +380,17 @@ class Driver:
     def _settle(self, attempt: _Attempt, gone: str) -> None:
         """Has the study record how an attempt ended; ``gone`` as of ``ended``."""
         spec = attempt.spec
+        if attempt.leaves:
+            outcome.excuse(spec.folder(self.study.study_dir), spec.attempt)
         row = self.study.settle(spec)
         if row is None:
             if self.check_stop():
                 self.study.stopped(spec)  # it stays RUNNING, for the next search
                 return
             failure = read_failure(spec.folder(self.study.study_dir), spec.attempt)
+            if failure is None and attempt.leaves and not gone:
+                self._left(attempt)
+                return
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
                 return
@@ -374,6 +416,13 @@ class Driver:
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
             raise no_successful_trial(self.study, self._ended)
 
+    def _left(self, attempt: _Attempt) -> None:
+        """Gives an attempt that has left as it was asked to another one."""
+        spec = attempt.spec
+        outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
+        self.study.repeat(spec)
+        self.on_event(events.Note(f"{spec.name} gets another attempt: {attempt.leaves}"))
+
     def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
 
@@ -393,6 +442,8 @@ class Driver:
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
+        if attempt.leaves:
+            reason = f"{reason}, before it could leave: {attempt.leaves}"
         if self.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)

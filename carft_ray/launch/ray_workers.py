@@ -1,9 +1,9 @@
 """Two ways to run one training: inline in a Tune trial, or as a Ray Train group of workers. The loop is the same.
 
-A training is stopped by a file that rank 0 reads, ``stop`` in the study directory or ``cut.json`` in its own folder; so
-nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node that sees the study,
-needs no actor that could die, and lets another process ask for the stop. A training writes its results into its folder
-before it ends; Ray carries none.
+A training is stopped by a file that rank 0 reads, ``stop`` in the study directory, ``cut.json`` or ``leave.json`` in
+its own folder; so nothing is ever stopped from outside, where Ray leaks placement groups. A file reaches every node
+that sees the study, needs no actor that could die, and lets another process ask for the stop. A training writes its
+results into its folder before it ends; Ray carries none.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def tune_trainable(runtime: Runtime) -> Any:
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
         folder = spec.folder(runtime.study_dir)
-        context = RunContext(should_stop=stop_reader(runtime.study_dir, folder))
+        context = RunContext(should_stop=stop_reader(runtime.study_dir, folder, spec.attempt))
         if not run_worker(runtime, spec, folder, context):
             failure = read_failure(folder, spec.attempt)
             if failure and failure.outcome == "memory":  # Ray ends the process, and with it all that it held
@@ -89,7 +89,10 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
     folder = folder or spec.folder(runtime.study_dir)
     use_gpu = runtime.capacity.gpus_per_worker > 0
     can_select = "label_selector" in {each.name for each in fields(ScalingConfig)}  # older releases of Ray cannot
+    counts_apart = "max_preemption_failures" in {each.name for each in fields(FailureConfig)}  # and do not
     selector: dict[str, Any] = {"label_selector": _anywhere_but(avoid)} if avoid and can_select else {}
+    failures: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 1}
+    failures |= {"max_preemption_failures": 0} if counts_apart else {}
     trainer = TorchTrainer(
         _nested_worker,
         train_loop_config={"runtime": runtime, "spec": spec, "folder": folder},
@@ -104,7 +107,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
         run_config=RunConfig(
             name=f"{spec.name}-{spec.attempt}",  # a name of its own: Ray Train would resume a run by its name
             storage_path=str(runtime.study_dir / RAY_FILES / "train"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),  # type: ignore[call-arg]  # V2
+            failure_config=FailureConfig(**failures),
         ),
     )
     try:
@@ -117,7 +120,7 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
 def _nested_worker(config: dict[str, Any]) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
     runtime, spec, folder = config["runtime"], config["spec"], config["folder"]
-    place, should_stop = ray.train.get_context(), stop_reader(runtime.study_dir, folder)
+    place, should_stop = ray.train.get_context(), stop_reader(runtime.study_dir, folder, spec.attempt)
     context = RunContext(place.get_world_rank(), place.get_world_size(), should_stop=should_stop)
     if not run_worker(runtime, spec, folder, context):
         raise RuntimeError(f"{spec.name} failed, see its folder")

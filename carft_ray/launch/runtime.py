@@ -15,6 +15,7 @@ from carft_ray.launch.ray_cluster.concurrency import Capacity, Most, Node, capac
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
+from carft_ray.study.outcome import must_leave
 
 Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], float]
@@ -116,8 +117,9 @@ def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runne
     return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, most=most)
 
 
-def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
-    """Returns a function that tells whether a training is to end: the search stops, or the pruner has cut it.
+def stop_reader(study_dir: Path, folder: Path, attempt: int) -> Callable[[], bool]:
+    """Returns a function that tells whether an attempt is to end: the search stops, the pruner has cut the training, or
+    the attempt is to leave.
 
     It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
     """
@@ -126,7 +128,7 @@ def stop_reader(study_dir: Path, folder: Path) -> Callable[[], bool]:
     def should_stop() -> bool:
         nonlocal stopped, next_at
         if not stopped and time.monotonic() >= next_at:
-            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT)
+            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT) or must_leave(folder, attempt)
             next_at = time.monotonic() + STOP_CHECK_S
         return stopped
 

@@ -18,11 +18,12 @@ from ray.tune.search import Searcher
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import Event
+from carft_ray.launch.events import Event, Note
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.preparation import fill_new_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
 from carft_ray.launch.ray_cluster.nodes import alive_nodes, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
@@ -67,6 +68,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
+        drains=None if runtime.in_process else Drains(lambda text: on_event(Note(text))),
         capacity_now=_following(runtime) if runtime.attached else None,
         asked=capacity.asked,
         reason=capacity.reason,
@@ -98,7 +100,8 @@ def _run_here(driver: Driver, runtime: Runtime) -> None:
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         folder = spec.folder(study_dir)
-        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, stop_reader(study_dir, folder))))
+        should_stop = stop_reader(study_dir, folder, spec.attempt)
+        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, should_stop)))
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
@@ -178,7 +181,7 @@ class DriverSearcher(Searcher):
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
         spread = {} if self._driver.one_node is None else {"one_node": self._driver.one_node}
-        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.bad_nodes.left_out(), **spread}
+        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), **spread}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""

@@ -47,6 +47,7 @@ from carft_ray.recipe.schedule import num_warmup_steps
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
+CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
 # epoch from 1, indices [b], pixels [b, S, S, 3], size of the global batch
 Batch = tuple[int, IntArray, PixelArray, int]
 
@@ -85,6 +86,7 @@ class _Learner:
     checkpoint_dir: Path | None
     attempt: int
     step: int = 0
+    saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
 
     def state(self) -> dict[str, Tensor]:
@@ -109,6 +111,7 @@ class _Learner:
 
     def save(self) -> None:
         """Writes a checkpoint, on rank 0."""
+        self.saved_at = time.monotonic()
         if self.checkpoint_dir is not None and self.context.rank == 0:
             position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": self.means.totals}
             weights, average = copies(self.classifier.state_dict()), copies(self.average)
@@ -194,7 +197,8 @@ def fine_tune(
     over the steps.
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
-    every epoch and when it is stopped; the result is bit for bit that of an uninterrupted training.
+    every epoch, after each ``checkpoint_every`` and when it is stopped; the result is bit for bit that of an
+    uninterrupted training.
 
     Args:
         clip: The model to start from; it is not changed.
@@ -269,8 +273,10 @@ def fine_tune(
                 context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
             learner.save()
-        if step < num_steps and _stop_asked(context, device):
+        asked = CONTINUE if step == num_steps else _asked(learner, device)
+        if asked != CONTINUE and not ends_epoch:
             learner.save()
+        if asked == STOP:
             raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
         window.zero_()
         window_images, clock = 0, time.perf_counter()
@@ -326,10 +332,14 @@ def _bad_first(values: Mapping[str, float]) -> str:
     return "; ".join(f"{name} {named[name]:.4g}" for name in sorted(named, key=lambda name: math.isfinite(named[name])))
 
 
-def _stop_asked(context: RunContext, device: torch.device) -> bool:
-    """Returns on all ranks what ``should_stop`` says on rank 0."""
+def _asked(learner: _Learner, device: torch.device) -> int:
+    """Returns on all ranks whether rank 0 is to stop, or to write a checkpoint because of ``checkpoint_every``."""
+    context, every, asked = learner.context, learner.train.checkpoint_every, CONTINUE
+    if context.rank == 0:
+        is_due = every is not None and time.monotonic() - learner.saved_at >= every
+        asked = STOP if context.should_stop() else SAVE if is_due else CONTINUE
     if context.world_size == 1:
-        return context.should_stop()
-    flag = torch.tensor([float(context.rank == 0 and context.should_stop())], device=device)
+        return asked
+    flag = torch.tensor([float(asked)], device=device)
     dist.broadcast(flag, 0)
-    return bool(flag.item())
+    return int(flag.item())

@@ -1,11 +1,24 @@
 """What the fields of a recipe are made of: their base class, the types of values, and what documents say of a key."""
 
+import re
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
+
+
+def seconds_of(value: Any) -> Any:
+    """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip())
+    if found is None or not any(found.groups()):
+        raise ValueError("must be seconds, or a text such as 45m, 8h or 1h30m")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
 
 # Strict: true is no number, '3' is no number, 1 is not true.
 Flag = Annotated[bool, Field(strict=True)]
@@ -17,6 +30,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Duration = Annotated[PositiveFloat, BeforeValidator(seconds_of)]
 T = TypeVar("T")
 Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from carft_ray.recipe.fields import (
     Config,
+    Duration,
     Flag,
     Fraction,
     NonNegativeFloat,
@@ -24,11 +25,13 @@ METHOD = Resume("identity", "another method: its objectives do not compare")
 START = Resume("identity", "the start of every training; a folder or file may move, its weights are compared")
 HEADS = Resume("identity", "both heads are made of them")
 ROUNDING = Resume("identity", "changes the rounding of every number")
+SAVING = Resume("running", "when checkpoints are written, not what is computed")
 MEMORY = Resume("running", "memory and speed, not what is computed")
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
     "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
 )
+ONLY_SAVING = "It changes what is lost with a machine, not the training. Choose one for all trials."
 ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
 TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
@@ -151,6 +154,11 @@ class TrainConfig(Config):
     compile: Flag = key(False, "true", ROUNDING, not_searched=ONLY_ROUNDING)
     """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other
     rounding"""
+    checkpoint_every: Duration | None = key(
+        900.0, "5m", SAVING, type="float or text", range="> 0; `30s`, `15m`, `1h30m`", not_searched=ONLY_SAVING
+    )
+    """time from one checkpoint to the next, in seconds or as a text; one is written at the end of every epoch in any
+    case; null: only there"""
     seed: Seed = key(
         0, "1", Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )

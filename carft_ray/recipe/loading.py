@@ -15,16 +15,17 @@ from pydantic import ValidationError
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
 from carft_ray.recipe.checks.messages import Finding, findings
-from carft_ray.recipe.checks.rules import ROLES, broken_rules
+from carft_ray.recipe.checks.rules import ROLES, broken_rules, named_sets
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import CorruptedSet, StoredSet
+from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
 LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
+_DATA = ("path", "root")  # of the paths of a set, those of its images
 # stands in for a set with a mistake, while the rules look for further mistakes elsewhere
 _STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
 
@@ -167,7 +168,7 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         base_dir: The folder that its relative paths count from.
     """
     whole = recipe.model_copy(update={"model": absolute_model(recipe.model, base_dir)})
-    return _with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
+    return with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
 
 
 def absolute_model(model: ModelConfig, base_dir: Path) -> ModelConfig:
@@ -188,7 +189,7 @@ def portable_paths(recipe: Recipe) -> Recipe:
     """
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
     written: dict[str, str] = {}
-    _with_paths(recipe, lambda text: written.setdefault(text, text))
+    with_paths(recipe, lambda text: written.setdefault(text, text))
     paths = [Path(text) for text in written]
     names: dict[Path, Path] = {}
     for root in paths:
@@ -204,14 +205,27 @@ def portable_paths(recipe: Recipe) -> Recipe:
         root = next(root for root in (path, *path.parents) if root in names)
         return str(names[root] / path.relative_to(root))
 
-    return _with_paths(recipe, portable)
+    return with_paths(recipe, portable)
 
 
 def _ends(path: Path, end: Path) -> bool:
     return path.parts[-len(end.parts) :] == end.parts
 
 
-def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+def named_paths(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Returns the paths of a recipe: lists of its sets (sample ids, class names), and the rest, each once.
+
+    The rest is images, weights, other studies and the cache.
+    """
+    sets = [plain(spec) for spec in named_sets(recipe).values()]
+    keys = [(one, key) for one in sets if isinstance(one, StoredSet) for key in one.path_keys if key not in _DATA]
+    lists = {text: text for one, key in keys if isinstance(text := getattr(one, key), str)}
+    written: dict[str, str] = {}
+    with_paths(recipe, lambda text: written.setdefault(text, text))
+    return list(lists), [text for text in written if text not in lists]
+
+
+def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """Returns the recipe with another text for each of its paths."""
     data, search = recipe.data, recipe.search
     parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
@@ -245,6 +259,11 @@ def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> Model
 def dump_recipe(recipe: Recipe) -> str:
     """Returns the complete recipe as YAML, every key in the order of the schema; it loads back to an equal value."""
     return text.dump(recipe.model_dump(mode="json"))
+
+
+def dump_given(recipe: Recipe) -> str:
+    """Returns the keys of a recipe that were set, as YAML; it loads back to an equal value."""
+    return text.dump(recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def recipe_hash(recipe: Recipe) -> str:

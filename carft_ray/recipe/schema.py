@@ -8,7 +8,6 @@ Units: learning rates are absolute, accuracies are fractions, sizes are pixels, 
 otherwise.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from carft_ray.recipe.constraints import ConstraintsConfig
 from carft_ray.recipe.fields import (
     Config,
+    Duration,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -25,6 +25,7 @@ from carft_ray.recipe.fields import (
     SetName,
     key,
     nothing_is_empty,
+    seconds_of,
 )
 from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
 from carft_ray.recipe.parameters import SPACE, Parameter, name_types
@@ -41,17 +42,6 @@ SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; 
 PROPOSED = Resume("running", "proposals to come")
 HOW_FAR = Resume("running", "how far")
 HOW_FAST = Resume("running", "where and how fast")
-
-
-def seconds_of(value: Any) -> Any:
-    """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value.strip())
-    if found is None or not any(found.groups()):
-        raise ValueError("must be seconds, or a text such as 45m, 8h or 1h30m")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _amount(value: float) -> float:
@@ -226,9 +216,7 @@ class ResourcesConfig(Config):
 class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Annotated[PositiveFloat, BeforeValidator(seconds_of)] | None = key(
-        None, "8h", HOW_FAR, type="float or text", range="> 0; `45m`, `8h`, `1h30m`"
-    )
+    wall_time: Duration | None = key(None, "8h", HOW_FAR, type="float or text", range="> 0; `45m`, `8h`, `1h30m`")
     """time of one `search` or `resume`, in seconds or as a text; then it ends with its best and can be resumed"""
     gpu_hours: PositiveFloat | None = key(None, "24", HOW_FAR)
     """GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with its

@@ -305,7 +305,7 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
         given = ", ".join(f"acc_ood/{name}" for name in known)
         rule = "must have a column for at least one OOD validation set of the study"
         raise DataError(Problem(str(reference), rule, given, named, nearest(given, named)))
-    plain = _plain(view)
+    plain = plain_trainings(view)
     found: dict[str, list[Robustness]] = {}
     for name in sets:
         model = (metrics["id_accuracy"], metrics[f"accuracy/{name}"])
@@ -326,7 +326,7 @@ def robustness_lines(found: Mapping[str, list[Robustness]]) -> list[str]:
     return [*lines, CAVEAT] if has_reference else lines
 
 
-def _plain(view: Overview) -> dict[str, dict[str, Any]]:
+def plain_trainings(view: Overview) -> dict[str, dict[str, Any]]:
     """Returns the metrics at alpha 1 of every finished training without KL term."""
     base = view.recipe.train.kl_weight
     rows = [row for row in (*view.trials, *view.baselines) if row.values.get("kl_weight", base) == 0]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem
-from carft_ray.layout import CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, HEARTBEAT, LOG, METRICS, RESULT, WEIGHTS
+from carft_ray.errors import CarftError, DivergedError, MachineError, OutdatedAttemptError, Problem
+from carft_ray.layout import CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, HEARTBEAT, LEAVE, LOG, METRICS, RESULT, WEIGHTS
 from carft_ray.recipe.constraints import total_violation
 from carft_ray.recipe.schema import ResourcesConfig
 
@@ -266,6 +266,48 @@ def write_cut(folder: Path, cut: Cut) -> None:
     """
     append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
     files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **asdict(cut)})
+
+
+def write_leave(folder: Path, attempt: int, reason: str) -> None:
+    """Asks an attempt to write a checkpoint and end, so that another one continues elsewhere; it means no other.
+
+    Args:
+        folder: Of the training.
+        attempt: The attempt.
+        reason: One line.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    files.write_json(folder / LEAVE, {"attempt": attempt, "reason": reason})
+
+
+def must_leave(folder: Path, attempt: int) -> bool:
+    """Tells whether an attempt was asked to leave; asks once, and no when the disk does not answer."""
+    content = None
+    with files.passing_faults():
+        content = files.read_object(folder / LEAVE)
+    return content is not None and content.get("attempt") == attempt
+
+
+def excuse(folder: Path, attempt: int) -> None:
+    """Makes an exception of an attempt that was asked to leave a loss: one that is its own comes back in the next.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    failure = read_failure(folder, attempt)
+    if failure is not None and failure.outcome == "error":
+        replace_failure(folder, replace(failure, outcome="lost", exit_code=MachineError.exit_code))
+
+
+def log_left(folder: Path, attempt: int, reason: str) -> None:
+    """Appends to the log of a training that an attempt has left as it was asked to, and from where the next continues.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    append_log(folder, f"attempt {attempt}: left: {reason}; the next attempt continues from {progress_words(folder)}")
 
 
 def raise_fence(folder: Path, attempt: int) -> None:

@@ -69,10 +69,12 @@ def root_cause(error: BaseException | str) -> str:
 
     Returns:
         ``ImportError: libnever.so.9: cannot open shared object file``, say; what ``host_memory`` returns;
-        or that a process died. Empty for an empty text.
+        or that a process died, after ``preempted:`` where its node was taken away. Empty for an empty text.
     """
     text = full_text(error)
+    taken_away = not isinstance(error, str) and getattr(_unwrapped(error), "preempted", False)
     line = host_memory(_everything(error)) or _root(text.rpartition(DURING)[2].partition(DIRECT)[0]) or _root(text)
+    line = f"preempted: {line}" if taken_away else line
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 

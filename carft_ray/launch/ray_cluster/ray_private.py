@@ -34,6 +34,13 @@ def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     return found
 
 
+def draining_nodes() -> Mapping[str, int]:
+    """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one."""
+    name = "ray._private.state.state.get_draining_nodes"
+    found: Mapping[str, int] = private_name("ray", name, lambda: resolve_name(name))()
+    return found
+
+
 def node_groups() -> list[tuple[dict[str, float], int]] | None:
     """Returns the groups of nodes that Ray's autoscaler may start: resources of a node, and how many (-1: any number).
 

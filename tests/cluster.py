@@ -1,0 +1,233 @@
+"""Ray clusters of real nodes on this machine: ``ray start`` in sessions of their own, with a token, on free ports.
+
+    with head() as first, node(first, num_cpus=2) as second:
+        subprocess.run([...], env=first.environment)
+        second.kill()  # its power fails; terminate() is a notice to leave, drain(30) one with a deadline
+
+Each node has a HOME and a folder for temporary files of its own. What a block has started ends with it, by its session;
+no other Ray of the machine is touched. Every wait is bounded.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from killed_searches import SOON_LOST, asked, environment, wait_until
+
+RAY = str(Path(sys.executable).with_name("ray"))
+HOST = "127.0.0.1"
+START_TIMEOUT_S, END_TIMEOUT_S = 120, 60
+STARTS = 3  # Ray gives a node 30 s, which a busy machine may not have
+OBJECT_STORE_BYTES = 80_000_000
+PORTS = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")  # of every node
+AGENT_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
+
+
+@dataclass
+class Node:
+    """One ``ray start --block``.
+
+    Attributes:
+        address: ``host:port`` of the head.
+        dashboard: URL of the head's dashboard, and of its Jobs API; empty where it has none.
+        environment: For commands that attach: a token, and the HOME of the head.
+        folder: Files of this node; ``home`` is its HOME, ``start.log`` what ``ray start`` has printed.
+        ports: Options of ``ray start`` and their ports.
+        process: Leads a session, to which all of the node belongs.
+    """
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    folder: Path
+    ports: dict[str, int]
+    process: subprocess.Popen = field(repr=False)
+
+    @property
+    def node_id(self) -> str:
+        """Ray's name of the node."""
+        for pid in _of_session(self.process.pid):
+            with contextlib.suppress(OSError):
+                if found := re.search(rb"--node[-_]id=(\w+)", Path(f"/proc/{pid}/cmdline").read_bytes()):
+                    return found[1].decode()
+        raise AssertionError("no raylet runs")
+
+    def kill(self) -> None:
+        """Ends all processes of the node at once, as a power failure does, and raises when anything is left."""
+        pid, shared = self.process.pid, _shared_memory(self.process.pid)
+        wait_until(lambda: not _kill_session(pid), "the node's processes end", END_TIMEOUT_S)
+        self.process.wait(END_TIMEOUT_S)
+        left = [path for path in shared if os.path.exists(path)]
+        assert not left, f"left in shared memory: {left}"
+
+    def terminate(self) -> None:
+        """Asks the node to leave, as a notice of preemption does: Ray drains it first, which takes some time."""
+        self.process.terminate()
+
+    def drain(self, deadline_s: float) -> None:
+        """Tells the cluster that the node will be taken away after so many seconds; it goes on until it is killed."""
+        command = [RAY, "drain-node", f"--address={self.address}", f"--node-id={self.node_id}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted"]
+        command += [f"--deadline-remaining-seconds={int(deadline_s)}"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard: bool = True, **more: str):
+    """Starts a head, which has no CPUs by default; yields its ``Node``.
+
+    Args:
+        num_cpus: CPUs.
+        options: Further options of ``ray start``.
+        like: A head that is gone: the new one takes its ports and its token.
+        dashboard: Whether it has a dashboard, without which there is no Jobs API.
+        more: Variables of its environment.
+    """
+    ports = like.ports if like else _free_ports((*HEAD_PORTS, *AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
+    token = like.environment["RAY_AUTH_TOKEN"] if like else secrets.token_hex(32)
+    address, url = f"{HOST}:{ports['port']}", f"http://{HOST}:{ports['dashboard-port']}" if dashboard else ""
+    options = ("--head", f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HOST}", *options)
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    with _started(address, url, ports, num_cpus, options, {**auth, **SOON_LOST, **more}) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def node(
+    to: Node,
+    num_cpus: float = 1,
+    *options: str,
+    resources: dict[str, float] | None = None,
+    hidden: tuple[Path, ...] = (),
+    **more: str,
+):
+    """Starts a node that joins a head; yields its ``Node``.
+
+    Args:
+        to: The head.
+        num_cpus: CPUs.
+        options: Further options of ``ray start``.
+        resources: Resources with names of one's own.
+        hidden: Folders that are empty for this node.
+        more: Variables of its environment.
+    """
+    ports = _free_ports((*AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
+    options = (f"--address={to.address}", f"--resources={json.dumps(resources or {})}", *options)
+    auth = {name: to.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    before = hiding(*hidden) if hidden else []
+    with _started(to.address, to.dashboard, ports, num_cpus, options, {**auth, **SOON_LOST, **more}, before) as started:
+        started.environment = to.environment
+        yield started
+
+
+def hiding(*folders: Path) -> list[str]:
+    """Returns words before a command that see empty folders in these places, as on a machine without that disk.
+
+    They are mounts that nobody else sees; a system that forbids those skips the test.
+    """
+    unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this system forbids mounts of one's own")
+    mounts = " && ".join(f"mount -t tmpfs none {shlex.quote(str(folder))}" for folder in folders)
+    return [*unshare, "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+
+
+def alive(to: Node) -> list[str]:
+    """Returns Ray's names of the nodes that a cluster takes for living ones."""
+    return asked("[one['NodeID'] for one in ray.nodes() if one['Alive']]", to.address, to.environment)
+
+
+@contextlib.contextmanager
+def _started(
+    address: str,
+    url: str,
+    ports: dict[str, int],
+    num_cpus: float,
+    options: tuple[str, ...],
+    variables: dict[str, str],
+    before: Sequence[str] = (),
+) -> Iterator[Node]:
+    with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets: short
+        folder = Path(name)
+        (folder / "home").mkdir()
+        variables = {"HOME": f"{folder}/home", "RAY_USAGE_STATS_ENABLED": "0", **variables}
+        surroundings = {key: value for key, value in environment(**variables).items() if key != "RAY_ADDRESS"}
+        command = [*before, RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus:g}", *options]
+        command += [f"--{option}={port}" for option, port in ports.items()]
+        command += [
+            f"--node-ip-address={HOST}",
+            f"--temp-dir={folder}/r",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+        ]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        for left in reversed(range(STARTS)):
+            log_path = folder / "start.log"
+            with open(log_path, "w") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=surroundings, start_new_session=True)
+            started = Node(address, url, surroundings, folder, ports, process)
+            try:
+                runs = lambda: "Ray runtime started" in log_path.read_text() or process.poll() is not None  # noqa: B023, E731
+                wait_until(runs, "a node starts", START_TIMEOUT_S)
+                assert process.poll() is None or left, log_path.read_text()
+                if process.poll() is None:
+                    yield started
+                    return
+            finally:
+                started.kill()
+
+
+def _free_ports(options: tuple[str, ...]) -> dict[str, int]:
+    """Returns a port that nobody listens at for each option, below those that the system gives to connections."""
+    found: list[int] = []
+    while len(found) < len(options):
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as unused:
+            unused.bind((HOST, port))
+            found += [port] * (port not in found)
+    return dict(zip(options, found, strict=True))
+
+
+def _of_session(session: int) -> list[int]:
+    """Returns the living processes of a session, in whatever group they are."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _kill_session(session: int) -> list[int]:
+    """Kills the processes of a session; returns those that there were."""
+    pids = _of_session(session)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
+
+
+def _shared_memory(session: int) -> set[str]:
+    """Returns the files in shared memory that the processes of a session have open under a name."""
+    found = set()
+    for pid in _of_session(session):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {line.split()[-1] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    return found

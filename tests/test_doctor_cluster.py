@@ -1,0 +1,291 @@
+"""The doctor on a cluster: what a node finds on itself, how that is judged, and real nodes that do not see the same."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import crash_host
+import pytest
+import short_training
+import stand_in
+
+import cluster
+from carft_ray import environment
+from carft_ray.console import node_table
+from carft_ray.launch.ray_cluster import checkup, node_facts
+from carft_ray.launch.ray_cluster.checkup import LIBRARIES, NodeReport, clock_ahead, judge, judge_node, recipe_paths
+from carft_ray.recipe.loading import load_recipe
+
+HERE = {"python": environment.versions()["python"], **environment.versions_of(LIBRARIES)}
+GB = 10**9
+ASKED = {"libraries": LIBRARIES, "paths": {}, "cache_dir": None, "reads": [], "study": None}
+GPU = {"name": "NVIDIA H100", "total_bytes": 80 * GB, "free_bytes": 79 * GB}
+
+
+def healthy(**facts):
+    """What a node finds on which nothing is wrong, with some of it changed."""
+    disk = {"path": "/disk", "fault": "", "free_bytes": 900 * GB, "total_bytes": 1000 * GB}
+    code = environment.code()
+    found = {
+        "host": "one",
+        "python": HERE["python"],
+        "versions": {name: HERE[name] for name in LIBRARIES},
+        "carft_ray": {"version": code["version"], "source": code["source"], "fault": ""},
+        "cores": 8,
+        "gpus": [],
+        "memory_bytes": 64 * GB,
+        "memory_free_bytes": 60 * GB,
+        "shared_memory_bytes": 32 * GB,
+        "temp": disk,
+        "missing": {},
+        "study": "",
+        "cache": disk,
+        "read": {"num_files": 200, "num_bytes": 8_000_000, "seconds": 0.5},
+        "hung": "",
+    }
+    assert facts.keys() <= found.keys()
+    return {**found, **facts}
+
+
+def report(name="10.0.0.2", resources=None, fault="", clock_s=0.0, **facts):
+    return NodeReport(name, "f" * 56, resources or {"CPU": 8}, None if fault else healthy(**facts), fault, clock_s)
+
+
+def told(one):
+    recipe = stand_in.make_recipe(1)
+    return [(found.level, str(found.problem)) for found in judge_node(one, recipe, HERE, environment.code())]
+
+
+def space(free_gb):
+    return {"path": "/full", "fault": "", "free_bytes": free_gb * GB, "total_bytes": 100 * GB}
+
+
+def versions(**changed):
+    return {name: HERE[name] for name in LIBRARIES} | changed
+
+
+OURS = environment.code()["version"]
+OTHER_CODE = {"version": OURS, "source": "0" * 16, "fault": ""}
+NO_CODE = {"version": "", "source": "", "fault": "ModuleNotFoundError: No module named 'carft_ray'"}
+LOST = {"data.train.path": {"path": "/images", "fault": "No such file or directory"}}
+LOST |= {"data.id_val.path": LOST["data.train.path"]}
+BAD = [
+    ("error", report(fault="no answer within 60 s"), "must run a task, but got no answer within 60 s"),
+    ("error", report(carft_ray=NO_CODE), f"must import carft-ray {OURS}, as the driver has it, but got ModuleNotFound"),
+    ("error", report(carft_ray=OTHER_CODE | {"version": "0.0.9"}), f"must have carft-ray {OURS}, as the driver has it"),
+    ("warning", report(carft_ray=OTHER_CODE), "has other files of carft-ray than the driver, of the same version"),
+    ("error", report(versions=versions(torch=None)), f"must have torch {HERE['torch']}, as the driver has it, but got"),
+    ("warning", report(versions=versions(optuna="4.0.0")), f"should have optuna {HERE['optuna']}, as the driver has"),
+    ("warning", report(python="3.10.1"), f"should have python {HERE['python']}, as the driver has it: results may"),
+    ("error", report(hung="/nfs/images"), "disks must answer within 20 s, but got nothing of /nfs/images"),
+    ("error", report(study="no such folder: /s"), "must see and write the folder of the study, but got no such folder"),
+    ("error", report(missing=LOST), "/images: No such file or directory (data.train.path, data.id_val.path)"),
+    ("error", report(cache=space(9) | {"fault": "Read-only file system"}), "must be able to write the cache of images"),
+    ("warning", report(cache=space(2)), "should have 5 GB free for the cache of images, but got 2 GB at /full"),
+    ("error", report(temp=space(0.1)), "should have 5 GB free for temporary files, but got 0.1 GB at /full"),
+    ("warning", report(memory_free_bytes=GB), "should have 2 GB of memory free, but got 1 GB"),
+    ("warning", report(shared_memory_bytes=64 * 2**20), "/dev/shm should have 0.25 GB, for Ray's objects and for NCCL"),
+    ("warning", report(gpus=[GPU]), "offers none of its GPUs to Ray, but got 1 by nvidia-smi"),
+    ("error", report(resources={"CPU": 8, "GPU": 2}, gpus=[GPU], versions=versions(torch="1")), "must have the 2 GPUs"),
+    ("error", report(resources={"CPU": 1, "GPU": 1}, gpus=[GPU], versions=versions(torch="1+cpu")), "torch with CUDA"),
+    ("warning", report(gpus=[GPU | {"free_bytes": 2 * GB}]), "of each GPU should be free, but got 2.0 of 80.0 GB free"),
+    (
+        "warning",
+        report(read={"num_files": 9, "num_bytes": 90_000, "seconds": 1.0}),
+        "but got 9 files and 0.1 MB per se",
+    ),
+    ("warning", report(clock_s=-7.0), "the clock must be within 1 s of the driver's, but got 7.0 s behind"),
+]
+
+
+@pytest.mark.parametrize(("level", "one", "text"), BAD, ids=[text[:40] for _, _, text in BAD])
+def test_what_is_wrong_on_a_node_is_told_with_its_value_and_a_remedy(level, one, text):
+    [found] = [each for each in told(one) if text in each[1]]
+    assert found[0] == level
+    assert "\n    " in found[1], "the next step"
+
+
+def test_nothing_is_told_of_a_healthy_node():
+    assert told(report()) == []
+    build = f"{HERE['torch'].partition('+')[0]}+cu130"
+    resources = {"CPU": 8, "GPU": 1}
+    assert told(report(resources=resources, gpus=[GPU], versions=versions(torch=build))) == []
+
+
+def test_a_node_without_cpus_takes_no_trial_and_needs_no_images():
+    assert [level for level, _ in told(report(resources={"GPU": 0}, missing=LOST))] == ["note"]
+    assert [level for level, _ in told(report(resources={"GPU": 0}, study="no such folder: /s"))] == ["error"]
+
+
+def test_nodes_with_the_same_fault_share_one_message_and_errors_stand_first():
+    reports = [report(f"10.0.0.{each}", study="no such folder: /s", clock_s=3.0) for each in (2, 3)]
+    reports.append(report("10.0.0.4", gpus=[GPU | {"name": "NVIDIA A100"}, GPU]))
+    found = judge(reports, stand_in.make_recipe(1))
+    assert [(one.level, one.problem.place) for one in found] == [
+        ("error", "2 nodes (10.0.0.2, 10.0.0.3)"),
+        ("warning", "2 nodes (10.0.0.2, 10.0.0.3)"),
+        ("warning", "node 10.0.0.4"),
+        ("note", "cluster"),
+    ]
+    assert found[-1].problem.rule == "GPUs are of several kinds: 1 x NVIDIA A100, 1 x NVIDIA H100"
+
+
+def test_clocks_differ_by_what_the_question_cannot_explain():
+    assert clock_ahead(100.0, 100.7, 101.0) == 0
+    assert clock_ahead(100.0, 103.0, 101.0) == 2
+    assert clock_ahead(100.0, 95.0, 101.0) == -5
+
+
+def test_what_is_sent_to_nodes_needs_the_standard_library_alone():
+    """Else a node without carft-ray could not say so."""
+    nodes = ast.walk(ast.parse(Path(node_facts.__file__).read_text()))
+    tops = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset == 0]
+    names = {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tops if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_a_node_finds_what_this_machine_has(tmp_path):
+    (tmp_path / "photo").mkdir()
+    (tmp_path / "photo" / "1.png").write_bytes(bytes(300_000))
+    study = {"folder": str(tmp_path), "marker": "marker", "text": "abc"}
+    paths = {"data.train.path": str(tmp_path), "model.name": str(tmp_path / "gone")}
+    asked = {**ASKED, "paths": paths, "reads": [str(tmp_path)], "study": study, "cache_dir": str(tmp_path / "new")}
+    facts = node_facts.node_facts(asked)
+    assert facts.keys() == healthy().keys()
+    assert facts["missing"] == {"model.name": {"path": str(tmp_path / "gone"), "fault": "No such file or directory"}}
+    assert "without the file that the driver has just written" in facts["study"]
+    assert (facts["cache"]["fault"], facts["hung"]) == ("", "")
+    assert facts["carft_ray"]["source"] == environment.code()["source"]
+    assert (facts["read"]["num_files"], facts["read"]["num_bytes"]) == (1, 300_000)
+    (tmp_path / "marker").write_text("abc")
+    assert node_facts.node_facts(asked)["study"] == ""
+    assert not (tmp_path / "new").exists()
+    assert json.loads(json.dumps(checkup.report_data(report(**facts))))["facts"] == facts
+
+
+def test_a_disk_that_does_not_answer_is_named_and_the_rest_is_told(tmp_path, monkeypatch):
+    """A pipe that nobody writes to holds its reader as a network disk does whose server is gone."""
+    monkeypatch.setattr(node_facts, "FILES_WITHIN_S", 0.5)
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    facts = node_facts.node_facts({**ASKED, "paths": {"model.pretrained": pipe}})
+    os.close(os.open(pipe, os.O_WRONLY))
+    assert facts["hung"] == pipe
+    assert facts["temp"]["free_bytes"] > 0
+    assert facts["cache"] is None
+    assert node_table([{"name": "a", "cpus": 1, "gpus": 0, "fault": "", "carft_ray": "1"}]).row_count == 1
+
+
+def test_the_table_of_nvidia_smi_is_read():
+    text = "NVIDIA H100 80GB HBM3, 81559, 81072\nOrin, [N/A], [N/A]\n"
+    assert node_facts.gpus_of(text) == [
+        {"name": "NVIDIA H100 80GB HBM3", "total_bytes": 81559 * 2**20, "free_bytes": 81072 * 2**20},
+        {"name": "Orin", "total_bytes": None, "free_bytes": None},
+    ]
+    assert node_facts.gpus_of("") == []
+
+
+def test_every_path_of_a_recipe_is_looked_for(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "name: r\n"
+        "model: {name: ViT-B-32, pretrained: weights/b32.pt}\n"
+        "data:\n"
+        "  train: {source: webdataset, path: 'shards/train-{000..010}.tar'}\n"
+        "  id_val: {source: folder, path: images, domains: [val], exclude: bad.csv}\n"
+        "  ood_val:\n"
+        "    fog:\n"
+        "      {source: corrupted, of: {source: folder, path: images}, corruptions: [fog], severity: 3}\n"
+    )
+    assert recipe_paths(load_recipe(tmp_path / "r.yaml")) == {
+        "data.train.path": str(tmp_path / "shards"),
+        "data.id_val.path": str(tmp_path / "images"),
+        "data.id_val.exclude": str(tmp_path / "bad.csv"),
+        "data.ood_val.fog.path": str(tmp_path / "images"),
+        "model.pretrained": str(tmp_path / "weights/b32.pt"),
+    }
+    assert not checkup.images_are_here(load_recipe(tmp_path / "r.yaml"))
+    assert checkup.images_are_here(stand_in.make_recipe(1))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--address", "http://10.0.0.1:8265"], "ray job submit --address http://10.0.0.1:8265 -- carft-ray doctor"),
+        (["--address", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
+    ],
+)
+def test_an_address_where_no_node_can_be_asked_is_told(tmp_path, capsys, words, text):
+    (tmp_path / "r.yaml").write_text((Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml").read_text())
+    assert crash_host.call(["doctor", tmp_path / "r.yaml", *words]) == 5
+    assert text in capsys.readouterr().err
+
+
+ASK = """
+import json, sys
+from pathlib import Path
+from carft_ray.launch.ray_cluster import checkup
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.recipe.loading import load_recipe
+with running_ray(sys.argv[1], Path(sys.argv[2]).with_name("ray.log")):
+    reports = checkup.ask_nodes(load_recipe(Path(sys.argv[2])), None, lambda text: None, within_s=0.001)
+    print(json.dumps([report.fault for report in reports]))
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.slow
+def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
+    """One node has no disk where the images, the model and the study are, and an older carft-ray; then the driver."""
+    disk, recipe = tmp_path / "disk", tmp_path / "recipe.yaml"
+    short_training.make(disk)
+    text = (disk / "recipe.yaml").read_text()
+    recipe.write_text(text.replace("local-dir:", "local-dir:disk/").replace("path: images", "path: disk/images"))
+    older = tmp_path / "older" / "carft_ray"
+    older.mkdir(parents=True)
+    (older / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    (older / "environment.py").write_text("def source_digest():\n    return ''\n")
+
+    def ask(*command):
+        command = [*command[:-1], sys.executable, *command[-1]]
+        return subprocess.run(command, cwd=tmp_path, env=first.environment, capture_output=True, text=True, timeout=300)
+
+    with (
+        cluster.head() as first,
+        cluster.node(first, hidden=(disk,), PYTHONPATH=str(older.parent)) as blind,
+        cluster.node(first, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
+    ):
+        doctor = ["-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address]
+        done = ask([*doctor, "--json", "--study", str(disk / "studies" / "one")])
+        assert done.returncode == 5, done.stderr
+        data = json.loads(done.stdout)
+        assert not data["healthy"]
+        nodes = {one["node_id"]: one for one in data["nodes"]}
+        assert nodes.keys() == {one.node_id for one in (first, blind, seeing)}
+        cache = nodes[seeing.node_id]["facts"]["cache"]["path"]
+        assert cache == str(tmp_path / "cache" / "carft-ray") != nodes[blind.node_id]["facts"]["cache"]["path"]
+        name = f"node {nodes[blind.node_id]['name']}: "
+        assert sorted(one["text"].partition("\n")[0] for one in data["findings"] if one["level"] == "error") == [
+            f"{name}must have carft-ray {OURS}, as the driver has it, but got 0.0.9",
+            f"{name}must see and write the folder of the study, but got another folder of the same name, without the "
+            f"file that the driver has just written: {disk}",
+            f"{name}must see what the recipe names, but got {disk}/images: No such file or directory "
+            f"(data.train.path, data.id_val.path, data.ood_val.sketch.path); "
+            f"{disk}/model: No such file or directory (model.name)",
+        ]
+        assert sorted(path.name for path in disk.iterdir()) == ["images", "model", "recipe.yaml"]
+
+        blind.kill()
+        cluster.wait_until(lambda: len(cluster.alive(first)) == 2, "the cluster notices the loss")
+        done = ask(*cluster.hiding(disk), doctor)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "This machine sees none of the images; the nodes of the cluster check them." in done.stderr
+        assert f"checking images and model on node {nodes[seeing.node_id]['name']}" in done.stderr
+        assert "ood_val.sketch" in done.stdout
+        assert nodes[first.node_id]["name"] in done.stdout
+
+        done = ask(["-c", ASK, first.address, str(recipe)])
+        assert json.loads(done.stdout) == ["no answer within 0.001 s"] * 2, done.stderr

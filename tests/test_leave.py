@@ -1,0 +1,252 @@
+"""Trainings that leave a node before it goes, with real clusters whose nodes are drained and killed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import killed_searches
+import pytest
+import ray
+import stand_in
+import stepped
+from killed_searches import asked, cluster, driver, ended, environment, finish, join, kill_group, parent_of, wait_until
+from ray.cluster_utils import Cluster
+
+from carft_ray import files
+from carft_ray.launch.events import TrialEpoch
+from carft_ray.launch.ray_cluster.ray_private import draining_nodes
+from carft_ray.launch.runs.ray_train import train_with_ray
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner, stop_reader
+from carft_ray.study.identity import claim
+from carft_ray.study.outcome import read_heartbeat, write_leave
+from carft_ray.study.rows import baselines, trials
+
+HERE = Path(__file__).parent
+PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
+RUNNER = Runner(stand_in.prepare, stand_in.train)
+WINDOW = 10  # steps
+LOST = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "10",
+}  # not those of a busy machine
+VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
+# a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
+TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
+
+
+@pytest.fixture(autouse=True)
+def no_driver_is_left():
+    yield
+    killed_searches.kill_drivers()
+
+
+def test_an_attempt_reads_that_it_is_to_leave_and_no_other_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.runtime.STOP_CHECK_S", 0.0)
+    readers = [stop_reader(tmp_path, tmp_path / "t", attempt) for attempt in (1, 2, 3)]
+    assert [should_stop() for should_stop in readers] == [False] * 3
+    (tmp_path / "t").mkdir()
+    write_leave(tmp_path / "t", 2, "its node goes")
+    assert [should_stop() for should_stop in readers] == [False, True, False]
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A cluster whose head has no CPU, and two nodes with one each; gives its address."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    sizes = {"object_store_memory": 10**8}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **sizes)
+    yield cluster.address
+    cluster.shutdown()
+
+
+class Drained:
+    """Drains the node of a training at its first epoch; ``ran`` has attempt and node of each epoch."""
+
+    def __init__(self):
+        self.ran = []
+
+    def epoch(self, folder):
+        content = files.read_object(folder / "heartbeat.json")
+        if content is None or not (alive := read_heartbeat(folder, content["attempt"])):
+            return  # it has ended
+        if not self.ran:
+            deadline = round(1000 * (time.time() + 600))
+            client = ray._private.worker.global_worker.gcs_client
+            assert client.drain_node(alive.node_id, PREEMPTION, "a notice", deadline)[0]
+            assert draining_nodes() == {alive.node_id: deadline}
+        self.ran.append((alive.attempt, alive.node_id))
+
+    def check(self, folder):
+        assert len({node for _, node in self.ran}) == 2, self.ran  # another one for the second attempt
+        log = (folder / "log.txt").read_text()
+        assert "attempt 1: left: " in log
+        assert "attempt 2: starts on " in log
+        assert " lost: " not in log
+
+
+@pytest.mark.slow
+def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, two_nodes):
+    stand_in.tell(tmp_path, seconds=1)
+    study_dir, drained = tmp_path / "study", Drained()
+    recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"executor": "inline", "gpus_per_worker": 0})
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch):
+            drained.epoch(event.spec.folder(study_dir))
+
+    found = run_search(recipe, study_dir, two_nodes, on_event, RUNNER)
+    assert (found.best.outcome, found.best.attempt) == ("complete", 2)
+    drained.check(found.best.folder(study_dir))
+
+
+@pytest.mark.whole
+def test_a_single_training_of_ray_train_continues_on_the_other_node_too(tmp_path, two_nodes):
+    stand_in.tell(tmp_path, seconds=1)
+    out_dir, drained = tmp_path / "one", Drained()
+    recipe = stand_in.make_recipe(epochs=6, resources={"executor": "ray-train", "gpus_per_worker": 0})
+    claim(out_dir, recipe)
+    result, _ = train_with_ray(recipe, out_dir, two_nodes, "", lambda row: drained.epoch(out_dir), RUNNER)
+    assert result["alpha"] == 0.5
+    drained.check(out_dir)
+
+
+@contextlib.contextmanager
+def nodes(number, num_cpus=1, **settings):
+    """Runs a cluster whose head takes no trainings; yields how it is reached, its nodes, and what adds further ones."""
+    temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
+    with temporary as folder, cluster(0, **{**LOST, **settings}) as reached:
+
+        def add(number):
+            before = asked("ray.cluster_resources().get('CPU', 0)", *reached) if number else 0
+            found = join(number, num_cpus, folder, *reached)
+            enough = f"ray.cluster_resources().get('CPU', 0) >= {before + number * num_cpus}"
+            wait_until(lambda: [*map(ended, found)] and asked(enough, *reached), "the nodes join")
+            return found
+
+        yield reached, add(number), add
+
+
+def node_of(training, started):
+    """Returns which of the processes of ``ray start`` the first rank of a training runs under, and Ray's name of it."""
+    alive = json.loads((training / "heartbeat.json").read_text())
+    pid = parent_of(parent_of(alive["pid"]))
+    return next(node for node in started if node.pid == pid), alive["node_id"]
+
+
+def running_trial(study_dir, process, at_least):
+    """Waits until the trial has made so many steps; returns its folder."""
+
+    def found():
+        ended(process)
+        return [path for path in study_dir.glob("trials/*") if len(stepped.steps(path)) >= at_least]
+
+    return wait_until(found, "the trial trains")[0]
+
+
+def check_continued(study_dir, training):
+    """Raises unless a trial has ended in two attempts, with the numbers of its twin that was left in peace."""
+    [row], [calm] = trials(study_dir), [row for row in baselines(study_dir) if row.name == "calm"]
+    assert (row.outcome, row.attempt, calm.outcome, calm.attempt) == ("complete", 2, "complete", 1)
+    twin = study_dir / "baselines" / "calm"
+    for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
+        assert (training / name).read_bytes() == (twin / name).read_bytes(), name
+    assert killed_searches.numbers_of(training) == killed_searches.numbers_of(twin)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("executor", ["inline", "ray-train"])
+def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_elsewhere_without_a_step_lost(
+    tmp_path, executor
+):
+    """Inline by SIGTERM; with Ray Train, over two of three nodes, by ``ray drain-node``."""
+    stand_in.tell(tmp_path, seconds=0.1)
+    num_workers, study_dir = 2 if executor == "ray-train" else 1, tmp_path / "study"
+    resources = {"num_workers": num_workers, "cpus_per_worker": 1}
+    with nodes(num_workers + 1) as (reached, started, _):
+        process = driver(study_dir, 1, executor, *reached, search=TWINS, training="stepped", **resources)
+        training = running_trial(study_dir, process, 14)
+        node, node_id = node_of(training, started)
+        if executor == "inline":
+            node.send_signal(signal.SIGTERM)
+        else:
+            drain(node_id, reached, 100)
+        code, output = finish(process)
+        assert code == 0, output
+        killed_searches.wait_for_no_groups(*reached)
+    check_continued(study_dir, training)
+    made = [step.step for step in stepped.steps(training) if step.rank == 0]
+    assert made == list(range(1, 65))
+    log = (training / "log.txt").read_text()
+    assert re.search(r"attempt 1: left: [\d.]+ is being taken away within \d+ s; the next attempt continues", log)
+    assert " lost" not in log
+    assert re.search(r"gets another attempt: [\d.]+ is being taken away", output)
+
+
+def drain(node_id, reached, seconds):
+    """Gives a node the notice that it will be taken away."""
+    address, auth = reached
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a notice"]
+    command += ["--deadline-remaining-seconds", str(seconds)]
+    subprocess.run(command, check=True, capture_output=True, env=environment(**auth), timeout=60)
+
+
+def windows(num_steps, steps_per_epoch):
+    """Returns the steps at which a metrics window ends."""
+    return [step for step in range(1, num_steps + 1) if step % WINDOW == 0 or step % steps_per_epoch == 0]
+
+
+@pytest.mark.whole
+def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_one_window_at_most(tmp_path):
+    """An epoch has 64 steps of a fifth of a second, a checkpoint comes every 5 seconds."""
+    stand_in.tell(tmp_path, seconds=0.2)
+    search = {**TWINS, "train": {"batch_size": 1, "checkpoint_every": "5s"}, "epochs": 1}
+    study_dir = tmp_path / "study"
+    with nodes(2) as (reached, started, _):
+        process = driver(study_dir, 1, "inline", *reached, search=search, training="stepped")
+        training = running_trial(study_dir, process, 1)
+        wait_until(lambda: ended(process) or list(training.glob("checkpoint/attempt-1/step-*")), "it saves")
+        known = len(stepped.steps(training))
+        wait_until(lambda: ended(process) or len(stepped.steps(training)) >= known + 7, "it goes on")
+        kill_group(node_of(training, started)[0])
+        code, output = finish(process)
+        assert code == 0, output
+    check_continued(study_dir, training)
+    made = stepped.steps(training)
+    first, second = ([step for step in made if step.attempt == attempt] for attempt in (1, 2))
+    resumed, at = second[0].step - 1, {step.step: step.at for step in first}
+    assert 0 < resumed < 64  # inside of the epoch
+    assert [step.step for step in second] == list(range(resumed + 1, 65))
+    # the next checkpoint would have come at the first window's end 5 seconds later; the kill was before its end
+    due = next((step for step in windows(64, 64) if at.get(step, 0) >= at[resumed + 1] + 5), 64)
+    assert first[-1].step <= due
+    assert " lost: " in (training / "log.txt").read_text()
+
+
+@pytest.mark.whole
+def test_after_the_loss_of_the_head_the_same_command_on_a_new_one_ends_the_study_and_repeats_nothing(tmp_path):
+    stand_in.tell(tmp_path, seconds=1)
+    study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    with nodes(1, **soon) as ((address, auth), _, _):
+        process = driver(study_dir, 3, "inline", address, {**auth, **soon})
+        finished = lambda: list(study_dir.glob("trials/*/result.json")) or ended(process)  # noqa: E731
+        wait_until(lambda: finished() and killed_searches.running_pids(study_dir), "a trial has ended, another runs")
+    before = killed_searches.results(study_dir)
+    code, output = finish(process)
+    assert code == 5, output
+    assert "Traceback" not in output
+    with nodes(1) as (reached, _, _):
+        code, output = finish(driver(study_dir, 3, "inline", *reached))
+        assert code == 0, output
+        assert not any(f"TrialStarted {name} " in output for name in before)
+    killed_searches.check(study_dir, 3, before)

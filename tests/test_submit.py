@@ -1,0 +1,483 @@
+"""Searches that are submitted to a cluster: what is sent, to whom, what comes back. The dashboard is a stand-in."""
+
+import json
+import shlex
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import stub_dashboard
+
+from carft_ray import __version__, environment
+from carft_ray.launch.jobs import jobs, package, server, upload
+from carft_ray.recipe.loading import load_recipe
+
+RECIPE = """
+data:
+  train: {source: webdataset, path: /far/shards, label: cls, class_names: names.txt, exclude: lists/bad.csv}
+  id_val: {source: webdataset, path: val.tar, label: cls, class_names: names.txt, exclude: more/bad.csv}
+prompts: {templates: "file:templates.txt"}
+train: {batch_size: 4}
+search: {space: {kl_weight: {low: 1, high: 2}}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A recipe with small files, a home without a token, and no cluster in the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in (*server.REDIRECTIONS, server.TOKEN, server.TOKEN_PATH, "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("POLL_S", "QUESTION_POLL_S", "STREAM_ENDS_S"):
+        monkeypatch.setattr(jobs, name, 0.05)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    texts = {"names.txt": "cat\ndog\n", "templates.txt": "a photo of a {}\na {}\n", "val.tar": "images"}
+    for name, text in {**texts, "lists/bad.csv": "1\n", "more/bad.csv": "2\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def dashboard():
+    with stub_dashboard.serving() as found:
+        yield found
+
+
+@pytest.fixture
+def submit(run, dashboard):
+    def call(*words, address=True):
+        given = ("--address", dashboard.address) if address else ()
+        return run("submit", *words, *given)
+
+    return call
+
+
+def told(text):
+    """A message on one line, as it would be in a wide terminal."""
+    return " ".join(text.split())
+
+
+def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(here, tmp_path_factory):
+    recipe = load_recipe(here / "r.yaml", ["search.trials=3"])
+    sent = upload.search_upload(recipe, Path("studies/first"), ["--narrow"])
+    folder = tmp_path_factory.mktemp("unpacked")
+    sent.write(folder)
+    names = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert names.pop("recipe.yaml") == sent.recipe
+    assert names == {"files/names.txt": "cat\ndog\n", "files/bad.csv": "1\n", "files/2-bad.csv": "2\n"}
+    assert sent.sizes() == {path: (folder / path).stat().st_size for path in ("recipe.yaml", *names)}
+    again = load_recipe(folder / "recipe.yaml")
+    assert again.prompts.templates == ("a photo of a {}", "a {}")  # the file itself is not needed any more
+    assert (again.search, again.train) == (recipe.search, recipe.train)
+    assert again.data.train.path == "/far/shards"
+    assert again.data.id_val.path == str(here / "val.tar")
+    assert again.data.id_val.exclude == str(folder / "files/2-bad.csv")
+    assert sent.paths == (Path("/far/shards"), here / "val.tar")
+    kept = f"{here}/studies/first.recipe/{sent.entrypoint.split('first.recipe/')[1][:8]}"
+    command = f"exec python -m carft_ray.cli search {kept}/recipe.yaml --study {here}/studies/first --address auto"
+    assert sent.entrypoint == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --narrow"
+    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"]) == sent
+    (here / "names.txt").write_text("dog\ncat\n")
+    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"]).entrypoint != sent.entrypoint
+
+
+def test_a_list_that_is_not_here_is_taken_for_one_of_the_cluster(here):
+    (here / "more/bad.csv").unlink()
+    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "study", [])
+    assert sent.paths[-1] == here / "more/bad.csv"
+    assert f"exclude: {here}/more/bad.csv" in sent.recipe
+
+
+def test_too_much_is_refused_before_anything_is_sent_with_the_largest_files(here, dashboard, submit):
+    with open(here / "lists/bad.csv", "wb") as file:
+        file.truncate(101 * 2**20)
+    code, _, err = submit("r.yaml", "--study", "study")
+    assert code == 2
+    assert f"101 MiB; the largest: {here}/lists/bad.csv (101 MiB)" in err
+    assert "not be larger than 100 MiB" in err
+    assert (dashboard.headers, dashboard.jobs) == ([], {})
+
+
+def test_paths_with_spaces_stay_one_word_for_the_shell(here):
+    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "a study; rm", ["--again", "it's me"])
+    words = shlex.split(sent.entrypoint)
+    assert words[words.index("--study") + 1] == f"{here}/a study; rm"
+    assert words[-1] == "it's me"
+    assert jobs.job_id(here / "a study; rm").startswith("carft-a-study-rm-")
+
+
+def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboard, submit):
+    words = ("r.yaml", "--study", "study", "--dry-run", "--set", "search.trials=3")
+    code, out, err = submit(*words)
+    assert code == 0
+    assert dashboard.headers == []
+    for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/names.txt, 8 bytes"):
+        assert text in out
+    assert "exec python -m carft_ray.cli search" in out
+    assert "/far/shards (not here)" in told(out)
+    assert "absolute as seen from here" in told(err)
+    assert "Nothing was sent." in err
+    code, out, _ = submit(*words, "--json", "--package", "pip")
+    found = json.loads(out)
+    assert code == 0
+    assert found["runtime_env"] == {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"},
+        "pip": [f"carft-ray=={__version__}"],
+    }
+    assert found["paths"][0] == {"path": "/far/shards", "is_here": False}
+    assert found["files"][0]["name"] == "recipe.yaml"
+    assert dashboard.headers == []
+
+
+def test_a_search_is_submitted_followed_to_its_end_and_its_exit_code_is_ours(here, dashboard, submit):
+    code, out, err = submit("r.yaml", "--study", "study")
+    assert (code, out) == (0, "first line\nsecond line\n")
+    (name,) = dashboard.names()
+    assert name == jobs.job_id(here / "study")
+    assert f"Submitted {name} to {dashboard.address}." in told(err)
+    sent = dashboard.jobs[name]
+    assert sent["metadata"] == {"study": str(here / "study"), "carft_ray": "search", "version": __version__}
+    assert sent["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "120"
+    assert "py_modules" not in sent["runtime_env"]  # the cluster has this very code
+    assert set(dashboard.sent()) == {"recipe.yaml", "files/names.txt", "files/bad.csv", "files/2-bad.csv"}
+    assert len(dashboard.names("question")) == 1
+    dashboard.end = {"status": "FAILED", "driver_exit_code": 6, "error_type": "JOB_ENTRYPOINT_COMMAND_ERROR"}
+    code, _, err = submit("r.yaml", "--study", "study")
+    assert code == 6
+    assert "exit code 6" in err
+    assert dashboard.names() == [name, f"{name}-2"]  # the first had ended
+    dashboard.end["driver_exit_code"] = -9
+    assert submit("r.yaml", "--study", "study", "--json")[0] == 137
+    assert dashboard.names()[-1] == f"{name}-3"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_the_log_is_whole_and_in_order_however_often_its_stream_ends_early(here, dashboard, submit, breaks):
+    dashboard.pieces = [f"line {n}\n" for n in range(7)]
+    dashboard.streams, dashboard.breaks, dashboard.polls = [1, 0, 3, 2, 5], breaks, 8
+    code, out, _ = submit("r.yaml", "--study", "study")
+    assert (code, out) == (0, "".join(dashboard.pieces))
+
+
+def test_a_job_that_was_stopped_ends_with_130_and_the_command_that_resumes(here, dashboard, submit):
+    dashboard.end = {"status": "STOPPED"}
+    code, _, err = submit("r.yaml", "--study", "study")
+    assert code == 130
+    assert f"carft-ray submit --resume {here}/study --address {dashboard.address}" in told(err)
+
+
+def test_a_job_that_never_ran_is_an_error_of_the_cluster(here, dashboard, submit):
+    message = "Failed to set up runtime environment.\nERROR: No matching distribution found for carft-ray==0.1.0\n"
+    dashboard.end = {"status": "FAILED", "error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": message}
+    code, _, err = submit("r.yaml", "--study", "study", "--package", "pip")
+    assert code == 5
+    assert "No matching distribution found" in err
+    assert "must reach PyPI" in told(err)
+    assert dashboard.jobs[jobs.job_id(here / "study")]["runtime_env"]["pip"]["packages"] == ["carft-ray==0.1.0"]
+
+
+def test_a_study_whose_job_runs_is_followed_and_nothing_is_submitted(here, dashboard, submit):
+    dashboard.add("carft-by-hand", here / "study")
+    code, out, err = submit("r.yaml", "--study", "study")
+    assert (code, out) == (0, "first line\nsecond line\n")
+    assert "already runs" in err
+    assert dashboard.names() == ["carft-by-hand"]
+    assert dashboard.packages == {}
+
+
+def test_resume_sends_the_command_alone(here, dashboard, submit):
+    words = ("--resume", "study", "--trials", "+4", "--wall-time", "8h", "--warm-start", "other", "--no-wait")
+    code, _, err = submit(*words)
+    assert code == 0
+    (job,) = [dashboard.jobs[name] for name in dashboard.names()]
+    options = f"--set budget.wall_time=8h --warm-start {here}/other --trials +4"
+    assert job["entrypoint"] == f"exec python -m carft_ray.cli resume {here}/study --address auto {options}"
+    assert dashboard.packages == {}
+    assert f"carft-ray submit --attach {jobs.job_id(here / 'study')} --address {dashboard.address}" in err
+
+
+def test_attach_takes_a_job_or_a_study_and_json_has_the_end(here, dashboard, submit):
+    dashboard.add("one", here / "study")
+    code, out, err = submit("--attach", "study", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["id"], found["status"], found["exit_code"]) == ("one", "SUCCEEDED", 0)
+    assert "second line" in err
+    assert submit("--attach", "one")[:2] == (0, "first line\nsecond line\n")  # also when it has ended
+    code, _, err = submit("--attach", "two")
+    assert code == 5
+    assert "no such job or study, but got two" in told(err)
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_attach(here, dashboard, submit, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "follow", interrupted)
+    code, _, err = submit("r.yaml", "--study", "study")
+    name = jobs.job_id(here / "study")
+    assert code == 130
+    assert f"Attach with: carft-ray submit --attach {name} --address {dashboard.address}" in told(err)
+    assert dashboard.stopped == []
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ((), "must be given one of: a recipe, --resume, --attach"),
+        (("r.yaml", "--study", "x", "--attach", "y"), "must be given one of"),
+        (("r.yaml",), "must be given --study too"),
+        (("--resume", "x", "--study", "y"), "must be given a recipe too"),
+        (("r.yaml", "--study", "x", "--trials", "3"), "must stand with --resume"),
+        (("r.yaml", "--study", "x", "--package", "whel"), "did you mean 'wheel'?"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_cluster_is_asked(here, dashboard, submit, words, rule):
+    code, _, err = submit(*words)
+    assert code == 2
+    assert rule in told(err)
+    assert dashboard.headers == []
+
+
+def test_mistakes_of_the_recipe_are_told_before_the_cluster_is_asked(here, dashboard, submit):
+    code, _, err = submit("r.yaml", "--study", "x", "--set", "train.epochs=0", "--executor", "fast")
+    assert code == 3
+    assert "train.epochs" in err
+    assert "resources.executor" in err
+    assert dashboard.headers == []
+
+
+# the server
+
+
+@pytest.mark.parametrize("name", server.REDIRECTIONS)
+def test_the_environment_does_not_redirect(here, dashboard, submit, monkeypatch, name):
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert submit("r.yaml", "--study", "study")[0] == 0
+    assert dashboard.names()
+
+
+def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit, monkeypatch):
+    dashboard.token = "right"
+    code, _, err = submit("--attach", "x")
+    assert code == 5
+    assert "wants the token of the cluster, but got none" in told(err)
+    assert "ray get-auth-token" in err
+    (here / "home/.ray").mkdir(parents=True)
+    (here / "home/.ray/auth_token").write_text("right\n")
+    assert submit("r.yaml", "--study", "study")[0] == 0
+    (here / "t").write_text("wrong")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here / "t"))
+    code, _, err = submit("--attach", "x")
+    assert code == 5
+    assert f"but got the one from {here}/t" in told(err)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    assert submit("r.yaml", "--study", "study")[0] == 0
+    assert set(dashboard.headers) == {None, "Bearer right", "Bearer wrong"}
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (here / "t").unlink()
+    code, _, err = submit("--attach", "x")
+    assert code == 2
+    assert "No such file" in err
+
+
+def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, dashboard, run, monkeypatch):
+    def message(address, *words):
+        code, _, err = run("cluster", "jobs", "--address", address, *words)
+        assert code in (2, 5)
+        return told(err)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patience:
+        patience.setattr(server, "FIRST_ANSWER_S", 0.2)
+        port = silent.getsockname()[1]
+        assert "but got silence for 0.2 s" in message(f"127.0.0.1:{port}")
+    assert f"no Ray answers at http://127.0.0.1:{port}, but got a refused connection" in message(f"127.0.0.1:{port}")
+    assert "must be like http://127.0.0.1:8265" in message("ray://head:10001")
+    assert "must be like" in message("auto")
+    assert "an unknown host" in message("http://no-such-host.invalid:8265")
+    dashboard.version = "2.9.1"
+    assert "must run Ray <2.61,>=2.52, but got 2.9.1" in message(dashboard.address)
+    dashboard.version = None
+    assert "must be the dashboard of a Ray, but got another web page" in message(dashboard.address)
+    dashboard.version = stub_dashboard.RAY_VERSION
+    found, hang = server.connect(dashboard.address), threading.Event()
+    monkeypatch.setattr(server, "ANSWER_S", 0.2)
+    with pytest.raises(server.NoAnswerError, match=r"but got silence for 0\.2 s"):
+        server.ask(found, lambda client: hang.wait())
+    hang.set()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "rule"),
+    [
+        (500, "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device", "has no space left"),
+        (413, "Request Entity Too Large", "takes at most 100 MiB at once"),
+        (500, "Traceback ...\nException: No available agent to submit job", "has no agent that starts jobs"),
+        (500, "Traceback (most recent call last):\nValueError: odd", "but got ValueError: odd"),
+    ],
+)
+def test_a_refused_submission_is_told_in_one_message(here, dashboard, submit, status, text, rule):
+    dashboard.answer_to_submit = (status, text)
+    code, _, err = submit("r.yaml", "--study", "study")
+    assert code == 5
+    assert rule in told(err)
+
+
+def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, dashboard, submit):
+    dashboard.add("one", here / "study")
+    dashboard.polls, dashboard.forgets = 1000, range(3, 1000)
+    code, _, err = submit("--attach", "one")
+    assert code == 5
+    assert "no longer knows the job one" in told(err)
+    assert "the same command again resumes the study" in told(err)
+
+
+def test_a_head_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_is_told(
+    here, dashboard, submit, monkeypatch
+):
+    dashboard.add("one", here / "study")
+    dashboard.polls, dashboard.away = 8, range(2, 6)
+    code, out, _ = submit("--attach", "one")
+    assert (code, out) == (0, "first line\nsecond line\n")
+    monkeypatch.setattr(jobs, "HEAD_MAY_BE_AWAY_S", 0.1)
+    dashboard.add("two", here / "study")
+    dashboard.polls, dashboard.away = 1000, range(3, 1000)
+    code, _, err = submit("--attach", "two")
+    assert code == 5
+    assert "no longer answers" in err
+    assert "carft-ray submit --attach two" in told(err)
+
+
+# the package
+
+
+def found(source="same", version=__version__, libraries=None):
+    code = {"version": version, "source": environment.code()["source"] if source == "same" else source}
+    return package.Found("3.12.3", code if version else None, libraries or {})
+
+
+def libraries(**changed):
+    have = {each.name: next(iter(each.specifier)).version for each in package._requirements()}
+    return {**have, **changed}
+
+
+def test_auto_takes_the_clusters_package_if_it_is_the_same_else_this_source_tree(monkeypatch):
+    whole = libraries()
+    assert package.choose("auto", found(libraries=whole)) == "installed"
+    assert package.choose("auto", found("other", libraries=whole)) == "wheel"
+    assert package.choose("auto", found(version=None, libraries=whole)) == "wheel"
+    assert package.choose("wheel", found(libraries=whole)) == "wheel"
+    assert package.choose("installed", found("other", "0.0.9")) == "installed"
+    monkeypatch.setattr(package, "source_tree", lambda: None)
+    assert package.choose("auto", found("other")) == "installed"  # a release: its version says it
+
+
+def test_a_cluster_without_what_is_needed_is_told_in_one_message(monkeypatch):
+    lacking = found(version=None, libraries=libraries(torch=None, pyarrow="1.0"))
+    with pytest.raises(package.ClusterError, match=r"lacks .*torch") as caught:
+        package.choose("auto", lacking)
+    assert "pyarrow>=21 (it has 1.0)" in str(caught.value)
+    assert "--package pip" in str(caught.value)
+    with pytest.raises(package.ClusterError, match="must have carft-ray, but got none"):
+        package.choose("installed", lacking)
+    monkeypatch.setattr(package, "source_tree", lambda: None)
+    with pytest.raises(package.ClusterError, match=r"no source tree here to send, but got 9\.9\.9"):
+        package.choose("auto", found("other", "9.9.9"))
+    with pytest.raises(package.UsageError, match="no source tree here"):
+        package.choose("wheel", found())
+    with pytest.raises(package.ClusterError, match="not found"):
+        package.answer("Running entrypoint for job x\n/bin/sh: 1: exec: python: not found\n")
+
+
+@pytest.mark.slow
+def test_a_wheel_is_built_of_the_source_tree_and_sent_as_folders(here, dashboard, submit, monkeypatch):
+    """The tree has a build backend of its own, so that nothing is downloaded."""
+    tree = here / "tree"
+    tree.mkdir()
+    system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (tree / "pyproject.toml").write_text(f'{system}[project]\nname = "carft-ray"\nversion = "0.1.0"\n')
+    (tree / "backend.py").write_text(
+        "import pathlib, zipfile\n"
+        "def build_wheel(folder, settings=None, metadata=None):\n"
+        "    name = 'carft_ray-0.1.0-py3-none-any.whl'\n"
+        "    about = 'carft_ray-0.1.0.dist-info/'\n"
+        "    with zipfile.ZipFile(pathlib.Path(folder) / name, 'w') as wheel:\n"
+        "        wheel.writestr('carft_ray/__init__.py', 'x = 1')\n"
+        "        wheel.writestr(about + 'METADATA', 'Metadata-Version: 2.1\\nName: carft-ray\\nVersion: 0.1.0\\n')\n"
+        "        wheel.writestr(about + 'WHEEL', 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')\n"
+        "        wheel.writestr(about + 'RECORD', '')\n"
+        "    return name\n"
+    )
+    monkeypatch.setattr(package, "source_tree", lambda: tree)
+    dashboard.found = {"python": "3.12.3", "code": None, "libraries": libraries()}
+    code, _, err = submit("--resume", "study")
+    assert code == 0, err
+    assert {"carft_ray/__init__.py", "carft_ray-0.1.0.dist-info/METADATA"} <= set(dashboard.sent())
+    (job,) = [dashboard.jobs[name] for name in dashboard.names()]
+    assert all(uri.startswith("gcs://") for uri in job["runtime_env"]["py_modules"])
+    assert len(job["runtime_env"]["py_modules"]) == 2
+    (tree / "backend.py").write_text("def build_wheel(*given):\n    raise SystemExit('no compiler')\n")
+    code, _, err = submit("--resume", "study", "--package", "wheel")
+    assert code == 2
+    assert f"must be built from {tree}" in told(err)
+
+
+def test_the_question_is_answered_by_a_real_python():
+    import subprocess
+    import sys
+
+    words = shlex.split(package.question())
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
+    got = package.answer(f"some warning\n{done.stdout}")
+    assert got.code["source"] == environment.code()["source"]
+    assert got.libraries["torch"]
+    assert package.choose("auto", got) == "installed"
+
+
+def test_this_checkout_is_the_source_tree(tmp_path, monkeypatch):
+    assert package.source_tree() == Path(__file__).resolve().parents[1]
+    monkeypatch.setattr(environment, "PACKAGE_DIR", tmp_path / "carft_ray")
+    assert package.source_tree() is None
+
+
+# carft-ray cluster
+
+
+def test_the_jobs_of_a_cluster_are_listed_with_their_studies(here, dashboard, run):
+    code, _, err = run("cluster", "jobs", "--address", dashboard.address)
+    assert code == 0
+    assert "No job was submitted" in err
+    dashboard.add("one", here / "study", status="FAILED", driver_exit_code=6, end_time=1_700_000_065_000)
+    dashboard.add("two", "", metadata={})
+    dashboard.add("three", "", metadata={"carft_ray": "question"})  # what the cluster has: no search
+    code, out, _ = run("cluster", "jobs", "--address", dashboard.address)
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:2] for line in lines[1:]] == [["two", "running"], ["one", "failed"]]
+    assert (lines[2][2], lines[2][-1]) == ("6", str(here / "study"))
+    found = json.loads(run("cluster", "jobs", "--address", dashboard.address, "--json")[1])
+    assert found["ray_version"] == stub_dashboard.RAY_VERSION
+    assert [job["id"] for job in found["jobs"]] == ["two", "one"]
+
+
+def test_logs_are_those_of_a_job_or_of_the_newest_of_a_study(here, dashboard, run):
+    dashboard.add("one", here / "study")
+    code, out, _ = run("cluster", "logs", "study", "--address", dashboard.address)
+    assert (code, out) == (0, "first line\nsecond line\n")
+    found = json.loads(run("cluster", "logs", "one", "--address", dashboard.address, "--json")[1])
+    assert (found["id"], found["log"]) == ("one", "first line\nsecond line\n")
+
+
+def test_stop_waits_for_the_end_and_says_how_to_resume(here, dashboard, run):
+    dashboard.add("one", here / "study")
+    code, _, err = run("cluster", "stop", "study", "--address", dashboard.address)
+    assert code == 0
+    assert dashboard.stopped == ["one"]
+    assert "one has ended." in err
+    assert f"carft-ray submit --resume {here}/study --address {dashboard.address}" in told(err)
+    code, _, err = run("cluster", "stop", "one", "--address", dashboard.address)
+    assert code == 0
+    assert "Nothing to stop: one has ended (stopped)." in told(err)
+    assert dashboard.stopped == ["one"]
