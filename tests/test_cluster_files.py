@@ -535,7 +535,7 @@ def test_a_seeded_typo_is_found(name, old, new, expected):
 
 
 def test_the_steps_of_the_image_work_with_what_the_image_copies(tmp_path):
-    """The RUN steps in a folder that has the copied files alone; `pip` is a stand-in that looks for what a build reads."""
+    """The RUN steps in a folder with the copied files alone; `pip` stands in and looks for what a build reads."""
     text, home = text_of("Dockerfile"), tmp_path / "image"
     for source, target in copied(text):
         here, there = ROOT / source, home / target / (source if target == "./" else "")
@@ -553,7 +553,8 @@ def test_the_steps_of_the_image_work_with_what_the_image_copies(tmp_path):
         *wheel["force-include"],
     ]
     commands = {
-        "pip": f'#!/bin/sh\necho "$*" >> {tmp_path}/pip.txt\nfor each in {" ".join(needed)}; do test -e $each || exit 1; done',
+        "pip": f'#!/bin/sh\necho "$*" >> {tmp_path}/pip.txt\n'
+        f"for each in {' '.join(needed)}; do test -e $each || exit 1; done",
         "carft-ray": f'#!/bin/sh\nexec {sys.executable} -c "from carft_ray.cli import main; main()" "$@"',
     }
     for name, script in commands.items():

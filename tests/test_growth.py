@@ -326,7 +326,7 @@ def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, clu
 @pytest.mark.whole
 @pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluster, executor):
-    """At its beginning, and later one of whose trials waits for a node that never comes."""
+    """At its beginning, where its patience ends it, too, and later, when a trial waits for a node that never comes."""
     monkeypatch.setattr("carft_ray.launch.driver.STOP_WAITING_AFTER_S", 3.0)
     stand_in.tell(tmp_path, seconds=1)
     resources = {"gpus_per_worker": 0, "wait_for_nodes": 60, "executor": executor}
@@ -335,6 +335,11 @@ def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluste
     def stopped_by(event):
         if isinstance(event, Preparing) and event.what.startswith("waiting: "):
             (tmp_path / "study" / STOP).write_text("asked\n")
+
+    short = stand_in.make_recipe(resources={**resources, "wait_for_nodes": 1})
+    told = "resources.wait_for_nodes: after 1 s there is no node for a trial, which needs 1 x 1 CPU"
+    with pytest.raises(ClusterError, match=told):
+        run_search(short, tmp_path / "short", cluster.address, runner=RUNNER)
 
     with pytest.raises(InterruptedRunError, match="stopped; 0 of 9 trials finished"):
         run_search(recipe, tmp_path / "study", cluster.address, stopped_by, RUNNER)

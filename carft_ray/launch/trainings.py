@@ -57,6 +57,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     """
     forget_listings()
     capacity = runtime.capacity
+    drains = None if runtime.in_process else Drains(lambda text: on_event(Note(text)))
     driver = Driver(
         study,
         capacity.concurrency,
@@ -68,8 +69,8 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
-        drains=None if runtime.in_process else Drains(lambda text: on_event(Note(text))),
-        capacity_now=_following(runtime) if runtime.attached else None,
+        drains=drains,
+        capacity_now=_following(runtime, drains) if runtime.attached else None,
         asked=capacity.asked,
         reason=capacity.reason,
         on_change=functools.partial(write_concurrency, study.study_dir),
@@ -81,7 +82,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 
-def _following(runtime: Runtime) -> Callable[[], Capacity]:
+def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity]:
     """Returns what tells how trainings fit now; nodes that are new then begin to fill their caches."""
     known = set(alive_nodes())
 
@@ -89,7 +90,7 @@ def _following(runtime: Runtime) -> Callable[[], Capacity]:
         nodes = set(alive_nodes())
         fill_new_nodes(runtime, nodes - known)
         known.update(nodes)
-        return present_capacity(runtime.recipe, runtime.most)
+        return present_capacity(runtime.recipe, runtime.most, drains.nodes() if drains else ())
 
     return now
 
@@ -145,6 +146,8 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
         with one_trial_dies():
             tuner.fit()
         driver.end_waiting()
+        if driver.leaks:
+            driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
         driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
     if not driver.study.taken_over:

@@ -89,6 +89,11 @@ class Leaks:
             self.remove(name)
         return len(leaked)
 
+    def clear(self) -> None:
+        """Removes all groups of the trainings, once none of them runs."""
+        for name in self.groups():
+            self.remove(name)
+
 
 def _key(spec: TrialSpec) -> TrialSpecKey:
     return spec.kind, spec.name, spec.attempt

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,6 @@ def nodes_alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def nodes_now() -> tuple[Node, ...]:
-    """Returns the nodes that are alive."""
-    return tuple(node_of(node["Resources"]) for node in nodes_alive())
+def nodes_now(without: Collection[str] = ()) -> tuple[Node, ...]:
+    """Returns the nodes that are alive, without those of these names (Ray's)."""
+    return tuple(node_of(node["Resources"]) for node in nodes_alive() if node["NodeID"] not in without)

@@ -7,7 +7,7 @@ On Kubernetes the autoscaler runs in a container of its own, and the number stay
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,15 @@ def groups_of(text: str) -> tuple[Groups | None, int | None]:
     return groups, limit
 
 
-def present_capacity(recipe: Recipe, most: Most) -> Capacity:
-    """Returns how trials fit now; where none does, that nodes are awaited, whoever may add them."""
-    nodes = nodes_now()
+def present_capacity(recipe: Recipe, most: Most, without: Collection[str] = ()) -> Capacity:
+    """Returns how trials fit now; where none does, that nodes are awaited, whoever may add them.
+
+    Args:
+        recipe: The recipe.
+        most: As of ``capacity_of``.
+        without: Ray's names of nodes that are being taken away.
+    """
+    nodes = nodes_now(without)
     try:
         return capacity_of(recipe, nodes, most)
     except ClusterError:  # what the search began with is gone
