@@ -188,6 +188,20 @@ def test_a_study_whose_job_runs_is_followed_and_nothing_is_submitted(here, dashb
     assert dashboard.packages == {}
 
 
+def test_of_two_that_submit_one_study_at_once_the_second_follows_the_job_of_the_first(
+    here, dashboard, submit, monkeypatch
+):
+    name = jobs.job_id(here / "study")
+    monkeypatch.setattr(jobs, "running_job", lambda *given: None)
+    monkeypatch.setattr(jobs, "jobs", lambda server: [])  # it comes right after the second has looked
+    monkeypatch.setattr(jobs, "find_job", lambda server, name: jobs._info(server, name))
+    dashboard.add(name, here / "study")
+    code, out, err = submit("r.yaml", "--study", "study")
+    assert (code, out) == (0, "first line\nsecond line\n")
+    assert "already runs" in err
+    assert dashboard.names() == [name]
+
+
 def test_resume_sends_the_command_alone(here, dashboard, submit):
     words = ("--resume", "study", "--trials", "+4", "--wall-time", "8h", "--warm-start", "other", "--no-wait")
     code, _, err = submit(*words)

@@ -121,12 +121,11 @@ def submit(server: Server, study: Path, entrypoint: str, runtime_env: Mapping[st
     send = partial(_submit, entrypoint=entrypoint, submission_id=name, runtime_env=dict(runtime_env), metadata=metadata)
     try:
         ask(server, send)
-        is_new = True
-    except ClusterError as error:  # somebody was faster, or our request came through and its answer did not
-        if "already exists" not in str(error.__cause__) and not isinstance(error, NoAnswerError):
-            raise
-        is_new = False
-    return _info(server, name), is_new
+    except ClusterError:
+        with contextlib.suppress(ClusterError):  # somebody was faster, or only the answer has not come through
+            return _info(server, name), False
+        raise
+    return _info(server, name), True
 
 
 def runtime_env(working_dir: Path | None, modules: Sequence[Path] = (), pip: str = "") -> dict[str, Any]:
@@ -218,10 +217,8 @@ def follow(server: Server, name: str, write: Callable[[str], None]) -> Job:
             last_answer = time.monotonic()
         except NoAnswerError as error:
             if time.monotonic() - last_answer > HEAD_MAY_BE_AWAY_S:
-                step = (
-                    f"The job may run on. When it answers: carft-ray submit --attach {name} --address {server.address}"
-                )
-                place = f"the cluster at {server.address}"
+                attach = f"carft-ray submit --attach {name} --address {server.address}"
+                step, place = f"The job may run on. When it answers: {attach}", f"the cluster at {server.address}"
                 raise ClusterError(Problem(place, "no longer answers", next_step=step)) from error
             stream = None  # it may hang without an end
             next_poll = time.monotonic() + POLL_S
