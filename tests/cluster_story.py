@@ -1,0 +1,147 @@
+"""A search on a cluster that changes: a node is killed, one joins, one is drained, the head dies and comes back.
+
+    python cluster_story.py FOLDER [EXECUTOR]
+
+Real trainings of the command line, each a second or two per epoch of a few; ``story`` raises when a trial is missing,
+trained twice, or has lost what its checkpoints had.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import killed_searches as searches
+import short_training
+
+import cluster
+from carft_ray.study.rows import baselines, trials
+
+NUM_TRIALS, EPOCHS = 6, 160
+DEADLINE_S = 20
+TIMEOUT_S = 600
+RESOURCES = {
+    "inline": {"executor": "inline"},
+    "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
+}
+RESUMES = re.compile(r"attempt (\d+): starts on .*? from step (\d+)")
+
+
+def cli(first, *words, **options):
+    """Runs a command with what reaches the cluster; returns it when it has ended."""
+    command = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
+    return subprocess.run(command, env=first.environment, capture_output=True, text=True, timeout=TIMEOUT_S, **options)
+
+
+def search(first, recipe, study_dir, executor):
+    """Starts the search in a session of its own, its output in a file beside the study."""
+    settings = [f"resources.{key}={value}" for key, value in RESOURCES[executor].items()]
+    command = [sys.executable, "-m", "carft_ray.cli", "search", str(recipe), "--study", str(study_dir)]
+    command += ["--address", first.address, *(word for one in settings for word in ("--set", one))]
+    with open(study_dir.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, env=first.environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def story(folder, executor="inline"):
+    """Tells the story once in a new folder; returns what each part took, in seconds."""
+    recipe, study_dir = short_training.make(folder / "images"), folder / "study"
+    text = recipe.read_text().replace("epochs: 3", f"epochs: {EPOCHS}").replace("trials: 2", f"trials: {NUM_TRIALS}")
+    recipe.write_text(text)
+    took, began = {}, time.monotonic()
+
+    def part(name):
+        nonlocal began
+        took[name], began = round(time.monotonic() - began, 1), time.monotonic()
+        print(f"{name}: {took[name]} s", flush=True)
+
+    def running(number):
+        def found():
+            assert process.poll() is None, f"the search has ended: {study_dir.with_suffix('.log').read_text()}"
+            return len(searches.running_pids(study_dir)) >= number
+
+        searches.wait_until(found, f"{number} trainings run", TIMEOUT_S)
+
+    with cluster.head(RAY_gcs_rpc_server_reconnect_timeout_s="10") as first:
+        with cluster.node(first) as lost, cluster.node(first) as drained:
+            part("head and two nodes")
+            done = cli(first, "doctor", recipe, "--quick", "--address", first.address, "--study", study_dir)
+            assert done.returncode == 0, done.stdout + done.stderr
+            part("doctor")
+            process = search(first, recipe, study_dir, executor)
+            try:
+                running(2)
+                part("two trainings run")
+                status = json.loads(cli(first, "status", study_dir, "--json").stdout)
+                assert status["running"], status
+                lost.kill()
+                running(1)
+                part("a node is killed")
+                with cluster.node(first) as joined:
+                    running(2)
+                    part("a node has joined")
+                    drained.drain(DEADLINE_S)
+                    left = lambda: len(searches.running_pids(study_dir)) < 2 or searches.ended(process)  # noqa: E731
+                    searches.wait_until(left, "the training leaves the drained node", TIMEOUT_S)
+                    drained.kill()
+                    running(1)
+                    part("a node was drained")
+                    before = searches.results(study_dir)
+                    first.kill()
+                    joined.kill()
+                    process.wait(TIMEOUT_S)
+                    assert process.returncode in (5, 1), study_dir.with_suffix(".log").read_text()  # 1: Ray ends it
+                    part("the head has gone, and the search with it")
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait(TIMEOUT_S)
+        with cluster.head(like=first) as second, cluster.node(second), cluster.node(second):
+            process = search(second, recipe, study_dir, executor)
+            try:
+                process.wait(TIMEOUT_S)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            assert process.returncode == 0, study_dir.with_suffix(".log").read_text()
+            part("the same command on a new head")
+            searches.wait_for_no_groups(second.address, second.environment)
+            check(study_dir, before)
+            done = cli(second, "export", study_dir, "--to", folder / "export")
+            assert done.returncode == 0, done.stdout + done.stderr
+            part("export")
+    return took
+
+
+def check(study_dir, before):
+    """Raises when a trial is missing, was trained twice or lost what it had.
+
+    Args:
+        study_dir: The study, finished.
+        before: ``killed_searches.results`` when the head died.
+    """
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(NUM_TRIALS)), rows
+    assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
+    searches.check_told_once(study_dir)
+    now = searches.results(study_dir)
+    assert {name for name, content in before.items() if now[name] != content} == set()
+    assert not list(study_dir.rglob("*.tmp"))
+    continued = 0
+    folders = [study_dir / "trials" / row.name for row in rows] + [study_dir / "baselines" / "plain"]
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1)), folder
+        log = (folder / "log.txt").read_text()
+        starts = [int(step) for _, step in RESUMES.findall(log)]
+        assert starts == sorted(starts), log
+        continued += bool(starts)
+    assert continued >= 2, "trainings that were continued from a checkpoint"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    story(Path(sys.argv[1]), *sys.argv[2:3])
