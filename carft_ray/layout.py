@@ -10,7 +10,7 @@
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       ledger.jsonl       who fixed a winner or read the test sets, when
-      best.yaml, figure.png, figure.svg, ray.log
+      best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
       test/              what reads of the test sets have found
@@ -33,6 +33,7 @@ LEDGER = "ledger.jsonl"
 BEST = "best.yaml"
 FIGURE_PNG = "figure.png"
 FIGURE_SVG = "figure.svg"
+PAGE = "report.html"
 RAY_LOG = "ray.log"
 PREPARED = "prepared"
 RAY_FILES = "_tune"

@@ -14,15 +14,18 @@ import os
 import random
 import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from killed_searches import SOON_LOST, asked, environment, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -106,7 +109,14 @@ def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard
 
 
 @contextlib.contextmanager
-def node(to: Node, num_cpus: float = 1, *options: str, resources: dict[str, float] | None = None, **more: str):
+def node(
+    to: Node,
+    num_cpus: float = 1,
+    *options: str,
+    resources: dict[str, float] | None = None,
+    hidden: tuple[Path, ...] = (),
+    **more: str,
+):
     """Starts a node that joins a head; yields its ``Node``.
 
     Args:
@@ -114,14 +124,28 @@ def node(to: Node, num_cpus: float = 1, *options: str, resources: dict[str, floa
         num_cpus: CPUs.
         options: Further options of ``ray start``.
         resources: Resources with names of one's own.
+        hidden: Folders that are empty for this node.
         more: Variables of its environment.
     """
     ports = _free_ports((*AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
     options = (f"--address={to.address}", f"--resources={json.dumps(resources or {})}", *options)
     auth = {name: to.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    with _started(to.address, to.dashboard, ports, num_cpus, options, {**auth, **SOON_LOST, **more}) as started:
+    before = hiding(*hidden) if hidden else []
+    with _started(to.address, to.dashboard, ports, num_cpus, options, {**auth, **SOON_LOST, **more}, before) as started:
         started.environment = to.environment
         yield started
+
+
+def hiding(*folders: Path) -> list[str]:
+    """Returns words before a command that see empty folders in these places, as on a machine without that disk.
+
+    They are mounts that nobody else sees; a system that forbids those skips the test.
+    """
+    unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this system forbids mounts of one's own")
+    mounts = " && ".join(f"mount -t tmpfs none {shlex.quote(str(folder))}" for folder in folders)
+    return [*unshare, "sh", "-c", f'{mounts} && exec "$@"', "sh"]
 
 
 def alive(to: Node) -> list[str]:
@@ -131,14 +155,20 @@ def alive(to: Node) -> list[str]:
 
 @contextlib.contextmanager
 def _started(
-    address: str, url: str, ports: dict[str, int], num_cpus: float, options: tuple[str, ...], variables: dict[str, str]
+    address: str,
+    url: str,
+    ports: dict[str, int],
+    num_cpus: float,
+    options: tuple[str, ...],
+    variables: dict[str, str],
+    before: Sequence[str] = (),
 ) -> Iterator[Node]:
     with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets: short
         folder = Path(name)
         (folder / "home").mkdir()
         variables = {"HOME": f"{folder}/home", "RAY_USAGE_STATS_ENABLED": "0", **variables}
         surroundings = {key: value for key, value in environment(**variables).items() if key != "RAY_ADDRESS"}
-        command = [RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus:g}", *options]
+        command = [*before, RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus:g}", *options]
         command += [f"--{option}={port}" for option, port in ports.items()]
         command += [
             f"--node-ip-address={HOST}",

@@ -29,8 +29,7 @@ class Dashboard:
         self.end = {"status": "SUCCEEDED", "driver_exit_code": 0}
         self.found = {"python": "3.12.3", "code": environment.code(), "libraries": {}}
         self.answer_to_submit = None  # status and text
-        self.hangs = threading.Event()
-        self.forgets = False
+        self.away, self.forgets = (), ()  # of the questions for a job's status: not answered, or with "no such job"
 
     def add(self, name, study, **more):
         """Adds a job as if somebody had submitted it."""
@@ -59,8 +58,6 @@ class Dashboard:
 
     @web.middleware
     async def _guard(self, request, handler):
-        while self.hangs.is_set():
-            await asyncio.sleep(0.02)
         self.headers.append(request.headers.get("Authorization"))
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             known = "Authorization" in request.headers
@@ -92,13 +89,17 @@ class Dashboard:
 
     def _job(self, request):
         name = request.match_info["job"]
-        if name not in self.jobs or self.forgets:
+        if name not in self.jobs:
             raise web.HTTPNotFound(text=f"Job {name} does not exist")
         return self.jobs[name]
 
     async def _info(self, request):
         job = self._job(request)
         job["asked"] += 1
+        if job["asked"] in self.away:
+            request.transport.abort()
+        if job["asked"] in self.forgets:
+            raise web.HTTPNotFound(text="Job does not exist")
         if job["status"] == "RUNNING" and job["asked"] > self.polls:
             job.update(self.end, end_time=job["start_time"] + 65_000)
         return web.json_response({key: value for key, value in job.items() if key != "asked"})
@@ -174,6 +175,5 @@ def serving():
     try:
         yield dashboard
     finally:
-        dashboard.hangs.clear()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)

@@ -11,6 +11,8 @@ import crash_host
 import pytest
 import ray
 import stand_in
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
@@ -285,6 +287,15 @@ def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start, mon
     assert cause in str(caught.value)
     check_told(str(caught.value))
     assert not (tmp_path / "study").exists()
+
+
+def test_a_process_whose_node_was_taken_away_is_told_so():
+    died = ActorDiedErrorContext(error_message="The actor died because its node has died.", actor_id=b"1" * 16)
+    lost = explained(ActorDiedError(died))
+    assert not lost.startswith("preempted")
+    died.node_death_info.reason = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    lost = explained(WorkerGroupError("", {0: ActorDiedError(died)}))
+    assert lost.startswith("preempted: ActorDiedError: The actor died")
 
 
 @pytest.mark.whole

@@ -238,64 +238,54 @@ with running_ray(sys.argv[1], Path(sys.argv[2]).with_name("ray.log")):
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path, monkeypatch):
-    """Under /proc/self/cwd each process sees the folder in which its node was started, as if it were a machine."""
-    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
-    short_training.make(here)
-    recipe = elsewhere / "recipe.yaml"
-    elsewhere.mkdir()
-    text = (here / "recipe.yaml").read_text()
-    text = text.replace("local-dir:model", "local-dir:/proc/self/cwd/model")
-    recipe.write_text(text.replace("path: images", "path: /proc/self/cwd/images"))
+def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
+    """One node has no disk where the images, the model and the study are, and an older carft-ray; then the driver."""
+    disk, recipe = tmp_path / "disk", tmp_path / "recipe.yaml"
+    short_training.make(disk)
+    text = (disk / "recipe.yaml").read_text()
+    recipe.write_text(text.replace("local-dir:", "local-dir:disk/").replace("path: images", "path: disk/images"))
     older = tmp_path / "older" / "carft_ray"
     older.mkdir(parents=True)
     (older / "__init__.py").write_text('__version__ = "0.0.9"\n')
     (older / "environment.py").write_text("def source_digest():\n    return ''\n")
 
-    def doctor(first, folder, *words):
-        command = [sys.executable, "-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address, *words]
-        return subprocess.run(
-            command, cwd=folder, env=first.environment, capture_output=True, text=True, timeout=cluster.START_TIMEOUT_S
-        )
+    def ask(*command):
+        command = [*command[:-1], sys.executable, *command[-1]]
+        return subprocess.run(command, cwd=tmp_path, env=first.environment, capture_output=True, text=True, timeout=300)
 
-    monkeypatch.chdir(elsewhere)
-    with cluster.head() as first, cluster.node(first, PYTHONPATH=str(older.parent)) as blind:
-        monkeypatch.chdir(here)
-        with cluster.node(first, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing:
-            done = doctor(first, here, "--json", "--study", "/proc/self/cwd/studies/one")
-            data = json.loads(done.stdout)
-            assert done.returncode == 5, done.stderr
-            assert not data["healthy"]
-            names = {one["node_id"]: one["name"] for one in data["nodes"]}
-            ids = [one.node_id for one in (first, blind, seeing)]
-            assert names.keys() == set(ids)
-            errors = [one["text"] for one in data["findings"] if one["level"] == "error"]
-            assert not [text for text in errors if names[seeing.node_id] in text.partition("):")[0]]
-            blind_name = names[blind.node_id]
-            assert any(
-                text.startswith(f"node {blind_name}: must have carft-ray {OURS}, as the driver has it, but got 0.0.9")
-                for text in errors
-            )
-            [unseen] = [text for text in errors if "must see what the recipe names" in text]
-            assert unseen.startswith(f"node {blind_name}")
-            assert "/proc/self/cwd/images: No such file or directory (data.train.path, data.id_val.path" in unseen
-            [study] = [text for text in errors if "must see and write the folder of the study" in text]
-            assert study.startswith("2 nodes")
-            assert "without the file that the driver has just written" in study
-            assert sorted(path.name for path in here.iterdir()) == ["images", "model", "recipe.yaml"]
-            caches = {one["node_id"]: one["facts"]["cache"]["path"] for one in data["nodes"]}
-            assert caches[seeing.node_id] == str(tmp_path / "cache" / "carft-ray")
-            assert caches[seeing.node_id] not in (caches[first.node_id], caches[blind.node_id])
+    with (
+        cluster.head() as first,
+        cluster.node(first, hidden=(disk,), PYTHONPATH=str(older.parent)) as blind,
+        cluster.node(first, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
+    ):
+        doctor = ["-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address]
+        done = ask([*doctor, "--json", "--study", str(disk / "studies" / "one")])
+        assert done.returncode == 5, done.stderr
+        data = json.loads(done.stdout)
+        assert not data["healthy"]
+        nodes = {one["node_id"]: one for one in data["nodes"]}
+        assert nodes.keys() == {one.node_id for one in (first, blind, seeing)}
+        cache = nodes[seeing.node_id]["facts"]["cache"]["path"]
+        assert cache == str(tmp_path / "cache" / "carft-ray") != nodes[blind.node_id]["facts"]["cache"]["path"]
+        name = f"node {nodes[blind.node_id]['name']}: "
+        assert sorted(one["text"].partition("\n")[0] for one in data["findings"] if one["level"] == "error") == [
+            f"{name}must have carft-ray {OURS}, as the driver has it, but got 0.0.9",
+            f"{name}must see and write the folder of the study, but got another folder of the same name, without the "
+            f"file that the driver has just written: {disk}",
+            f"{name}must see what the recipe names, but got {disk}/images: No such file or directory "
+            f"(data.train.path, data.id_val.path, data.ood_val.sketch.path); "
+            f"{disk}/model: No such file or directory (model.name)",
+        ]
+        assert sorted(path.name for path in disk.iterdir()) == ["images", "model", "recipe.yaml"]
 
-            blind.kill()
-            cluster.wait_until(lambda: len(cluster.alive(first)) == 2, "the cluster notices the loss")
-            done = doctor(first, elsewhere)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "This machine sees none of the images; the nodes of the cluster check them." in done.stderr
-            assert f"checking images and model on node {names[seeing.node_id]}" in done.stderr
-            assert "ood_val.sketch" in done.stdout
-            assert names[first.node_id] in done.stdout
+        blind.kill()
+        cluster.wait_until(lambda: len(cluster.alive(first)) == 2, "the cluster notices the loss")
+        done = ask(*cluster.hiding(disk), doctor)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "This machine sees none of the images; the nodes of the cluster check them." in done.stderr
+        assert f"checking images and model on node {nodes[seeing.node_id]['name']}" in done.stderr
+        assert "ood_val.sketch" in done.stdout
+        assert nodes[first.node_id]["name"] in done.stdout
 
-            command = [sys.executable, "-c", ASK, first.address, str(recipe)]
-            done = subprocess.run(command, env=first.environment, capture_output=True, text=True, timeout=120)
-            assert json.loads(done.stdout) == ["no answer within 0.001 s"] * 2, done.stderr
+        done = ask(["-c", ASK, first.address, str(recipe)])
+        assert json.loads(done.stdout) == ["no answer within 0.001 s"] * 2, done.stderr

@@ -19,16 +19,24 @@ import stepped
 from killed_searches import asked, cluster, driver, ended, environment, finish, join, kill_group, parent_of, wait_until
 from ray.cluster_utils import Cluster
 
+from carft_ray import files
 from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
+from carft_ray.launch.runs.ray_train import train_with_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner, stop_reader
+from carft_ray.study.identity import claim
 from carft_ray.study.outcome import read_heartbeat, write_leave
 from carft_ray.study.rows import baselines, trials
 
 HERE = Path(__file__).parent
 PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
+RUNNER = Runner(stand_in.prepare, stand_in.train)
 WINDOW = 10  # steps
+LOST = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "10",
+}  # not those of a busy machine
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
 TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
@@ -49,50 +57,80 @@ def test_an_attempt_reads_that_it_is_to_leave_and_no_other_does(tmp_path, monkey
     assert [should_stop() for should_stop in readers] == [False, True, False]
 
 
-@pytest.mark.slow
-def test_a_training_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, monkeypatch):
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A cluster whose head has no CPU, and two nodes with one each; gives its address."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    sizes = {"object_store_memory": 10**8}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **sizes)
+    yield cluster.address
+    cluster.shutdown()
+
+
+class Drained:
+    """Drains the node of a training at its first epoch; ``ran`` has attempt and node of each epoch."""
+
+    def __init__(self):
+        self.ran = []
+
+    def epoch(self, folder):
+        content = files.read_object(folder / "heartbeat.json")
+        if content is None or not (alive := read_heartbeat(folder, content["attempt"])):
+            return  # it has ended
+        if not self.ran:
+            deadline = round(1000 * (time.time() + 600))
+            client = ray._private.worker.global_worker.gcs_client
+            assert client.drain_node(alive.node_id, PREEMPTION, "a notice", deadline)[0]
+            assert draining_nodes() == {alive.node_id: deadline}
+        self.ran.append((alive.attempt, alive.node_id))
+
+    def check(self, folder):
+        assert len({node for _, node in self.ran}) == 2, self.ran  # another one for the second attempt
+        log = (folder / "log.txt").read_text()
+        assert "attempt 1: left: " in log
+        assert "attempt 2: starts on " in log
+        assert " lost: " not in log
+
+
+@pytest.mark.slow
+def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, two_nodes):
     stand_in.tell(tmp_path, seconds=1)
-    study_dir, sizes = tmp_path / "study", {"object_store_memory": 10**8}
+    study_dir, drained = tmp_path / "study", Drained()
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"executor": "inline", "gpus_per_worker": 0})
-    ran = []
 
     def on_event(event):
-        if isinstance(event, TrialEpoch) and (
-            alive := read_heartbeat(event.spec.folder(study_dir), event.spec.attempt)
-        ):
-            if not ran:
-                deadline = round(1000 * (time.time() + 600))
-                client = ray._private.worker.global_worker.gcs_client
-                assert client.drain_node(alive.node_id, PREEMPTION, "a notice", deadline)[0]
-                assert draining_nodes() == {alive.node_id: deadline}
-            ran.append((event.spec.attempt, alive.node_id))
+        if isinstance(event, TrialEpoch):
+            drained.epoch(event.spec.folder(study_dir))
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **sizes)
-        found = run_search(recipe, study_dir, cluster.address, on_event, Runner(stand_in.prepare, stand_in.train))
-    finally:
-        cluster.shutdown()
+    found = run_search(recipe, study_dir, two_nodes, on_event, RUNNER)
     assert (found.best.outcome, found.best.attempt) == ("complete", 2)
-    assert len({node for _, node in ran}) == 2  # another one for the second attempt
-    log = (found.best.folder(study_dir) / "log.txt").read_text()
-    assert "attempt 1: left: " in log
-    assert " lost: " not in log
+    drained.check(found.best.folder(study_dir))
+
+
+@pytest.mark.whole
+def test_a_single_training_of_ray_train_continues_on_the_other_node_too(tmp_path, two_nodes):
+    stand_in.tell(tmp_path, seconds=1)
+    out_dir, drained = tmp_path / "one", Drained()
+    recipe = stand_in.make_recipe(epochs=6, resources={"executor": "ray-train", "gpus_per_worker": 0})
+    claim(out_dir, recipe)
+    result, _ = train_with_ray(recipe, out_dir, two_nodes, "", lambda row: drained.epoch(out_dir), RUNNER)
+    assert result["alpha"] == 0.5
+    drained.check(out_dir)
 
 
 @contextlib.contextmanager
 def nodes(number, num_cpus=1, **settings):
     """Runs a cluster whose head takes no trainings; yields how it is reached, its nodes, and what adds further ones."""
     temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
-    with temporary as folder, cluster(0, **killed_searches.SOON_LOST, **settings) as reached:
+    with temporary as folder, cluster(0, **{**LOST, **settings}) as reached:
 
         def add(number):
             before = asked("ray.cluster_resources().get('CPU', 0)", *reached) if number else 0
             found = join(number, num_cpus, folder, *reached)
             enough = f"ray.cluster_resources().get('CPU', 0) >= {before + number * num_cpus}"
-            wait_until(lambda: asked(enough, *reached), "the nodes join")
+            wait_until(lambda: [*map(ended, found)] and asked(enough, *reached), "the nodes join")
             return found
 
         yield reached, add(number), add

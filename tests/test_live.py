@@ -204,9 +204,11 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
     with progress.search_shown(True, tmp_path, 4) as on_event:
         on_event(TrialFinished(row(7, 0.3), is_best=False))  # recovered: it had finished before
         on_event(Started(8, 1, 2, "2 CPUs"))
+        on_event(ConcurrencyChanged(3, "3 CPUs"))
         on_event(TrialFinished(row(0, 0.4), is_best=True))
-    first, second, third = capsys.readouterr().err.splitlines()
+    first, second, changed, third = capsys.readouterr().err.splitlines()
     assert first.startswith("[0:00] t0007-abcd learning_rate=")
     assert second == "[0:00] 7 trials to go, 2 at a time (2 CPUs)"
+    assert changed == "[0:00] from now on 3 at a time (3 CPUs)"
     assert third.startswith("[0:00] 2/8 t0000-abcd")
     assert third.endswith("<- best so far")

@@ -1,5 +1,7 @@
 """Private names of Ray and Optuna: what each does, and the message where a release has it no more."""
 
+from pkgutil import resolve_name
+
 import optuna
 import pytest
 import ray
@@ -39,18 +41,14 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
 
 def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypatch):
     """What the call returns is pinned in test_leave.py, with a Ray."""
-    monkeypatch.setattr(ray._private.worker.global_worker, "gcs_client", object(), raising=False)
-    with pytest.raises(UsageError, match=r"gcs_client\.get_draining_nodes, which carft-ray uses"):
+    monkeypatch.delattr(type(ray._private.state.state), "get_draining_nodes")
+    with pytest.raises(UsageError, match=r"state\.get_draining_nodes, which carft-ray uses"):
         ray_private.draining_nodes()
 
 
-def test_a_head_that_does_not_answer_drains_nothing_as_far_as_is_known(monkeypatch):
-    class Gone:
-        def get_draining_nodes(self, timeout):
-            raise ray.exceptions.RpcError(f"no answer within {timeout} s")
-
-    monkeypatch.setattr(ray._private.worker.global_worker, "gcs_client", Gone(), raising=False)
-    assert ray_private.draining_nodes() == {}
+def test_the_groups_of_an_autoscaler_can_be_asked_for():
+    """What it answers is in test_growth.py, with a real one."""
+    assert callable(resolve_name("ray._private.state.state.get_cluster_config"))
 
 
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):

@@ -481,6 +481,10 @@ BAD = [
         "but got 0.5\n    Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU.",
     ),
     (
+        "resources: {gpus_per_worker: 0, accelerator: H100}",
+        "r.yaml:9: resources.accelerator: must be left out with gpus_per_worker: 0, but got H100",
+    ),
+    (
         "resources: {gpus_per_worker: 0.00001}",
         "r.yaml:9: resources.gpus_per_worker: must be at least 0.0001, the least that Ray counts, but got 1e-05",
     ),

@@ -136,6 +136,17 @@ def test_counts_and_corrections(original):
     assert [row["rule"] for row in found["rules"]][-1] == "leave_one_domain_out"
 
 
+def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
+    for folder, device in zip(
+        sorted((study_dir / "trials").glob("*/result.json")), ("H100", "A100", "H100"), strict=False
+    ):
+        content = json.loads(folder.read_text())
+        folder.write_text(json.dumps({**content, "environment": {"device": device}}))
+    found = study_report(read_study(study_dir), num_resamples=100)
+    assert found["counts"]["devices"] == {"H100": 2, "A100": 1}
+    assert found["lines"][1] == "They ran on different devices, which round differently: 2 on H100, 1 on A100."
+
+
 def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(original):
     view = read_study(original)
     stored = read_stored(original, view.recipe, complete(view), objective_spec(view.recipe))

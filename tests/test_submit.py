@@ -290,9 +290,8 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
         assert code in (2, 5)
         return told(err)
 
-    monkeypatch.setattr(server, "FIRST_ANSWER_S", 0.2)
-    monkeypatch.setattr(server, "ANSWER_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patience:
+        patience.setattr(server, "FIRST_ANSWER_S", 0.2)
         port = silent.getsockname()[1]
         assert "but got silence for 0.2 s" in message(f"127.0.0.1:{port}")
     assert f"no Ray answers at http://127.0.0.1:{port}, but got a refused connection" in message(f"127.0.0.1:{port}")
@@ -304,9 +303,10 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
     dashboard.version = None
     assert "must be the dashboard of a Ray, but got another web page" in message(dashboard.address)
     dashboard.version = stub_dashboard.RAY_VERSION
-    hang = threading.Event()
-    monkeypatch.setattr(server.JobSubmissionClient, "list_jobs", lambda client: hang.wait(5))
-    assert "no Ray answers" in message(dashboard.address)
+    found, hang = server.connect(dashboard.address), threading.Event()
+    monkeypatch.setattr(server, "ANSWER_S", 0.2)
+    with pytest.raises(server.NoAnswerError, match=r"but got silence for 0\.2 s"):
+        server.ask(found, lambda client: hang.wait())
     hang.set()
 
 
@@ -326,14 +326,10 @@ def test_a_refused_submission_is_told_in_one_message(here, dashboard, submit, st
     assert rule in told(err)
 
 
-def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, dashboard, submit, monkeypatch):
-    monkeypatch.setattr(jobs, "find_job", lambda *given: jobs._info(*given))
+def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, dashboard, submit):
     dashboard.add("one", here / "study")
-    dashboard.polls = 1000
-    timer = threading.Timer(0.3, lambda: setattr(dashboard, "forgets", True))
-    timer.start()
+    dashboard.polls, dashboard.forgets = 1000, range(3, 1000)
     code, _, err = submit("--attach", "one")
-    timer.join()
     assert code == 5
     assert "no longer knows the job one" in told(err)
     assert "the same command again resumes the study" in told(err)
@@ -342,22 +338,14 @@ def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, da
 def test_a_head_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_is_told(
     here, dashboard, submit, monkeypatch
 ):
-    monkeypatch.setattr(server, "ANSWER_S", 0.2)
     dashboard.add("one", here / "study")
-    dashboard.polls = 12
-    begin, end = (threading.Timer(s, each) for s, each in ((0.1, dashboard.hangs.set), (0.9, dashboard.hangs.clear)))
-    begin.start()
-    end.start()
+    dashboard.polls, dashboard.away = 8, range(2, 6)
     code, out, _ = submit("--attach", "one")
     assert (code, out) == (0, "first line\nsecond line\n")
-    end.join()
-    monkeypatch.setattr(jobs, "HEAD_MAY_BE_AWAY_S", 0.3)
+    monkeypatch.setattr(jobs, "HEAD_MAY_BE_AWAY_S", 0.1)
     dashboard.add("two", here / "study")
-    dashboard.polls = 1000
-    timer = threading.Timer(0.3, dashboard.hangs.set)
-    timer.start()
+    dashboard.polls, dashboard.away = 1000, range(3, 1000)
     code, _, err = submit("--attach", "two")
-    timer.join()
     assert code == 5
     assert "no longer answers" in err
     assert "carft-ray submit --attach two" in told(err)
@@ -404,6 +392,7 @@ def test_a_cluster_without_what_is_needed_is_told_in_one_message(monkeypatch):
         package.answer("Running entrypoint for job x\n/bin/sh: 1: exec: python: not found\n")
 
 
+@pytest.mark.slow
 def test_a_wheel_is_built_of_the_source_tree_and_sent_as_folders(here, dashboard, submit, monkeypatch):
     """The tree has a build backend of its own, so that nothing is downloaded."""
     tree = here / "tree"

@@ -1,6 +1,7 @@
 """What a study's best is worth, from what is stored: a report, and another objective. Nothing is locked or written."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +10,30 @@ from typer import Option
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.cli.test import lost_cells, regret_table
+from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
 REFERENCE = "CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
 
 
+CARD_FORMS = ("text", "svg", "latex")
+
+
 @common.command("report studies/quickstart", common.TRUST)
 def report(
     study: common.StudyArgument,
+    html: Annotated[
+        bool, Option("--html", help="Write it as a page: figures, tables, all trials, in one file.")
+    ] = False,
+    card: Annotated[
+        str | None, Option(metavar="text|svg|latex", help="Only the verdict of five lines, for an issue or a paper.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Of --html or --card; default: report.html in the study, the terminal."),
+    ] = None,
+    watch: Annotated[bool, Option("--watch", help="With --html: write it again while the search runs.")] = False,
+    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often to look.")] = 5,
     reference: Annotated[Path | None, Option(help=REFERENCE)] = None,
     details: common.DetailsOption = False,
     json_: common.JsonOption = False,
@@ -25,6 +42,22 @@ def report(
     from carft_ray.results.reading import overview
     from carft_ray.results.report import study_report
 
+    if card is not None:
+        common.require_choice("--card", "must be a form of the card", card, CARD_FORMS)
+    for option, given, needed, there in (
+        ("--card", card, "--html", not html),
+        ("--out", out, "--html or --card", html or card),
+        ("--watch", watch, "--html", html),
+    ):
+        if given and not there:
+            rule = f"must stand without {needed}" if option == "--card" else f"needs {needed}"
+            raise UsageError(Problem(option, rule))
+    if card is not None:
+        _card(study, card, out)
+        return
+    if html:
+        _page(study, out, reference, every if watch else None, json_)
+        return
     answer = study_report(overview.read_study(study), reference)
     if console.print_json(answer, json_):
         return
@@ -42,6 +75,43 @@ def report(
     if answer["analysis"]:
         console.show("\n" + "\n".join(answer["analysis"]["lines"]))
         console.out.print(regret_table(answer["analysis"]["rules"]))
+    common.suggest(study, "report")
+
+
+def _card(study: Path, form: str, out: Path | None) -> None:
+    from carft_ray import files
+    from carft_ray.results.pages.card import card, verdict
+    from carft_ray.results.pages.data import page_document
+    from carft_ray.results.pages.page import card_title
+    from carft_ray.results.reading import overview
+
+    document = page_document(overview.read_study(study))
+    text = card(verdict(document), card_title(document), form)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        files.write_text(out, text)
+        console.say(f"Card: {out}")
+
+
+def _page(study: Path, out: Path | None, reference: Path | None, every_s: float | None, json_: bool) -> None:
+    """Writes the page of a study, once or while its search runs."""
+    from carft_ray.results.pages.page import default_path, watch_page, write_page
+    from carft_ray.results.reading import overview
+
+    view = overview.read_study(study)
+    path = out or default_path(view)
+    if every_s is None:
+        document = write_page(view, path, reference)
+    else:
+        try:
+            document = watch_page(view.study_dir, path, reference, every_s, console.sayer(not json_))
+        except KeyboardInterrupt:
+            console.say(f"The search continues; the page stays: {path}")
+            return
+    if console.print_json({"page": str(path), "num_bytes": path.stat().st_size, "document": document}, json_):
+        return
+    console.show(f"Page: {path} ({console.size_text(path.stat().st_size)}); open it in a browser.")
     common.suggest(study, "report")
 
 

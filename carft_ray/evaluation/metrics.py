@@ -129,13 +129,24 @@ def expected_calibration_error(given: Answers, bins_N: IntArray | None = None) -
         given: The answers.
         bins_N: Bin of each image; by default 15 of equal width.
     """
+    found = reliability(given, bins_N)
+    return math.fsum(one["num_images"] * abs(one["accuracy"] - one["confidence"]) for one in found) / len(given)
+
+
+def reliability(given: Answers, bins_N: IntArray | None = None) -> list[dict[str, Any]]:
+    """Returns the reliability diagram: of every bin with images its mean confidence, its accuracy and their number.
+
+    Args:
+        given: The answers.
+        bins_N: As of ``expected_calibration_error``.
+    """
     bins_N = equal_width_bins(given.confidence) if bins_N is None else bins_N
-    gaps = []
+    found = []
     for index in np.unique(bins_N):
         inside = bins_N == index
-        gap = float(given.correct[inside].mean()) - float(given.confidence[inside].mean())
-        gaps.append(int(inside.sum()) * abs(gap))
-    return math.fsum(gaps) / len(given)
+        means = (float(each[inside].mean()) for each in (given.confidence, given.correct))
+        found.append({**dict(zip(("confidence", "accuracy"), means, strict=True)), "num_images": int(inside.sum())})
+    return found
 
 
 def set_metrics(given: Answers) -> dict[str, Any]:

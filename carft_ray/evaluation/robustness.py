@@ -43,6 +43,7 @@ class Robustness:
         expected: OOD accuracy on the line at the model's ID accuracy; None where it is not defined.
         extrapolated: The model's ID accuracy is outside ``id_range``.
         reason: Why it is not defined; empty where it is.
+        line: Slope and intercept on the logit scale; None where it is not defined.
     """
 
     measure: Measure
@@ -52,6 +53,7 @@ class Robustness:
     expected: float | None
     extrapolated: bool
     reason: str = ""
+    line: tuple[float, float] | None = None
 
     @property
     def words(self) -> str:
@@ -93,7 +95,8 @@ def above_line(
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     id_accuracy, ood_accuracy = _clip(model, num_images)
     expected = float(expit(y.mean() + slope * (logit(id_accuracy) - x.mean())))
-    return Robustness(measure, names, id_range, ood_accuracy - expected, expected, outside)
+    line = float(slope), float(y.mean() - slope * x.mean())
+    return Robustness(measure, names, id_range, ood_accuracy - expected, expected, outside, line=line)
 
 
 def _clip(pair: Accuracies, num_images: tuple[int, int]) -> Accuracies:

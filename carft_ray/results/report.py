@@ -3,6 +3,7 @@
 Everything is read from stored validation predictions; no test set is opened.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,8 +88,12 @@ def study_report(
     data, few, more = _by_one_number(evidence) if front is None else _by_front(evidence, front)
     share = bootstrap.share_meeting(stored.chosen[best.name], spec, bounds, num_resamples) if bounds else None
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
+    devices = Counter(
+        device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
+    )
     counts = {
         "trials": view.counts(),
+        "devices": dict(devices.most_common()),
         "trainings": len(ended),
         "alphas": stored.num_alphas,
         "test_reads": num_test_reads(study_dir),
@@ -227,8 +232,11 @@ def _by_front(evidence: _Evidence, front: dict[str, Any]) -> _Worth:
 
 def _count_lines(name: str, counts: dict[str, Any]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
+    kinds = ", ".join(f"{count} on {device}" for device, count in counts["devices"].items())
+    mixed = [f"They ran on different devices, which round differently: {kinds}."] if len(counts["devices"]) > 1 else []
     return [
         f"{name}: trials: {states}.",
+        *mixed,
         f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} chose on these "
         f"validation images; test sets were read {times(counts['test_reads'])}.",
     ]
@@ -297,7 +305,7 @@ def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[s
         given = ", ".join(f"acc_ood/{name}" for name in known)
         rule = "must have a column for at least one OOD validation set of the study"
         raise DataError(Problem(str(reference), rule, given, named, nearest(given, named)))
-    plain = _plain(view)
+    plain = plain_trainings(view)
     found: dict[str, list[Robustness]] = {}
     for name in sets:
         model = (metrics["id_accuracy"], metrics[f"accuracy/{name}"])
@@ -318,7 +326,7 @@ def robustness_lines(found: Mapping[str, list[Robustness]]) -> list[str]:
     return [*lines, CAVEAT] if has_reference else lines
 
 
-def _plain(view: Overview) -> dict[str, dict[str, Any]]:
+def plain_trainings(view: Overview) -> dict[str, dict[str, Any]]:
     """Returns the metrics at alpha 1 of every finished training without KL term."""
     base = view.recipe.train.kl_weight
     rows = [row for row in (*view.trials, *view.baselines) if row.values.get("kl_weight", base) == 0]

@@ -45,7 +45,13 @@ def _draw(study: Study) -> None:
         write_figure(study.recipe, study.study_dir, trials, study.rows("baseline"))
 
 
-def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], baselines: Sequence[TrialRow]) -> Path:
+def write_figure(
+    recipe: Recipe,
+    study_dir: Path,
+    trials: Sequence[TrialRow],
+    baselines: Sequence[TrialRow],
+    folder: Path | None = None,
+) -> Path:
     """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
 
     Args:
@@ -53,6 +59,7 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
         study_dir: The study directory.
         trials: All trials, with their standing in a Pareto search.
         baselines: All baselines.
+        folder: Where the figure goes; None: the study directory.
 
     Returns:
         Path of the PNG; an SVG is next to it.
@@ -71,13 +78,14 @@ def write_figure(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], ba
     ]
     named = sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
     marks = {row.name.replace("_", " "): pair(row) for row in named if "ood_accuracy" in row.metrics}
-    path, num_pruned = study_dir / FIGURE_PNG, sum(row.outcome == "pruned" for row in trials)
+    folder = folder or study_dir
+    path, num_pruned = folder / FIGURE_PNG, sum(row.outcome == "pruned" for row in trials)
     id_ood_figure(
         dots,
         marks,
         _curve(study_dir, best_row(trials)),
         path,
-        study_dir / FIGURE_SVG,
+        folder / FIGURE_SVG,
         f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,

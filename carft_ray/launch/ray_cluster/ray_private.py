@@ -14,8 +14,6 @@ import ray
 
 from carft_ray.environment import private_name
 
-GCS_TIMEOUT_S = 2.0  # of a question to the head: who asks has other things to do
-
 
 @contextlib.contextmanager
 def without_news_of_workers() -> Iterator[None]:
@@ -37,16 +35,9 @@ def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
 
 
 def draining_nodes() -> Mapping[str, int]:
-    """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one.
-
-    Empty while the head does not answer.
-    """
-    name = "ray._private.worker.global_worker.gcs_client.get_draining_nodes"
-    ask = private_name("ray", name, lambda: resolve_name(name))
-    try:
-        found: Mapping[str, int] = ask(timeout=GCS_TIMEOUT_S)
-    except ray.exceptions.RayError:
-        return {}
+    """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one."""
+    name = "ray._private.state.state.get_draining_nodes"
+    found: Mapping[str, int] = private_name("ray", name, lambda: resolve_name(name))()
     return found
 
 

@@ -15,7 +15,7 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, Problem, StorageError
 from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_workers import run_nested
 from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
@@ -97,6 +97,9 @@ def train_with_ray(
         reason, _, details = (gone or "they ended without a message").partition("\n")
         if failure is not None:
             reason, details = failure.reason, failure.details
+        elif runtime.attached and START_TIMEOUT in reason:  # it has only waited for nodes
+            logger.warning("the training waits again: %s", reason)
+            continue
         reason = f"{reason}, before it could leave: {leaves}" if leaves else reason
         outcome.log_lost(out_dir, attempt, reason, details)
         now = outcome.progress_of(out_dir)

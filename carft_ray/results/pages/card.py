@@ -1,0 +1,259 @@
+"""The verdict card: five lines on what a study has shown, to be pasted into an issue or a paper.
+
+Its numbers and its headline are those of `test`, else of `confirm`, else of `report`; nothing is computed here.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from xml.sax.saxutils import escape
+
+from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.words import counted, times
+
+FORMS = ("text", "svg", "latex")
+ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
+_LATEX = {each: f"\\{each}" for each in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_WIDTH = 92  # characters of a line of the SVG
+_COLOURS = {"pass": "#00735c", "warn": "#b34700"}
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the card.
+
+    Attributes:
+        label: What it is about.
+        passed: Whether nothing stands against it; else it is a warning.
+        text: What was found.
+    """
+
+    label: str
+    passed: bool
+    text: str
+
+    @property
+    def mark(self) -> Literal["pass", "warn"]:
+        """The mark in a word."""
+        return "pass" if self.passed else "warn"
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The best measurement that a study has of its winner.
+
+    Attributes:
+        label: What was measured.
+        sentence: The headline; None without a baseline.
+        baseline: Of the headline.
+        difference: Interval of the headline's difference; None without a baseline.
+        keeps_id: Whether ID is kept against that baseline; None where it is not tested.
+        accuracies: ID and OOD mean, in that order, as text with intervals where they are known.
+        num_seeds: Fresh seeds; 0: one training each.
+        words: What the intervals are over.
+    """
+
+    label: str
+    sentence: str | None
+    baseline: str | None
+    difference: Sequence[float] | None
+    keeps_id: bool | None
+    accuracies: Sequence[str]
+    num_seeds: int
+    words: str
+
+
+def verdict(document: Document) -> list[Line]:
+    """Returns the five lines: result, accuracies, seeds, test sets, cost.
+
+    Args:
+        document: Of ``pages.data.page_document``.
+    """
+    found = _evidence(document)
+    if found is None:
+        states = ", ".join(f"{count} {name}" for name, count in document["status"]["trials"].items() if count)
+        none = Line("Result", False, f"no trial has finished: {states or 'none has begun'}")
+        rest = [Line(label, False, "nothing is measured yet") for label in ("Accuracy", "Seeds")]
+        return [none, *rest, _tests(document), _cost(document)]
+    return [_result(found), _accuracy(found), _seeds(found), _tests(document), _cost(document)]
+
+
+def card(lines: Sequence[Line], title: str, form: str) -> str:
+    """Returns the card in one of ``FORMS``."""
+    return {"text": _text, "svg": _svg, "latex": _latex}[form](lines, title)
+
+
+def _evidence(document: Document) -> _Evidence | None:
+    for read in (_of_test, _of_confirm, _of_search):
+        if found := read(document):
+            return found
+    return None
+
+
+def _of_test(document: Document) -> _Evidence | None:
+    test = document["test"]
+    if test is None:
+        return None
+    winner = next(row for row in test["rows"] if row["role"] == "winner")
+    intervals = [winner["test"][name] for name in ("id_test", "ood_mean") if name in winner["test"]]
+    texts = [_percent(each["mean"], each["interval"]) for each in intervals]
+    against = test["differences"].get(test["baseline"])
+    label = "test sets"
+    if test["without_shared_images"]:
+        label += f" (without images of other roles: {_after_name(test['without_shared_images']['headline'])})"
+    return _Evidence(
+        label,
+        test["headline"],
+        test["baseline"],
+        against and against["objective"]["interval"],
+        against and against["keeps_id"],
+        texts,
+        len(test["seeds"]) if test["confirmed"] else 0,
+        winner["test"]["objective"]["over"],
+    )
+
+
+def _of_confirm(document: Document) -> _Evidence | None:
+    confirm = document["confirm"]
+    if confirm is None:
+        return None
+    winner = next(row for row in confirm["table"] if row["role"] == "winner")
+    texts = [
+        _percent(mean, (low, high))
+        for mean, low, high in (winner["estimates"][name] for name in ("ID", "OOD mean") if name in winner["estimates"])
+    ]
+    against = next((each for each in confirm["baselines"] if each["other"] == confirm["headline_baseline"]), None)
+    return _Evidence(
+        confirm["label"],
+        confirm["headline"],
+        confirm["headline_baseline"],
+        against and against["objective"]["images_random"],
+        against and against["keeps_id"],
+        texts,
+        len(confirm["seeds"]),
+        "over seeds and images",
+    )
+
+
+def _of_search(document: Document) -> _Evidence | None:
+    report, best = document["report"], document["status"]["best"]
+    if report is None or best is None:
+        return None
+    against, metrics = report["headline"], best["metrics"]
+    names = ("id_accuracy", "ood_accuracy") if document["has_ood"] else ("id_accuracy",)
+    return _Evidence(
+        "measured on the images that chose",
+        against and f"{best['name']}: {against['sentence']}",
+        against and against["baseline"],
+        against and against["images_random"],
+        None,
+        [_percent(metrics[name]) for name in names if name in metrics],
+        0,
+        "over images",
+    )
+
+
+def _result(found: _Evidence) -> Line:
+    if found.sentence is None or found.difference is None:
+        return Line("Result", False, f"no baseline to compare with; {found.label}")
+    is_on_new_images = found.num_seeds > 0 or found.label.startswith("test sets")
+    text = f"{found.sentence}; {found.label}; 95 %, {found.words}"
+    return Line("Result", found.difference[0] > 0 and is_on_new_images, text)
+
+
+def _accuracy(found: _Evidence) -> Line:
+    names = ("ID", "OOD mean")
+    text = ", ".join(f"{name} {value} %" for name, value in zip(names, found.accuracies, strict=False))
+    if found.baseline is not None:
+        kept = {True: "keeps", False: "not shown to keep", None: "not yet tested whether it keeps"}[found.keeps_id]
+        text += f"; {kept} the ID accuracy of {_spaced(found.baseline)}"
+    if len(found.accuracies) < 2:
+        text += "; there is no OOD set"
+    return Line("Accuracy", bool(found.keeps_id) and len(found.accuracies) == len(names), text)
+
+
+def _seeds(found: _Evidence) -> Line:
+    if not found.num_seeds:
+        return Line("Seeds", False, "one training each: the luck of the seed is not covered")
+    wide = "" if found.num_seeds >= ENOUGH_SEEDS else "; with two, intervals over seeds are very wide"
+    return Line("Seeds", not wide, f"{counted(found.num_seeds, 'fresh seed')} of each configuration{wide}")
+
+
+def _tests(document: Document) -> Line:
+    ledger = document["status"]["ledger"]
+    if not ledger["test_reads"]:
+        return Line("Test sets", False, "not read: all numbers are of validation images")
+    text = f"read {times(ledger['test_reads'])}"
+    went_on = sum(entry["purpose"] == "search went on" for entry in document["ledger"])
+    if went_on:
+        text += f"; the search was continued {times(went_on)} after a read"
+    return Line("Test sets", ledger["test_reads"] == 1 and not went_on, text)
+
+
+def _cost(document: Document) -> Line:
+    """Returns what was spent on whom: only what had trials of its own was tuned."""
+    status, methods = document["status"], document["methods"]
+    each = [f"{counted(count, 'training')} of {_spaced(name)}" for name, count in methods.items()]
+    fixed = [_spaced(row["name"]) for row in status["baselines"] if row["name"] != ZERO_SHOT]
+    text = f"tuned with {' and '.join(each)}" if each else "no training has ended"
+    if fixed:
+        text += f"; {' and '.join(fixed)} not tuned: one training{' each' * (len(fixed) > 1)}"
+    if document["rivals"]:
+        text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
+    hours = status["budget"]["gpu_hours_used"]
+    text += f"; {hours:.3g} GPU hours" if hours else f"; {status['times']['training_s'] / 3600:.2g} hours without a GPU"
+    is_equal = len(methods) > 1 and len({*methods.values()}) == 1
+    return Line("Cost", is_equal and not fixed, text)
+
+
+def _percent(mean: float, interval: Sequence[float] | None = None) -> str:
+    text = f"{100 * mean:.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _after_name(headline: str | None) -> str:
+    return (headline or "").partition(": ")[2]
+
+
+def _text(lines: Sequence[Line], title: str) -> str:
+    width = max(len(line.label) for line in lines)
+    rows = [f"[{line.mark}] {line.label:{width}}  {line.text}" for line in lines]
+    return "\n".join([title, *rows]) + "\n"
+
+
+def _latex(lines: Sequence[Line], title: str) -> str:
+    def plain(text: str) -> str:
+        return "".join(_LATEX.get(each, each) for each in text)
+
+    rows = [rf"    {line.mark} & {plain(line.label)} & {plain(line.text)} \\" for line in lines]
+    head = [r"\begin{tabular}{@{}llp{0.75\linewidth}@{}}", rf"    \multicolumn{{3}}{{@{{}}l}}{{{plain(title)}}} \\"]
+    return "\n".join([*head, *rows, r"\end{tabular}"]) + "\n"
+
+
+def _svg(lines: Sequence[Line], title: str) -> str:
+    parts, y = [f'<text x="20" y="34" class="title">{escape(title)}</text>'], 64
+    for line in lines:
+        colour = _COLOURS[line.mark]
+        parts += [
+            f'<rect x="20" y="{y - 14}" width="48" height="19" rx="4" fill="{colour}"/>',
+            f'<text x="44" y="{y}" text-anchor="middle" class="mark">{line.mark}</text>',
+            f'<text x="80" y="{y}" class="label">{line.label}</text>',
+        ]
+        for piece in textwrap.wrap(line.text, _WIDTH):
+            parts.append(f'<text x="160" y="{y}">{escape(piece)}</text>')
+            y += 20
+        y += 8
+    style = (
+        "text{font:14px system-ui,Helvetica,Arial,sans-serif;fill:#1c1c1c}.title{font-weight:600;font-size:16px}"
+        ".label{fill:#555}.mark{fill:#fff;font-size:12px;font-weight:600}"
+    )
+    size = f'width="820" height="{y}" viewBox="0 0 820 {y}"'
+    frame = f'<rect x=".5" y=".5" width="819" height="{y - 1}" rx="8" fill="#fff" stroke="#ccc"/>'
+    content = "\n".join([f"<style>{style}</style>", frame, *parts])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{content}\n</svg>\n'

@@ -1,0 +1,310 @@
+"""A study as one plain document: what its page is drawn from. Nothing is locked or written, and no set is opened.
+
+``status``, ``report``, ``confirm`` and ``test`` are the documents that these commands print with `--json`, and
+``baselines`` and ``trials`` those of `ls --sort number --json`. The rest is read from stored results and predictions.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carft_ray import __version__, files
+from carft_ray.data.shared.shared_images import read_shared
+from carft_ray.data.source import IntArray
+from carft_ray.evaluation.metrics import answers, reliability
+from carft_ray.evaluation.objective import ID_SET, mean_ood_accuracy, objective_spec
+from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predictions, select
+from carft_ray.evaluation.robustness import MIN_MODELS, above_line
+from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.sets import plain
+from carft_ray.results.pages.health import findings
+from carft_ray.results.reading.documents import listing, status
+from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.stored import predictions_path, read_summary
+from carft_ray.results.report import plain_trainings, study_report
+from carft_ray.study.importance import importances
+from carft_ray.study.ledger import read_ledger
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.provenance import PROVENANCE
+from carft_ray.study.rows import best_first
+
+NUM_CURVES = 12  # best trials whose alpha curves are drawn
+NUM_CLASSES = 5  # that a table of changed answers names
+
+
+def page_document(view: Overview, reference: Path | None = None) -> dict[str, Any]:
+    """Returns all that the page of a study shows.
+
+    Args:
+        view: The study.
+        reference: As of ``study_report``.
+
+    Raises:
+        HoldOutError: The ledger was changed, so how often the test sets were read is not known.
+        StorageError, DataError: Stored results are missing, damaged or of different images.
+    """
+    recipe, best, study_dir = view.recipe, view.best, view.study_dir
+    rows = listing(view, by_objective=False)
+    provenance = files.read_json(study_dir / MANIFEST).get(PROVENANCE) or {}
+    spec = objective_spec(recipe)
+    document = {
+        "study": str(study_dir),
+        "name": recipe.name,
+        "made": {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "version": __version__},
+        "synthetic": plain(recipe.data.train).source == "sandbox",
+        "running": view.holder is not None,
+        "has_ood": bool(recipe.data.ood_val),
+        "objective": {**asdict(spec), "pareto": recipe.search.objective.kind == "pareto"},
+        "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
+        "methods": dict(Counter(method_of(view, row) for row in view.trials if row.outcome != "running")),
+        "status": status(view),
+        "report": None if best is None else study_report(view, reference),
+        "confirm": read_summary(study_dir / CONFIRM / SUMMARY, "table", "baselines"),
+        "test": read_summary(study_dir / TEST_DIR / SUMMARY, "rows", "differences"),
+        "baselines": rows["baselines"],
+        "trials": rows["trials"],
+        "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
+        "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
+        "curves": _curves(view),
+        "plain_line": _plain_line(view),
+        "importance": importances(study_dir),
+        "changes": _changes(view, provenance.get("class_names", [])),
+        "reliability": _reliability(view),
+        "ledger": [asdict(entry) for entry in read_ledger(study_dir)],
+        "shared_images": [asdict(row) for row in read_shared(study_dir)],
+        "provenance": provenance,
+        "recipe": dump_recipe(recipe),
+    }
+    document["rivals"] = _rivals(document)
+    document["tables"] = set_tables(document)
+    document["health"] = [asdict(one) for one in findings(view, document)]
+    return document
+
+
+def method_of(view: Overview, row: TrialRow) -> str:
+    """Returns the method of a training; CAR-FT where the recipe knows no other."""
+    return str(row.values.get("method") or getattr(view.recipe.train, "method", None) or "CAR-FT")
+
+
+def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tables of accuracy per set, the best evidence first: test, confirm, search.
+
+    Each has ``label``, ``sets`` and ``rows`` of ``name``, ``role``, ``alpha`` and ``cells``: per set None, or ``mean``
+    with ``low`` and ``high`` where there is an interval. ``differences`` are rows of the winner minus each baseline.
+    """
+    made = (_test_table(document["test"]), _confirm_table(document["confirm"]), _search_table(document))
+    return [table for table in made if table]
+
+
+def _rivals(document: Mapping[str, Any]) -> list[str]:
+    """Returns the baselines of a confirm that are winners of other studies."""
+    own = [row["name"] for row in document["baselines"]]
+    rows = (document["confirm"] or {}).get("table", ())
+    found = [row["name"] for row in rows if row["role"] == "baseline"]
+    return [name for name in found if name.removesuffix(", alpha 1") not in own]
+
+
+def _seconds(view: Overview, row: TrialRow) -> list[float]:
+    """Returns when the first attempt at a training began, in seconds since 1970, and how long all have taken."""
+    began = row.started.timestamp() if row.started else 0.0
+    path = row.folder(view.study_dir) / LOG
+    with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
+        began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
+    return [began, max(row.elapsed_s or 0.0, row.spent_s)]
+
+
+def _curves(view: Overview) -> list[dict[str, Any]]:
+    """Returns the measured alpha curves of the best trials and of the baselines."""
+    best = [row for row in best_first(view.trials) if row.outcome == "complete"][:NUM_CURVES]
+    found = []
+    for row in (*best, *view.baselines):
+        points = view.result(row).get("curve") or []
+        if row.outcome == "complete" and len(points) > 1:
+            kept = ("alpha", "id_accuracy", "ood_accuracy", "objective")
+            points = [{name: point[name] for name in kept if name in point} for point in points]
+            found.append({"name": row.name, "kind": row.kind, "alpha": row.alpha, "points": points})
+    return found
+
+
+def _plain_line(view: Overview) -> dict[str, Any] | None:
+    """Returns the line through the study's plain fine-tuning, on the mean over the OOD sets; None without one."""
+    best, sets = view.best, tuple(view.recipe.data.ood_val)
+    models = {
+        name: (at["id_accuracy"], at["ood_accuracy"])
+        for name, at in plain_trainings(view).items()
+        if "ood_accuracy" in at
+    }
+    if best is None or not sets or len(models) < MIN_MODELS or "ood_accuracy" not in best.metrics:
+        return None
+    counts = view.result(best).get("num_images", {})
+    images = int(counts.get(ID_SET, 0)), sum(int(counts.get(name, 0)) for name in sets)
+    if not all(images):
+        return None
+    found = above_line("gain_over_ft_line", models, (best.metrics["id_accuracy"], best.metrics["ood_accuracy"]), images)
+    return None if found.line is None else asdict(found)
+
+
+def _points_of_best(view: Overview) -> list[tuple[str, float]]:
+    """Returns the points at which the best trial is compared with itself, by name; where it is at alpha 1, two."""
+    best = view.best
+    if best is None or not predictions_path(view.study_dir, best).exists():
+        return []
+    known = alphas(read_predictions(predictions_path(view.study_dir, best)), ID_SET)
+    wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
+    if wanted["chosen"] == wanted["fine-tuned"]:
+        del wanted["fine-tuned"]
+    return [(name, alpha) for name, alpha in wanted.items() if alpha in known]
+
+
+def _changes(view: Overview, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns per validation set how many answers of the best trial change between its alphas, and of which classes.
+
+    ``steps`` are between zero-shot, the chosen alpha and alpha 1: numbers of images that become ``right`` and
+    ``wrong``, and the classes of most of them.
+    """
+    points, best = _points_of_best(view), view.best
+    if best is None or len(points) < 2:
+        return []
+    table = read_predictions(predictions_path(view.study_dir, best))
+    found = []
+    for name in objective_spec(view.recipe).sets:
+        correct_RN = correct_matrix([(table, alpha) for _, alpha in points], name)
+        part = select(table, name, points[0][1])
+        labels_N = part["label"].to_numpy()[np.argsort(part["sample_id"].to_numpy(), kind="stable")]
+        steps = []
+        for first, second in zip(range(len(points)), range(1, len(points)), strict=False):
+            right, wrong = ~correct_RN[first] & correct_RN[second], correct_RN[first] & ~correct_RN[second]
+            step = {
+                "from": points[first][0],
+                "to": points[second][0],
+                "alphas": [points[first][1], points[second][1]],
+                "right": int(right.sum()),
+                "wrong": int(wrong.sum()),
+                "classes_right": _most(labels_N[right], class_names),
+                "classes_wrong": _most(labels_N[wrong], class_names),
+            }
+            steps.append(step)
+        found.append({"set": name, "num_images": int(correct_RN.shape[1]), "steps": steps})
+    return found
+
+
+def _most(labels: IntArray, class_names: Sequence[str]) -> list[list[Any]]:
+    counts = Counter(labels.tolist()).most_common(NUM_CLASSES)
+    names = dict(enumerate(class_names))
+    return [[names.get(label, f"class {label}"), count] for label, count in counts]
+
+
+def _reliability(view: Overview) -> list[dict[str, Any]]:
+    """Returns the reliability diagrams of the best trial on ID and on all OOD images, at zero-shot, its alpha and 1."""
+    points, best = _points_of_best(view), view.best
+    if best is None or not points:
+        return []
+    table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)
+    found = []
+    for role, sets in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
+        for name, alpha in points:
+            bins = [bin_ for each in sets for bin_ in reliability(answers(select(table, each, alpha)))]
+            if bins:
+                found.append({"role": role, "model": name, "alpha": alpha, "bins": _joined(bins)})
+    return found
+
+
+def _joined(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns bins of several sets as those of all their images; bins of fifteen, by their confidence."""
+    by_place: dict[int, list[Mapping[str, Any]]] = {}
+    for one in bins:
+        by_place.setdefault(min(14, int(np.ceil(15 * one["confidence"]) - 1)), []).append(one)
+    found = []
+    for _, several in sorted(by_place.items()):
+        total = sum(one["num_images"] for one in several)
+        means = {
+            key: sum(one[key] * one["num_images"] for one in several) / total for key in ("confidence", "accuracy")
+        }
+        found.append({**means, "num_images": total})
+    return found
+
+
+def _cell(mean: float | None, interval: Sequence[float] | None = None) -> dict[str, float] | None:
+    if mean is None:
+        return None
+    return {"mean": mean} if interval is None else {"mean": mean, "low": interval[0], "high": interval[1]}
+
+
+def _test_table(test: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if test is None:
+        return None
+    names = [*test["sets"], *(("ood_mean",) if test["ood_mean_over"] else ()), "objective"]
+
+    def cells(found: Mapping[str, Any]) -> list[dict[str, float] | None]:
+        return [_cell(found[name]["mean"], found[name]["interval"]) if name in found else None for name in names]
+
+    winner = next(row["name"] for row in test["rows"] if row["role"] == "winner")
+    return {
+        "label": "Test sets",
+        "sets": names,
+        "rows": [
+            {"name": row["name"], "role": row["role"], "alpha": row["alpha"], "cells": cells(row["test"])}
+            for row in test["rows"]
+        ],
+        "differences": [
+            {"name": f"{winner} - {other}", "cells": cells({**each["sets"], "objective": each["objective"]})}
+            for other, each in test["differences"].items()
+        ],
+    }
+
+
+def _confirm_table(confirm: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if confirm is None:
+        return None
+    sets = list(confirm["rows"][0]["sets"])
+    names = [*sets, *(("ood_mean",) if confirm["rows"][0]["ood_accuracy"] else ()), "objective"]
+
+    def cells(found: Mapping[str, Any]) -> list[dict[str, float] | None]:
+        by_name = {**found["sets"], "ood_mean": found.get("ood_accuracy"), "objective": found["objective"]}
+        shown = [by_name.get(name) for name in names]
+        return [_cell(one["mean"], one["images_random"]) if one else None for one in shown]
+
+    known = {row["name"]: row for row in confirm["table"]}
+    return {
+        "label": "Validation sets, fresh seeds",
+        "sets": names,
+        "rows": [
+            {**{key: known[row["name"]][key] for key in ("name", "role", "alpha")}, "cells": cells(row)}
+            for row in confirm["rows"]
+        ],
+        "differences": [
+            {"name": f"{confirm['winner']} - {each['other']}", "cells": cells(each)} for each in confirm["baselines"]
+        ],
+    }
+
+
+def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    best, sets = document["status"]["best"], document["status"]["selected_on"]
+    if best is None or not any(f"accuracy/{name}" in best["metrics"] for name in sets):
+        return None
+    names = [*sets, *(("ood_mean",) if document["has_ood"] else ()), "objective"]
+
+    def values(row: Mapping[str, Any]) -> dict[str, float]:
+        found = {name: row["metrics"][f"accuracy/{name}"] for name in sets if f"accuracy/{name}" in row["metrics"]}
+        if ood := {name: value for name, value in found.items() if name != ID_SET}:
+            found["ood_mean"] = mean_ood_accuracy(ood)
+        return found | {name: row["metrics"][name] for name in ("objective",) if name in row["metrics"]}
+
+    own = values(best)
+    rivals = [row for row in document["baselines"] if row["outcome"] == "complete" and values(row)]
+    rows = [{"name": best["name"], "role": "best", "alpha": best["alpha"], "cells": [_cell(own.get(n)) for n in names]}]
+    differences = []
+    for row in rivals:
+        theirs = values(row)
+        cells = [_cell(theirs.get(name)) for name in names]
+        rows.append({"name": row["name"], "role": "baseline", "alpha": row["alpha"], "cells": cells})
+        gaps = [_cell(own[name] - theirs[name]) if name in own and name in theirs else None for name in names]
+        differences.append({"name": f"{best['name']} - {row['name']}", "cells": gaps})
+    return {"label": "Validation sets, the search", "sets": names, "rows": rows, "differences": differences}

@@ -1,0 +1,201 @@
+"""The page of a study: one HTML file with everything in it, readable without JavaScript and without a network."""
+
+import base64
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from carft_ray import files
+from carft_ray.launch.figures.study_figure import write_figure
+from carft_ray.layout import FIGURE_SVG, FOLDERS, JOURNAL, PAGE
+from carft_ray.results.pages.card import Line, verdict
+from carft_ray.results.pages.data import page_document
+from carft_ray.results.pages.figures import figures
+from carft_ray.results.reading.overview import Overview, read_study
+
+HERE = Path(__file__).parent
+GROUPS = ("Results", "Search", "Trust")
+NUM_STATIC = 100  # trials that stand in the page without JavaScript
+RELOAD_S = 15  # of a page that is written again while the search runs
+NAMES = {  # as people read them
+    "id_val": "ID (id_val)",
+    "id_test": "ID (id_test)",
+    "ood_val": "OOD val",
+    "ood_mean": "OOD mean",
+    "kl_weight": "KL weight",
+}
+_TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
+
+
+def write_page(view: Overview, path: Path, reference: Path | None = None, reload: bool = False) -> dict[str, Any]:
+    """Writes the page of a study, whole or not at all; returns its document.
+
+    Args:
+        view: The study.
+        path: The file.
+        reference: As of ``study_report``.
+        reload: The page is written again: a browser loads it again now and then while the search runs.
+
+    Raises:
+        HoldOutError, StorageError, DataError: As of ``page_document``; the file cannot be written.
+    """
+    document = page_document(view, reference)
+    files.write_bytes(path, page(view, document, path, reload).encode())
+    return document
+
+
+def watch_page(
+    study_dir: Path, path: Path, reference: Path | None, every_s: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Writes the page again whenever the study has changed, until no search runs on it; returns the last document.
+
+    Args:
+        study_dir: The study directory.
+        path: The file.
+        reference: As of ``study_report``.
+        every_s: Seconds between two looks at the journal.
+        say: Takes a line per page.
+    """
+    seen = None
+    while True:
+        changed = (study_dir / JOURNAL).stat().st_mtime_ns
+        view = read_study(study_dir)
+        if (changed, view.holder is None) != seen:
+            seen = changed, view.holder is None
+            document = write_page(view, path, reference, reload=True)
+            say(f"{view.num_finished} of {document['status']['wanted']} trials finished: {path}")
+        if view.holder is None:
+            return document
+        time.sleep(every_s)
+
+
+def default_path(view: Overview) -> Path:
+    """Returns where the page of a study goes."""
+    return view.study_dir / PAGE
+
+
+def card_title(document: Mapping[str, Any]) -> str:
+    """Returns the title of a study's card."""
+    synthetic = " (synthetic images)" if document["synthetic"] else ""
+    return f"{document['name']}{synthetic}: CAR-FT by carft-ray {document['made']['version']}"
+
+
+def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool = False) -> str:
+    """Returns the page as HTML.
+
+    Args:
+        view: The study.
+        document: Of ``page_document``.
+        path: Where it will stand: links to the folders of trainings begin there.
+        reload: As of ``write_page``.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, as the next one
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"percent": _percent, "value": _value, "number": _number, "words": _words}
+    shown = figures(document)
+    base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
+    lines: Sequence[Line] = verdict(document)
+    return environment.get_template("page.html.jinja").render(
+        doc=document,
+        title=card_title(document),
+        lines=lines,
+        groups={group: [figure for figure in shown if figure.group == group] for group in GROUPS},
+        picture=_picture(view, document) if any(figure.id == "front" for figure in shown) else "",
+        base=base,
+        best_rows=_best_rows(document),
+        num_static=NUM_STATIC,
+        columns=_columns(document),
+        style=(HERE / "page.css").read_text(encoding="utf-8"),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs() if shown else "",
+        data=embedded({**packed(document), "base": base, "names": NAMES, "figures": [figure.id for figure in shown]}),
+        reload_s=RELOAD_S if reload and document["running"] else 0,
+    )
+
+
+def packed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the document as the page holds it: trials by columns, and without texts that other commands print."""
+    metrics = list(dict.fromkeys(name for row in document["trials"] for name in row["metrics"]))
+    kept = ("number", "name", "outcome", "reason", "alpha", "objective", "elapsed_s", "attempt", "on_front", "best")
+    values = _columns(document)
+    rows = [
+        [
+            *(row[key] for key in kept),
+            sum(max(0.0, value) for value in row["violations"].values()),
+            *(row["values"].get(name) for name in values),
+            *(row["metrics"].get(name) for name in metrics),
+        ]
+        for row in document["trials"]
+    ]
+    trials = {"kept": [*kept, "violation"], "values": values, "metrics": metrics, "rows": rows}
+    texts = {
+        key: {name: value for name, value in document[key].items() if name not in _TOLD_ELSEWHERE}
+        for key in ("report", "confirm", "test")
+        if document[key]
+    }
+    left_out = ("recipe", "provenance", "ledger", "shared_images")
+    return {**{key: value for key, value in document.items() if key not in left_out}, **texts, "trials": trials}
+
+
+def embedded(value: Any) -> str:
+    """Returns JSON that may stand in a script element."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+    """Returns nested content with None for what is no finite number."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _columns(document: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the values that differ between trials, those of the space first."""
+    names = dict.fromkeys([*document["space"], *(name for row in document["trials"] for name in row["values"])])
+    return [name for name in names if name != "alpha"]
+
+
+def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the trials that stand in the page without JavaScript: the best, then others in their order."""
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        return not row["best"], row["objective"] is None, -(row["objective"] or 0.0)
+
+    return sorted(document["trials"], key=rank)[:NUM_STATIC]
+
+
+def _picture(view: Overview, document: Mapping[str, Any]) -> str:
+    """Returns the figure of the study as an address that holds it, for readers without JavaScript."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_figure(view.recipe, view.study_dir, view.trials, view.baselines, Path(folder))
+        content = (Path(folder) / FIGURE_SVG).read_bytes()
+    return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+
+
+def _percent(value: float | None, signed: bool = False) -> str:
+    return "" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def _words(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,98 @@
+"""A headless Chromium, driven by its DevTools protocol: opens a page, clicks, reads, takes pictures. No network."""
+
+import asyncio
+import base64
+import contextlib
+import re
+import shutil
+import subprocess
+
+import aiohttp
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def program():
+    """Returns the path of a Chromium, or None."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Page:
+    """An open page."""
+
+    def __init__(self, socket):
+        self._socket, self._number = socket, 0
+        self.problems = []  # exceptions of scripts, and addresses that it wanted to load
+
+    async def call(self, method, **parameters):
+        self._number += 1
+        await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
+        while True:
+            message = await self._socket.receive_json(timeout=120)
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.problems.append(str(message["params"]["exceptionDetails"])[:500])
+            if message.get("method") == "Network.requestWillBeSent":
+                address = message["params"]["request"]["url"]
+                if re.match(r"(https?|wss?):", address):
+                    self.problems.append(address)
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                return message["result"]
+
+    async def evaluate(self, expression):
+        """Returns the value of an expression, which may be a promise."""
+        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    async def open(self, path, width=1024, height=800, dark=False, scripts=True):
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        await self.call("Emulation.setDeviceMetricsOverride", **size)
+        await self.call("Page.navigate", url=path.resolve().as_uri())
+        for _ in range(600):
+            await asyncio.sleep(0.1)
+            if not scripts:
+                continue_ = await self.call("DOM.getDocument")
+                if continue_["root"]["documentURL"].startswith("file:"):
+                    await asyncio.sleep(1)
+                    return
+            elif await self.evaluate("document.body?.dataset.ready === 'true' && location.protocol === 'file:'"):
+                return
+        raise TimeoutError(f"{path} does not become ready: {self.problems}")
+
+    async def picture(self, path):
+        """Writes the whole page as PNG."""
+        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    async def pdf(self, path):
+        found = await self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+
+@contextlib.asynccontextmanager
+async def browser(folder):
+    """Starts a Chromium with its files in a folder, and gives a page."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+    flags += ["--no-first-run", "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={folder}"]
+    with subprocess.Popen(
+        [program(), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for line in process.stderr:
+                if found := re.search(r"DevTools listening on ws://([^/]+)/", line):
+                    break
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://{found[1]}/json") as answer:
+                    target = next(one for one in await answer.json() if one["type"] == "page")
+                async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    page = Page(socket)
+                    for domain in ("Page", "Runtime", "Network", "DOM"):
+                        await page.call(f"{domain}.enable")
+                    yield page
+        finally:
+            process.terminate()
+            process.wait(30)

@@ -1,0 +1,237 @@
+"""Finished and unfinished studies of many kinds with stored results and predictions, made without a training."""
+
+import json
+import math
+
+import numpy as np
+from stand_in import SANDBOX_SET
+
+from carft_ray import files
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.space import apply
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.recovery import recover_running
+
+GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+IMAGES = {"id_val": 160, "noisy": 80, "blurry": 80}
+CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
+
+
+def make_recipe(trials=6, ood=True, **search):
+    """The recipe of a random search: learning rate, KL weight and a categorical value."""
+    validation = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+    space = {
+        "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "kl_weight": {"low": 0.1, "high": 100, "log": True},
+        "decay": {"choices": ["all", "matrices"]},
+    }
+    if "alpha" in search:
+        space["alpha"] = {"low": 0.1, "high": 1.0}
+    content = {
+        "name": "kinds",
+        "data": {
+            "train": {**SANDBOX_SET, "split": "train"},
+            "id_val": {**SANDBOX_SET, "split": "val"},
+            "ood_val": validation if ood else {},
+            "id_test": {**SANDBOX_SET, "split": "test"},
+            "ood_test": {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}} if ood else {},
+        },
+        "search": {
+            "trials": trials,
+            "space": space,
+            "sampler": {"name": "random"},
+            "baselines": {"fine_tuning": {"kl_weight": 0}},
+            **search,
+        },
+    }
+    return Recipe.model_validate(content)
+
+
+def accuracies(train, alpha):
+    """ID rises with alpha and the learning rate; OOD rises, then falls, the less the larger the KL weight is."""
+    fit = 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2)
+    kept = 1 / (1 + math.exp(-math.log10(train.kl_weight + 0.01)))
+    ood = 0.55 + 0.25 * fit * alpha * (1.2 - alpha) + 0.08 * kept * alpha
+    return {"id_val": 0.62 + 0.24 * fit * alpha, "noisy": ood, "blurry": ood - 0.08}
+
+
+def predictions(train, alphas, sets, rng):
+    """Predictions of those accuracies; images have a difficulty of their own, and labels go round the classes."""
+    tables = []
+    for alpha in alphas:
+        for name in sets:
+            count = IMAGES[name]
+            labels, hard = np.arange(count) % len(CLASSES), (np.arange(count) * 37 % count + 0.5) / count
+            shared = np.random.default_rng(7).normal(0, 0.04, count)  # the same images are hard for all
+            right = hard + shared + rng.normal(0, 0.015 * alpha, count) < accuracies(train, alpha)[name]
+            logits = rng.normal(0, 0.3, (count, len(CLASSES))).astype(np.float32)
+            logits[np.arange(count), np.where(right, labels, (labels + 1) % len(CLASSES))] += 2 + 2 * rng.random(count)
+            tables.append(predictions_table(name, alpha, np.arange(count, dtype=np.uint64), labels, logits))
+    return concat(tables)
+
+
+def metrics_of(table, spec, alpha):
+    from carft_ray.evaluation.predictions import correct
+
+    found = {name: float(correct(table, name, alpha).mean()) for name in spec.sets}
+    metrics = {f"accuracy/{name}": value for name, value in found.items()} | {"id_accuracy": found["id_val"]}
+    if spec.ood_sets:
+        metrics["ood_accuracy"] = float(np.mean([found[name] for name in spec.ood_sets]))
+    return {**metrics, "objective": spec.value(found)}
+
+
+def finish(study, spec, rng, limit=None):
+    """Writes what a training of these values leaves, and settles it."""
+    folder, recipe = spec.folder(study.study_dir), apply(study.recipe, spec.values)
+    what = objective_spec(recipe)
+    alphas = sorted({*GRID, spec.values.get("alpha", 1.0)})
+    table = predictions(recipe.train, alphas, what.sets, rng)
+    write_predictions(folder / "predictions" / "validation.parquet", table)
+    curve = [{"alpha": alpha, **metrics_of(table, what, alpha)} for alpha in alphas]
+    if limit is not None:
+        for point in curve:
+            point["violation/id_drop/zero_shot"] = limit - point["id_accuracy"]
+
+    def rank(point):
+        return -max(0.0, point.get("violation/id_drop/zero_shot", 0.0)), point["objective"]
+
+    best = max(curve[1:], key=rank)
+    if "alpha" in spec.values:
+        best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
+    metrics = {name: value for name, value in best.items() if name != "alpha"}
+    content = {
+        "format_version": 1,
+        "objective": metrics["objective"],
+        "alpha": best["alpha"],
+        "metrics": metrics,
+        "fine_tuned": {name: value for name, value in curve[-1].items() if name != "alpha"},
+        "curve": curve,
+        "moved": 0.01,
+        "chosen_from": alphas,
+        "num_images": {"train": 64, **{name: IMAGES[name] for name in what.sets}},
+        "train": recipe.train.model_dump(mode="json"),
+        "elapsed_s": 0.02 + 0.01 * rng.random(),
+    }
+    files.write_json(folder / "result.json", content)
+    study.spend(spec, content["elapsed_s"], 0.0)
+    assert study.settle(spec) is not None
+
+
+def fail(study, spec, outcome="diverged"):
+    spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
+    study.spend(spec, 0.01, 0.0)
+    write_failure(spec.folder(study.study_dir), Failure(outcome, "loss not finite at step 3 <b>", spec.attempt))
+    study.settle(spec)
+
+
+def fill(study, num, fails=lambda number: False, limit=None):
+    """Ends baselines and ``num`` trials of an open study."""
+    study_dir, rng = study.study_dir, np.random.default_rng(0)
+    (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
+    recover_running(study)
+    what = objective_spec(study.recipe)
+    zero_shot = predictions(study.recipe.train, (0.0,), what.sets, rng)
+    write_predictions(study_dir / "prepared" / "zero_shot.parquet", zero_shot)
+    study.add_zero_shot(metrics_of(zero_shot, what, 0.0))
+    ended = 0
+    while ended < num and (spec := study.next()) is not None:
+        if spec.kind == "trial" and fails(spec.number):
+            fail(study, spec)
+        else:
+            finish(study, spec, rng, limit)
+        ended += spec.kind == "trial"
+
+
+def make(study_dir, num=6, recipe=None, fails=lambda number: False, limit=None):
+    """Writes a finished study; returns its directory."""
+    with open_study(study_dir, recipe or make_recipe(num)) as study:
+        fill(study, num, fails, limit)
+    return study_dir
+
+
+def start(study):
+    """Leaves a trial that trains."""
+    spec = study.next()
+    append_log(spec.folder(study.study_dir), "attempt 1: starts on here")
+    (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
+
+
+KINDS = {
+    "one": {"num": 1},
+    "two": {"num": 2},
+    "thirty": {"num": 30, "fails": lambda number: number % 7 == 3},
+    "all failed": {"num": 5, "fails": lambda number: True},
+    "no OOD set": {"num": 8, "recipe": make_recipe(8, ood=False)},
+    "Pareto": {"num": 8, "recipe": make_recipe(8, objective={"kind": "pareto"}, alpha={"mode": "sample"})},
+    "constraints": {"num": 12, "recipe": make_recipe(12, constraints={"id_drop": {"zero_shot": 0.0}}), "limit": 0.66},
+    "no baseline": {"num": 4, "recipe": make_recipe(4, baselines={})},
+}
+
+
+def levels(level, sets, seed=0, alpha=0.6):
+    """Predictions in which a share ``level`` of each set is right, other images with each seed."""
+    tables, rng = [], np.random.default_rng(seed)
+    for name in sets:
+        count = IMAGES.get(name, 160)
+        labels = np.arange(count) % len(CLASSES)
+        right = (np.arange(count) + 0.5) / count + rng.normal(0, 0.02, count) < level
+        logits = np.zeros((count, len(CLASSES)), np.float32)
+        logits[np.arange(count), np.where(right, labels, (labels + 1) % len(CLASSES))] = 1
+        tables.append(predictions_table(name, alpha, np.arange(count, dtype=np.uint64), labels, logits))
+    return concat(tables)
+
+
+def confirm_study(study_dir, recipe, winner, level, seeds):
+    """Writes a confirm in which the winner has a level and the baseline 0.6; returns its summary."""
+    from carft_ray.results.confirmation import plan, summary
+
+    rows = (
+        plan.PlanRow(winner, "winner", winner, 0.6, {}, 0.7),
+        plan.PlanRow("fine_tuning", "baseline", "fine_tuning", 0.6, {}, 0.65),
+        plan.PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.5),
+    )
+    stage, sets = plan.Stage(winner, tuple(seeds), rows), objective_spec(recipe).sets
+    for number, row in enumerate(rows[:2]):
+        for seed, name in zip(seeds, stage.names(row), strict=True):
+            folder = study_dir / "confirm" / name
+            table = levels(0.6 if number else level, sets, 10 * seed + number)
+            write_predictions(folder / "predictions" / "validation.parquet", table)
+            files.write_json(folder / "result.json", {})
+    write_predictions(study_dir / "prepared" / "zero_shot.parquet", levels(0.5, sets, alpha=0.0))
+    return summary.summarise(study_dir, recipe, stage, None)
+
+
+def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=False):
+    """Writes reads of the test sets in which the winner has a level and the baseline 0.6; returns the summary."""
+    from carft_ray.results.test_sets import summary
+    from carft_ray.study import ledger
+
+    sets = summary.objective_on_test(recipe).sets
+    entries = []
+    for number in range(reads):
+        if number and went_on:
+            ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+        entries.append(ledger.record(study_dir, recipe, ledger.TEST, sets, reason="again" if number else ""))
+    if went_on and reads == 1:
+        ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+    runs = {
+        name: tuple(summary.Run(seed, f"confirm/{name}-{seed}") for seed in seeds) for name in (winner, "fine_tuning")
+    }
+    rows = (
+        summary.Row(winner, "winner", 0.6, 0.7, runs[winner]),
+        summary.Row("fine_tuning", "baseline", 0.6, 0.65, runs["fine_tuning"]),
+        summary.Row("zero_shot", "baseline", 0.0, 0.5, ()),
+    )
+    tables = {run.folder: levels(level, sets, 10 * run.seed) for run in runs[winner]}
+    tables |= {run.folder: levels(0.6, sets, 10 * run.seed + 1) for run in runs["fine_tuning"]}
+    tables["zero_shot"] = levels(0.5, sets, alpha=0.0)
+    lines = ledger.read_ledger(study_dir)
+    content = summary.summarise(
+        recipe, summary.Compared(True, rows), (), tables, summary.read_record(entries[-1], lines, reads)
+    )
+    files.write_json(study_dir / "test" / "summary.json", content)
+    return content

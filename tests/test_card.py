@@ -1,0 +1,134 @@
+"""The verdict card of `carft-ray report`: its lines agree with what `report`, `confirm` and `test` have found."""
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import crash_host
+import pytest
+from report_studies import KINDS, confirm_study, make, read_test_sets
+
+from carft_ray.results.pages.card import FORMS, Line, card, verdict
+from carft_ray.results.pages.data import page_document
+from carft_ray.results.reading.overview import read_study
+
+BETTER, SAME, WORSE = 0.75, 0.6, 0.45  # of the winner; the baseline has 0.6
+THREE, TWO = (1, 2, 3), (1, 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Studies with only a search, by kind."""
+    folder, found = tmp_path_factory.mktemp("studies"), {}
+
+    def study(kind):
+        if kind not in found:
+            found[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
+        return found[kind]
+
+    return study
+
+
+# what is done after the search, the headline that the card must have, and its marks: result, accuracy, seeds, tests
+CASES = {
+    "confirmed, better": ({"confirm": (BETTER, THREE)}, "confirm", "pass pass pass warn"),
+    "confirmed, the same": ({"confirm": (SAME, THREE)}, "confirm", "warn ? pass warn"),
+    "confirmed, worse": ({"confirm": (WORSE, THREE)}, "confirm", "warn warn pass warn"),
+    "confirmed with two seeds": ({"confirm": (BETTER, TWO)}, "confirm", "? ? warn warn"),
+    "tested, better": ({"confirm": (BETTER, THREE), "test": (BETTER, THREE)}, "test", "pass pass pass pass"),
+    "tested, the same": ({"confirm": (BETTER, THREE), "test": (SAME, THREE)}, "test", "warn ? pass pass"),
+    "tested, worse": ({"confirm": (BETTER, THREE), "test": (WORSE, THREE)}, "test", "warn warn pass pass"),
+    "test better than the confirm": (
+        {"confirm": (SAME, THREE), "test": (BETTER, THREE)},
+        "test",
+        "pass pass pass pass",
+    ),
+    "read twice": ({"confirm": (BETTER, THREE), "test": (BETTER, THREE), "reads": 2}, "test", "pass pass pass warn"),
+    "search went on": (
+        {"confirm": (BETTER, THREE), "test": (BETTER, THREE), "went_on": True},
+        "test",
+        "pass pass pass warn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
+    done, source, marks = CASES[case]
+    study_dir = shutil.copytree(made("two"), tmp_path / "study").resolve()
+    view = read_study(study_dir)
+    winner, found = view.best.name, {}
+    level, seeds = done["confirm"]
+    found["confirm"] = confirm_study(study_dir, view.recipe, winner, level, seeds)
+    if "test" in done:
+        level, seeds = done["test"]
+        reads, went_on = done.get("reads", 1), done.get("went_on", False)
+        found["test"] = read_test_sets(study_dir, view.recipe, winner, level, seeds, reads, went_on)
+    lines = verdict(page_document(read_study(study_dir)))
+    assert [line.label for line in lines] == ["Result", "Accuracy", "Seeds", "Test sets", "Cost"]
+    summary = found[source]
+    assert lines[0].text.startswith(summary["headline"])  # the very sentence
+    for line, mark in zip(lines, marks.split(), strict=False):
+        assert mark in ("?", line.mark), line
+    if source == "test":
+        difference, row = summary["differences"]["fine_tuning"], summary["rows"][0]["test"]
+        low, kept = difference["objective"]["interval"][0], difference["keeps_id"]
+        shown = [(row[name]["mean"], *row[name]["interval"]) for name in ("id_test", "ood_mean")]
+    else:
+        difference, row = summary["baselines"][0], summary["table"][0]["estimates"]
+        low, kept = difference["objective"]["images_random"][0], difference["keeps_id"]
+        shown = [row["ID"], row["OOD mean"]]
+    assert lines[0].passed == (low > 0)
+    assert lines[1].passed == kept
+    for mean, *ends in shown:
+        assert f"{100 * mean:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}] %" in lines[1].text
+    assert f"{len(seeds)} fresh seeds" in lines[2].text
+    assert ("read twice" in case) == ("read 2 times" in lines[3].text)
+    assert "fine tuning not tuned" in lines[4].text  # it had one training and no search
+    assert "tuned with 2 trainings of CAR-FT" in lines[4].text
+
+
+@pytest.mark.parametrize("kind", ["thirty", "no OOD set", "constraints", "Pareto"])
+def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(made, kind):
+    document = page_document(read_study(made(kind)))
+    lines = verdict(document)
+    headline = document["report"]["headline"]
+    assert lines[0].text.startswith(f"{document['status']['best']['name']}: {headline['sentence']}")
+    assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
+    assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
+
+
+def test_the_card_of_a_study_without_a_baseline_or_without_a_result_says_so(made):
+    document = page_document(read_study(made("all failed")))
+    assert verdict(document)[0] == Line("Result", False, "no trial has finished: 5 diverged")
+    document = {**page_document(read_study(made("two")))}
+    document["report"] = {**document["report"], "headline": None}
+    assert verdict(document)[0].text.startswith("no baseline to compare with")
+
+
+def test_tuned_is_said_of_what_had_a_search_of_its_own(made):
+    document = {**page_document(read_study(made("two"))), "methods": {"car_ft": 16, "feature_kd": 16}}
+    status = {**document["status"], "baselines": []}
+    line = verdict({**document, "status": status})[4]
+    assert line.text.startswith("tuned with 16 trainings of car ft and 16 trainings of feature kd")
+    assert line.passed
+    assert not verdict({**document, "status": status, "methods": {"car_ft": 16, "feature_kd": 4}})[4].passed
+    assert "ft_study t0001 tuned in a search of its own" in verdict({**document, "rivals": ["ft_study t0001"]})[4].text
+
+
+def test_the_forms_of_the_card_hold_all_of_it(made, capsys):
+    lines = [Line("Result", True, "t0001_a: improves & more, 95 % <of> $5"), Line("Seeds", False, "one training")]
+    text, svg, latex = (card(lines, "name_1", form) for form in FORMS)
+    assert "[pass] Result  t0001_a: improves & more" in text
+    assert "[warn] Seeds   one training" in text
+    words = "".join(ElementTree.fromstring(svg).itertext())
+    assert "improves & more, 95 % <of> $5" in words
+    assert r"t0001\_a: improves \& more, 95 \% <of> \$5" in latex
+    assert latex.count(r"\\") == 3
+    capsys.readouterr()
+    assert crash_host.call(["report", str(made("two")), "--card", "text"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_a_card_goes_into_a_file(made, tmp_path, capsys):
+    assert crash_host.call(["report", str(made("two")), "--card", "svg", "--out", str(tmp_path / "card.svg")]) == 0
+    assert ElementTree.parse(tmp_path / "card.svg").getroot().tag.endswith("svg")

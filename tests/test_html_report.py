@@ -1,0 +1,162 @@
+"""`carft-ray report --html`: the document, the page, the card, for studies of every kind."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import crash_host
+import pytest
+import report_studies
+from report_studies import KINDS, make
+
+from carft_ray.results.pages.data import page_document
+from carft_ray.results.pages.figures import FIGURES, figures
+from carft_ray.results.pages.page import HERE, packed, write_page
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
+
+MAX_BYTES = 6_000_000
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """A study of each kind, made when it is asked for."""
+    folder, made = tmp_path_factory.mktemp("kinds"), {}
+
+    def study(kind):
+        if kind not in made:
+            made[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
+        return made[kind]
+
+    return study
+
+
+def printed(capsys, *words):
+    """What a command prints with ``--json``."""
+    capsys.readouterr()
+    assert crash_host.call([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+class Tags(HTMLParser):
+    """Start tags of a page, and the text of each script of data."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.data, self._in_data = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self._in_data = tag == "script" and ("id", "data") in attributes
+
+    def handle_endtag(self, tag):
+        self._in_data = False
+
+    def handle_data(self, text):
+        self.data += text if self._in_data else ""
+
+
+def check_page(path, document):
+    """A page holds all that it needs, is not too large, and has the figures that the document has numbers for."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) < MAX_BYTES
+    tags = Tags(text)
+    for tag, attributes in tags.found:
+        for name in ("src", "srcset", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+        assert not re.match(r"(https?:)?//", attributes.get("href") or "")
+        assert tag not in ("link", "iframe", "base", "object")
+    assert "@import" not in (HERE / "page.css").read_text()
+    ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert [one for one in ids if one in {figure.id for figure in FIGURES}] == [f.id for f in figures(document)]
+    data = json.loads(tags.data)
+    assert "NaN" not in tags.data
+    assert text.count("Plotly.react=") <= 1
+    assert len(data["trials"]["rows"]) == len(document["trials"])
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_of_each_kind_has_a_whole_page(studies, tmp_path, kind):
+    view = read_study(studies(kind))
+    document = write_page(view, tmp_path / "page.html")
+    text = check_page(tmp_path / "page.html", document)
+    there = {figure.id for figure in figures(document)}
+    assert ("front" in there) == (kind not in ("no OOD set",) and bool(document["has_ood"]))
+    assert ("contour" in there) == (kind == "thirty")  # no surface below twenty trials
+    assert ("importance" in there) == (kind == "thirty")
+    assert ("alphas" in there) == (kind == "no OOD set")
+    visible = re.sub(r"(?s)<(script|style)\b.*?</\1>", "", text)
+    assert not re.search(r"\b(NaN|nan|None|Undefined|undefined|inf)\b", visible)
+    assert visible.count("<noscript><figure") == ("front" in there)
+    assert "<b>" not in visible  # a reason of a failure is text
+
+
+def test_the_document_has_the_numbers_of_the_commands(studies, capsys):
+    study_dir = studies("thirty")
+    document = json.loads(json.dumps(page_document(read_study(study_dir))))
+    assert document["report"] == printed(capsys, "report", study_dir)
+    status = printed(capsys, "status", study_dir)
+    assert document["status"] == status
+    rows = printed(capsys, "ls", study_dir, "--sort", "number")
+    assert (document["trials"], document["baselines"]) == (rows["trials"], rows["baselines"])
+
+
+def test_the_page_holds_the_numbers_of_the_document(studies):
+    document = page_document(read_study(studies("thirty")))
+    trials = packed(document)["trials"]
+    names = [*trials["kept"], *trials["values"], *trials["metrics"]]
+    for row, original in zip(trials["rows"], document["trials"], strict=True):
+        found = dict(zip(names, row, strict=True))
+        assert found["objective"] == original["objective"]
+        assert found["alpha"] == original["alpha"]
+        for name in trials["metrics"]:
+            assert found[name] == original["metrics"].get(name, found[name])
+        assert {name: found[name] for name in original["values"] if name in found} == {
+            name: value for name, value in original["values"].items() if name != "alpha"
+        }
+
+
+def test_a_running_search_has_a_page_that_loads_itself_again(tmp_path):
+    with open_study(tmp_path / "study", report_studies.make_recipe(6)) as study:
+        report_studies.fill(study, 3)
+        report_studies.start(study)
+        document = write_page(read_study(tmp_path / "study"), tmp_path / "page.html", reload=True)
+        text = check_page(tmp_path / "page.html", document)
+        assert document["running"]
+        assert document["status"]["trials"]["running"] == 1
+        assert 'data-reload="' in text
+        write_page(read_study(tmp_path / "study"), tmp_path / "once.html")
+        assert 'data-reload="' not in (tmp_path / "once.html").read_text()
+
+
+def test_the_command_writes_into_the_study_or_where_it_is_told(studies, tmp_path, capsys):
+    study_dir = studies("two")
+    assert crash_host.call(["report", str(study_dir), "--html"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (study_dir / "report.html").is_file()
+    out = tmp_path / "elsewhere" / "page.html"
+    found = printed(capsys, "report", study_dir, "--html", "--out", out)
+    assert found["num_bytes"] == out.stat().st_size
+    links = [attributes["href"] for tag, attributes in Tags(out.read_text()).found if tag == "a"]
+    folders = [Path(out.parent, link) for link in links if link.endswith("/")]
+    assert len(folders) == 2
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--card", "text", "--html"], "--card must stand without --html"),
+        (["--out", "x"], "--out needs --html or --card"),
+        (["--watch"], "--watch needs --html"),
+        (["--card", "png"], "text, svg, latex"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(studies, capsys, words, part):
+    capsys.readouterr()
+    assert crash_host.call(["report", str(studies("two")), *words]) == 2
+    assert part in capsys.readouterr().err.replace(":", "")

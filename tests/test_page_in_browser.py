@@ -1,0 +1,209 @@
+"""The page of `report --html` in a real browser: sliders and filters are moved, and what it shows is compared."""
+
+import asyncio
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import browser
+import pytest
+import report_studies
+from report_studies import KINDS, make
+
+from carft_ray.results.pages.figures import figures
+from carft_ray.results.pages.page import write_page
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
+
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(browser.program() is None, reason="no Chromium: install the package chromium to run it"),
+]
+WIDTHS = (390, 1024, 1600)
+# a figure is drawn, or says why not; no text is no number; nothing is wider than the screen
+STATE = """(() => {
+    const figures = [...document.querySelectorAll("figure.plot")].map((figure) => ({
+        id: figure.id, height: figure.getBoundingClientRect().height,
+        drawn: Boolean(figure.querySelector(".main-svg")), empty: Boolean(figure.querySelector(".empty")),
+        marks: figure.querySelectorAll(".point, .points path, .js-line, .contourlevel, .bars path, .fills").length}));
+    return {figures, text: document.body.innerText, wide: document.documentElement.scrollWidth,
+        ids: [...document.querySelectorAll("[id]")].map((element) => element.id)};
+})()"""
+MOVE = """(() => {{
+    const slider = document.getElementById("{id}");
+    slider.value = {value};
+    slider.dispatchEvent(new Event("input", {{bubbles: true}}));
+}})()"""
+NAMES = 'document.getElementById("front").querySelector(".canvas").data.flatMap((trace) => trace.customdata ?? [])'
+CLICK = "document.querySelector('{}').click()"
+
+
+def run(tmp_path, steps):
+    """Runs steps on a page of a new browser; no script may have failed and nothing may have asked the network."""
+
+    async def all_of_it():
+        async with browser.browser(tmp_path / "profile") as page:
+            await steps(page)
+            assert page.problems == []
+
+    asyncio.run(all_of_it())
+
+
+def check(state, width):
+    assert state["wide"] <= width
+    for word in ("NaN", "undefined", "null", "Infinity"):
+        assert word not in state["text"]
+    for figure in state["figures"]:
+        assert figure["drawn"] or figure["empty"], figure
+        assert figure["marks"] or figure["empty"], figure
+        assert figure["height"] > 150, figure
+
+
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory):
+    """The page of a study of thirty trials with failures, and its document."""
+    folder = tmp_path_factory.mktemp("thirty")
+    view = read_study(make(folder / "study", **KINDS["thirty"]))
+    return folder / "page.html", json.loads(json.dumps(write_page(view, folder / "page.html")))
+
+
+def test_pages_of_all_kinds_are_drawn_at_all_widths_in_both_colours(tmp_path):
+    async def steps(page):
+        for number, (kind, content) in enumerate(KINDS.items()):
+            view = read_study(make(tmp_path / kind.replace(" ", "_"), **content))
+            path = tmp_path / f"{kind}.html"
+            document = write_page(view, path)
+            for width in WIDTHS if kind == "thirty" else WIDTHS[number % 3 :][:1]:
+                await page.open(path, width, dark=number % 2 == 0)
+                state = await page.evaluate(STATE)
+                assert [figure["id"] for figure in state["figures"]] == [each.id for each in figures(document)]
+                check(state, width)
+            await page.pdf(tmp_path / f"{kind}.pdf")
+            assert (tmp_path / f"{kind}.pdf").stat().st_size > 10_000
+
+    run(tmp_path, steps)
+
+
+def test_the_slider_moves_alpha_along_all_curves_and_shows_the_measured_numbers(tmp_path, thirty):
+    path, document = thirty
+    shown = 'Object.fromEntries([...document.querySelectorAll("#alpha-table td")].map((cell) => '
+    shown += "[`${cell.dataset.name} ${cell.dataset.metric}`, cell.textContent]))"
+    diamonds = 'document.querySelector("#front .canvas").data.find((trace) => trace.meta === "diamonds").x'
+
+    async def steps(page):
+        await page.open(path)
+        before = await page.evaluate(diamonds)
+        assert len(before) == len(document["curves"])
+        for alpha in (0.2, 0.8):
+            await page.evaluate(MOVE.format(id="alpha", value=alpha))
+            cells = await page.evaluate(shown)
+            assert len(cells) >= 3 * 5
+            for curve in document["curves"]:
+                point = next(one for one in curve["points"] if one["alpha"] == alpha)
+                for metric in ("id_accuracy", "ood_accuracy", "objective"):
+                    text = cells.get(f"{curve['name']} {metric}")
+                    assert text is None or abs(float(text) - 100 * point[metric]) <= 0.0501
+            after = await page.evaluate(diamonds)
+            assert all(x != y for x, y in zip(before, after, strict=True))
+            before = after
+        await page.evaluate(MOVE.format(id="alpha", value=0.7))
+        assert "between measured points" in await page.evaluate('document.getElementById("alpha-text").textContent')
+        await page.evaluate(CLICK.format('[data-alpha="chosen"]'))
+        best = document["status"]["best"]
+        cells = await page.evaluate(shown)
+        assert abs(float(cells[f"{best['name']} id_accuracy"]) - 100 * best["metrics"]["id_accuracy"]) <= 0.0501
+
+    run(tmp_path, steps)
+
+
+def test_the_filters_drive_every_figure_and_the_table(tmp_path, thirty):
+    path, document = thirty
+    complete = [row for row in document["trials"] if row["outcome"] == "complete"]
+    rows = '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => row.cells[0].textContent)'
+    said = 'document.getElementById("shown").textContent'
+
+    async def steps(page):
+        await page.open(path)
+        assert await page.evaluate(said) == "30 of 30 trials"
+        assert {*await page.evaluate(NAMES)} == {row["name"] for row in complete}
+        await page.evaluate(CLICK.format('#outcomes input[value="diverged"]'))
+        assert {*await page.evaluate(rows)} == {row["name"] for row in complete}
+        await page.evaluate(MOVE.format(id="top", value=20))
+        best = sorted(complete, key=lambda row: -row["objective"])[: -(-20 * len(complete) // 100)]
+        names = {row["name"] for row in best}
+        assert {*await page.evaluate(NAMES)} == names
+        assert {*await page.evaluate(rows)} == names
+        assert await page.evaluate(said) == f"{len(best)} of 30 trials"
+        contour = await page.evaluate('document.querySelector("#contour .canvas").innerText')
+        assert "Fewer than 20 trials" in contour
+        history = 'document.querySelector("#history .canvas").data[0].x.length'
+        assert await page.evaluate(history) == len(best)
+        await page.evaluate(CLICK.format('#outcomes input[value="complete"]'))
+        check(await page.evaluate(STATE), 1024)  # nothing passes, and every figure says so
+        assert await page.evaluate(said) == "0 of 30 trials"
+        await page.evaluate(CLICK.format('#filters button[type="reset"]'))
+        await asyncio.sleep(0.5)
+        assert await page.evaluate(said) == "30 of 30 trials"
+        check(await page.evaluate(STATE), 1024)
+
+    run(tmp_path, steps)
+
+
+def test_the_table_sorts_and_its_links_lead_to_the_folders(tmp_path, thirty):
+    path, document = thirty
+    titles = '[...document.querySelectorAll("#trial-table thead th")].map((cell) => cell.textContent)'
+    column = '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => row.cells[{}].textContent)'
+
+    async def steps(page):
+        await page.open(path)
+        at = (await page.evaluate(titles)).index("learning rate")
+        for backwards in (True, False):
+            await page.evaluate(f'document.querySelectorAll("#trial-table thead button")[{at}].click()')
+            values = [float(text) for text in await page.evaluate(column.format(at)) if text]
+            assert values == sorted(values, reverse=backwards)
+        sort = f'document.querySelectorAll("#trial-table thead th")[{at}].getAttribute("aria-sort")'
+        assert await page.evaluate(sort) == "ascending"
+        links = await page.evaluate('[...document.querySelectorAll("#trial-table a")].map((a) => a.href)')
+        assert len(links) == len(document["trials"])
+        assert all(Path(unquote(urlparse(link).path)).is_dir() for link in links)
+
+    run(tmp_path, steps)
+
+
+def test_the_colours_change_and_stay_and_the_page_can_be_read_without_scripts(tmp_path, thirty):
+    path, _ = thirty
+    ground = "getComputedStyle(document.body).backgroundColor"
+
+    async def steps(page):
+        await page.open(path)
+        light = await page.evaluate(ground)
+        await page.evaluate(CLICK.format("#theme"))
+        await page.evaluate(CLICK.format("#theme"))
+        dark = await page.evaluate(ground)
+        assert light != dark
+        await page.open(path)
+        assert await page.evaluate(ground) == dark
+        await page.open(path, scripts=False)
+        tree = await page.call("DOM.getDocument", depth=-1)
+        picture = await page.call("DOM.querySelector", nodeId=tree["root"]["nodeId"], selector="noscript img")
+        box = await page.call("DOM.getBoxModel", nodeId=picture["nodeId"])
+        assert box["model"]["width"] > 500
+        assert box["model"]["height"] > 300
+
+    run(tmp_path, steps)
+
+
+def test_a_page_of_a_running_search_keeps_its_filters_when_it_is_loaded_again(tmp_path):
+    async def steps(page):
+        with open_study(tmp_path / "study", report_studies.make_recipe(9)) as study:
+            report_studies.fill(study, 6)
+            report_studies.start(study)
+            write_page(read_study(tmp_path / "study"), tmp_path / "page.html", reload=True)
+        await page.open(tmp_path / "page.html")
+        await page.evaluate(MOVE.format(id="top", value=50))
+        shown = await page.evaluate('document.getElementById("shown").textContent')
+        await page.open(tmp_path / "page.html")
+        assert await page.evaluate('document.getElementById("shown").textContent') == shown
+        check(await page.evaluate(STATE), 1024)
+
+    run(tmp_path, steps)
