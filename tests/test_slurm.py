@@ -190,7 +190,7 @@ def test_a_ray_that_ends_ends_the_job_and_is_no_reason_to_requeue(tmp_path):
 
 SET = "{{{0}: {{source: sandbox, domain: {0}, split: {1}, num_per_class: 8}}}}"
 SHORT = (  # few images and many epochs: a signal meets the middle of a training
-    *("search.trials=2", "search.baselines={}", "train.epochs=40", "evaluate.every_epochs=40"),
+    *("search.trials=2", "search.baselines={}", "train.epochs=16", "evaluate.every_epochs=16"),
     *(f"data.{role}.num_per_class={number}" for role, number in (("train", 16), ("id_val", 8), ("id_test", 8))),
     *("data.ood_val=" + SET.format("negative", "val"), "data.ood_test=" + SET.format("sketch", "test")),
 )
@@ -210,7 +210,7 @@ def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
             )
             assert process.poll() is None, job.output
             process.send_signal(signal.SIGUSR1)
-            assert process.wait(240) == 130, job.output
+            assert process.wait(200) == 130, job.output
         assert job.written("scontrol.txt") == [f"requeue {job.id}"]
         job.nothing_is_left(study)
         stopped = {row.name: row for row in trials(study)}
@@ -218,7 +218,7 @@ def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
         assert list(study.glob("trials/*/checkpoint/*"))
 
         with job.running(recipe, study, *options) as process:
-            assert process.wait(300) == 0, job.output
+            assert process.wait(500) == 0, job.output
         job.nothing_is_left(study)
     finally:
         for folder in Path("/tmp").glob(f"r{job.id}*"):
