@@ -22,7 +22,7 @@ from carft_ray.results.reading.overview import read_study
 pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHIN_S = 240
+WITHIN_S = 600
 
 
 def free_ports(number):

@@ -118,7 +118,7 @@ def _attach(address: str) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
     if "://" in address:
         rule = "must be host:port or auto, from a machine of the cluster"
-        step = "Ray Client (ray://) does not carry Tune and Train; use 'ray job submit' from outside."
+        step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
         raise ClusterError(Problem("address", rule, address, next_step=step))
     host, _, port = address.rpartition(":")
     if address != "auto":
