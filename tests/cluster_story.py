@@ -131,7 +131,7 @@ def check(study_dir, before):
     assert {name for name, content in before.items() if now[name] != content} == set()
     assert not list(study_dir.rglob("*.tmp"))
     continued = 0
-    folders = [study_dir / "trials" / row.name for row in rows] + [study_dir / "baselines" / "plain"]
+    folders = [study_dir / "trials" / row.name for row in rows]
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1)), folder
