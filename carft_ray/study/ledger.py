@@ -107,8 +107,9 @@ def read_ledger(study_dir: Path) -> list[Entry]:
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: The study cannot be read.
     """
-    _require_whole(study_dir)
-    return [_entry(line) for line in _read(study_dir).journal]
+    copies = _read(study_dir)
+    _require_whole(study_dir, copies)
+    return [_entry(line) for line in copies.journal]
 
 
 def check_ledger(study_dir: Path) -> list[Problem]:
@@ -119,7 +120,10 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     Raises:
         StorageError: The study cannot be read.
     """
-    copies = _read(study_dir)
+    return _problems(study_dir, _read(study_dir))
+
+
+def _problems(study_dir: Path, copies: _Copies) -> list[Problem]:
     place = str(study_dir / LEDGER)
     known, (count, head) = copies.journal, copies.noted
     problems = []
@@ -141,8 +145,8 @@ def check_ledger(study_dir: Path) -> list[Problem]:
     return problems
 
 
-def _require_whole(study_dir: Path) -> None:
-    if problems := check_ledger(study_dir):
+def _require_whole(study_dir: Path, copies: _Copies) -> None:
+    if problems := _problems(study_dir, copies):
         raise HoldOutError(problems)
 
 
@@ -170,7 +174,7 @@ def record(
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: It cannot be written.
     """
-    _require_whole(study_dir)
+    _require_whole(study_dir, _read(study_dir))
     mend(study_dir)
     lines = _read(study_dir).journal
     entry = Entry(

@@ -62,7 +62,7 @@ def id_ood_figure(
     points: Sequence[Dot],
     baselines: Mapping[str, Pair],
     best_curve: Curve | None,
-    path_png: Path,
+    path_png: Path | None,
     path_svg: Path,
     title: str,
     *,
@@ -77,7 +77,7 @@ def id_ood_figure(
         points: The trials, coloured by KL weight on a log scale.
         baselines: Name -> (ID accuracy, mean OOD accuracy), drawn as named marks; the first one gets the star.
         best_curve: Alpha curve of the best trial, its chosen point ringed; None draws none.
-        path_png: Where the PNG goes (1,600 x 1,200 pixels).
+        path_png: Where the PNG goes (1,600 x 1,200 pixels); None: nowhere.
         path_svg: Where the SVG goes.
         title: What was searched.
         synthetic: Whether the images are; the title then says so.
@@ -230,11 +230,13 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
             numbered.append(place)
 
 
-def write(figure: "Figure", path_png: Path, path_svg: Path) -> None:
-    """Writes a figure as PNG and SVG, each whole or not at all; the same figure gives the same bytes."""
+def write(figure: "Figure", path_png: Path | None, path_svg: Path) -> None:
+    """Writes a figure as PNG, unless it is not wanted, and SVG, each whole or not at all; the same bytes each time."""
     from matplotlib import rc_context
 
     for path, form in ((path_png, "png"), (path_svg, "svg")):
+        if path is None:
+            continue
         buffer = io.BytesIO()
         metadata = {"Date": None} if form == "svg" else {}  # the same study, the same bytes
         with rc_context({"svg.hashsalt": "carft-ray"}):

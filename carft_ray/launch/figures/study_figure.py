@@ -50,8 +50,8 @@ def write_figure(
     study_dir: Path,
     trials: Sequence[TrialRow],
     baselines: Sequence[TrialRow],
-    folder: Path | None = None,
-) -> Path:
+    svg: Path | None = None,
+) -> None:
     """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
 
     Args:
@@ -59,10 +59,7 @@ def write_figure(
         study_dir: The study directory.
         trials: All trials, with their standing in a Pareto search.
         baselines: All baselines.
-        folder: Where the figure goes; None: the study directory.
-
-    Returns:
-        Path of the PNG; an SVG is next to it.
+        svg: Where the figure goes, as SVG alone; None: as PNG and SVG into the study directory.
 
     Raises:
         StorageError: It cannot be written.
@@ -78,21 +75,19 @@ def write_figure(
     ]
     named = sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
     marks = {row.name.replace("_", " "): pair(row) for row in named if "ood_accuracy" in row.metrics}
-    folder = folder or study_dir
-    path, num_pruned = folder / FIGURE_PNG, sum(row.outcome == "pruned" for row in trials)
+    num_pruned = sum(row.outcome == "pruned" for row in trials)
     id_ood_figure(
         dots,
         marks,
         _curve(study_dir, best_row(trials)),
-        path,
-        folder / FIGURE_SVG,
+        None if svg else study_dir / FIGURE_PNG,
+        svg or study_dir / FIGURE_SVG,
         f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,
         front=[point.pair for point in front_of(trials)] if recipe.search.objective.kind == "pareto" else (),
     )
-    return path
 
 
 def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:

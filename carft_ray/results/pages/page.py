@@ -181,8 +181,9 @@ def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _picture(view: Overview, document: Mapping[str, Any]) -> str:
     """Returns the figure of the study as an address that holds it, for readers without JavaScript."""
     with tempfile.TemporaryDirectory() as folder:
-        write_figure(view.recipe, view.study_dir, view.trials, view.baselines, Path(folder))
-        content = (Path(folder) / FIGURE_SVG).read_bytes()
+        path = Path(folder, FIGURE_SVG)
+        write_figure(view.recipe, view.study_dir, view.trials, view.baselines, path)
+        content = path.read_bytes()
     return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
 
 
