@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-oldest kill-matrix lint format tables clean
+.PHONY: quickstart test test-all test-fast test-oldest kill-matrix cluster-story lint format tables clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -72,6 +72,14 @@ test-oldest: $(OLDEST)/.installed
 # some 45 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
+
+# a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
+# ray-train, some 10 minutes
+cluster-story: $(VENV)/.installed-dev
+	@for way in inline ray-train; do \
+		rm -rf $(VENV)/story-$$way; \
+		PYTHONPATH=. $(BIN)/python tests/cluster_story.py $(VENV)/story-$$way $$way || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
