@@ -185,6 +185,7 @@ QUICK = (  # module, and what it must not load, nor those before it
     ("carft_ray.evaluation.metrics", "torch ray open_clip"),
     ("carft_ray.evaluation.robustness", "torch ray open_clip"),
     ("carft_ray.launch.stop", "torch ray open_clip"),
+    ("carft_ray.launch.ray_cluster.spot", "torch ray open_clip"),  # stays on every spot node
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import cluster
 from carft_ray.launch.ray_cluster import spot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,3 +171,24 @@ def test_words_that_do_not_go_together_are_refused(capsys):
             spot.main(words)
         assert ended.value.code == 2
     assert "invalid choice: 'azure'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_a_real_node_finds_its_name_and_is_drained():
+    """By the command alone, as the hook of a pod calls it; a node without work that is drained ends by itself."""
+    with cluster.head() as head:
+        environment = {**head.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        module = [sys.executable, "-m", "carft_ray.launch.ray_cluster"]
+
+        def run(name, *words):
+            command = [*module[:2], f"{module[2]}.{name}", *words, "--address", head.address]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+        assert run("joined", "1", "--timeout", "120").returncode == 0
+        late = run("joined", "2", "--timeout", "1")
+        assert (late.returncode, late.stderr) == (5, "1 of 2 nodes have joined within 1 s\n")
+        node_id = head.node_id
+        done = run("spot", "--now", "20")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"node {node_id} is drained" in done.stdout
