@@ -101,7 +101,8 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "value": _value, "number": _number, "words": _words}
+    filters: dict[str, Callable[..., str]] = {"percent": _percent, "value": _value, "number": _number, "words": _words}
+    environment.filters.update(filters)
     shown = figures(document)
     base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
     lines: Sequence[Line] = verdict(document)
