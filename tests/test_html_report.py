@@ -2,17 +2,20 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
 import crash_host
+import numpy as np
 import pytest
 import report_studies
 from report_studies import KINDS, make
 
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import FIGURES, figures
-from carft_ray.results.pages.page import HERE, packed, write_page
+from carft_ray.results.pages.page import HERE, packed, watch_page, write_page
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 
@@ -131,6 +134,22 @@ def test_a_running_search_has_a_page_that_loads_itself_again(tmp_path):
         assert 'data-reload="' in text
         write_page(read_study(tmp_path / "study"), tmp_path / "once.html")
         assert 'data-reload="' not in (tmp_path / "once.html").read_text()
+
+
+def test_watching_writes_the_page_again_until_the_search_ends(tmp_path):
+    study_dir, said = (tmp_path / "study").resolve(), []
+    with ThreadPoolExecutor() as pool:
+        with open_study(study_dir, report_studies.make_recipe(6)) as study:
+            report_studies.fill(study, 2)
+            last = pool.submit(watch_page, study_dir, tmp_path / "page.html", None, 0.1, said.append)
+            while not said:
+                time.sleep(0.05)
+            report_studies.finish(study, study.next(), np.random.default_rng(1))
+        document = last.result(120)
+    assert said[0].startswith("2 of 6 trials finished")
+    assert said[-1].startswith("3 of 6 trials finished")
+    assert not document["running"]
+    assert 'data-reload="' not in (tmp_path / "page.html").read_text()
 
 
 def test_the_command_writes_into_the_study_or_where_it_is_told(studies, tmp_path, capsys):

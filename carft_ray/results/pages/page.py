@@ -102,7 +102,7 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     filters: dict[str, Callable[..., str]] = {"percent": _percent, "value": _value, "number": _number, "words": _words}
-    environment.filters |= filters
+    environment.filters.update(filters)
     shown = figures(document)
     base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
     lines: Sequence[Line] = verdict(document)
