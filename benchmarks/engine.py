@@ -290,6 +290,7 @@ def driver_cost(
 
     from rich.console import Console
 
+    from carft_ray.launch.at_a_time import AtATime
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
     from carft_ray.live import SearchView
@@ -304,7 +305,7 @@ def driver_cost(
     shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:
         recover_running(study)
-        driver = Driver(study, num_live, lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
+        driver = Driver(study, AtATime(num_live), lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
         view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
         folders = []
         for index in range(num_live):

@@ -18,7 +18,9 @@ import torch
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.evaluation import training
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
+from carft_ray.launch.events import ConcurrencyChanged
 from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.ray_cluster.concurrency import Node
 from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
@@ -112,8 +114,13 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
         plan = plan_of(study, runner)
         recover_running(study)
         limit_s = recipe.resources.hang_timeout_s
+        changed = lambda *change: events.append(ConcurrencyChanged(*change))  # noqa: E731
         driver = Driver(
-            study, at_a_time, events.append, hang_timeout_s=limit_s, end_process=lambda alive: os.kill(alive.pid, 9)
+            study,
+            AtATime(at_a_time, on_change=changed),
+            events.append,
+            hang_timeout_s=limit_s,
+            end_process=lambda alive: os.kill(alive.pid, 9),
         )
         for key in map(str, range(10_000)):
             driver.poll()

@@ -15,6 +15,7 @@ from test_driver import Tune
 
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
@@ -68,7 +69,7 @@ def tune(tmp_path):
         def begin(began=None, **budget):
             events = []
             since = () if began is None else (began,)
-            driven = Tune(Driver(study, 2, events.append, 2.0, BudgetConfig(**budget), *since))
+            driven = Tune(Driver(study, AtATime(2), events.append, 2.0, BudgetConfig(**budget), *since))
             driven.events = events
             return driven
 

@@ -11,6 +11,7 @@ from stand_in import make_recipe
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import runtime
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -117,7 +118,7 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         recover_running(study)
-        driver = Driver(study, 1, events.append)
+        driver = Driver(study, AtATime(1), events.append)
         folder = driver.propose("one").folder(study.study_dir)
         alive(folder)
         driver.started("one")

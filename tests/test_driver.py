@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -99,7 +100,7 @@ def search(study):
 
     def make(**how):
         events = []
-        tune = Tune(Driver(study, 2, events.append, **how))
+        tune = Tune(Driver(study, AtATime(2), events.append, **how))
         tune.events = events
         return tune
 
@@ -378,7 +379,7 @@ def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
     """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
     with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
         recover_running(study)
-        tune = Tune(Driver(study, 12, lambda event: None))
+        tune = Tune(Driver(study, AtATime(12), lambda event: None))
         live = [tune.start() for _ in range(12)]
         for _ in range(3):
             for trial in live[:6]:

@@ -245,7 +245,7 @@ def test_a_full_machine_runs_fewer_trials_at_a_time_and_takes_no_attempt_for_fai
     recipe = stand_in.make_recipe(4, baselines={}, resources={"gpus_per_worker": 0})
     searcher, events = attempts.search(tmp_path / "study", recipe, at_a_time=3, died=MONITOR_NOW)
     assert searcher.failure is None
-    assert searcher.concurrency == 1
+    assert searcher.at_a_time.concurrency == 1
     changes = [event for event in events if isinstance(event, ConcurrencyChanged)]
     assert changes == [ConcurrencyChanged(2, "memory was full"), ConcurrencyChanged(1, "memory was full")]
     told = notes(events)

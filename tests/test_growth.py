@@ -20,6 +20,7 @@ from ray.core.generated import autoscaler_pb2
 from test_driver import Tune
 
 from carft_ray.errors import ClusterError, InterruptedRunError
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Note, Preparing, Started, TrialFinished, TrialStarted
 from carft_ray.launch.ray_cluster import growth, ray_private
@@ -145,13 +146,19 @@ class Changing:
 @pytest.fixture
 def followed(tmp_path, monkeypatch):
     """Gives a function that makes a search of 12 trials on a cluster that changes."""
-    monkeypatch.setattr("carft_ray.launch.driver.COUNT_EVERY_S", 0.0)
+    monkeypatch.setattr("carft_ray.launch.at_a_time.COUNT_EVERY_S", 0.0)
     with open_study(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
         recover_running(study)
 
-        def make(**how):
+        def make(on_change=lambda *change: None, **how):
             events, cluster = [], Changing()
-            tune = Tune(Driver(study, 2, events.append, capacity_now=cluster, reason="2 CPUs", **how))
+
+            def changed(*change):
+                on_change(*change)
+                events.append(ConcurrencyChanged(*change))
+
+            at_a_time = AtATime(2, 0, "2 CPUs", cluster, changed)
+            tune = Tune(Driver(study, at_a_time, events.append, **how))
             tune.events, tune.cluster = events, cluster
             return tune
 
@@ -187,7 +194,7 @@ def test_without_any_node_one_trial_waits(followed):
     tune.look()
     assert tune.start() is not None
     assert tune.start() is None
-    assert tune.driver.concurrency == 0
+    assert tune.driver.at_a_time.concurrency == 0
 
 
 def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(followed):
@@ -198,7 +205,7 @@ def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(follow
     for fits, at_a_time in ((2, 1), (8, 4), (1, 1), (0, 0), (3, 1)):
         tune.cluster.fits, tune.cluster.asked = fits, 1
         tune.look()
-        assert (tune.driver.concurrency, tune.driver.asked) == (at_a_time, 0)
+        assert (tune.driver.at_a_time.concurrency, tune.driver.at_a_time.asked) == (at_a_time, 0)
     assert changes(tune.events)[-1] == (1, "memory was full; 3 would fit")
 
 

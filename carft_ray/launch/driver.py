@@ -11,15 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.failures.causes import is_full_memory
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
-from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
@@ -36,9 +35,7 @@ FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: somethi
 # so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
-COUNT_EVERY_S = 3.0  # how many trainings fit
 POLL_SHARE = 0.1  # of the time, at most
-MEMORY = "memory was full"
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
@@ -74,7 +71,7 @@ class Driver:
 
     Attributes:
         study: The open study.
-        concurrency: Trainings at a time from now on; falls where memory is full, and follows the cluster.
+        at_a_time: Trainings at a time.
         on_event: Given what happens.
         gpus: GPUs of one training.
         budget: Of this search; None: it has none.
@@ -85,18 +82,13 @@ class Driver:
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
-        capacity_now: Returns how trainings fit now; None: that does not change.
-        asked: Further trainings, for which nodes are asked for.
-        reason: Why not more run at a time, at the beginning.
-        one_node: Whether all workers of a training are to be on one node; None: as it was at the beginning.
-        on_change: Given trainings at a time, and why not more, whenever they change.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
     """
 
     study: Study
-    concurrency: int
+    at_a_time: AtATime
     on_event: Callable[[events.Event], None]
     gpus: float = 0.0
     budget: BudgetConfig | None = None
@@ -107,11 +99,6 @@ class Driver:
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
-    capacity_now: Callable[[], Capacity] | None = None
-    asked: int = 0
-    reason: str = ""
-    on_change: Callable[[int, str], None] = lambda concurrency, reason: None
-    one_node: bool | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
@@ -124,10 +111,7 @@ class Driver:
         self._only_lost = True  # these were all lost, none ended with an exception
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
-        self._next_poll = self._next_count = 0.0
-        self._most_at_a_time = self.concurrency
-        self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
-        self._told = self.concurrency, self.reason
+        self._next_poll = 0.0
         self._stopping_since = 0.0
 
     @property
@@ -145,11 +129,7 @@ class Driver:
         Args:
             key: Names the attempt from now on.
         """
-        if (
-            len(self._attempts) >= max(1, self.concurrency + self.asked)
-            or self.failure is not None
-            or self.check_stop()
-        ):
+        if len(self._attempts) >= self.at_a_time.limit or self.failure is not None or self.check_stop():
             return None
         try:
             spec = self.study.next()
@@ -256,7 +236,7 @@ class Driver:
         except StorageError as error:
             self.failure = error
             raise
-        self._follow()
+        self.at_a_time.follow()
         for attempt in list(self._attempts.values()):
             self._read_steps(attempt)
         if self.leaks and (number := self.leaks.check(self.live)):
@@ -295,34 +275,6 @@ class Driver:
         """Sets aside for the next search what waits for resources when this one stops."""
         for key in list(self._attempts):
             self.ended(key)
-
-    def _follow(self) -> None:
-        """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
-
-        Where memory was full, as large a share of them as had memory; no nodes are asked for then, as what would wait
-        for them would take what is left free.
-        """
-        now = time.monotonic()
-        if self.capacity_now is None or now < self._next_count:
-            return
-        self._next_count = now + COUNT_EVERY_S
-        found = self.capacity_now()
-        self.one_node = found.one_node
-        if self._share == 1:
-            self.concurrency, self.asked = found.concurrency, found.asked
-            self._tell(found.reason)
-        else:
-            self.concurrency = max(1, int(found.concurrency * self._share)) if found.concurrency else 0
-            self.asked = 0
-            self._tell(f"{MEMORY}; {found.concurrency} would fit")
-
-    def _tell(self, reason: str) -> None:
-        """Tells how many run at a time from now on, where that has changed."""
-        self._most_at_a_time = max(self._most_at_a_time, self.concurrency)
-        if (self.concurrency, reason) != self._told:
-            self._told = self.concurrency, reason
-            self.on_change(self.concurrency, reason)
-            self.on_event(events.ConcurrencyChanged(self.concurrency, reason))
 
     def _read_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
@@ -444,19 +396,18 @@ class Driver:
             reason = f"{reason} (on {addresses})"
         if attempt.leaves:
             reason = f"{reason}, before it could leave: {attempt.leaves}"
-        if self.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
+        if self.at_a_time.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)
             self.on_event(events.Note(f"{spec.name} waits again: {reason}"))
             return
-        if is_full_memory(reason) and self.concurrency > 1:
+        if is_full_memory(reason) and self.at_a_time.concurrency > 1:
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self._share *= Fraction(self.concurrency - 1, self.concurrency)
-            self.concurrency, self.asked = self.concurrency - 1, 0
             self.study.repeat(spec)
-            text = f"{spec.name} gets another attempt, with {self.concurrency} at a time from now on"
-            self.on_event(events.Note(f"{text}, no longer {self.concurrency + 1}: {reason}"))
-            self._tell(MEMORY)
+            fewer = self.at_a_time.concurrency - 1
+            text = f"{spec.name} gets another attempt, with {fewer} at a time from now on, no longer {fewer + 1}"
+            self.on_event(events.Note(f"{text}: {reason}"))
+            self.at_a_time.memory_was_full()
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):
@@ -474,7 +425,7 @@ class Driver:
         """
         self._only_lost = lost and (self._only_lost or not self._failed_in_a_row)
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self._most_at_a_time):
+        if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.at_a_time.most):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
             kind = MachineError if self._only_lost else NoSuccessfulTrialError

@@ -17,8 +17,9 @@ from ray.tune.search import Searcher
 
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
+from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import Event, Note
+from carft_ray.launch.events import ConcurrencyChanged, Event, Note
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.preparation import fill_new_nodes
@@ -60,7 +61,13 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     drains = None if runtime.in_process else Drains(lambda text: on_event(Note(text)))
     driver = Driver(
         study,
-        capacity.concurrency,
+        AtATime(
+            capacity.concurrency,
+            capacity.asked,
+            capacity.reason,
+            _following(runtime) if runtime.attached else None,
+            functools.partial(_changed, study, on_event),
+        ),
         on_event,
         capacity.num_workers * capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
@@ -70,16 +77,17 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
         drains=drains,
-        capacity_now=_following(runtime, drains) if runtime.attached else None,
-        asked=capacity.asked,
-        reason=capacity.reason,
-        on_change=functools.partial(write_concurrency, study.study_dir),
     )
     with stop_file_on_signal(study.study_dir / STOP):
         (_run_here if runtime.in_process else _run_with_tune)(driver, runtime)
     if driver.failure is not None:
         raise driver.failure
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
+
+
+def _changed(study: Study, on_event: Callable[[Event], None], concurrency: int, reason: str) -> None:
+    write_concurrency(study.study_dir, concurrency, reason)
+    on_event(ConcurrencyChanged(concurrency, reason))
 
 
 def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity]:
@@ -123,7 +131,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = MAX_PENDING  # else actors start one after the other
     ray_files = runtime.study_dir / RAY_FILES
     shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
-    write_concurrency(runtime.study_dir, driver.concurrency, driver.reason)
+    write_concurrency(runtime.study_dir, driver.at_a_time.concurrency, driver.at_a_time.reason)
     searcher = DriverSearcher(driver)
     try:
         tuner = tune.Tuner(
@@ -181,7 +189,7 @@ class DriverSearcher(Searcher):
         spec = self._driver.propose(trial_id)
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
-        spread = {} if self._driver.one_node is None else {"one_node": self._driver.one_node}
+        spread = {} if self._driver.at_a_time.one_node is None else {"one_node": self._driver.at_a_time.one_node}
         return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), **spread}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
