@@ -65,7 +65,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
             capacity.concurrency,
             capacity.asked,
             capacity.reason,
-            _following(runtime) if runtime.attached else None,
+            _following(runtime, drains) if runtime.attached else None,
             functools.partial(_changed, study, on_event),
         ),
         on_event,
