@@ -117,7 +117,7 @@ def _seconds(view: Overview, row: TrialRow) -> list[float]:
     path = row.folder(view.study_dir) / LOG
     with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
         began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
-    return [began, max(row.elapsed_s or 0.0, row.spent_s)]
+    return [round(began, 2), round(max(row.elapsed_s or 0.0, row.spent_s), 2)]
 
 
 def _curves(view: Overview) -> list[dict[str, Any]]:

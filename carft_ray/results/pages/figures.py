@@ -132,7 +132,7 @@ FIGURES = (
         "contour",
         "Search",
         "Learning rate and KL weight",
-        "The objective, smoothed over the trials (a kernel of 12 % of each axis). White: no trial near.",
+        "The objective, smoothed over the trials (a kernel of 12 % of each axis). Empty: no trial near.",
         _both_searched,
     ),
     Figure(

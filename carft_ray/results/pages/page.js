@@ -88,7 +88,7 @@
     return axis({ title, range: [low - margin, high + margin], tickvals: chosen.map(logit), ticktext: chosen.map((p) => short(Number((100 * p).toFixed(2)))) });
   };
   const logTicks = (low, high) => {
-    const digits = high > 1000 * low ? [1] : high > 50 * low ? [1, 3] : [1, 2, 5], ticks = [];
+    const digits = high > 300 * low ? [1] : high > 50 * low ? [1, 3] : [1, 2, 5], ticks = [];
     for (let k = Math.floor(Math.log10(low)); k <= Math.log10(high); k += 1) for (const digit of digits) ticks.push(Number(`${digit}e${k}`));
     const inside = ticks.filter((tick) => tick >= low / 1.01 && tick <= high * 1.01);
     return inside.length > 1 ? { tickvals: inside, ticktext: inside.map(short), minor: { ticks: "" } } : {};

@@ -31,6 +31,7 @@ NAMES = {  # as people read them
     "kl_weight": "KL weight",
 }
 _TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
+_NOT_DRAWN = ("shrunk", "wins", "absolute", "relative")  # of every trial, in parts of the report
 
 
 def write_page(view: Overview, path: Path, reference: Path | None = None, reload: bool = False) -> dict[str, Any]:
@@ -140,7 +141,13 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
     ]
     trials = {"kept": [*kept, "violation"], "values": values, "metrics": metrics, "rows": rows}
     texts = {
-        key: {name: value for name, value in document[key].items() if name not in _TOLD_ELSEWHERE}
+        key: {
+            name: {each: one for each, one in value.items() if each not in _NOT_DRAWN}
+            if isinstance(value, dict)
+            else value
+            for name, value in document[key].items()
+            if name not in _TOLD_ELSEWHERE
+        }
         for key in ("report", "confirm", "test")
         if document[key]
     }
