@@ -1,4 +1,4 @@
-"""A search on a cluster that changes: a node is killed, one joins, one is drained, the head dies and comes back.
+"""A search that is submitted to a cluster: a node is killed, one joins, one is drained, the head dies and comes back.
 
     python cluster_story.py FOLDER [EXECUTOR]
 
@@ -38,10 +38,10 @@ def cli(first, *words, **options):
 
 
 def search(first, recipe, study_dir, executor):
-    """Starts the search in a session of its own, its output in a file beside the study."""
+    """Submits the search, and follows it in a session of its own; what it prints goes into a file beside the study."""
     settings = [f"resources.{key}={value}" for key, value in RESOURCES[executor].items()]
-    command = [sys.executable, "-m", "carft_ray.cli", "search", str(recipe), "--study", str(study_dir)]
-    command += ["--address", first.address, *(word for one in settings for word in ("--set", one))]
+    command = [sys.executable, "-m", "carft_ray.cli", "submit", str(recipe), "--study", str(study_dir)]
+    command += ["--address", first.dashboard, *(word for one in settings for word in ("--set", one))]
     with open(study_dir.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, env=first.environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -65,7 +65,8 @@ def story(folder, executor="inline"):
 
         searches.wait_until(found, f"{number} trainings run", TIMEOUT_S)
 
-    with cluster.head(RAY_gcs_rpc_server_reconnect_timeout_s="10") as first:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where a job finds its Python
+    with cluster.head(RAY_gcs_rpc_server_reconnect_timeout_s="10", PATH=path) as first:
         with cluster.node(first) as lost, cluster.node(first) as drained:
             part("head and two nodes")
             done = cli(first, "doctor", recipe, "--quick", "--address", first.address, "--study", study_dir)
@@ -93,13 +94,13 @@ def story(folder, executor="inline"):
                     first.kill()
                     joined.kill()
                     process.wait(TIMEOUT_S)
-                    assert process.returncode in (5, 1), study_dir.with_suffix(".log").read_text()  # 1: Ray ends it
+                    assert process.returncode == 5, study_dir.with_suffix(".log").read_text()
                     part("the head has gone, and the search with it")
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait(TIMEOUT_S)
-        with cluster.head(like=first) as second, cluster.node(second), cluster.node(second):
+        with cluster.head(like=first, PATH=path) as second, cluster.node(second), cluster.node(second):
             process = search(second, recipe, study_dir, executor)
             try:
                 process.wait(TIMEOUT_S)

@@ -13,7 +13,7 @@ from stand_in import make_recipe
 
 from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
-from carft_ray.launch.driver import no_successful_trial
+from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules

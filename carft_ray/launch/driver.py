@@ -8,7 +8,6 @@ Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) cal
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
 from carft_ray.launch.at_a_time import AtATime
-from carft_ray.launch.failures.causes import is_full_memory
+from carft_ray.launch.failures.causes import is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
 from carft_ray.launch.ray_cluster.drains import Drains
@@ -366,7 +365,7 @@ class Driver:
         name = self._best.name if self._best and row.kind == "trial" else ""
         self.on_event(events.TrialFinished(row, row.name == name, name))
         if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
-            raise no_successful_trial(self.study, self._ended)
+            raise no_successful_trial(self.study.study_dir, self._ended)
 
     def _left(self, attempt: _Attempt) -> None:
         """Gives an attempt that has left as it was asked to another one."""
@@ -443,18 +442,3 @@ class Driver:
                 return  # the stop file is the other search's; ours ends at the next poll
             with contextlib.suppress(CarftError):  # on a full disk what runs ends without it
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")
-
-
-def no_successful_trial(study: Study, rows: list[TrialRow]) -> NoSuccessfulTrialError:
-    """Returns the error for a search without an objective: the commonest reason, and where its log is."""
-    failed = [row for row in rows if row.outcome not in ("complete", "pruned")]
-    if not failed:
-        step = "Begin another study with a milder search.pruner, or with name: none."
-        rule = f"no trial was trained to its end: the pruner has cut all {len(rows)}"
-        return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
-    [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
-    row = next(row for row in failed if row.reason == reason)
-    log = row.folder(study.study_dir) / LOG
-    step = f"See {log}." if files.seen(log) else ""
-    rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
-    return NoSuccessfulTrialError(Problem("search", rule, next_step=step))

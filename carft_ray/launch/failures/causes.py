@@ -10,17 +10,20 @@ full disk or a missing permission is no failure of a machine.
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from carft_ray import files
-from carft_ray.errors import MachineError
+from carft_ray.errors import MachineError, NoSuccessfulTrialError, Problem
 from carft_ray.files import MACHINE_ERRNOS
+from carft_ray.layout import LOG
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import TEXTS
+from carft_ray.study.outcome import TrialRow
 
 LONGEST = 300  # characters of a cause
 TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
@@ -207,3 +210,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(found))
         yield found
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def no_successful_trial(study_dir: Path, rows: Sequence[TrialRow]) -> NoSuccessfulTrialError:
+    """Returns the error for a search without an objective: the commonest reason, and where its log is."""
+    failed = [row for row in rows if row.outcome not in ("complete", "pruned")]
+    if not failed:
+        step = "Begin another study with a milder search.pruner, or with name: none."
+        rule = f"no trial was trained to its end: the pruner has cut all {len(rows)}"
+        return NoSuccessfulTrialError(Problem("search", rule, next_step=step))
+    [(reason, count)] = Counter(row.reason for row in failed).most_common(1)
+    row = next(row for row in failed if row.reason == reason)
+    log = row.folder(study_dir) / LOG
+    step = f"See {log}." if files.seen(log) else ""
+    rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
+    return NoSuccessfulTrialError(Problem("search", rule, next_step=step))

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.driver import no_successful_trial
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
+from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
 from carft_ray.launch.session import begin, computing, prepare
@@ -118,7 +118,11 @@ def run_search(
         if best is None and ended:
             raise _nothing_within_budget(study, ended, address)
         if best is None:
-            raise set_aside_error(set_aside, _resume(study, address)) if set_aside else no_successful_trial(study, rows)
+            raise (
+                set_aside_error(set_aside, _resume(study, address))
+                if set_aside
+                else no_successful_trial(study_dir, rows)
+            )
         num_new, baselines = _num_finished(study) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
