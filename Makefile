@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-oldest kill-matrix cluster-story lint format tables clean
+.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story lint format tables clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -39,13 +39,17 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/carft-ray search search_spaces/quickstart.yaml --study $(STUDY)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole'
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole and not nodes'
 
 test-all: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not nodes'
+
+# clusters of real nodes on this machine: submitted searches, nodes that come, go and are drained, Slurm by stand-ins
+test-nodes: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m nodes
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not whole'
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not whole and not nodes'
 
 # the lower bounds of pyproject.toml, in an environment of their own: the fast tests, exports, a search with
 # each executor; minutes, and some 8 GB of packages where torch is one for CUDA
@@ -59,7 +63,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed
-	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not whole'
+	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not whole and not nodes'
 	@$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) tests/test_export.py
 	@rm -rf $(OLDEST)/tried
 	@for way in inline ray-train; do \

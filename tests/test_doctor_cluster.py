@@ -236,7 +236,7 @@ with running_ray(sys.argv[1], Path(sys.argv[2]).with_name("ray.log")):
 """
 
 
-@pytest.mark.whole
+@pytest.mark.nodes
 @pytest.mark.slow
 def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
     """One node has no disk where the images, the model and the study are, and an older carft-ray; then the driver."""

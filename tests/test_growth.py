@@ -309,7 +309,7 @@ class Hands:
 
 
 @pytest.mark.slow
-@pytest.mark.whole
+@pytest.mark.nodes
 def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, cluster):
     """From no node to one, to two, and back to one."""
     stand_in.tell(tmp_path, seconds=1)
@@ -330,7 +330,7 @@ def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, clu
 
 
 @pytest.mark.slow
-@pytest.mark.whole
+@pytest.mark.nodes
 @pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluster, executor):
     """At its beginning, where its patience ends it, too, and later, when a trial waits for a node that never comes."""
@@ -454,7 +454,7 @@ def autoscaling_head(folder, version):
 
 
 @pytest.mark.slow
-@pytest.mark.whole
+@pytest.mark.nodes
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_path_factory, version):
     """Ray's own autoscaler, with its provider for tests: nodes are processes of this machine."""

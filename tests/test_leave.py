@@ -109,7 +109,7 @@ def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, 
     drained.check(found.best.folder(study_dir))
 
 
-@pytest.mark.whole
+@pytest.mark.nodes
 def test_a_single_training_of_ray_train_continues_on_the_other_node_too(tmp_path, two_nodes):
     stand_in.tell(tmp_path, seconds=1)
     out_dir, drained = tmp_path / "one", Drained()
@@ -164,7 +164,7 @@ def check_continued(study_dir, training):
     assert killed_searches.numbers_of(training) == killed_searches.numbers_of(twin)
 
 
-@pytest.mark.whole
+@pytest.mark.nodes
 @pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_elsewhere_without_a_step_lost(
     tmp_path, executor
@@ -207,7 +207,7 @@ def windows(num_steps, steps_per_epoch):
     return [step for step in range(1, num_steps + 1) if step % WINDOW == 0 or step % steps_per_epoch == 0]
 
 
-@pytest.mark.whole
+@pytest.mark.nodes
 def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_one_window_at_most(tmp_path):
     """An epoch has 64 steps of a fifth of a second, a checkpoint comes every 5 seconds."""
     stand_in.tell(tmp_path, seconds=0.2)
@@ -234,7 +234,7 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
     assert " lost: " in (training / "log.txt").read_text()
 
 
-@pytest.mark.whole
+@pytest.mark.nodes
 def test_after_the_loss_of_the_head_the_same_command_on_a_new_one_ends_the_study_and_repeats_nothing(tmp_path):
     stand_in.tell(tmp_path, seconds=1)
     study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "40"}

@@ -174,7 +174,7 @@ def test_words_that_do_not_go_together_are_refused(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.whole
+@pytest.mark.nodes
 def test_a_real_node_finds_its_name_and_is_drained():
     """By the command alone, as the hook of a pod calls it; a node without work that is drained ends by itself."""
     with cluster.head() as head:

@@ -19,7 +19,7 @@ import short_training
 
 from carft_ray.results.reading.overview import read_study
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole]
+pytestmark = [pytest.mark.slow, pytest.mark.nodes]
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN_S = 600
