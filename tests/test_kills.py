@@ -81,11 +81,11 @@ def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
         auth = {**auth, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
         process = searches.driver(tmp_path / "study", 1, "ray-train", address, auth)
         try:
-            told = next(line for line in process.stdout if "gets another attempt" in line)
+            told = next(line for line in process.stdout if "waits again" in line)
         finally:
             searches.kill_group(process)
     why = "2 workers with 0.5 CPUs each did not start within 2 s (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
-    assert told.endswith(f" gets another attempt: {why}: is the cluster full?\n")
+    assert told.endswith(f" waits again: {why}: is the cluster full?\n")
 
 
 @pytest.mark.whole
