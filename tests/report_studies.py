@@ -235,3 +235,15 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
     )
     files.write_json(study_dir / "test" / "summary.json", content)
     return content
+
+
+def of_kinds(folder):
+    """Returns a function that gives the study of a kind, made in the folder when it is first asked for."""
+    found = {}
+
+    def study(kind):
+        if kind not in found:
+            found[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
+        return found[kind]
+
+    return study

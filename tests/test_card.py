@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import crash_host
 import pytest
-from report_studies import KINDS, confirm_study, make, read_test_sets
+from report_studies import confirm_study, of_kinds, read_test_sets
 
 from carft_ray.results.pages.card import FORMS, Line, card, verdict
 from carft_ray.results.pages.data import page_document
@@ -18,14 +18,7 @@ THREE, TWO = (1, 2, 3), (1, 2)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Studies with only a search, by kind."""
-    folder, found = tmp_path_factory.mktemp("studies"), {}
-
-    def study(kind):
-        if kind not in found:
-            found[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
-        return found[kind]
-
-    return study
+    return of_kinds(tmp_path_factory.mktemp("studies"))
 
 
 # what is done after the search, the headline that the card must have, and its marks: result, accuracy, seeds, tests

@@ -11,7 +11,7 @@ import crash_host
 import numpy as np
 import pytest
 import report_studies
-from report_studies import KINDS, make
+from report_studies import KINDS, of_kinds
 
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import FIGURES, figures
@@ -25,14 +25,7 @@ MAX_BYTES = 6_000_000
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     """A study of each kind, made when it is asked for."""
-    folder, made = tmp_path_factory.mktemp("kinds"), {}
-
-    def study(kind):
-        if kind not in made:
-            made[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
-        return made[kind]
-
-    return study
+    return of_kinds(tmp_path_factory.mktemp("kinds"))
 
 
 def printed(capsys, *words):
