@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,12 +18,20 @@ import ray
 import stand_in
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
-from test_driver import Tune
+from test_driver import Tune, write_alive
 
 from carft_ray.errors import ClusterError, InterruptedRunError
 from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import ConcurrencyChanged, Note, Preparing, Started, TrialFinished, TrialStarted
+from carft_ray.launch.events import (
+    ConcurrencyChanged,
+    Note,
+    Preparing,
+    Started,
+    TrialEpoch,
+    TrialFinished,
+    TrialStarted,
+)
 from carft_ray.launch.ray_cluster import growth, ray_private
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT, nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of, node_of
@@ -32,6 +41,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import must_leave
 from carft_ray.study.recovery import recover_running
 
 HERE = Path(__file__).parent
@@ -134,13 +144,14 @@ def test_where_no_node_comes_a_command_says_how_it_would_wait(tmp_path):
 
 
 class Changing:
-    """A cluster that a driver follows; ``fits`` and ``asked`` may be set."""
+    """A cluster that a driver follows; what it says may be set."""
 
     def __init__(self):
-        self.fits, self.asked = 2, 0
+        self.fits, self.asked, self.slots, self.most_workers = 2, 0, 2, 1
 
     def __call__(self):
-        return Capacity(self.fits, f"{self.fits} CPUs", 1, 1.0, 0.0, one_node=self.fits > 1, asked=self.asked)
+        more = {"asked": self.asked, "slots": self.slots, "most_workers": self.most_workers}
+        return Capacity(self.fits, f"{self.fits} CPUs", 1, 1.0, 0.0, one_node=self.fits > 1, **more)
 
 
 @pytest.fixture
@@ -177,14 +188,14 @@ def test_trainings_at_a_time_follow_the_nodes(followed):
     tune.look()
     running += [tune.start(), tune.start()]
     assert tune.start() is None  # three run, one waits
-    assert running[-1].config["one_node"]
+    assert running[-1].config["capacity"] == {"num_workers": 1, "one_node": True}
     tune.cluster.fits, tune.cluster.asked = 1, 0
     tune.look()
     for trial in running[:3]:
         tune.finish(trial)
         assert tune.start() is None  # fewer from now on
     tune.finish(running[3])
-    assert not tune.start().config["one_node"]
+    assert not tune.start().config["capacity"]["one_node"]
     assert changes(tune.events) == [(3, "3 CPUs"), (1, "1 CPUs")]
 
 
@@ -232,8 +243,55 @@ def test_half_of_a_large_cluster_may_go_at_once(followed):
     assert tune.driver.failure is None
 
 
+def workers(trial):
+    return trial.config["capacity"]["num_workers"]
+
+
+def test_trials_share_what_is_free_between_their_least_and_their_most(followed):
+    tune = followed()
+    tune.cluster.slots, tune.cluster.most_workers = 7, 4
+    tune.look()
+    running = [tune.start(), tune.start()]
+    assert [workers(trial) for trial in running] == [3, 3]  # one is left over
+    tune.cluster.slots = 3  # a node is gone, and with it no trial
+    tune.look()
+    tune.finish(running.pop())
+    running.append(tune.start())
+    assert workers(running[-1]) == 1
+    tune.cluster.slots = 100
+    tune.look()
+    tune.finish(running.pop())
+    assert workers(tune.start()) == 4
+
+
+def test_a_trial_that_may_have_half_as_many_workers_again_leaves_and_continues_with_them(followed, monkeypatch):
+    tune = followed(gpus_per_worker=0.5)
+    tune.cluster.slots, tune.cluster.most_workers = 4, 8
+    tune.look()
+    running = [tune.start(), tune.start()]
+    for trial in running:
+        write_alive(tune, trial)
+    tune.cluster.slots = 6  # a third of two workers more would fit for each
+    monkeypatch.setattr("carft_ray.launch.driver.GROW_AFTER_S", 1000.0)
+    tune.look()
+    assert not any(must_leave(tune.folder(trial), 1) for trial in running)
+    for attempt in tune.driver._attempts.values():
+        attempt.began -= 2000
+    tune.look()
+    asked = [must_leave(tune.folder(trial), 1) for trial in running]
+    assert asked == [True, False]  # one after the other
+    before = tune.driver.study.gpu_seconds()
+    tune.end(running[0])
+    assert 2000 < tune.driver.study.gpu_seconds() - before < 2100  # of two halves
+    again = tune.start()
+    assert (again.config["spec"]["attempt"], workers(again)) == (2, 3)
+    told = f"{again.config['spec']['name']} gets another attempt: 3 workers are free for it, it has 2"
+    assert told in [event.text for event in tune.events if isinstance(event, Note)]
+    assert not tune.driver.study.set_aside()
+
+
 def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
-    tune = followed(gpus=4.0, on_change=lambda *change: told.append(change))
+    tune = followed(gpus_per_worker=4.0, on_change=lambda *change: told.append(change))
     told = []
     runs = tune.start()
     waits = tune.driver.propose("waits")
@@ -251,7 +309,7 @@ def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
 
 
 def test_a_group_that_waits_for_its_workers_is_given_up_some_time_after_a_stop(followed):
-    tune = followed(gpus=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
+    tune = followed(gpus_per_worker=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
     tune.start()
     for attempt in tune.driver._attempts.values():
         attempt.began -= 1000
@@ -285,12 +343,28 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-class Hands:
+class Joins:
+    """Adds a node after the first epoch of a search."""
+
+    def __init__(self, cluster):
+        self.cluster, self.events = cluster, []
+
+    def __call__(self, event):
+        if isinstance(event, TrialEpoch) and not any(isinstance(before, TrialEpoch) for before in self.events):
+            self.cluster.add_node(num_cpus=1, **SIZES)
+        self.events.append(event)
+
+    def __reduce__(self):
+        """Tune writes it to a file that nobody reads."""
+        return list, ()
+
+
+class Hands(Joins):
     """Adds a node when a search waits for the first, another one later, and then takes that away."""
 
     def __init__(self, cluster, study_dir):
-        self.cluster, self.study_dir = cluster, study_dir
-        self.events, self.nodes, self.seen = [], [], []
+        super().__init__(cluster)
+        self.study_dir, self.nodes, self.seen = study_dir, [], []
 
     def __call__(self, event):
         self.events.append(event)
@@ -302,10 +376,6 @@ class Hands:
             self.seen.append(read_study(self.study_dir).at_a_time)
             self.cluster.remove_node(self.nodes[1], allow_graceful=False)
             self.nodes.append(None)
-
-    def __reduce__(self):
-        """Tune writes it to a file that nobody reads."""
-        return list, ()
 
 
 @pytest.mark.slow
@@ -327,6 +397,25 @@ def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, clu
         (2, "2 CPUs, 1 a trial"),
     ]
     assert read_study(tmp_path / "study").at_a_time is None
+
+
+@pytest.mark.slow
+@pytest.mark.nodes
+def test_a_group_of_workers_grows_when_a_node_joins(tmp_path, monkeypatch, cluster):
+    """Its first attempt has one worker, the second one two, and continues from the checkpoint of the first."""
+    monkeypatch.setattr("carft_ray.launch.driver.GROW_AFTER_S", 1.0)
+    stand_in.tell(tmp_path, seconds=2)
+    resources = {"gpus_per_worker": 0, "max_workers": 2}
+    recipe = stand_in.make_recipe(1, epochs=8, baselines={}, max_concurrent_trials=1, resources=resources)
+    cluster.add_node(num_cpus=1, **SIZES)
+    joins = Joins(cluster)
+    result = run_search(recipe, tmp_path / "study", cluster.address, joins, RUNNER)
+    assert (result.best.outcome, result.best.attempt, result.best.metrics["ranks"]) == ("complete", 2, 3)
+    folder = result.best.folder(tmp_path / "study")
+    told = f"{result.best.name} gets another attempt: 2 workers are free for it, it has 1"
+    assert told in [event.text for event in joins.events if isinstance(event, Note)]
+    assert re.search(r"attempt 2: starts on .* with 2 workers from step [2-7]0", (folder / "log.txt").read_text())
+    assert groups_left(cluster.address) == []
 
 
 @pytest.mark.slow

@@ -355,13 +355,22 @@ def run_worker(rank, world_size, port, folder):
         checkpoint_dir = folder / f"checkpoints-{batch_size}"
         state = fine_tune(clip, *heads, ArraySource(), train, context, checkpoint_dir=checkpoint_dir)
         torch.save((state, rows), folder / f"{batch_size}-{rank}.pt")
+    grown = fine_tune(clip, *heads, ArraySource(), train, context, checkpoint_dir=folder / "grown", attempt=2)
+    torch.save(grown, folder / f"grown-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path):
+def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path, frequent):
+    """And so do two that continue from the checkpoint of one."""
     import socket
 
+    rows = []
+    alone = settings(precision="fp64", epochs=5, batch_size=BATCH_SIZES[-1], checkpoint_every=1e-9)
+    ends = RunContext(report=rows.append, should_stop=lambda: len(rows) == 2)
+    with pytest.raises(StoppedRun):
+        fine_tune(clip64, *heads64, source, alone, ends, checkpoint_dir=tmp_path / "grown")
+    assert sorted((tmp_path / "grown").glob("attempt-1/step-*"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -375,6 +384,8 @@ def test_two_gloo_workers_end_with_the_weights_of_one(clip64, heads64, source, t
         for rank in (0, 1):
             state, two_rows = torch.load(tmp_path / f"{batch_size}-{rank}.pt", weights_only=True)
             assert largest_difference(one, state) < 1e-9
+            if batch_size == BATCH_SIZES[-1]:
+                assert largest_difference(one, torch.load(tmp_path / f"grown-{rank}.pt", weights_only=True)) < 1e-9
             if rank == 0:
                 for mine, theirs in zip(rows, two_rows, strict=True):
                     assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-12)

@@ -21,7 +21,7 @@ class AtATime:
         reason: Why not more, at the beginning.
         capacity_now: Returns how trainings fit now; None: that does not change.
         on_change: Given trainings at a time, and why not more, whenever they change.
-        one_node: Whether all workers of a training are to be on one node; None: as it was at the beginning.
+        capacity: How trainings fit, as it was last counted; None: nobody counts, each has one worker.
         most: The most that ran at a time.
     """
 
@@ -30,7 +30,7 @@ class AtATime:
     reason: str = ""
     capacity_now: Callable[[], Capacity] | None = None
     on_change: Callable[[int, str], None] = lambda concurrency, reason: None
-    one_node: bool | None = field(default=None, init=False)
+    capacity: Capacity | None = None
     most: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +44,18 @@ class AtATime:
         """Attempts that may be there, those that wait for nodes included."""
         return max(1, self.concurrency + self.asked)
 
+    def num_workers(self, trainings: int, held: int) -> int:
+        """Returns how many workers an attempt gets.
+
+        Args:
+            trainings: Those that are not done.
+            held: Workers of other attempts.
+        """
+        if self.capacity is None:
+            return 1
+        slots = int(self.capacity.slots * self._share)
+        return self.capacity.workers_for(min(trainings, self.concurrency), slots, held)
+
     def follow(self) -> None:
         """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
 
@@ -55,7 +67,7 @@ class AtATime:
             return
         self._next_count = now + COUNT_EVERY_S
         found = self.capacity_now()
-        self.one_node = found.one_node
+        self.capacity = found
         if self._share == 1:
             self.concurrency, self.asked = found.concurrency, found.asked
             self._tell(found.reason)

@@ -35,14 +35,13 @@ def tune_trainable(runtime: Runtime) -> Any:
     """Returns the Tune trainable, with its resources.
 
     Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out;
-    ``one_node``, where it is there, is that of the cluster as it is now.
+    ``capacity`` holds what has another value by now than in the runtime's capacity, for a group of workers.
     It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
     """
     if runtime.nested:
 
         def nested_trial(config: dict[str, Any]) -> dict[str, str]:
-            one_node = config.get("one_node", runtime.capacity.one_node)
-            here = replace(runtime, capacity=replace(runtime.capacity, one_node=one_node))
+            here = replace(runtime, capacity=replace(runtime.capacity, **config["capacity"]))
             return {"lost": run_nested(here, TrialSpec(**config["spec"]), avoid=config["avoid"])}
 
         return tune.with_resources(nested_trial, HEAD_ONLY)

@@ -101,7 +101,7 @@ class Runtime:
     def nested(self) -> bool:
         """Whether trainings run as a Ray Train group."""
         executor = self.recipe.resources.executor
-        return executor == "ray-train" or (executor == "auto" and self.capacity.num_workers > 1)
+        return executor == "ray-train" or (executor == "auto" and self.recipe.resources.most_workers > 1)
 
 
 def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner, most: Most = ()) -> Runtime:

@@ -67,9 +67,10 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
             capacity.reason,
             _following(runtime, drains) if runtime.attached else None,
             functools.partial(_changed, study, on_event),
+            capacity,
         ),
         on_event,
-        capacity.num_workers * capacity.gpus_per_worker,
+        capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
         time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
@@ -189,8 +190,10 @@ class DriverSearcher(Searcher):
         spec = self._driver.propose(trial_id)
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
-        spread = {} if self._driver.at_a_time.one_node is None else {"one_node": self._driver.at_a_time.one_node}
-        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), **spread}
+        now = {"num_workers": self._driver.num_workers(trial_id)}
+        if self._driver.at_a_time.capacity is not None:
+            now["one_node"] = self._driver.at_a_time.capacity.one_node
+        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), "capacity": now}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""

@@ -57,7 +57,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
-            start = f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
+            start = f" with {context.world_size} workers" if context.world_size > 1 else ""
+            start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
             append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)

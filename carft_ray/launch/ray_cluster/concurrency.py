@@ -37,12 +37,14 @@ class Capacity:
     Attributes:
         concurrency: Trials at a time; 0 where a trial must wait for a node.
         reason: Why not more.
-        num_workers: Processes of one trial.
+        num_workers: Processes of one trial, at least.
         cpus_per_worker: CPUs of each.
         gpus_per_worker: GPUs of each, resolved.
         one_node: Whether all workers of a trial can be on one machine, and then will be.
         asked: Further trials, for which nodes are asked for.
         accelerator: The kind of the GPUs; empty: any.
+        most_workers: Processes of one trial, at most; 0: ``num_workers``.
+        slots: Processes that fit, of all trials together.
     """
 
     concurrency: int
@@ -53,6 +55,19 @@ class Capacity:
     one_node: bool
     asked: int = 0
     accelerator: str = ""
+    most_workers: int = 0
+    slots: int = 0
+
+    def workers_for(self, trials: int, slots: int, held: int) -> int:
+        """Returns how many workers an attempt gets: an equal share of the slots, of those that are free.
+
+        Args:
+            trials: Trials that share the slots.
+            slots: Those that may be used, ``slots`` at most.
+            held: Those that others hold.
+        """
+        free = min(slots // max(1, trials), slots - held)
+        return max(self.num_workers, min(free, self.most_workers))
 
     @property
     def worker_resources(self) -> dict[str, float]:
@@ -88,10 +103,11 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
         gpus = 1.0 if kind or any(node.num_gpus for node in (*nodes, *(most or ()))) else 0.0
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     usable, to_come = _of_kind(nodes, kind), _of_kind(most or (), kind)
-    fitting, one_node = _fit(need, num_workers, usable)
-    will_fit, will_be_one_node = _fit(need, num_workers, to_come)
+    grows = resources.most_workers > num_workers
+    fitting, one_node, slots = _fit(need, num_workers, usable, grows)
+    will_fit, will_be_one_node, _ = _fit(need, num_workers, to_come, grows)
     if fitting:
-        reason = _limit(fitting, need, usable, num_workers, one_node)
+        reason = _limit(fitting, need, usable, num_workers, one_node) + (" at least" if grows else "")
     elif most is None or will_fit:
         reason, one_node = f"no node for a trial, which needs {_needed(need, num_workers, kind)}", will_be_one_node
     else:
@@ -107,7 +123,17 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
     if asked:
         limit = "" if most is None else f", of {will_fit} at most"
         reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for{limit}"
-    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node, asked, kind or "")
+    counts = {"num_workers": num_workers, "most_workers": resources.most_workers, "slots": slots}
+    return Capacity(
+        fitting,
+        reason,
+        cpus_per_worker=cpus,
+        gpus_per_worker=gpus,
+        one_node=one_node,
+        asked=asked,
+        accelerator=kind or "",
+        **counts,
+    )
 
 
 def _of_kind(nodes: tuple[Node, ...], kind: str | None) -> tuple[Node, ...]:
@@ -119,11 +145,12 @@ def _slots(need: dict[str, float], nodes: tuple[Node, ...]) -> dict[str, list[in
     return {name: [num_fitting(name, amount, node.amount(name)) for node in nodes] for name, amount in need.items()}
 
 
-def _fit(need: dict[str, float], num_workers: int, nodes: tuple[Node, ...]) -> tuple[int, bool]:
-    """Returns how many trials fit on these nodes, and whether all workers of one fit on one node."""
+def _fit(need: dict[str, float], num_workers: int, nodes: tuple[Node, ...], grows: bool) -> tuple[int, bool, int]:
+    """Returns how many trials fit on these nodes, whether all workers of one are to be on one node, and how many
+    workers fit. Of trials that grow, Ray keeps the workers together only where there is room."""
     together = [min(counts) for counts in zip(*_slots(need, nodes).values(), strict=True)]
-    one_node = any(count >= num_workers for count in together)
-    return _num_trials(together, num_workers, one_node), one_node
+    one_node = not grows and any(count >= num_workers for count in together)
+    return _num_trials(together, num_workers, one_node), one_node, sum(together)
 
 
 def _num_trials(counts: list[int], num_workers: int, one_node: bool) -> int:

@@ -72,6 +72,8 @@ def train_with_ray(
         try:
             with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
                 prepared = run_prepare(runtime, say)
+                most = runtime.capacity.workers_for(1, runtime.capacity.slots, held=0)
+                runtime = replace(runtime, capacity=replace(runtime.capacity, num_workers=most))
                 with stop_file_on_signal(out_dir / STOP):
                     # in a task: in this process Ray Train would take Ctrl-C for itself
                     task: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
