@@ -173,6 +173,12 @@ def require_choice(option: str, rule: str, value: str, allowed: Iterable[str]) -
         raise UsageError(Problem(option, rule, repr(value), allowed, nearest(value, allowed)))
 
 
+def overrides_of(given: Iterable[str] | None, **resources: Any) -> list[str]:
+    """Returns overrides of a recipe: those given, and a field of ``resources`` for each option that is not None."""
+    more = (f"resources.{name}={value}" for name, value in resources.items() if value is not None)
+    return [*(given or ()), *more]
+
+
 def load(
     path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
 ) -> "Recipe":
@@ -185,9 +191,7 @@ def load(
     from carft_ray.recipe.checks.advice import warnings
     from carft_ray.recipe.loading import load_recipe
 
-    chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
-    asked = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
-    recipe = load_recipe(path, asked)
+    recipe = load_recipe(path, overrides_of(overrides, executor=executor, num_workers=num_workers))
     if problems := check_model(recipe.model):
         raise RecipeError(problems)
     if problems := check_roles(recipe):

@@ -71,8 +71,8 @@ def submit(
     from carft_ray.launch.jobs.package import CHOICES
 
     common.require_choice("--package", "must be one of these", package, CHOICES)
-    chosen = {"resources.executor": executor, "resources.num_workers": num_workers, "budget.wall_time": wall_time}
-    overrides = [*(set_ or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
+    overrides = common.overrides_of(set_, executor=executor, num_workers=num_workers)
+    overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
     options: dict[str, Any] = {"warm_start": [str(path.absolute()) for path in warm_start or ()], "trials": trials}
     options |= {"notify_command": notify_command, "notify_url": notify_url, "again": again}
     flags = [f"--{name}" for name, asked in {"narrow": narrow, "widen": widen, "trust": trust}.items() if asked]
