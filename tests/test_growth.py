@@ -344,14 +344,16 @@ def cluster(monkeypatch):
 
 
 class Joins:
-    """Adds a node after the first epoch of a search."""
+    """Adds a node after the first epoch of a search; lets trainings go on when one has left."""
 
-    def __init__(self, cluster):
-        self.cluster, self.events = cluster, []
+    def __init__(self, cluster, hold=None):
+        self.cluster, self.hold, self.events = cluster, hold, []
 
     def __call__(self, event):
         if isinstance(event, TrialEpoch) and not any(isinstance(before, TrialEpoch) for before in self.events):
             self.cluster.add_node(num_cpus=1, **SIZES)
+        if isinstance(event, Note) and "gets another attempt" in event.text:
+            self.hold.unlink()
         self.events.append(event)
 
     def __reduce__(self):
@@ -404,17 +406,18 @@ def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, clu
 def test_a_group_of_workers_grows_when_a_node_joins(tmp_path, monkeypatch, cluster):
     """Its first attempt has one worker, the second one two, and continues from the checkpoint of the first."""
     monkeypatch.setattr("carft_ray.launch.driver.GROW_AFTER_S", 1.0)
-    stand_in.tell(tmp_path, seconds=2)
+    hold = stand_in.tell(tmp_path, seconds=1) / "hold"
+    hold.touch()
     resources = {"gpus_per_worker": 0, "max_workers": 2}
-    recipe = stand_in.make_recipe(1, epochs=8, baselines={}, max_concurrent_trials=1, resources=resources)
+    recipe = stand_in.make_recipe(1, epochs=4, baselines={}, max_concurrent_trials=1, resources=resources)
     cluster.add_node(num_cpus=1, **SIZES)
-    joins = Joins(cluster)
+    joins = Joins(cluster, hold)
     result = run_search(recipe, tmp_path / "study", cluster.address, joins, RUNNER)
     assert (result.best.outcome, result.best.attempt, result.best.metrics["ranks"]) == ("complete", 2, 3)
     folder = result.best.folder(tmp_path / "study")
     told = f"{result.best.name} gets another attempt: 2 workers are free for it, it has 1"
     assert told in [event.text for event in joins.events if isinstance(event, Note)]
-    assert re.search(r"attempt 2: starts on .* with 2 workers from step [2-7]0", (folder / "log.txt").read_text())
+    assert re.search(r"attempt 2: starts on .* with 2 workers from step [1-3]0", (folder / "log.txt").read_text())
     assert groups_left(cluster.address) == []
 
 
