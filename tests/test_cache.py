@@ -9,12 +9,10 @@ import re
 from dataclasses import replace
 
 import cache_builds
-import crash_host
 import numpy as np
 import pytest
 import short_training
 from cache_builds import Pictures, halve
-from suggestions import check_suggestions
 
 from carft_ray.data.caching import cache, packed
 from carft_ray.data.caching.arrays import image_set
@@ -368,20 +366,11 @@ def test_packing_does_not_pay_here_where_all_is_on_one_disk(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs the command line beside a short recipe; every command that it suggests must parse."""
+def here(tmp_path, monkeypatch):
+    """A short recipe in the working directory, and a cache of its own."""
     short_training.make(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-
-    def call(*words):
-        code = crash_host.call(words)
-        captured = capsys.readouterr()
-        check_suggestions(captured.err)
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(run, tmp_path):
