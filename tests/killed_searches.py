@@ -94,7 +94,9 @@ def chaotic(study_dir, num_trials, seed, executor, num_kills):
             time.sleep(rng.uniform(0, 4))
             assert process.poll() is None, "the search has ended before it could be killed"
             kill_group(process)
-    code, output = finish(process, 40 * num_trials)  # Ray Train takes some 10 s to start each group of workers
+    code, output = finish(
+        process, 120 * num_trials
+    )  # Ray Train takes some 10 s to start a group of workers, more on a busy machine
     assert code == 0, output
     return chaos.check(study_dir, num_trials, seed)
 
