@@ -46,5 +46,5 @@ def sandbox_images(
     if console.print_json({"folder": str(to)}, json_):
         return
     console.say(f"Wrote {to}: domain/class/number.png.")
-    own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"
-    console.next_step(f"carft-ray search search_spaces/folders.yaml --study studies/folders{own}")
+    begin = common.command_line("init", from_=to, train="photo_train", model="sandbox", to="recipe.yaml")
+    console.next_step(begin)
