@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 project = "carft-ray"
 author = "the authors of carft-ray"
 version = release = carft_ray.__version__
-copyright = f"{author}, Apache-2.0"  # noqa: A001
+copyright = f"{author}, Apache-2.0"
 language = "en"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
