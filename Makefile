@@ -104,7 +104,7 @@ tables: $(VENV)/.installed
 
 # the documents as a site: open build/site/index.html
 docs: $(VENV)/.installed-docs
-	@$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/site
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,10 +1,11 @@
 """The site of the documents: `make docs`. Sphinx with furo; nothing is loaded from a network, here or in the pages.
 
-The source folder is the root of the repository, so that a link between two documents is the same here and in a viewer of
-the repository. The README is the first page.
+The source folder is the root of the repository, so that links between documents are the same here and in a viewer
+of the repository. The README is the first page.
 """
 
 import importlib
+import re
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -18,6 +19,7 @@ author = "the authors of carft-ray"
 version = release = carft_ray.__version__
 copyright = f"{author}, Apache-2.0"
 language = "en"
+highlight_language = "none"  # of blocks that name none
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md"]
@@ -88,6 +90,19 @@ def _directives(module: str) -> str:
     return "\n".join(["```{eval-rst}", *lines, "```"])
 
 
+def _sign(
+    app: Sphinx, what: str, name: str, value: object, options: object, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Writes ``...`` for a default that is a function."""
+    short = (
+        re.sub(r"<function [^>]*>?>", "...", signature.replace("~", ""))
+        if signature and "<function" in signature
+        else signature
+    )
+    return short, returned
+
+
 def setup(app: Sphinx) -> None:
     """Registers what is above."""
+    app.connect("autodoc-process-signature", _sign)
     app.connect("source-read", _read)

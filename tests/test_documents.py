@@ -100,7 +100,7 @@ def test_the_recipe_of_the_readme_is_searched(here, capsys):
 
 @pytest.mark.whole
 def test_the_commands_of_the_readme_run(here, capsys):
-    """Each as it stands and in its order, on a small folder of images; only the recipe that ``init`` writes is changed."""
+    """Each as it stands, in its order, on a small folder of images; the recipe that ``init`` writes is shortened."""
     documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
     lines = documents.commands("README.md")
     assert {*ELSEWHERE} < {*lines}
