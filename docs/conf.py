@@ -43,7 +43,7 @@ html_additional_pages = {"index": "redirect.html"}
 templates_path = ["templates"]
 html_copy_source = False
 html_show_sphinx = False
-html_use_index = True
+html_show_search_summary = False  # it would be fetched, which a page opened from a disk may not
 
 # the pages by chapter; a page of none stands under "More"
 CHAPTERS = {

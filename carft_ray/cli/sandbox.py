@@ -47,5 +47,4 @@ def sandbox_images(
     if console.print_json({"folder": str(to)}, json_):
         return
     console.say(f"Wrote {to}: domain/class/number.png.")
-    begin = common.command_line("init", from_=to, train="photo_train", model="sandbox", to="recipe.yaml")
-    console.next_step(begin)
+    console.next_step(common.command_line("init", from_=to, train="photo_train", model="sandbox", to="recipe.yaml"))
