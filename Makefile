@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story lint format tables clean
+.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story lint format tables docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -33,6 +33,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) install --group dev
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) install --group docs
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -98,5 +102,9 @@ format: $(VENV)/.installed-dev
 tables: $(VENV)/.installed
 	@$(BIN)/python -m carft_ray.recipe.tables
 
+# the documents as a site: open build/site/index.html
+docs: $(VENV)/.installed-docs
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -c docs -d build/doctrees . build/site
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build .pytest_cache .mypy_cache .ruff_cache

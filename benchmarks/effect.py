@@ -12,7 +12,7 @@ product's own code, recipe ``search_spaces/quickstart.yaml``:
 
 This benchmark **reads the test sets**; no search and no training of the product does. It prints every threshold with
 PASS or FAIL, and the comparison of the tuned methods whichever way it comes out; exit code 1 when a threshold is
-missed. All numbers go to ``effect.json``, the figure of the README to ``docs/effect.png`` and ``.svg``. Finished
+missed. All numbers go to ``effect.json``, the figure of docs/results.md to ``docs/effect.png`` and ``.svg``. Finished
 trainings are kept and not run again: a killed benchmark continues with the same command. They belong to one set of
 weights and one recipe; after a change of the training code, remove the folder.
 """
@@ -261,7 +261,7 @@ class Estimate:
 
 
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:
-    """Draws the figure of the README."""
+    """Draws the figure of docs/results.md."""
     effects = {
         name: {
             column: Estimate(i.mean, *i.images_random) for column, i in acceptance.accuracy_intervals(correct).items()

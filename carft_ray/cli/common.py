@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for "
     "accuracy in-distribution and out-of-distribution together.\n\n"
-    "Try it:  carft-ray search search_spaces/quickstart.yaml --study studies/quickstart",
+    "Try it:  carft-ray init --preset quickstart --to recipe.yaml",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
 data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
@@ -37,6 +36,14 @@ app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
 ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
+PATH = (  # from images to a model: what for, and an example
+    ("recipe", "for a folder of images", "init --from my_images --to recipe.yaml"),
+    ("", "checked before a GPU is used", "doctor recipe.yaml"),
+    ("search", "values, and alpha with them", "search recipe.yaml --study studies/mine"),
+    ("confirm", "the winner on fresh seeds", "confirm studies/mine --seeds 5"),
+    ("test", "opens the test sets, once", "test studies/mine"),
+    ("export", "a model for other libraries", "export studies/mine --to exports/mine"),
+)
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
 READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data")
 
@@ -117,12 +124,23 @@ def options(
         bool, Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Holds what may stand before any command; the text of the help is the app's own."""
+    """Holds what may stand before any command; the text of the help is the app's own. Alone it shows the path."""
+    if context.invoked_subcommand is None:
+        _show_path()
+        raise typer.Exit
     if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
         require_versions()
         from carft_ray.data.readers import listing_once
 
         context.with_resource(listing_once())
+
+
+def _show_path() -> None:
+    lines = [f"  {step:<8} {what:<29} carft-ray {line}" for step, what, line in PATH]
+    typer.echo("\n".join(["From a folder of images to a model:", "", *lines, ""]))
+    typer.echo("Without images, on synthetic ones:       carft-ray init --preset quickstart --to recipe.yaml")
+    typer.echo("All commands:                            carft-ray --help")
+    typer.echo("Completion of commands in your shell:    carft-ray --install-completion")
 
 
 def require_versions(extra: str = "") -> None:

@@ -36,10 +36,10 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
     if entries:
         console.next_step(common.command_line("data", "clean", older_than="30d", cache=cache))
     else:
-        console.next_step("carft-ray data add search_spaces/quickstart.yaml")
+        console.next_step("carft-ray data add recipe.yaml")
 
 
-@common.command("data add search_spaces/quickstart.yaml", to=common.data_app)
+@common.command("data add recipe.yaml", to=common.data_app)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
     from carft_ray.data.caching.arrays import DecodedSource

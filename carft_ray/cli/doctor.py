@@ -15,7 +15,7 @@ from carft_ray.errors import ClusterError, DataError, Problem, UsageError
 from carft_ray.words import counted
 
 
-@common.command("doctor search_spaces/folders.yaml", common.ONE_TRAINING)
+@common.command("doctor recipe.yaml", common.ONE_TRAINING)
 def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,

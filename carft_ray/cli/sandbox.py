@@ -30,7 +30,8 @@ def sandbox_build(
     pretrain(to, num_steps, progress=progress)
     if not console.print_json({"folder": str(to), "steps": num_steps}, json_):
         model = f"model.name=local-dir:{to.absolute()}"
-        console.next_step(f"carft-ray train search_spaces/quickstart.yaml --set {model} --out runs/own")
+        recipe = "carft-ray init --preset quickstart --to recipe.yaml"
+        console.next_step(recipe, f"carft-ray train recipe.yaml --set {model} --out runs/own")
 
 
 @common.command("sandbox images --to sandbox_png", to=common.sandbox_app)
@@ -46,5 +47,4 @@ def sandbox_images(
     if console.print_json({"folder": str(to)}, json_):
         return
     console.say(f"Wrote {to}: domain/class/number.png.")
-    own = "" if to.name == "sandbox_png" else f"    # with {to} for each `path` in it"
-    console.next_step(f"carft-ray search search_spaces/folders.yaml --study studies/folders{own}")
+    console.next_step(common.command_line("init", from_=to, train="photo_train", model="sandbox", to="recipe.yaml"))

@@ -95,7 +95,7 @@ def _search(
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
 
-@common.command("search search_spaces/quickstart.yaml --study studies/quickstart", common.SEARCH, shared=_search)
+@common.command("search recipe.yaml --study studies/first", common.SEARCH, shared=_search)
 def search(
     recipe: common.RecipeArgument,
     study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
@@ -164,7 +164,7 @@ def stop(
         common.suggest(study, "stop")
 
 
-@common.command("plan search_spaces/quickstart.yaml", common.SEARCH)
+@common.command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
     study: Annotated[Path | None, Option(help="Study directory; its trainings give the times.")] = None,

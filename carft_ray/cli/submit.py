@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
 
 
-@common.command("submit search_spaces/cluster.yaml --study /shared/studies/first", common.SEARCH)
+@common.command("submit recipe.yaml --study /shared/studies/first", common.SEARCH)
 def submit(
     recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
     study: Annotated[Path | None, Option(help="Study directory, on a disk that all nodes share.")] = None,

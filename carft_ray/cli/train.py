@@ -13,7 +13,7 @@ from carft_ray.cli import common
 HEADS = ("fine_tuned", "zero_shot")
 
 
-@common.command("validate search_spaces/quickstart.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
+@common.command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
 def validate(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
@@ -40,7 +40,7 @@ def validate(
         console.next_step(common.begin_line(value, recipe, set=set_))
 
 
-@common.command("train search_spaces/quickstart.yaml --out runs/first", common.ONE_TRAINING)
+@common.command("train recipe.yaml --out runs/first", common.ONE_TRAINING)
 def train(
     recipe: common.RecipeArgument,
     out: Annotated[Path, Option(help="Folder of the training.")],

@@ -1,0 +1,136 @@
+"""Links of the documents lead somewhere, and what they say to type works: README and tutorial are run as they stand."""
+
+import re
+from pathlib import Path
+
+import documents
+import pytest
+from documents import DOCUMENTS, ROOT
+
+from carft_ray.recipe.loading import load_recipe
+
+# what this file cannot run: by what it is run instead, a test or a benchmark that is named
+ELSEWHERE = {
+    "make quickstart": ("benchmarks/README.md", "| `make quickstart` ("),
+    "carft-ray report studies/quickstart --html": ("tests/test_wheel.py", '"report", "studies/first", "--html"'),
+    "ray get-auth-token --generate > /dev/null; RAY_AUTH_MODE=token ray start --head": (
+        "tests/test_submit_real.py",
+        '"RAY_AUTH_MODE": "token"',
+    ),
+    "carft-ray submit search_spaces/quickstart.yaml --study studies/quickstart": (
+        "tests/test_submit_real.py",
+        '"submit"',
+    ),
+    "carft-ray status studies/quickstart": ("tests/test_wheel.py", '"status", "studies/first"'),
+}
+
+
+def anchors(path):
+    """The addresses of the headings of a document, as viewers of repositories make them."""
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
+    titles = [re.sub(r"\]\([^)]*\)", "", title) for title in re.findall(r"(?m)^#+ (.*)$", text)]
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_and_headings(name):
+    path = ROOT / name
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (path.parent / place).resolve() if place else path
+        assert target.is_file(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_every_page_of_the_documents_is_named_by_another():
+    texts = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+    for name in DOCUMENTS:
+        if name not in ("README.md", "docs/index.md"):
+            assert any(Path(name).name in text for other, text in texts.items() if other != name), name
+
+
+def test_each_question_of_the_faq_names_the_page_that_answers():
+    parts = re.split(r"(?m)^## ", (ROOT / "docs/faq.md").read_text())[1:]
+    assert len(parts) >= 10
+    for part in parts:
+        assert re.search(r"\]\([^)]+\)", part) or "leaves my machine" in part or "leave my machine" in part, part[:60]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_what_is_run_elsewhere_is_run_there():
+    for command, (place, text) in ELSEWHERE.items():
+        assert text in (ROOT / place).read_text(), command
+
+
+def test_the_recipe_of_the_readme_is_one(here):
+    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"], num_per_class=1)
+    (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
+    assert len(written.splitlines()) == 15
+    (here / "mine.yaml").write_text(written)
+    recipe = load_recipe(here / "mine.yaml")
+    assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
+    assert recipe.data.id_test is not None
+
+
+@pytest.mark.whole
+def test_the_recipe_of_the_readme_is_searched(here, capsys):
+    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
+    (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
+    (here / "mine.yaml").write_text(written)
+    documents.shorten(here / "mine.yaml")
+    settings = ["model={name: sandbox}", "resources.executor=debug", "prompts.templates=sandbox"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    documents.run("carft-ray search mine.yaml --study studies/mine", capsys, *given)
+    documents.run("carft-ray report studies/mine", capsys)
+
+
+@pytest.mark.whole
+def test_the_commands_of_the_readme_run(here, capsys):
+    """Each as it stands, in its order, on a small folder of images; the recipe that ``init`` writes is shortened."""
+    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
+    lines = documents.commands("README.md")
+    assert {*ELSEWHERE} < {*lines}
+    for line in lines:
+        if line in ELSEWHERE:
+            continue
+        if line.startswith("carft-ray init"):
+            documents.run(line, capsys)
+            assert "ViT-B-16" in (here / "recipe.yaml").read_text()  # what a reader gets; the weights are not here
+            (here / "recipe.yaml").unlink()
+            line += " --model sandbox"
+        out, err = documents.run(line, capsys)
+        if "init" in line:
+            documents.shorten(here / "recipe.yaml")
+    assert (here / "exports/mine/README.md").is_file()
+    assert "test" in out + err or (here / "studies/mine/test").is_dir()
+
+
+@pytest.mark.whole
+def test_the_commands_of_the_tutorial_run(here, capsys):
+    """All but those that make its folder of images, of which a small one is drawn here; its search is shorter."""
+    documents.draw_images(here / "my_images", ["photo", "painting", "negative", "sketch", "cartoon"])
+    for line in documents.commands("docs/tutorial.md"):
+        if line.startswith(("mkdir", "mv")) or "sandbox images" in line:
+            continue
+        line = line.replace("trials=8", "trials=2").replace("epochs=4", "epochs=1")
+        documents.run(line, capsys)
+        if "init" in line:
+            documents.shorten(here / "recipe.yaml")
+    assert (here / "studies/mine/figure.png").is_file()
+    assert (here / "studies/mine/report.html").is_file()
+    exported = {path.name for path in (here / "exports/mine").iterdir()}
+    assert {"open_clip_config.json", "class_head.safetensors", "README.md", "recipe.yaml"} <= exported

@@ -1,0 +1,107 @@
+"""The wheel, installed into an empty environment, works from an empty folder: nothing of a clone is needed."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.whole
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
+SHORT = {"search.trials": 2, "train.epochs": 1, "search.baselines": "{}", "data.id_val.num_per_class": 20}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run([*PIP, *build], check=True)
+    (path,) = folder.glob("carft_ray-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(wheel, tmp_path_factory):
+    """Runs the installed command in an empty folder.
+
+    Its environment holds the wheel alone; what it depends on is seen in the environment of the tests by a ``.pth``.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "env", symlinks=True)
+    own = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "env")}))
+    (own / "packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    install = ["--python", str(folder / "env/bin/python"), "install", "--no-deps", "--no-index", "--force-reinstall"]
+    subprocess.run([*PIP, *install, "-q", str(wheel)], check=True)
+    here = folder / "empty"
+    here.mkdir()
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
+    environment = {**kept, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "100"}
+
+    def call(*words, program="carft-ray", **more):
+        command = [str(folder / "env/bin" / program), *map(str, words)]
+        return subprocess.run(command, cwd=here, env={**environment, **more}, capture_output=True, text=True)
+
+    call.folder = here
+    return call
+
+
+def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"carft_ray", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    recipes = {path.name for path in (ROOT / "search_spaces").glob("*.yaml")}
+    assert {Path(name).name for name in names if name.startswith("carft_ray/search_spaces/")} >= recipes
+    data = {path.suffix for path in (ROOT / "carft_ray").rglob("*") if path.is_file()} - {".py", ".pyc"}
+    assert data <= {Path(name).suffix for name in names} | {""}
+
+
+def test_a_python_that_is_too_old_is_told_by_pip(wheel, tmp_path):
+    words = ["install", "--no-deps", "--no-index", "--python-version", "3.10", "--only-binary", ":all:"]
+    done = subprocess.run([*PIP, *words, "--target", str(tmp_path), str(wheel)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "requires a different Python: 3.10" in done.stderr
+    assert "not in '>=3.11'" in done.stderr
+
+
+def test_the_command_is_the_one_of_the_wheel(run):
+    done = run("-c", "import carft_ray; print(carft_ray.__file__)", program="python")
+    assert Path(done.stdout.strip()).is_relative_to(run.folder.parent / "env"), done.stderr
+
+
+def test_it_searches_from_an_empty_folder(run):
+    done = run("init", "--preset", "quickstart", "--to", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    settings = [word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")]
+    done = run("search", "recipe.yaml", "--study", "studies/first", *settings, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["trials"]["complete"] == 2, found
+    done = run("status", "studies/first", "--json")
+    assert json.loads(done.stdout)["trials"]["complete"] == 2, done.stdout
+    done = run("export", "studies/first", "--to", "exports/first")
+    assert done.returncode == 0, done.stderr
+    done = run("report", "studies/first", "--html")
+    assert done.returncode == 0, done.stderr
+    assert (run.folder / "studies/first/report.html").stat().st_size > 1e6
+
+
+def test_it_writes_the_sandboxs_images_and_a_recipe_for_them(run):
+    assert run("sandbox", "images", "--to", "images").returncode == 0
+    words = ["--from", "images", "--train", "photo_train", "--model", "sandbox", "--to", "images.yaml"]
+    assert run("init", *words).returncode == 0
+    done = run("validate", "images.yaml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_shows_the_path_and_completes(run):
+    done = run()
+    assert done.returncode == 0
+    assert "carft-ray init --preset quickstart" in done.stdout
+    more = {"_CARFT_RAY_COMPLETE": "complete_bash", "COMP_WORDS": "carft-ray sea", "COMP_CWORD": "1"}
+    assert run(**more).stdout.split() == ["search"]
