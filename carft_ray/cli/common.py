@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from carft_ray import __version__, console, environment
-from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
+from carft_ray.errors import CarftError, Problem
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
@@ -119,26 +119,9 @@ def options(
 ) -> None:
     """Holds what may stand before any command; the text of the help is the app's own."""
     if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
-        require_versions()
-        from carft_ray.data.readers import listing_once
+        from carft_ray.checks import command
 
-        context.with_resource(listing_once())
-
-
-def require_versions(extra: str = "") -> None:
-    """Warns of every library that is newer than its range in pyproject.toml.
-
-    Args:
-        extra: Check the libraries of this extra.
-
-    Raises:
-        UsageError: A library is older than its range.
-    """
-    older, newer = environment.outside_ranges(extra)
-    if older:
-        raise UsageError(older)
-    for problem in newer:
-        console.warn(str(problem))
+        context.with_resource(command())
 
 
 class _Warnings(logging.Handler):
@@ -166,44 +149,19 @@ def main() -> None:
         logger.removeHandler(handler)
 
 
-def require_choice(option: str, rule: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises a ``UsageError`` for a value of an option that is none of those allowed."""
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise UsageError(Problem(option, rule, repr(value), allowed, nearest(value, allowed)))
-
-
 def load(
     path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
 ) -> "Recipe":
-    """Loads and checks a recipe as far as that needs no weights; warnings go to standard error.
+    """Loads and checks a recipe (``checks.load_recipe``) with what a command sets over it."""
+    from carft_ray.checks import load_recipe
 
-    Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
-    """
-    from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
-    from carft_ray.recipe.checks.advice import warnings
-    from carft_ray.recipe.loading import load_recipe
+    return load_recipe(path, [*(overrides or ()), *run_overrides(executor, num_workers)])
 
+
+def run_overrides(executor: str | None, num_workers: int | None) -> list[str]:
+    """Returns the options that say how trainings run as overrides of the recipe."""
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
-    asked = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
-    recipe = load_recipe(path, asked)
-    if problems := check_model(recipe.model):
-        raise RecipeError(problems)
-    if problems := check_roles(recipe):
-        raise HoldOutError(problems)
-    if problems := check_sets(recipe):
-        raise DataError(problems)
-    if asks_of_tower(recipe):
-        from carft_ray.learning.models.opening import image_tower
-        from carft_ray.learning.models.tower import recipe_problems
-
-        tower = image_tower(recipe.model)
-        if tower is not None and (problems := recipe_problems(tower, recipe)):
-            raise RecipeError(problems)
-    for text in (*warnings(recipe), *model_warnings(recipe.model)):
-        console.warn(text)
-    return recipe
+    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
 
 def suggest(study: Path, after: str, *more: str) -> None:

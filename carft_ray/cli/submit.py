@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common, search
-from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
+from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError, require_choice
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def submit(
         raise UsageError(Problem("--trials", "must stand with --resume", next_step=step))
     from carft_ray.launch.jobs.package import CHOICES
 
-    common.require_choice("--package", "must be one of these", package, CHOICES)
+    require_choice("--package", "must be one of these", package, CHOICES)
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers, "budget.wall_time": wall_time}
     overrides = [*(set_ or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
     options: dict[str, Any] = {"warm_start": [str(path.absolute()) for path in warm_start or ()], "trials": trials}

@@ -6,7 +6,7 @@ All problems of a file are reported at once, each with file, line, key path, rul
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     document = text.parse(_read(path), str(path))
     if document.problems:
         raise RecipeError(document.problems)
-    places = Places(str(path), document.lines)
-    raw, problems = apply_overrides(document.value, places, overrides)
-    raw, unread = _with_template_file(raw, recipe_dir(path))
+    return _checked(document.value, Places(str(path), document.lines), overrides, recipe_dir(path))
+
+
+def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Checks a recipe that was written in Python.
+
+    Args:
+        value: What a YAML file would hold: dictionaries, lists, texts and numbers; also tuples and paths.
+        overrides: As of ``load_recipe``.
+
+    Returns:
+        The recipe, with absolute paths: relative ones count from the working directory.
+
+    Raises:
+        RecipeError: It breaks rules; holds all problems, each with its key path.
+    """
+    return _checked(_plain(value), Places("", {}), overrides, Path.cwd())
+
+
+def _plain(value: Any) -> Any:
+    """Returns what YAML would give."""
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path) -> Recipe:
+    """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
+    raw, problems = apply_overrides(value, places, overrides)
+    raw, unread = _with_template_file(raw, base_dir)
     problems += [finding.at(places.place(finding.path)) for finding in unread]
     recipe: Recipe | None = None
     found = []
@@ -65,7 +94,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = [finding.at(places.place(finding.path)) for finding in found] + problems
     if problems or recipe is None:
         raise RecipeError(problems)
-    return absolute_paths(recipe, recipe_dir(path))
+    return absolute_paths(recipe, base_dir)
 
 
 def _read(path: Path) -> str:
