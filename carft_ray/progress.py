@@ -38,15 +38,19 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
     task = bar.add_task("training", total=None, detail="")
 
     def progress(row: Row) -> None:
-        detail = (
-            f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
-            f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
-        )
+        detail = f"epoch {row['epoch']:.0f}  {_own_numbers(row)}"
+        if "images_per_s" in row:  # of the built-in loop
+            detail = (
+                f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
+                f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
+            )
         bar.update(task, completed=row["step"], total=row["num_steps"], detail=detail)
 
     def report(row: Row) -> None:
-        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
-        line += f", context entropy {row['context_entropy']:.2f} nats"
+        line = f"epoch {row['epoch']:.0f}: {_own_numbers(row)}"
+        if "images_per_s" in row:
+            line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
+            line += f", context entropy {row['context_entropy']:.2f} nats"
         if "subset/id_accuracy" in row:
             line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
         if "subset/ood_accuracy" in row:
@@ -55,6 +59,12 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
 
     with bar if console.err.is_terminal else contextlib.nullcontext():
         yield progress, report
+
+
+def _own_numbers(row: Row) -> str:
+    """Returns what a function of the user's own has reported."""
+    names = [name for name in row if name not in ("epoch", "step", "num_steps") and not name.startswith("subset/")]
+    return ", ".join(f"{name} {row[name]:.4g}" for name in names)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def confirm(
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
+    trust: common.TrustOption = False,
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     details: common.DetailsOption = False,
@@ -48,8 +49,9 @@ def confirm(
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [overview.read_study(path) for path in against or ()]
     recipe = common.load(overview.resolved_recipe(view.study_dir), None, executor, num_workers)
+    common.require_trusted(recipe, trust)
     given = {"top": top, "seeds": seeds, "winner": None if winner == "search" else winner, "against": against}
-    given |= {"executor": executor, "num_workers": num_workers, "address": address}
+    given |= {"executor": executor, "num_workers": num_workers, "address": address, "trust": trust}
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
@@ -87,6 +89,6 @@ def confirm(
     console.out.print(console.estimate_table(summary["table"]))
     console.say("\n" + "\n".join(summary["lines"] if details else summary["brief"]["lines"]))
     if summary["better_than_winner"] and winner == "search":
-        console.next_step(f"carft-ray confirm {shlex.quote(str(study))} --winner confirmed")
+        console.next_step(common.command_line("confirm", study, winner="confirmed", trust=trust))
     else:
         common.suggest(study, "confirm")

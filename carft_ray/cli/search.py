@@ -24,7 +24,6 @@ AgainOption = Annotated[
     str | None,
     Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[bool, Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 def _search(
@@ -42,7 +41,7 @@ def _search(
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     again: AgainOption = None,
-    trust: TrustOption = False,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """What `search` and `resume` do once they know the recipe, and the options that they share.
@@ -58,14 +57,17 @@ def _search(
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
+    common.require_trusted(value, trust)
     from carft_ray.study.ledger import require_unread
 
     if not require_unread(study, value, again, allow) and again is not None:
         console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.recipe.loading import trust_word
     from carft_ray.study.proposals.trust import unpickles
 
-    if trust and not unpickles(value):
-        console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
+    if trust and not unpickles(value) and not trust_word(value):
+        no_pickle = f"{value.search.sampler.name} unpickles nothing"
+        console.warn(f"--trust has no effect: the recipe has no train.function, and {no_pickle}")
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.search import run_search, set_aside_error
     from carft_ray.progress import search_shown
@@ -90,7 +92,7 @@ def _search(
         if result.out_of_budget:
             console.say("\n" + summary["budget"]["line"])
     if result.set_aside and (json_ or not result.out_of_budget):
-        raise set_aside_error(result.set_aside, f"carft-ray resume {shlex.quote(str(study))}")
+        raise set_aside_error(result.set_aside, f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}")
     if not json_:
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
@@ -184,6 +186,7 @@ def plan(
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
     from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.loading import own_functions
     from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
@@ -192,6 +195,10 @@ def plan(
     if problems := check_searchable(value):
         raise RecipeError(problems)
     measured = measure_by_study(value, study, address) if study is not None and is_study(study) else None
+    if measured is None and (own := own_functions(value)):
+        step = "Begin the search; its first trainings tell: carft-ray plan RECIPE --study STUDY."
+        problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
+        raise UsageError(problem)
     if measured is None:
         next_to = study.absolute().parent if study is not None else None
         measured = measure_by_probe(value, address, next_to, console.sayer(not json_))

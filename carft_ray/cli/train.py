@@ -49,13 +49,16 @@ def train(
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Fine-tune once and measure the alpha curve on the validation sets."""
     value = common.load(recipe, set_, executor, num_workers)
+    common.require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         console.warn("--address has no effect: one worker trains in this process")
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "out": out, "address": address}
+    given["trust"] = trust
     command = f"{common.command_line('train', recipe, **given)} --resume"
     from carft_ray.launch.runs.single import train_once
     from carft_ray.progress import training_shown

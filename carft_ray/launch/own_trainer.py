@@ -21,24 +21,25 @@ from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema import Recipe
 
 TRUST = "--trust"
-LIMITS = (
+_LIMITS = (
     "train.function replaces the built-in loop: exact resume, micro-batches and stored targets are not promised; "
     "a training that is stopped or lost continues from what the function keeps in context.checkpoint_dir"
 )
 
 
-def require_trusted(recipe: Recipe, trusted: bool) -> None:
+def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
     """Imports what a recipe names as fine-tunings of the user's own, where it may. Nothing is written.
 
     Args:
         recipe: The recipe.
         trusted: The user trusts the code that it names.
+        baselines: The recipe's baselines will be trained, too.
 
     Raises:
         UsageError: It is not trusted.
         RecipeError: A function cannot be imported, or is none.
     """
-    named = own_functions(recipe)
+    named = own_functions(recipe, baselines)
     if named and not trusted:
         function, folder = next(iter(named.values())), recipe.train.function_dir
         rule = f"names code that a training would run: {function}{f' in {folder}' if folder else ''}"
@@ -46,6 +47,11 @@ def require_trusted(recipe: Recipe, trusted: bool) -> None:
         raise UsageError(Problem(next(iter(named)), rule, next_step=step))
     for place, function in named.items():
         load_function(function, recipe.train.function_dir, place)
+
+
+def own_notes(recipe: Recipe) -> tuple[str, ...]:
+    """Returns what a search says of a recipe whose trials the user's own function trains."""
+    return () if recipe.train.function is None else (_LIMITS,)
 
 
 def with_function(recipe: Recipe, fn: Callable[..., Any]) -> tuple[Recipe, Runner]:
@@ -110,7 +116,7 @@ def _pickled(fn: Any) -> bytes:
     if isinstance(fn, bytes):
         return fn
     try:
-        return bytes(cloudpickle.dumps(fn))
+        return bytes(cloudpickle.dumps(fn))  # type: ignore[no-untyped-call]
     except Exception as error:  # of whatever it holds
         step = "Open files, locks and connections inside it; or use resources.executor: debug, which moves nothing."
         value = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -261,11 +261,22 @@ def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> Model
     return model.model_copy(update=named)
 
 
-def own_functions(recipe: Recipe) -> dict[str, str]:
-    """Returns the fine-tunings of the user's own that a recipe names, ``MODULE:NAME``, by their key paths."""
+def own_functions(recipe: Recipe, baselines: bool = True) -> dict[str, str]:
+    """Returns the fine-tunings of the user's own that a recipe names, ``MODULE:NAME``, by their key paths.
+
+    Args:
+        recipe: The recipe.
+        baselines: Those of the search's baselines, too.
+    """
     named = {"train.function": recipe.train.function}
-    named |= {f"search.baselines.{n}.function": v.get("function") for n, v in recipe.search.baselines.items()}
+    if baselines:
+        named |= {f"search.baselines.{n}.function": v.get("function") for n, v in recipe.search.baselines.items()}
     return {path: function for path, function in named.items() if function is not None}
+
+
+def trust_word(recipe: Recipe) -> str:
+    """Returns what a command that trains needs for a recipe with such functions, with a space before it; else ''."""
+    return " --trust" if own_functions(recipe) else ""
 
 
 def dump_recipe(recipe: Recipe) -> str:
