@@ -15,13 +15,14 @@ are loaded when a function needs them.
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carft_ray import console
 from carft_ray.answers import Answer, Report, Searched
-from carft_ray.checks import Overrides, RecipeLike, as_command, load_recipe, override_words
+from carft_ray.checks import Overrides, RecipeLike, as_command, load_recipe, override_words, require_trusted
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
@@ -71,7 +72,7 @@ def search(
         widen: Let it grow.
         warm_start: Folders of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
-        trust: Let ``cmaes`` read pickles of a study from elsewhere.
+        trust: Run the code that ``train.function`` names, and let ``cmaes`` read pickles of a study from elsewhere.
         notify_command: Run on a new best, a failed trial and at the end, with JSON on its standard input.
         notify_url: Webhook that gets the same JSON.
         progress: Show how it goes. False: only warnings.
@@ -97,16 +98,18 @@ def search(
 
     if problems := check_searchable(value):
         raise RecipeError(problems)
-    value, runner = _with_trainer(value, train)
+    value, runner = _with_trainer(value, train, trust)
     may: list[Any] = ["narrow"] * narrow + ["widen"] * widen
     from carft_ray.study.ledger import require_unread
 
     if not require_unread(study, value, again, may) and again is not None:
         logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.recipe.loading import trust_word
     from carft_ray.study.proposals.trust import unpickles
 
-    if trust and not unpickles(value):
-        logger.warning("--trust has no effect: %s unpickles nothing", value.search.sampler.name)
+    if trust and not unpickles(value) and not trust_word(value):
+        no_pickle = f"{value.search.sampler.name} unpickles nothing"
+        logger.warning("--trust has no effect: the recipe has no train.function, and %s", no_pickle)
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.search import run_search
     from carft_ray.progress import search_shown
@@ -117,7 +120,9 @@ def search(
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
         result = run_search(value, study, address, with_notices(on_event), runner, trust, may)
-    found = Searched(result.study_dir, study_summary(value, result), result.out_of_budget, result.set_aside)
+    resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
+    summary = study_summary(value, result)
+    found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
     if strict:
         found.check()
     return found
@@ -162,6 +167,7 @@ def confirm(
     overrides: Overrides = (),
     train: Trainer | None = None,
     address: str | None = None,
+    trust: bool = False,
     notify_command: str | None = None,
     notify_url: str | None = None,
     progress: bool = True,
@@ -179,6 +185,7 @@ def confirm(
         overrides: As of ``load_recipe``: where and how fast, nothing that changes a number.
         train: As of ``search``, that of the study.
         address: As of ``search``.
+        trust: Run the code that ``train.function`` names.
         notify_command: As of ``search``.
         notify_url: As of ``search``.
         progress: Show how it goes.
@@ -202,7 +209,8 @@ def confirm(
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [overview.read_study(Path(path)) for path in against]
-    recipe, runner = _with_trainer(load_recipe(overview.resolved_recipe(view.study_dir), overrides), train)
+    recipe = load_recipe(overview.resolved_recipe(view.study_dir), overrides)
+    recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
@@ -238,10 +246,18 @@ def confirm(
     return Answer(recipe.name, summary, (table,), tuple(summary["brief"]["lines"]))
 
 
-def _with_trainer(recipe: Recipe, train: Trainer | None) -> tuple[Recipe, "Runner | None"]:
-    """Returns the recipe and the runner of a fine-tuning of the user's; no runner where there is none."""
+def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:
+    """Returns the recipe and the runner of a fine-tuning of the user's; no runner where none is given.
+
+    Raises:
+        UsageError: The recipe names code, in ``train`` or a baseline, that was neither given nor is trusted.
+        RecipeError: It cannot be imported or called.
+    """
     if train is None:
+        require_trusted(recipe, trust)
         return recipe, None
+    named = recipe.train.model_copy(update={"function": None})  # the function is here; baselines may name others
+    require_trusted(recipe.model_copy(update={"train": named}), trust)
     from carft_ray.launch.own_trainer import with_function
 
     return with_function(recipe, train)
@@ -255,6 +271,7 @@ def train(
     overrides: Overrides = (),
     resume: bool = False,
     address: str | None = None,
+    trust: bool = False,
     progress: bool = True,
     resume_command: str = f"{SAME_CALL}, with resume=True",
 ) -> Answer:
@@ -266,6 +283,7 @@ def train(
         overrides: As of ``load_recipe``.
         resume: Resume from the newest checkpoint in the folder.
         address: Ray cluster to attach to when there are several workers.
+        trust: Run the code that ``train.function`` names.
         progress: Show how it goes.
         resume_command: Named after an interruption.
 
@@ -279,6 +297,7 @@ def train(
         CarftError: As ``load_recipe``; StorageError, ClusterError and OutOfMemoryError as their messages say.
     """
     value, out = load_recipe(recipe, overrides), Path(out)
+    require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
     from carft_ray.launch.runs.single import train_once

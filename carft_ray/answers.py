@@ -1,7 +1,6 @@
 """What the functions of ``carft_ray`` return: numbers, and how a terminal and a notebook show them."""
 
 import functools
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,13 @@ class Searched(Study):
         numbers: What ``carft-ray search --json`` prints.
         out_of_budget: Which limit of the budget ended the search; empty when all trials are finished.
         set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
+        resume_command: The command that does.
     """
 
     numbers: dict[str, Any] = field(repr=False)
     out_of_budget: str = ""
     set_aside: tuple[TrialRow, ...] = ()
+    resume_command: str = ""
 
     @property
     def table(self) -> Table:
@@ -70,7 +71,7 @@ class Searched(Study):
         from carft_ray.launch.runs.search import set_aside_error
 
         if self.set_aside:
-            raise set_aside_error(self.set_aside, f"carft-ray resume {shlex.quote(str(self.path))}")
+            raise set_aside_error(self.set_aside, self.resume_command)
 
     def __str__(self) -> str:
         return notebook.as_text(self.table, *self.lines)

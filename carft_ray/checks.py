@@ -126,3 +126,16 @@ def override_words(overrides: Overrides) -> list[str]:
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     return list(overrides)
+
+
+def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
+    """Imports the fine-tunings of the user's own that a recipe names, where ``--trust`` is given; nothing is written.
+
+    Raises:
+        UsageError: It is not given.
+        RecipeError: One cannot be imported.
+    """
+    if loading.own_functions(recipe, baselines):
+        from carft_ray.launch.own_trainer import require_trusted
+
+        require_trusted(recipe, trusted, baselines)

@@ -62,6 +62,7 @@ LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
+OWN = "own"  # in it: what a fine-tuning of the user's own keeps
 PREDICTIONS = "predictions/validation.parquet"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends

@@ -54,6 +54,8 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
 
 
 def _step_line(row: Row) -> str:
+    if "images_per_s" not in row:
+        return f"epoch {row['epoch']:.0f}  {_own_numbers(row)}"
     return (
         f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
         f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
@@ -61,13 +63,21 @@ def _step_line(row: Row) -> str:
 
 
 def _epoch_line(row: Row) -> str:
-    line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
-    line += f", context entropy {row['context_entropy']:.2f} nats"
+    line = f"epoch {row['epoch']:.0f}: {_own_numbers(row)}"
+    if "images_per_s" in row:  # of the built-in loop
+        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
+        line += f", context entropy {row['context_entropy']:.2f} nats"
     if "subset/id_accuracy" in row:
         line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
     if "subset/ood_accuracy" in row:
         line += f", OOD {console.percent(row['subset/ood_accuracy'])} %"
     return line
+
+
+def _own_numbers(row: Row) -> str:
+    """Returns what a function of the user's own has reported."""
+    names = [name for name in row if name not in ("epoch", "step", "num_steps") and not name.startswith("subset/")]
+    return ", ".join(f"{name} {row[name]:.4g}" for name in names)
 
 
 def _in_area(area: notebook.Area) -> tuple[Callable[[Row], None], Callable[[Row], None]]:

@@ -65,6 +65,10 @@ NotifyCommandOption = Annotated[
     Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
 ]
 NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Post the same JSON to this webhook.")]
+TrustOption = Annotated[
+    bool,
+    Option("--trust", help="Run the code that train.function names, and pickles of cmaes in a study from elsewhere."),
+]
 AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
 
@@ -186,7 +190,8 @@ def command_line(*words: object, **options: object) -> str:
 
     Args:
         words: Name and arguments.
-        options: Values by the name of the option; one that is None is left out, a list repeats the option.
+        options: Values by the name of the option; one that is None or False is left out, a list repeats the option,
+            True is a flag.
     """
     return shlex.join(["carft-ray", *map(str, words), *option_words(**options)])
 
@@ -195,8 +200,9 @@ def option_words(**options: object) -> list[str]:
     """Returns the words of options, as ``command_line`` takes them."""
     words = []
     for name, value in options.items():
-        for one in value if isinstance(value, list) else [] if value is None else [value]:
-            words += [f"--{name.strip('_').replace('_', '-')}", str(one)]
+        flag = f"--{name.strip('_').replace('_', '-')}"
+        for one in value if isinstance(value, list) else [] if value in (None, False) else [value]:
+            words += [flag] if one is True else [flag, str(one)]
     return words
 
 
@@ -210,7 +216,9 @@ def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **optio
         options: As of ``command_line``.
     """
     from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.loading import trust_word
 
+    options["trust"] = bool(trust_word(value))
     if check_searchable(value):
         return command_line("train", recipe, **options, out=Path("runs") / value.name)
     return command_line("search", recipe, **options, study=study or Path("studies") / value.name)

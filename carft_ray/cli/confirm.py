@@ -1,6 +1,5 @@
 """Confirming the winner of a search with fresh seeds."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,7 @@ def confirm(
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
+    trust: common.TrustOption = False,
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     details: common.DetailsOption = False,
@@ -35,7 +35,7 @@ def confirm(
     The best of many trials is partly lucky. Run again after an interruption, it resumes where it was.
     """
     given = {"top": top, "seeds": seeds, "winner": None if winner == "search" else winner, "against": against}
-    given |= {"executor": executor, "num_workers": num_workers, "address": address}
+    given |= {"executor": executor, "num_workers": num_workers, "address": address, "trust": trust}
     from carft_ray import actions
 
     found = actions.confirm(
@@ -46,6 +46,7 @@ def confirm(
         against=against or (),
         overrides=common.run_overrides(executor, num_workers),
         address=address,
+        trust=trust,
         notify_command=notify_command,
         notify_url=notify_url,
         progress=not json_,
@@ -57,6 +58,6 @@ def confirm(
     console.out.print(found.tables[0])
     console.say("\n" + "\n".join(summary["lines"] if details else found.lines))
     if summary["better_than_winner"] and winner == "search":
-        console.next_step(f"carft-ray confirm {shlex.quote(str(study))} --winner confirmed")
+        console.next_step(common.command_line("confirm", study, winner="confirmed", trust=trust))
     else:
         common.suggest(study, "confirm")

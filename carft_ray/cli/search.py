@@ -28,7 +28,6 @@ AgainOption = Annotated[
     str | None,
     Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[bool, Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 def _search(
@@ -46,7 +45,7 @@ def _search(
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     again: AgainOption = None,
-    trust: TrustOption = False,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """What `search` and `resume` share: their options, and what they print.
@@ -175,6 +174,7 @@ def plan(
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
     from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.loading import own_functions
     from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
@@ -183,6 +183,10 @@ def plan(
     if problems := check_searchable(value):
         raise RecipeError(problems)
     measured = measure_by_study(value, study, address) if study is not None and is_study(study) else None
+    if measured is None and (own := own_functions(value)):
+        step = "Begin the search; its first trainings tell: carft-ray plan RECIPE --study STUDY."
+        problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
+        raise UsageError(problem)
     if measured is None:
         next_to = study.absolute().parent if study is not None else None
         measured = measure_by_probe(value, address, next_to, console.sayer(not json_))

@@ -47,10 +47,12 @@ def train(
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Fine-tune once and measure the alpha curve on the validation sets."""
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "out": out, "address": address}
+    given["trust"] = trust
     from carft_ray import actions
 
     found = actions.train(
@@ -59,6 +61,7 @@ def train(
         overrides=[*(set_ or ()), *common.run_overrides(executor, num_workers)],
         resume=resume,
         address=address,
+        trust=trust,
         progress=not json_,
         resume_command=f"{common.command_line('train', recipe, **given)} --resume",
     )

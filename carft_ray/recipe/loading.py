@@ -197,6 +197,8 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         base_dir: The folder that its relative paths count from.
     """
     whole = recipe.model_copy(update={"model": absolute_model(recipe.model, base_dir)})
+    if own_functions(whole) and whole.train.function_dir is None:
+        whole = whole.model_copy(update={"train": whole.train.model_copy(update={"function_dir": str(base_dir)})})
     return with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
 
 
@@ -260,8 +262,11 @@ def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
     parts["cache_dir"] = data.cache_dir and change(data.cache_dir)
     search = search.model_copy(update={"warm_start": tuple(change(source) for source in search.warm_start)})
-    model = _model_with_paths(recipe.model, change)
-    return recipe.model_copy(update={"data": data.model_copy(update=parts), "model": model, "search": search})
+    model, train = _model_with_paths(recipe.model, change), recipe.train
+    if train.function_dir is not None:
+        train = train.model_copy(update={"function_dir": change(train.function_dir)})
+    whole = {"data": data.model_copy(update=parts), "model": model, "search": search, "train": train}
+    return recipe.model_copy(update=whole)
 
 
 def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
@@ -283,6 +288,24 @@ def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> Model
     if model.name.startswith(LOCAL_DIR):
         named["name"] = LOCAL_DIR + change(model.name.removeprefix(LOCAL_DIR))
     return model.model_copy(update=named)
+
+
+def own_functions(recipe: Recipe, baselines: bool = True) -> dict[str, str]:
+    """Returns the fine-tunings of the user's own that a recipe names, ``MODULE:NAME``, by their key paths.
+
+    Args:
+        recipe: The recipe.
+        baselines: Those of the search's baselines, too.
+    """
+    named = {"train.function": recipe.train.function}
+    if baselines:
+        named |= {f"search.baselines.{n}.function": v.get("function") for n, v in recipe.search.baselines.items()}
+    return {path: function for path, function in named.items() if function is not None}
+
+
+def trust_word(recipe: Recipe) -> str:
+    """Returns what a command that trains needs for a recipe with such functions, with a space before it; else ''."""
+    return " --trust" if own_functions(recipe) else ""
 
 
 def dump_recipe(recipe: Recipe) -> str:
