@@ -168,9 +168,10 @@ def test_a_study_is_resumed_extended_and_confirmed(study_dir):
     assert confirmed.numbers == json.loads((study_dir / "confirm" / "summary.json").read_text())
     assert len(list((study_dir / "confirm").glob("*/result.json"))) == 2
     assert longer.best.name in confirmed._repr_html_()
-    assert str(confirmed).endswith(confirmed.lines[-1])
+    assert str(confirmed).split()[-9:] == confirmed.lines[-1].split()[-9:]
 
 
+@pytest.mark.slow
 def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
     trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
@@ -188,6 +189,7 @@ def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, ca
         carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
 
 
+@pytest.mark.slow
 def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
     report = carft_ray.report(study_dir)
@@ -304,10 +306,10 @@ class Display:
         self.versions.append(content)
 
 
-def row(number, objective, **more):
+def row(number, objective):
     metrics = {"id_accuracy": objective, "ood_accuracy": objective}
-    values = {"learning_rate": 1e-4}
-    return TrialRow("trial", number, f"t{number:04d}-abcd", values, "complete", 0.5, objective, metrics, **more)
+    found = {"alpha": 0.5, "objective": objective, "metrics": metrics}
+    return TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, "complete", **found)
 
 
 def test_a_search_is_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
@@ -333,7 +335,7 @@ def test_a_training_is_one_output_of_a_notebook(monkeypatch):
     with progress.training_shown(True) as (on_step, on_epoch):
         on_step({**step, "images_per_s": 10.0})
         for epoch in range(1, 9):
-            on_epoch({**step, "epoch": epoch, "context_entropy": 1.0})
+            on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
     assert shown.num_outputs == 1
     assert "step 3 of 9" in shown.versions[0]
     assert shown.versions[-1].count("epoch ") == progress.NUM_LINES
@@ -347,7 +349,7 @@ def test_tables_as_html_hold_their_words_and_nothing_that_runs():
     assert notebook.framed('<p title="a">\'</p>').startswith('<iframe srcdoc="&lt;p title=&quot;a&quot;&gt;&#x27;')
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_example_of_the_module_gives_what_it_says(here, tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "user_cache"))
