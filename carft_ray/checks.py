@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from carft_ray import environment
+from carft_ray import environment, notebook
 from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema import Recipe
@@ -34,6 +34,7 @@ def command() -> Iterator[None]:
         yield
         return
     require_versions()
+    notebook.without_bars_of_others()
     from carft_ray.data.readers import listing_once
 
     _runs = True

@@ -3,8 +3,10 @@
 import html
 import importlib
 import io
+import logging
 import sys
 import time
+import warnings
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -21,6 +23,13 @@ def in_notebook() -> bool:
     """Returns whether this process is the kernel of a notebook; nothing is imported for it."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
+
+
+def without_bars_of_others() -> None:
+    """Silences tqdm and Ray, which ask for ipywidgets when they are imported in a notebook: our output needs none."""
+    if in_notebook():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
 
 
 def as_text(*parts: RenderableType) -> str:

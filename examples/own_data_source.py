@@ -28,9 +28,9 @@ def my_source(fold: str) -> Iterator[tuple[str, str, bytes]]:
     for label in CLASSES:
         for index in range(NUM_PER_CLASS[fold]):
             rng = np.random.default_rng([CLASSES.index(label), index, list(NUM_PER_CLASS).index(fold)])
-            image = Image.new("RGB", (48, 48), tuple(rng.integers(150, 255, 3)))
-            draw, (x, y, r) = ImageDraw.Draw(image), rng.integers((16, 16, 8), (32, 32, 15))
-            colour = tuple(rng.integers(0, 120, 3))
+            image = Image.new("RGB", (48, 48), tuple(rng.integers(150, 255, 3).tolist()))
+            draw, (x, y, r) = ImageDraw.Draw(image), rng.integers((16, 16, 8), (32, 32, 15)).tolist()
+            colour = tuple(rng.integers(0, 120, 3).tolist())
             if label == "circle":
                 draw.ellipse((x - r, y - r, x + r, y + r), colour)
             else:
