@@ -112,14 +112,16 @@ def search(
         logger.warning("--trust has no effect: the recipe has no train.function, and %s", no_pickle)
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.search import run_search
+    from carft_ray.launch.tracking import tracking
     from carft_ray.progress import search_shown
     from carft_ray.results.reading.summary import study_summary
 
     with (
         notifying(notify_command, notify_url, value.name, study, logger.warning) as with_notices,
+        tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, with_notices(on_event), runner, trust, may)
+        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, trust, may)
     resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
@@ -214,12 +216,16 @@ def confirm(
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
+    from carft_ray.launch.tracking import tracking
     from carft_ray.progress import search_shown
     from carft_ray.results.confirmation import plan
     from carft_ray.results.confirmation.summary import choose, summarise
 
     study_dir, say = view.study_dir, console.sayer(progress)
-    with notifying(notify_command, notify_url, recipe.name, study_dir, logger.warning) as with_notices:
+    with (
+        notifying(notify_command, notify_url, recipe.name, study_dir, logger.warning) as with_notices,
+        tracking(recipe, study_dir, logger.warning) as with_trackers,
+    ):
         first, second, notes = plan.plan(view, top, seeds, others)
         second = second if winner == "confirmed" else None
         for note in notes:
@@ -233,7 +239,8 @@ def confirm(
                 def fix(locked: Any) -> Any:
                     return plan.fix(study_dir, recipe, first, second, stage)
 
-                run_confirm(recipe, study_dir, fix, resume_command, address, with_notices(shown), runner)
+                on_event = with_trackers(with_notices(shown))
+                run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)
 
         train_stage(first)
         if winner == "confirmed":

@@ -13,6 +13,7 @@
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
+      tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
@@ -41,6 +42,7 @@ CONCURRENCY = "concurrency.json"  # in it: trainings at a time, and why not more
 FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]
 TEST_DIR = "test"
+TRACKING = "tracking"
 
 # of confirm/ and test/
 CONFIRM_PLAN = "plan.json"

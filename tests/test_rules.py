@@ -46,6 +46,8 @@ DOORWAYS = {
     "typer": ("cli",),
     "rich": ("cli",),
     "matplotlib": ("launch",),
+    "wandb": ("launch",),
+    "mlflow": ("launch",),
     "plotly": ("results",),
     "jinja2": ("results",),
     "ruamel": ("recipe",),
