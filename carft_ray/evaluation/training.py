@@ -47,7 +47,7 @@ from carft_ray.learning.own_function import OwnFunction, on_node
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, without_tests
 
 RESULT_VERSION = 1
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
@@ -241,6 +241,8 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
 
 def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     """Trains from the newest checkpoint; returns the fine-tuned state."""
+    if training.recipe.train.function is not None:
+        training = dataclasses.replace(training, recipe=without_tests(training.recipe))
     recipe, inputs, heads, context = training.recipe, training.inputs, training.heads, training.context
     small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]
     spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner

@@ -26,7 +26,7 @@ from carft_ray.data.source import ImageSet, IntArray, Source
 from carft_ray.errors import DivergedError, OutOfMemoryError, Problem, RecipeError, nearest
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.loop import StoppedRun, same_attention
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.own_function import KEY
@@ -213,6 +213,7 @@ class TrainingContext:
         return any(not torch.equal(tensor, start[name]) for name, tensor in self.model.state_dict().items())
 
 
+@same_attention()
 def own_fine_tune(
     function: Callable[[dict[str, Any], TrainingContext], Any],
     train: TrainConfig,
