@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,16 +15,21 @@ import pytest
 import short_sealed
 import short_training
 import torch
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from crash_host import call
 from ray import cloudpickle
+from tiny import make_tiny_clip
 
-from carft_ray.errors import DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
+from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
+from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.own_trainer import require_trusted, with_function
 from carft_ray.launch.runs.search import run_search
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.own_function import load_function
+from carft_ray.learning.own_training import OwnInputs, own_fine_tune
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.recipe.spaces.space import apply
@@ -254,6 +260,65 @@ def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tm
     with pytest.raises(StoppedRun, match="stopped on request after epoch 0 of 1"):
         trained(tmp_path, recipe, RunContext(should_stop=lambda: True), stubborn)
     assert (tmp_path / "out" / "checkpoint" / "own").is_dir()
+
+
+def two_workers(rank, port, folder):
+    """One of two gloo workers; module level, so that it can be started in a new process."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    clip = make_tiny_clip()
+    class_head_CD, _ = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    inputs = OwnInputs(clip, class_head_CD, CLASS_WORDS, ArraySource(), ())
+    rows, stops, epochs = [], [], []
+
+    def call(function):
+        run = RunContext(rank, 2, rows.append, should_stop=lambda: rank == 0 and bool(stops))
+        on_epoch = lambda state, epoch: epochs.append(float(state()["class_head"].sum())) or {}  # noqa: E731
+        try:
+            return own_fine_tune(function, TrainConfig(epochs=2), inputs, run, torch.device("cpu"), folder, on_epoch)
+        except CarftError as error:
+            return f"{type(error).__name__}: {error}"
+
+    def trains(values, context):
+        model = torch.nn.parallel.DistributedDataParallel(context.model, broadcast_buffers=False)
+        sampler = torch.utils.data.DistributedSampler(context.train_set, context.world_size, context.rank)
+        loader = torch.utils.data.DataLoader(context.train_set, batch_size=10, sampler=sampler)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for images, labels in loader:
+            assert not context.should_stop()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        context.report({"loss": 1.0 + context.rank})
+        return context.model.state_dict() if context.rank == 0 else None
+
+    def diverges_on_one(values, context):
+        context.report({"loss": float("inf") if context.rank else 1.0})
+
+    def stops_on_one(values, context):
+        stops.append(True)
+        assert context.should_stop()
+
+    state = call(trains)
+    found = {"head": float(state["class_head"].sum()), "rows": rows, "epochs": epochs}
+    found |= {"diverged": call(diverges_on_one), "stopped": call(stops_on_one), "wrong": call(own_functions.nothing)}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_agree_on_what_one_of_them_has_met(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(two_workers, (port, tmp_path), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["head"] == second["head"] == first["epochs"][0] == second["epochs"][0]
+    assert [row["loss"] for row in first["rows"]] == [1.0]
+    assert second["rows"] == []
+    for each in (first, second):
+        assert "the loss must stay finite, but got loss inf" in each["diverged"]
+        assert "StoppedRun: stopped on request" in each["stopped"]
+        assert "must return a state dict" in each["wrong"]
 
 
 # given from Python
