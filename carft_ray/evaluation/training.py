@@ -43,11 +43,11 @@ from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
 from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.learning.models.tower import check_tower
-from carft_ray.learning.own_function import OwnFunction, on_node
+from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, without_tests
 
 RESULT_VERSION = 1
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
@@ -168,6 +168,9 @@ def run_training(
     heads = load_tensors(prepared_dir / layout.HEADS)
     targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / layout.TARGETS)
     views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
+    if recipe.train.function is not None:
+        function = function or on_node(recipe.train.function, recipe.train.function_dir)
+        recipe = without_tests(recipe)
     training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC, function)
     # where an earlier attempt has trained, only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
@@ -177,6 +180,8 @@ def run_training(
         "elapsed_s": round(time.perf_counter() - started, 3),
         "environment": training_environment(device_of(recipe), context.world_size, stored),
     }
+    if function is not None:
+        result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
         files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
@@ -254,8 +259,8 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    if recipe.train.function is not None:
-        state = _train_own(training, on_epoch)
+    if training.function is not None:
+        state = _train_own(training, training.function, on_epoch)
         _write_weights(training, state)
         return state
     device, micro_batch = device_of(recipe), micro_batch_of(recipe.train, context.world_size)
@@ -282,11 +287,12 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
 
 def _train_own(
-    training: _Training, on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], Metrics]
+    training: _Training,
+    function: OwnFunction,
+    on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], Metrics],
 ) -> dict[str, Tensor]:
     """Has the user's own function fine-tune; returns the state that it returns, once it is what mixing needs."""
     recipe, inputs = training.recipe, training.inputs
-    function = training.function or on_node(recipe.train)
     with _recorder(training.out_dir, run_folder(training.out_dir, recipe), training.context) as recorded:
         return own_fine_tune(
             function,

@@ -3,17 +3,19 @@
 Importing runs the module, and so anything: the command line asks for ``--trust`` first (``launch.own_trainer``).
 """
 
+import contextlib
+import hashlib
 import importlib
 import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from carft_ray.errors import MachineError, Problem, RecipeError, nearest
-from carft_ray.recipe.fine_tuning import TrainConfig
 
 OwnFunction = Callable[[dict[str, Any], Any], Any]  # (values, learning.own_training.TrainingContext) -> state
 
@@ -67,15 +69,24 @@ def check_signature(function: Callable[..., Any], place: str, name: str) -> None
         raise RecipeError(Problem(place, rule, f"{name.rpartition(':')[2]}{signature}")) from None
 
 
-def on_node(train: TrainConfig) -> OwnFunction:
-    """Imports the function of a training on the node where it runs.
+def source_of(function: OwnFunction) -> str:
+    """Returns a hash of the file that holds a function (in a notebook: of its lines), 12 hex digits; '' for none."""
+    with contextlib.suppress(OSError, TypeError):
+        path = inspect.getsourcefile(function)
+        is_file = path is not None and Path(path).is_file()
+        source = Path(path).read_bytes() if path and is_file else inspect.getsource(function).encode()
+        return hashlib.sha256(source).hexdigest()[:12]
+    return ""
+
+
+def on_node(name: str, folder: str | None) -> OwnFunction:
+    """Imports the function of a training on the node where it runs; arguments as ``load_function``.
 
     Raises:
         MachineError: It cannot be imported here. The driver has imported it before anything was trained.
     """
-    assert train.function is not None
     try:
-        return load_function(train.function, train.function_dir)
+        return load_function(name, folder)
     except RecipeError as error:
         raise MachineError(error.problems) from error
 

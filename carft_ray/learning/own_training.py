@@ -6,6 +6,7 @@ Shape letters: B images, C classes, D embedding width, S side of an image.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from carft_ray.data.source import ImageSet, IntArray, Source
 from carft_ray.errors import DivergedError, OutOfMemoryError, Problem, RecipeError, nearest
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
+from carft_ray.learning.loop import StoppedRun, same_attention
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.own_function import KEY
@@ -129,7 +130,6 @@ class TrainingContext:
         world_size: Number of workers; with more than one ``torch.distributed`` is initialised.
         device: Where to compute.
         model: A fresh trainable classifier on ``device``, equal to the zero-shot one: images -> logits [B, C].
-        frozen: The zero-shot classifier: eval mode, without gradients; the same input and output.
         class_names: Words for the classes, in label order.
         image_size: S.
         transform: The model's evaluation preprocessing: RGB image of PIL -> normalised [3, S, S].
@@ -145,7 +145,6 @@ class TrainingContext:
     world_size: int
     device: torch.device
     model: OwnClassifier
-    frozen: OwnClassifier
     class_names: tuple[str, ...]
     image_size: int
     transform: Transform
@@ -154,10 +153,17 @@ class TrainingContext:
     train_set: Images
     validation_sets: Mapping[str, Images]
     checkpoint_dir: Path
+    _start: State = field(repr=False)
+    _make_frozen: Callable[[], OwnClassifier] = field(repr=False)
     _run: RunContext = field(repr=False)
     _num_epochs: int = field(repr=False)
     _on_epoch: OnEpoch = field(repr=False)
     _progress: _Progress = field(repr=False, default_factory=_Progress)
+
+    @functools.cached_property
+    def frozen(self) -> OwnClassifier:
+        """The zero-shot classifier, made when it is first asked for: eval mode, without gradients."""
+        return self._make_frozen()
 
     def report(self, metrics: Mapping[str, Any], state: State | None = None) -> None:
         """Reports the end of an epoch, on every rank: a row of ``metrics.jsonl``, for pruner, live table, TensorBoard.
@@ -187,7 +193,7 @@ class TrainingContext:
         found = {}
         if state is not None or self._has_moved():
             now = self.model.state_dict() if state is None else state
-            found = self._on_epoch(lambda: checked_state(now, self.frozen.state_dict()), epoch)
+            found = self._on_epoch(lambda: checked_state(now, self._start), epoch)
         self._run.should_stop()  # a sign of life
         if self.rank == 0:
             row = {"step": epoch, "num_steps": self._num_epochs, **row, "epoch": epoch}
@@ -209,10 +215,11 @@ class TrainingContext:
         return self._progress.is_stopped
 
     def _has_moved(self) -> bool:
-        start = self.frozen.state_dict()
-        return any(not torch.equal(tensor, start[name]) for name, tensor in self.model.state_dict().items())
+        now = self.model.state_dict()
+        return any(not torch.equal(now[name].cpu(), tensor) for name, tensor in self._start.items())
 
 
+@same_attention()
 def own_fine_tune(
     function: Callable[[dict[str, Any], TrainingContext], Any],
     train: TrainConfig,
@@ -248,7 +255,7 @@ def own_fine_tune(
         returned = function(train.model_dump(mode="json"), own)
     if own._progress.is_stopped:
         raise StoppedRun(f"stopped on request after epoch {own._progress.epoch} of {train.epochs}")
-    return from_rank_0(context, lambda: finite(checked_state(returned, own.frozen.state_dict())))
+    return from_rank_0(context, lambda: finite(checked_state(returned, own._start)))
 
 
 def _made(folder: Path) -> None:
@@ -265,9 +272,11 @@ def _context(
     on_epoch: OnEpoch,
 ) -> TrainingContext:
     clip = inputs.clip
-    model, frozen = (
-        build_classifier(clip, inputs.class_head_CD, train, device, OwnClassifier) for _ in ("model", "frozen")
-    )
+
+    def made() -> OwnClassifier:
+        return build_classifier(clip, inputs.class_head_CD, train, device, OwnClassifier)  # type: ignore[return-value]  # of that class
+
+    model = made()
     normalise = transforms.Normalize(clip.mean, clip.std)
     to_input = [transforms.ToTensor(), normalise]
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -278,8 +287,7 @@ def _context(
         rank=context.rank,
         world_size=context.world_size,
         device=device,
-        model=model.train(),  # type: ignore[arg-type]  # of the class that was asked for
-        frozen=frozen.eval().requires_grad_(False),  # type: ignore[arg-type]
+        model=model.train(),  # type: ignore[arg-type]  # of the same class
         class_names=inputs.class_names,
         image_size=clip.image_size,
         transform=transform,
@@ -288,6 +296,8 @@ def _context(
         train_set=Images(inputs.train, train_transform),
         validation_sets={each.name: Images(each, transforms.Compose(to_input)) for each in inputs.validation},
         checkpoint_dir=checkpoint_dir,
+        _start=model.state(),
+        _make_frozen=lambda: made().eval().requires_grad_(False),
         _run=context,
         _num_epochs=train.epochs,
         _on_epoch=on_epoch,

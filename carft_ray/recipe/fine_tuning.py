@@ -176,7 +176,7 @@ class TrainConfig(Config):
     ([own_trainer.md](../docs/own_trainer.md))"""
     function_dir: str | None = key(
         None,
-        "null",
+        "trainers",
         Resume("running", "a folder may move; the function has the same name"),
         range="a folder",
         left_out="the recipe's own",

@@ -284,6 +284,11 @@ def with_threads(recipe: Recipe, number: int) -> Recipe:
     return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
 
 
+def without_tests(recipe: Recipe) -> Recipe:
+    """Returns the recipe without its test sets, for code that must not find them."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"id_test": None, "ood_test": {}})})
+
+
 def alone(recipe: Recipe) -> Recipe:
     """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints."""
     search = recipe.search.model_copy(update={"constraints": ConstraintsConfig()})
