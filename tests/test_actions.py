@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import own_functions
 import pytest
 import short_sealed
 import short_training
@@ -234,6 +235,26 @@ def test_wrong_use_is_an_exception_of_the_command(original, study_dir, tmp_path,
         carft_ray.search(here / "recipe.yaml", tmp_path / "none", overrides={**overrides, "search.space": {}})
     with study_lock(study_dir), pytest.raises(StorageError, match="in use"):
         carft_ray.resume(study_dir, "+1", progress=False)
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overrides, tmp_path):
+    calls = []
+
+    def mine(values, context):
+        calls.append(values["learning_rate"])
+        return own_functions.few_steps(values, context)
+
+    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=overrides, train=mine, progress=False)
+    assert len(calls) == 2
+    assert calls == found.trials()["learning_rate"].to_pylist()
+    with pytest.raises(UsageError, match="names code that a training would run"):
+        carft_ray.resume(tmp_path / "own", "+1", progress=False)
+    longer = carft_ray.resume(tmp_path / "own", "+1", train=mine, progress=False)
+    assert (len(calls), longer.numbers["new_trials"]) == (3, 1)
+    carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
+    assert len(calls) == 5
+    assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
 
 
 @pytest.mark.slow

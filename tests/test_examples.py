@@ -65,6 +65,27 @@ def test_images_of_an_own_source_are_searched(tmp_path):
     assert study.best.metrics.keys() >= {"accuracy/id_val", "accuracy/dark"}
 
 
+OTHER = """
+import sys, ray, carft_ray
+ray.init(num_cpus=1)
+for address in (None, "127.0.0.1:1"):
+    try:
+        carft_ray.search(sys.argv[1], "other", address=address, progress=False)
+    except carft_ray.errors.ClusterError as error:
+        print(error)
+print(ray.is_initialized())
+"""
+
+
+@pytest.mark.whole
+def test_a_process_that_has_a_ray_is_told_to_take_it(tmp_path):
+    lines = run(tmp_path, "-c", OTHER, short_training.make(tmp_path)).splitlines()
+    messages = [line for line in lines if line.startswith("address: must be 'auto': this process is connected to")]
+    assert [line.partition(", but got ")[2] for line in messages] == ["none, which starts another Ray", "127.0.0.1:1"]
+    assert lines[-1] == "True"
+    assert not (tmp_path / "other" / "trials").exists()
+
+
 @pytest.mark.whole
 def test_a_search_runs_inside_a_job_that_has_a_ray(tmp_path):
     recipe = short_training.make(tmp_path)
