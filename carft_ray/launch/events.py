@@ -22,7 +22,7 @@ class Note(Event):
 class Preparing(Event):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 
-    what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+    what: str = "preparing: model, sets, heads, zero-shot"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.region import Direction
+from carft_ray.recipe.spaces.shared_targets import has_targets, note_of_targets, shared_views
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import check_recoverable, recover_running
@@ -150,6 +151,9 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     on_event(Prepared(metrics))
     if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
+    runtime = replace(runtime, shared=shared_views(study.recipe))
+    if note := note_of_targets(study.recipe, runtime.shared, has_targets(study.recipe)):
+        on_event(Note(note))
     capacity = runtime.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
