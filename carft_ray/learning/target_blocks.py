@@ -51,7 +51,7 @@ def read_block(store: Path, visit: int, number: int, num_rows: int, width: int) 
     path = block_path(store, visit, number)
     try:
         content = files.retried(path, path.read_bytes)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise files.storage_error(path, error, "must be readable") from error

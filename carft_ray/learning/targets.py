@@ -163,23 +163,15 @@ class Targets:
             indices: Of the images [B], one part behind the other.
             visit: The epoch, from 0.
         """
-        missing = [self._looked_up(part.block) for part in parts]
-        if not any(missing):
+        whole = [self._looked_up(part.block) for part in parts]
+        if all(pixels_KHWC is None for pixels_KHWC in whole):
             return self._views_of(indices, visit)
-        if len(parts) == 1:
-            whole_KHWC = parts[0].block.pixels_KHWC
-            assert whole_KHWC is not None
-            return whole_KHWC[parts[0].rows]
         pieces, at = [], 0
-        for part in parts:
-            num_images = part.rows.stop - part.rows.start
-            pixels_KHWC = part.block.pixels_KHWC
-            if pixels_KHWC is None:
-                pieces.append(self._views_of(indices[at : at + num_images], visit))
-            else:
-                pieces.append(pixels_KHWC[part.rows])
-            at += num_images
-        return np.concatenate(pieces)
+        for part, pixels_KHWC in zip(parts, whole, strict=True):
+            end = at + part.rows.stop - part.rows.start
+            pieces.append(self._views_of(indices[at:end], visit) if pixels_KHWC is None else pixels_KHWC[part.rows])
+            at = end
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def of(self, parts: Sequence[Part]) -> Tensor | None:
         """Returns the rounded probabilities of a worker's part of a batch, float16 [B, T] on the device.
@@ -195,15 +187,15 @@ class Targets:
             return torch.zeros(0, len(self.context_head_TD), dtype=torch.float16, device=self.device)
         return torch.cat([self._of_block(part.block)[part.rows] for part in parts])
 
-    def _looked_up(self, block: Block) -> bool:
-        """Returns whether a block is not stored; its views are made then."""
+    def _looked_up(self, block: Block) -> PixelArray | None:
+        """Returns the views of a block that is not stored, else None."""
         with block.lock:
             if not block.is_looked_up:
                 block.stored = self._read(block)
                 if block.stored is None:
                     block.pixels_KHWC = self._views_of(block.indices, block.visit)
                 block.is_looked_up = True
-        return block.stored is None
+            return block.pixels_KHWC
 
     def _views_of(self, indices: IntArray, visit: int) -> PixelArray:
         train, ids = self.train, self.source.sample_ids[indices]
@@ -216,23 +208,23 @@ class Targets:
 
     def _of_block(self, block: Block) -> Tensor:
         if block.p_KT is None:
-            self._looked_up(block)
+            pixels_KHWC = self._looked_up(block)
             # another training may have written it since the views were made
-            stored = self._read(block) if block.stored is None else block.stored
+            stored = block.stored if pixels_KHWC is None else self._read(block)
             if stored is None:
-                block.p_KT = self._compute(block)
+                block.p_KT = self._compute(pixels_KHWC)
                 self._write(block, block.p_KT)
             else:
                 block.p_KT = torch.tensor(stored, device=self.device)
         return block.p_KT
 
     @torch.no_grad()
-    def _compute(self, block: Block) -> Tensor:
+    def _compute(self, pixels_KHWC: PixelArray | None) -> Tensor:
         if self.frozen is None:
             unused_head_CD = self.context_head_TD[:1]  # of classes: only the image tower runs
             frozen = build_classifier(self.clip, unused_head_CD, self.train, self.device)
             self.frozen = frozen.eval().requires_grad_(False)
-        features_KD = self.frozen.features(torch.from_numpy(block.pixels_KHWC).to(self.device))
+        features_KD = self.frozen.features(torch.from_numpy(pixels_KHWC).to(self.device))
         return context_distribution(features_KD, self.context_head_TD, self.context_scale).exp().half()
 
     def _write(self, block: Block, p_KT: Tensor) -> None:
