@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import threading
-from types import SimpleNamespace
 
 import attempts
 import numpy as np
@@ -17,9 +16,12 @@ from test_lost import gloo
 from tiny import make_tiny_clip
 
 from carft_ray import files
+from carft_ray.data.source import ImageSet
 from carft_ray.data.views import parts_of, permutation
 from carft_ray.errors import OutdatedAttemptError
+from carft_ray.evaluation import training
 from carft_ray.evaluation.heads import build_heads
+from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.learning import loop, targets
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
@@ -27,6 +29,7 @@ from carft_ray.learning.target_blocks import BLOCK, block_path, num_blocks, read
 from carft_ray.learning.targets import Targets, store_dir
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.spaces.shared_targets import note_of_targets, num_stored_visits, shared_views, with_targets
+from carft_ray.recipe.spaces.space import apply
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 150  # blocks of 64, 64 and 22
@@ -93,7 +96,7 @@ def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path
     assert blocks_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize("batch_size", [7, 48, 128])
 def test_every_view_is_made_once_and_every_block_computed_once(
     tiny_clip, heads, images, tmp_path, monkeypatch, batch_size, num_threads
@@ -321,6 +324,25 @@ def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip,
     assert len(blocks_of(tmp_path)) == (0 if mode == "online" else 10)
 
 
+def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_clip, heads, tmp_path):
+    source, small = Million(), ArraySource(10)
+    pixels = np.stack([small.pixels(index) for index in range(10)])
+    validation = (ImageSet("id_val", pixels, small.labels, small.sample_ids),)
+    inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
+    train = {"batch_size": 64, "learning_rate": 1e-3}
+    recipe = recipe_of(targets="stored", epochs=10, train=train)
+    prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)
+    training.prepare(recipe, prepared, opened=inputs)
+    assert source.shown == 0
+    for seed in (0, 7):  # of the search, and a fresh one
+        source.shown = 0
+        applied = apply(recipe, {"seed": seed})
+        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
+            training.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
+        assert source.shown <= 13 * 64
+    assert len(list(tmp_path.glob("prepared/targets/*/visit-*/*"))) == 2 * 10
+
+
 def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
     with Targets(tiny_clip, heads[1], images, settings(), CPU) as found:
         order = permutation(0, 0, NUM_IMAGES)
@@ -387,4 +409,3 @@ def test_the_trainings_of_a_confirm_share_by_seed():
 def test_a_store_needs_what_its_format_says():
     assert visit_bytes(64, 80) == 64 * 80 * 2 + 16
     assert visit_bytes(65, 80) == 65 * 80 * 2 + 32
-    assert SimpleNamespace is not None

@@ -200,11 +200,13 @@ def _disk_of(recipe: Recipe, study_dir: Path) -> dict[str, int]:
     weights, num_weights = size("*/*/fine_tuned.safetensors")
     predictions, num_predictions = size("*/*/predictions/*.parquet")
     kept = min(recipe.search.keep_checkpoints, trials) + num_baselines
-    prepared = files.read_json(study_dir / PREPARED / PREPARATION)  # not a look at each of perhaps 100,000 blocks
+    # not the sizes of perhaps 100,000 files
+    prepared = files.read_object(study_dir / PREPARED / PREPARATION) or {}
+    num_train = prepared.get("num_images", {}).get("train", 0)
     return {
         "weights": kept * weights // max(1, num_weights),
         "predictions": (trials + num_baselines) * predictions // max(1, num_predictions),
-        "targets": num_stored_visits(recipe) * visit_bytes(prepared["num_images"]["train"], prepared["num_contexts"]),
+        "targets": num_stored_visits(recipe) * visit_bytes(num_train, prepared.get("num_contexts", 0)),
     }
 
 

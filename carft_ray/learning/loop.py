@@ -42,6 +42,7 @@ from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.models.tower import shape_tower
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
+from carft_ray.learning.target_blocks import BLOCK
 from carft_ray.learning.targets import Part, Targets
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import num_warmup_steps
@@ -328,13 +329,17 @@ def _views(
     if num_threads == 1:
         yield from itertools.starmap(make, parts())
         return
+    # small batches together, as they have blocks of targets together
+    together = max(1, BLOCK * context.world_size // train.batch_size) if train.kl_weight else 1
+    left = parts()
     with ThreadPoolExecutor(max_workers=num_threads - 1) as pool:
-        ahead: deque[Future[Batch]] = deque()
-        for part in parts():
-            ahead.append(pool.submit(make, *part))
+        ahead: deque[Future[list[Batch]]] = deque()
+        while group := list(itertools.islice(left, together)):
+            ahead.append(pool.submit(lambda group: list(itertools.starmap(make, group)), group))
             if len(ahead) >= num_threads:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
+                yield from ahead.popleft().result()
+        for future in ahead:
+            yield from future.result()
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:

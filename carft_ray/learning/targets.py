@@ -163,6 +163,8 @@ class Targets:
             indices: Of the images [B], one part behind the other.
             visit: The epoch, from 0.
         """
+        for part in parts:  # first what no other thread is at
+            self._looked_up(part.block, waits=False)
         whole = [self._looked_up(part.block) for part in parts]
         if all(pixels_KHWC is None for pixels_KHWC in whole):
             return self._views_of(indices, visit)
@@ -187,15 +189,24 @@ class Targets:
             return torch.zeros(0, len(self.context_head_TD), dtype=torch.float16, device=self.device)
         return torch.cat([self._of_block(part.block)[part.rows] for part in parts])
 
-    def _looked_up(self, block: Block) -> PixelArray | None:
-        """Returns the views of a block that is not stored, else None."""
-        with block.lock:
+    def _looked_up(self, block: Block, waits: bool = True) -> PixelArray | None:
+        """Returns the views of a block that is not stored, else None; also where another thread makes them meanwhile.
+
+        Args:
+            block: The block.
+            waits: Wait for the other thread.
+        """
+        if not block.lock.acquire(blocking=waits):
+            return None
+        try:
             if not block.is_looked_up:
                 block.stored = self._read(block)
                 if block.stored is None:
                     block.pixels_KHWC = self._views_of(block.indices, block.visit)
                 block.is_looked_up = True
             return block.pixels_KHWC
+        finally:
+            block.lock.release()
 
     def _views_of(self, indices: IntArray, visit: int) -> PixelArray:
         train, ids = self.train, self.source.sample_ids[indices]
