@@ -148,11 +148,15 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
             if row.outcome != "complete":
                 step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
                 raise ClusterError(Problem("plan", f"the probe has failed: {row.reason}", next_step=step))
-    # of the last wave: what a process does once is no part of the trainings that follow
-    results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names[-wave:]]
+    results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names]
+    storing_s = [one.pop("storing_s") for one in results]  # which no training does
+    results = results[-wave:]  # of the last wave: what a process does once is no part of the trainings that follow
     totals = [one.pop("inside_s") for one in results]
     parts = [one.pop("trainings") for one in results]
-    before_s = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
+    before_s = [
+        statistics.fmean(ends[i : i + wave]) - began - sum(storing_s[: i + wave]) / wave
+        for i in range(0, len(names), wave)
+    ]
     first_s = max(0.0, before_s[0] - statistics.fmean(totals))
     prepare_s = prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared)
     spread = statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0
