@@ -19,6 +19,13 @@ class Note(Event):
 
 
 @dataclass(frozen=True)
+class Decided(Event):
+    """What an ``auto`` of the recipe has come to; worth a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Preparing(Event):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 

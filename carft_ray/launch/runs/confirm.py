@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import InterruptedRunError
-from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
+from carft_ray.launch.events import Decided, Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
@@ -84,7 +84,7 @@ def run_confirm(
                 runtime = replace(runtime, shared=shared_views(recipe, trainings.values()))
                 has_kl = any(apply(recipe, values).train.kl_weight for values in trainings.values())
                 if note := note_of_targets(recipe, runtime.shared, has_kl):
-                    on_event(Note(note))
+                    on_event(Decided(note))
                 capacity = runtime.capacity
                 on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason))
                 if run_trainings(study, runtime, on_event):
