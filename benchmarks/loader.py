@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ from carft_ray.data.source import ImageSet, Source
 from carft_ray.learning import loop
 from carft_ray.learning.classifier import normalised
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.targets import Targets
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.sets import FolderSet
 
@@ -82,11 +85,12 @@ def evaluation_pass(images: ImageSet, batch_size: int, to_floats: bool) -> Pass:
 
 def training_pass(source: Source, batch_size: int, workers: int) -> Pass:
     """Returns a pass over the views of one epoch as the training loop makes them."""
-    train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE)
+    train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE, kl_weight=0.0)
+    clip: Any = SimpleNamespace(image_size=SIDE, logit_scale=100.0)  # no model runs
 
     def one_pass() -> int:
-        views = loop._views(source, train, SIDE, RunContext(), 0, 1 + workers)
-        return sum(len(indices) for _, indices, _, _ in views)
+        targets = Targets(clip, torch.zeros(1, 1), source, train, torch.device("cpu"))
+        return sum(len(batch.indices) for batch in loop._views(targets, train, RunContext(), 0, 1 + workers))
 
     return one_pass
 

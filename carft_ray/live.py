@@ -129,6 +129,8 @@ class SearchView:
             match event:
                 case events.Note():
                     return f"warning: {event.text}"
+                case events.Decided():
+                    return event.text
                 case events.Preparing():
                     self._phase = event.what
                 case events.Started():

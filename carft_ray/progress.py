@@ -203,6 +203,8 @@ def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
         match event:
             case events.Preparing():
                 return event.what
+            case events.Decided():
+                return event.text
             case events.Started():
                 finished, wanted = event.num_finished, event.num_trials
                 left = counted_trainings(wanted - finished, kind)

@@ -153,7 +153,7 @@ def test_a_forward_pass_holds_the_micro_batch_at_most_the_part_of_a_worker(
 def prepared(tmp_path_factory):
     """A folder with what the trainings of ``sandbox_recipe`` share."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(attempts.sandbox_recipe(), folder / "prepared", share_targets=False)
+    prepare(attempts.sandbox_recipe(), folder / "prepared")
     return folder / "prepared"
 
 

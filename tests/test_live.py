@@ -13,6 +13,7 @@ from carft_ray import console, live, progress
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
+    Decided,
     Note,
     Prepared,
     Preparing,
@@ -131,6 +132,7 @@ def test_what_must_not_be_overlooked_gets_a_line_above():
     view = live.SearchView(4)
     view.update(Started(8, 0, 2, "2 CPUs"))
     assert view.update(Note("moved a torn line")) == "warning: moved a torn line"
+    assert view.update(Decided("targets: stored")) == "targets: stored"
     assert view.update(TrialFinished(row(0, 0.5), is_best=True)) is None
     told = view.update(TrialFinished(row(1, outcome="diverged", reason="loss not finite at step 3"), is_best=False))
     assert told == "t0001-abcd: diverged, loss not finite at step 3"

@@ -20,6 +20,7 @@ from carft_ray.evaluation.heads import build_heads
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, normalised
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
+from carft_ray.learning.losses import Loss, context_distribution, context_kl
 from carft_ray.learning.mixing import mix_weights
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.recipe.fine_tuning import TrainConfig
@@ -35,11 +36,6 @@ def settings(**values):
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def distance(a, b):
-    """Root of the sum of the squared differences of all weights."""
-    return math.sqrt(sum(float((a[name] - b[name]).double().square().sum()) for name in a))
 
 
 def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
@@ -95,15 +91,26 @@ def test_one_context_is_plain_fine_tuning_bit_for_bit(tiny_clip, heads, source):
     assert largest_difference(plain, one_context) == 0.0
 
 
-def test_kl_is_zero_at_step_zero_and_the_first_update_is_the_same_for_every_kl_weight(clip64, heads64, source):
-    states, rows = [], []
+def test_the_kl_and_its_gradient_are_zero_at_step_zero_for_targets_that_are_not_rounded(clip64, heads64, source):
+    pixels, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
+    gradients = []
     for weight in (0.0, 1.0, 100.0):
-        train = settings(kl_weight=weight, precision="fp64", epochs=1, batch_size=40, warmup_steps=0)
-        states.append(fine_tune(clip64, *heads64, source, train, RunContext(report=rows.append)))
-    assert [row["kl"] for row in rows] == [0.0, 0.0, 0.0]
-    # an update is 1e-3; Adam divides by 1e-8 where a gradient is nothing but rounding (1e-16)
-    assert largest_difference(states[0], states[1]) <= 1e-7 * 1e-3
-    assert largest_difference(states[0], states[2]) <= 1e-7 * 1e-3
+        train = settings(kl_weight=weight, precision="fp64")
+        model = build_classifier(clip64, heads64[0], train, CPU).train()
+        with torch.no_grad():
+            p0 = context_distribution(model.features(pixels), heads64[1], clip64.logit_scale).exp()
+        loss = Loss(heads64[1], clip64.logit_scale, train)
+        _, kl, _ = loss.backward(model, pixels, labels, p0 if weight else None, 1 / len(labels))
+        assert abs(kl.item()) <= 1e-12
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert largest_difference(gradients[0], gradients[1]) <= 1e-12
+    assert largest_difference(gradients[0], gradients[2]) <= 1e-12
+
+
+def test_rounded_targets_keep_the_kl_at_step_zero_within_the_stated_bound(tiny_clip, heads, source):
+    rows = []
+    fine_tune(tiny_clip, *heads, source, settings(epochs=1, batch_size=40), RunContext(report=rows.append))
+    assert abs(rows[0]["kl"]) <= 2e-4
 
 
 @pytest.mark.slow
@@ -117,8 +124,6 @@ def test_training_kl_falls_as_its_weight_rises(clip64, heads64, source):
 
 
 def mean_kl(clip, heads, source, state, train):
-    from carft_ray.learning.losses import context_distribution, context_kl
-
     ends = [build_classifier(clip, heads[0].float(), train, CPU).eval() for _ in range(2)]
     ends[1].load_state_dict(state)
     pixels = torch.from_numpy(source.images)
@@ -137,28 +142,6 @@ def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source
 def test_threads_change_nothing(tiny_clip, heads, source):
     one, three = (fine_tune(tiny_clip, *heads, source, settings(), num_threads=n) for n in (1, 3))
     assert largest_difference(one, three) == 0.0
-
-
-def test_stored_targets_stand_in_for_the_frozen_model(tiny_clip, heads, source):
-    from carft_ray.learning.losses import context_distribution
-
-    train = settings(epochs=2)
-    frozen = build_classifier(tiny_clip, heads[0], train, CPU).eval()
-    seen = []
-
-    class Stored:
-        def read(self, indices, visit):
-            seen.append((visit, len(indices)))
-            pixels = view_batch(source, indices, source.sample_ids[indices], train.seed, visit, 0.9, 16)
-            with torch.no_grad():
-                p = context_distribution(frozen.features(torch.from_numpy(pixels)), heads[1], tiny_clip.logit_scale)
-            return p.exp().half().numpy()
-
-    online = fine_tune(tiny_clip, *heads, source, train)
-    stored = fine_tune(tiny_clip, *heads, source, train, stored_targets=Stored())
-    assert seen == [(visit, size) for visit in (0, 1) for size in (12, 12, 12, 4)]
-    # not the largest difference: that of one weight is two learning rates where half precision turns a gradient's sign
-    assert 0 < distance(online, stored) < 0.05 * distance(online, frozen.state())
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])

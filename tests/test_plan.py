@@ -15,9 +15,10 @@ from carft_ray.data.caching.cache import list_entries
 from carft_ray.evaluation.probe import FirstImages, share_of
 from carft_ray.launch import probe as plan
 from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
-from carft_ray.launch.probe import between, kind_of, num_visits
+from carft_ray.launch.probe import between, kind_of
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
+from carft_ray.recipe.spaces.shared_targets import num_stored_visits
 from carft_ray.recipe.spaces.space import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,12 +126,12 @@ def test_a_training_computes_targets_itself_when_the_store_cannot_have_them():
     assert kind_of(recipe, {"kl_weight": 0.0}) == "plain"
     assert kind_of(recipe, {"learning_rate": 1e-3}) == "stored"
     assert kind_of(recipe, {"crop_scale": 0.5}) == "online"  # of a baseline
-    assert num_visits(recipe) == recipe.train.epochs
+    assert num_stored_visits(recipe) == recipe.train.epochs
     searched = make_recipe(4, space={"crop_scale": {"low": 0.5, "high": 1}, "epochs": {"low": 1, "high": 30}})
     assert kind_of(searched, {"crop_scale": 0.7}) == "online"
-    assert num_visits(searched) == 0
+    assert num_stored_visits(searched) == 0
     longer = make_recipe(4, space={"epochs": {"low": 1, "high": 30}})
-    assert num_visits(longer) == 30
+    assert num_stored_visits(longer) == 30
 
 
 def test_a_step_takes_a_straight_line_between_two_batch_sizes():
@@ -143,7 +144,7 @@ def test_the_probe_runs_every_kind_at_the_smallest_and_the_largest_batch():
     searched = {"batch_size": {"choices": [8, 16, 32]}, "kl_weight": {"low": 1, "high": 10}}
     recipe = make_recipe(4, space=searched, baselines={"plain": {"kl_weight": 0, "batch_size": 16}})
     found = plan._trainings(recipe)
-    assert list(found) == ["plain-8", "plain-32", "stored-8", "stored-32"]
+    assert list(found) == ["plain-8", "plain-32", "stored-8", "stored-32", "online-8", "online-32"]
     assert found["plain-8"]["kl_weight"] == 0
     assert found["stored-32"]["kl_weight"] > 0
 
@@ -183,7 +184,7 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path, monkeypatc
         assert 0 < low <= expected <= high
     assert found["search_s"][0] > found["prepare_s"] + found["trial_s"][0]
     assert found["price"][0] == pytest.approx(found["search_s"][0] / 600, rel=0.01)
-    assert found["disk_bytes"]["targets"] == 3 * 20 * 3 * 2  # visits, images, contexts, float16
+    assert found["disk_bytes"]["targets"] == 3 * (20 * 3 * 2 + 16)  # visits, images, contexts, float16; a hash
     assert found["disk_bytes"]["cache"] == (15 + 10) * 16 * 16 * 3
     assert found["disk_bytes"]["weights"] > found["disk_bytes"]["predictions"] > 0
     assert found["measured"]["by"] == "probe"

@@ -99,8 +99,8 @@ def test_a_result_says_on_what_it_was_computed(here):
     run = json.loads((folder / "run" / "result.json").read_text())["environment"]
     trial = json.loads(next((folder / "study" / "trials").glob("*/result.json")).read_text())["environment"]
     assert run["source"] == environment.source_digest()
-    assert (run["device"], run["threads"], run["num_workers"], run["stored_targets"]) == ("cpu", 1, 1, 0)
-    assert trial == {**run, "stored_targets": 1}
+    assert (run["device"], run["threads"], run["num_workers"]) == ("cpu", 1, 1)
+    assert trial == run
 
 
 def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):

@@ -331,7 +331,7 @@ def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]
     recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
-    prepare(recipe, tmp_path / "prepared", share_targets=False)
+    prepare(recipe, tmp_path / "prepared")
     run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
     assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
     assert [found[0] for line in lines if (found := intermediate_value(recipe, {}, line))] == [33, 67]

@@ -84,7 +84,7 @@ def test_a_training_of_train_is_reproduced(here):
 
 
 def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
-    """It is a training like a trial, with a seed of its own and no stored targets."""
+    """It is a training like a trial, with a seed of its own."""
     name = next((here / "study" / "trials").iterdir()).name
     recipe = load_recipe(original / "study" / "resolved.yaml", ["train.seed=5"])
     train_once(recipe, here / "seed5", False, "", quiet, quiet, quiet)
@@ -92,16 +92,6 @@ def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
     assert again(here / "study", f"confirm/{name}-seed5").same
     with pytest.raises(UsageError, match=f"did you mean 'confirm/{name}-seed5'"):
         open_finished(here / "study", f"confirm/{name}-seed6")
-
-
-def test_the_stored_targets_are_made_again_for_those_epochs_only(here):
-    """The longer baseline had stored targets for two of its three epochs: float16 there, float32 after it."""
-    result = json.loads((here / "study" / "baselines" / "longer" / "result.json").read_text())
-    assert result["environment"]["stored_targets"] == 2
-    path = here / "study" / "baselines" / "longer" / "result.json"
-    result["environment"]["stored_targets"] = 0
-    path.write_text(json.dumps(result))
-    assert "predictions.log_sum_exp" in " ".join(each.what for each in again(here / "study", "longer").differences)
 
 
 def test_the_new_training_can_be_kept_and_is_one_like_any_other(here):

@@ -13,7 +13,7 @@ def _train():
     recipe = attempts.sandbox_recipe(batch_size=64, epochs=1)
     with tempfile.TemporaryDirectory(prefix="carft-") as folder:
         folder = Path(folder)
-        training.prepare(recipe, folder / "prepared", share_targets=False)
+        training.prepare(recipe, folder / "prepared")
         training.run_training(recipe, folder / "training", folder / "prepared", RunContext())
 
 

@@ -7,6 +7,7 @@ Shape letters: B images of a batch, N images of a set, H height, W width, S side
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +54,28 @@ def batches(seed: int, epoch: int, n: int, batch_size: int, rank: int, world_siz
     Returns:
         One int64 array per global batch, ``ceil(n / batch_size)`` in all.
     """
-    order = permutation(seed, epoch, n)
-    parts = []
-    for start in range(0, n, batch_size):
-        batch = order[start : start + batch_size]
-        parts.append(batch[len(batch) * rank // world_size : len(batch) * (rank + 1) // world_size])
-    return parts
+    return [indices for _, indices in parts_of(permutation(seed, epoch, n), batch_size, rank, world_size)]
+
+
+def parts_of(
+    order: IntArray, batch_size: int, rank: int, world_size: int, first_batch: int = 0
+) -> Iterator[tuple[int, IntArray]]:
+    """Yields a worker's part of each global batch from ``first_batch`` on, as ``batches`` has them.
+
+    Args:
+        order: Of an epoch (``permutation``).
+        batch_size: Global batch.
+        rank: This worker.
+        world_size: Number of workers.
+        first_batch: Number of the first one.
+
+    Yields:
+        Where the part begins in ``order``, and its indices.
+    """
+    for start in range(first_batch * batch_size, len(order), batch_size):
+        size = min(batch_size, len(order) - start)
+        first, end = start + size * rank // world_size, start + size * (rank + 1) // world_size
+        yield first, order[first:end]
 
 
 def crop_boxes(

@@ -84,13 +84,12 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
     return contents
 
 
-def training_environment(device: torch.device, num_workers: int, stored_targets: int) -> dict[str, Any]:
+def training_environment(device: torch.device, num_workers: int) -> dict[str, Any]:
     """Returns with what one training was computed: code, torch, ``device``, ``threads`` and ``num_workers``.
 
     Args:
         device: Where it ran.
         num_workers: Workers that shared it.
-        stored_targets: Epochs whose context distributions came from the target store; the others were computed.
     """
     return {
         **environment.code(),
@@ -98,7 +97,6 @@ def training_environment(device: torch.device, num_workers: int, stored_targets:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "num_workers": num_workers,
-        "stored_targets": stored_targets,
     }
 
 

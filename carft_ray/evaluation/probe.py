@@ -19,6 +19,7 @@ from carft_ray import files
 from carft_ray.data.caching.arrays import DecodedSource
 from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.source import DerivedSource, PixelArray, Source
+from carft_ray.data.views import permutation
 from carft_ray.evaluation import shared_inputs
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
@@ -27,13 +28,15 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
-from carft_ray.evaluation.training import RESULT_VERSION, device_of, prepare, run_training
+from carft_ray.evaluation.training import RESULT_VERSION, device_of, prepare, run_training, target_store
 from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import LOG_EVERY
+from carft_ray.learning.loop import LOG_EVERY, same_attention
 from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
+from carft_ray.learning.target_blocks import BLOCK
+from carft_ray.learning.targets import Targets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -73,8 +76,8 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
 
     Returns:
         ``inside_s`` in all, ``open_s`` for model and sets once they are in the cache, ``origin_s`` for their hashes,
-        ``heads_s`` from the cache, ``zero_shot_s`` of ``num_evaluated`` images, ``store_s`` a visit of ``num_stored``
-        images; ``num_train``, ``num_validation``, ``num_contexts``, ``cache_bytes``.
+        ``heads_s`` from the cache, ``zero_shot_s`` of ``num_evaluated`` images; ``num_train`` (``num_share`` of them in
+        the share), ``num_validation``, ``num_contexts``, ``cache_bytes``.
     """
     began = time.perf_counter()
     inputs = load_shared_inputs(recipe, prepared_dir=folder)  # sets that it decodes stay in the cache
@@ -89,10 +92,7 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     origin_s = time.perf_counter() - again - open_s
     share = share_of(inputs, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
     marks: list[tuple[str, float]] = []
-    space = {name: parameter for name, parameter in recipe.search.space.items() if name != "epochs"}
-    short = apply(recipe, {"epochs": EPOCHS})
-    short = short.model_copy(update={"search": recipe.search.model_copy(update={"space": space})})
-    prepare(short, folder, lambda text: marks.append((text, time.perf_counter())), True, share)
+    prepare(recipe, folder, lambda text: marks.append((text, time.perf_counter())), share)
     marks.append(("end", time.perf_counter()))
     spent = [(text, after - at) for (text, at), (_, after) in itertools.pairwise(marks)]
 
@@ -112,8 +112,7 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
         "heads_s": total(IN_CACHE),
         "zero_shot_s": total("evaluating zero-shot"),
         "num_evaluated": sum(map(len, share.validation)),
-        "store_s": total("storing") / EPOCHS,
-        "num_stored": len(share.train),
+        "num_share": len(share.train),
         "num_train": len(inputs.train),
         "num_validation": num_validation,
         "num_contexts": len(inputs.templates),
@@ -141,16 +140,26 @@ def probe_training(
     if context.rank == 0:
         _meet(out_dir, asked["peers"])
     began = time.perf_counter()
-    measured = {
-        name: _timed(apply(recipe, values), out_dir / name, prepared_dir, context, share)
-        for name, values in asked["trainings"].items()
-    }
+    measured, storing_s = {}, 0.0
+    for name, values in asked["trainings"].items():
+        kind = "stored" if name.startswith("stored") else "online"
+        of_kind = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"targets": kind})})
+        applied = apply(of_kind, values)
+        at = time.perf_counter()
+        _store_targets(applied, prepared_dir, share)  # those of an earlier training, as it were
+        storing_s += time.perf_counter() - at
+        measured[name] = _timed(applied, out_dir / name, prepared_dir, context, share)
     others = _evaluation(recipe, out_dir / next(iter(measured)), prepared_dir, context, share)
     result = {
         "format_version": RESULT_VERSION,
         "objective": 0.0,
         "metrics": {},
-        "probe": {"inside_s": time.perf_counter() - began, "trainings": measured, **others},
+        "probe": {
+            "inside_s": time.perf_counter() - began - storing_s,
+            "storing_s": storing_s,
+            "trainings": measured,
+            **others,
+        },
     }
     if context.rank == 0:
         for name in measured:
@@ -165,6 +174,22 @@ def _meet(out_dir: Path, peers: int) -> None:
     files.write_text(out_dir.parent / f"{out_dir.name}.met", "")
     while len(list(out_dir.parent.glob(f"{wave}-*.met"))) < peers and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def _store_targets(recipe: Recipe, prepared_dir: Path, share: SharedInputs) -> None:
+    """Stores the targets that a training of two epochs reads; where it reads none, nothing is done."""
+    device, train = device_of(recipe), recipe.train
+    torch.set_num_threads(recipe.resources.threads_per_worker)  # part of the store's key
+    context_head_TD = load_tensors(prepared_dir / HEADS)["context_head"]
+    store = target_store(recipe, share, context_head_TD, prepared_dir)
+    if store is None:
+        return
+    num_images = len(share.train)
+    with same_attention(), Targets(share.clip, context_head_TD, share.train, train, device, store) as targets:
+        for visit in range(EPOCHS):
+            order = permutation(train.seed, visit, num_images)
+            for first in range(0, num_images, BLOCK):
+                targets.of(targets.parts(visit, order, first, min(BLOCK, num_images - first)))
 
 
 def _timed(

@@ -35,7 +35,6 @@ from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSI
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
-from carft_ray.evaluation.targets import TargetStore
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
@@ -46,6 +45,7 @@ from carft_ray.learning.models.tower import check_tower
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
+from carft_ray.learning.targets import store_dir
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe, without_tests
 
@@ -67,16 +67,14 @@ def prepare(
     recipe: Recipe,
     folder: Path,
     on_progress: Callable[[str], None] | None = None,
-    share_targets: bool = True,
     opened: SharedInputs | None = None,
 ) -> dict[str, Any]:
-    """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions, target store.
+    """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions.
 
     Args:
         recipe: The study's recipe.
         folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
         on_progress: Called with what is being done.
-        share_targets: Several trainings follow, so the frozen model's context distributions are worth storing.
         opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
     Returns:
@@ -116,10 +114,6 @@ def prepare(
             "provenance": shared_origin(recipe, inputs, device) if opened is None else {},
         }
         files.write_json(done, content)
-    if share_targets and recipe.train.function is None:  # the loop of another has no use for them
-        context_head_TD = load_tensors(folder / layout.HEADS)["context_head"]
-        targets = TargetStore(recipe.train, inputs, context_head_TD, folder / layout.TARGETS)
-        targets.fill(recipe, device_of(recipe), say)
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
     return {**content["metrics"], **others, "provenance": provenance}
@@ -166,19 +160,18 @@ def run_training(
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
-    targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / layout.TARGETS)
     views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
+    store = target_store(recipe, inputs, heads["context_head"], prepared_dir)
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
         recipe = without_tests(recipe)
-    training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC, function)
+    training = _Training(recipe, inputs, heads, out_dir, context, store, views_NHWC, function)
     # where an earlier attempt has trained, only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
-    stored = targets.num_stored(recipe.train.epochs)
     result = _evaluate(training, fine_tuned, prepared_dir)
     result |= {
         "elapsed_s": round(time.perf_counter() - started, 3),
-        "environment": training_environment(device_of(recipe), context.world_size, stored),
+        "environment": training_environment(device_of(recipe), context.world_size),
     }
     if function is not None:
         result["environment"]["function_source"] = source_of(function)
@@ -187,6 +180,17 @@ def run_training(
         files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
         files.write_json(result_path, result)
     return result
+
+
+def target_store(recipe: Recipe, inputs: SharedInputs, context_head_TD: Tensor, prepared_dir: Path) -> Path | None:
+    """Returns where the frozen model's targets are read and written; None where ``resources.targets`` stores none.
+
+    Undecided (``auto``) is a training that no other one follows.
+    """
+    if recipe.resources.targets != "stored":
+        return None
+    folder, device = prepared_dir / layout.TARGETS, device_of(recipe)
+    return store_dir(folder, inputs.key, inputs.clip, context_head_TD, recipe.train, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +202,7 @@ class _Training:
     heads: dict[str, Tensor]
     out_dir: Path
     context: RunContext
-    targets: TargetStore
+    store: Path | None
     views_NHWC: PixelArray | None
     function: OwnFunction | None = None
 
@@ -278,7 +282,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             device=device,
             checkpoint_dir=training.out_dir / layout.CHECKPOINTS,
             attempt=attempt,
-            stored_targets=training.targets,
+            target_store=training.store,
             on_epoch=on_epoch,
             num_threads=recipe.resources.threads_per_worker,
         )

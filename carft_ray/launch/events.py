@@ -20,10 +20,17 @@ class Note(Event):
 
 
 @dataclass(frozen=True)
+class Decided(Event):
+    """What an ``auto`` of the recipe has come to; worth a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Preparing(Event):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 
-    what: str = "preparing: model, sets, heads, zero-shot, the frozen model's targets"
+    what: str = "preparing: model, sets, heads, zero-shot"
 
 
 @dataclass(frozen=True)

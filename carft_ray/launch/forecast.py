@@ -24,9 +24,11 @@ from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.runtime import RUNNER, make_runtime
 from carft_ray.launch.stop import interruptions_as
-from carft_ray.layout import PREPARATION, PREPARED, RAY_LOG, STOP, TARGETS
+from carft_ray.layout import PREPARATION, PREPARED, RAY_LOG, STOP
+from carft_ray.learning.target_blocks import visit_bytes
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.recipe.spaces.shared_targets import num_stored_visits
 from carft_ray.recipe.spaces.space import drawn
 from carft_ray.study.identity import claim
 from carft_ray.study.outcome import TrialRow
@@ -182,9 +184,9 @@ def _key(values: Mapping[str, Any]) -> str:
 
 
 def _seen_preparing_s(study_dir: Path) -> float:
-    """Returns the seconds that the files of the preparation lie apart, from the heads to the last targets."""
+    """Returns the seconds that the files of the preparation lie apart, from the heads on."""
     folder = study_dir / PREPARED
-    made = [*folder.glob("heads.*"), folder / PREPARATION, *folder.glob(f"{TARGETS}/*/*.npy")]
+    made = [*folder.glob("heads.*"), folder / PREPARATION]
     times = [path.stat().st_mtime for path in made if path.is_file()]
     return max(times) - min(times) if times else 0.0
 
@@ -198,10 +200,13 @@ def _disk_of(recipe: Recipe, study_dir: Path) -> dict[str, int]:
     weights, num_weights = size("*/*/fine_tuned.safetensors")
     predictions, num_predictions = size("*/*/predictions/*.parquet")
     kept = min(recipe.search.keep_checkpoints, trials) + num_baselines
+    # not the sizes of perhaps 100,000 files
+    prepared = files.read_object(study_dir / PREPARED / PREPARATION) or {}
+    num_train = prepared.get("num_images", {}).get("train", 0)
     return {
         "weights": kept * weights // max(1, num_weights),
         "predictions": (trials + num_baselines) * predictions // max(1, num_predictions),
-        "targets": size(f"{PREPARED}/{TARGETS}/**/*.npy")[0],
+        "targets": num_stored_visits(recipe) * visit_bytes(num_train, prepared.get("num_contexts", 0)),
     }
 
 

@@ -33,16 +33,17 @@ from carft_ray.launch.runtime import Runner, Runtime, fill, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, RAY_LOG, STOP
+from carft_ray.learning.target_blocks import visit_bytes
 from carft_ray.recipe.schedule import has_intermediate_value, num_recalibrated, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.recipe.spaces.shared_targets import num_stored_visits, shared_views, views_of
 from carft_ray.recipe.spaces.space import apply, drawn, middle
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_result
 from carft_ray.study.recovery import recover_confirm
 
 PROBE = "probe.json"
-VIEWS = ("seed", "crop_scale", "context_scale", "precision")  # a training with others finds no stored targets
 CHECKPOINT_WEIGHTS = 3  # weights and the two moments of AdamW
 NUM_CHECKPOINTS = 2  # of a running training
 
@@ -147,11 +148,15 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
             if row.outcome != "complete":
                 step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
                 raise ClusterError(Problem("plan", f"the probe has failed: {row.reason}", next_step=step))
-    # of the last wave: what a process does once is no part of the trainings that follow
-    results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names[-wave:]]
+    results = [(read_result(study_dir / CONFIRM / name) or {})["probe"] for name in names]
+    storing_s = [one.pop("storing_s") for one in results]  # which no training does
+    results = results[-wave:]  # of the last wave: what a process does once is no part of the trainings that follow
     totals = [one.pop("inside_s") for one in results]
     parts = [one.pop("trainings") for one in results]
-    before_s = [statistics.fmean(ends[i : i + wave]) - began for i in range(0, len(names), wave)]
+    before_s = [
+        statistics.fmean(ends[i : i + wave]) - began - sum(storing_s[: i + wave]) / wave
+        for i in range(0, len(names), wave)
+    ]
     first_s = max(0.0, before_s[0] - statistics.fmean(totals))
     prepare_s = prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared)
     spread = statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0
@@ -162,7 +167,7 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
         took_s=0.0,
         before_s=OUTSIDE_S / 2 + started_s + prepare_s,
         after_s=0.0,
-        first_s=first_s,
+        first_s=first_s + _computing_s(recipe, found),
         next_s=first_s if num_waves == 1 else max(0.0, before_s[1] - before_s[0] - statistics.fmean(totals)),
         training_s=_training_s(recipe, found),
         doubt=max(LEAST_DOUBT, spread),
@@ -175,16 +180,11 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def kind_of(recipe: Recipe, values: Mapping[str, Any]) -> Kind:
-    """Returns how a training gets the frozen model's context distributions: not at all, stored, or computed then."""
-    train = apply(recipe, values).train
-    if train.kl_weight == 0:
+    """Returns how most trainings like it get the frozen model's targets: not at all, read, or computed then."""
+    views = views_of(apply(recipe, values).train)
+    if views is None:
         return "plain"
-    other = any(getattr(train, name) != getattr(recipe.train, name) for name in VIEWS)
-    return "online" if other or _searches_views(recipe) else "stored"
-
-
-def _searches_views(recipe: Recipe) -> bool:
-    return any(name in recipe.search.space for name in ("crop_scale", "context_scale"))
+    return "stored" if recipe.resources.targets != "online" and views in shared_views(recipe) else "online"
 
 
 def _trainings(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -192,6 +192,8 @@ def _trainings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     rng, centre = np.random.default_rng(0), middle(recipe.search.space)
     likely = [*recipe.search.baselines.values(), *(drawn(recipe.search.space, rng.uniform) for _ in range(50)), centre]
     kinds = dict.fromkeys(kind_of(recipe, values) for values in likely)
+    if "stored" in kinds:
+        kinds.setdefault("online")  # of those that are the first to need them
     given = [values.get("batch_size", recipe.train.batch_size) for values in recipe.search.baselines.values()]
     batches = {*given, *possible_values(recipe, "batch_size")}
     typical = {name: value for name, value in centre.items() if name not in ("epochs", "kl_weight", "batch_size")}
@@ -199,7 +201,7 @@ def _trainings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     how: dict[Kind, dict[str, Any]] = {
         "plain": {"kl_weight": 0.0},
         "stored": {"kl_weight": kl_weight},
-        "online": {"kl_weight": kl_weight, "seed": recipe.train.seed + 1},
+        "online": {"kl_weight": kl_weight},
     }
     micro = recipe.train.micro_batch
     return {
@@ -209,8 +211,23 @@ def _trainings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
 
 
-def _training_s(recipe: Recipe, found: Probed) -> Callable[[Mapping[str, Any]], float]:
-    """Returns the forecast of a training by its values, without what the executor adds."""
+def _computing_s(recipe: Recipe, found: Probed) -> float:
+    """Returns what targets add to the first training of a slot, which finds none in the store."""
+    values = middle(recipe.search.space)
+    if kind_of(recipe, values) != "stored":
+        return 0.0
+    first, later = (_training_s(recipe, found, kind)(values) for kind in ("online", "stored"))
+    return max(0.0, first - later)
+
+
+def _training_s(recipe: Recipe, found: Probed, fixed: str = "") -> Callable[[Mapping[str, Any]], float]:
+    """Returns the forecast of a training by its values, without what the executor adds.
+
+    Args:
+        recipe: The recipe.
+        found: What the probes have found.
+        fixed: Take every training for one of this kind.
+    """
     once, times, num_train = found.evaluation, found.times, found.prepared["num_train"]
     alpha_s = once["mix_s"] + _more_images(recipe, found) * once["recalibrate_s"] + times * once["evaluate_s"]
     share_s = once["mix_s"] + once["recalibrate_s"] + once["evaluate_s"]
@@ -222,7 +239,7 @@ def _training_s(recipe: Recipe, found: Probed) -> Callable[[Mapping[str, Any]], 
     def training_s(values: Mapping[str, Any]) -> float:
         epochs = values.get("epochs", recipe.train.epochs)
         batch: int = values.get("batch_size", recipe.train.batch_size)
-        wanted = kind_of(recipe, values)
+        wanted = fixed or kind_of(recipe, values)
         kind = wanted if wanted in sizes else next(iter(sizes))
         low, high = sizes[kind][0], sizes[kind][-1]
         part, largest = found.trainings[f"{kind}-{low}"], found.trainings[f"{kind}-{high}"]
@@ -240,7 +257,7 @@ def _more_images(recipe: Recipe, found: Probed) -> float:
     """Returns how many times the images of the probe a training takes for its statistics of BatchNorm."""
     if not (num_batches := recipe.train.recalibrate_batches):
         return 1.0
-    whole, share = (num_recalibrated(num_batches, int(found.prepared[name])) for name in ("num_train", "num_stored"))
+    whole, share = (num_recalibrated(num_batches, int(found.prepared[name])) for name in ("num_train", "num_share"))
     return whole / share
 
 
@@ -256,16 +273,8 @@ def between(batch: int, low: int, high: int, low_image_s: float, high_image_s: f
 def _prepare_s(recipe: Recipe, prepared: Mapping[str, Any]) -> float:
     """Returns what the preparation of a search takes in its process, once the sets are in the cache."""
     times = prepared["num_validation"] / prepared["num_evaluated"]
-    stored_s = num_visits(recipe) * prepared["store_s"] * prepared["num_train"] / prepared["num_stored"]
     once_s = prepared["open_s"] + prepared["origin_s"] + prepared["heads_s"]
-    return float(once_s + times * prepared["zero_shot_s"] + stored_s)
-
-
-def num_visits(recipe: Recipe) -> int:
-    """Returns how many epochs of targets the store of a search holds."""
-    if _searches_views(recipe) or (recipe.train.kl_weight == 0 and "kl_weight" not in recipe.search.space):
-        return 0
-    return int(getattr(recipe.search.space.get("epochs"), "high", recipe.train.epochs))
+    return float(once_s + times * prepared["zero_shot_s"])
 
 
 def _disk(recipe: Recipe, capacity: Capacity, found: Probed) -> dict[str, int]:
@@ -277,7 +286,7 @@ def _disk(recipe: Recipe, capacity: Capacity, found: Probed) -> dict[str, int]:
     return {
         "weights": int(kept * weights_bytes),
         "predictions": int((trials + num_baselines) * found.times * found.evaluation["predictions_bytes"]),
-        "targets": int(num_visits(recipe) * found.prepared["num_train"] * found.prepared["num_contexts"] * 2),
+        "targets": num_stored_visits(recipe) * visit_bytes(found.prepared["num_train"], found.prepared["num_contexts"]),
         "cache": int(found.prepared["cache_bytes"]),
         "while it runs": int(capacity.concurrency * (NUM_CHECKPOINTS * in_checkpoint + 1) * weights_bytes),
     }

@@ -15,6 +15,7 @@ from carft_ray.launch.ray_cluster.concurrency import Capacity, Most, Node, capac
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.shared_targets import Views
 from carft_ray.study.outcome import must_leave
 
 Say = Callable[[str], None]
@@ -39,13 +40,6 @@ def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     from carft_ray.evaluation import training
 
     return training.prepare(recipe, folder, say)
-
-
-def prepare_single(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
-    """``prepare`` for one training, which shares no targets with others."""
-    from carft_ray.evaluation import training
-
-    return training.prepare(recipe, folder, say, share_targets=False)
 
 
 def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
@@ -86,6 +80,7 @@ class Runtime:
         attached: The Ray is not ours: its nodes come and go.
         most: The largest cluster that may come of it (``concurrency.Most``).
         is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
+        shared: The views of which several trainings need the frozen model's targets (``spaces.shared_targets``).
     """
 
     recipe: Recipe
@@ -96,6 +91,7 @@ class Runtime:
     attached: bool = False
     most: Most = ()
     is_filled: bool = False
+    shared: frozenset[Views] = frozenset()
 
     @property
     def nested(self) -> bool:

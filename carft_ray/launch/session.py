@@ -3,7 +3,7 @@
 with open_study(...) as study:          # or ``hold_training``: lock, lease, recipe, what a kill has left
     begin(folder, recipe)               # no stop file of before; resolved.yaml is that of this command
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
-        prepare(runtime, say)           # sets, caches, heads, zero-shot, targets; into the manifest
+        prepare(runtime, say)           # sets, caches, heads, zero-shot; into the manifest
         run_trainings(study, runtime)   # ``launch.trainings``
 """
 

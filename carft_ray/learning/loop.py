@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from carft_ray.data.source import IntArray, PixelArray, Source
-from carft_ray.data.views import batches, view_batch
+from carft_ray.data.views import parts_of, permutation
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
 from carft_ray.learning.checkpoint import (
     Checkpoint,
@@ -35,12 +36,14 @@ from carft_ray.learning.checkpoint import (
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
-from carft_ray.learning.losses import Loss, StoredTargets
+from carft_ray.learning.losses import Loss
 from carft_ray.learning.mixing import update_average
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.models.tower import shape_tower
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
+from carft_ray.learning.target_blocks import BLOCK
+from carft_ray.learning.targets import Part, Targets
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import num_warmup_steps
 
@@ -48,8 +51,19 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
 CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
-# epoch from 1, indices [b], pixels [b, S, S, 3], size of the global batch
-Batch = tuple[int, IntArray, PixelArray, int]
+OnEpoch = Callable[
+    [Callable[[], dict[str, Tensor]], int], dict[str, float]
+]  # given the state's function, and the epoch
+
+
+class Batch(NamedTuple):
+    """A worker's part of a global batch."""
+
+    epoch: int  # from 1
+    indices: IntArray  # [b]
+    pixels: PixelArray  # [b, S, S, 3]
+    size: int  # of the global batch
+    parts: list[Part]  # of blocks of targets; none without KL
 
 
 class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
@@ -92,15 +106,17 @@ class _Learner:
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
 
-    def update(self, loss: Loss, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int) -> Tensor:
+    def update(
+        self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int
+    ) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
-        epoch, indices, pixels, batch_size = batch
+        batch_size = batch.size
         # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
         torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
-        pixels_BHWC = torch.from_numpy(pixels).to(labels_B.device)
+        pixels_BHWC = torch.from_numpy(batch.pixels).to(labels_B.device)
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
-            sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, factor)
+            sums = loss.backward(model, pixels_BHWC, labels_B, targets.of(batch.parts), factor)
             grad_norm = clip_gradients(self.classifier, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -187,8 +203,8 @@ def fine_tune(
     device: torch.device | None = None,
     checkpoint_dir: Path | None = None,
     attempt: int = 1,
-    stored_targets: StoredTargets | None = None,
-    on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], dict[str, float]] | None = None,
+    target_store: Path | None = None,
+    on_epoch: OnEpoch | None = None,
     num_threads: int = 1,
 ) -> dict[str, Tensor]:
     """Fine-tunes the image tower and the class head, and returns the fine-tuned state on the CPU.
@@ -210,7 +226,8 @@ def fine_tune(
         device: Where to compute; the CPU by default.
         checkpoint_dir: Folder of the checkpoints; None: none are written.
         attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
-        stored_targets: Context distributions of the frozen model; computed here where they are not stored.
+        target_store: Where the frozen model's context distributions are read, and written where they are missing
+            (``targets.store_dir``); None: neither.
         on_epoch: Called on every rank at the end of an epoch (from 1), with a function that returns the state as it
             would be returned now; what it returns joins the epoch's report.
         num_threads: Threads that make views of source images.
@@ -227,32 +244,36 @@ def fine_tune(
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
-    has_kl = train.kl_weight > 0
-    frozen = build_classifier(clip, class_head_CD, train, device).eval().requires_grad_(False) if has_kl else None
-    loss = Loss(frozen, context_head_TD.to(device), train.context_scale or clip.logit_scale, train, stored_targets)
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
     learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, checkpoint_dir, attempt)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
-    for each in (classifier, frozen) if train.compile else ():
-        if each is not None:
-            each.visual.compile()
+    if train.compile:
+        classifier.visual.compile()
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False)
+    with Targets(clip, context_head_TD, source, train, device, target_store) as targets:
+        _train(learner, model, targets, on_epoch, num_threads)
+    return learner.state()
 
+
+def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEpoch | None, num_threads: int) -> None:
+    """Makes the steps that are left."""
+    source, train, context, device = targets.source, learner.train, learner.context, targets.device
+    loss = Loss(targets.context_head_TD, targets.context_scale, train)
     steps_per_epoch = math.ceil(len(source) / train.batch_size)
     num_steps = train.epochs * steps_per_epoch
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
     window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
-    for batch in _views(source, train, clip.image_size, context, learner.step, num_threads):
-        epoch, indices, _, batch_size = batch
+    for batch in _views(targets, train, context, learner.step, num_threads):
+        epoch = batch.epoch
         learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
         set_learning_rate(learner.optimizer, learning_rate)
-        labels_B = torch.from_numpy(source.labels[indices]).to(device)
-        window += learner.update(loss, model, batch, labels_B, num_steps)
-        window_images += batch_size
+        labels_B = torch.from_numpy(source.labels[batch.indices]).to(device)
+        window += learner.update(loss, targets, model, batch, labels_B, num_steps)
+        window_images += batch.size
 
         step = learner.step
         ends_epoch = step % steps_per_epoch == 0
@@ -280,41 +301,45 @@ def fine_tune(
             raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
         window.zero_()
         window_images, clock = 0, time.perf_counter()
-    return learner.state()
 
 
 def _views(
-    source: Source, train: TrainConfig, image_size: int, context: RunContext, first_step: int, num_threads: int
+    targets: Targets, train: TrainConfig, context: RunContext, first_step: int, num_threads: int
 ) -> Iterator[Batch]:
     """Yields this worker's part of each batch, from ``first_step`` on.
 
     With more than one thread the next batches are made while the current one is computed on. A view is a function of
     seed, sample and visit, so the number of threads changes nothing.
     """
-    first_epoch, first_batch = divmod(first_step, math.ceil(len(source) / train.batch_size))
+    num_images = len(targets.source)
+    first_epoch, first_batch = divmod(first_step, math.ceil(num_images / train.batch_size))
 
-    def parts() -> Iterator[tuple[int, IntArray, int]]:
+    def parts() -> Iterator[tuple[int, IntArray, int, list[Part]]]:
         for epoch in range(first_epoch, train.epochs):
-            mine = batches(train.seed, epoch, len(source), train.batch_size, context.rank, context.world_size)
+            order = permutation(train.seed, epoch, num_images)
             skip = first_batch if epoch == first_epoch else 0
-            for number, indices in enumerate(mine[skip:], start=skip):
-                yield epoch, indices, min(train.batch_size, len(source) - number * train.batch_size)
+            mine = parts_of(order, train.batch_size, context.rank, context.world_size, skip)
+            for number, (first, indices) in enumerate(mine, start=skip):
+                size = min(train.batch_size, num_images - number * train.batch_size)
+                yield epoch, indices, size, targets.parts(epoch, order, first, len(indices))
 
-    def make(epoch: int, indices: IntArray, size: int) -> Batch:
-        ids = source.sample_ids[indices]
-        pixels = view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, image_size)
-        return epoch + 1, indices, pixels, size
+    def make(epoch: int, indices: IntArray, size: int, parts: list[Part]) -> Batch:
+        return Batch(epoch + 1, indices, targets.views(parts, indices, epoch), size, parts)
 
     if num_threads == 1:
         yield from itertools.starmap(make, parts())
         return
+    # small batches together, as they have blocks of targets together
+    together = max(1, BLOCK * context.world_size // train.batch_size) if train.kl_weight else 1
+    left = parts()
     with ThreadPoolExecutor(max_workers=num_threads - 1) as pool:
-        ahead: deque[Future[Batch]] = deque()
-        for part in parts():
-            ahead.append(pool.submit(make, *part))
+        ahead: deque[Future[list[Batch]]] = deque()
+        while group := list(itertools.islice(left, together)):
+            ahead.append(pool.submit(lambda group: list(itertools.starmap(make, group)), group))
             if len(ahead) >= num_threads:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
+                yield from ahead.popleft().result()
+        for future in ahead:
+            yield from future.result()
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:

@@ -14,17 +14,13 @@ Shape letters: B images, D embedding width, T contexts.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from carft_ray.data.source import IntArray
-from carft_ray.learning.classifier import ImageClassifier, at_least_float32
+from carft_ray.learning.classifier import at_least_float32
 from carft_ray.recipe.fine_tuning import TrainConfig
 
 
@@ -66,30 +62,27 @@ def context_entropy(log_p_BT: Tensor) -> Tensor:
     return -(log_p_BT.exp() * log_p_BT).sum(-1).mean()
 
 
-class StoredTargets(Protocol):
-    """Context distributions of the frozen model, computed before."""
-
-    def read(self, indices: IntArray, visit: int) -> npt.NDArray[np.float16] | None:
-        """Returns probabilities [B, T] for these rows at this visit, or None when they are not stored."""
-
-
 @dataclass(frozen=True)
 class Loss:
     """The loss of one worker's part of a global batch, in micro-batches."""
 
-    frozen: ImageClassifier | None  # None: plain fine-tuning
     context_head_TD: Tensor
     context_scale: float
     train: TrainConfig
-    stored_targets: StoredTargets | None
 
     def backward(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, indices: IntArray, visit: int, factor: float
+        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, zero_shot_BT: Tensor | None, factor: float
     ) -> Tensor:
         """Adds the gradient of this part; returns its sums of CE, KL and context entropy, float64 [3].
 
-        ``factor`` is number of workers / size of the global batch: the workers' gradients are averaged by
-        ``DistributedDataParallel``, so the number of workers makes that the sum over the batch that is wanted.
+        Args:
+            model: Gives embeddings and class logits.
+            pixels_BHWC: Views, uint8.
+            labels_B: Of the images.
+            zero_shot_BT: The frozen model's context probabilities for these views (``targets``), in any precision;
+                None: plain fine-tuning.
+            factor: Number of workers / size of the global batch: the workers' gradients are averaged by
+                ``DistributedDataParallel``, so the number of workers makes that the sum over the batch that is wanted.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=labels_B.device)
         micro_batch = self.train.micro_batch or max(len(labels_B), 1)
@@ -98,34 +91,25 @@ class Loss:
             part = slice(start, start + micro_batch)
             waits = isinstance(model, DistributedDataParallel) and start != starts[-1]
             with model.no_sync() if waits else nullcontext():  # type: ignore[operator]  # waits: it is a DDP
-                loss_sum, values = self._sums(model, pixels_BHWC[part], labels_B[part], indices[part], visit)
+                p0_BT = None if zero_shot_BT is None else zero_shot_BT[part]
+                loss_sum, values = self._sums(model, pixels_BHWC[part], labels_B[part], p0_BT)
                 (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
             sums += values
         return sums
 
     def _sums(
-        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, indices: IntArray, visit: int
+        self, model: nn.Module, pixels_BHWC: Tensor, labels_B: Tensor, zero_shot_BT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if len(labels_B) == 0:  # a last batch with fewer images than workers: take part with gradient 0
             blank_BHWC = pixels_BHWC.new_zeros(1, *pixels_BHWC.shape[1:])
             return model(blank_BHWC)[1].sum() * 0, torch.zeros(3, dtype=torch.float64, device=pixels_BHWC.device)
         features_BD, logits_BC = model(pixels_BHWC)
         ce = functional.cross_entropy(logits_BC, labels_B, reduction="sum", label_smoothing=self.train.label_smoothing)
-        with torch.set_grad_enabled(self.frozen is not None):
+        with torch.set_grad_enabled(zero_shot_BT is not None):
             log_p_BT = context_distribution(features_BD, self.context_head_TD, self.context_scale)
         kl = torch.zeros_like(ce)
-        if self.frozen is not None:
-            kl = self._kl_per_image(self.frozen, log_p_BT, pixels_BHWC, indices, visit).sum()
+        if zero_shot_BT is not None:
+            kl = context_kl(log_p_BT, zero_shot_BT, log_target=False).sum()
         entropy = context_entropy(log_p_BT.detach()) * len(labels_B)
         values = torch.stack([value.detach().double() for value in (ce, kl, entropy)])
-        return (ce if self.frozen is None else ce + self.train.kl_weight * kl), values
-
-    def _kl_per_image(
-        self, frozen: ImageClassifier, log_p_BT: Tensor, pixels_BHWC: Tensor, indices: IntArray, visit: int
-    ) -> Tensor:
-        stored = self.stored_targets.read(indices, visit) if self.stored_targets is not None else None
-        if stored is not None:
-            return context_kl(log_p_BT, torch.from_numpy(stored).to(log_p_BT.device), log_target=False)
-        with torch.no_grad():
-            log_p0_BT = context_distribution(frozen.features(pixels_BHWC), self.context_head_TD, self.context_scale)
-        return context_kl(log_p_BT, log_p0_BT)
+        return (ce if zero_shot_BT is None else ce + self.train.kl_weight * kl), values

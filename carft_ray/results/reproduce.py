@@ -1,7 +1,7 @@
 """A training repeated from the manifest of its study, and whether the numbers are the same, column by column.
 
 What the manifest says of data and model is checked first, by contents: sets are decoded again, since the cache of
-decoded sets identifies files by size and date only. The training has the same threads, workers and stored targets.
+decoded sets identifies files by size and date only. The training has the same threads and workers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -139,14 +139,10 @@ def reproduce(
     references = finished.folder / PREPARED / REFERENCES
 
     def prepare_first(folder: Path) -> dict[str, Any]:
-        found = prepare(shared, folder, say, share_targets=False)
+        found = prepare(shared, folder, say)
         _check(found["provenance"], kept)
         if is_trial and references.exists():
             files.write_json(folder / REFERENCES, files.read_json(references))
-        if stored := finished.result.get("environment", {}).get("stored_targets"):
-            train = finished.recipe.train.model_copy(update={"epochs": stored})
-            search = shared.search.model_copy(update={"space": {}})
-            prepare(shared.model_copy(update={"train": train, "search": search}), folder, say)
         return found
 
     if finished.is_zero_shot:
@@ -177,6 +173,7 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     resources = recipe.resources.model_copy(
         update={
             "threads": where["threads"],
+            "targets": "online",
             "num_workers": num_workers,
             "executor": "inline" if num_workers == 1 else "ray-train",
             "gpus_per_worker": 0.0 if where["device"] == "cpu" else recipe.resources.gpus_per_worker,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import InterruptedRunError
-from carft_ray.launch.events import Event, Note, Preparing, Started, TrialFinished
+from carft_ray.launch.events import Decided, Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
@@ -14,6 +14,7 @@ from carft_ray.launch.session import begin, computing
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.spaces.shared_targets import note_of_targets, shared_views
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
@@ -35,7 +36,7 @@ def run_confirm(
 ) -> list[TrialRow]:
     """Trains what ``fix`` names, as trials of a search are trained; what is finished already is left alone.
 
-    The frozen model's targets are stored once per seed and shared by all trainings with it.
+    Trainings of one seed share the frozen model's targets: the first one that needs them stores them.
 
     Args:
         recipe: The study's resolved recipe.
@@ -79,9 +80,11 @@ def run_confirm(
         if not study.done():
             with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
-                for seed in sorted({trainings[row.name]["seed"] for row in rows() if row.outcome == "running"}):
-                    run_prepare(replace(runtime, recipe=apply(runtime.recipe, {"seed": seed})), say)
-                    runtime = replace(runtime, is_filled=True)
+                run_prepare(runtime, say)
+                runtime = replace(runtime, shared=shared_views(recipe, trainings.values()))
+                has_kl = any(apply(recipe, values).train.kl_weight for values in trainings.values())
+                if note := note_of_targets(recipe, runtime.shared, has_kl):
+                    on_event(Decided(note))
                 capacity = runtime.capacity
                 on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason))
                 if run_trainings(study, runtime, on_event):

@@ -18,7 +18,7 @@ from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_workers import run_nested
-from carft_ray.launch.runtime import RUNNER, Runner, prepare_single
+from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LEAVE, LOG, METRICS, RAY_FILES, STOP
@@ -61,7 +61,7 @@ def train_with_ray(
         DivergedError, CarftError: As a worker raised it.
     """
     out_dir = out_dir.resolve()
-    runner = runner or replace(RUNNER, prepare=prepare_single)
+    runner = runner or RUNNER
     interrupted = partial(interruption, "stopped; the newest checkpoint is kept", resume_command)
     number, before = 0, [0, 0]  # attempts in a row that were lost without advancing, and how far they came
     while True:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
+from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.own_trainer import own_notes
@@ -20,6 +20,7 @@ from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.region import Direction
+from carft_ray.recipe.spaces.shared_targets import has_targets, note_of_targets, shared_views
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import check_recoverable, recover_running
@@ -152,6 +153,9 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     on_event(Prepared(metrics))
     if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
+    runtime = replace(runtime, shared=shared_views(study.recipe))
+    if note := note_of_targets(study.recipe, runtime.shared, has_targets(study.recipe)):
+        on_event(Decided(note))
     capacity = runtime.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:

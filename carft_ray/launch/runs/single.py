@@ -11,7 +11,7 @@ from carft_ray.data.shared.shared_images import SharedRow, write_shared
 from carft_ray.errors import OutOfMemoryError, Problem, StorageError, UsageError
 from carft_ray.evaluation.training import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.runtime import RUNNER, prepare_single
+from carft_ray.launch.runtime import RUNNER
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
@@ -83,7 +83,7 @@ def train_once(
         at_once = partial(interruption, "stopped at once; what was written before is kept", resume_command)
 
         def first(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-            return prepare_single(recipe, folder, say) if prepare_first is None else prepare_first(folder)
+            return RUNNER.prepare(recipe, folder, say) if prepare_first is None else prepare_first(folder)
 
         try:
             if recipe.resources.executor == "ray-train" or recipe.resources.num_workers > 1:

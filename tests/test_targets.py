@@ -1,0 +1,411 @@
+"""Targets of the frozen model: the same numbers computed, written or read; blocks; which trainings share them."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+
+import attempts
+import numpy as np
+import pytest
+import stand_in
+import torch
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from test_lost import gloo
+from tiny import make_tiny_clip
+
+from carft_ray import files
+from carft_ray.data.source import ImageSet
+from carft_ray.data.views import parts_of, permutation
+from carft_ray.errors import OutdatedAttemptError
+from carft_ray.evaluation import training
+from carft_ray.evaluation.heads import build_heads
+from carft_ray.evaluation.shared_inputs import SharedInputs
+from carft_ray.learning import loop, targets
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import StoppedRun, fine_tune
+from carft_ray.learning.target_blocks import BLOCK, block_path, num_blocks, read_block, visit_bytes, write_block
+from carft_ray.learning.targets import Targets, store_dir
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.spaces.shared_targets import note_of_targets, num_stored_visits, shared_views, with_targets
+from carft_ray.recipe.spaces.space import apply
+
+CPU = torch.device("cpu")
+NUM_IMAGES = 150  # blocks of 64, 64 and 22
+
+
+def settings(**values):
+    return TrainConfig(**{"learning_rate": 1e-3, "kl_weight": 5.0, "epochs": 2, "batch_size": 48, **values})
+
+
+@pytest.fixture
+def images():
+    return ArraySource(NUM_IMAGES)
+
+
+@pytest.fixture
+def tuned(tiny_clip, heads, images):
+    """Fine-tunes with a store; None for none."""
+
+    def tune(store, context=None, **values):
+        train_values = {name: values.pop(name) for name in list(values) if name in TrainConfig.model_fields}
+        return fine_tune(tiny_clip, *heads, images, settings(**train_values), context, target_store=store, **values)
+
+    return tune
+
+
+@pytest.fixture
+def without_frozen_model(monkeypatch):
+    """From the call on, building a frozen tower is an error."""
+
+    def forbid():
+        monkeypatch.setattr(targets, "build_classifier", None)
+
+    return forbid
+
+
+def blocks_of(store):
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("visit-*/*")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the same numbers, whoever computes
+
+
+def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tuned, tmp_path, without_frozen_model):
+    online, writer = tuned(None), tuned(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
+    assert sum(map(len, blocks_of(tmp_path).values())) == 2 * visit_bytes(NUM_IMAGES, len(TEMPLATES))
+    without_frozen_model()
+    reader = tuned(tmp_path)
+    assert same(online, writer)
+    assert same(online, reader)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64, 150])
+def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path, without_frozen_model, batch_size):
+    tuned(tmp_path)
+    expected = tuned(None, batch_size=batch_size, micro_batch=5, epochs=1)
+    before = blocks_of(tmp_path)
+    without_frozen_model()
+    assert same(tuned(tmp_path, batch_size=batch_size, micro_batch=5, epochs=1, num_threads=3), expected)
+    assert blocks_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize("batch_size", [7, 48, 128])
+def test_every_view_is_made_once_and_every_block_computed_once(
+    tiny_clip, heads, images, tmp_path, monkeypatch, batch_size, num_threads
+):
+    made, computed = [], []
+    pixels, compute = ArraySource.pixels, Targets._compute
+    monkeypatch.setattr(ArraySource, "pixels", lambda self, index: made.append(index) or pixels(self, index))
+    monkeypatch.setattr(Targets, "_compute", lambda self, given: computed.append(len(given)) or compute(self, given))
+    for store in (None, tmp_path, tmp_path):
+        train = settings(batch_size=batch_size)
+        fine_tune(tiny_clip, *heads, images, train, target_store=store, num_threads=num_threads)
+        assert sorted(made) == sorted([*range(NUM_IMAGES)] * 2)
+        made.clear()
+    assert computed == [64, 64, 22] * 4
+
+
+def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    whole, store = tuned(None, batch_size=20), tmp_path / "store"
+    for attempt in itertools.count(1):
+        asked = iter(range(100))
+        context = RunContext(should_stop=lambda asked=asked: next(asked) == 2)
+        with contextlib.suppress(StoppedRun):
+            state = tuned(store, context, batch_size=20, checkpoint_dir=tmp_path / "run", attempt=attempt)
+            break
+    assert attempt > 4
+    assert same(whole, state)
+
+
+def train_as_two(context, folder):
+    clip, images = make_tiny_clip(dtype=torch.float64), ArraySource(NUM_IMAGES)
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    train = settings(precision="fp64", batch_size=40)
+    store = folder if context.rank == 0 else folder.with_name("other")
+    state = fine_tune(clip, *heads, images, train, context, target_store=store)
+    if context.rank == 0:
+        torch.save(state, folder.with_name("state.pt"))
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_the_blocks_of_one_and_end_with_its_weights(tmp_path, clip64, heads64):
+    assert gloo(train_as_two, tmp_path / "store") == [0, 0]
+    state = torch.load(tmp_path / "state.pt")
+    train = settings(precision="fp64", batch_size=40)
+    one = fine_tune(clip64, *heads64, ArraySource(NUM_IMAGES), train, target_store=tmp_path / "one")
+    # Adam divides by 1e-8 where a gradient is nothing but rounding (1e-16)
+    assert max(float((one[name] - state[name]).abs().max()) for name in one) < 1e-9
+    expected = blocks_of(tmp_path / "one")
+    for name in ("store", "other"):  # what each rank has met, it has computed to the same bytes
+        assert blocks_of(tmp_path / name).items() <= expected.items()
+
+
+def test_blocks_that_ranks_share_are_few_where_a_part_is_a_block_or_more():
+    """Images that all ranks together put through the frozen tower, over those of the batches."""
+
+    def cost(batch_size, world_size, num_images=4096):
+        order, computed = np.arange(num_images), 0
+        for rank in range(world_size):
+            seen = set()
+            for first, indices in parts_of(order, batch_size, rank, world_size):
+                seen |= set(range(first // BLOCK, num_blocks(first + len(indices))))
+            computed += len(seen) * BLOCK
+        return computed / num_images
+
+    assert cost(512, 1) == cost(500, 1) == cost(7, 1) == 1
+    assert cost(512, 8) == cost(128, 2) == 1
+    assert cost(500, 2) <= 1.27
+    assert cost(512, 6) <= 1.7
+    assert cost(512, 16) == 2
+
+
+# ---- killed, at once, damaged
+
+
+def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, images, tmp_path, monkeypatch):
+    expected = tuned(tmp_path / "one")
+    both, compute = threading.Barrier(2, timeout=60), Targets._compute
+
+    def together(self, given):
+        both.wait()  # each has found the block missing
+        return compute(self, given)
+
+    monkeypatch.setattr(Targets, "_compute", together)
+    monkeypatch.setattr(Targets, "_read", lambda self, block: None)
+    # two threads of one process would take one temporary name; two processes do not
+    monkeypatch.setattr(files, "_temporary", lambda path: path.with_name(f".{path.name}.{threading.get_ident()}.tmp"))
+    states = []
+    writers = [threading.Thread(target=lambda: states.append(tuned(tmp_path / "both"))) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [same(state, expected) for state in states] == [True, True]
+    assert blocks_of(tmp_path / "both") == blocks_of(tmp_path / "one")
+
+
+def write_and_die(store, number):
+    calls, replace = itertools.count(1), os.replace
+
+    def replaced(*args):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.replace = replaced
+    clip = make_tiny_clip()
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
+
+
+@pytest.mark.slow
+def test_a_writer_that_is_killed_leaves_whole_blocks_only(tuned, tmp_path):
+    whole = tuned(tmp_path / "whole")
+    process = attempts.forked(write_and_die, tmp_path / "killed", 3)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left, expected = blocks_of(tmp_path / "killed"), blocks_of(tmp_path / "whole")
+    assert len(left) == 2
+    assert left.items() <= expected.items()
+    assert len(list((tmp_path / "killed").glob(".*.tmp"))) == 1
+    assert same(tuned(tmp_path / "killed"), whole)
+    assert blocks_of(tmp_path / "killed") == expected
+    files.remove_remains(tmp_path)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"visit-0000", "visit-0001"}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\xff"])
+def test_a_damaged_block_is_computed_again(tuned, tmp_path, damage):
+    whole = tuned(tmp_path)
+    expected, path = blocks_of(tmp_path), block_path(tmp_path, 1, 2)
+    path.write_bytes(damage(path.read_bytes()))
+    assert same(tuned(tmp_path), whole)
+    assert blocks_of(tmp_path) == expected
+
+
+def test_a_block_under_the_name_of_another_is_none(tmp_path):
+    rows = np.random.default_rng(0).random((4, 3)).astype(np.float16)
+    write_block(tmp_path, 1, 2, rows)
+    assert (read_block(tmp_path, 1, 2, 4, 3) == rows).all()
+    os.rename(block_path(tmp_path, 1, 2), block_path(tmp_path, 1, 3))
+    assert read_block(tmp_path, 1, 3, 4, 3) is None
+    assert read_block(tmp_path, 1, 2, 4, 3) is None
+
+
+def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, caplog):
+    expected = tuned(None)
+    (tmp_path / "store").write_text("a file")
+    assert same(tuned(tmp_path / "store" / "of"), expected)
+    (message,) = [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()]
+    assert "must be writable" in message
+
+
+def test_an_attempt_that_another_one_follows_writes_no_blocks(tuned, tmp_path):
+    def check():
+        raise OutdatedAttemptError("another attempt has begun")
+
+    with files.fenced(check), pytest.raises(OutdatedAttemptError):
+        tuned(tmp_path)
+    assert blocks_of(tmp_path) == {}
+
+
+# ---- the key
+
+
+def test_a_store_of_other_weights_views_machines_or_versions_is_not_read(tiny_clip, heads, tmp_path, monkeypatch):
+    def name(key="inputs", context_head=heads[1], **values):
+        return store_dir(tmp_path, key, tiny_clip, context_head, settings(**values), CPU).name
+
+    first = name()
+    assert first == name(learning_rate=1e-5, kl_weight=0.1, batch_size=4, epochs=9, compile=True, lora_rank=2)
+    others = [
+        name("other inputs"),
+        name(context_head=heads[1][:2]),
+        name(context_head=heads[1].flip(0)),
+        name(seed=1),
+        name(crop_scale=0.5),
+        name(context_scale=3.0),
+        name(precision="bf16"),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", "99.0")
+        others.append(name())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: 77)
+        others.append(name())
+    with monkeypatch.context() as patched:
+        patched.setattr("carft_ray.environment.cpu_model", lambda: "another processor")
+        others.append(name())
+    assert len({first, *others}) == 1 + len(others)
+
+
+# ---- large sets
+
+
+class Million(ArraySource):
+    """A million images, of which ten are in memory."""
+
+    def __init__(self):
+        super().__init__(10)
+        self.labels = np.arange(1_000_000, dtype=np.int64) % len(CLASS_WORDS)
+        self.sample_ids = np.arange(1_000_000, dtype=np.uint64)
+        self.shown = 0
+
+    def __len__(self):
+        return len(self.labels)
+
+    def pixels(self, index):
+        self.shown += 1
+        return self.images[index % 10]
+
+
+@pytest.mark.parametrize("mode", ["online", "first", "later"])
+def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch, mode):
+    source, store = Million(), None if mode == "online" else tmp_path
+    for folder in ("os.scandir", "os.listdir"):  # nothing of the store is listed
+        monkeypatch.setattr(folder, lambda path=".", *_: pytest.fail(f"lists {path}"))
+    train = settings(epochs=10, batch_size=64)
+    context = RunContext(should_stop=lambda: True)  # after the first ten steps
+    for _ in range(2 if mode == "later" else 1):
+        source.shown = 0
+        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
+            fine_tune(tiny_clip, *heads, source, train, context, target_store=store, num_threads=2)
+        assert source.shown <= 13 * 64  # and those that are made ahead
+    monkeypatch.undo()
+    assert len(blocks_of(tmp_path)) == (0 if mode == "online" else 10)
+
+
+def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_clip, heads, tmp_path):
+    source, small = Million(), ArraySource(10)
+    pixels = np.stack([small.pixels(index) for index in range(10)])
+    validation = (ImageSet("id_val", pixels, small.labels, small.sample_ids),)
+    inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
+    train = {"batch_size": 64, "learning_rate": 1e-3}
+    recipe = recipe_of(targets="stored", epochs=10, train=train)
+    prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)
+    training.prepare(recipe, prepared, opened=inputs)
+    assert source.shown == 0
+    for seed in (0, 7):  # of the search, and a fresh one
+        source.shown = 0
+        applied = apply(recipe, {"seed": seed})
+        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
+            training.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
+        assert source.shown <= 13 * 64
+    assert len(list(tmp_path.glob("prepared/targets/*/visit-*/*"))) == 2 * 10
+
+
+def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
+    with Targets(tiny_clip, heads[1], images, settings(), CPU) as found:
+        order = permutation(0, 0, NUM_IMAGES)
+        for first in range(0, NUM_IMAGES, 10):
+            found.of(found.parts(0, order, first, 10))
+            assert len(found._live) <= 2
+
+
+# ---- which trainings share
+
+
+def recipe_of(trials=6, baselines=(), targets="auto", **search):
+    resources = {"gpus_per_worker": 0, "targets": targets}
+    return stand_in.make_recipe(trials, baselines=dict(baselines), resources=resources, **search)
+
+
+def decided(recipe, **values):
+    applied = recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
+    return with_targets(applied, shared_views(recipe)).resources.targets
+
+
+def test_trials_share_their_targets_unless_the_search_changes_them():
+    recipe = recipe_of()
+    assert decided(recipe) == "stored"
+    assert decided(recipe, crop_scale=0.3) == decided(recipe, seed=5) == decided(recipe, kl_weight=0.0) == "online"
+    assert note_of_targets(recipe, shared_views(recipe)).endswith("needs them, read by later ones")
+    searched = recipe_of(space={"crop_scale": {"low": 0.5, "high": 1.0}})
+    assert decided(searched, crop_scale=0.7) == decided(searched) == "online"
+    assert "crop_scale in the search space changes them" in note_of_targets(searched, shared_views(searched))
+    alone = recipe_of(1)
+    assert decided(alone) == "online"
+    assert "no two trainings share them" in note_of_targets(alone, shared_views(alone))
+
+
+def test_trials_share_the_few_values_of_a_searched_view():
+    choices = {"crop_scale": {"choices": [0.5, 0.9]}}
+    assert decided(recipe_of(4, space=choices), crop_scale=0.5) == "stored"
+    assert decided(recipe_of(3, space=choices), crop_scale=0.5) == "online"
+    steps = {"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}}
+    assert decided(recipe_of(18, space=steps), crop_scale=0.1 + 0.2) == "stored"
+    assert num_stored_visits(recipe_of(18, space=steps)) == 9 * recipe_of().train.epochs
+
+
+def test_baselines_share_too_and_what_is_asked_for_holds():
+    own = {"one": {"crop_scale": 0.4}, "two": {"crop_scale": 0.4, "learning_rate": 1e-5}, "plain": {"kl_weight": 0.0}}
+    recipe = recipe_of(1, own)
+    assert decided(recipe, crop_scale=0.4) == "stored"
+    assert decided(recipe) == "online"
+    assert num_stored_visits(recipe) == recipe.train.epochs
+    for mode in ("online", "stored"):
+        recipe = recipe_of(1, own, mode)
+        assert decided(recipe) == decided(recipe, crop_scale=0.4) == mode
+        assert note_of_targets(recipe, shared_views(recipe)) == ""
+    assert num_stored_visits(recipe) == 2 * recipe.train.epochs
+
+
+def test_the_trainings_of_a_confirm_share_by_seed():
+    recipe = recipe_of()
+    trainings = [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8}, {"seed": 8, "kl_weight": 0.0}]
+    shared = shared_views(recipe, trainings)
+    assert [views[0] for views in shared] == [7]
+
+
+def test_a_store_needs_what_its_format_says():
+    assert visit_bytes(64, 80) == 64 * 80 * 2 + 16
+    assert visit_bytes(65, 80) == 65 * 80 * 2 + 32
