@@ -85,8 +85,8 @@ def training_pass(source: Source, batch_size: int, workers: int) -> Pass:
     train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE)
 
     def one_pass() -> int:
-        views = loop._views(source, train, SIDE, RunContext(), 0, 1 + workers)
-        return sum(len(indices) for _, indices, _, _ in views)
+        views = loop._views(source, train, SIDE, RunContext(), 0, 1 + workers, torch.device("cpu"))
+        return sum(len(batch.indices) for batch in views)
 
     return one_pass
 

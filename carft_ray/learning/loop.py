@@ -6,24 +6,23 @@ Shape letters: B images, C classes, T contexts, D embedding width, S side of an 
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from carft_ray.data.source import IntArray, PixelArray, Source
-from carft_ray.data.views import batches, view_batch
+from carft_ray.data.source import IntArray, Source
+from carft_ray.data.views import batches
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
+from carft_ray.learning import feeding
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -48,8 +47,16 @@ logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
 CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
-# epoch from 1, indices [b], pixels [b, S, S, 3], size of the global batch
-Batch = tuple[int, IntArray, PixelArray, int]
+
+
+class Batch(NamedTuple):
+    """A worker's part of a global batch, on the device."""
+
+    epoch: int  # from 1
+    indices: IntArray  # [b]
+    size: int  # of the global batch
+    pixels_BHWC: Tensor  # uint8 [b, S, S, 3]
+    labels_B: Tensor
 
 
 class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
@@ -92,12 +99,11 @@ class _Learner:
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
 
-    def update(self, loss: Loss, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int) -> Tensor:
+    def update(self, loss: Loss, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
-        epoch, indices, pixels, batch_size = batch
+        epoch, indices, batch_size, pixels_BHWC, labels_B = batch
         # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
         torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
-        pixels_BHWC = torch.from_numpy(pixels).to(labels_B.device)
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
             sums = loss.backward(model, pixels_BHWC, labels_B, indices, epoch - 1, factor)
@@ -246,13 +252,11 @@ def fine_tune(
     num_steps = train.epochs * steps_per_epoch
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
     window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
-    for batch in _views(source, train, clip.image_size, context, learner.step, num_threads):
-        epoch, indices, _, batch_size = batch
+    for batch in _views(source, train, clip.image_size, context, learner.step, num_threads, device):
         learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
         set_learning_rate(learner.optimizer, learning_rate)
-        labels_B = torch.from_numpy(source.labels[indices]).to(device)
-        window += learner.update(loss, model, batch, labels_B, num_steps)
-        window_images += batch_size
+        window += learner.update(loss, model, batch, num_steps)
+        window_images += batch.size
 
         step = learner.step
         ends_epoch = step % steps_per_epoch == 0
@@ -264,11 +268,11 @@ def fine_tune(
             raise DivergedError(Problem(place, "loss and gradient must stay finite", _bad_first(values)))
         learner.means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
-        row = {"step": step, "num_steps": num_steps, "epoch": epoch, "learning_rate": learning_rate}
+        row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}
         if context.rank == 0:
             context.progress({**row, **values, "images_per_s": speed})
         if ends_epoch:
-            metrics = on_epoch(learner.state, epoch) if on_epoch is not None else {}
+            metrics = on_epoch(learner.state, batch.epoch) if on_epoch is not None else {}
             if context.rank == 0:
                 context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
@@ -284,14 +288,21 @@ def fine_tune(
 
 
 def _views(
-    source: Source, train: TrainConfig, image_size: int, context: RunContext, first_step: int, num_threads: int
+    source: Source,
+    train: TrainConfig,
+    image_size: int,
+    context: RunContext,
+    first_step: int,
+    num_threads: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """Yields this worker's part of each batch, from ``first_step`` on.
+    """Yields this worker's part of each batch, from ``first_step`` on; the next ones are made meanwhile.
 
-    With more than one thread the next batches are made while the current one is computed on. A view is a function of
-    seed, sample and visit, so the number of threads changes nothing.
+    A view is a function of seed, sample and visit, so the number of threads changes nothing.
     """
     first_epoch, first_batch = divmod(first_step, math.ceil(len(source) / train.batch_size))
+    part = math.ceil(train.batch_size / context.world_size)
+    view_threads, stream = feeding.num_view_threads(num_threads, device), feeding.copy_stream(device)
 
     def parts() -> Iterator[tuple[int, IntArray, int]]:
         for epoch in range(first_epoch, train.epochs):
@@ -300,21 +311,17 @@ def _views(
             for number, indices in enumerate(mine[skip:], start=skip):
                 yield epoch, indices, min(train.batch_size, len(source) - number * train.batch_size)
 
-    def make(epoch: int, indices: IntArray, size: int) -> Batch:
-        ids = source.sample_ids[indices]
-        pixels = view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, image_size)
-        return epoch + 1, indices, pixels, size
+    with feeding.view_threads(view_threads) as make_views:
 
-    if num_threads == 1:
-        yield from itertools.starmap(make, parts())
-        return
-    with ThreadPoolExecutor(max_workers=num_threads - 1) as pool:
-        ahead: deque[Future[Batch]] = deque()
-        for part in parts():
-            ahead.append(pool.submit(make, *part))
-            if len(ahead) >= num_threads:
-                yield ahead.popleft().result()
-        yield from (future.result() for future in ahead)
+        def make(epoch: int, indices: IntArray, size: int) -> tuple[int, IntArray, int, feeding.Upload]:
+            ids = source.sample_ids[indices]
+            pixels = make_views(source, indices, ids, train.seed, epoch, train.crop_scale, image_size)
+            return epoch + 1, indices, size, feeding.upload([pixels, source.labels[indices]], stream)
+
+        number = feeding.num_ahead(part, view_threads)
+        with contextlib.closing(feeding.made_ahead(make, parts(), number)) as made:
+            for epoch, indices, size, uploaded in made:
+                yield Batch(epoch, indices, size, *feeding.arrived(uploaded))
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:
