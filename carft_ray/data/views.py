@@ -197,22 +197,26 @@ def fill_views(
         return
     draws = _tries(seed, sample_ids, visit, crop_scale)
     for view, index, tries in zip(views_BHWC, indices.tolist(), draws, strict=True):
-        pixels = images[index] if isinstance(images, np.ndarray) else images.pixels(index)
-        left, top, right, bottom = _box(tries, pixels.shape[1], pixels.shape[0])
-        _resize(pixels[top:bottom, left:right], view)
+        _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
+
+
+def _show(pixels_HWC: PixelArray, tries: Iterator[Try], view_HWC: PixelArray) -> None:
+    """Makes one view; the image is let go before the next is decoded, which takes its place in memory and caches."""
+    left, top, right, bottom = _box(tries, pixels_HWC.shape[1], pixels_HWC.shape[0])
+    _resize(pixels_HWC[top:bottom, left:right], view_HWC)
 
 
 def _resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     """Antialiased bicubic resize of a crop: the filter sees nothing outside of it.
 
     torch's kernel for uint8, which works without Python's lock in one thread, with integer weights. Its pixels are the
-    same with and without AVX; from Pillow's, whose weights are finer, a few differ by 1.
+    same with and without AVX; from Pillow's, whose weights are finer, a few differ by 1. This is what
+    ``functional.interpolate(..., mode="bicubic", antialias=True)`` calls, which cannot write into an array that is
+    there and takes half as long again; both arrays must be seen as channels last, or it takes twice as long.
     """
     import torch  # not at the top: what is read of this module by quick commands needs no torch
 
     if not crop_HWC.flags.writeable:
         crop_HWC = crop_HWC.copy()  # torch warns of arrays that are read-only
-    crop_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None]
-    size = view_HWC.shape[:2]
-    view_BCHW = torch.nn.functional.interpolate(crop_BCHW, size, mode=INTERPOLATION, antialias=True)
-    view_HWC[:] = view_BCHW[0].permute(1, 2, 0).numpy()
+    crop_BCHW, view_BCHW = (torch.from_numpy(each)[None].permute(0, 3, 1, 2) for each in (crop_HWC, view_HWC))
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop_BCHW, view_HWC.shape[:2], False, None, None, out=view_BCHW)
