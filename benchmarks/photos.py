@@ -16,8 +16,8 @@ QUALITY = 90
 CLASSES = ("bird", "boat", "bridge", "car", "castle", "cat", "dog", "field")
 
 
-def photo(seed: int, width: int, height: int) -> npt.NDArray[np.uint8]:
-    """Returns a picture, uint8 [height, width, 3]."""
+def photo(seed: int, width: int, height: int, fall: float = FALL) -> npt.NDArray[np.uint8]:
+    """Returns a picture, uint8 [height, width, 3]; the nearer ``fall`` is to 1, the more detail it has."""
     draw = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
     for octave in range(int(np.log2(max(width, height))) + 1):
@@ -25,16 +25,16 @@ def photo(seed: int, width: int, height: int) -> npt.NDArray[np.uint8]:
         pattern[..., 1:] = pattern[..., :1] + pattern[..., 1:] / 2  # colours go together
         for colour in range(3):
             layer = Image.fromarray(pattern[..., colour]).resize((width, height), Image.Resampling.BICUBIC)
-            total[..., colour] += FALL**octave * np.asarray(layer)
+            total[..., colour] += fall**octave * np.asarray(layer)
     low, high = np.quantile(total, (0.01, 0.99))
     pixels: npt.NDArray[np.uint8] = np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
     return pixels
 
 
-def jpeg(seed: int, width: int, height: int) -> bytes:
+def jpeg(seed: int, width: int, height: int, fall: float = FALL, quality: int = QUALITY) -> bytes:
     """Returns a picture as JPEG, with half of the colour's resolution, as cameras write it."""
     stream = io.BytesIO()
-    Image.fromarray(photo(seed, width, height)).save(stream, "JPEG", quality=QUALITY, subsampling=2)
+    Image.fromarray(photo(seed, width, height, fall)).save(stream, "JPEG", quality=quality, subsampling=2)
     return stream.getvalue()
 
 

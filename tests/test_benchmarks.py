@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import decoders, effect, engine, loader, overhead, pairs, photos, startup
+from benchmarks import decoders, effect, engine, feeding, loader, overhead, pairs, photos, startup
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -252,7 +252,9 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
     assert "benchmarks.effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [decoders.main, effect.main, loader.main, overhead.main, pairs.main, startup.main])
+@pytest.mark.parametrize(
+    "main", [decoders.main, effect.main, feeding.main, loader.main, overhead.main, pairs.main, startup.main]
+)
 def test_help_says_what_it_is(main, capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -380,6 +382,16 @@ def test_a_pass_of_each_side_gives_every_image(tmp_path):
     passes += [loader.evaluation_pass(images, 5, to_floats) for to_floats in (False, True)]
     passes += [loader.training_pass(source, 5, workers) for workers in (0, 1)]
     assert [one_pass() for one_pass in passes] == [16] * 8
+
+
+def test_views_are_measured_against_decoding_and_into_a_stand_in_device():
+    row = feeding.view_row((0.5, 50), 2, 1)
+    assert 1 < row.value < 1000
+    assert row.is_met == (row.value <= 1.25)
+    fed, step = feeding.device_rows(2, 4, 3, 1, False)
+    assert fed.value > 0
+    assert fed._replace(value=0.9).is_met
+    assert "FAIL  step, 2 threads, batches of 4: with views / without: 1.06" in str(step._replace(value=1.06))
 
 
 def test_bytes_are_read_from_files_and_packed(tmp_path):

@@ -652,6 +652,25 @@ def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
     assert capacity_of(make_recipe(max_concurrent_trials=20), (Node(8, 0),)).concurrency == 8
 
 
+@pytest.mark.parametrize(
+    ("nodes", "resources", "cpus", "concurrency"),
+    [
+        ([(8, 0)], {}, 1, 8),
+        ([(8, 1)], {"gpus_per_worker": 0}, 1, 8),
+        ([(64, 8)], {}, 8, 8),
+        ([(20, 8)], {}, 2, 8),  # four cores are left
+        ([(2, 4)], {}, 1, 2),
+        ([(16, 1)], {"gpus_per_worker": 0.3}, 4, 3),
+        ([(32, 4)], {"gpus_per_worker": 2}, 16, 2),
+        ([(64, 4), (24, 4), (96, 0)], {}, 6, 8),  # every GPU of every node can be used
+        ([(64, 8)], {"cpus_per_worker": 2}, 2, 8),
+    ],
+)
+def test_a_worker_gets_the_cores_that_its_gpus_leave(nodes, resources, cpus, concurrency):
+    capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
+    assert (capacity.cpus_per_worker, capacity.concurrency) == (cpus, concurrency)
+
+
 def test_a_trial_that_fits_nowhere_is_refused():
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
         capacity_of(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))

@@ -79,7 +79,7 @@ available_node_types:
         # of one kind
         ([Node(8, 2, "H100"), Node(8, 8, "T4")], [], {"accelerator": "H100"}, (2, 0), "2 GPUs, 1 a trial"),
         ([Node(8, 8, "T4")], [Node(8, 2, "H100")], {"accelerator": "H100"}, (0, 1), "no node for a trial, which needs "
-         "1 x 1 CPU and 1 x 1 GPU of kind H100; nodes for 1 are asked for, of 2 at most"),
+         "1 x 4 CPUs and 1 x 1 GPU of kind H100; nodes for 1 are asked for, of 2 at most"),
     ],
 )  # fmt: skip
 def test_as_many_trials_wait_for_nodes_as_run(nodes, most, recipe, found, reason):
@@ -113,7 +113,7 @@ def test_a_trial_that_fits_on_no_node_that_may_come_is_refused(nodes, most, reso
 
 def test_a_kind_of_accelerator_is_asked_of_ray():
     capacity = capacity_of(stand_in.make_recipe(resources={"accelerator": "H100"}), (Node(8, 1, "H100"),))
-    assert capacity.worker_resources == {"CPU": 1, "GPU": 1, "accelerator_type:H100": 0.001}
+    assert capacity.worker_resources == {"CPU": 8, "GPU": 1, "accelerator_type:H100": 0.001}
     there = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100_group_0_ab12": 1.0, "accelerator_type:H100": 1.0}
     assert node_of(there) == Node(8, 1, "H100")
 

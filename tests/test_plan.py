@@ -1,5 +1,6 @@
 """The forecast of a search: slots, spaces, parts of a training; and the probe over a real Ray."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -14,7 +15,7 @@ from stand_in import make_recipe
 from carft_ray.data.caching.cache import list_entries
 from carft_ray.evaluation.probe import FirstImages, share_of
 from carft_ray.launch import probe as plan
-from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
+from carft_ray.launch.forecast import Measured, beyond_budget, forecast, limited_by_input, makespan, price
 from carft_ray.launch.probe import between, kind_of
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.recipe.schema import BudgetConfig, SearchConfig
@@ -74,6 +75,23 @@ def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
     assert price(found, 3.0, None)[0] == pytest.approx(3 * found["gpu_hours"][0], abs=1e-4)
     assert price(found, None, 36.0)[0] == pytest.approx(found["search_s"][0] / 100, abs=1e-4)
     assert price(found, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "needed", "text"),
+    [
+        ({}, 0.0, ""),  # not known
+        ({}, 8.0, ""),
+        ({}, 13.2, "Views, not the GPU, will be the limit: a worker needs 14 cores for them and has 8 (resources.cpus"),
+        ({"threads": 2}, 2.5, "a worker needs 3 cores for them and has 2 (resources.threads)."),
+    ],
+)
+def test_the_plan_says_that_views_are_the_limit(resources, needed, text):
+    recipe = make_recipe(4, resources=resources)
+    found = forecast(recipe, capacity_of(recipe, (Node(64, 8),)), dataclasses.replace(measured(), cores_needed=needed))
+    told = limited_by_input(recipe, found)
+    assert text in told
+    assert bool(told) == bool(text)
 
 
 def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():

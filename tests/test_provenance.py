@@ -149,6 +149,17 @@ def test_a_study_does_not_go_on_with_other_names_of_the_classes():
     )
 
 
+def test_a_study_does_not_go_on_with_another_version_of_the_views():
+    before = {"data": {}, "model": 1, "augmentation": {"view_version": 1}, "code": {"commit": "abc"}}
+    assert identity_problems(before, dict(before)) == []
+    assert identity_problems(before, {"data": {}}) == []  # of a test set, which has no views
+    (problem,) = identity_problems(before, {**before, "augmentation": {"view_version": 2}})
+    assert str(problem) == (
+        "code: the training views must be those of the manifest, version 1, but got version 2 now\n"
+        "    Run the code of the study (commit abc), or begin anew in another folder."
+    )
+
+
 def test_images_may_move_and_are_no_others(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)

@@ -43,7 +43,7 @@ DOORWAYS = {
     "open_clip": ("learning",),
     "optuna": ("study",),
     "ray": ("launch",),
-    "torch": ("learning", "evaluation", "launch", "results"),
+    "torch": ("data", "learning", "evaluation", "launch", "results"),  # data: its resize of uint8 alone
     "typer": ("cli",),
     "rich": ("cli",),
     "matplotlib": ("launch",),

@@ -171,7 +171,7 @@ def plan(
     It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
     stay.
     """
-    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
+    from carft_ray.launch.forecast import beyond_budget, forecast, limited_by_input, measure_by_study, price
     from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
@@ -195,7 +195,7 @@ def plan(
         step = "Give --price-per-hour, of the whole machine."
         raise UsageError(Problem("--price-per-gpu-hour", "needs trainings that use a GPU", next_step=step))
     found["price"] = price(found, price_per_gpu_hour, price_per_hour)
-    found["budget"] = beyond_budget(value, found)
+    found["budget"], found["input"] = beyond_budget(value, found), limited_by_input(value, found)
     if console.print_json(found, json_):
         return
     baselines = f" and {counted(found['num_baselines'], 'baseline')}" if found["num_baselines"] else ""
@@ -206,8 +206,8 @@ def plan(
         console.say("From the trainings that the study has finished, as they ran there.")
     else:
         console.say(f"From real trainings on a share of the sets, {found['measured']['took_s']:.0f} s in all.")
-    if found["budget"]:
-        console.say(found["budget"])
+    for warning in filter(None, (found["budget"], found["input"])):
+        console.say(warning)
     if value.search.pruner.name != "none":
         console.say("The pruner will make it shorter; nothing is taken off for it.")
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "address": address}

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, words
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 
-VIEW_VERSION = 1  # changes when the same arguments give another view; part of the key of whatever stores views
+VIEW_VERSION = 2  # changes when the same arguments give another view; part of the key of whatever stores views
 INTERPOLATION = "bicubic"
 
 _NUM_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+Try = tuple[float, float, int, int]  # area as a share of the image, ratio w/h, words of top and left
 
 
 def permutation(seed: int, epoch: int, n: int) -> IntArray:
@@ -94,7 +94,7 @@ def crop_boxes(
     words 0..3 are area, ratio, top, left. A word w stands for the fraction w / 2**32, and for the integer
     ``w * m // 2**32`` below m (bias at most m / 2**32).
 
-    Only +, *, /, sqrt and rint are used on floats, which IEEE 754 fixes to the bit: boxes are the same everywhere.
+    Only +, *, /, sqrt and round are used on floats, which IEEE 754 fixes to the bit: boxes are the same everywhere.
 
     Args:
         seed: View seed.
@@ -111,24 +111,34 @@ def crop_boxes(
         ValueError: ``visit`` is out of range.
     """
     num_images = len(sample_ids)
-    width = np.broadcast_to(np.asarray(widths, dtype=np.int64), (num_images,))
-    height = np.broadcast_to(np.asarray(heights, dtype=np.int64), (num_images,))
+    all_widths = np.broadcast_to(np.asarray(widths, dtype=np.int64), (num_images,)).tolist()
+    all_heights = np.broadcast_to(np.asarray(heights, dtype=np.int64), (num_images,)).tolist()
+    draws = _tries(seed, sample_ids, visit, crop_scale)
+    boxes = [_box(*each) for each in zip(draws, all_widths, all_heights, strict=True)]
+    return np.array(boxes, dtype=np.int64).reshape(-1, 4)
+
+
+def _tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: float) -> Iterator[Iterator[Try]]:
+    """Yields for every image its tries, which do not depend on its size."""
     draws = words(seed, STREAM_VIEW, visit, sample_ids, _NUM_TRIES)
     fraction = draws[..., :2].astype(np.float64) / 2.0**32
-    area = (width * height)[:, None] * (crop_scale + (1 - crop_scale) * fraction[..., 0])
+    share = crop_scale + (1 - crop_scale) * fraction[..., 0]
     ratio = _exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * fraction[..., 1])
-    try_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    try_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (try_w > 0) & (try_w <= width[:, None]) & (try_h > 0) & (try_h <= height[:, None])
+    columns = (share.tolist(), ratio.tolist(), draws[..., 2].tolist(), draws[..., 3].tolist())
+    return (zip(*rows, strict=True) for rows in zip(*columns, strict=True))
 
-    row, first = np.arange(num_images), np.argmax(fits, axis=1)
-    found = fits[row, first]
+
+def _box(tries: Iterator[Try], width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns the crop of one image by the rule of ``crop_boxes``."""
+    for share, ratio, top_word, left_word in tries:
+        area = width * height * share
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = top_word * (height - h + 1) >> 32, left_word * (width - w + 1) >> 32
+            return left, top, left + w, top + h
     w, h = _fallback(width, height)
-    w, h = np.where(found, try_w[row, first], w), np.where(found, try_h[row, first], h)
-    place = draws[row, first, 2:].astype(np.uint64)
-    top = np.where(found, _below(place[:, 0], height - h + 1), (height - h) // 2)
-    left = np.where(found, _below(place[:, 1], width - w + 1), (width - w) // 2)
-    return np.stack([left, top, left + w, top + h], axis=1)
+    top, left = (height - h) // 2, (width - w) // 2
+    return left, top, left + w, top + h
 
 
 def _exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -139,17 +149,12 @@ def _exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return result
 
 
-def _below(word: npt.NDArray[np.uint64], limit: IntArray) -> IntArray:
-    """Integers below ``limit`` (at least 1, below 2**32) from 32-bit words."""
-    return ((word * limit.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
-
-
-def _fallback(width: IntArray, height: IntArray) -> tuple[IntArray, IntArray]:
+def _fallback(width: int, height: int) -> tuple[int, int]:
     """Sides of the centre crop for images that no try fits; at least 1 pixel (torchvision gives 0 for slivers)."""
     image_ratio = width / height
-    w = np.where(image_ratio > _RATIO[1], np.rint(height * _RATIO[1]).astype(np.int64), width)
-    h = np.where(image_ratio < _RATIO[0], np.rint(width / _RATIO[0]).astype(np.int64), height)
-    return np.maximum(w, 1), np.maximum(h, 1)
+    w = round(height * _RATIO[1]) if image_ratio > _RATIO[1] else width
+    h = round(width / _RATIO[0]) if image_ratio < _RATIO[0] else height
+    return max(w, 1), max(h, 1)
 
 
 def view_batch(
@@ -161,8 +166,7 @@ def view_batch(
     crop_scale: float,
     image_size: int,
 ) -> PixelArray:
-    """Returns the views of several images; row b is the view of image ``indices[b]``: random crop, then bicubic
-    resize to a square.
+    """Returns the views of several images, uint8 [B, S, S, 3]; see ``fill_views``.
 
     Args:
         images: A source, or decoded images, uint8 [N, H, W, 3].
@@ -173,8 +177,29 @@ def view_batch(
         crop_scale: Lower end of the area of the crop, 0 < crop_scale <= 1.
         image_size: Side S of the views in pixels.
 
-    Returns:
-        Views, uint8 [B, S, S, 3].
+    Raises:
+        ValueError: ``sample_ids`` does not go with ``indices``.
+        DataError: An image of the source cannot be read.
+    """
+    views_BHWC = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
+    fill_views(views_BHWC, images, indices, sample_ids, seed, visit, crop_scale)
+    return views_BHWC
+
+
+def fill_views(
+    views_BHWC: PixelArray,
+    images: Source | PixelArray,
+    indices: IntArray,
+    sample_ids: IdArray,
+    seed: int,
+    visit: npt.ArrayLike,
+    crop_scale: float,
+) -> None:
+    """Makes the view of image ``indices[b]`` in row b: random crop, then bicubic resize to a square.
+
+    Args:
+        views_BHWC: Where they are written, uint8 [B, S, S, 3].
+        images: As for ``view_batch``, and so are the others.
 
     Raises:
         ValueError: ``sample_ids`` does not go with ``indices``.
@@ -182,22 +207,32 @@ def view_batch(
     """
     if sample_ids.shape != indices.shape:
         raise ValueError(f"one sample id per index must be given, but got {sample_ids.shape} and {indices.shape}")
-    if isinstance(images, np.ndarray):
-        height, width = images.shape[1:3]
-        if crop_scale == 1 and height == width == image_size:
-            return images[indices]  # every box is the whole image and the resize a copy
-        column = Image.fromarray(images[indices].reshape(-1, width, 3))  # one conversion instead of B
-        chosen = [column.crop((0, top, width, top + height)) for top in range(0, len(indices) * height, height)]
-    else:
-        chosen = [Image.fromarray(images.pixels(index)) for index in indices.tolist()]
-    sizes = np.array([image.size for image in chosen], dtype=np.int64).reshape(-1, 2)
-    boxes = crop_boxes(seed, sample_ids, visit, sizes[:, 0], sizes[:, 1], crop_scale).tolist()
-    views = Image.new("RGB", (image_size, image_size * len(chosen)))
-    for row, (image, box) in enumerate(zip(chosen, boxes, strict=True)):
-        views.paste(_resize(image, tuple(box), image_size), (0, row * image_size))
-    return np.array(views).reshape(len(chosen), image_size, image_size, 3)
+    image_size = views_BHWC.shape[1]
+    if isinstance(images, np.ndarray) and crop_scale == 1 and images.shape[1] == images.shape[2] == image_size:
+        views_BHWC[:] = images[indices]  # every box is the whole image and the resize a copy
+        return
+    draws = _tries(seed, sample_ids, visit, crop_scale)
+    for view, index, tries in zip(views_BHWC, indices.tolist(), draws, strict=True):
+        _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
 
 
-def _resize(image: Image.Image, box: tuple[int, int, int, int], image_size: int) -> Image.Image:
-    """Crop, then bicubic resize, as torchvision does it: the filter sees nothing outside the box."""
-    return image.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC)
+def _show(pixels_HWC: PixelArray, tries: Iterator[Try], view_HWC: PixelArray) -> None:
+    """Makes one view; the image is let go before the next is decoded, which takes its place in memory and caches."""
+    left, top, right, bottom = _box(tries, pixels_HWC.shape[1], pixels_HWC.shape[0])
+    _resize(pixels_HWC[top:bottom, left:right], view_HWC)
+
+
+def _resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
+    """Antialiased bicubic resize of a crop: the filter sees nothing outside of it.
+
+    torch's kernel for uint8, which works without Python's lock in one thread, with integer weights. Its pixels are the
+    same with and without AVX; from Pillow's, whose weights are finer, a few differ by 1. This is what
+    ``functional.interpolate(..., mode="bicubic", antialias=True)`` calls, which cannot write into an array that is
+    there and takes half as long again; both arrays must be seen as channels last, or it takes twice as long.
+    """
+    import torch  # not at the top: what is read of this module by quick commands needs no torch
+
+    if not crop_HWC.flags.writeable:
+        crop_HWC = crop_HWC.copy()  # torch warns of arrays that are read-only
+    crop_BCHW, view_BCHW = (torch.from_numpy(each)[None].permute(0, 3, 1, 2) for each in (crop_HWC, view_HWC))
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop_BCHW, view_HWC.shape[:2], False, None, None, out=view_BCHW)

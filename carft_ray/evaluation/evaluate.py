@@ -12,6 +12,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
 from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
+from carft_ray.learning.feeding import images_ahead
 from carft_ray.learning.memory import in_batches
 from carft_ray.learning.ranks import gather
 
@@ -39,10 +40,10 @@ def predict(
 
     def logits_of(batch: np.ndarray) -> np.ndarray:
         context.should_stop()  # a sign of life: a long evaluation is no training that hangs
-        pixels_BHWC = torch.from_numpy(image_set.images_NHWC[batch]).to(device)
-        return np.asarray(classifier(pixels_BHWC)[1].float().cpu())
+        return np.asarray(classifier(images_of(batch))[1].float().cpu())
 
-    with torch.inference_mode():
+    ahead = device.type != "cpu"
+    with torch.inference_mode(), images_ahead(image_set.images_NHWC, positions, device, ahead) as images_of:
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     ids, labels = image_set.sample_ids[positions], image_set.labels[positions]

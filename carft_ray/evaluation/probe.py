@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from carft_ray import files
 from carft_ray.data.caching.arrays import DecodedSource
 from carft_ray.data.caching.packed import PackedSource
 from carft_ray.data.source import DerivedSource, PixelArray, Source
-from carft_ray.data.views import permutation
+from carft_ray.data.views import permutation, view_batch
 from carft_ray.evaluation import shared_inputs
 from carft_ray.evaluation.alpha import alpha_profile
 from carft_ray.evaluation.evaluate import predict_all, subset
@@ -34,7 +35,9 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import LOG_EVERY, same_attention
+from carft_ray.learning.memory import micro_batch_of
 from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
+from carft_ray.learning.models.tower import shape_tower
 from carft_ray.learning.target_blocks import BLOCK
 from carft_ray.learning.targets import Targets
 from carft_ray.recipe.schema import Recipe
@@ -42,6 +45,7 @@ from carft_ray.recipe.spaces.space import apply
 
 PROBE = "probe.json"
 EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end can be seen
+NUM_VIEWS, NUM_STEPS = 32, 5  # that are timed apart from each other
 MEETING_S = 60.0  # a probe waits so long for the others that shall run at the same time
 
 
@@ -150,6 +154,7 @@ def probe_training(
         storing_s += time.perf_counter() - at
         measured[name] = _timed(applied, out_dir / name, prepared_dir, context, share)
     others = _evaluation(recipe, out_dir / next(iter(measured)), prepared_dir, context, share)
+    others |= _input(recipe, load_tensors(prepared_dir / HEADS)["class_head"], context, share)
     result = {
         "format_version": RESULT_VERSION,
         "objective": 0.0,
@@ -166,6 +171,46 @@ def probe_training(
             shutil.rmtree(out_dir / name)
         files.write_json(out_dir / RESULT, result)
     return result
+
+
+def _input(recipe: Recipe, class_head_CD: Tensor, context: RunContext, share: SharedInputs) -> dict[str, float]:
+    """Returns ``view_s``, of one thread, and ``step_s``, of the device with views that are there: seconds an image.
+
+    ``step_s`` is 0 on a CPU, where the same cores do both.
+    """
+    device, train, indices = device_of(recipe), recipe.train, np.arange(min(len(share.train), NUM_VIEWS))
+    began = time.perf_counter()
+    ids, size = share.train.sample_ids[indices], share.clip.image_size
+    views_BHWC = view_batch(share.train, indices, ids, train.seed, 0, train.crop_scale, size)
+    view_s = (time.perf_counter() - began) / len(indices)
+    return {"view_s": view_s, "step_s": _step_s(recipe, class_head_CD, context, share, views_BHWC, device)}
+
+
+def _step_s(
+    recipe: Recipe,
+    class_head_CD: Tensor,
+    context: RunContext,
+    share: SharedInputs,
+    views_BHWC: PixelArray,
+    device: torch.device,
+) -> float:
+    if device.type == "cpu":
+        return 0.0
+    classifier = build_classifier(share.clip, class_head_CD, recipe.train, device).train()
+    shape_tower(classifier, recipe.train)
+    if recipe.train.compile:
+        classifier.visual.compile()
+    size = micro_batch_of(recipe.train, context.world_size)
+    pixels_BHWC = torch.from_numpy(np.resize(views_BHWC, (size, *views_BHWC.shape[1:]))).to(device)
+    began = 0.0
+    for turn in range(NUM_STEPS + 2):  # the first two find their kernels
+        if turn == 2:
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+        classifier(pixels_BHWC)[1].float().logsumexp(dim=1).sum().backward()
+        classifier.zero_grad(set_to_none=True)
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / NUM_STEPS / size
 
 
 def _meet(out_dir: Path, peers: int) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from carft_ray import files, layout
 from carft_ray.data.source import ImageSet, PixelArray
+from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import DivergedError, Problem, StorageError
 from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
 from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
@@ -91,7 +92,8 @@ def prepare(
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
     check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
     done = folder / layout.PREPARATION
-    key = f"predictions {PREDICTIONS_VERSION}: {inputs.key}"  # those of an older version are made anew
+    # those of an older version are made anew
+    key = f"predictions {PREDICTIONS_VERSION}, views {VIEW_VERSION}: {inputs.key}"
     content: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or a damaged one
         before = json.loads(done.read_text())

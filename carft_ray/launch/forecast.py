@@ -33,6 +33,7 @@ from carft_ray.recipe.spaces.space import drawn
 from carft_ray.study.identity import claim
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
+from carft_ray.words import counted
 
 NUM_SEARCHES = 200
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
@@ -53,6 +54,7 @@ class Measured:
         training_s: Forecast of a training, by its values over ``train``.
         doubt: Relative uncertainty of every time.
         disk: Bytes by what they hold, at the end of the search; ``while it runs`` more in between.
+        cores_needed: Of a worker, to make views as fast as its GPU takes them; 0: not known, or no GPU.
     """
 
     source: Literal["probe", "study"]
@@ -64,6 +66,7 @@ class Measured:
     training_s: Callable[[Mapping[str, Any]], float]
     doubt: float
     disk: dict[str, int] = field(default_factory=dict)
+    cores_needed: float = 0.0
 
 
 def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str, Any]:
@@ -91,6 +94,8 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
         "num_baselines": len(baselines),
         "num_workers": capacity.num_workers,
         "gpus_per_worker": capacity.gpus_per_worker,
+        "cpus_per_worker": capacity.cpus_per_worker,
+        "cores_needed": round(measured.cores_needed, 1) or None,
         "prepare_s": round(measured.before_s, 1),
         "trial_s": _range([one + measured.next_s for one in each], measured.doubt),
         "search_s": _range([span + fixed for span in spans], measured.doubt),
@@ -218,6 +223,16 @@ def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
         if limit is not None and expected > limit:
             return f"budget.{name} ({limit:g}{unit}) will end it after about {limit / expected:.0%}."
     return ""
+
+
+def limited_by_input(recipe: Recipe, found: Mapping[str, Any]) -> str:
+    """Returns that views, not the GPU, will limit a training, in a sentence; empty where they will not."""
+    has, needed = recipe.resources.threads or max(1, int(found["cpus_per_worker"])), found["cores_needed"]
+    if needed is None or needed <= has:
+        return ""
+    key = "threads" if recipe.resources.threads else "cpus_per_worker"
+    cores = counted(math.ceil(needed), "core")
+    return f"Views, not the GPU, will be the limit: a worker needs {cores} for them and has {has} (resources.{key})."
 
 
 def price(found: Mapping[str, Any], per_gpu_hour: float | None, per_hour: float | None) -> tuple[float, ...] | None:

@@ -161,7 +161,8 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
     prepare_s = prepared_s - filling_s - prepared["inside_s"] + _prepare_s(recipe, prepared)
     spread = statistics.stdev(totals) / statistics.fmean(totals) if len(totals) > 1 else 0.0
     means = {name: _means([one[name] for one in parts]) for name in parts[0]}
-    found = Probed(prepared, means, _means(results))
+    means_of_wave = _means(results)
+    found = Probed(prepared, means, means_of_wave)
     return Measured(
         source="probe",
         took_s=0.0,
@@ -172,6 +173,7 @@ def _probe(runtime: Runtime, started_s: float, say: Callable[[str], None]) -> Me
         training_s=_training_s(recipe, found),
         doubt=max(LEAST_DOUBT, spread),
         disk=_disk(recipe, capacity, found),
+        cores_needed=means_of_wave["view_s"] / means_of_wave["step_s"] if means_of_wave["step_s"] else 0.0,
     )
 
 

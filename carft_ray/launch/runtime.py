@@ -72,7 +72,7 @@ class Runtime:
     """What every training of a search shares; travels to the workers.
 
     Attributes:
-        recipe: With ``gpus_per_worker`` resolved.
+        recipe: With ``cpus_per_worker`` and ``gpus_per_worker`` resolved.
         study_dir: The study directory, seen by every node.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
@@ -108,7 +108,8 @@ def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runne
         ClusterError: A training does not fit, on ``most`` neither.
     """
     capacity = capacity_of(recipe, nodes, most)
-    resources = recipe.resources.model_copy(update={"gpus_per_worker": capacity.gpus_per_worker})
+    resolved = {name: getattr(capacity, name) for name in ("cpus_per_worker", "gpus_per_worker")}
+    resources = recipe.resources.model_copy(update=resolved)
     recipe = without_shared(recipe, read_shared(study_dir))
     return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, most=most)
 

@@ -98,5 +98,5 @@ def _this_machine(recipe: Recipe) -> Node:
     from torch import cuda  # what runs here needs it anyway
 
     asked = recipe.resources
-    cpus, gpus = asked.cpus_per_worker * asked.num_workers, (asked.gpus_per_worker or 0) * asked.num_workers
+    cpus, gpus = (asked.cpus_per_worker or 1) * asked.num_workers, (asked.gpus_per_worker or 0) * asked.num_workers
     return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus), asked.accelerator or "")

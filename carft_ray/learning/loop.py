@@ -6,13 +6,10 @@ Shape letters: B images, C classes, T contexts, D embedding width, S side of an 
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from carft_ray.data.source import IntArray, PixelArray, Source
+from carft_ray.data.source import IntArray, Source
 from carft_ray.data.views import parts_of, permutation
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
+from carft_ray.learning import feeding
 from carft_ray.learning.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -50,6 +48,7 @@ from carft_ray.recipe.schedule import num_warmup_steps
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
+MOST_AHEAD = 16  # batches, however small
 CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
 OnEpoch = Callable[
     [Callable[[], dict[str, Tensor]], int], dict[str, float]
@@ -57,13 +56,14 @@ OnEpoch = Callable[
 
 
 class Batch(NamedTuple):
-    """A worker's part of a global batch."""
+    """A worker's part of a global batch, on the device."""
 
     epoch: int  # from 1
     indices: IntArray  # [b]
-    pixels: PixelArray  # [b, S, S, 3]
     size: int  # of the global batch
     parts: list[Part]  # of blocks of targets; none without KL
+    pixels_BHWC: Tensor  # uint8 [b, S, S, 3]
+    labels_B: Tensor
 
 
 class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
@@ -106,17 +106,15 @@ class _Learner:
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
 
-    def update(
-        self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, labels_B: Tensor, num_steps: int
-    ) -> Tensor:
+    def update(self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
         batch_size = batch.size
         # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
         torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
-        pixels_BHWC = torch.from_numpy(batch.pixels).to(labels_B.device)
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
-            sums = loss.backward(model, pixels_BHWC, labels_B, targets.of(batch.parts), factor)
+            target_BT = targets.of(batch.parts)
+            sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
             grad_norm = clip_gradients(self.classifier, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -268,11 +266,9 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
     warmup = num_warmup_steps(train.warmup_steps, num_steps)
     window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
     for batch in _views(targets, train, context, learner.step, num_threads):
-        epoch = batch.epoch
         learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
         set_learning_rate(learner.optimizer, learning_rate)
-        labels_B = torch.from_numpy(source.labels[batch.indices]).to(device)
-        window += learner.update(loss, targets, model, batch, labels_B, num_steps)
+        window += learner.update(loss, targets, model, batch, num_steps)
         window_images += batch.size
 
         step = learner.step
@@ -285,11 +281,11 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
             raise DivergedError(Problem(place, "loss and gradient must stay finite", _bad_first(values)))
         learner.means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
-        row = {"step": step, "num_steps": num_steps, "epoch": epoch, "learning_rate": learning_rate}
+        row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}
         if context.rank == 0:
             context.progress({**row, **values, "images_per_s": speed})
         if ends_epoch:
-            metrics = on_epoch(learner.state, epoch) if on_epoch is not None else {}
+            metrics = on_epoch(learner.state, batch.epoch) if on_epoch is not None else {}
             if context.rank == 0:
                 context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
@@ -306,13 +302,14 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
 def _views(
     targets: Targets, train: TrainConfig, context: RunContext, first_step: int, num_threads: int
 ) -> Iterator[Batch]:
-    """Yields this worker's part of each batch, from ``first_step`` on.
+    """Yields this worker's part of each batch, from ``first_step`` on; the next ones are made meanwhile.
 
-    With more than one thread the next batches are made while the current one is computed on. A view is a function of
-    seed, sample and visit, so the number of threads changes nothing.
+    A view is a function of seed, sample and visit, so the number of threads changes nothing.
     """
     num_images = len(targets.source)
     first_epoch, first_batch = divmod(first_step, math.ceil(num_images / train.batch_size))
+    part = math.ceil(train.batch_size / context.world_size)
+    view_threads, stream = feeding.num_view_threads(num_threads, targets.device), feeding.copy_stream(targets.device)
 
     def parts() -> Iterator[tuple[int, IntArray, int, list[Part]]]:
         for epoch in range(first_epoch, train.epochs):
@@ -323,23 +320,20 @@ def _views(
                 size = min(train.batch_size, num_images - number * train.batch_size)
                 yield epoch, indices, size, targets.parts(epoch, order, first, len(indices))
 
-    def make(epoch: int, indices: IntArray, size: int, parts: list[Part]) -> Batch:
-        return Batch(epoch + 1, indices, targets.views(parts, indices, epoch), size, parts)
+    with feeding.view_threads(view_threads) as make_views:
 
-    if num_threads == 1:
-        yield from itertools.starmap(make, parts())
-        return
-    # small batches together, as they have blocks of targets together
-    together = max(1, BLOCK * context.world_size // train.batch_size) if train.kl_weight else 1
-    left = parts()
-    with ThreadPoolExecutor(max_workers=num_threads - 1) as pool:
-        ahead: deque[Future[list[Batch]]] = deque()
-        while group := list(itertools.islice(left, together)):
-            ahead.append(pool.submit(lambda group: list(itertools.starmap(make, group)), group))
-            if len(ahead) >= num_threads:
-                yield from ahead.popleft().result()
-        for future in ahead:
-            yield from future.result()
+        def make(
+            epoch: int, indices: IntArray, size: int, parts: list[Part]
+        ) -> tuple[int, IntArray, int, list[Part], feeding.Upload]:
+            pixels = targets.views(parts, indices, epoch, make_views)
+            return epoch + 1, indices, size, parts, feeding.upload([pixels, targets.source.labels[indices]], stream)
+
+        number = feeding.num_ahead(part, view_threads)
+        if number and train.kl_weight:  # small batches have blocks of targets together: those of two blocks
+            number = max(number, min(2 * BLOCK // part, MOST_AHEAD))
+        with contextlib.closing(feeding.made_ahead(make, parts(), number)) as made:
+            for epoch, indices, size, blocks, uploaded in made:
+                yield Batch(epoch, indices, size, blocks, *feeding.arrived(uploaded))
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:

@@ -28,6 +28,7 @@ from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.errors import StorageError
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
+from carft_ray.learning.feeding import MakeViews
 from carft_ray.learning.losses import context_distribution
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.target_blocks import BLOCK, FORMAT_VERSION, Rows, num_blocks, read_block, write_block
@@ -153,7 +154,7 @@ class Targets:
         self._live = live
         return found
 
-    def views(self, parts: Sequence[Part], indices: IntArray, visit: int) -> PixelArray:
+    def views(self, parts: Sequence[Part], indices: IntArray, visit: int, make: MakeViews = view_batch) -> PixelArray:
         """Returns the views of a worker's part of a batch, uint8 [B, S, S, 3]; any thread may call it.
 
         Of a block that is not stored all views are made, and kept for the batches that follow.
@@ -162,16 +163,19 @@ class Targets:
             parts: Of ``parts``.
             indices: Of the images [B], one part behind the other.
             visit: The epoch, from 0.
+            make: Makes them.
         """
         for part in parts:  # first what no other thread is at
-            self._looked_up(part.block, waits=False)
-        whole = [self._looked_up(part.block) for part in parts]
+            self._looked_up(part.block, make, waits=False)
+        whole = [self._looked_up(part.block, make) for part in parts]
         if all(pixels_KHWC is None for pixels_KHWC in whole):
-            return self._views_of(indices, visit)
+            return self._views_of(indices, visit, make)
         pieces, at = [], 0
         for part, pixels_KHWC in zip(parts, whole, strict=True):
             end = at + part.rows.stop - part.rows.start
-            pieces.append(self._views_of(indices[at:end], visit) if pixels_KHWC is None else pixels_KHWC[part.rows])
+            pieces.append(
+                self._views_of(indices[at:end], visit, make) if pixels_KHWC is None else pixels_KHWC[part.rows]
+            )
             at = end
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -189,11 +193,12 @@ class Targets:
             return torch.zeros(0, len(self.context_head_TD), dtype=torch.float16, device=self.device)
         return torch.cat([self._of_block(part.block)[part.rows] for part in parts])
 
-    def _looked_up(self, block: Block, waits: bool = True) -> PixelArray | None:
+    def _looked_up(self, block: Block, make: MakeViews = view_batch, waits: bool = True) -> PixelArray | None:
         """Returns the views of a block that is not stored, else None; also where another thread makes them meanwhile.
 
         Args:
             block: The block.
+            make: Makes views.
             waits: Wait for the other thread.
         """
         if not block.lock.acquire(blocking=waits):
@@ -202,15 +207,15 @@ class Targets:
             if not block.is_looked_up:
                 block.stored = self._read(block)
                 if block.stored is None:
-                    block.pixels_KHWC = self._views_of(block.indices, block.visit)
+                    block.pixels_KHWC = self._views_of(block.indices, block.visit, make)
                 block.is_looked_up = True
             return block.pixels_KHWC
         finally:
             block.lock.release()
 
-    def _views_of(self, indices: IntArray, visit: int) -> PixelArray:
+    def _views_of(self, indices: IntArray, visit: int, make: MakeViews) -> PixelArray:
         train, ids = self.train, self.source.sample_ids[indices]
-        return view_batch(self.source, indices, ids, train.seed, visit, train.crop_scale, self.clip.image_size)
+        return make(self.source, indices, ids, train.seed, visit, train.crop_scale, self.clip.image_size)
 
     def _read(self, block: Block) -> Rows | None:
         if self.store is None:

@@ -192,8 +192,11 @@ class ResourcesConfig(Config):
     max_workers: PositiveInt | None = key(None, "8", HOW_FAST, range=">= num_workers; none with `inline` and `debug`")
     """most workers of one trial: it takes an equal share of what is free, and is begun again from its checkpoint with
     more workers when that share has become half as large again; the global batch stays; null: `num_workers`"""
-    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] = key(1.0, "4", HOW_FAST, range=">= 0.0001")
-    """CPU cores per worker"""
+    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(
+        None, "4", HOW_FAST, range=">= 0.0001"
+    )
+    """CPU cores per worker, which make its views; null: 1 without GPUs, else the same share of a node's cores as of its
+    GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
         None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )
@@ -207,7 +210,7 @@ class ResourcesConfig(Config):
     """on a cluster (`--address`): how long a command waits at its start for the first nodes on which a trial fits;
     null: as long as it takes where an autoscaler may add them, else not at all"""
     threads: PositiveInt | None = key(None, "1", HOW_FAST)
-    """torch threads per worker; null: `cpus_per_worker`"""
+    """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
     needs one keeps it in the study, later ones read it; auto: stored where several trainings share them. The same
@@ -223,8 +226,11 @@ class ResourcesConfig(Config):
 
     @property
     def threads_per_worker(self) -> int:
-        """Torch threads of a worker; trials that compete for cores were measured 100 times slower."""
-        return self.threads or max(1, int(self.cpus_per_worker))
+        """Threads of a worker; trials that compete for cores were measured 100 times slower.
+
+        Of a recipe whose ``cpus_per_worker`` is resolved (``launch.runtime``); else 1 where it is null.
+        """
+        return self.threads or max(1, int(self.cpus_per_worker or 1))
 
 
 class BudgetConfig(Config):

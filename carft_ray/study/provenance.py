@@ -72,7 +72,7 @@ def record_provenance(folder: Path, recipe: Recipe, found: dict[str, Any] | None
 
 
 def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:
-    """Returns a problem for every set, and for the model, that is not what the provenance says.
+    """Returns a problem for every set, for the model, and for the views, that are not what the provenance says.
 
     Args:
         before: A complete provenance.
@@ -101,6 +101,12 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
         rule = f"the weights must be those of the manifest, hash {kept}"
         step = "Restore the weights, or begin anew in another folder."
         problems.append(Problem("model", rule, f"hash {found} now", next_step=step))
+    kept, found = (each.get("augmentation", {}).get("view_version") for each in (before, now))
+    if None not in (kept, found) and kept != found:
+        rule = f"the training views must be those of the manifest, version {kept}"
+        commit = before.get("code", {}).get("commit")
+        step = f"Run the code of the study{f' (commit {commit})' if commit else ''}, or begin anew in another folder."
+        problems.append(Problem("code", rule, f"version {found} now", next_step=step))
     return problems
 
 

@@ -38,7 +38,7 @@ class Capacity:
         concurrency: Trials at a time; 0 where a trial must wait for a node.
         reason: Why not more.
         num_workers: Processes of one trial, at least.
-        cpus_per_worker: CPUs of each.
+        cpus_per_worker: CPUs of each, resolved.
         gpus_per_worker: GPUs of each, resolved.
         one_node: Whether all workers of a trial can be on one machine, and then will be.
         asked: Further trials, for which nodes are asked for.
@@ -98,11 +98,12 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
         ClusterError: Not even one trial fits, and none ever will.
     """
     resources, kind = recipe.resources, recipe.resources.accelerator
-    num_workers, cpus, gpus = resources.num_workers, resources.cpus_per_worker, resources.gpus_per_worker
+    num_workers, gpus = resources.num_workers, resources.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if kind or any(node.num_gpus for node in (*nodes, *(most or ()))) else 0.0
-    need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     usable, to_come = _of_kind(nodes, kind), _of_kind(most or (), kind)
+    cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable or to_come)
+    need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     grows = resources.most_workers > num_workers
     fitting, one_node, slots = _fit(need, num_workers, usable, grows)
     will_fit, will_be_one_node, _ = _fit(need, num_workers, to_come, grows)
@@ -134,6 +135,12 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
         accelerator=kind or "",
         **counts,
     )
+
+
+def _share_of_cores(gpus: float, nodes: tuple[Node, ...]) -> float:
+    """Returns the CPUs of a worker where the recipe names none: whole ones, as many as leave no GPU idle."""
+    shares = [int(node.num_cpus * min(1, gpus / node.num_gpus)) for node in nodes if node.num_gpus]
+    return float(max(1, min(shares, default=1))) if gpus else 1.0
 
 
 def _of_kind(nodes: tuple[Node, ...], kind: str | None) -> tuple[Node, ...]:
@@ -211,7 +218,9 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
         one_node: As in ``Capacity``.
     """
     by_one = {name: _num_trials(counts, num_workers, one_node) for name, counts in _slots(need, nodes).items()}
-    scarcest = min(need, key=lambda name: (by_one[name], sum(_slots(need, nodes)[name])))
+    scarcest = min(
+        reversed(need), key=lambda name: (by_one[name], sum(_slots(need, nodes)[name]))
+    )  # of equals the GPUs
     if by_one[scarcest] == fitting:
         need = {scarcest: need[scarcest]}  # the others do not matter
     there = {name: [node.amount(name) for node in nodes] for name in need}

@@ -1,0 +1,119 @@
+"""Batches made ahead: the same whatever the number of threads, in order, and no thread is left behind."""
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ArraySource
+
+from carft_ray.data.views import view_batch
+from carft_ray.learning import feeding
+from carft_ray.learning.context import RunContext
+from carft_ray.learning.loop import _views
+from carft_ray.recipe.fine_tuning import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def threads_named(*names):
+    return [each.name for each in threading.enumerate() if each.name.rpartition("_")[0] in names]
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3, 37])
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_views_of_several_threads_are_those_of_one(num_images, num_threads):
+    source = ArraySource(num_images=40, size=36)
+    indices = np.arange(num_images)[::-1].copy()
+    visits = np.arange(num_images)
+    arguments = (source, indices, source.sample_ids[indices], 3, visits, 0.5, 24)
+    with feeding.view_threads(num_threads) as make_views:
+        np.testing.assert_array_equal(make_views(*arguments), view_batch(*arguments))
+    assert threads_named("views") == []
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_values_come_in_order_and_few_are_made_ahead(number):
+    begun, most = [], []
+
+    def parts():
+        for value in range(20):
+            begun.append(value)
+            yield (value,)
+
+    for value in feeding.made_ahead(lambda value: value * value, parts(), number):
+        most.append(len(begun) - len(most) - 1)
+        assert value == (len(most) - 1) ** 2
+    assert len(most) == 20
+    assert max(most) <= number
+    assert threads_named("batches") == []
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_error_comes_after_the_values_before_it(number):
+    def make(value):
+        if value == 3:
+            raise ValueError("three")
+        return value
+
+    values = feeding.made_ahead(make, ((value,) for value in range(10)), number)
+    assert [next(values) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(values)
+    assert threads_named("batches") == []
+
+
+def test_no_thread_is_left_when_batches_are_not_taken_to_the_end():
+    train = TrainConfig(epochs=50, batch_size=8)
+    source = ArraySource(num_images=40, size=16)
+    with contextlib.closing(_views(source, train, 16, RunContext(), 0, 4, CPU)) as found:
+        next(found)
+        assert threads_named("views", "batches")
+    assert threads_named("views", "batches") == []
+
+
+@pytest.mark.parametrize(("num_images", "num_threads"), [(0, 4), (1, 16), (8, 16), (64, 7), (512, 16), (512, 0)])
+def test_every_thread_has_work_and_few_batches_wait(num_images, num_threads):
+    size, ahead = feeding.part_size(num_images, num_threads), feeding.num_ahead(num_images, num_threads)
+    if not num_threads:
+        assert ahead == 0  # the loop makes each batch when it needs it
+        return
+    parts = -(-max(num_images, 1) // size)
+    assert ahead * parts >= num_threads
+    assert ahead == feeding.AHEAD or (ahead - 2) * parts < num_threads
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("sizes", [(4, 4, 2), (4, 1, 1, 4), (10,), (1,) * 10])
+def test_images_read_ahead_are_those_of_the_batches(ahead, sizes):
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (31, 4, 4, 3), dtype=np.uint8)
+    positions, start = np.arange(1, 31, 3), 0
+    with feeding.images_ahead(images_NHWC, positions, CPU, ahead) as images_of:
+        for size in sizes:
+            batch = positions[start : start + size]
+            np.testing.assert_array_equal(images_of(batch).numpy(), images_NHWC[batch])
+            start += size
+    assert start == len(positions)
+    assert threads_named("images") == []
+
+
+def test_nothing_is_copied_on_a_cpu():
+    pixels, labels = np.ones((2, 4, 4, 3), np.uint8), np.arange(2)
+    pixels_BHWC, labels_B = feeding.arrived(feeding.upload([pixels, labels], feeding.copy_stream(CPU)))
+    pixels[0] = 7
+    labels[0] = 5
+    np.testing.assert_array_equal(pixels_BHWC.numpy(), pixels)
+    assert labels_B.tolist() == [5, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_on_a_cpu():
+    train, source = TrainConfig(epochs=2, batch_size=16), ArraySource(num_images=40, size=36)
+    there, here = (
+        _views(source, train, 32, RunContext(), 1, 3, device) for device in (torch.device("cuda"), torch.device("cpu"))
+    )
+    for found, expected in zip(there, here, strict=True):
+        assert found.pixels_BHWC.is_cuda
+        assert torch.equal(found.pixels_BHWC.cpu(), expected.pixels_BHWC)
+        assert torch.equal(found.labels_B.cpu(), expected.labels_B)
