@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from carft_ray.data.views import view_batch
 from carft_ray.learning import feeding
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import _views
+from carft_ray.learning.targets import Targets
 from carft_ray.recipe.fine_tuning import TrainConfig
 
 CPU = torch.device("cpu")
@@ -64,10 +66,15 @@ def test_an_error_comes_after_the_values_before_it(number):
     assert threads_named("batches") == []
 
 
+def targets_of(source, train, side, device):
+    """Stands for the targets of a training without KL, which has no model."""
+    return Targets(SimpleNamespace(image_size=side, logit_scale=100.0), torch.zeros(1, 1), source, train, device)
+
+
 def test_no_thread_is_left_when_batches_are_not_taken_to_the_end():
-    train = TrainConfig(epochs=50, batch_size=8)
+    train = TrainConfig(epochs=50, batch_size=8, kl_weight=0.0)
     source = ArraySource(num_images=40, size=16)
-    with contextlib.closing(_views(source, train, 16, RunContext(), 0, 4, CPU)) as found:
+    with contextlib.closing(_views(targets_of(source, train, 16, CPU), train, RunContext(), 0, 4)) as found:
         next(found)
         assert threads_named("views", "batches")
     assert threads_named("views", "batches") == []
@@ -111,7 +118,8 @@ def test_nothing_is_copied_on_a_cpu():
 def test_batches_on_a_gpu_are_those_on_a_cpu():
     train, source = TrainConfig(epochs=2, batch_size=16), ArraySource(num_images=40, size=36)
     there, here = (
-        _views(source, train, 32, RunContext(), 1, 3, device) for device in (torch.device("cuda"), torch.device("cpu"))
+        _views(targets_of(source, train, 32, device), train, RunContext(), 1, 3)
+        for device in (torch.device("cuda"), torch.device("cpu"))
     )
     for found, expected in zip(there, here, strict=True):
         assert found.pixels_BHWC.is_cuda
