@@ -1,20 +1,41 @@
 """carft-ray: Ray-distributed hyperparameter search for CAR-FT (context-aware robust fine-tuning of CLIP).
 
-``carft_ray.open_study`` reads the results of a study; see ``carft_ray.api``. To import the package loads nothing heavy.
+``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.actions``;
+``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api``. To import the package loads nothing heavy.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from carft_ray.actions import confirm, evaluate, export, report, resume, search, train
     from carft_ray.api import Study, open_study
+    from carft_ray.checks import load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["Study", "__version__", "open_study"]
+__all__ = [
+    "Study",
+    "__version__",
+    "confirm",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "open_study",
+    "report",
+    "resume",
+    "search",
+    "train",
+]
+_MODULES = {"Study": "api", "open_study": "api", "load_recipe": "checks"}  # all others: actions
 
 
 def __getattr__(name: str) -> Any:
     """Loads the API when it is first asked for."""
-    if name in ("Study", "open_study"):
-        return getattr(importlib.import_module("carft_ray.api"), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"carft_ray.{_MODULES.get(name, 'actions')}"), name)
     raise AttributeError(f"module 'carft_ray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names for completion."""
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,7 @@
 """Reading the results of a study from Python. Nothing is locked or written, and neither torch nor Ray is loaded.
 
+A study displays itself in a notebook: its trials, and ``study.figure``. What trains is in ``carft_ray.actions``.
+
     >>> import carft_ray
     >>> study = carft_ray.open_study("studies/quickstart")
     >>> study.recipe.search.trials
@@ -23,16 +25,43 @@ from typing import Literal
 
 import pyarrow as pa
 
+from carft_ray import console, files, notebook
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.finished import open_finished
-from carft_ray.results.reading.overview import require_study, study_recipe
+from carft_ray.results.reading.overview import read_study, require_study, study_recipe
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import baselines, best_first, best_row, trials
 
 Kind = Literal["trial", "baseline"]
 # attributes of a row, with their types in Arrow
 COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double"}
 COLUMNS |= {"alpha": "double", "fitted": "bool", "elapsed_s": "double", "reason": "string"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture that displays itself in a notebook.
+
+    Attributes:
+        svg: The file.
+    """
+
+    svg: bytes
+
+    def save(self, path: str | Path) -> Path:
+        """Writes it, whole or not at all.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        files.write_bytes(Path(path), self.svg)
+        return Path(path)
+
+    def _repr_svg_(self) -> str:
+        return self.svg.decode()
+
+    def __repr__(self) -> str:
+        return f"Figure(<{len(self.svg)} bytes of SVG>)"
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,17 @@ class Study:
     def baselines(self) -> pa.Table:
         """Zero-shot and the recipe's baselines, as ``trials`` gives them."""
         return self.trials("baseline")
+
+    @property
+    def figure(self) -> Figure:
+        """ID against OOD accuracy: a dot per trial, the baselines, the alpha curve of the best.
+
+        Raises:
+            UsageError, RecipeError, StorageError: The study is gone or damaged.
+        """
+        from carft_ray.results.pages.page import figure_svg  # loads Matplotlib
+
+        return Figure(figure_svg(read_study(self.path)))
 
     def trials(self, kind: Kind = "trial") -> pa.Table:
         """Returns a row per trial (or baseline), in the order of their numbers.
@@ -110,6 +150,11 @@ class Study:
             UsageError, NoSuccessfulTrialError, StorageError: As ``metrics``.
         """
         return open_finished(self.path, trial).predictions()
+
+    def _repr_html_(self) -> str:
+        view = read_study(self.path)
+        rows = [view.row_data(row) for row in (*view.baselines, *best_first(view.trials))]
+        return notebook.as_html(console.trial_table(rows))
 
 
 def open_study(path: str | Path) -> Study:

@@ -159,3 +159,10 @@ class OutdatedAttemptError(InterruptedRunError):
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed word that is most similar to ``value``, or None when none is close."""
     return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)), None)
+
+
+def require_choice(place: str, rule: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises a ``UsageError`` for a value that is none of those allowed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise UsageError(Problem(place, rule, repr(value), allowed, nearest(value, allowed)))

@@ -13,6 +13,7 @@
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
+      tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
@@ -41,6 +42,7 @@ CONCURRENCY = "concurrency.json"  # in it: trainings at a time, and why not more
 FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]
 TEST_DIR = "test"
+TRACKING = "tracking"
 
 # of confirm/ and test/
 CONFIRM_PLAN = "plan.json"
@@ -62,6 +64,7 @@ LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 CHECKPOINTS = "checkpoint"
+OWN = "own"  # in it: what a fine-tuning of the user's own keeps
 PREDICTIONS = "predictions/validation.parquet"
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends

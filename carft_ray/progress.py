@@ -1,4 +1,6 @@
-"""How a running training and a running search are shown: a bar or a live table on a terminal, plain lines elsewhere."""
+"""How a running training and a running search are shown: a bar or a live table on a terminal, one output that is
+written again in a notebook, plain lines elsewhere.
+"""
 
 import contextlib
 import time
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from carft_ray import console
+from carft_ray import console, notebook
 from carft_ray.live import SearchView, counted_trainings, stopping_text
 from carft_ray.recipe.constraints import violation_words
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, float]
 REFRESH_PER_S = 2
+NUM_LINES = 5  # of epochs and of warnings that a notebook shows
 
 
 @contextlib.contextmanager
@@ -34,27 +37,61 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
     if not show:
         yield (lambda row: None), (lambda row: None)
         return
+    if notebook.in_notebook():
+        yield _in_area(notebook.Area())
+        return
     bar = console.progress_bars()
     task = bar.add_task("training", total=None, detail="")
 
     def progress(row: Row) -> None:
-        detail = (
-            f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
-            f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
-        )
-        bar.update(task, completed=row["step"], total=row["num_steps"], detail=detail)
+        bar.update(task, completed=row["step"], total=row["num_steps"], detail=_step_line(row))
 
     def report(row: Row) -> None:
-        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
-        line += f", context entropy {row['context_entropy']:.2f} nats"
-        if "subset/id_accuracy" in row:
-            line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
-        if "subset/ood_accuracy" in row:
-            line += f", OOD {console.percent(row['subset/ood_accuracy'])} %"
-        bar.console.print(line, markup=False)
+        bar.console.print(_epoch_line(row), markup=False)
 
     with bar if console.err.is_terminal else contextlib.nullcontext():
         yield progress, report
+
+
+def _step_line(row: Row) -> str:
+    if "images_per_s" not in row:
+        return f"epoch {row['epoch']:.0f}  {_own_numbers(row)}"
+    return (
+        f"epoch {row['epoch']:.0f}  loss {row['loss']:.3f} (CE {row['ce']:.3f}, KL {row['kl']:.4f})  "
+        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.0f} images/s"
+    )
+
+
+def _epoch_line(row: Row) -> str:
+    line = f"epoch {row['epoch']:.0f}: {_own_numbers(row)}"
+    if "images_per_s" in row:  # of the built-in loop
+        line = f"epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, CE {row['ce']:.3f}, KL {row['kl']:.4f}"
+        line += f", context entropy {row['context_entropy']:.2f} nats"
+    if "subset/id_accuracy" in row:
+        line += f"; on a subset at alpha {row['subset/alpha']:g}: ID {console.percent(row['subset/id_accuracy'])} %"
+    if "subset/ood_accuracy" in row:
+        line += f", OOD {console.percent(row['subset/ood_accuracy'])} %"
+    return line
+
+
+def _own_numbers(row: Row) -> str:
+    """Returns what a function of the user's own has reported."""
+    names = [name for name in row if name not in ("epoch", "step", "num_steps") and not name.startswith("subset/")]
+    return ", ".join(f"{name} {row[name]:.4g}" for name in names)
+
+
+def _in_area(area: notebook.Area) -> tuple[Callable[[Row], None], Callable[[Row], None]]:
+    """Returns ``(progress, report)`` that show the step and the last epochs in a notebook."""
+    lines: list[str] = []
+
+    def progress(row: Row) -> None:
+        area.show(*lines[-NUM_LINES:], f"step {row['step']:.0f} of {row['num_steps']:.0f}: {_step_line(row)}")
+
+    def report(row: Row) -> None:
+        lines.append(_epoch_line(row))
+        area.show(*lines[-NUM_LINES:], must=True)
+
+    return progress, report
 
 
 @contextlib.contextmanager
@@ -79,11 +116,19 @@ def search_shown(
         trainings: Names of those that count in a confirm: the study may have others, of another stage. None: all.
     """
     on = on or console.err
-    if not show or not on.is_terminal or on.is_dumb_terminal:
+    is_here = show and on is console.err and notebook.in_notebook()
+    if not is_here and (not show or not on.is_terminal or on.is_dumb_terminal):
         yield announce(show, kind)
         return
     rows = [row for row in _earlier(study_dir) if row.kind != "confirm" or trainings is None or row.name in trainings]
     view = SearchView(num_epochs, rows, kind=kind)
+    if is_here:
+        listener = _Cell(view, notebook.Area(), [])
+        try:
+            yield listener
+        finally:
+            listener.end()
+        return
     with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
         yield _Listener(view, on)
 
@@ -102,6 +147,31 @@ class _Listener:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune writes the searcher, and with it this, to a file that nobody reads; a terminal does not go there."""
+        return announce, (False,)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Takes the events of a search on behalf of the output of a notebook's cell."""
+
+    view: SearchView
+    area: notebook.Area
+    warnings: list[str]
+
+    def __call__(self, event: "Event") -> None:
+        line = self.view.update(event)
+        self.warnings.extend([line] if line else [])
+        self.area.show(*self._notes(), self.view)
+
+    def end(self) -> None:
+        """Leaves the line that counts."""
+        self.area.show(*self._notes(), self.view.line(), must=True)
+
+    def _notes(self) -> list[Text]:
+        return [Text(line, style="yellow") for line in self.warnings[-NUM_LINES:]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As that of ``_Listener``."""
         return announce, (False,)
 
 

@@ -29,7 +29,6 @@ myst_heading_anchors = 4  # as in a viewer of the repository
 myst_enable_extensions = ["attrs_inline"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 python_display_short_literal_types = True
 napoleon_numpy_docstring = False
 add_module_names = False
@@ -52,7 +51,7 @@ CHAPTERS = {
     "A search": ("docs/commands", "docs/samplers", "docs/pruning", "docs/objectives", "docs/budget", "docs/resume"),
     "Results": ("docs/results", "docs/honesty", "docs/report", "docs/exports"),
     "Clusters": ("cluster/README", "docs/clusters", "docs/capacity", "docs/scale"),
-    "Python": ("docs/api", "docs/python", "docs/own_trainer"),
+    "Python": ("docs/python", "docs/own_trainer", "docs/tracking", "docs/api"),
     "The project": ("benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
 }
 

@@ -229,7 +229,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
         on_event(Started(4, 1, 2, "2 CPUs, 1 a trial"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
 
-    def stopped(recipe, study_dir, fix, command, address, on_event):
+    def stopped(recipe, study_dir, fix, command, address, on_event, runner):
         on_event(Started(6, 6, 2, "2 CPUs, 1 a trial"))
         raise InterruptedRunError("stopped")
 

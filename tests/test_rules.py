@@ -32,7 +32,11 @@ TOP_FILES = {
     "layout": "base",
     "environment": "base",
     "words": "base",
-    "api": "results",
+    "api": "cli",
+    "answers": "cli",
+    "actions": "cli",
+    "checks": "cli",
+    "notebook": "cli",
     "__init__": "cli",
 }  # the package gives out its API, and is imported for its version only
 DOORWAYS = {
@@ -43,6 +47,8 @@ DOORWAYS = {
     "typer": ("cli",),
     "rich": ("cli",),
     "matplotlib": ("launch",),
+    "wandb": ("launch",),
+    "mlflow": ("launch",),
     "plotly": ("results",),
     "jinja2": ("results",),
     "ruamel": ("recipe",),
@@ -177,6 +183,7 @@ QUICK = (  # module, and what it must not load, nor those before it
     ("carft_ray.data.caching.arrays", "torch ray optuna open_clip"),
     # readers of a study; else `status` and the other quick verbs would take seconds
     ("carft_ray.api", "torch ray open_clip"),
+    ("carft_ray.actions", "torch ray open_clip"),
     ("carft_ray.results.diff", "torch ray open_clip"),
     ("carft_ray.results.reading.overview", "torch ray open_clip"),
     ("carft_ray.results.reading.logs", "torch ray open_clip"),

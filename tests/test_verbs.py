@@ -16,8 +16,8 @@ import pytest
 import stand_in
 from stand_in import make_recipe
 
-from carft_ray.cli import search as search_commands
-from carft_ray.cli.common import load
+from carft_ray import actions
+from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.layout import BEST
 from carft_ray.live import SearchView
@@ -459,15 +459,20 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     path = here / "first" / "resolved.yaml"
     path.write_text(re.sub(r"batch_size: \d+", "batch_size: 4", path.read_text(), count=1))  # as many as images
     asked = []
-    monkeypatch.setattr(search_commands, "_search", lambda *given, **shared: asked.append((*given, shared)))
+
+    def search(recipe, study, **options):
+        asked.append((recipe, study, options))
+        raise UsageError("no further")
+
+    monkeypatch.setattr(actions, "search", search)
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
-    assert run(*words, "--address", "auto")[0] == 0
-    [(recipe_path, study, overrides, shared)] = asked
-    assert {shared[name] for name in ("narrow", "widen", "notify_command", "notify_url")} == {False, None}
-    recipe = load(recipe_path, overrides, shared["executor"], shared["num_workers"])
+    assert run(*words, "--address", "auto")[0] == UsageError.exit_code
+    [(recipe_path, study, options)] = asked
+    assert {options[name] for name in ("narrow", "widen", "notify_command", "notify_url")} == {False, None}
+    recipe = load_recipe(recipe_path, options["overrides"])
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
-    assert (study, shared["address"], shared["json_"]) == (Path("first"), "auto", True)
+    assert (study, options["address"], options["progress"]) == (Path("first"), "auto", False)
 
 
 # mistakes: words, the beginning of the message

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from carft_ray import __version__, console, environment
-from carft_ray.errors import CarftError, DataError, HoldOutError, Problem, RecipeError, UsageError, nearest
+from carft_ray.errors import CarftError, Problem
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
@@ -72,6 +72,10 @@ NotifyCommandOption = Annotated[
     Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
 ]
 NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Post the same JSON to this webhook.")]
+TrustOption = Annotated[
+    bool,
+    Option("--trust", help="Run the code that train.function names, and pickles of cmaes in a study from elsewhere."),
+]
 AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
 
@@ -129,10 +133,9 @@ def options(
         _show_path()
         raise typer.Exit
     if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
-        require_versions()
-        from carft_ray.data.readers import listing_once
+        from carft_ray.checks import command
 
-        context.with_resource(listing_once())
+        context.with_resource(command())
 
 
 def _show_path() -> None:
@@ -141,22 +144,6 @@ def _show_path() -> None:
     typer.echo("Without images, on synthetic ones:       carft-ray init --preset quickstart --to recipe.yaml")
     typer.echo("All commands:                            carft-ray --help")
     typer.echo("Completion of commands in your shell:    carft-ray --install-completion")
-
-
-def require_versions(extra: str = "") -> None:
-    """Warns of every library that is newer than its range in pyproject.toml.
-
-    Args:
-        extra: Check the libraries of this extra.
-
-    Raises:
-        UsageError: A library is older than its range.
-    """
-    older, newer = environment.outside_ranges(extra)
-    if older:
-        raise UsageError(older)
-    for problem in newer:
-        console.warn(str(problem))
 
 
 class _Warnings(logging.Handler):
@@ -184,44 +171,19 @@ def main() -> None:
         logger.removeHandler(handler)
 
 
-def require_choice(option: str, rule: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises a ``UsageError`` for a value of an option that is none of those allowed."""
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise UsageError(Problem(option, rule, repr(value), allowed, nearest(value, allowed)))
-
-
 def load(
     path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
 ) -> "Recipe":
-    """Loads and checks a recipe as far as that needs no weights; warnings go to standard error.
+    """Loads and checks a recipe (``checks.load_recipe``) with what a command sets over it."""
+    from carft_ray.checks import load_recipe
 
-    Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
-    """
-    from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
-    from carft_ray.recipe.checks.advice import warnings
-    from carft_ray.recipe.loading import load_recipe
+    return load_recipe(path, [*(overrides or ()), *run_overrides(executor, num_workers)])
 
+
+def run_overrides(executor: str | None, num_workers: int | None) -> list[str]:
+    """Returns the options that say how trainings run as overrides of the recipe."""
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers}
-    asked = [*(overrides or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
-    recipe = load_recipe(path, asked)
-    if problems := check_model(recipe.model):
-        raise RecipeError(problems)
-    if problems := check_roles(recipe):
-        raise HoldOutError(problems)
-    if problems := check_sets(recipe):
-        raise DataError(problems)
-    if asks_of_tower(recipe):
-        from carft_ray.learning.models.opening import image_tower
-        from carft_ray.learning.models.tower import recipe_problems
-
-        tower = image_tower(recipe.model)
-        if tower is not None and (problems := recipe_problems(tower, recipe)):
-            raise RecipeError(problems)
-    for text in (*warnings(recipe), *model_warnings(recipe.model)):
-        console.warn(text)
-    return recipe
+    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
 
 def suggest(study: Path, after: str, *more: str) -> None:
@@ -246,7 +208,8 @@ def command_line(*words: object, **options: object) -> str:
 
     Args:
         words: Name and arguments.
-        options: Values by the name of the option; one that is None is left out, a list repeats the option.
+        options: Values by the name of the option; one that is None or False is left out, a list repeats the option,
+            True is a flag.
     """
     return shlex.join(["carft-ray", *map(str, words), *option_words(**options)])
 
@@ -255,8 +218,9 @@ def option_words(**options: object) -> list[str]:
     """Returns the words of options, as ``command_line`` takes them."""
     words = []
     for name, value in options.items():
-        for one in value if isinstance(value, list) else [] if value is None else [value]:
-            words += [f"--{name.strip('_').replace('_', '-')}", str(one)]
+        flag = f"--{name.strip('_').replace('_', '-')}"
+        for one in value if isinstance(value, list) else [] if value in (None, False) else [value]:
+            words += [flag] if one is True else [flag, str(one)]
     return words
 
 
@@ -270,7 +234,9 @@ def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **optio
         options: As of ``command_line``.
     """
     from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.loading import trust_word
 
+    options["trust"] = bool(trust_word(value))
     if check_searchable(value):
         return command_line("train", recipe, **options, out=Path("runs") / value.name)
     return command_line("search", recipe, **options, study=study or Path("studies") / value.name)

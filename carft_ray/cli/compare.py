@@ -20,6 +20,7 @@ def reproduce(
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""
@@ -27,6 +28,10 @@ def reproduce(
     from carft_ray.results.reading.finished import open_finished
 
     finished = open_finished(folder, trial)
+    if not finished.is_zero_shot:
+        from carft_ray.checks import require_trusted
+
+        require_trusted(finished.recipe, trust, baselines=False)
     from carft_ray.results.reproduce import reproduce, shown_changes
 
     say = console.sayer(not json_)

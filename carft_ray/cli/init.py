@@ -11,7 +11,7 @@ from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import Problem, UsageError
+from carft_ray.errors import Problem, UsageError, require_choice
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
@@ -53,7 +53,7 @@ def init(
         raise UsageError(Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove it."))
     roots: Sequence[Any] = ()
     if preset is not None:
-        common.require_choice("--preset", "must be a preset", preset, presets())
+        require_choice("--preset", "must be a preset", preset, presets())
         text = preset_text(preset, hold_out)
     else:
         text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)

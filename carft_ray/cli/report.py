@@ -3,20 +3,20 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from carft_ray import console
+from carft_ray import console, files
 from carft_ray.cli import common
 from carft_ray.cli.test import lost_cells, regret_table
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
+if TYPE_CHECKING:
+    from carft_ray.answers import Report
+
 REFERENCE = "CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
-
-
-CARD_FORMS = ("text", "svg", "latex")
 
 
 @common.command("report studies/quickstart", common.TRUST)
@@ -39,11 +39,8 @@ def report(
     json_: common.JsonOption = False,
 ) -> None:
     """Show what the best trial is worth: corrected for the choice, other rules, baselines. No test set is read."""
-    from carft_ray.results.reading import overview
-    from carft_ray.results.report import study_report
+    from carft_ray import actions
 
-    if card is not None:
-        common.require_choice("--card", "must be a form of the card", card, CARD_FORMS)
     for option, given, needed, there in (
         ("--card", card, "--html", not html),
         ("--out", out, "--html or --card", html or card),
@@ -52,13 +49,14 @@ def report(
         if given and not there:
             rule = f"must stand without {needed}" if option == "--card" else f"needs {needed}"
             raise UsageError(Problem(option, rule))
+    found = actions.report(study, reference=reference)
     if card is not None:
-        _card(study, card, out)
+        _card(found.card(card, "--card"), out)
         return
     if html:
-        _page(study, out, reference, every if watch else None, json_)
+        _page(found, study, out, every if watch else None, json_)
         return
-    answer = study_report(overview.read_study(study), reference)
+    answer = found.numbers
     if console.print_json(answer, json_):
         return
     for line in answer["lines" if details else "brief"]:
@@ -78,15 +76,7 @@ def report(
     common.suggest(study, "report")
 
 
-def _card(study: Path, form: str, out: Path | None) -> None:
-    from carft_ray import files
-    from carft_ray.results.pages.card import card, verdict
-    from carft_ray.results.pages.data import page_document
-    from carft_ray.results.pages.page import card_title
-    from carft_ray.results.reading import overview
-
-    document = page_document(overview.read_study(study))
-    text = card(verdict(document), card_title(document), form)
+def _card(text: str, out: Path | None) -> None:
     if out is None:
         sys.stdout.write(text)
     else:
@@ -94,18 +84,17 @@ def _card(study: Path, form: str, out: Path | None) -> None:
         console.say(f"Card: {out}")
 
 
-def _page(study: Path, out: Path | None, reference: Path | None, every_s: float | None, json_: bool) -> None:
+def _page(found: "Report", study: Path, out: Path | None, every_s: float | None, json_: bool) -> None:
     """Writes the page of a study, once or while its search runs."""
-    from carft_ray.results.pages.page import default_path, watch_page, write_page
-    from carft_ray.results.reading import overview
+    from carft_ray.results.pages.page import watch_page
 
-    view = overview.read_study(study)
-    path = out or default_path(view)
+    path = out or found.default_path
     if every_s is None:
-        document = write_page(view, path, reference)
+        found.save(path)
+        document = found.document
     else:
         try:
-            document = watch_page(view.study_dir, path, reference, every_s, console.sayer(not json_))
+            document = watch_page(found.view.study_dir, path, found.reference, every_s, console.sayer(not json_))
         except KeyboardInterrupt:
             console.say(f"The search continues; the page stays: {path}")
             return

@@ -1,9 +1,10 @@
 """A search: what it will take, begin, resume, stop."""
 
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -11,6 +12,9 @@ from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
 from carft_ray.words import counted
+
+if TYPE_CHECKING:
+    from carft_ray.answers import Searched
 
 NarrowOption = Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")]
 WidenOption = Annotated[bool, Option("--widen", help="Let the search space of the study grow.")]
@@ -24,11 +28,10 @@ AgainOption = Annotated[
     str | None,
     Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
 ]
-TrustOption = Annotated[bool, Option("--trust", help="Let cmaes read pickles of a study from elsewhere.")]
 
 
 def _search(
-    recipe: Path,
+    begin: Callable[..., "Searched"],
     study: Path,
     overrides: list[str],
     *,
@@ -42,55 +45,45 @@ def _search(
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     again: AgainOption = None,
-    trust: TrustOption = False,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """What `search` and `resume` do once they know the recipe, and the options that they share.
+    """What `search` and `resume` share: their options, and what they print.
 
-    The paths of further studies for a warm start count from the working directory.
+    Args:
+        begin: ``actions.search`` or ``actions.resume``, with what is their own.
+        study: The study directory.
+        overrides: Of ``--set``.
     """
     overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
-    value = common.load(recipe, overrides, executor, num_workers)
-    named = tuple(dict.fromkeys((*value.search.warm_start, *(str(path.resolve()) for path in warm_start or ()))))
-    value = value.model_copy(update={"search": value.search.model_copy(update={"warm_start": named})})
-    allow: list[Any] = ["narrow"] * narrow + ["widen"] * widen
-    from carft_ray.recipe.checks.advice import check_searchable
-
-    if problems := check_searchable(value):
-        raise RecipeError(problems)
-    from carft_ray.study.ledger import require_unread
-
-    if not require_unread(study, value, again, allow) and again is not None:
-        console.warn("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
-    from carft_ray.study.proposals.trust import unpickles
-
-    if trust and not unpickles(value):
-        console.warn(f"--trust has no effect: {value.search.sampler.name} unpickles nothing")
-    from carft_ray.launch.notify import notifying
-    from carft_ray.launch.runs.search import run_search, set_aside_error
-    from carft_ray.progress import search_shown
-    from carft_ray.results.reading.summary import study_summary
-
-    with (
-        notifying(notify_command, notify_url, value.name, study, console.warn) as with_notices,
-        search_shown(not json_, study, value.train.epochs) as on_event,
-    ):
-        result = run_search(value, study, address, with_notices(on_event), trusted=trust, may=allow)
-    summary = study_summary(value, result)
+    found = begin(
+        overrides=[*overrides, *common.run_overrides(executor, num_workers)],
+        address=address,
+        narrow=narrow,
+        widen=widen,
+        warm_start=warm_start or (),
+        notify_command=notify_command,
+        notify_url=notify_url,
+        again=again,
+        trust=trust,
+        progress=not json_,
+        strict=False,
+    )
+    summary = found.numbers
     if not console.print_json(summary, json_):
-        if not result.num_new and not result.out_of_budget and not result.set_aside:
-            console.say(f"Nothing to do: {counted(len(result.trials), 'trial')} finished.")
-        console.out.print(console.trial_table(summary["rows"]))
+        if not summary["new_trials"] and not found.out_of_budget and not found.set_aside:
+            console.say(f"Nothing to do: {counted(sum(summary['trials'].values()), 'trial')} finished.")
+        console.out.print(found.table)
         console.say("\n" + "\n".join(summary["lines"]))
         if summary["pruner"]:
             console.say("\n".join(summary["pruner"]["lines"]))
             if summary["pruner"]["warning"]:
                 console.warn(summary["pruner"]["warning"])
-        console.say(f"Results: {result.study_dir}; figure: {summary['figure']}")
-        if result.out_of_budget:
+        console.say(f"Results: {found.path}; figure: {summary['figure']}")
+        if found.out_of_budget:
             console.say("\n" + summary["budget"]["line"])
-    if result.set_aside and (json_ or not result.out_of_budget):
-        raise set_aside_error(result.set_aside, f"carft-ray resume {shlex.quote(str(study))}")
+    if json_ or not found.out_of_budget:
+        found.check()
     if not json_:
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
@@ -103,7 +96,9 @@ def search(
     **shared: Any,
 ) -> None:
     """Search for the best hyperparameters. The same command again resumes the search."""
-    _search(recipe, study, set_ or [], **shared)
+    from carft_ray import actions
+
+    _search(functools.partial(actions.search, recipe, study), study, set_ or [], **shared)
 
 
 @common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=_search)
@@ -117,14 +112,9 @@ def resume(
 
     What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
     """
-    from carft_ray.results.reading import overview
+    from carft_ray import actions
 
-    study_dir = overview.require_study(study)
-    recipe = overview.resolved_recipe(study_dir)
-    overrides = [*overview.behind(study_dir), *(set_ or ())]
-    if trials is not None:
-        overrides.append(f"search.trials={overview.total_trials(trials, overview.read_study(study_dir))}")
-    _search(recipe, study, overrides, **shared)
+    _search(functools.partial(actions.resume, study, trials), study, set_ or [], **shared)
 
 
 @common.command("stop studies/quickstart", common.SEARCH)
@@ -184,6 +174,7 @@ def plan(
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, price
     from carft_ray.launch.probe import measure_by_probe
     from carft_ray.recipe.checks.advice import check_searchable
+    from carft_ray.recipe.loading import own_functions
     from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
@@ -192,6 +183,10 @@ def plan(
     if problems := check_searchable(value):
         raise RecipeError(problems)
     measured = measure_by_study(value, study, address) if study is not None and is_study(study) else None
+    if measured is None and (own := own_functions(value)):
+        step = "Begin the search; its first trainings tell: carft-ray plan RECIPE --study STUDY."
+        problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
+        raise UsageError(problem)
     if measured is None:
         next_to = study.absolute().parent if study is not None else None
         measured = measure_by_probe(value, address, next_to, console.sayer(not json_))

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import Problem, UsageError
+from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.words import counted, times
 
 ORDERS = ("objective", "number")
@@ -132,7 +132,7 @@ def list_(
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
     from carft_ray.results.reading import documents, overview
 
-    common.require_choice("--sort", "must be an order", sort, ORDERS)
+    require_choice("--sort", "must be an order", sort, ORDERS)
     if not overview.is_study(folder):
         studies = documents.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
@@ -199,10 +199,11 @@ def dashboard(
 
     Only this machine can see it. Ctrl-C ends it.
     """
+    from carft_ray.checks import require_versions
     from carft_ray.results.reading import overview
     from carft_ray.study.dashboard import serve
 
-    common.require_versions("dashboard")
+    require_versions("dashboard")
     study_dir = overview.require_study(study)
     ready: list[int] = []  # the port, once pages are served
 

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common, search
-from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
+from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError, require_choice
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def submit(
     notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     again: search.AgainOption = None,
-    trust: search.TrustOption = False,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Run a search on a Ray cluster, and follow its log. The same command again follows it, or resumes it.
@@ -70,7 +70,7 @@ def submit(
         raise UsageError(Problem("--trials", "must stand with --resume", next_step=step))
     from carft_ray.launch.jobs.package import CHOICES
 
-    common.require_choice("--package", "must be one of these", package, CHOICES)
+    require_choice("--package", "must be one of these", package, CHOICES)
     chosen = {"resources.executor": executor, "resources.num_workers": num_workers, "budget.wall_time": wall_time}
     overrides = [*(set_ or ()), *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
     options: dict[str, Any] = {"warm_start": [str(path.absolute()) for path in warm_start or ()], "trials": trials}
@@ -82,16 +82,20 @@ def submit(
     if resume is not None:
         upload = resume_upload(resume, overrides, words)
     elif recipe is not None and study is not None:
-        upload = search_upload(_checked(recipe, overrides), study, words)
+        upload = search_upload(_checked(recipe, overrides, trust), study, words)
     _send(upload, address, package, no_wait, dry_run, json_)
 
 
-def _checked(path: Path, overrides: Sequence[str]) -> "Recipe":
+def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
     from carft_ray.recipe.checks.advice import check_searchable, warnings
-    from carft_ray.recipe.loading import load_recipe
+    from carft_ray.recipe.loading import load_recipe, own_functions
 
     recipe = load_recipe(path, overrides)
+    if own_functions(recipe) and not trust:  # with it, the job imports them: they may be on the cluster alone
+        from carft_ray.checks import require_trusted
+
+        require_trusted(recipe, trust)
     if problems := check_searchable(recipe):
         raise RecipeError(problems)
     for text in warnings(recipe):

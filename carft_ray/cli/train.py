@@ -10,8 +10,6 @@ from typer import Option
 from carft_ray import console
 from carft_ray.cli import common
 
-HEADS = ("fine_tuned", "zero_shot")
-
 
 @common.command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
 def validate(
@@ -49,34 +47,34 @@ def train(
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
+    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Fine-tune once and measure the alpha curve on the validation sets."""
-    value = common.load(recipe, set_, executor, num_workers)
-    if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
-        console.warn("--address has no effect: one worker trains in this process")
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "out": out, "address": address}
-    command = f"{common.command_line('train', recipe, **given)} --resume"
-    from carft_ray.launch.runs.single import train_once
-    from carft_ray.progress import training_shown
+    given["trust"] = trust
+    from carft_ray import actions
+
+    found = actions.train(
+        recipe,
+        out,
+        overrides=[*(set_ or ()), *common.run_overrides(executor, num_workers)],
+        resume=resume,
+        address=address,
+        trust=trust,
+        progress=not json_,
+        resume_command=f"{common.command_line('train', recipe, **given)} --resume",
+    )
+    if console.print_json(found.numbers, json_):
+        return
+    console.out.print(found.tables[0])
+    console.say("\n".join(found.lines))
     from carft_ray.results.next_steps import export_folder
 
-    with training_shown(not json_) as (progress, report):
-        say = console.sayer(not json_)
-        result, zero_shot = train_once(value, out, resume, command, say, progress, report, address)
-    if console.print_json({"folder": str(out), "zero_shot": zero_shot, **result}, json_):
-        return
-    rows = {
-        "zero-shot": zero_shot,
-        "fine-tuned, alpha 1": result["fine_tuned"],
-        f"mixed, alpha {result['alpha']:g}": result["metrics"],
-    }
-    console.out.print(console.accuracy_table(rows, result["num_images"]))
-    console.say("Validation sets; alpha was chosen on them. Intervals: over images.")
     folder = shlex.quote(str(out))
     console.next_step(
         f"carft-ray evaluate {folder}",
-        f"carft-ray export {folder} --to {export_folder(value.name)}",
+        f"carft-ray export {folder} --to {export_folder(found.recipe_name)}",
         f"tensorboard --logdir {folder}",
     )
 
@@ -86,26 +84,21 @@ def evaluate(
     folder: common.TrainedArgument,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
-    head: Annotated[str, Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = HEADS[0],
+    head: Annotated[str, Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = "fine_tuned",
     json_: common.JsonOption = False,
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
-    common.require_choice("--head", "must be the name of a head", head, HEADS)
+    from carft_ray import actions
     from carft_ray.results.next_steps import export_folder
-    from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
-    trained = open_trained(folder, trial)
-    used = trained.result["alpha"] if alpha is None else alpha
-    metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
-    found = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
-    if console.print_json(found, json_):
+    found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head)
+    if console.print_json(found.numbers, json_):
         return
-    rows = {f"{trained.name}, alpha {used:g}": metrics}
-    console.out.print(console.accuracy_table(rows, trained.result["num_images"]))
+    console.out.print(found.tables[0])
     console.out.print()
-    console.out.print(console.set_table(by_set))
+    console.out.print(found.tables[1])
     line = common.command_line("export", folder, trial=trial)
-    console.next_step(f"{line} --to {export_folder(trained.recipe.name)} --alpha {used:g}")
+    console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']:g}")
 
 
 @common.command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
@@ -121,11 +114,9 @@ def export(
     json_: common.JsonOption = False,
 ) -> None:
     """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
-    from carft_ray.results.exports.export import export_model, parse_formats
-    from carft_ray.results.reading.trained import open_trained
+    from carft_ray import actions
 
-    formats = parse_formats(format_ or ())
-    exported = export_model(open_trained(folder, trial), to, alpha, formats)
+    exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
     console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")

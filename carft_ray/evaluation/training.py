@@ -43,9 +43,11 @@ from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
 from carft_ray.learning.mixing import clean_views, load_mixture
 from carft_ray.learning.models.tower import check_tower
+from carft_ray.learning.own_function import OwnFunction, on_node, source_of
+from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import Recipe, without_tests
 
 RESULT_VERSION = 1
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
@@ -114,7 +116,7 @@ def prepare(
             "provenance": shared_origin(recipe, inputs, device) if opened is None else {},
         }
         files.write_json(done, content)
-    if share_targets:
+    if share_targets and recipe.train.function is None:  # the loop of another has no use for them
         context_head_TD = load_tensors(folder / layout.HEADS)["context_head"]
         targets = TargetStore(recipe.train, inputs, context_head_TD, folder / layout.TARGETS)
         targets.fill(recipe, device_of(recipe), say)
@@ -130,6 +132,7 @@ def run_training(
     context: RunContext,
     attempt: int = 1,
     opened: SharedInputs | None = None,
+    function: OwnFunction | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
 
@@ -143,6 +146,7 @@ def run_training(
         context: Rank, reports and stop flag.
         attempt: Number of this attempt.
         opened: Model and sets to use instead of the recipe's whole ones.
+        function: What ``train.function`` names; None: it is imported.
 
     Raises:
         StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
@@ -164,7 +168,10 @@ def run_training(
     heads = load_tensors(prepared_dir / layout.HEADS)
     targets = TargetStore(recipe.train, inputs, heads["context_head"], prepared_dir / layout.TARGETS)
     views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
-    training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC)
+    if recipe.train.function is not None:
+        function = function or on_node(recipe.train.function, recipe.train.function_dir)
+        recipe = without_tests(recipe)
+    training = _Training(recipe, inputs, heads, out_dir, context, targets, views_NHWC, function)
     # where an earlier attempt has trained, only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
     stored = targets.num_stored(recipe.train.epochs)
@@ -173,6 +180,8 @@ def run_training(
         "elapsed_s": round(time.perf_counter() - started, 3),
         "environment": training_environment(device_of(recipe), context.world_size, stored),
     }
+    if function is not None:
+        result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
         files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
@@ -191,6 +200,7 @@ class _Training:
     context: RunContext
     targets: TargetStore
     views_NHWC: PixelArray | None
+    function: OwnFunction | None = None
 
     def mixtures(
         self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]
@@ -249,6 +259,10 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
+    if training.function is not None:
+        state = _train_own(training, training.function, on_epoch)
+        _write_weights(training, state)
+        return state
     device, micro_batch = device_of(recipe), micro_batch_of(recipe.train, context.world_size)
     with (
         explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch),
@@ -268,10 +282,33 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             on_epoch=on_epoch,
             num_threads=recipe.resources.threads_per_worker,
         )
-    if context.rank == 0:
+    _write_weights(training, state)
+    return state
+
+
+def _train_own(
+    training: _Training,
+    function: OwnFunction,
+    on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], Metrics],
+) -> dict[str, Tensor]:
+    """Has the user's own function fine-tune; returns the state that it returns, once it is what mixing needs."""
+    recipe, inputs = training.recipe, training.inputs
+    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), training.context) as recorded:
+        return own_fine_tune(
+            function,
+            recipe.train,
+            OwnInputs(inputs.clip, training.heads["class_head"], inputs.class_names, inputs.train, inputs.validation),
+            recorded,
+            device_of(recipe),
+            training.out_dir / layout.CHECKPOINTS / layout.OWN,
+            on_epoch,
+        )
+
+
+def _write_weights(training: _Training, state: dict[str, Tensor]) -> None:
+    if training.context.rank == 0:
         with files.new_file(training.out_dir / layout.WEIGHTS) as temporary:
             save_tensors(temporary, state)
-    return state
 
 
 @contextlib.contextmanager

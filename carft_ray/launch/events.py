@@ -1,5 +1,6 @@
 """What happens in a search, for whoever shows it. All values are plain data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,25 @@ class Stopping(Event):
 
     num_running: int
     reason: str = ""  # which budget is used up; empty: somebody asked
+
+
+OnEvent = Callable[[Event], None]
+
+
+class Shared:
+    """Takes events for two. Tune writes it to a file that nobody reads; there it is None.
+
+    Args:
+        on_event: Takes them first.
+        take: Takes them then; returns at once.
+    """
+
+    def __init__(self, on_event: OnEvent, take: OnEvent) -> None:
+        self._on_event, self._take = on_event, take
+
+    def __call__(self, event: Event) -> None:
+        self._on_event(event)
+        self._take(event)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.events import Event, Stopping, TrialFinished, TrialSetAside
+from carft_ray.launch.events import Event, OnEvent, Shared, Stopping, TrialFinished, TrialSetAside
 from carft_ray.words import counted
 
 TIMEOUT_S = 10.0
@@ -37,7 +37,6 @@ AT_MOST_EVERY_S = 30.0
 EVENT = "CARFT_RAY_EVENT"
 
 Kind = Literal["best", "failed_trial", "finished", "stopped", "failed"]
-OnEvent = Callable[[Event], None]
 
 
 @contextlib.contextmanager
@@ -68,7 +67,7 @@ def notifying(
     thread = threading.Thread(target=_send_all, args=given, name="notify", daemon=True)
     thread.start()
     try:
-        yield lambda on_event: _Shared(on_event, notices)
+        yield lambda on_event: Shared(on_event, notices.take)
     except BaseException as error:
         notices.end(error)
         raise
@@ -79,20 +78,6 @@ def notifying(
         thread.join(3 * TIMEOUT_S)
         for fault in dict.fromkeys(faults):
             warn(fault)
-
-
-class _Shared:
-    """Takes events for two. Tune writes it to a file that nobody reads; there it is None."""
-
-    def __init__(self, on_event: OnEvent, notices: "_Notices") -> None:
-        self._on_event, self._notices = on_event, notices
-
-    def __call__(self, event: Event) -> None:
-        self._on_event(event)
-        self._notices.take(event)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
 
 
 class _Notices:

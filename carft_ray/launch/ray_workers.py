@@ -19,7 +19,7 @@ from ray import tune
 from carft_ray import errors
 from carft_ray.errors import ClusterError
 from carft_ray.launch.failures import causes
-from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT, HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES
@@ -82,6 +82,8 @@ def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path | None = None, av
     Returns:
         Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
     """
+    for name, value in ENVIRONMENT.items():  # a job that was there before the search has an environment of its own
+        os.environ.setdefault(name, value)
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -68,7 +68,10 @@ class ImageClassifier(nn.Module):
 
     def features(self, pixels_BHWC: Tensor) -> Tensor:
         """Returns the un-normalised image embeddings [B, D] of uint8 pixels [B, H, W, 3], float32 or wider."""
-        images_BCHW = normalised(pixels_BHWC, self.mean, self.std)
+        return self.embed(normalised(pixels_BHWC, self.mean, self.std))
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Returns the un-normalised image embeddings [B, D] of normalised images [B, 3, H, W], float32 or wider."""
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
         dtype = self.autocast_dtype
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype is not None):
@@ -146,7 +149,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> ImageClassifier:
+def build_classifier(
+    clip: Clip,
+    class_head_CD: Tensor,
+    train: TrainConfig,
+    device: torch.device,
+    kind: type["ImageClassifier"] = ImageClassifier,
+) -> ImageClassifier:
     """Returns the zero-shot classifier that a training starts from, on ``device``, in the precision of the recipe.
 
     Precision 'auto' is bf16 where the device computes in it natively, else that of the weights.
@@ -155,5 +164,5 @@ def build_classifier(clip: Clip, class_head_CD: Tensor, train: TrainConfig, devi
     dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     form, bias = train.class_head_form, train.head_bias
-    classifier = ImageClassifier(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
+    classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
     return classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)

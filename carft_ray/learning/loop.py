@@ -147,7 +147,7 @@ class _Learner:
 
 
 @contextlib.contextmanager
-def _same_attention() -> Iterator[None]:
+def same_attention() -> Iterator[None]:
     """Keeps torch's shortcut for attention without gradients off.
 
     It rounds otherwise than the training path, and the KL between identical models would not be 0.
@@ -175,7 +175,7 @@ def _explained(step: int, num_steps: int) -> Iterator[None]:
         raise RecipeError(problem) from error
 
 
-@_same_attention()
+@same_attention()
 def fine_tune(
     clip: Clip,
     class_head_CD: Tensor,

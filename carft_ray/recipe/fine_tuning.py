@@ -33,9 +33,11 @@ SEED_REASON = (
 )
 ONLY_SAVING = "It changes what is lost with a machine, not the training. Choose one for all trials."
 ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
+ONE_FUNCTION = "A study has one fine-tuning. Compare two by two studies, or by a baseline."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
 TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
 CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
+FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
 
 
 def _templates(value: Any) -> Any:
@@ -54,6 +56,14 @@ def _words(value: Any) -> Any:
     if not all(word.strip() for word in value):
         raise ValueError("must not hold an empty text")
     return tuple(value)
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, str):
+        module, colon, name = value.partition(":")
+        if not (colon and module.strip() and name.strip()) or ":" in name or "/" in module or module.endswith(".py"):
+            raise ValueError(FUNCTION_RULE)
+    return value
 
 
 class ModelConfig(Config):
@@ -159,6 +169,20 @@ class TrainConfig(Config):
     )
     """time from one checkpoint to the next, in seconds or as a text; one is written at the end of every epoch in any
     case; null: only there"""
+    function: Annotated[str | None, BeforeValidator(_function)] = key(
+        None, "own_trainer:fine_tune", METHOD, range="`MODULE:NAME`", not_searched=ONE_FUNCTION
+    )
+    """your own fine-tuning in place of the built-in loop, taken only with `--trust`
+    ([own_trainer.md](../docs/own_trainer.md))"""
+    function_dir: str | None = key(
+        None,
+        "trainers",
+        Resume("running", "a folder may move; the function has the same name"),
+        range="a folder",
+        left_out="the recipe's own",
+        not_searched=ONE_FUNCTION,
+    )
+    """folder from which `function` is imported, as if Python was started there"""
     seed: Seed = key(
         0, "1", Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )

@@ -6,7 +6,7 @@ All problems of a file are reported at once, each with file, line, key path, rul
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     document = text.parse(_read(path), str(path))
     if document.problems:
         raise RecipeError(document.problems)
-    places = Places(str(path), document.lines)
-    raw, problems = apply_overrides(document.value, places, overrides)
-    raw, unread = _with_template_file(raw, recipe_dir(path))
+    return _checked(document.value, Places(str(path), document.lines), overrides, recipe_dir(path))
+
+
+def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Checks a recipe that was written in Python.
+
+    Args:
+        value: What a YAML file would hold: dictionaries, lists, texts and numbers; also tuples and paths.
+        overrides: As of ``load_recipe``.
+
+    Returns:
+        The recipe, with absolute paths: relative ones count from the working directory.
+
+    Raises:
+        RecipeError: It breaks rules; holds all problems, each with its key path.
+    """
+    return _checked(_plain(value), Places("", {}), overrides, Path.cwd())
+
+
+def _plain(value: Any) -> Any:
+    """Returns what YAML would give."""
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path) -> Recipe:
+    """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
+    raw, problems = apply_overrides(value, places, overrides)
+    raw, unread = _with_template_file(raw, base_dir)
     problems += [finding.at(places.place(finding.path)) for finding in unread]
     recipe: Recipe | None = None
     found = []
@@ -65,7 +94,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = [finding.at(places.place(finding.path)) for finding in found] + problems
     if problems or recipe is None:
         raise RecipeError(problems)
-    return absolute_paths(recipe, recipe_dir(path))
+    return absolute_paths(recipe, base_dir)
 
 
 def _read(path: Path) -> str:
@@ -168,6 +197,8 @@ def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         base_dir: The folder that its relative paths count from.
     """
     whole = recipe.model_copy(update={"model": absolute_model(recipe.model, base_dir)})
+    if own_functions(whole) and whole.train.function_dir is None:
+        whole = whole.model_copy(update={"train": whole.train.model_copy(update={"function_dir": str(base_dir)})})
     return with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
 
 
@@ -231,8 +262,11 @@ def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
     parts["cache_dir"] = data.cache_dir and change(data.cache_dir)
     search = search.model_copy(update={"warm_start": tuple(change(source) for source in search.warm_start)})
-    model = _model_with_paths(recipe.model, change)
-    return recipe.model_copy(update={"data": data.model_copy(update=parts), "model": model, "search": search})
+    model, train = _model_with_paths(recipe.model, change), recipe.train
+    if train.function_dir is not None:
+        train = train.model_copy(update={"function_dir": change(train.function_dir)})
+    whole = {"data": data.model_copy(update=parts), "model": model, "search": search, "train": train}
+    return recipe.model_copy(update=whole)
 
 
 def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
@@ -254,6 +288,24 @@ def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> Model
     if model.name.startswith(LOCAL_DIR):
         named["name"] = LOCAL_DIR + change(model.name.removeprefix(LOCAL_DIR))
     return model.model_copy(update=named)
+
+
+def own_functions(recipe: Recipe, baselines: bool = True) -> dict[str, str]:
+    """Returns the fine-tunings of the user's own that a recipe names, ``MODULE:NAME``, by their key paths.
+
+    Args:
+        recipe: The recipe.
+        baselines: Those of the search's baselines, too.
+    """
+    named = {"train.function": recipe.train.function}
+    if baselines:
+        named |= {f"search.baselines.{n}.function": v.get("function") for n, v in recipe.search.baselines.items()}
+    return {path: function for path, function in named.items() if function is not None}
+
+
+def trust_word(recipe: Recipe) -> str:
+    """Returns what a command that trains needs for a recipe with such functions, with a space before it; else ''."""
+    return " --trust" if own_functions(recipe) else ""
 
 
 def dump_recipe(recipe: Recipe) -> str:

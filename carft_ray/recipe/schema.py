@@ -16,6 +16,7 @@ from carft_ray.recipe.constraints import ConstraintsConfig
 from carft_ray.recipe.fields import (
     Config,
     Duration,
+    Flag,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
@@ -41,6 +42,7 @@ CUT = Resume("identity", "it decides which trainings end early, and they are com
 SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; it judges none")
 PROPOSED = Resume("running", "proposals to come")
 HOW_FAR = Resume("running", "how far")
+TOLD = Resume("running", "who is told; nothing is computed from it")
 HOW_FAST = Resume("running", "where and how fast")
 
 
@@ -231,6 +233,32 @@ class BudgetConfig(Config):
     best"""
 
 
+class WandbConfig(Config):
+    """Weights & Biases gets a run per training, with its alpha curve, and one with the figure; extra ``wandb``."""
+
+    project: SetName | None = key(None, "my_project", TOLD, range="a name")
+    """project of the runs, a training each; null: none"""
+    entity: SetName | None = key(None, "my_team", TOLD, range="a name")
+    """user or team that has the project; null: that of the login"""
+    offline: Flag = key(False, "true", TOLD)
+    """runs stay in `tracking/` of the study until `wandb sync` sends them; so they do with `WANDB_MODE=offline`"""
+
+
+class MlflowConfig(Config):
+    """MLflow gets a run per training inside one of the study; extra ``mlflow``."""
+
+    experiment: SetName | None = key(None, "my_experiment", TOLD, range="a name")
+    """experiment of the runs, a training each, inside a run of the study; null: none. The server is that of
+    `MLFLOW_TRACKING_URI`; without it, files in `tracking/` of the study"""
+
+
+class TrackingConfig(Config):
+    """Who is told of the trainings as they end. A tracker that fails is a warning, and the search continues."""
+
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+
 class Recipe(Config):
     """Everything about one study. A value of this type is valid."""
 
@@ -248,11 +276,17 @@ class Recipe(Config):
     search: SearchConfig = SearchConfig()
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 def with_threads(recipe: Recipe, number: int) -> Recipe:
     """Returns the recipe with so many torch threads for each worker."""
     return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+
+
+def without_tests(recipe: Recipe) -> Recipe:
+    """Returns the recipe without its test sets, for code that must not find them."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"id_test": None, "ood_test": {}})})
 
 
 def alone(recipe: Recipe) -> Recipe:

@@ -7,6 +7,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
+from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.confirmation.plan import read_plan
 from carft_ray.results.reading.documents import budget, ledger
@@ -77,13 +78,13 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
     reads, wanted = reads_of(entries), num_trials(view.recipe)
     rows = [*view.trials, *view.baselines]
     finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
-    steps = []
+    steps, trust = [], trust_word(view.recipe)
     if not finished and (view.study_dir / RESOLVED).is_file():  # without it, resume has no recipe
         again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted) else ""
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"
-        steps.append(f"resume {folder}{more}{again}")
+        steps.append(f"resume {folder}{more}{again}{trust}")
     if view.best is None:
         return [*steps, f"ls {folder}"]
     steps.append(f"report {folder}")
@@ -94,17 +95,17 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
     num_more = max(4, wanted // 2)
     search = view.recipe.search.model_copy(update={"trials": wanted + num_more})
     if finished and not reads and num_trials(view.recipe.model_copy(update={"search": search})) > wanted:
-        steps.append(f"resume {folder} --trials +{num_more}")
+        steps.append(f"resume {folder} --trials +{num_more}{trust}")
     return [*steps, f"ls {folder}"]
 
 
 def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     """Returns the step that comes next in confirming the winner and reading the test sets; none when both are done."""
-    plan = None
+    plan, trust = None, trust_word(view.recipe)
     with contextlib.suppress(StorageError):  # which the command itself reports
         plan = read_plan(view.study_dir)
     if plan is None:
-        return [] if reads else [f"confirm {folder}"]
+        return [] if reads else [f"confirm {folder}{trust}"]
     first, second = plan
     ended = {row.name for row in view.confirmations if row.outcome != "running"}
     done = ended >= (second or first).trainings().keys()
@@ -112,7 +113,7 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
         top = sum(row.role != "baseline" for row in first.rows)
         twice = " --winner confirmed" if second is not None and first.winner == best else ""
-        return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}"]
+        return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}{trust}"]
     if view.recipe.data.id_test is None:
         return []
     if not reads:

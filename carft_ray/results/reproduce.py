@@ -194,7 +194,11 @@ def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproducti
     with_weights = finished.weights_path.is_file() and again.weights_path.is_file()
     if with_weights:
         found += _weights_differences(load_tensors(finished.weights_path), load_tensors(again.weights_path))
-    changes = changes_since(finished.provenance, finished.result.get("environment", {}))
+    where = finished.result.get("environment", {})
+    changes = changes_since(finished.provenance, where)
+    sources = [each.get("function_source") for each in (where, again.result.get("environment", {}))]
+    if sources[0] != sources[1]:
+        changes.append(("train.function", *sources))
     return Reproduction(finished.title, len(leaves(old)), len(then), with_weights, found, changes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, WEIGHTS
 from carft_ray.recipe.constraints import violation_words
-from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.front import front_rule, stand
@@ -68,7 +68,8 @@ def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:
     Raises:
         StorageError: It cannot be read or written.
     """
-    head = f"# The best trial of this study, {best.name}. Run it: carft-ray train {BEST} --out FOLDER\n"
+    trust = trust_word(recipe)
+    head = f"# The best trial of this study, {best.name}. Run it: carft-ray train {BEST} --out FOLDER{trust}\n"
     head += "".join(f"# {line}\n" for line in constraint_lines(best))
     if not recipe.data.ood_val:
         head += "# Selected on ID only: the recipe has no ood_val.\n"

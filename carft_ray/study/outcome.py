@@ -17,7 +17,20 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, MachineError, OutdatedAttemptError, Problem
-from carft_ray.layout import CHECKPOINTS, CUT, ERROR, FENCE, FOLDERS, HEARTBEAT, LEAVE, LOG, METRICS, RESULT, WEIGHTS
+from carft_ray.layout import (
+    CHECKPOINTS,
+    CUT,
+    ERROR,
+    FENCE,
+    FOLDERS,
+    HEARTBEAT,
+    LEAVE,
+    LOG,
+    METRICS,
+    OWN,
+    RESULT,
+    WEIGHTS,
+)
 from carft_ray.recipe.constraints import total_violation
 from carft_ray.recipe.schema import ResourcesConfig
 
@@ -236,8 +249,13 @@ def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None
 
 
 def progress_of(folder: Path) -> list[int]:
-    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint."""
+    """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint.
+
+    Of a fine-tuning of the user's own, which keeps what only it knows, the step that it has reported last counts.
+    """
     steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
+    if any(folder.glob(f"{CHECKPOINTS}/{OWN}/*")):
+        steps += [int(row["step"]) for row in files.read_json_lines(folder / METRICS)]
     return [int(files.exists(folder / WEIGHTS)), max(steps, default=0)]
 
 

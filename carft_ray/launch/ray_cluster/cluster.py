@@ -56,8 +56,11 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 def running_ray(address: str | None, log_path: Path, stop_path: Path | None = None) -> Iterator[tuple[Node, ...]]:
     """Starts a Ray on this machine and shuts it down at the end, or attaches to a running one and leaves it running.
 
+    A process that is connected to a Ray already, such as a job of a larger program, uses that one and stays connected.
+
     Args:
-        address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores.
+        address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores. Of a process that is
+            connected already: ``auto``, or the address of that Ray.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
         stop_path: The stop file, from which it is known why Ray has ended, should it end.
 
@@ -68,6 +71,9 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
         ClusterError: There is no Ray at the address, none can be started, or it has gone (of a cluster, a
             ``MachineError``).
     """
+    is_connected = ray.is_initialized()
+    if is_connected:
+        _require_connected_to(address)
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
     before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
     os.environ.update({**ours, **before})
@@ -78,19 +84,29 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
         with _quiet(log_path):
             if temp_dir is not None:
                 _start(temp_dir)
-            else:
+            elif not is_connected:
                 _attach(address or "")
             try:
                 with _noticing_its_end(temp_dir, stop_path):
                     yield nodes_now()
             finally:
-                ray.shutdown()
+                if not is_connected:
+                    ray.shutdown()
     finally:
         os.environ.update(before)
         for name in ours.keys() - before.keys():
             del os.environ[name]
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _require_connected_to(address: str | None) -> None:
+    """Refuses another Ray than the one that this process is connected to: it can have one at a time."""
+    connected = ray.get_runtime_context().gcs_address
+    if address not in ("auto", connected):
+        rule = f"must be 'auto': this process is connected to the Ray at {connected}"
+        step = "Take that one, or call ray.shutdown() before."
+        raise ClusterError(Problem("address", rule, address or "none, which starts another Ray", next_step=step))
 
 
 def _start(temp_dir: str) -> None:

@@ -11,10 +11,12 @@ from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Pro
 from carft_ray.launch.events import BaselineFinished, Event, Note, Prepared, Preparing, Started, TrialFinished
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.launch.figures.study_figure import figure_at_the_end
+from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, used_up
 from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.region import Direction
@@ -95,7 +97,7 @@ def run_search(
         begin(study_dir, recipe)
         num_before = _num_finished(study)
         recovered = recover_running(study, trusted)
-        for note in study.notes:
+        for note in (*study.notes, *own_notes(recipe)):
             on_event(Note(note))
         for row in recovered:
             on_event(BaselineFinished(row) if row.kind == "baseline" else TrialFinished(row, is_best=False))
@@ -172,5 +174,5 @@ def _nothing_within_budget(study: Study, ended: str, address: str | None) -> Bud
 
 
 def _resume(study: Study, address: str | None) -> str:
-    command = f"carft-ray resume {shlex.quote(str(study.study_dir))}"
+    command = f"carft-ray resume {shlex.quote(str(study.study_dir))}{trust_word(study.recipe)}"
     return command if address is None else f"{command} --address {shlex.quote(address)}"

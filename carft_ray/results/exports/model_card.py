@@ -38,6 +38,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     is_sandbox = recipe.model.name == "sandbox"
     is_synthetic = is_sandbox or plain(recipe.data.train).source == "sandbox"
     weights = f" with the weights `{recipe.model.pretrained}`" if recipe.model.pretrained else ""
+    named = {key for key, value in result["train"].items() if value is not None} - {"function_dir"}  # of this machine
     shared = "".join(f"- {line}\n" for line in trained.shared)
     return _template("model_card").substitute(
         name=recipe.name,
@@ -50,7 +51,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         id_only="" if recipe.data.ood_val else "Selected on ID only: the recipe has no ood_val.\n",
         accuracies="\n".join(accuracies),
         shared=f"\nImages that are in two roles:\n\n{shared}" if shared else "",
-        values=", ".join(f"{key} {value}" for key, value in result["train"].items() if value is not None),
+        values=", ".join(f"{key} {value}" for key, value in result["train"].items() if key in named),
         usage="\n".join(usage(name, inputs.clip, has_bias) for name in formats),
         class_names=", ".join(inputs.class_names),
         preprocessing=preprocessing(inputs.clip),

@@ -112,7 +112,9 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         title=card_title(document),
         lines=lines,
         groups={group: [figure for figure in shown if figure.group == group] for group in GROUPS},
-        picture=_picture(view, document) if any(figure.id == "front" for figure in shown) else "",
+        picture=as_address(figure_svg(view))
+        if any(figure.id == "front" for figure in shown)
+        else "",  # without JavaScript
         base=base,
         best_rows=_best_rows(document),
         num_static=NUM_STATIC,
@@ -185,13 +187,17 @@ def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(document["trials"], key=rank)[:NUM_STATIC]
 
 
-def _picture(view: Overview, document: Mapping[str, Any]) -> str:
-    """Returns the figure of the study as an address that holds it, for readers without JavaScript."""
+def figure_svg(view: Overview) -> bytes:
+    """Returns the figure of a study, ID against OOD accuracy, as SVG."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, FIGURE_SVG)
         write_figure(view.recipe, view.study_dir, view.trials, view.baselines, path)
-        content = path.read_bytes()
-    return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+        return path.read_bytes()
+
+
+def as_address(svg: bytes) -> str:
+    """Returns a picture as an address that holds it."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _percent(value: float | None, signed: bool = False) -> str:

@@ -1,0 +1,386 @@
+"""The functions of the Python API do what the commands do: same numbers, same refusals, nothing printed."""
+
+import doctest
+import inspect
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import own_functions
+import pytest
+import short_sealed
+import short_training
+import typer.main
+
+import carft_ray
+from carft_ray import actions, notebook, progress
+from carft_ray.cli import app
+from carft_ray.errors import (
+    DataError,
+    HoldOutError,
+    NoSuccessfulTrialError,
+    Problem,
+    RecipeError,
+    StorageError,
+    UsageError,
+)
+from carft_ray.launch.events import Note, Started, TrialFinished
+from carft_ray.recipe.text import parse
+from carft_ray.study.lock import study_lock
+from carft_ray.study.outcome import TrialRow
+
+DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here")
+    short_training.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overrides(here):
+    return {**DEBUG, "data.cache_dir": here / "cache"}
+
+
+@pytest.fixture(scope="module")
+def original(here, overrides):
+    return carft_ray.search(here / "recipe.yaml", here / "study", overrides=overrides, progress=False)
+
+
+@pytest.fixture
+def study_dir(original, tmp_path):
+    return shutil.copytree(original.path, tmp_path / "study")
+
+
+def written(here):
+    """What the file of the recipe holds."""
+    return parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
+
+
+def results(study_dir):
+    """What the trainings of a study have found."""
+    found = {}
+    for path in sorted(study_dir.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        del result["elapsed_s"]
+        found[path.parent.name.partition("-")[0]] = result
+    return found
+
+
+def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
+    monkeypatch.chdir(here)
+    by_path = carft_ray.load_recipe("recipe.yaml", {"train.epochs": 2})
+    by_value = carft_ray.load_recipe({**written(here), "train": {**written(here)["train"], "epochs": 2}})
+    assert (
+        by_value
+        == by_path
+        == carft_ray.load_recipe(by_path)
+        == carft_ray.load_recipe(here / "recipe.yaml", ["train.epochs=2"])
+    )
+    data = written(here)["data"]
+    data["train"] = {**data["train"], "path": here / "images", "domains": ("photo",)}  # as Python writes them
+    assert carft_ray.load_recipe({**written(here), "data": data}, {"train.epochs": 2}) == by_path
+
+
+def test_all_mistakes_of_a_dictionary_are_told_with_their_keys(here, monkeypatch):
+    monkeypatch.chdir(here)
+    value = written(here)
+    value["train"] = {"learning_rate": -1.0, "epoch": 3}
+    with pytest.raises(RecipeError) as caught:
+        carft_ray.load_recipe(value, {"search.trials": 0})
+    places = [problem.place for problem in caught.value.problems]
+    assert {*places} == {"train.epoch", "train.learning_rate", "--set search.trials=0"}
+    assert "did you mean 'epochs'" in str(caught.value)
+
+
+def test_a_recipe_that_was_changed_in_python_is_checked_again(here):
+    recipe = carft_ray.load_recipe(here / "recipe.yaml")
+    gone = recipe.data.train.model_copy(update={"path": str(here / "nowhere")})
+    with pytest.raises(DataError, match="nowhere"):
+        carft_ray.load_recipe(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": gone})}))
+    train = recipe.train.model_copy(update={"epochs": 0})
+    with pytest.raises(RecipeError, match=r"train\.epochs"):
+        carft_ray.search(recipe.model_copy(update={"train": train}), here / "never")
+    assert not (here / "never").exists()
+
+
+def test_warnings_of_a_recipe_are_logged_once(here, caplog):
+    with caplog.at_level(logging.WARNING, "carft_ray"):
+        recipe = carft_ray.load_recipe(here / "recipe.yaml", {"train.micro_batch": 8})
+        carft_ray.load_recipe(recipe)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.slow
+def test_a_search_is_that_of_the_command_line_bit_for_bit(run_in, here, original, overrides):
+    words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
+    code, out, _ = run_in("search", "recipe.yaml", "--study", "by_command", *words, "--json")
+    assert code == 0
+    assert results(here / "by_command") == results(original.path)
+    by_command = json.loads(out)
+    for answer in (by_command, numbers := json.loads(json.dumps(original.numbers))):
+        for row in (answer["best"], *answer["rows"]):
+            del row["name"], row["elapsed_s"]
+        for key in ("study", "elapsed_s", "best_recipe", "figure"):
+            del answer[key]
+        answer["lines"] = [line for line in answer["lines"] if not line.startswith("Best: ")]
+    assert by_command == numbers
+
+
+@pytest.fixture
+def run_in(here, monkeypatch, capsys):
+    import crash_host
+
+    monkeypatch.chdir(here)
+
+    def call(*words):
+        capsys.readouterr()
+        code = crash_host.call(words)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_search_prints_nothing_and_gives_the_study(original, here, overrides, capsys):
+    again = carft_ray.search(here / "recipe.yaml", original.path, overrides=overrides, progress=False)
+    assert capsys.readouterr() == ("", "")
+    assert again.numbers["new_trials"] == 0
+    assert isinstance(again, carft_ray.Study)
+    assert again.trials().num_rows == 2
+    assert again.best.name in str(again)
+    assert again.best.name in again._repr_html_()
+    assert again.lines[-1] == "These numbers chose the best trial, so they are too high; test sets were not read."
+
+
+@pytest.mark.slow
+def test_a_study_is_resumed_extended_and_confirmed(study_dir):
+    longer = carft_ray.resume(study_dir, "+1", progress=False)
+    assert (longer.numbers["new_trials"], longer.trials().num_rows) == (1, 3)
+    with pytest.raises(UsageError, match="must be at least 3"):
+        carft_ray.resume(study_dir, 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adress'"):
+        carft_ray.resume(study_dir, adress="auto")
+    confirmed = carft_ray.confirm(study_dir, top=1, seeds=2, progress=False)
+    assert confirmed.numbers == json.loads((study_dir / "confirm" / "summary.json").read_text())
+    assert len(list((study_dir / "confirm").glob("*/result.json"))) == 2
+    assert longer.best.name in confirmed._repr_html_()
+    assert str(confirmed).split()[-9:] == confirmed.lines[-1].split()[-9:]
+
+
+@pytest.mark.slow
+def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
+    trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
+    assert capsys.readouterr() == ("", "")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {key: trained.numbers[key] for key in result} == result
+    measured = carft_ray.evaluate(tmp_path / "run")
+    assert measured.numbers["metrics"] == pytest.approx(result["metrics"])
+    assert carft_ray.evaluate(str(tmp_path / "run"), alpha=0).numbers["metrics"]["id_accuracy"] == pytest.approx(
+        trained.numbers["zero_shot"]["id_accuracy"]
+    )
+    exported = carft_ray.export(tmp_path / "run", tmp_path / "model", alpha=0.5)
+    assert (exported.alpha, exported.folder, [*exported.formats]) == (0.5, tmp_path / "model", ["open_clip"])
+    assert (tmp_path / "model" / "open_clip_config.json").is_file()
+    with pytest.raises(UsageError, match="must be a new folder"):
+        carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
+
+
+@pytest.mark.slow
+def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
+    report = carft_ray.report(study_dir)
+    assert report.numbers["best"]["name"] == carft_ray.open_study(study_dir).best.name
+    assert str(report) == "\n".join(report.numbers["brief"])
+    shown = report._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!doctype html')
+    assert "sandbox=" in shown
+    assert report.card().count("\n") >= 5
+    with pytest.raises(UsageError, match="did you mean 'latex'"):
+        report.card("latx")
+    assert {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")} == before
+    assert report.save(tmp_path / "page.html").read_text().lower().startswith("<!doctype html")
+    assert report.save() == study_dir / "report.html"
+
+
+def test_a_figure_of_a_study_displays_itself(original, tmp_path):
+    figure = original.figure
+    assert "<svg" in figure._repr_svg_()
+    assert figure.save(tmp_path / "figure.svg").read_bytes() == figure.svg
+    assert original.best.name in carft_ray.open_study(original.path)._repr_html_()
+
+
+def test_wrong_use_is_an_exception_of_the_command(original, study_dir, tmp_path, here, overrides):
+    with pytest.raises(UsageError, match="must be a study"):
+        carft_ray.report(tmp_path)
+    with pytest.raises(UsageError, match=r"must be from 0 to 1, but got 1\.5"):
+        carft_ray.evaluate(study_dir, alpha=1.5)
+    with pytest.raises(UsageError, match="did you mean 'zero_shot'"):
+        carft_ray.evaluate(study_dir, head="zeroshot")
+    with pytest.raises(UsageError, match="did you mean 'onnx'"):
+        carft_ray.export(study_dir, tmp_path / "out", formats=["onx"])
+    with pytest.raises(UsageError, match="must be at least 2, but got 1"):
+        carft_ray.confirm(study_dir, seeds=1)
+    with pytest.raises(UsageError, match="did you mean 'confirmed'"):
+        carft_ray.confirm(study_dir, winner="confirm")
+    with pytest.raises(RecipeError, match="batch_size"):
+        carft_ray.search(
+            here / "recipe.yaml", study_dir, overrides={**overrides, "train.batch_size": 4}, progress=False
+        )
+    with pytest.raises(RecipeError, match=r"search\.space"):
+        carft_ray.search(here / "recipe.yaml", tmp_path / "none", overrides={**overrides, "search.space": {}})
+    with study_lock(study_dir), pytest.raises(StorageError, match="in use"):
+        carft_ray.resume(study_dir, "+1", progress=False)
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overrides, tmp_path):
+    calls = []
+
+    def mine(values, context):
+        calls.append(values["learning_rate"])
+        return own_functions.few_steps(values, context)
+
+    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=overrides, train=mine, progress=False)
+    assert len(calls) == 2
+    assert calls == found.trials()["learning_rate"].to_pylist()
+    with pytest.raises(UsageError, match="names code that a training would run"):
+        carft_ray.resume(tmp_path / "own", "+1", progress=False)
+    longer = carft_ray.resume(tmp_path / "own", "+1", train=mine, progress=False)
+    assert (len(calls), longer.numbers["new_trials"]) == (3, 1)
+    carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
+    assert len(calls) == 5
+    assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
+
+
+@pytest.mark.slow
+def test_the_seal_holds_in_python_too(tmp_path, run_in):
+    study_dir = short_sealed.make(tmp_path, short_training)
+    assert run_in("test", study_dir)[0] == 0
+    with pytest.raises(HoldOutError, match="its test sets were read"):
+        carft_ray.resume(study_dir, "+1", overrides=DEBUG | {"search.trials": 2, "train.epochs": 3})
+    more = {"again": "more trials for a figure", "progress": False}
+    found = carft_ray.resume(study_dir, "+1", overrides={"resources.executor": "debug"}, **more)
+    assert found.numbers["new_trials"] == 1
+
+
+def test_a_trial_that_is_not_there_and_a_study_without_one(study_dir):
+    for path in study_dir.glob("trials/*/result.json"):
+        path.unlink()
+    with pytest.raises(NoSuccessfulTrialError):
+        carft_ray.evaluate(study_dir, trial="0")
+
+
+@pytest.mark.parametrize("verb", ["search", "resume", "confirm", "train", "evaluate", "export", "report"])
+def test_every_option_of_a_command_has_its_parameter(verb):
+    """Those that a recipe has as a key are overrides in Python; what is printed is no matter of a function."""
+    in_recipe = {"set_", "executor", "num_workers", "wall_time", "budget"}
+    of_the_terminal = {"json_", "debug", "details", "help"}
+    of_the_page = {"html", "card", "out", "watch", "every"} if verb == "report" else set()
+    renamed = {"format_": "formats"}
+    options = {each.name for each in typer.main.get_command(app).commands[verb].params}
+    parameters = {*inspect.signature(getattr(carft_ray, verb)).parameters}
+    if verb == "resume":
+        parameters |= {*inspect.signature(carft_ray.search).parameters}
+    asked = options - in_recipe - of_the_terminal - of_the_page
+    assert {renamed.get(name, name) for name in asked} <= parameters
+
+
+@pytest.mark.slow
+def test_nothing_heavy_is_loaded_until_a_function_needs_it(here):
+    code = (
+        "import sys, carft_ray\n"
+        "heavy = lambda *names: [n for n in names if n in sys.modules]\n"
+        "print(heavy('torch', 'ray', 'optuna', 'pyarrow', 'numpy', 'pydantic', 'rich'))\n"
+        "carft_ray.search, carft_ray.report\n"
+        f"carft_ray.load_recipe({str(here / 'recipe.yaml')!r})\n"
+        "print(heavy('torch', 'ray', 'matplotlib', 'plotly', 'IPython'))\n"
+        "print({*carft_ray.__all__} <= {*dir(carft_ray)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["[]", "[]", "True"]
+
+
+class Display:
+    """A stand-in for the display of a notebook: what it has shown, and how often it was written again."""
+
+    def __init__(self, monkeypatch):
+        self.versions, self.num_outputs = [], 0
+        monkeypatch.setitem(sys.modules, "IPython", self)
+        monkeypatch.setitem(sys.modules, "IPython.display", self)
+        self.kernel, self.HTML = object(), str
+
+    def get_ipython(self):
+        return self
+
+    def display(self, content, display_id):
+        assert display_id
+        self.num_outputs += 1
+        self.versions.append(content)
+        return self
+
+    def update(self, content):
+        self.versions.append(content)
+
+
+def row(number, objective):
+    metrics = {"id_accuracy": objective, "ood_accuracy": objective}
+    found = {"alpha": 0.5, "objective": objective, "metrics": metrics}
+    return TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, "complete", **found)
+
+
+def test_a_search_is_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
+    assert not notebook.in_notebook()
+    shown = Display(monkeypatch)
+    assert notebook.in_notebook()
+    with progress.search_shown(True, tmp_path, 4) as on_event:
+        on_event(Note("a journal was mended"))
+        on_event(Started(8, 0, 2, "2 CPUs"))
+        for number in range(8):
+            on_event(TrialFinished(row(number, 0.1 * number), is_best=True))
+    assert shown.num_outputs == 1
+    assert len(shown.versions) <= 4  # at most two in a second
+    assert "warning: a journal was mended" in shown.versions[-1]
+    assert "8 of 8 trials finished" in shown.versions[-1]
+    assert "best 70.0 % (t0007-abcd)" in shown.versions[-1]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_training_is_one_output_of_a_notebook(monkeypatch):
+    shown = Display(monkeypatch)
+    step = {"epoch": 1, "step": 3, "num_steps": 9, "loss": 1.0, "ce": 0.5, "kl": 0.1, "learning_rate": 1e-4}
+    with progress.training_shown(True) as (on_step, on_epoch):
+        on_step({**step, "images_per_s": 10.0})
+        for epoch in range(1, 9):
+            on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
+    assert shown.num_outputs == 1
+    assert "step 3 of 9" in shown.versions[0]
+    assert shown.versions[-1].count("epoch ") == progress.NUM_LINES
+    assert "epoch 8: loss 1.000" in shown.versions[-1]
+
+
+def test_tables_as_html_hold_their_words_and_nothing_that_runs():
+    text = notebook.as_html("a < b & [c]", str(Problem("place", "rule")))
+    assert "a &lt; b &amp; [c]" in text
+    assert text.startswith("<pre")
+    assert notebook.framed('<p title="a">\'</p>').startswith('<iframe srcdoc="&lt;p title=&quot;a&quot;&gt;&#x27;')
+
+
+@pytest.mark.whole
+def test_the_example_of_the_module_gives_what_it_says(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "user_cache"))
+    recipe = (here / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(
+        recipe.replace("path: images", f"path: {here / 'images'}").replace(
+            "local-dir:model", f"local-dir:{here / 'model'}"
+        )
+        + "resources: {executor: debug}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(actions)
+    assert (found.failed, found.attempted) == (0, 5)

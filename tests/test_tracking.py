@@ -1,0 +1,162 @@
+"""Weights & Biases and MLflow get every training as it ends; neither is a reason for a search to fail."""
+
+import importlib.util
+import json
+import logging
+import struct
+
+import pytest
+import short_training
+
+import carft_ray
+from carft_ray.launch import tracking as module
+from carft_ray.launch.tracking import tracking
+from carft_ray.recipe.loading import load_recipe
+
+pytestmark = pytest.mark.slow
+BASELINE = {"search.baselines": {"plain": {"kl_weight": 0}}}
+DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2, **BASELINE}
+BOTH = {"tracking.wandb": {"project": "mine", "offline": True}, "tracking.mlflow.experiment": "mine"}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here")
+    short_training.make(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def search(here, study_dir, caplog, **more):
+    """Searches; returns the study and what was warned of."""
+    caplog.clear()
+    overrides = {**DEBUG, "data.cache_dir": here / "cache", **more}
+    with caplog.at_level(logging.WARNING, "carft_ray"):
+        study = carft_ray.search(here / "recipe.yaml", study_dir, overrides=overrides, progress=False)
+    return study, [one.getMessage() for one in caplog.records if "tracking" in one.getMessage()]
+
+
+def records(path):
+    """The records of an offline run of Weights & Biases: a log as LevelDB has it, in blocks of 32 kB, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts, found = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)  # check sum, length; 1 whole, 2 to 4 a part
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            found.append(Record())
+            found[-1].ParseFromString(parts)
+            parts = b""
+    return found
+
+
+def items(of):
+    return {each.key or ".".join(each.nested_key): json.loads(each.value_json) for each in of}
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+def test_both_hold_values_metrics_curves_and_the_figure(here, tmp_path, caplog):
+    import mlflow
+
+    study, warned = search(here, tmp_path / "study", caplog, **BOTH)
+    assert warned == []
+    rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
+    results = {path.parent.name: json.loads(path.read_text()) for path in study.path.glob("*/*/result.json")}
+
+    client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
+    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    by_name = {run.info.run_name: run for run in runs}
+    of_study = by_name.pop("short")
+    assert by_name.keys() == rows.keys() == {*results, "zero_shot"}
+    assert of_study.data.tags["carft_ray.best"] == study.best.name
+    assert {file.path for file in client.list_artifacts(of_study.info.run_id)} == {"figure.png"}
+    for name, run in by_name.items():
+        assert run.data.tags["mlflow.parentRunId"] == of_study.info.run_id
+        assert run.data.metrics["objective"] == rows[name]["objective"]
+        assert run.data.metrics["id_accuracy"] == rows[name]["id_accuracy"]
+        assert run.info.status == "FINISHED"
+    best = by_name[study.best.name]
+    assert best.data.params["learning_rate"] == str(study.best.values["learning_rate"])
+    history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
+    curve = results[study.best.name]["curve"]
+    assert {one.step: one.value for one in history} == {round(100 * one["alpha"]): one["id_accuracy"] for one in curve}
+
+    found = {}
+    for path in (study.path / "tracking" / "wandb").glob("offline-run-*/*.wandb"):
+        parts = records(path)
+        [run] = [one.run for one in parts if one.WhichOneof("record_type") == "run"][:1]
+        found[run.display_name] = run, parts
+    [of_study] = [name for name in found if name not in rows]
+    assert found.keys() - {of_study} == rows.keys()
+    assert {run.run_group for run, _ in found.values()} == {of_study}
+    run, parts = found[study.best.name]
+    assert items(run.config.update)["learning_rate"] == study.best.values["learning_rate"]
+    summary = {}
+    for one in parts:
+        summary |= items(one.summary.update)
+    assert (summary["objective"], summary["outcome"]) == (study.best.objective, "complete")
+    logged = [items(one.history.item) for one in parts if one.WhichOneof("record_type") == "history"]
+    assert [one["curve/id_accuracy"] for one in logged] == [one["id_accuracy"] for one in curve]
+    assert list(
+        (study.path / "tracking" / "wandb").glob(
+            f"offline-run-*{of_study.rpartition('-')[2]}*/files/media/*/figure*.png"
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+def test_a_training_that_is_told_again_takes_the_place_of_its_run(here, tmp_path, caplog):
+    import mlflow
+
+    study, _ = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
+    recipe, row = study.recipe, study.best
+    for _ in range(2):
+        with tracking(recipe, study.path, pytest.fail) as shared:
+            shared(lambda event: None)(module.TrialFinished(row, is_best=True))
+    client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
+    names = [run.info.run_name for run in client.search_runs([client.get_experiment_by_name("mine").experiment_id])]
+    assert len(names) == len(set(names)) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+def test_a_tracker_that_fails_is_one_warning_and_the_search_is_whole(here, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    study, [warned] = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
+    assert warned.startswith("tracking.mlflow: MlflowException: ")
+    assert warned.endswith("; not all was tracked, the study itself is whole")
+    assert study.trials().num_rows == 2
+
+
+def test_a_library_that_is_missing_is_a_warning_at_the_beginning(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe, told = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"]), []
+    with tracking(recipe, tmp_path, told.append) as shared:
+        assert told == [
+            "tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')",
+        ]
+        assert shared(print) is print
+
+
+def test_without_a_tracker_and_without_a_training_nothing_is_opened(here, tmp_path):
+    recipe = load_recipe(here / "recipe.yaml")
+    with tracking(recipe, tmp_path / "study", pytest.fail) as shared:
+        assert shared(print) is print
+    recipe = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"])
+    with tracking(recipe, tmp_path / "study", pytest.fail):
+        pass
+    assert not (tmp_path / "study").exists()
