@@ -16,6 +16,7 @@ pytestmark = pytest.mark.whole
 ROOT = Path(__file__).resolve().parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
 SHORT = {"search.trials": 2, "train.epochs": 1, "search.baselines": "{}", "data.id_val.num_per_class": 20}
+SHORT["data.ood_val"] = "{painting: {source: sandbox, domain: painting, split: val, num_per_class: 10}}"
 
 
 @pytest.fixture(scope="module")
