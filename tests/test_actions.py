@@ -238,6 +238,7 @@ def test_wrong_use_is_an_exception_of_the_command(original, study_dir, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overrides, tmp_path):
     calls = []
 

@@ -25,6 +25,7 @@ nbformat.write(notebook, sys.argv[2])
 def run(folder, *words):
     """Runs Python in a folder, with a home of its own."""
     own = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+    own["RAY_ADDRESS"] = "local"  # `ray.init()` starts one, whatever else runs on this machine
     own |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTER_RUNTIME_DIR": str(folder / "jupyter")}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **own})

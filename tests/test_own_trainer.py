@@ -306,6 +306,7 @@ def two_workers(rank, port, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_two_workers_agree_on_what_one_of_them_has_met(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -484,6 +485,7 @@ def test_another_function_is_another_study(finished, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
@@ -515,6 +517,7 @@ def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_function_runs_in_the_processes_of_ray(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path / "of_the_recipe.py")

@@ -64,7 +64,7 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 
 # ---- one mistake, one message
 
-RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, budget"
+RECIPE_KEYS = "format_version, name, model, data, prompts, train, evaluate, search, resources, budget, tracking"
 TRAIN_KEYS = ", ".join([*TrainConfig.model_fields][:20]) + ", ..."  # as many as a message lists
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "

@@ -103,7 +103,10 @@ def train_once(
                 with stop_file_on_signal(out_dir / STOP):
                     result = _run(runtime.recipe, out_dir, context, attempt, say)
         except StoppedRun as stopped:
-            raise interruption(f"{stopped}; the checkpoint is written", resume_command) from None
+            kept = (
+                "the checkpoint is written" if recipe.train.function is None else "what train.function keeps is there"
+            )
+            raise interruption(f"{stopped}; {kept}", resume_command) from None
         except KeyboardInterrupt:
             raise at_once() from None
         return result, zero_shot
