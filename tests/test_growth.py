@@ -61,7 +61,7 @@ available_node_types:
     ("nodes", "most", "recipe", "found", "reason"),
     [
         # from zero workers: one trial waits, with the GPUs that are to come
-        ([HEAD], [HEAD, *[GPU_NODE] * 3], {}, (0, 1), "no node for a trial, which needs 1 x 1 CPU and 1 x 1 GPU; "
+        ([HEAD], [HEAD, *[GPU_NODE] * 3], {}, (0, 1), "no node for a trial, which needs 1 x 4 CPUs and 1 x 1 GPU; "
          "nodes for 1 are asked for, of 6 at most"),
         # then as many wait as run
         ([GPU_NODE], [GPU_NODE] * 3, {}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for, of 6 at most"),
@@ -99,7 +99,7 @@ def test_a_trial_on_the_largest_node_that_may_come_is_awaited_there():
 @pytest.mark.parametrize(
     ("nodes", "most", "resources", "told"),
     [
-        ([HEAD], [HEAD, GPU_NODE], {"num_workers": 3}, "resources: a trial needs 3 x 1 CPU and 3 x 1 GPU, but got "
+        ([HEAD], [HEAD, GPU_NODE], {"num_workers": 3}, "resources: a trial needs 3 x 4 CPUs and 3 x 1 GPU, but got "
          "8 CPUs and 2 GPUs in all with all nodes that the autoscaler may add"),
         ([Node(8, 2, "A100")], [], {"accelerator": "H100"}, "resources.accelerator: must be a kind of accelerator "
          "that a node of the cluster has, but got H100; did you mean 'A100'? (allowed: A100)"),

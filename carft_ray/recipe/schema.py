@@ -196,7 +196,7 @@ class ResourcesConfig(Config):
         None, "4", HOW_FAST, range=">= 0.0001"
     )
     """CPU cores per worker, which make its views; null: 1 without GPUs, else the same share of a node's cores as of its
-    GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
+    GPUs, on the node with the fewest cores a GPU of those that are there at the start, or else may come"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
         None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )

@@ -102,7 +102,7 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
     if gpus is None:
         gpus = 1.0 if kind or any(node.num_gpus for node in (*nodes, *(most or ()))) else 0.0
     usable, to_come = _of_kind(nodes, kind), _of_kind(most or (), kind)
-    cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable or to_come)
+    cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable, to_come)
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     grows = resources.most_workers > num_workers
     fitting, one_node, slots = _fit(need, num_workers, usable, grows)
@@ -137,9 +137,10 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Cap
     )
 
 
-def _share_of_cores(gpus: float, nodes: tuple[Node, ...]) -> float:
+def _share_of_cores(gpus: float, usable: tuple[Node, ...], to_come: tuple[Node, ...]) -> float:
     """Returns the CPUs of a worker where the recipe names none: whole ones, as many as leave no GPU idle."""
-    shares = [int(node.num_cpus * min(1, gpus / node.num_gpus)) for node in nodes if node.num_gpus]
+    with_gpus = [node for node in usable if node.num_gpus] or [node for node in to_come if node.num_gpus]
+    shares = [int(node.num_cpus * min(1, gpus / node.num_gpus)) for node in with_gpus]
     return float(max(1, min(shares, default=1))) if gpus else 1.0
 
 
