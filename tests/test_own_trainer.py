@@ -411,12 +411,12 @@ def test_a_wrong_state_ends_the_search_with_the_first_trial(tmp_path):
 @pytest.mark.slow
 def test_the_pruner_cuts_a_function_that_asks(tmp_path):
     notes = []
-    pruner = "search.pruner={name: median, startup_trials: 1, first: 0.2}"
-    recipe = recipe_for(
-        tmp_path, "few_steps", DEBUG, "search.trials=4", "train.epochs=8", pruner, "search.sampler.seed=1"
-    )
+    pruner = "search.pruner={name: percentile, percentile: 1.0, startup_trials: 1, first: 0.2}"
+    space = "search.space={learning_rate: {low: 0.0001, high: 0.1, log: true}}"
+    enqueue = "search.enqueue=[{learning_rate: 0.1}, {learning_rate: 0.0001}]"
+    recipe = recipe_for(tmp_path, "slow_steps", DEBUG, "search.trials=2", "train.epochs=8", pruner, space, enqueue)
     result = run_search(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
-    assert "pruned" in {row.outcome for row in result.trials}, result.trials
+    assert [row.outcome for row in result.trials] == ["complete", "pruned"], result.trials
     assert [text for text in notes if "replaces the built-in loop" in text] == [
         "train.function replaces the built-in loop: exact resume, micro-batches and stored targets are not promised; a "
         "training that is stopped or lost continues from what the function keeps in context.checkpoint_dir"
