@@ -23,7 +23,7 @@ from carft_ray.study.rows import baselines, trials
 
 NUM_TRIALS, EPOCHS = 6, 160
 DEADLINE_S = 20
-TIMEOUT_S = 600
+TIMEOUT_S = 1200  # of a busy machine
 RESOURCES = {
     "inline": {"executor": "inline"},
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},

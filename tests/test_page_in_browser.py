@@ -207,3 +207,24 @@ def test_a_page_of_a_running_search_keeps_its_filters_when_it_is_loaded_again(tm
         check(await page.evaluate(STATE), 1024)
 
     run(tmp_path, steps)
+
+
+def test_trials_on_one_kind_of_device_are_filtered(tmp_path):
+    study_dir = make(tmp_path / "study", num=6)
+    for number, path in enumerate(sorted(study_dir.glob("trials/*/result.json"))):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "environment": {"device": "T4" if number < 2 else "H100"}}))
+    write_page(read_study(study_dir), tmp_path / "page.html")
+    said, names = 'document.getElementById("shown").textContent', '[...document.getElementById("device").options]'
+    choose = 'const e = document.getElementById("device"); e.value = "T4"; e.dispatchEvent(new Event("change"));'
+
+    async def steps(page):
+        await page.open(tmp_path / "page.html")
+        assert not await page.evaluate('document.getElementById("device-label").hidden')
+        assert await page.evaluate('document.getElementById("method-label").hidden')
+        assert await page.evaluate(f"{names}.map((one) => one.value)") == ["", "T4", "H100"]
+        await page.evaluate(f"(() => {{ {choose} }})()")
+        assert await page.evaluate(said) == "2 of 6 trials"
+        assert len(await page.evaluate(NAMES)) == 2
+
+    run(tmp_path, steps)

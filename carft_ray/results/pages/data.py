@@ -64,6 +64,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "objective": {**asdict(spec), "pareto": recipe.search.objective.kind == "pareto"},
         "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
         "methods": dict(Counter(method_of(view, row) for row in view.trials if row.outcome != "running")),
+        "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view, reference),
         "confirm": read_summary(study_dir / CONFIRM / SUMMARY, "table", "baselines"),
@@ -118,6 +119,12 @@ def _seconds(view: Overview, row: TrialRow) -> list[float]:
     with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
         began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
     return [round(began, 2), round(max(row.elapsed_s or 0.0, row.spent_s), 2)]
+
+
+def _devices(view: Overview) -> dict[str, str]:
+    """Returns on what kind of device each finished trial ran."""
+    found = {row.name: view.result(row).get("environment", {}).get("device") for row in view.trials}
+    return {name: device for name, device in found.items() if device}
 
 
 def _curves(view: Overview) -> list[dict[str, Any]]:

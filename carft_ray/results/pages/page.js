@@ -18,6 +18,7 @@
     trial.id = trial.metrics.id_accuracy ?? null;
     trial.ood = doc.has_ood ? trial.metrics.ood_accuracy ?? null : null;
     trial.method = trial.values.method ?? Object.keys(doc.methods)[0] ?? "";
+    trial.device = doc.devices[trial.name] ?? "";
     return trial;
   });
   const byName = new Map([...trials, ...doc.baselines].map((row) => [row.name, row]));
@@ -27,7 +28,7 @@
   const PATTERNS = { complete: "", pruned: "/", diverged: "x", error: "x", running: ".", stopped: "\\", waiting: ".", set_aside: "\\" };
 
   // state, kept while a page that is written again is loaded again
-  const state = { outcomes: null, top: 100, feasible: false, method: "", alpha: best?.alpha ?? 1, sort: null, down: true };
+  const state = { outcomes: null, top: 100, feasible: false, method: "", device: "", alpha: best?.alpha ?? 1, sort: null, down: true };
   const KEY = `carft:${doc.study}`;
   try { Object.assign(state, JSON.parse(sessionStorage.getItem(KEY)) ?? {}); } catch { /* private windows have none */ }
   const remember = () => { try { sessionStorage.setItem(KEY, JSON.stringify(state)); } catch { /* as above */ } };
@@ -106,7 +107,7 @@
   const passes = (trial) =>
     (state.outcomes ?? outcomes).includes(trial.outcome) &&
     (state.top >= 100 || (place.has(trial.name) && place.get(trial.name) < Math.max(1, Math.ceil((state.top / 100) * ranked.length)))) &&
-    (!state.feasible || trial.violation <= 0) && (!state.method || trial.method === state.method);
+    (!state.feasible || trial.violation <= 0) && ["method", "device"].every((kind) => !state[kind] || trial[kind] === state[kind]);
   const shown = () => trials.filter(passes);
   const complete = (rows) => rows.filter((trial) => trial.objective != null && trial.id != null);
 
@@ -508,14 +509,16 @@
     $("feasible-label").hidden = !METRICS.some((name) => name.startsWith("violation/"));
     $("feasible").checked = state.feasible;
     $("feasible").addEventListener("change", () => { state.feasible = $("feasible").checked; update(); });
-    const methods = [...new Set(trials.map((trial) => trial.method))];
-    $("method-label").hidden = methods.length < 2;
-    $("method").append(...methods.map((name) => make("option", { value: name }, spaced(name))));
-    $("method").value = state.method;
-    $("method").addEventListener("change", () => { state.method = $("method").value; update(); });
+    for (const kind of ["method", "device"]) {
+      const names = [...new Set(trials.map((trial) => trial[kind]))].filter(Boolean);
+      $(`${kind}-label`).hidden = names.length < 2;
+      $(kind).append(...names.map((name) => make("option", { value: name }, spaced(name))));
+      $(kind).value = state[kind];
+      $(kind).addEventListener("change", () => { state[kind] = $(kind).value; update(); });
+    }
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("reset", () => setTimeout(() => {
-      Object.assign(state, { outcomes: null, top: 100, feasible: false, method: "" });
+      Object.assign(state, { outcomes: null, top: 100, feasible: false, method: "", device: "" });
       for (const box of $("outcomes").querySelectorAll("input")) box.checked = true;
       update();
     }));
