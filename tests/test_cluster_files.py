@@ -518,7 +518,7 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("Dockerfile", " \\\n    && pip", "\nRUN pip", "one RUN for pip"),
     ("Dockerfile", "--no-cache-dir torch", "torch", "without its cache"),
     ("Dockerfile", "--index-url", "--extra-index-url", "the index that is asked for"),
-    ("Dockerfile", "search_spaces ./search_spaces", "examples ./search_spaces", "examples is not in the source tree"),
+    ("Dockerfile", "search_spaces ./search_spaces", "recipes ./search_spaces", "recipes is not in the source tree"),
     ("Dockerfile", "LICENSE ./", "LICENSE Makefile ./", "Makefile is not sent to the builder"),
     ("Dockerfile", "#     docker", "# docker", "give no command"),
     ("Dockerfile", "RUN carft-ray validate", "RNU carft-ray validate", "unknown instruction RNU"),

@@ -864,7 +864,7 @@ def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch,
     assert not trace.exists()
     given = []
 
-    def run_search(*arguments, trusted, **others):
+    def run_search(recipe, study_dir, address, on_event, runner, trusted, may):
         given.append(trusted)
         raise InterruptedRunError("enough")
 
