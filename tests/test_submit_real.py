@@ -117,7 +117,8 @@ def test_a_search_runs_on_the_cluster_and_its_log_and_exit_code_come_back(cluste
 def test_a_job_is_left_followed_stopped_and_resumed(cluster):
     study = Path(cluster["HOME"]) / "second"
     words = ("submit", "recipe.yaml", "--study", "second", "--executor", "inline", "--set", "search.trials=100")
-    code, _, err = call(cluster, *words, "--no-wait")
+    long = ("--set", "train.epochs=60")  # a training that is nearly at its end when the stop comes would end
+    code, _, err = call(cluster, *words, *long, "--no-wait")
     assert code == 0, err
     process = start(cluster, "submit", "--attach", "second")
     lines = []
