@@ -13,6 +13,7 @@ import pytest
 import short_sealed
 import short_training
 import typer.main
+from test_debug import numbers as results
 
 import carft_ray
 from carft_ray import actions, notebook, progress
@@ -59,16 +60,6 @@ def study_dir(original, tmp_path):
 def written(here):
     """What the file of the recipe holds."""
     return parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
-
-
-def results(study_dir):
-    """What the trainings of a study have found."""
-    found = {}
-    for path in sorted(study_dir.glob("*/*/result.json")):
-        result = json.loads(path.read_text())
-        del result["elapsed_s"]
-        found[path.parent.name.partition("-")[0]] = result
-    return found
 
 
 def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):

@@ -44,6 +44,11 @@ class AtATime:
         """Attempts that may be there, those that wait for nodes included."""
         return max(1, self.concurrency + self.asked)
 
+    @property
+    def grows(self) -> bool:
+        """Whether attempts may have different numbers of workers."""
+        return self.capacity is not None and self.capacity.most_workers > self.capacity.num_workers
+
     def num_workers(self, trainings: int, held: int) -> int:
         """Returns how many workers an attempt gets.
 

@@ -266,7 +266,7 @@ class Driver:
 
         It is the one that has the fewest.
         """
-        if any(attempt.leaves for attempt in self._attempts.values()):
+        if not self.at_a_time.grows or any(attempt.leaves for attempt in self._attempts.values()):
             return
         now = time.monotonic()
         run = [each for each in self._attempts.values() if each.alive and now - each.began >= GROW_AFTER_S]
