@@ -45,6 +45,16 @@ def numbers(study):
     return found
 
 
+def kill_within_a_training(process, study):
+    """Kills a search when a trial has made three epochs."""
+    while not any(len(path.read_text().splitlines()) > 2 for path in study.glob("trials/*/metrics.jsonl")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
 @pytest.mark.slow
 def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
@@ -110,14 +120,7 @@ def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path, monk
     recipe = short_training.make(tmp_path)
     words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=40"]
     process = command(tmp_path, *words)
-    while not any(
-        len(path.read_text().splitlines()) > 2 for path in (tmp_path / "study").glob("trials/*/metrics.jsonl")
-    ):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    kill_within_a_training(process, tmp_path / "study")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert call(words) == 0

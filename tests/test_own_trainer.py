@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from crash_host import call
 from ray import cloudpickle
+from test_debug import kill_within_a_training
 from tiny import make_tiny_clip
 
 from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
@@ -500,12 +500,7 @@ def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monke
         text=True,
     )
     study = tmp_path / "study"
-    while not any(len(path.read_text().splitlines()) > 2 for path in study.glob("trials/*/metrics.jsonl")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    kill_within_a_training(process, study)
     monkeypatch.chdir(tmp_path)
     assert call(words) == 0
     [trial] = study.glob("trials/*")
