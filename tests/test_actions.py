@@ -62,6 +62,7 @@ def written(here):
     return parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
 
 
+@pytest.mark.slow
 def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
     monkeypatch.chdir(here)
     by_path = carft_ray.load_recipe("recipe.yaml", {"train.epochs": 2})
@@ -137,6 +138,7 @@ def run_in(here, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_search_prints_nothing_and_gives_the_study(original, here, overrides, capsys):
     again = carft_ray.search(here / "recipe.yaml", original.path, overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
@@ -198,6 +200,7 @@ def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir
     assert report.save() == study_dir / "report.html"
 
 
+@pytest.mark.slow
 def test_a_figure_of_a_study_displays_itself(original, tmp_path):
     figure = original.figure
     assert "<svg" in figure._repr_svg_()
@@ -205,6 +208,7 @@ def test_a_figure_of_a_study_displays_itself(original, tmp_path):
     assert original.best.name in carft_ray.open_study(original.path)._repr_html_()
 
 
+@pytest.mark.slow
 def test_wrong_use_is_an_exception_of_the_command(original, study_dir, tmp_path, here, overrides):
     with pytest.raises(UsageError, match="must be a study"):
         carft_ray.report(tmp_path)
@@ -260,6 +264,7 @@ def test_the_seal_holds_in_python_too(tmp_path, run_in):
     assert found.numbers["new_trials"] == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_not_there_and_a_study_without_one(study_dir):
     for path in study_dir.glob("trials/*/result.json"):
         path.unlink()

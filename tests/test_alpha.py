@@ -220,6 +220,7 @@ def wise_curves(rng, num):
     return 0.65 + (id_gain + bend * (2 * peak * FINE - FINE**2)) / 2
 
 
+@pytest.mark.slow
 def test_the_cubic_is_less_biased_and_loses_less_than_the_raw_maximum():
     """Paired sd 0.53 points at distance 0.25; in points, about 0.21 / 0.10 against 0.29 / 0.14 (bias / regret)."""
     rng = np.random.default_rng(0)

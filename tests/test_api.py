@@ -44,6 +44,7 @@ def test_the_example_of_the_module_gives_what_it_says(original, monkeypatch):
     assert (found.failed, found.attempted) == (0, 7)
 
 
+@pytest.mark.slow
 def test_the_table_of_trials_has_values_and_metrics_as_typed_columns(original):
     table = carft_ray.open_study(original).trials()
     results = [json.loads(path.read_text()) for path in sorted(original.glob("trials/*/result.json"))]
@@ -61,6 +62,7 @@ def test_the_table_of_trials_has_values_and_metrics_as_typed_columns(original):
     assert {str(table.schema.field(name).type) for name in ("objective", "learning_rate", "id_accuracy")} == {"double"}
 
 
+@pytest.mark.slow
 def test_baselines_are_a_table_too_with_null_where_a_row_has_no_value(original):
     study = carft_ray.open_study(str(original))
     table = study.baselines

@@ -97,6 +97,7 @@ def test_entry_is_an_arrow_file_that_other_tools_read(tmp_path):
     assert table["image"][3].as_py() == Pictures().pixels(3).tobytes()
 
 
+@pytest.mark.slow
 def test_arrays_are_read_only_views_of_the_file(tmp_path):
     found = image_set(Pictures(num_images=4000), None, "none", tmp_path)
     allocated = pa.total_allocated_bytes()
@@ -180,6 +181,7 @@ def build(source, cache_dir, queue):
     queue.put(int(image_set(source, None, "none", cache_dir).images_NHWC.sum()))
 
 
+@pytest.mark.slow
 def test_a_killed_builder_leaves_no_entry_and_the_next_one_clears_up(tmp_path):
     cache_dir, log = tmp_path / "cache", tmp_path / "log"
     context = multiprocessing.get_context("spawn")
@@ -211,6 +213,7 @@ def in_child(code, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_a_storage_error_and_leaves_nothing(tmp_path):
     code = """
         import resource
@@ -226,6 +229,7 @@ def test_a_limit_on_file_sizes_is_a_storage_error_and_leaves_nothing(tmp_path):
     assert entries(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_folder_without_write_permission_is_a_storage_error(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)

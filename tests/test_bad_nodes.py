@@ -27,8 +27,9 @@ def two_nodes(monkeypatch):
     cluster.shutdown()
 
 
+@pytest.mark.whole
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["inline", pytest.param("ray-train", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_nodes, executor):
     address, (left_out, other) = two_nodes
     monkeypatch.setattr(BadNodes, "left_out", lambda self: [left_out])

@@ -295,6 +295,7 @@ def test_startup_tells_when_the_product_is_not_installed(monkeypatch, capsys, tm
     assert "pip install -e ." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_counts_its_children():
     code = "import subprocess, sys; blob = b'x' * 60_000_000; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     child = "blob = b'x' * 60_000_000; print('ready', flush=True); input()"
@@ -309,6 +310,7 @@ def test_memory_of_a_process_counts_its_children():
 # ---------------------------------------------------------------------------------------------- engine
 
 
+@pytest.mark.slow
 def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     """One real trial, then copies of its lines: all are read, all have folders, and the sampler takes them."""
     engine.fill(tmp_path / "study", 6)
@@ -355,6 +357,7 @@ def test_decoders_are_compared_with_pillow(capsys):
     assert any(line.endswith("another size") for line in lines)
 
 
+@pytest.mark.slow
 def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by_labels(tmp_path, capsys):
     for index in range(3):
         path = tmp_path / "images" / "photo" / "cat" / f"{index}.jpg"
@@ -372,6 +375,7 @@ def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by
     assert "FAIL  1 pairs of different pictures among 4 images, at most 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pass_of_each_side_gives_every_image(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 16, 40, 30)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
@@ -384,6 +388,7 @@ def test_a_pass_of_each_side_gives_every_image(tmp_path):
     assert [one_pass() for one_pass in passes] == [16] * 8
 
 
+@pytest.mark.slow
 def test_views_are_measured_against_decoding_and_into_a_stand_in_device():
     row = feeding.view_row((0.5, 50), 2, 1)
     assert 1 < row.value < 1000

@@ -104,6 +104,7 @@ def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, tmp
     assert in_file(study_dir) == in_study(study_dir)
 
 
+@pytest.mark.slow
 def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir, tmp_path):
     recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
     with open_study(study_dir, recipe) as study:
@@ -145,6 +146,7 @@ def figures(study_dir):
     return {name for name in (FIGURE_PNG, FIGURE_SVG) if (study_dir / name).exists()}
 
 
+@pytest.mark.slow
 def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path):
     recipe = finished(study_dir)
     assert figures(study_dir) == set()
@@ -153,6 +155,7 @@ def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
 def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
     recipe = finished(study_dir)
@@ -163,6 +166,7 @@ def test_the_figure_is_drawn_however_a_search_ends(study_dir, tmp_path, error):
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(study_dir, tmp_path):
     recipe = finished(study_dir)
     (study_dir / FIGURE_PNG).mkdir()
@@ -181,6 +185,7 @@ def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
     assert figures(study_dir) == set()
 
 
+@pytest.mark.slow
 def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
     recipe = finished(study_dir)
     with open_study(study_dir, recipe) as study:

@@ -59,6 +59,7 @@ def slow(candidates, spec, lowest, num_resamples, seed):
     return in_bag, out_of_bag, alphas, fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weighted_mean", "harmonic", "worst_domain"])
 def test_it_agrees_with_plain_loops_with_and_without_a_fit(kind):
     spec = ObjectiveSpec(kind, "id_val", ("a", "b"), 0.3)
@@ -93,6 +94,7 @@ def test_of_equal_candidates_the_earliest_wins_always():
     assert [win.name for win in bbc(resample(twins, SPEC, 0.1, 50))[1]] == ["first"]
 
 
+@pytest.mark.slow
 def test_the_best_of_equal_coins_is_corrected_to_the_coin():
     rng = np.random.default_rng(0)
     naive, honest = [], []

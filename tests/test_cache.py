@@ -373,6 +373,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
 
 
+@pytest.mark.slow
 def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(run, tmp_path):
     tests = ["--set", "data.id_test={source: folder, path: images, domains: [secret]}"]
     (tmp_path / "images" / "secret" / "star").mkdir(parents=True)  # no class list of ours: reading it would be an error
@@ -456,6 +457,7 @@ def test_clean_leaves_what_is_in_use_and_says_so(run, filled):
     assert len(held) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "kept"), [(["--all"], 3), (["--to-gb", "0"], 3), (["--older-than", "30d"], 2)])
 def test_clean_of_a_disk_without_locks_removes_only_what_is_older_than_a_time(run, filled, no_locks, words, kept):
     dead = filled / f".{'0' * 32}.9-host.tmp"
@@ -488,6 +490,7 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     assert ("Nothing was removed." in err) is (kept == 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -511,6 +514,7 @@ def test_a_mistake_gives_one_message_exit_code_2_and_removes_nothing(run, filled
     assert len(cache.list_entries(filled)) == 3
 
 
+@pytest.mark.slow
 def test_add_of_a_recipe_with_a_bad_image_is_a_data_error_and_the_mended_command_goes_on(run, tmp_path):
     bad = tmp_path / "images" / "sketch" / "star" / "0.png"
     whole = bad.read_bytes()

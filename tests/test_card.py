@@ -44,6 +44,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
     done, source, marks = CASES[case]
@@ -80,6 +81,7 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
     assert "tuned with 2 trainings of CAR-FT" in lines[4].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thirty", "no OOD set", "constraints", "Pareto"])
 def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(made, kind):
     document = page_document(read_study(made(kind)))
@@ -90,6 +92,7 @@ def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(made, k
     assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
 
 
+@pytest.mark.slow
 def test_the_card_of_a_study_without_a_baseline_or_without_a_result_says_so(made):
     document = page_document(read_study(made("all failed")))
     assert verdict(document)[0] == Line("Result", False, "no trial has finished: 5 diverged")
@@ -98,6 +101,7 @@ def test_the_card_of_a_study_without_a_baseline_or_without_a_result_says_so(made
     assert verdict(document)[0].text.startswith("no baseline to compare with")
 
 
+@pytest.mark.slow
 def test_tuned_is_said_of_what_had_a_search_of_its_own(made):
     document = {**page_document(read_study(made("two"))), "methods": {"car_ft": 16, "feature_kd": 16}}
     status = {**document["status"], "baselines": []}
@@ -108,6 +112,7 @@ def test_tuned_is_said_of_what_had_a_search_of_its_own(made):
     assert "ft_study t0001 tuned in a search of its own" in verdict({**document, "rivals": ["ft_study t0001"]})[4].text
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_card_hold_all_of_it(made, capsys):
     lines = [Line("Result", True, "t0001_a: improves & more, 95 % <of> $5"), Line("Seeds", False, "one training")]
     text, svg, latex = (card(lines, "name_1", form) for form in FORMS)
@@ -122,6 +127,7 @@ def test_the_forms_of_the_card_hold_all_of_it(made, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_a_card_goes_into_a_file(made, tmp_path, capsys):
     assert crash_host.call(["report", str(made("two")), "--card", "svg", "--out", str(tmp_path / "card.svg")]) == 0
     assert ElementTree.parse(tmp_path / "card.svg").getroot().tag.endswith("svg")

@@ -29,7 +29,6 @@ from carft_ray.study.rows import trials
 HERE = Path(__file__).parent
 NEVER = "ImportError: libnever.so.9: cannot open shared object file"
 LOCK = "TypeError: cannot pickle '_thread.lock' object"
-EXECUTORS = ["inline", pytest.param("ray-train", marks=pytest.mark.whole)]
 
 # texts as Ray 2.50 and 2.60 give them, shortened
 OF_A_TASK = """\x1b[36mray::ImplicitFunc.train()\x1b[39m (pid=17, ip=10.0.0.7, actor_id=1f, repr=nested_trial)
@@ -248,8 +247,9 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
         assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
 
 
+@pytest.mark.whole
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start, executor):
     recipe = stand_in.make_recipe(1, baselines={}, resources={"executor": executor})
     with pytest.raises(ClusterError) as caught:

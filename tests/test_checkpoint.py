@@ -429,6 +429,7 @@ def test_with_every_checkpoint_damaged_train_resume_ends_with_5_and_the_way_out(
     assert call()[::2] == (0, stopped[2])
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_told_and_not_trained_over(stopped, resume):
     out, call = resume
     assert call()[0] == 0

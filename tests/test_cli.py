@@ -106,6 +106,7 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     assert exported["largest_difference"] < 1e-3
 
 
+@pytest.mark.slow
 def test_validate_says_what_comes_next_and_speaks_json(run):
     before = everything()
     code, out, err = run("validate", "recipe.yaml", "--set", "train.epochs=7")
@@ -119,6 +120,7 @@ def test_validate_says_what_comes_next_and_speaks_json(run):
     assert everything() == before
 
 
+@pytest.mark.slow
 def test_the_shown_recipe_is_complete_and_loads_to_the_same_value(run):
     _, out, _ = run("validate", "recipe.yaml", "--show", "--set", "train.seed=3")
     Path("shown.yaml").write_text(out)
@@ -390,6 +392,7 @@ def test_an_unreadable_image_is_named_and_the_mended_command_works(run, domain):
     assert run("train", "recipe.yaml", "--out", "new", "--set", "train.epochs=1")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_told_with_the_ways_around_it(run):
     weights = "model={name: ViT-B-32, pretrained: laion2b_s34b_b79k}"
     code, _, err = run("train", "recipe.yaml", "--out", "out", "--set", weights)
@@ -398,6 +401,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_ways_around_it(run):
     assert "model.name: local-dir:FOLDER" in err
 
 
+@pytest.mark.slow
 def test_damaged_weights_of_a_local_model_are_a_data_error(run):
     before = everything()
     Path("model/open_clip_model.safetensors").write_bytes(b"\x00" * 100)
@@ -464,6 +468,7 @@ def test_a_setting_without_effect_is_a_warning_that_names_it(run, override, warn
     assert f"warning: {warning}\n" in err
 
 
+@pytest.mark.slow
 def test_an_address_for_a_training_that_needs_no_ray_is_a_warning(run):
     words = ["train", "recipe.yaml", "--out", "new", "--address", "auto", "--set", "train.epochs=1"]
     code, _, err = run(*words)
@@ -539,6 +544,7 @@ def test_every_command_speaks_json_and_shows_tracebacks_on_demand():
         assert wanted <= options, words
 
 
+@pytest.mark.slow
 def test_grey_and_transparent_images_are_read(run):
     Image.open("images/photo/star/1.png").convert("L").save("images/photo/star/1.png")
     Image.open("images/photo/star/2.png").convert("RGBA").save("images/photo/star/2.png")

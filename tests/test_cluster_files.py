@@ -536,6 +536,7 @@ def test_a_seeded_typo_is_found(name, old, new, expected):
     assert any(expected in each for each in found), found
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_image_work_with_what_the_image_copies(tmp_path):
     """Runs them in a folder that has the copied files alone; `pip` is a stand-in that looks for what a build reads."""
     text, home = text_of("Dockerfile"), tmp_path / "image"

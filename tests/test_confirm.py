@@ -71,6 +71,7 @@ def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
     assert min(stages[0]) == recipe.train.seed + SEED_STEP + 1
 
 
+@pytest.mark.slow
 def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha(view):
     stage = first_stage(view, top=2, num_seeds=3)
     rows = [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows]
@@ -85,6 +86,7 @@ def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha
     assert stage.winner == winner
 
 
+@pytest.mark.slow
 def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seeds(view):
     stage = first_stage(view, top=2, num_seeds=3)
     trainings = stage.trainings()
@@ -94,6 +96,7 @@ def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seed
     assert trainings[first] == {"kl_weight": 0, "alpha": 0.5, "seed": stage.seeds[0]}
 
 
+@pytest.mark.slow
 def test_more_seeds_and_trials_are_added_to_what_is_there(view):
     first, second, notes = plan(view, 1, 3)
     assert (second, notes) == (None, [])
@@ -109,6 +112,7 @@ def test_more_seeds_and_trials_are_added_to_what_is_there(view):
     assert notes == ["5 seeds are there already; all of them are used"]
 
 
+@pytest.mark.slow
 def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_one_a_candidate(view):
     first, *_ = plan(view, 1, 3)
     fix(view.study_dir, view.recipe, first, None, first)
@@ -123,6 +127,7 @@ def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_o
     assert [*roles.values()].count("winner") == 1
 
 
+@pytest.mark.slow
 def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_did_not_choose(view):
     first = first_stage(view, 3, 3)
     chosen = name_of(view, 2)
@@ -137,6 +142,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     assert last_stage(view.study_dir) == second
 
 
+@pytest.mark.slow
 def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp_path):
     other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
     stage = first_stage(view, 1, 2, [other])
@@ -149,6 +155,7 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp
     assert not {"seed", "alpha"} & row.values.keys()
 
 
+@pytest.mark.slow
 def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
     other = make_study(tmp_path / "other", objective={"kind": "weighted_mean", "id_weight": 0.9})
     with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
@@ -166,6 +173,7 @@ def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):
         first_stage(read_study(tmp_path / "study"), 1, 2)
 
 
+@pytest.mark.slow
 def test_the_cost_counts_what_is_missing(view):
     stage = first_stage(view, 1, 2)
     assert cost(view, stage) == "2 configurations x 2 fresh seeds: 4 trainings to run of about 7 s each."
@@ -195,6 +203,7 @@ def run_confirm(study_dir, recipe, trainings, num_attempts=None):
     return trained
 
 
+@pytest.mark.slow
 def test_a_confirm_trains_each_once_and_asks_the_sampler_for_nothing(view):
     trainings = first_stage(view, 2, 2).trainings()
     before = trials(view.study_dir)
@@ -219,6 +228,7 @@ def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_re
     assert {row.name: row.attempt for row in confirmations(view.study_dir)}[spec.name] == 2
 
 
+@pytest.mark.slow
 def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monkeypatch):
     first = first_stage(view, 2, 2)
     run_confirm(view.study_dir, view.recipe, first.trainings())
@@ -242,6 +252,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
     assert "6 of 6 trainings with fresh seeds finished" in terminal.file.getvalue()
 
 
+@pytest.mark.slow
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
     trainings = first_stage(view, 1, 2).trainings()

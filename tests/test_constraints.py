@@ -264,6 +264,7 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
     assert "baselines/plain/log.txt" in problem.next_step
 
 
+@pytest.mark.slow
 def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir, tmp_path):
     sampler = {"name": "random"}
     constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
@@ -293,6 +294,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     assert (lines == ["1 of 1 error: nan"]) == (min(missed) == 0)
 
 
+@pytest.mark.slow
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:

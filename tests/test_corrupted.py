@@ -165,6 +165,7 @@ def test_copies_are_found_below_a_corruption(tree):
     check_overlap(recipe_of(**sets), tree / "cache")
 
 
+@pytest.mark.slow
 def test_a_copy_between_plain_validation_sets_is_still_found_after_a_corrupted_one_was_allowed(tree):
     shown, plain = ({"ood_val": {"x": spec}} for spec in (corrupted(folder("copy")), folder("copy")))
     shutil.copytree(tree / "val", tree / "copy")
@@ -201,6 +202,7 @@ def test_a_corruption_in_validation_and_test_is_a_shift_that_was_seen():
     assert not any("ood_test" in text for text in warnings(recipe_of(**sets, **other)))
 
 
+@pytest.mark.slow
 def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
     (tree / "val" / "cat" / "3.png").write_bytes(b"no image")

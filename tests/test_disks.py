@@ -83,6 +83,7 @@ def test_a_training_asks_for_its_stop_again_where_the_disk_does_not_answer(disk,
     assert [should_stop(), should_stop()] == [False, True]
 
 
+@pytest.mark.slow
 def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(disk, tmp_path):
     content = {"format_version": 1, "objective": 0.5, "metrics": {}}
     (tmp_path / "result.json").write_text(json.dumps(content))
@@ -153,7 +154,7 @@ def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     leaks = Leaks(tmp_path, lambda: {"beef": True, "dead": True}, removed.append)
     folder = SPEC.folder(tmp_path)
     alive(folder)
-    leaks.suspect(TrialSpec("trial", 1, "t0001-abcd", {}, 1), [SPEC])
+    leaks.suspect()
     disk("heartbeat.json", 1)
     assert leaks.check([SPEC]) == 0
     assert read_heartbeat(folder, 1).group == "beef"
@@ -161,6 +162,7 @@ def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
     assert removed == ["dead"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over_as_damaged(disk, tmp_path):
     folder = tmp_path / "attempt-1" / "step-00000003"
     folder.mkdir(parents=True)

@@ -167,6 +167,7 @@ def test_a_node_finds_what_this_machine_has(tmp_path):
     assert json.loads(json.dumps(checkup.report_data(report(**facts))))["facts"] == facts
 
 
+@pytest.mark.slow
 def test_a_disk_that_does_not_answer_is_named_and_the_rest_is_told(tmp_path, monkeypatch):
     """A pipe that nobody writes to holds its reader as a network disk does whose server is gone."""
     monkeypatch.setattr(node_facts, "FILES_WITHIN_S", 0.5)

@@ -117,6 +117,7 @@ def kinds(events):
     return [type(event) for event in events]
 
 
+@pytest.mark.slow
 def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.searcher.set_max_concurrency(1)
     first, second = tune.start(), tune.start()
@@ -165,6 +166,7 @@ def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     assert tune.driver.live == [TrialSpec(**trial.config["spec"]) for trial in (second, again)]
 
 
+@pytest.mark.slow
 def test_it_never_waits_with_nothing_running(tune):
     for _ in range(30):
         trial = tune.start()
@@ -176,6 +178,7 @@ def test_it_never_waits_with_nothing_running(tune):
         pytest.fail("the search does not end")
 
 
+@pytest.mark.slow
 def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_cause(tune):
     tune.finish(tune.start())
     first = tune.start()
@@ -212,6 +215,7 @@ def test_messages_about_strangers_are_ignored(tune):
     assert kinds(tune.events).count(BaselineFinished) == 1
 
 
+@pytest.mark.slow
 def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(tune):
     tune.finish(tune.start())  # the baseline's success does not count
     for reason in ("too high", "no memory", "too high", "too high", "no memory"):
@@ -547,6 +551,8 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(sear
     groups["g3"] = True
     write_alive(tune, second, group="g2")
     tune.look()
+    assert removed == []  # the third one may have taken a group that was there
+    write_alive(tune, third, group="g3")
     tune.look()
     assert removed == ["g1"]
     assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")

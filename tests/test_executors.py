@@ -76,6 +76,7 @@ def test_one_worker_of_ray_train_gives_the_same_metrics_as_this_process(trained)
     assert {name: (expected[name], found[name]) for name in found if abs(expected[name] - found[name]) > 1e-5} == {}
 
 
+@pytest.mark.whole
 def test_two_workers_predict_the_same_as_this_process_but_for_the_order_of_sums(trained):
     (one_dir, one), (two_dir, two) = trained("here"), trained("two")
     expected, found = predictions(one_dir), predictions(two_dir)

@@ -172,6 +172,7 @@ def in_single(training):
     return dataclasses.replace(training, recipe=recipe.model_copy(update={"train": train}))
 
 
+@pytest.mark.whole
 def test_stock_libraries_reproduce_the_reported_accuracy_from_the_images(exports):
     """Nothing of ours is imported; the code is that of each model card."""
     asked = {(str(exports[name][0].folder), kind): name for name in EXPORTS for kind in EXPORTS[name][2]}

@@ -313,6 +313,7 @@ def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
 # a training that hangs
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_path):
     stand_in.tell(tmp_path, **{"0": "hang_once", "seconds": 0.6})
@@ -468,6 +469,7 @@ def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
         assert why == f"needs 2 CPUs, and {node.num_cpus - 1:g} of {node.num_cpus:g} CPUs are held by others"
 
 
+@pytest.mark.slow
 def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
     recipe = stand_in.make_recipe(2, epochs=3)
     plan = make_runtime(recipe, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)

@@ -91,6 +91,7 @@ def searched(recipe, base_dir, address, runner):
     return told
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_trial(tmp_path, recipe, two_nodes):
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)
@@ -168,8 +169,8 @@ def test_every_rank_of_a_training_reports_its_steps(tmp_path, monkeypatch, rank)
     monkeypatch.setattr(worker, "HEARTBEAT_EVERY_S", 0.0)
     path = tmp_path / HEARTBEAT
     path.write_text("{}")
-    nodes = (("node", "address"), ("node", "address"))
-    with worker._heartbeat(tmp_path, 1, RunContext(rank, 2), 0, nodes, None) as context:
+    alive = {"nodes": [("node", "address"), ("node", "address")]}
+    with worker._heartbeat(tmp_path, 1, RunContext(rank, 2), alive, None) as context:
         os.utime(path, (1, 1))
         assert not context.should_stop()
         assert path.stat().st_mtime > 1

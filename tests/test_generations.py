@@ -173,6 +173,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
     assert set(space) == {"learning_rate", "kl_weight"}  # of one range each, or tpe would drop them
 
 
+@pytest.mark.slow
 def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study_dir):
     begin(study_dir, recipe_of())
     wide = recipe_of(8, weight_decay={"low": 0.3, "high": 0.9})  # which its own value is not in
@@ -187,6 +188,7 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
     assert shown_values[6:] == [row.values["weight_decay"] for row in rows[6:]]
 
 
+@pytest.mark.slow
 def test_widening_again_makes_the_trials_what_they_were(study_dir):
     begin(study_dir, recipe_of(), values=True)
     kept = [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
@@ -203,6 +205,7 @@ def test_widening_again_makes_the_trials_what_they_were(study_dir):
     assert not any(row.outside for row in trials(study_dir))
 
 
+@pytest.mark.slow
 def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
     before = begin(study_dir, recipe_of())
     wider = recipe_of(8, weight_decay={"low": 0.01, "high": 1.0, "log": True})
@@ -218,6 +221,7 @@ def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
         assert [spec.number for spec in run_all(study)] == [8]
 
 
+@pytest.mark.slow
 def test_mixed_changes_need_both_options(study_dir):
     begin(study_dir, recipe_of())
     mixed = recipe_of(learning_rate=NARROW, kl_weight={"low": 0.01, "high": 10, "log": True})
@@ -229,6 +233,7 @@ def test_mixed_changes_need_both_options(study_dir):
     assert sum(row.outside for row in trials(study_dir)) > 0
 
 
+@pytest.mark.slow
 def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
     recipe = recipe_of(12)
     with open_study(study_dir, recipe) as study:
@@ -255,6 +260,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         assert study.next().number == 8
 
 
+@pytest.mark.slow
 def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypatch, capsys):
     before = begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(7, learning_rate=NARROW), ("narrow",)) as study:
@@ -286,6 +292,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     assert load_recipe(study_dir / "resolved.yaml") == narrow
 
 
+@pytest.mark.slow
 def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
     begin(study_dir, recipe_of())
     with study_lock(study_dir):

@@ -180,6 +180,7 @@ def changes(events):
     return [(event.concurrency, event.reason) for event in events if isinstance(event, ConcurrencyChanged)]
 
 
+@pytest.mark.slow
 def test_trainings_at_a_time_follow_the_nodes(followed):
     tune = followed()
     running = [tune.start(), tune.start()]
@@ -220,6 +221,7 @@ def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(follow
     assert changes(tune.events)[-1] == (1, "memory was full; 3 would fit")
 
 
+@pytest.mark.slow
 def test_workers_that_did_not_come_in_time_have_waited_and_are_no_loss(followed):
     tune = followed()
     for _ in range(30):  # more often than anything may be lost
@@ -231,6 +233,7 @@ def test_workers_that_did_not_come_in_time_have_waited_and_are_no_loss(followed)
     assert " waits again: 2 workers with 1 CPU each did not start within 900 s" in told[0]
 
 
+@pytest.mark.slow
 def test_half_of_a_large_cluster_may_go_at_once(followed):
     tune = followed()
     tune.cluster.fits = 8

@@ -25,12 +25,14 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.words import time_left
 
 
+@pytest.mark.slow
 def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
     class_head, _ = build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
     oracle = open_clip.build_zero_shot_classifier(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
     torch.testing.assert_close(class_head, oracle.T, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_both_heads_equal_numpy_in_float64(monkeypatch):
     clip = make_tiny_clip(dtype=torch.float64)
     monkeypatch.setattr(heads, "BATCH_SIZE", 2)
@@ -47,6 +49,7 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
     np.testing.assert_allclose(context_head.numpy(), normal(normal(raw).mean(axis=1)), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_equal_class_words_are_allowed(tiny_clip):
     class_head, _ = build_heads(tiny_clip.model, tiny_clip.tokenizer, ("missile", "missile", "dog"), TEMPLATES)
     torch.testing.assert_close(class_head[0], class_head[1])
@@ -95,6 +98,7 @@ def kept(tmp_path, clip, class_names=CLASS_WORDS, prompts=TEMPLATES, say=str):
     return cached_heads(recipe, clip, class_names, prompts, torch.device("cpu"), say)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_heads_from_the_cache_are_the_very_bits_and_are_embedded_once(tmp_path, words, dtype):
     clip = make_tiny_clip(dtype=dtype)
@@ -109,6 +113,7 @@ def test_heads_from_the_cache_are_the_very_bits_and_are_embedded_once(tmp_path, 
     assert words.said == ["embedding 25 sentences for the heads", "the heads are in the cache: 25 sentences"]
 
 
+@pytest.mark.slow
 def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_clip):
     def embeds(*args, clip=tiny_clip):
         before = words.passes

@@ -75,6 +75,7 @@ def check_page(path, document):
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_study_of_each_kind_has_a_whole_page(studies, tmp_path, kind):
     view = read_study(studies(kind))
@@ -91,6 +92,7 @@ def test_a_study_of_each_kind_has_a_whole_page(studies, tmp_path, kind):
     assert "<b>" not in visible  # a reason of a failure is text
 
 
+@pytest.mark.slow
 def test_the_document_has_the_numbers_of_the_commands(studies, capsys):
     study_dir = studies("thirty")
     document = json.loads(json.dumps(page_document(read_study(study_dir))))
@@ -101,6 +103,7 @@ def test_the_document_has_the_numbers_of_the_commands(studies, capsys):
     assert (document["trials"], document["baselines"]) == (rows["trials"], rows["baselines"])
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_numbers_of_the_document(studies):
     document = page_document(read_study(studies("thirty")))
     trials = packed(document)["trials"]
@@ -116,6 +119,7 @@ def test_the_page_holds_the_numbers_of_the_document(studies):
         }
 
 
+@pytest.mark.slow
 def test_a_running_search_has_a_page_that_loads_itself_again(tmp_path):
     with open_study(tmp_path / "study", report_studies.make_recipe(6)) as study:
         report_studies.fill(study, 3)
@@ -129,6 +133,7 @@ def test_a_running_search_has_a_page_that_loads_itself_again(tmp_path):
         assert 'data-reload="' not in (tmp_path / "once.html").read_text()
 
 
+@pytest.mark.slow
 def test_watching_writes_the_page_again_until_the_search_ends(tmp_path):
     study_dir, said = (tmp_path / "study").resolve(), []
     with ThreadPoolExecutor() as pool:
@@ -145,6 +150,7 @@ def test_watching_writes_the_page_again_until_the_search_ends(tmp_path):
     assert 'data-reload="' not in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_into_the_study_or_where_it_is_told(studies, tmp_path, capsys):
     study_dir = studies("two")
     assert crash_host.call(["report", str(study_dir), "--html"]) == 0

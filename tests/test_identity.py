@@ -147,6 +147,7 @@ def test_keys_below_a_key_of_the_table_have_its_class():
 # ---- baselines may be added
 
 
+@pytest.mark.slow
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
     with open_study(study_dir, make_recipe(2)) as study:
@@ -200,6 +201,7 @@ def folder_recipe(base, **data):
     return absolute_paths(Recipe.model_validate({**make_recipe(2).model_dump(), "data": sets}), base)
 
 
+@pytest.mark.slow
 def test_a_project_that_was_moved_goes_on(tmp_path):
     write_tree(tmp_path / "old")
     with open_study(tmp_path / "old" / "study", folder_recipe(tmp_path / "old")) as study:
@@ -217,6 +219,7 @@ def test_a_project_that_was_moved_goes_on(tmp_path):
     assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(tmp_path / "old" / "images")]
 
 
+@pytest.mark.slow
 def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_path):
     write_tree(tmp_path)
     with open_study(tmp_path / "study", folder_recipe(tmp_path)) as study:
@@ -272,6 +275,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
     words = ["resume", "first", "--set", "train.epochs=9", "--set", "evaluate.subset=9"]
     words += ["--set", "search.objective.id_weight=0.25", "--set", "search.trials=9"]
@@ -286,6 +290,7 @@ def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "flags", "told"),
     [

@@ -68,6 +68,7 @@ def test_one_net_image_of_160_is_no_finding():
     assert result.p_value > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_seeds", [2, 3])
 @pytest.mark.parametrize(("flips", "seed_sd"), [(0.01, 0.03), (0.05, 0.0)])
 def test_few_seeds_cover_zero_for_equal_configurations(num_seeds, flips, seed_sd):
@@ -226,6 +227,7 @@ def test_worst_domain_near_another_set_is_marked_approximate():
     assert difference.p_value > 0.05
 
 
+@pytest.mark.slow
 def test_paired_interval_covers_zero_for_equal_configurations():
     """400 pairs that differ by seed and image luck only; 95 % expected, Monte Carlo standard error 1.1 %."""
     rng = np.random.default_rng(0)

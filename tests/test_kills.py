@@ -41,14 +41,12 @@ def seed():
     return drawn
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "moments",
     [
         [("ray-train", "TrialEpoch"), ("inline", "TrialFinished")],
-        pytest.param(
-            [("inline", "start"), ("ray-train", "Preparing"), ("inline", "Started")],
-            marks=pytest.mark.whole,
-        ),
+        [("inline", "start"), ("ray-train", "Preparing"), ("inline", "Started")],
     ],
 )
 def test_a_study_killed_with_its_ray_at_any_stage_is_extended_and_finished(tmp_path, seed, moments):

@@ -106,6 +106,7 @@ def test_a_damaged_lease_counts_by_its_age(study_dir, content):
         pass
 
 
+@pytest.mark.slow
 def test_the_heartbeat_goes_on_and_leaves_the_journal_alone(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_EVERY_S", 0.05)
     with open_study(study_dir, make_recipe(1)) as study:

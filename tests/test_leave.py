@@ -94,6 +94,7 @@ class Drained:
         assert " lost: " not in log
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, two_nodes):
     stand_in.tell(tmp_path, seconds=1)

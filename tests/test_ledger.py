@@ -76,6 +76,7 @@ def told(study_dir):
 # what is written
 
 
+@pytest.mark.slow
 def test_each_line_holds_number_purpose_sets_reason_and_the_hash_of_the_line_before(study_dir):
     texts = lines_of(study_dir)
     rows = [json.loads(text) for text in texts]
@@ -91,6 +92,7 @@ def test_each_line_holds_number_purpose_sets_reason_and_the_hash_of_the_line_bef
     assert noted == {"count": 3, "head": hashes[2]}
 
 
+@pytest.mark.slow
 def test_a_ledger_is_read_back_and_a_study_without_one_is_fine(study_dir, fresh):
     assert [entry.number for entry in read_ledger(study_dir)] == [1, 2, 3]
     assert [entry.number for entry in reads_of(read_ledger(study_dir))] == [2, 3]
@@ -106,6 +108,7 @@ def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
         assert study.done()
 
 
+@pytest.mark.slow
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
     with open_study(fresh, larger(3)) as study:
         recover_running(study)

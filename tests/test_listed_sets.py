@@ -62,6 +62,7 @@ def run(folder, *words):
     return listed, [path for event, path in lines if event == "open"]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_command_lists_each_folder_once_and_a_second_one_opens_no_image(made):
     recipe = made / "recipe.yaml"

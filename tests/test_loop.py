@@ -71,6 +71,7 @@ def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
     return {"class_head": head.detach(), **{f"visual.{k}": v.detach() for k, v in visual.state_dict().items()}}
 
 
+@pytest.mark.slow
 def test_kl_weight_zero_is_plain_fine_tuning(clip64, heads64, source):
     train = settings(kl_weight=0.0, precision="fp64")
     mine = fine_tune(clip64, *heads64, source, train)
@@ -79,18 +80,21 @@ def test_kl_weight_zero_is_plain_fine_tuning(clip64, heads64, source):
     assert largest_difference(mine, reference) < 1e-9
 
 
+@pytest.mark.slow
 def test_kl_weight_zero_does_not_depend_on_the_contexts_bit_for_bit(tiny_clip, heads, source):
     train = settings(kl_weight=0.0)
     states = [fine_tune(tiny_clip, heads[0], context_head, source, train) for context_head in (heads[1], heads[1][:1])]
     assert largest_difference(*states) == 0.0
 
 
+@pytest.mark.slow
 def test_one_context_is_plain_fine_tuning_bit_for_bit(tiny_clip, heads, source):
     plain = fine_tune(tiny_clip, *heads, source, settings(kl_weight=0.0))
     one_context = fine_tune(tiny_clip, heads[0], heads[1][:1], source, settings(kl_weight=50.0))
     assert largest_difference(plain, one_context) == 0.0
 
 
+@pytest.mark.slow
 def test_the_kl_and_its_gradient_are_zero_at_step_zero_for_targets_that_are_not_rounded(clip64, heads64, source):
     pixels, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
     gradients = []
@@ -107,6 +111,7 @@ def test_the_kl_and_its_gradient_are_zero_at_step_zero_for_targets_that_are_not_
     assert largest_difference(gradients[0], gradients[2]) <= 1e-12
 
 
+@pytest.mark.slow
 def test_rounded_targets_keep_the_kl_at_step_zero_within_the_stated_bound(tiny_clip, heads, source):
     rows = []
     fine_tune(tiny_clip, *heads, source, settings(epochs=1, batch_size=40), RunContext(report=rows.append))
@@ -132,6 +137,7 @@ def mean_kl(clip, heads, source, state, train):
     return context_kl(log_p, log_p0).mean().item()
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source):
     whole = fine_tune(clip64, *heads64, source, settings(precision="fp64", epochs=2))
     for size in (1, 5):
@@ -139,11 +145,13 @@ def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source
         assert largest_difference(whole, split) < 1e-9
 
 
+@pytest.mark.slow
 def test_threads_change_nothing(tiny_clip, heads, source):
     one, three = (fine_tune(tiny_clip, *heads, source, settings(), num_threads=n) for n in (1, 3))
     assert largest_difference(one, three) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_unit_head_is_the_exact_equivalent_of_the_folded_one(clip64, heads64, source, clip_norm):
     values = {"precision": "fp64", "clip_norm": clip_norm, "head_bias": True, "head_lr_factor": 3.0}
@@ -153,6 +161,7 @@ def test_unit_head_is_the_exact_equivalent_of_the_folded_one(clip64, heads64, so
     assert largest_difference(folded, unit) < 1e-9
 
 
+@pytest.mark.slow
 def test_head_lr_factor_zero_freezes_the_head(tiny_clip, heads, source):
     state = fine_tune(tiny_clip, *heads, source, settings(head_lr_factor=0.0))
     assert torch.equal(state["class_head"], tiny_clip.logit_scale * heads[0])
@@ -165,6 +174,7 @@ def test_decay_matrices_spares_norms_and_biases(tiny_clip, heads):
     assert all(group["weight_decay"] > 0 for group in build_optimizer(classifier, settings()).param_groups)
 
 
+@pytest.mark.slow
 def test_the_whole_image_tower_trains_and_the_text_side_does_not(tiny_clip, heads, source):
     before = {name: tensor.clone() for name, tensor in tiny_clip.model.state_dict().items()}
     state = fine_tune(tiny_clip, *heads, source, settings())
@@ -269,6 +279,7 @@ def frequent(monkeypatch):
     monkeypatch.setattr("carft_ray.learning.loop.time", clock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{}, {"ema_decay": 0.5, "lora_rank": 2}], ids=["plain", "average and lora"])
 def test_a_kill_after_a_checkpoint_inside_an_epoch_changes_no_number(
     tiny_clip, heads, source, tmp_path, frequent, values
@@ -294,6 +305,7 @@ def test_a_kill_after_a_checkpoint_inside_an_epoch_changes_no_number(
     assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "steps"), [(None, [10, 20]), (50, [18, 20]), (130, [14, 20]), (1e6, [10, 20])])
 def test_checkpoints_come_after_each_time_and_at_the_end_of_every_epoch(
     tiny_clip, heads, source, tmp_path, frequent, every, steps
@@ -307,6 +319,7 @@ def without_speed(row):
     return {name: value for name, value in row.items() if name != "images_per_s"}
 
 
+@pytest.mark.slow
 def test_a_seed_changes_order_and_views(tiny_clip, heads, source):
     states = [fine_tune(tiny_clip, *heads, source, settings(seed=seed)) for seed in (0, 0, 1)]
     assert largest_difference(states[0], states[1]) == 0.0

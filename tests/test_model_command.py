@@ -52,6 +52,7 @@ def test_what_is_told_is_what_the_loaded_model_has(kind, tmp_path):
     assert found["memory_bytes"]["training"] == 20 * num_image
 
 
+@pytest.mark.slow
 def test_what_is_told_of_known_names():
     found = describe(ModelConfig(name="RN50-quickgelu", pretrained="openai"))
     assert found["weights"] == "not on this machine"
@@ -73,6 +74,7 @@ def test_a_model_of_ten_gigabytes_is_told_without_holding_it():
     assert kilobytes < 100_000
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_told_without_loading_them(tmp_path):
     folder = make_folder(FAMILIES["openai-vit"], tmp_path)
     file = folder / "open_clip_model.safetensors"
@@ -92,6 +94,7 @@ def run(*words):
     return CliRunner().invoke(app, ["model", *map(str, words)], catch_exceptions=True)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_name_a_folder_and_a_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     named = run("ViT-B-16-SigLIP")
@@ -127,6 +130,7 @@ def test_wrong_use_is_told(words, error):
     assert error in str(run(*words).exception)
 
 
+@pytest.mark.slow
 def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -144,6 +148,7 @@ def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     assert torch.is_tensor(clip.tokenizer(["a"]))
 
 
+@pytest.mark.slow
 def test_untrained_weights_are_the_same_in_every_process_and_draw_nothing_from_the_generator(tmp_path):
     make_folder(FAMILIES["openai-resnet"], tmp_path)
     torch.manual_seed(3)

@@ -84,6 +84,7 @@ def read_tests(study_dir, number):
     (study_dir / "test" / f"read-{number}" / "summary.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(study):
     study_dir = study("finished")
     export = "export --to exports/study"
@@ -99,15 +100,18 @@ def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(st
     assert "test" in steps(study_dir)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_there_is_no_place_for_an_export(study, tmp_path):
     (tmp_path / "exports" / "study").mkdir(parents=True)
     assert "export --to exports/study-2" in steps(study("finished"))
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_used_up_gives_no_more_trials(study):
     assert not any(step.startswith("resume") for step in steps(study("grid")))
 
 
+@pytest.mark.slow
 def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     study_dir = study("begun")
     assert steps(study_dir)[:2] == ["resume", "report"]
@@ -122,6 +126,7 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(empty) == ["ls"]
 
 
+@pytest.mark.slow
 def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
     study_dir = study("begun")
     resolved = (study_dir / "resolved.yaml").read_text()
@@ -130,6 +135,7 @@ def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
 
 
+@pytest.mark.slow
 def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     study_dir = study("worse")
     assert behind_zero_shot(read_study(study_dir))
@@ -148,6 +154,7 @@ def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     assert behind_zero_shot(read_study(better))
 
 
+@pytest.mark.slow
 def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(study, capsys):
     study_dir = study("finished")
 

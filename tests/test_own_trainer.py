@@ -137,6 +137,7 @@ def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
 # one training
 
 
+@pytest.mark.slow
 def test_values_model_sets_and_folder_are_what_a_function_needs(tmp_path):
     seen = {}
 
@@ -167,6 +168,7 @@ def test_values_model_sets_and_folder_are_what_a_function_needs(tmp_path):
     assert not seen["context"].checkpoint_dir.exists()  # a finished training needs none
 
 
+@pytest.mark.slow
 def test_no_test_set_can_be_reached_through_the_context(tmp_path):
     found = []
 
@@ -199,6 +201,7 @@ def test_no_test_set_can_be_reached_through_the_context(tmp_path):
     assert not [text for text in found if "sealed" in text]
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(tmp_path):
     recipe = recipe_for(tmp_path, "few_steps", "train.epochs=2", "train.learning_rate=0.1")
     trained(tmp_path, recipe)
@@ -207,6 +210,7 @@ def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has
     assert all(0 <= row["subset/objective"] <= 1 and row["loss"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(tmp_path):
     drawn = []
 
@@ -223,6 +227,7 @@ def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(tmp_pa
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -242,6 +247,7 @@ def test_what_is_no_state_of_the_model_is_told(tmp_path, name, said):
     assert not (tmp_path / "out" / "fine_tuned.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [("diverges", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"), ("not_finite", "must be finite")],
@@ -251,6 +257,7 @@ def test_a_loss_or_a_weight_that_is_not_finite_is_a_divergence(tmp_path, name, s
         trained(tmp_path, recipe_for(tmp_path, name))
 
 
+@pytest.mark.slow
 def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tmp_path):
     def stubborn(values, context):
         assert context.should_stop()
@@ -325,6 +332,7 @@ def test_two_workers_agree_on_what_one_of_them_has_met(tmp_path):
 # given from Python
 
 
+@pytest.mark.slow
 def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_built_in_loop(tmp_path):
     calls = []
 

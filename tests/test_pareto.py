@@ -63,6 +63,7 @@ def make_study(study_dir, recipe):
         return run_all(study)
 
 
+@pytest.mark.slow
 def test_trainings_and_points_are_counted_apart(study_dir):
     specs = [spec for spec in make_study(study_dir, make_recipe(5)) if spec.kind == "trial"]
     search = told(study_dir)
@@ -87,6 +88,7 @@ def read_study_with_recipe(study_dir, recipe):
     return read_study(study_dir)
 
 
+@pytest.mark.slow
 def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_not_beat(study_dir):
     recipe = make_recipe(6)
     make_study(study_dir, recipe)
@@ -112,6 +114,7 @@ def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_n
         assert {point["alpha"] for point in row.points} == set(alphas)
 
 
+@pytest.mark.slow
 def test_the_best_stands_at_its_point_of_the_front_and_says_so(study_dir):
     recipe = make_recipe(6)
     make_study(study_dir, recipe)
@@ -140,6 +143,7 @@ def test_the_best_stands_at_its_point_of_the_front_and_says_so(study_dir):
     assert best.metrics["id_accuracy"] == pairs[:, 0].max()
 
 
+@pytest.mark.slow
 def test_weights_of_all_trainings_on_the_front_stay(study_dir):
     make_study(study_dir, make_recipe(8))
     kept = {path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")}
@@ -148,6 +152,7 @@ def test_weights_of_all_trainings_on_the_front_stay(study_dir):
     assert len(kept) < 8
 
 
+@pytest.mark.slow
 def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(study_dir):
     with open_study(study_dir, make_recipe(6, baselines={})) as study:
         recover_running(study)
@@ -277,6 +282,7 @@ def points_result(study_dir, spec, points):
     (folder / "result.json").write_text(json.dumps({**content, "curve": curve, "elapsed_s": 7.0}))
 
 
+@pytest.mark.slow
 def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_is_trained_again(study_dir):
     objective = {"kind": "pareto", "best": "lexicographic", "tolerance": 0.15}
 

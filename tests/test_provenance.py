@@ -55,6 +55,7 @@ def as_a_new_process(recipe, cache_dir):
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(cache_dir)})})
 
 
+@pytest.mark.slow
 def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
     folder, recipe = here
     claim(tmp_path, recipe)
@@ -68,6 +69,7 @@ def test_a_claimed_folder_says_at_once_what_needs_no_data(here, tmp_path):
     assert "data" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "study"])
 def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     folder, recipe = here
@@ -110,6 +112,7 @@ def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):
     assert (folder / "study" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_first(here, monkeypatch):
     folder, recipe = here
     study_dir = short_study.search(folder / "moved", recipe, num_attempts=0)
@@ -124,6 +127,7 @@ def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_firs
     assert now == first
 
 
+@pytest.mark.slow
 def test_a_study_does_not_go_on_with_other_images(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "changed", recipe, num_attempts=1)
@@ -160,6 +164,7 @@ def test_a_study_does_not_go_on_with_another_version_of_the_views():
     )
 
 
+@pytest.mark.slow
 def test_images_may_move_and_are_no_others(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)
@@ -177,6 +182,7 @@ def test_images_may_move_and_are_no_others(here):
         short_study.search(study_dir, elsewhere("cache5"), num_attempts=0)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_only_touched_is_no_other_image(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "touched", recipe, num_attempts=0)
@@ -196,6 +202,7 @@ def test_without_findings_nothing_is_recorded(here, tmp_path):
     assert manifest(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
     spec = "{{source: sandbox, domain: {}, split: {}, num_per_class: 1}}"
     recipe_path = tmp_path / "recipe.yaml"

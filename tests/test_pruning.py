@@ -263,6 +263,7 @@ def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
         assert (again.number, again.attempt) == (0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_recovered_trials_keep_their_rungs(study_dir):
     """Both rungs of 8 trials, the study reopened before every value, as if it were never closed."""
@@ -295,6 +296,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
     assert 0 < sum(reason is not None for reason in undisturbed) < 8
 
 
+@pytest.mark.slow
 def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
     with open_study(study_dir, recipe):
         pass

@@ -569,6 +569,7 @@ def test_a_rule_between_two_keys_is_silent_when_one_of_them_is_wrong_itself(tmp_
     assert messages == ["r.yaml:9: train.batch_size: must be a whole number, but got 7.5"]
 
 
+@pytest.mark.slow
 def test_no_message_speaks_pydantic(tmp_path):
     """Puts a wrong value of each kind at every key of a complete recipe."""
     complete = text.parse(dump_recipe(_load(tmp_path, "search: {space: {kl_weight: {low: 1, high: 2}}}")), "x").value

@@ -49,6 +49,7 @@ def opened(root, read=None, **selection):
     return replace(source, listing=replace(source.listing, read=reading)), seen
 
 
+@pytest.mark.slow
 def test_one_reading_finds_what_plain_decoding_finds_and_a_second_call_reads_nothing(root):
     (root / "images" / "cat" / "3.png").write_bytes(b"no image")
     source, seen = opened(root)
@@ -190,6 +191,7 @@ def test_where_a_border_ends_is_seen_in_the_whole_of_a_jpeg(root):
     assert distances(found[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05
 
 
+@pytest.mark.slow
 def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wrong(root):
     path = root / "photo.jpg"
     rng = np.random.default_rng(0)

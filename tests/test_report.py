@@ -114,6 +114,7 @@ def complete(view):
     return [row for row in view.trials if row.outcome == "complete"]
 
 
+@pytest.mark.slow
 def test_counts_and_corrections(original):
     view = read_study(original)
     found = study_report(view, num_resamples=100)
@@ -136,6 +137,7 @@ def test_counts_and_corrections(original):
     assert [row["rule"] for row in found["rules"]][-1] == "leave_one_domain_out"
 
 
+@pytest.mark.slow
 def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
     for folder, device in zip(
         sorted((study_dir / "trials").glob("*/result.json")), ("H100", "A100", "H100"), strict=False
@@ -154,6 +156,7 @@ def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(origi
     assert {candidate.alphas for candidate in stored.chosen.values()} == {(0.65,)}
 
 
+@pytest.mark.slow
 def test_a_fixed_alpha_stands_alone(tmp_path):
     study_dir = make_study(tmp_path / "fixed", make_recipe(alpha=0.6), alpha=0.6)
     view = read_study(study_dir)
@@ -162,6 +165,7 @@ def test_a_fixed_alpha_stands_alone(tmp_path):
     assert study_report(view, num_resamples=50)["bbc"]["wins"][0]["alpha"] == 0.6
 
 
+@pytest.mark.slow
 def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
     code, out, err = run(capsys, study_dir, "--details")
     assert code == 0
@@ -181,6 +185,7 @@ def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(stu
     assert f"carft-ray resume {study_dir}" in err  # it is not finished
 
 
+@pytest.mark.slow
 def test_the_default_text_is_short_and_says_what_each_number_means_and_details_has_them_all(study_dir, capsys):
     short, full = (run(capsys, study_dir, *more)[1] for more in ((), ("--details",)))
     assert len(short) < len(full)
@@ -195,6 +200,7 @@ def test_the_default_text_is_short_and_says_what_each_number_means_and_details_h
         assert any(f": {100 * number:.1f} " in line and meaning in line for line in short.splitlines())
 
 
+@pytest.mark.slow
 def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
     code, out, _ = run(capsys, study_dir, "--json")
     assert code == 0
@@ -202,6 +208,7 @@ def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
     assert json.loads(out)["bbc"]["num_resamples"] == 1000
 
 
+@pytest.mark.slow
 def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
     for step in ("confirm", "test"):
         (study_dir / step).mkdir()
@@ -217,6 +224,7 @@ def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
     assert run(capsys, study_dir)[0] == 5
 
 
+@pytest.mark.slow
 def test_a_ledger_that_lost_a_line_is_no_ground_for_a_report(study_dir, capsys):
     for _ in range(2):
         record(study_dir, make_recipe(), "test")
@@ -227,6 +235,7 @@ def test_a_ledger_that_lost_a_line_is_no_ground_for_a_report(study_dir, capsys):
     assert "line 2, the last, was removed" in err
 
 
+@pytest.mark.slow
 def test_confirmed_configurations_give_the_seed_noise(study_dir):
     rng = np.random.default_rng(1)
     spec = objective_spec(make_recipe())
@@ -263,6 +272,7 @@ def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
     assert "must have a finished trial" in err
 
 
+@pytest.mark.slow
 def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
     best = read_study(study_dir).best.name
     (study_dir / "trials" / best / "predictions" / "validation.parquet").unlink()
@@ -270,6 +280,7 @@ def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
     assert run(capsys, tmp_path / "nothing")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_study_without_ood_sets_has_no_table_of_rules(tmp_path, capsys):
     recipe = make_recipe()
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": {}})})
@@ -308,6 +319,7 @@ def test_the_best_stands_on_the_line_of_the_studys_own_plain_trainings(study_dir
     assert robustness(view, rows[0], None) == {}  # of the study itself only the baseline is plain
 
 
+@pytest.mark.slow
 def test_a_reference_file_gives_effective_robustness_with_its_caveat(study_dir, tmp_path, capsys):
     best = read_study(study_dir).best
     measured(study_dir, best, 0.7, on_a_line(0.7) + 0.1)

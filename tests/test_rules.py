@@ -84,6 +84,7 @@ def imports_of(path):
     return found
 
 
+@pytest.mark.slow
 def test_imports_run_one_way():
     for path in FILES:
         layer = layer_of(path)
@@ -96,6 +97,7 @@ def test_imports_run_one_way():
             assert {layer, target} != set(SIDE_BY_SIDE), f"{path} ({layer}) imports {module}"
 
 
+@pytest.mark.slow
 def test_every_file_name_of_a_study_stands_once():
     names = {value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)}
     names = {name for name in names if not name.isalpha()}  # 'stop' and 'test' are words, too
@@ -197,6 +199,7 @@ QUICK = (  # module, and what it must not load, nor those before it
 )
 
 
+@pytest.mark.slow
 def test_modules_that_must_be_quick_load_nothing_heavy():
     """One after the other in one process, and after each it is told what heavy ones are there."""
     code = (

@@ -777,6 +777,7 @@ def cmaes_study(tmp_path, monkeypatch):
     return study_dir, recipe, trace
 
 
+@pytest.mark.slow
 def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
     study_dir, recipe, trace = cmaes_study
     token = (study_dir / "token").read_text().strip()
@@ -823,6 +824,7 @@ def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_st
         recover_running(study)  # it counts as the user's own now
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch):
     study_dir, recipe, trace = cmaes_study
     monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
@@ -848,6 +850,7 @@ def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch, capsys):
     import carft_ray.launch.runs.search
 

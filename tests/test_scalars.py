@@ -71,6 +71,7 @@ def test_a_training_is_one_run_of_tensorboard(training):
     assert folders == {out / RUN}
 
 
+@pytest.mark.slow
 def test_steps_and_epochs_are_curves(training):
     out, recipe, _ = training
     events = read(out / RUN)
@@ -79,6 +80,7 @@ def test_steps_and_epochs_are_curves(training):
     assert len(events.Scalars("curves/1_loss")) >= 1
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_curves_first_and_the_last_numbers_after_them(training):
     out, _, _ = training
     shown = sorted(read(out / RUN).Tags()["scalars"])  # as TensorBoard sorts them

@@ -125,6 +125,7 @@ def test_the_example_of_every_key_is_valid(key):
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
 
 
+@pytest.mark.slow
 def test_every_key_says_what_it_means_and_whether_it_may_change():
     rows = [row.split(" | ") for table in tables.key_tables().values() for row in table[2:]]
     meanings = {cells[0]: cells[1] for cells in rows}
@@ -140,6 +141,7 @@ def test_only_fields_of_train_say_that_they_cannot_be_searched():
     assert SEARCHABLE
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_documents_are_those_of_the_schema():
     assert tables.main(["--check"]) is None
 

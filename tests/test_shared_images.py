@@ -111,6 +111,7 @@ def test_an_image_stays_in_the_role_nearest_to_the_test(here):
     assert {row.found_by for row in rows} == {"same bytes", "same picture"}
 
 
+@pytest.mark.slow
 def test_a_chain_over_three_roles_is_one_thing(here):
     """A in train is re-encoded in val, B; its bytes are C in the test: both leave, whichever pairs were found."""
     copy(here, "test/cat/5.png", "val/cat/b.png")
@@ -118,6 +119,7 @@ def test_a_chain_over_three_roles_is_one_thing(here):
     assert leaving(found(here)) == [("data.id_val", "val/cat/b.png"), ("data.train", "train/cat/a.jpg")]
 
 
+@pytest.mark.slow
 def test_every_copy_in_a_set_leaves(here):
     for name in ("a", "b", "c"):
         copy(here, "val/cat/0.png", f"train/cat/{name}.png")
@@ -131,6 +133,7 @@ def test_every_copy_in_a_set_leaves(here):
     ]
 
 
+@pytest.mark.slow
 def test_test_sets_lose_no_image(here):
     copy(here, "test/cat/0.png", "paint/cat/x.png")
     rows = found(here)
@@ -138,6 +141,7 @@ def test_test_sets_lose_no_image(here):
     assert shared_counts(rows) == {"data.id_test": {"stays": 1}, "data.ood_test.paint": {"stays": 1}}
 
 
+@pytest.mark.slow
 def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
     copy(here, "test/cat/0.png", "train/cat/a.png")
     copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
@@ -153,6 +157,7 @@ def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monk
     assert find_shared(loaded(here), here / "cache", said.append) == rows
 
 
+@pytest.mark.slow
 def test_a_corrupted_set_may_show_id_val_and_both_stay(here):
     copy(here, "val/cat/0.png", "train/cat/x.png")
     noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
@@ -164,6 +169,7 @@ def test_a_corrupted_set_may_show_id_val_and_both_stay(here):
     assert len(open_train(smaller)) == 48
 
 
+@pytest.mark.slow
 def test_corrupted_images_leave_the_set_that_is_shown(here):
     copy(here, "test/cat/0.png", "val/cat/x.png")
     noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
@@ -173,6 +179,7 @@ def test_corrupted_images_leave_the_set_that_is_shown(here):
     assert len(id_val) == len(ood_val["noise"]) == 40
 
 
+@pytest.mark.slow
 def test_keep_leaves_all_and_fail_refuses(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
     rows = found(here, "data.shared_images=keep")
@@ -185,6 +192,7 @@ def test_keep_leaves_all_and_fail_refuses(here):
         found(here, "data.shared_images=fail")
 
 
+@pytest.mark.slow
 def test_so_many_shared_images_mean_wrong_roles(here):
     shutil.copytree(here / "images" / "sketch", here / "images" / "same")
     with pytest.raises(HoldOutError, match=r"data\.train: at most 5 % .* 40 of 40 images") as error:
@@ -193,6 +201,7 @@ def test_so_many_shared_images_mean_wrong_roles(here):
     assert "--pairs" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
     for path in (here / "images" / "test").glob("*/*.png"):
         path.unlink()
@@ -201,6 +210,7 @@ def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
     assert "data.id_test: must have an image" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_class_of_which_all_images_would_leave_is_refused(here):
     for path in sorted((here / "images" / "train" / "cat").glob("*.png"))[1:]:
         path.unlink()
@@ -209,6 +219,7 @@ def test_a_class_of_which_all_images_would_leave_is_refused(here):
         found(here, "data.shared_limit=0.5")
 
 
+@pytest.mark.slow
 def test_parts_come_first(here):
     """A pair of which one image is outside the part of its set is none."""
     copy(here, "val/cat/0.png", "train/cat/x.png")
@@ -217,6 +228,7 @@ def test_parts_come_first(here):
     assert found(here, f"data.train.part={outside}") == []
 
 
+@pytest.mark.slow
 def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     study, recipe = tmp_path / "study", loaded(here)
     study.mkdir()
@@ -236,6 +248,7 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
         assert [row["found_by"] for row in csv.DictReader(file)] == ["same bytes"]
 
 
+@pytest.mark.slow
 def test_a_study_without_shared_images_keeps_an_empty_list(here, tmp_path):
     (tmp_path / "study").mkdir()
     write_shared(tmp_path / "study", shared_of_study(loaded(here), here / "cache", tmp_path / "study"))
@@ -253,6 +266,7 @@ def test_a_damaged_list_is_named(tmp_path, text):
 # exclude
 
 
+@pytest.mark.slow
 def test_excluded_images_leave_after_part_and_shots(here):
     ids = [sample_id("train/cat/0.png"), sample_id("train/dog/3.png")]
     (here / "list.txt").write_text(f"{ids[0]}\n\n{ids[1]}\n")

@@ -114,6 +114,7 @@ class Job:
         assert list(study.parent.glob(".ray-token-*")) == []
 
 
+@pytest.mark.slow
 def test_the_script_is_clean():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     shellcheck = BIN / "shellcheck"
@@ -134,6 +135,7 @@ def test_it_is_not_begun_without_slurm_or_without_a_study(tmp_path):
     assert job.written("ray.txt") == []
 
 
+@pytest.mark.slow
 def test_what_it_starts_and_that_the_exit_code_is_the_search_s(tmp_path):
     job = Job(tmp_path, CODE="7")
     study = tmp_path / "studies" / "one"
@@ -160,6 +162,7 @@ def test_what_it_starts_and_that_the_exit_code_is_the_search_s(tmp_path):
 SOON, LATE = 60, 7200  # seconds to the time limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "end_in_s", "requeued"),
     [
@@ -180,6 +183,7 @@ def test_at_the_time_limit_it_stops_the_search_and_requeues(number, end_in_s, re
     job.nothing_is_left(tmp_path / "study")
 
 
+@pytest.mark.slow
 def test_a_ray_that_ends_ends_the_job_and_is_no_reason_to_requeue(tmp_path):
     job = Job(tmp_path, RAY_ENDS="1")
     with job.running("recipe.yaml", tmp_path / "study") as process:

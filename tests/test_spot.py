@@ -93,6 +93,7 @@ def deadline(words):
     return int(words[words.index("--deadline-remaining-seconds") + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cloud", "provider", "notice_s"),
     [("aws", "aws", 110), ("aws", "auto", 110), ("gcp", "gcp", 30), ("gcp", "auto", 30)],
@@ -146,6 +147,7 @@ def test_no_metadata_service_is_an_error_that_is_survived():
         spot.gcp_notice(address)
 
 
+@pytest.mark.slow
 def test_a_drain_that_fails_is_tried_again_until_the_machine_is_gone(tmp_path, ray_words):
     (tmp_path / "refuse").touch()
     assert spot.drain(NODE, "auto", 60, "test")

@@ -66,6 +66,7 @@ def study_dir(tmp_path):
     return (tmp_path / "study").resolve()
 
 
+@pytest.mark.slow
 def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study_dir):
     with open_study(study_dir, make_recipe(5)) as study:
         assert recover_running(study) == []
@@ -80,6 +81,7 @@ def test_a_study_runs_baselines_first_and_then_the_wanted_number_of_trials(study
     assert len({spec.name for spec in specs}) == 6
 
 
+@pytest.mark.slow
 def test_what_was_told_is_in_the_rows_and_in_optuna(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
@@ -145,6 +147,7 @@ def advance(study_dir, spec, step):
     (spec.folder(study_dir) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{step:08d}").mkdir(parents=True)
 
 
+@pytest.mark.slow
 def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the_next_search(study_dir):
     with open_study(study_dir, make_recipe(2, baselines={})) as study:
         recover_running(study)
@@ -558,6 +561,7 @@ def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, ord
     assert len(list(study_dir.glob("trials/*/result.json"))) == 8
 
 
+@pytest.mark.slow
 def test_keep_checkpoints_may_change_and_holds_for_the_whole_study(study_dir):
     def value(spec):
         return (7 * spec.number) % 9 / 9
@@ -587,6 +591,7 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
     assert [row.outcome for row in trials(study_dir)] == ["diverged", "error"]
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):
     recipe = make_recipe(3, keep_checkpoints=1, baselines={})
     with open_study(study_dir, recipe) as study:

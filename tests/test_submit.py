@@ -109,6 +109,7 @@ def test_paths_with_spaces_stay_one_word_for_the_shell(here):
     assert jobs.job_id(here / "a study; rm").startswith("carft-a-study-rm-")
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboard, submit):
     words = ("r.yaml", "--study", "study", "--dry-run", "--set", "search.trials=3")
     code, out, err = submit(*words)
@@ -132,6 +133,7 @@ def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboa
     assert dashboard.headers == []
 
 
+@pytest.mark.slow
 def test_a_search_is_submitted_followed_to_its_end_and_its_exit_code_is_ours(here, dashboard, submit):
     code, out, err = submit("r.yaml", "--study", "study")
     assert (code, out) == (0, "first line\nsecond line\n")
@@ -154,6 +156,7 @@ def test_a_search_is_submitted_followed_to_its_end_and_its_exit_code_is_ours(her
     assert dashboard.names()[-1] == f"{name}-3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", [False, True])
 def test_the_log_is_whole_and_in_order_however_often_its_stream_ends_early(here, dashboard, submit, breaks):
     dashboard.pieces = [f"line {n}\n" for n in range(7)]
@@ -162,6 +165,7 @@ def test_the_log_is_whole_and_in_order_however_often_its_stream_ends_early(here,
     assert (code, out) == (0, "".join(dashboard.pieces))
 
 
+@pytest.mark.slow
 def test_a_job_that_was_stopped_ends_with_130_and_the_command_that_resumes(here, dashboard, submit):
     dashboard.end = {"status": "STOPPED"}
     code, _, err = submit("r.yaml", "--study", "study")
@@ -169,6 +173,7 @@ def test_a_job_that_was_stopped_ends_with_130_and_the_command_that_resumes(here,
     assert f"carft-ray submit --resume {here}/study --address {dashboard.address}" in told(err)
 
 
+@pytest.mark.slow
 def test_a_job_that_never_ran_is_an_error_of_the_cluster(here, dashboard, submit):
     message = "Failed to set up runtime environment.\nERROR: No matching distribution found for carft-ray==0.1.0\n"
     dashboard.end = {"status": "FAILED", "error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": message}
@@ -179,6 +184,7 @@ def test_a_job_that_never_ran_is_an_error_of_the_cluster(here, dashboard, submit
     assert dashboard.jobs[jobs.job_id(here / "study")]["runtime_env"]["pip"]["packages"] == ["carft-ray==0.1.0"]
 
 
+@pytest.mark.slow
 def test_a_study_whose_job_runs_is_followed_and_nothing_is_submitted(here, dashboard, submit):
     dashboard.add("carft-by-hand", here / "study")
     code, out, err = submit("r.yaml", "--study", "study")
@@ -188,6 +194,7 @@ def test_a_study_whose_job_runs_is_followed_and_nothing_is_submitted(here, dashb
     assert dashboard.packages == {}
 
 
+@pytest.mark.slow
 def test_of_two_that_submit_one_study_at_once_the_second_follows_the_job_of_the_first(
     here, dashboard, submit, monkeypatch
 ):
@@ -202,6 +209,7 @@ def test_of_two_that_submit_one_study_at_once_the_second_follows_the_job_of_the_
     assert dashboard.names() == [name]
 
 
+@pytest.mark.slow
 def test_resume_sends_the_command_alone(here, dashboard, submit):
     words = ("--resume", "study", "--trials", "+4", "--wall-time", "8h", "--warm-start", "other", "--no-wait")
     code, _, err = submit(*words)
@@ -213,6 +221,7 @@ def test_resume_sends_the_command_alone(here, dashboard, submit):
     assert f"carft-ray submit --attach {jobs.job_id(here / 'study')} --address {dashboard.address}" in err
 
 
+@pytest.mark.slow
 def test_attach_takes_a_job_or_a_study_and_json_has_the_end(here, dashboard, submit):
     dashboard.add("one", here / "study")
     code, out, err = submit("--attach", "study", "--json")
@@ -226,6 +235,7 @@ def test_attach_takes_a_job_or_a_study_and_json_has_the_end(here, dashboard, sub
     assert "no such job or study, but got two" in told(err)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_and_says_how_to_attach(here, dashboard, submit, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -267,6 +277,7 @@ def test_mistakes_of_the_recipe_are_told_before_the_cluster_is_asked(here, dashb
 # the server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", server.REDIRECTIONS)
 def test_the_environment_does_not_redirect(here, dashboard, submit, monkeypatch, name):
     monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -274,6 +285,7 @@ def test_the_environment_does_not_redirect(here, dashboard, submit, monkeypatch,
     assert dashboard.names()
 
 
+@pytest.mark.slow
 def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit, monkeypatch):
     dashboard.token = "right"
     code, _, err = submit("--attach", "x")
@@ -298,6 +310,7 @@ def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit,
     assert "No such file" in err
 
 
+@pytest.mark.slow
 def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, dashboard, run, monkeypatch):
     def message(address, *words):
         code, _, err = run("cluster", "jobs", "--address", address, *words)
@@ -324,6 +337,7 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
     hang.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "text", "rule"),
     [
@@ -340,6 +354,7 @@ def test_a_refused_submission_is_told_in_one_message(here, dashboard, submit, st
     assert rule in told(err)
 
 
+@pytest.mark.slow
 def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, dashboard, submit):
     dashboard.add("one", here / "study")
     dashboard.polls, dashboard.forgets = 1000, range(3, 1000)
@@ -349,6 +364,7 @@ def test_a_head_that_forgets_the_job_ends_the_following_with_the_way_on(here, da
     assert "the same command again resumes the study" in told(err)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_is_told(
     here, dashboard, submit, monkeypatch
 ):
@@ -439,6 +455,7 @@ def test_a_wheel_is_built_of_the_source_tree_and_sent_as_folders(here, dashboard
     assert f"must be built from {tree}" in told(err)
 
 
+@pytest.mark.slow
 def test_the_question_is_answered_by_a_real_python():
     import subprocess
     import sys
@@ -460,6 +477,7 @@ def test_this_checkout_is_the_source_tree(tmp_path, monkeypatch):
 # carft-ray cluster
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_cluster_are_listed_with_their_studies(here, dashboard, run):
     code, _, err = run("cluster", "jobs", "--address", dashboard.address)
     assert code == 0
@@ -484,6 +502,7 @@ def test_logs_are_those_of_a_job_or_of_the_newest_of_a_study(here, dashboard, ru
     assert (found["id"], found["log"]) == ("one", "first line\nsecond line\n")
 
 
+@pytest.mark.slow
 def test_stop_waits_for_the_end_and_says_how_to_resume(here, dashboard, run):
     dashboard.add("one", here / "study")
     code, _, err = run("cluster", "stop", "study", "--address", dashboard.address)

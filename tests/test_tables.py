@@ -265,6 +265,7 @@ def test_threads_read_rows_in_any_order(base, ending):
         assert list(pool.map(source.content, rows)) == [images[row].content for row in rows]
 
 
+@pytest.mark.slow
 def test_rows_are_read_without_the_table_in_memory(base):
     contents = [np.random.default_rng(row).bytes(20_000) for row in range(1500)]
     table, total = pa.table({"image": pa.array(contents, pa.binary())}), 20_000 * 1500
@@ -488,6 +489,7 @@ def test_of_a_test_set_no_table_is_opened(base):
     assert str(problem).startswith("data.ood_test.x: must be a file, a folder, or a pattern of files")
 
 
+@pytest.mark.slow
 def test_validate_ends_with_code_4_for_a_table_and_3_for_the_recipe(base, capsys, monkeypatch):
     monkeypatch.chdir(base)
     write_table(base / "a.csv", table_of(IMAGES, "paths"))

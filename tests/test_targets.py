@@ -76,6 +76,7 @@ def same(a, b):
 # ---- the same numbers, whoever computes
 
 
+@pytest.mark.slow
 def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tuned, tmp_path, without_frozen_model):
     online, writer = tuned(None), tuned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
@@ -86,6 +87,7 @@ def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tun
     assert same(online, reader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [7, 64, 150])
 def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path, without_frozen_model, batch_size):
     tuned(tmp_path)
@@ -96,6 +98,7 @@ def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path
     assert blocks_of(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize("batch_size", [7, 48, 128])
 def test_every_view_is_made_once_and_every_block_computed_once(
@@ -113,6 +116,7 @@ def test_every_view_is_made_once_and_every_block_computed_once(
     assert computed == [64, 64, 22] * 4
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     whole, store = tuned(None, batch_size=20), tmp_path / "store"
@@ -171,6 +175,7 @@ def test_blocks_that_ranks_share_are_few_where_a_part_is_a_block_or_more():
 # ---- killed, at once, damaged
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, images, tmp_path, monkeypatch):
     expected = tuned(tmp_path / "one")
     both, compute = threading.Barrier(2, timeout=60), Targets._compute
@@ -223,6 +228,7 @@ def test_a_writer_that_is_killed_leaves_whole_blocks_only(tuned, tmp_path):
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"visit-0000", "visit-0001"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\xff"])
 def test_a_damaged_block_is_computed_again(tuned, tmp_path, damage):
     whole = tuned(tmp_path)
@@ -241,6 +247,7 @@ def test_a_block_under_the_name_of_another_is_none(tmp_path):
     assert read_block(tmp_path, 1, 2, 4, 3) is None
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, caplog):
     expected = tuned(None)
     (tmp_path / "store").write_text("a file")
@@ -308,6 +315,7 @@ class Million(ArraySource):
         return self.images[index % 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", "first", "later"])
 def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch, mode):
     source, store = Million(), None if mode == "online" else tmp_path
@@ -324,6 +332,7 @@ def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip,
     assert len(blocks_of(tmp_path)) == (0 if mode == "online" else 10)
 
 
+@pytest.mark.slow
 def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_clip, heads, tmp_path):
     source, small = Million(), ArraySource(10)
     pixels = np.stack([small.pixels(index) for index in range(10)])

@@ -131,6 +131,7 @@ def interrupted(path):
 # status
 
 
+@pytest.mark.slow
 def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     before = everything(here)
     code, out, err = run("status", "first", "--json")
@@ -158,6 +159,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert everything(here) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_ood", [False, True])
 def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
     recipe = make_recipe(8)
@@ -205,6 +207,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
     assert "stopped, epoch 1 done" in run("ls", "first")[1]
 
 
+@pytest.mark.slow
 def test_readers_never_lock_a_search_out(here):
     over = threading.Event()
 
@@ -219,6 +222,7 @@ def test_readers_never_lock_a_search_out(here):
                 pass
 
 
+@pytest.mark.slow
 def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
     recipe = make_recipe(1, baselines={})
     with open_study(here / "done", recipe) as study:
@@ -244,6 +248,7 @@ def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
 # ls
 
 
+@pytest.mark.slow
 def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
     before = everything(here)
     answer = json.loads(run("ls", "first", "--json")[1])
@@ -264,6 +269,7 @@ def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
     assert everything(here) == before
 
 
+@pytest.mark.slow
 def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(run, here):
     make_study(here / "second", 20)
     damaged = here / "third"
@@ -300,6 +306,7 @@ def test_logs_of_a_baseline_as_json(run):
     assert line.endswith("attempt 1: starts on 127.0.0.1")
 
 
+@pytest.mark.slow
 def test_a_trial_without_a_log_is_no_error(run, here):
     path = here / "first" / "trials" / named(here / "first", 4) / "log.txt"
     path.unlink()
@@ -310,6 +317,7 @@ def test_a_trial_without_a_log_is_no_error(run, here):
     assert json.loads(run("logs", "first", "4", "--json")[1]) == []
 
 
+@pytest.mark.slow
 def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(run, here):
     study_dir, recipe = here / "first", make_recipe(8)
     with open_study(study_dir, recipe) as study:
@@ -330,6 +338,7 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
     assert out.splitlines()[-3:] == ["half a line", "and more", "last"]
 
 
+@pytest.mark.slow
 def test_follow_ends_with_a_training_that_diverges(run, here):
     study_dir, recipe = here / "first", make_recipe(8)
     with open_study(study_dir, recipe) as study:
@@ -347,6 +356,7 @@ def test_follow_ends_with_a_training_that_diverges(run, here):
 # stop
 
 
+@pytest.mark.slow
 def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
     study_dir = here / "first"
     with contextlib.ExitStack() as held:
@@ -359,6 +369,7 @@ def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
     assert "  carft-ray resume first\n" in err
 
 
+@pytest.mark.slow
 def test_status_shows_how_many_run_at_a_time_and_why(run, here):
     write_concurrency(here / "first", 3, "3 GPUs, 1 a trial")
     assert "at a time" not in run("status", "first")[2]  # of a search that has ended
@@ -371,6 +382,7 @@ def test_status_shows_how_many_run_at_a_time_and_why(run, here):
         assert " · 0 at a time (no node for a trial) · " in SearchView.of(read_study(here / "first")).line()
 
 
+@pytest.mark.slow
 def test_stop_without_waiting_returns_at_once(run, here):
     with open_study(here / "first", make_recipe(8)):
         answer = json.loads(run("stop", "first", "--no-wait", "--json")[1])
@@ -381,6 +393,7 @@ def test_stop_without_waiting_returns_at_once(run, here):
     assert not json.loads(run("status", "first", "--json")[1])["search"]["stopping"]
 
 
+@pytest.mark.slow
 def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
     before = everything(here)
     code, _, err = run("stop", "first")
@@ -390,6 +403,7 @@ def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
     assert everything(here) == before
 
 
+@pytest.mark.slow
 def test_stop_asks_a_training_too(run, here):
     (here / "one").mkdir()
     claim(here / "one", make_recipe(8))
@@ -534,6 +548,7 @@ def test_a_damaged_recipe_of_a_study_is_told_with_its_line(run, here):
     assert re.search(r"resolved.yaml:\d+: search.trials: must be at least 1, but got 0", err)
 
 
+@pytest.mark.slow
 def test_a_study_killed_before_it_had_a_recipe_says_what_to_run_again(run, here):
     (here / "first" / "resolved.yaml").unlink()
     assert run("status", "first")[0] == 0

@@ -111,6 +111,7 @@ def test_permutation_holds_every_index_once():
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
 
 
+@pytest.mark.slow
 def test_permutation_puts_every_index_everywhere_equally_often():
     table = np.zeros((5, 5))
     for seed in range(40):

@@ -57,6 +57,7 @@ def taken_in(study_dir):
     return [trial for trial in optuna_study(study_dir).trials if "warm_from" in trial.user_attrs]
 
 
+@pytest.mark.slow
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with open_study(study_dir, warm(recipe_of(3), first)) as study:
         recover_running(study)
@@ -79,6 +80,7 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     assert states == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+@pytest.mark.slow
 def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
     recipe = warm(recipe_of(1), first)
     with open_study(study_dir, recipe) as study:
@@ -99,6 +101,7 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
     assert len(taken_in(study_dir)) == 12
 
 
+@pytest.mark.slow
 def test_it_may_be_added_to_a_study_later(study_dir, first):
     begin(study_dir, recipe_of(3), 3)
     before = trials(study_dir)
@@ -108,6 +111,7 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
         assert [spec.number for spec in run_all(study)] == [15]
 
 
+@pytest.mark.slow
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     record(first, recipe_of(13), "test", ("id_test",), {}, "")
     with open_study(study_dir, warm(recipe_of(3), first)) as study:
@@ -186,6 +190,7 @@ def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir,
     assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without study.journal" in told
 
 
+@pytest.mark.slow
 def test_a_refused_source_is_not_kept_in_the_recipe_of_the_study(study_dir, first, tmp_path):
     begin(study_dir, recipe_of(2), 2)
     (study_dir / "resolved.yaml").write_text(dump_recipe(recipe_of(2)))
@@ -246,6 +251,7 @@ def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
         assert len(optuna_study(study_dir).trials) == 12
 
 
+@pytest.mark.slow
 def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
     with open_study(study_dir, warm(recipe_of(2), first)) as study:
         recover_running(study)
@@ -262,6 +268,7 @@ def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
     assert 0 < len(inside) < 12
 
 
+@pytest.mark.slow
 def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_recipe(
     study_dir, first, monkeypatch, capsys
 ):

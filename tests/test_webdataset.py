@@ -309,6 +309,7 @@ def test_of_a_test_set_no_shard_is_opened(base):
     assert check_sets(recipe) == []
 
 
+@pytest.mark.slow
 def test_validate_ends_with_code_4_for_shards_and_3_for_the_recipe(base, capsys, monkeypatch):
     monkeypatch.chdir(base)
     write_shards(base / "set" / "test", pictures(seed=1))

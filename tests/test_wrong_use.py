@@ -113,6 +113,7 @@ SEARCH = ("search", "recipe.yaml", "--set", "search.trials=4", "--study", "study
 RESUME = ("resume", "study")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [SEARCH, RESUME], ids=lambda words: words[0])
 def test_two_searches_on_one_study(refused, here, words):
     with another_search(here / "study") as other:
@@ -122,6 +123,7 @@ def test_two_searches_on_one_study(refused, here, words):
     assert told.splitlines()[1].startswith("    Wait until the other search ends")
 
 
+@pytest.mark.slow
 def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
     told = refused(3, *SEARCH, "--set", "train.epochs=9", "--set", OTHER_SPACE)
     assert told.startswith("error: 2 problems\n")
@@ -130,6 +132,7 @@ def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
     assert told.splitlines()[-1].strip() == f"Continue with {here / 'study' / 'resolved.yaml'}, or give another folder."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [SEARCH, (*SEARCH[:-1], "new"), RESUME], ids=" ".join)
 def test_an_address_where_nothing_answers(refused, words):
     address = f"127.0.0.1:{closed_port()}"
@@ -138,6 +141,7 @@ def test_an_address_where_nothing_answers(refused, words):
     assert "Start one with 'ray start --head', or leave the address out to use this machine." in told
 
 
+@pytest.mark.slow
 def test_an_address_where_nothing_answers_leaves_no_folder_of_a_training(refused):
     words = ("train", "recipe.yaml", "--out", "new", "--num-workers", "2", "--executor", "ray-train")
     assert "no Ray answers at" in refused(5, *words, "--address", f"127.0.0.1:{closed_port()}")

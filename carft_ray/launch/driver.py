@@ -207,10 +207,10 @@ class Driver:
         """
         return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
-    def died(self, spec: TrialSpec) -> None:
+    def died(self) -> None:
         """Suspects that an attempt whose process died has left a placement group."""
         if self.leaks:
-            self.leaks.suspect(spec, self.live)
+            self.leaks.suspect()
 
     def check_stop(self) -> bool:
         """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
@@ -308,7 +308,7 @@ class Driver:
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
         if alive and not attempt.alive and self.leaks is not None:
-            attempt.began = now  # its workers have got their resources
+            attempt.began = now - alive.idle_s  # since then its workers have held their resources for it
         attempt.alive = alive or attempt.alive
         step_ns = alive.last_step_ns if alive else 0
         if step_ns != attempt.step_ns:

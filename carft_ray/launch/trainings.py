@@ -34,7 +34,6 @@ from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
-from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 
 STOPPED = "stopped on request"
@@ -150,6 +149,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
                 verbose=0,
                 callbacks=[DriverCallback(driver, searcher)],
                 stop=EndOfWaiting(driver),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         with one_trial_dies():
@@ -232,7 +232,7 @@ class DriverCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Suspects that a trial whose process died has left a placement group."""
-        self._driver.died(TrialSpec(**trial.config["spec"]))
+        self._driver.died()
 
 
 class EndOfWaiting(tune.Stopper):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,10 +34,17 @@ HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 
 
-def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
+def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, idle_s: float = 0.0) -> bool:
     """Runs one attempt in this process; how it ended lies in the folder afterwards.
 
     Once the driver has begun another attempt, it writes nothing more and ends at its next check or write.
+
+    Args:
+        runtime: How and where trainings run.
+        spec: The attempt.
+        folder: Of the training.
+        context: Rank and stop flag.
+        idle_s: For how long the process has held its resources without a training; it counts as this attempt's.
 
     Returns:
         Whether it ended well: finished, or stopped after a checkpoint.
@@ -46,12 +54,12 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
     """
     try:
         with files.fenced(lambda: check_fence(folder, spec.attempt)):
-            return _run_worker(runtime, spec, folder, context)
+            return _run_worker(runtime, spec, folder, context, idle_s)
     except OutdatedAttemptError:
         return False
 
 
-def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
+def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, idle_s: float) -> bool:
     recipe, nodes = runtime.recipe, tuple[tuple[str, str], ...]()
     try:
         nodes = _meet(runtime, context)
@@ -64,7 +72,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(with_targets(recipe, runtime.shared), runtime.study_dir, context.world_size)
         gpus = runtime.capacity.num_workers * runtime.capacity.gpus_per_worker
-        with _heartbeat(folder, spec.attempt, context, gpus, nodes, runtime.recipe.resources.hang_timeout_s) as context:
+        alive = {"began": time.time() - idle_s, "idle_s": idle_s, "gpus": gpus, "nodes": list(nodes)}
+        with _heartbeat(folder, spec.attempt, context, alive, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:
         raise
@@ -119,8 +128,7 @@ def _heartbeat(
     folder: Path,
     attempt: int,
     context: RunContext,
-    gpus: float,
-    nodes: Sequence[tuple[str, str]],
+    alive: dict[str, Any],
     hang_timeout_s: float | None,
 ) -> Iterator[RunContext]:
     """Shows the driver which process runs the attempt, and with each step (each check for a stop) that it still does.
@@ -147,8 +155,8 @@ def _heartbeat(
         yield replace(context, should_stop=should_stop)
         return
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
-    names = {"node_id": nodes[0][0], "group": group.id.hex() if group else "", "nodes": list(nodes)}
-    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), "began": time.time(), "gpus": gpus, **names})
+    names = {"node_id": alive["nodes"][0][0], "group": group.id.hex() if group else ""}
+    files.write_json(path, {"attempt": attempt, "pid": os.getpid(), **alive, **names})
     with open(folder / LOG, "a") as log:
 
         def watch() -> None:

@@ -124,6 +124,7 @@ class Heartbeat:
         began: When the attempt began, seconds since 1970.
         gpus: GPUs that its workers hold together.
         nodes: Of each rank: Ray's name of its node, and the node's address.
+        idle_s: For how long its workers had no training before; ``began`` counts it.
     """
 
     attempt: int
@@ -134,6 +135,7 @@ class Heartbeat:
     began: float = 0.0
     gpus: float = 0.0
     nodes: tuple[tuple[str, str], ...] = ()
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,8 @@ def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -
         return known and replace(known, last_step_ns=last_step_ns)
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
     nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
-    return Heartbeat(attempt, content["pid"], content["node_id"], content["group"], last_step_ns, began, gpus, nodes)
+    names = content["pid"], content["node_id"], content["group"]
+    return Heartbeat(attempt, *names, last_step_ns, began, gpus, nodes, content.get("idle_s", 0.0))
 
 
 def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> tuple[float, float]:

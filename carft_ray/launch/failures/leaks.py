@@ -15,7 +15,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from carft_ray import files
 from carft_ray.study.outcome import TrialSpec, read_heartbeat
 
-TrialSpecKey = tuple[str, str, int]
 HEAD = "node:__internal_head__"  # Tune's own groups, which Tune removes, hold this alone
 
 
@@ -43,8 +42,9 @@ def remove_group(name: str) -> None:
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
-    A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that ran
-    at that moment have done so, have ended, or wait for resources, nothing is removed.
+    A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that run have done
+    so or wait for resources, nothing is removed. A group that has no training at that moment (``launch.ray_group``) is
+    removed, too: the next training starts another.
 
     Attributes:
         study_dir: The study directory.
@@ -55,16 +55,11 @@ class Leaks:
     study_dir: Path
     groups: Callable[[], dict[str, bool]] = groups_of_job
     remove: Callable[[str], None] = remove_group
-    _suspects: list[tuple[set[str], set[TrialSpecKey]]] = field(default_factory=list)
+    _suspects: set[str] = field(default_factory=set)
 
-    def suspect(self, dead: TrialSpec, live: Iterable[TrialSpec]) -> None:
-        """Notes that the process of an attempt has died.
-
-        Args:
-            dead: The attempt.
-            live: What else runs.
-        """
-        self._suspects.append((set(self.groups()), {_key(spec) for spec in live} - {_key(dead)}))
+    def suspect(self) -> None:
+        """Notes that the process of an attempt has died."""
+        self._suspects |= set(self.groups())
 
     def check(self, live: Iterable[TrialSpec]) -> int:
         """Removes what is known to be left behind; returns how many groups that were."""
@@ -72,19 +67,15 @@ class Leaks:
             return 0
         owned = None
         with files.passing_faults():  # nothing is removed on half of the answers
-            found = {_key(spec): read_heartbeat(spec.folder(self.study_dir), spec.attempt) for spec in live}
-            owned = {key: alive.group if alive else "" for key, alive in found.items()}
+            found = [read_heartbeat(spec.folder(self.study_dir), spec.attempt) for spec in live]
+            owned = [alive.group if alive else "" for alive in found]
         if owned is None:
             return 0
         now = self.groups()
-        num_waiting = sum(not has_resources for has_resources in now.values())
-        undecided, leaked = [], set()
-        for groups, others in self._suspects:
-            if sum(key in owned and not owned[key] for key in others) > num_waiting:
-                undecided.append((groups, others))
-            else:
-                leaked |= {name for name in groups - set(owned.values()) if now.get(name)}
-        self._suspects = undecided
+        if owned.count("") > sum(not has_resources for has_resources in now.values()):
+            return 0
+        leaked = {name for name in self._suspects - set(owned) if now.get(name)}
+        self._suspects = set()
         for name in leaked:
             self.remove(name)
         return len(leaked)
@@ -93,7 +84,3 @@ class Leaks:
         """Removes all groups of the trainings, once none of them runs."""
         for name in self.groups():
             self.remove(name)
-
-
-def _key(spec: TrialSpec) -> TrialSpecKey:
-    return spec.kind, spec.name, spec.attempt

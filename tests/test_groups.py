@@ -1,0 +1,160 @@
+"""Groups of workers that run one training after the other: their files, by a group without Ray; and a real one."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import stand_in
+
+from carft_ray.launch import ray_group
+from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_group import WorkerGroup
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
+from carft_ray.study import outcome
+from carft_ray.study.outcome import TrialSpec
+
+HERE = Path(__file__).parent
+CAPACITY = Capacity(1, "", 2, 1.0, 0.0, one_node=True)
+
+
+def spec_of(number):
+    return TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1)
+
+
+class Groups:
+    """Makes groups whose workers are a thread; ``ran`` has what each took: number of the group, trial, idle seconds."""
+
+    def __init__(self, study_dir, monkeypatch):
+        self.study_dir, self.ran, self.num = study_dir, [], 0
+        self.fails, self.dies = set(), threading.Event()  # trials that fail; a worker that dies while it waits
+        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, folder, name, avoid: self._trainer(runtime, folder))
+        self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY)
+
+    def group(self):
+        return WorkerGroup(self.runtime)
+
+    def run(self, group, number):
+        spec = spec_of(number)
+        folder = spec.folder(self.study_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return group.run(spec, folder)
+
+    def _trainer(self, runtime, folder):
+        self.num += 1
+        return SimpleNamespace(fit=lambda: self._work(runtime, folder, self.num))
+
+    def _work(self, runtime, folder, group):
+        orders = ray_group._Orders(runtime, folder)
+        ray_group._append(folder / ray_group.TOLD, {"nodes": [f"node{group}"]})
+        while order := orders.take():
+            self.ran.append((group, order["spec"]["number"], order["idle_s"]))
+            if order["spec"]["number"] in self.fails:
+                raise ValueError("no trial")
+            spec = TrialSpec(**order["spec"])
+            if orders.ended(spec, spec.folder(self.study_dir)):
+                return
+            if self.dies.is_set():
+                raise OSError("a worker died")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    return Groups(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups):
+    group = groups.group()
+    assert not group.fits(groups.runtime, [])
+    assert groups.run(group, 0)
+    assert groups.run(group, 1)
+    assert [(number, trial) for number, trial, _ in groups.ran] == [(1, 0), (1, 1)]
+    assert groups.ran[0][2] == 0.0 < groups.ran[1][2]  # the first one has kept nobody waiting
+    assert group.fits(groups.runtime, ["node2"])
+    assert not group.fits(groups.runtime, ["node1"])  # it is on a node that is left out
+    fewer = SimpleNamespace(study_dir=groups.study_dir, capacity=Capacity(1, "", 1, 1.0, 0.0, one_node=True))
+    assert not group.fits(fewer, [])
+    group.close()
+    group.close()
+    assert not group.fits(groups.runtime, [])
+
+
+@pytest.mark.slow
+def test_what_ends_a_group_within_a_training_is_raised_and_the_training_was_taken(groups):
+    group = groups.group()
+    groups.fails = {1}
+    assert groups.run(group, 0)
+    with pytest.raises(ValueError, match="no trial"):
+        groups.run(group, 1)
+    assert not group.fits(groups.runtime, [])
+
+
+def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypatch):
+    monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
+    idle, dead = groups.group(), groups.group()
+    assert groups.run(idle, 0)
+    until(lambda: not idle.fits(groups.runtime, []))
+    assert not groups.run(idle, 1)
+
+    groups.dies.set()
+    assert groups.run(dead, 2)
+    until(lambda: not dead.fits(groups.runtime, []))
+    assert not groups.run(dead, 3)
+    assert [trial for _, trial, _ in groups.ran] == [0, 2]
+
+
+@pytest.mark.slow
+def test_a_group_ends_with_a_training_that_leaves_and_with_a_stop(groups):
+    leaving, stopping = groups.group(), groups.group()
+    assert groups.run(leaving, 0)
+    outcome.write_leave(spec_of(1).folder(groups.study_dir), 1, "the node is being taken away")
+    assert groups.run(leaving, 1)
+    assert not leaving.fits(groups.runtime, [])
+
+    assert groups.run(stopping, 2)
+    (groups.study_dir / "stop").touch()
+    until(lambda: not stopping.fits(groups.runtime, []))
+    assert not groups.run(stopping, 3)
+
+
+def test_a_group_that_cannot_begin_says_why(groups, monkeypatch):
+    monkeypatch.setattr(ray_group, "_trainer", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        groups.run(groups.group(), 0)
+
+
+def until(condition):
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_search_starts_its_workers_once_and_after_a_failure_again(tmp_path, monkeypatch):
+    """Four trials and a baseline, one after the other; trial 1 diverges, and its group ends with it."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    stand_in.tell(tmp_path, **{"1": "diverge"})
+    resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
+    recipe = stand_in.make_recipe(4, epochs=1, resources=resources, max_concurrent_trials=1)
+    result = run_search(recipe, tmp_path / "study", runner=Runner(stand_in.prepare, train_and_name_the_process))
+    assert [row.outcome for row in result.trials] == ["complete", "diverged", "complete", "complete"]
+    folders = [tmp_path / "study" / "baselines" / "plain"]
+    folders += [tmp_path / "study" / "trials" / row.name for row in result.trials]
+    pids = [json.loads((folder / "pids.json").read_text()) for folder in folders]
+    assert pids[0] == pids[1] == pids[2]
+    assert pids[3] == pids[4] != pids[0]
+
+
+def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):
+    from carft_ray.learning.ranks import gather
+
+    pids = gather(context, os.getpid())
+    if context.rank == 0:
+        (out_dir / "pids.json").write_text(json.dumps(pids))
+    return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
