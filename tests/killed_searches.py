@@ -342,7 +342,7 @@ def waiting_trial(worker_pid):
     parent = parent_of(worker_pid)
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::ImplicitFunc") and parent_of(path.parent.name) == parent:
+            if path.read_bytes().startswith(b"ray::ResourceTrainable") and parent_of(path.parent.name) == parent:
                 return int(path.parent.name)
     raise AssertionError("no trial waits")
 
