@@ -294,6 +294,23 @@ def test_a_packed_set_gives_the_pixels_of_its_source_in_any_number_of_batches(tm
     assert (entry.kind, entry.image_size, entry.in_use) == ("packed", "", True)
 
 
+def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path):
+    source = Pictures()
+    sides = [source.pixels(index).shape[:2] for index in range(len(source))]
+    limit = sorted(min(side) for side in sides)[len(sides) // 2] - 1
+    found = PackedSource(source, tmp_path, short_side=limit)
+    for index, (height, width) in enumerate(sides):
+        if min(height, width) <= limit:
+            assert found.packed_bytes(index) == source.content(index)
+        else:
+            share = limit / min(height, width)
+            assert found.pixels(index).shape == (round(height * share), round(width * share), 3)
+            assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
+    assert {min(found.pixels(index).shape[:2]) for index in range(len(source))} >= {limit}
+    PackedSource(source, tmp_path)
+    assert len(cache.list_entries(tmp_path)) == 2
+
+
 def test_a_packed_set_is_built_once_and_again_for_another_fingerprint(tmp_path):
     source = Pictures(tmp_path / "log")
     for fingerprint in ("pictures-1/0", "pictures-1/0", "pictures-1/1"):

@@ -219,10 +219,10 @@ def fill_views(
 def _show(pixels_HWC: PixelArray, tries: Iterator[Try], view_HWC: PixelArray) -> None:
     """Makes one view; the image is let go before the next is decoded, which takes its place in memory and caches."""
     left, top, right, bottom = _box(tries, pixels_HWC.shape[1], pixels_HWC.shape[0])
-    _resize(pixels_HWC[top:bottom, left:right], view_HWC)
+    resize(pixels_HWC[top:bottom, left:right], view_HWC)
 
 
-def _resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
+def resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     """Antialiased bicubic resize of a crop: the filter sees nothing outside of it.
 
     torch's kernel for uint8, which works without Python's lock in one thread, with integer weights. Its pixels are the

@@ -80,9 +80,11 @@ def load_shared_inputs(
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
         elif isinstance(train, StoredSource | ListedSource) and (
-            recipe.data.pack == "always" or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))
+            recipe.data.resize_short_side is not None
+            or recipe.data.pack == "always"
+            or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))
         ):
-            train = PackedSource(train, folder, partial(on_image, "train"), limit_gb)
+            train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
 
         def decoded(name: str) -> ImageSet:
             found = image_set(sources[name], clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)

@@ -313,6 +313,9 @@ class DataConfig(Config):
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
     """keep the files of `train` as one file in the cache; auto: where they are on network disks and the cache is not,
     and the images of Parquet files"""
+    resize_short_side: PositiveInt | None = key(None, "288", Resume("identity", "what is trained on"))
+    """pixels of the shorter side to which larger images of `train`, where they are stored, are made smaller, once, as
+    JPEG in the cache; null: training crops from the images as they are"""
 
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study

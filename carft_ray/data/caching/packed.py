@@ -1,32 +1,41 @@
-"""Packed sets: the files of a training set, byte for byte, in one memory-mapped file of the cache.
+"""Packed sets: the files of a training set, as they are or made smaller, in one memory-mapped file of the cache.
 
 A random crop needs the original, so a training set is not decoded ahead. But many small files on a disk of a network
 cost a journey each, in every epoch of every training; packed, they cost it once, and all trainings of a machine share
 one copy in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
 of the time of a view (``benchmarks/loader.py``).
 
+With ``data.resize_short_side`` larger images are made smaller once and kept as JPEG; the crops of every training are of
+these. Decoding takes most of the time of a view, and its time goes by the number of pixels.
+
 The file has the columns image (large binary), label (int64) and sample_id (uint64), in record batches of about
-``BATCH_BYTES``. The key is a hash of the fingerprint of the source.
+``BATCH_BYTES``. The key is a hash of the fingerprint of the source, and of what makes images smaller.
 """
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import simplejpeg
 
 from carft_ray.data.caching import cache
 from carft_ray.data.caching.arrays import OnImage, about, check_same, waiting
 from carft_ray.data.caching.index import required
 from carft_ray.data.content import in_order
+from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import DerivedSource, PixelArray
+from carft_ray.data.views import resize
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 1
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
+QUALITY = 95  # of the JPEGs of images that were made smaller
 
 # file systems whose disks are elsewhere, as mount tables name them; those of FUSE are mostly that too
 _NETWORK = (
@@ -45,6 +54,7 @@ class PackedSource(DerivedSource):
         cache_dir: Folder of the cache.
         on_image: As for ``arrays.image_set``.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
+        short_side: Pixels of the shorter side of larger images; None: all images are packed as they are.
 
     Raises:
         DataError: A file cannot be read, or there is none.
@@ -57,6 +67,7 @@ class PackedSource(DerivedSource):
         cache_dir: Path,
         on_image: OnImage | None = None,
         limit_gb: float | None = None,
+        short_side: int | None = None,
     ) -> None:
         def read(reader: Any) -> pa.Table:
             table = reader.read_all()
@@ -64,10 +75,11 @@ class PackedSource(DerivedSource):
             return table
 
         def build(path: Path) -> dict[str, Any]:
-            _build(source, path, on_image)
+            _build(source, path, on_image, short_side)
             return about(source, "packed")
 
-        key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint])
+        smaller = [] if short_side is None else [short_side, QUALITY, DECODERS]
+        key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint, *smaller])
         super().__init__(source)  # ``content`` is for hashes: of the files themselves, as they are now
         self._decode = source.decode
         self._images = cache.entry(cache_dir, key, read, build, limit_gb, waiting(source, on_image))["image"]
@@ -124,13 +136,26 @@ def _is_remote(path: str, mounts: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | None) -> None:
+def _smaller(source: StoredSource | ListedSource, index: int, short_side: int) -> bytes:
+    """Returns an image as JPEG whose shorter side has ``short_side`` pixels, or its file where it has no more."""
+    content = source.content(index)
+    pixels = source.decode(content, index)
+    height, width = pixels.shape[:2]
+    if (now := min(height, width)) <= short_side:
+        return content
+    small = np.empty((*(max(1, round(side * short_side / now)) for side in (height, width)), 3), np.uint8)
+    resize(pixels, small)
+    return bytes(simplejpeg.encode_jpeg(small, QUALITY, colorsubsampling="420"))
+
+
+def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | None, short_side: int | None) -> None:
+    read = source.content if short_side is None else partial(_smaller, source, short_side=short_side)
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
     with open(path, "wb") as file:
         with (
             pa.ipc.new_file(file, _SCHEMA) as writer,
-            contextlib.closing(in_order(source.content, len(source))) as images,
+            contextlib.closing(in_order(read, len(source))) as images,
         ):
             contents: list[bytes] = []
             num_bytes = 0

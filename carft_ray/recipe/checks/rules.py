@@ -77,6 +77,10 @@ def _sets(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(path, "must differ from the names in data.ood_val", reads=(other,))
     for path, images in benchmark_sets(recipe).items():
         yield from _benchmark(path, images)
+    short_side, path = recipe.data.resize_short_side, ("data", "resize_short_side")
+    if short_side is not None and recipe.data.pack == "never":
+        rule = "must be left out with pack: never: the smaller images are kept in the cache"
+        yield Finding(path, rule, str(short_side), reads=(("data", "pack"),))
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
