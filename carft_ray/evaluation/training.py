@@ -212,12 +212,13 @@ class _Training:
         self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]
     ) -> tuple[dict[str, Tensor], Callable[[float], pa.Table]]:
         """Returns the zero-shot state, and what gives the predictions for ``sets`` at an alpha."""
-        train, batch_size = self.recipe.train, self.recipe.evaluate.batch_size
-        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device_of(self.recipe))
+        train, batch_size, device = self.recipe.train, self.recipe.evaluate.batch_size, device_of(self.recipe)
+        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device)
         zero_shot = classifier.state()
+        start, end = ({name: tensor.to(device) for name, tensor in s.items()} for s in (zero_shot, fine_tuned))
 
         def at(alpha: float) -> pa.Table:
-            load_mixture(classifier, zero_shot, fine_tuned, alpha, self.views_NHWC)
+            load_mixture(classifier, start, end, alpha, self.views_NHWC)
             return predict_all(classifier, sets, alpha, batch_size, self.context)
 
         return zero_shot, at
