@@ -19,9 +19,9 @@ from carft_ray.evaluation.alpha import (
     neighbour_se,
     objective_covariance,
 )
+from carft_ray.evaluation.curve import measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.curve import measure_curve
 from carft_ray.evaluation.training import _alphas_at_chance
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.statistics.intervals import crossed

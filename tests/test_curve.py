@@ -1,19 +1,29 @@
-"""The measured alpha curve: partial points, what makes a point whole, and that the choice comes out of what is stored."""
+"""The measured alpha curve: partial points, when all images are evaluated, and the choice from what is stored."""
 
 import curve_stand_in
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks import curve as benchmark
 from carft_ray.evaluation.alpha import alpha_profile, partial_alphas
 from carft_ray.evaluation.curve import IN_FULL, UNSURE, measure_curve, unsettled
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.evaluation.predictions import alphas, concat, margins, predictions_table, select, with_rows
+from carft_ray.evaluation.predictions import (
+    alphas,
+    concat,
+    margins,
+    predictions_table,
+    select,
+    with_rows,
+    write_predictions,
+)
 from carft_ray.recipe.schema import DEFAULT_GRID
 
 SETS = ("id_val", "sketch")
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.5)
 NUM, CLASSES = 600, 5
+OOD_SETS = ("noisy_photo", "blurry_photo", "painting", "negative")
 
 
 class Model:
@@ -165,3 +175,30 @@ def test_no_row_and_every_row_may_be_replaced():
     assert with_rows(table, 0.2, all_, there).equals(there)
     kept = with_rows(table, 0.2, none, there.slice(0, 0))
     assert kept.drop(["alpha"]).equals(table.drop(["alpha"]))
+
+
+# ---------------------------------------------------------------------------------------------- the benchmark
+
+FEW = [f"data.{name}.num_per_class=2" for name in ("train", "id_val", *(f"ood_val.{one}" for one in OOD_SETS))]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_the_curve_and_its_training(tmp_path):
+    settings = [*FEW, f"data.cache_dir={tmp_path}", "train.epochs=1", "train.batch_size=32", "evaluate.every_epochs=0"]
+    pairs = benchmark.curve_and_training(settings)
+    assert len(pairs) == len(benchmark.LEARNING_RATES) - 1
+    assert all(curve_s > 0 and training_s > 0 for curve_s, training_s in pairs)
+
+
+@pytest.mark.parametrize("kind", [Model, Turning])
+def test_the_benchmark_replays_stored_predictions(tmp_path, capsys, kind):
+    recipe, path = recipe_with({"grid": list(DEFAULT_GRID)}), tmp_path / "validation.parquet"
+    curve, choice, _ = kind().curve(recipe)
+    write_predictions(path, curve.table())
+    found = benchmark.replay(recipe, path)
+    assert (found.alpha, found.other, found.lost) == (choice.alpha, choice.alpha, 0)
+    whole, part = found.passes
+    assert whole == len(curve.tables) - 1
+    assert (part < whole) == (kind is Model)
+    assert benchmark.report([found])
+    assert "PASS  1 trainings: the same alpha in 100.0 %" in capsys.readouterr().out

@@ -57,9 +57,10 @@ class Curve:
         """Evaluates the images that are not settled at an alpha; its neighbours in full must be there."""
         nearer, rows = self._carried(alpha)
         if rows.all():
-            return self.measure(alpha)
-        self.tables[alpha] = with_rows(nearer, alpha, rows, self.at(alpha, rows))
-        self.shares[alpha] = float(rows.mean())
+            self.measure(alpha)
+        else:
+            self.tables[alpha] = with_rows(nearer, alpha, rows, self.at(alpha, rows))
+            self.shares[alpha] = float(rows.mean())
 
     def missed(self, alpha: float, spec: ObjectiveSpec) -> float:
         """Returns by how much the objective of a partial point differs from that of all images, which are there."""

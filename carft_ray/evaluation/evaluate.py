@@ -29,8 +29,8 @@ def predict(
 ) -> pa.Table:
     """Returns the predictions for the images of a set, the same table on every worker.
 
-    Worker r of w evaluates the images r, r + w, r + 2 w, ... of those wanted; the parts are put together by position, so counts are
-    exact whatever w is.
+    Worker r of w evaluates the images r, r + w, r + 2 w, ... of those wanted; the parts are put together by position,
+    so counts are exact whatever w is.
 
     Args:
         classifier: On the device where it is to run.
