@@ -10,6 +10,8 @@ happen to a command line:
     "kill": [n, moment]          SIGKILL at its n-th durable operation: an append, a flush to disk (fsync) or a rename
     "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
     "file_size": bytes           no file can grow larger, as on a full disk
+    "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once:
+                                 the operations have one order
 
 The wrappers that do it live here; the program knows nothing of them. A job answers ``answers.json`` in its folder: for
 each command line ``code``, ``log`` and the temporary files that it left (``remains``). Tests start it with ``started``.
@@ -27,6 +29,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -121,6 +124,35 @@ def interrupt_at_open(part, numbers):
     builtins.open = counting_open
 
 
+class Late:
+    """A future whose work begins when its result is asked for."""
+
+    def __init__(self, begin):
+        self.begin = begin
+
+    def done(self):
+        return False
+
+    def result(self):
+        return self.begin().result()
+
+
+def order_writes(late):
+    """Has the threads that write checkpoints do so while the training waits: at once, or as late as they may."""
+    plain = ThreadPoolExecutor.submit
+
+    def submit(pool, *given):
+        if pool._thread_name_prefix != "checkpoint":
+            return plain(pool, *given)
+        if late:
+            return Late(lambda: plain(pool, *given))
+        future = plain(pool, *given)
+        wait([future])
+        return future
+
+    ThreadPoolExecutor.submit = submit
+
+
 def run(program, command, folder):
     """Runs one command line in a fork; returns its exit code, negative for a signal, and what it printed."""
     readable, writable = os.pipe()
@@ -142,6 +174,7 @@ def run(program, command, folder):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         counter = Counter(*command.get("kill", ()))
         counter.install()
+        order_writes(command.get("writes") == "late")
         if "interrupt" in command:
             interrupt_at_open(*command["interrupt"])
         if "file_size" in command:

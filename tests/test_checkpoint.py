@@ -90,6 +90,29 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_written():
     assert all(torch.equal(one, other) for one, other in zip(whole, second, strict=True))
 
 
+def test_moments_have_the_strides_of_their_parameter_which_fused_kernels_need():
+    def fresh():
+        weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        parameter = torch.nn.Parameter(weight.to(memory_format=torch.channels_last))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=True)
+
+    def steps(parameter, optimizer, numbers):
+        for number in numbers:
+            parameter.grad = (number * parameter.detach()).sin()
+            optimizer.step()
+
+    whole, optimizer = fresh()
+    steps(whole, optimizer, [1, 2, 3, 4])
+    first, optimizer = fresh()
+    steps(first, optimizer, [1, 2])
+    kept = {name: tensor.contiguous() for name, tensor in optimizer_tensors(optimizer).items()}  # as a file holds them
+    second, resumed = fresh()
+    second.data.copy_(first.data)
+    load_optimizer_tensors(resumed, kept)
+    steps(second, resumed, [3, 4])
+    assert torch.equal(whole, second)
+
+
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path / "none") == (None, [])
     (tmp_path / "attempt-1" / ".step-00000008.77.tmp").mkdir(parents=True)

@@ -41,15 +41,16 @@ def train(recipe):
 
 @pytest.fixture(scope="module")
 def reference(recipe, host, train):
-    """Folder and durable operations of a training that nothing disturbs."""
+    """Folder and durable operations of a training that nothing disturbs, the latter also with late checkpoints."""
     folder = recipe.parent
-    kinds = folder / "kinds.json"
+    kinds, late = folder / "kinds.json", folder / "late.json"
     jobs = [
         {"name": "reference", "commands": [{"argv": train, "count_to": str(kinds)}]},
+        {"name": "reference_late", "commands": [{"argv": train, "count_to": str(late), "writes": "late"}]},
         {"name": "reference_small", "commands": [{"argv": [*train, *SMALL_BATCHES]}]},
     ]
     host(jobs)
-    return folder, json.loads(kinds.read_text())
+    return folder, json.loads(kinds.read_text()), json.loads(late.read_text())
 
 
 def moments(kinds, number):
@@ -64,13 +65,18 @@ def moments(kinds, number):
 @pytest.fixture(scope="module", params=kill_points.SHARES)
 def killed(request, host, train, reference):
     """Trainings killed at durable operations, each then resumed. Some are killed again before that."""
-    _, kinds = reference
+    _, kinds, late = reference
     resume = [*train, "--resume"]
     jobs = []
     for number, kind in enumerate(kinds, start=1):
         for moment in moments(kinds, number):
             commands = [{"argv": train, "kill": (number, moment)}, {"argv": resume}]
             jobs.append({"name": f"{number:03d}-{kind}-{moment}", "commands": commands})
+    epochs = [number for number, kind in enumerate(late, start=1) if kind == "append"]
+    for number in range(epochs[0], len(late) + 1):  # where the order is another one
+        for moment in moments(late, number):
+            commands = [{"argv": train, "kill": (number, moment), "writes": "late"}, {"argv": resume}]
+            jobs.append({"name": f"{number:03d}-late-{moment}", "commands": commands})
     for number in range(1, len(kinds), len(kinds) // NUM_SECOND_KILLS):
         again = {"argv": resume, "kill": (1 + number * 7 % 11, "after")}
         commands = [{"argv": train, "kill": (number, "after")}, again, {"argv": resume}]
@@ -106,6 +112,8 @@ def differences(folder, other):
 
 def test_every_kill_struck_and_every_kind_of_operation_was_counted(reference, killed):
     kinds = Counter(reference[1])
+    assert kinds == Counter(reference[2])
+    assert reference[1] != reference[2]
     assert kinds["append"] == 3  # an epoch each
     assert kinds["rename"] >= 5
     assert kinds["replace"] >= 10
@@ -122,6 +130,7 @@ def test_a_training_killed_at_any_durable_operation_is_resumed_to_the_very_same_
     whole = reference[0] / "reference"
     differing = {name: differences(folder, whole) for name, (folder, _) in killed.items()}
     assert {name: found for name, found in differing.items() if found} == {}
+    assert differences(reference[0] / "reference_late", whole) == []
 
 
 def test_a_resumed_training_does_not_begin_again(host, train, reference):

@@ -167,6 +167,24 @@ def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
             pass
 
 
+def test_compile_auto_is_what_the_study_has_and_nothing_else_takes_its_place(tmp_path):
+    def with_compile(value):
+        return make_recipe(2, train={"compile": value})
+
+    for begun, later in ((True, "auto"), (False, "auto"), ("auto", "auto")):
+        study_dir = tmp_path / f"{begun}"
+        with open_study(study_dir, with_compile(begun)):
+            pass
+        with open_study(study_dir, with_compile(later)) as found:
+            assert found.recipe == with_compile(later)
+    for other in (True, False):
+        with (
+            pytest.raises(RecipeError, match=r"train\.compile: must be \"auto\" as in"),
+            open_study(tmp_path / "auto", with_compile(other)),
+        ):
+            pass
+
+
 def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifest(tmp_path):
     study_dir = tmp_path / "study"
     old, new = make_recipe(2), make_recipe(2, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import re
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from tiny import make_tiny_clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from carft_ray import files
 from carft_ray.data.views import batches, view_batch
-from carft_ray.errors import DivergedError
+from carft_ray.errors import DivergedError, OutdatedAttemptError, StorageError
 from carft_ray.evaluation.heads import build_heads
+from carft_ray.learning import checkpoint
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, normalised
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
@@ -315,8 +319,116 @@ def test_checkpoints_come_after_each_time_and_at_the_end_of_every_epoch(
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("attempt-1/step-*")) == steps  # the last two stay
 
 
+@pytest.fixture
+def held(monkeypatch, frequent):
+    """An event until which no checkpoint is written."""
+    go, plain = threading.Event(), checkpoint.save_checkpoint
+
+    def save(*given):
+        assert go.wait(60)
+        return plain(*given)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    yield go
+    go.set()
+
+
+def writers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.5, "lora_rank": 2}], ids=["plain", "average and lora"])
+def test_steps_do_not_wait_for_a_checkpoint_and_it_holds_the_state_of_its_step(
+    tiny_clip, heads, source, tmp_path, monkeypatch, held, values
+):
+    train = settings(epochs=2, batch_size=4, checkpoint_every=None, **values)  # 10 steps an epoch
+
+    def progress(row):
+        if row["step"] == 18:
+            assert not list(tmp_path.glob("late/attempt-1/step-*"))
+            held.set()
+
+    context = RunContext(progress=progress)
+    late = fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=tmp_path / "late")
+    soon = fine_tune(tiny_clip, *heads, source, train, checkpoint_dir=tmp_path / "soon")
+    assert largest_difference(late, soon) == 0.0
+    for step in (10, 20):
+        names = [tmp_path / name / "attempt-1" / f"step-{step:08d}" for name in ("late", "soon")]
+        found = [checkpoint.load_checkpoint(name) for name in names]
+        assert found[0].position == found[1].position
+        for part in ("weights", "optimizer", "average"):
+            one, other = (getattr(each, part) for each in found)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    assert writers() == []
+
+
+def test_a_stop_and_an_error_wait_for_the_checkpoint_that_is_being_written(tiny_clip, heads, source, tmp_path, held):
+    def interrupt(row):
+        if row["step"] == 12:
+            threading.Timer(0.1, held.set).start()
+            raise KeyboardInterrupt
+
+    def should_stop():
+        threading.Timer(0.1, held.set).start()
+        return True
+
+    train = settings(epochs=2, batch_size=4, checkpoint_every=None)
+    for name, context, kind, step in (
+        ("error", RunContext(progress=interrupt), KeyboardInterrupt, 10),
+        ("stop", RunContext(should_stop=should_stop), StoppedRun, 2),
+    ):
+        held.clear()
+        with pytest.raises(kind):
+            fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=tmp_path / name)
+        assert writers() == []
+        assert [path.name for path in tmp_path.glob(f"{name}/attempt-1/step-*")] == [f"step-{step:08d}"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_checkpoint_that_cannot_be_written_ends_the_training_before_the_next_one(
+    tiny_clip, heads, source, tmp_path, frequent, stops
+):
+    rows, folder = [], tmp_path / "checkpoint"
+    folder.write_text("a file")
+    train = settings(epochs=3, batch_size=4, checkpoint_every=None)
+    context = RunContext(progress=rows.append, should_stop=lambda: stops)
+    with pytest.raises(StorageError, match="must be writable"):
+        fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=folder)
+    assert rows[-1]["step"] <= (2 if stops else 20)
+
+
+def test_an_attempt_that_another_one_follows_writes_no_checkpoint(tiny_clip, heads, source, tmp_path, frequent):
+    def check():
+        raise OutdatedAttemptError("another attempt has begun")
+
+    with files.fenced(check), pytest.raises(OutdatedAttemptError):
+        fine_tune(tiny_clip, *heads, source, settings(batch_size=4), checkpoint_dir=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def without_speed(row):
     return {name: value for name, value in row.items() if name != "images_per_s"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number of a tensor is read, for which a GPU must come to its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.9, "micro_batch": 3, "class_head_form": "unit"}])
+def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source, values):
+    with Reads() as reads:
+        assert float(torch.ones(())) == 1.0
+        fine_tune(tiny_clip, *heads, source, settings(batch_size=4, epochs=2, **values))  # 20 steps
+    assert reads.number <= 1 + 2  # a row after every tenth step
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_result_says_on_what_it_was_computed(here):
     run = json.loads((folder / "run" / "result.json").read_text())["environment"]
     trial = json.loads(next((folder / "study" / "trials").glob("*/result.json")).read_text())["environment"]
     assert run["source"] == environment.source_digest()
-    assert (run["device"], run["threads"], run["num_workers"]) == ("cpu", 1, 1)
+    assert (run["device"], run["threads"], run["num_workers"], run["compile"]) == ("cpu", 1, 1, False)
     assert trial == run
 
 
@@ -161,6 +161,17 @@ def test_a_study_does_not_go_on_with_another_version_of_the_views():
     assert str(problem) == (
         "code: the training views must be those of the manifest, version 1, but got version 2 now\n"
         "    Run the code of the study (commit abc), or begin anew in another folder."
+    )
+
+
+def test_a_study_does_not_go_on_with_another_meaning_of_compile():
+    before = {"data": {}, "model": 1, "preparation": {"compile": True}}
+    assert identity_problems(before, dict(before)) == []
+    assert identity_problems({**before, "preparation": {}}, before) == []  # of a study from before there was a choice
+    (problem,) = identity_problems(before, {**before, "preparation": {"compile": False}})
+    assert str(problem) == (
+        "train.compile: must be true, as it was decided before the first training, but got false here\n"
+        "    Restore the study's folder prepared, which says so, or begin anew in another folder."
     )
 
 

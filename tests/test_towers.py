@@ -1,9 +1,11 @@
 """How the image tower trains: layer-wise learning rates, frozen layers, LoRA, averages, checkpointing, BatchNorm."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
+import shutil
 import socket
 
 import numpy as np
@@ -23,9 +25,11 @@ from tiny import CONFIG, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
+from carft_ray.evaluation import training
 from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.predictions import concat, read_predictions, select
+from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runs.single import train_once
 from carft_ray.learning.checkpoint import newest_checkpoint
@@ -35,6 +39,7 @@ from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.lora import merged_state, trained_weights
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.mixing import clean_views, load_mixture, mix_weights, recalibrate
+from carft_ray.learning.models import tower
 from carft_ray.learning.models.clip import wrap_model
 from carft_ray.learning.models.tower import (
     check_tower,
@@ -565,6 +570,77 @@ def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_c
     assert abs(rows[2]["kl"]) < 1e-6
     assert rows[3]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-2)
     assert largest_difference(*states) < 2e-3  # Adam's first steps have the sign of a gradient that may be rounding
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_one_shape_is_compiled_whatever_the_last_batch_and_micro_batch_hold(tiny_clip, heads, source, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    graphs = []
+    for values in ({"batch_size": 40}, {"batch_size": 11}, {"batch_size": 13, "micro_batch": 4}, {"batch_size": 11}):
+        torch._dynamo.utils.counters.clear()
+        train = settings(compile=True, epochs=2, warmup_steps=0, **values)
+        state = fine_tune(tiny_clip, *heads, source, train)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        plain = fine_tune(tiny_clip, *heads, source, train.model_copy(update={"compile": False}))
+        assert largest_difference(plain, state) < 5e-3  # as above
+    assert len(set(graphs)) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_training_resumes_bit_for_bit_before_a_smaller_batch(
+    tiny_clip, heads, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("carft_ray.learning.loop.LOG_EVERY", 3)
+    train = settings(compile=True, epochs=2, batch_size=12)  # 12, 12, 12, 4
+    whole = fine_tune(tiny_clip, *heads, source, train)
+    stops = RunContext(should_stop=lambda: True)
+    with pytest.raises(StoppedRun, match="at step 3 of 8"):
+        fine_tune(tiny_clip, *heads, source, train, stops, checkpoint_dir=tmp_path)
+    resumed = fine_tune(tiny_clip, *heads, source, train, checkpoint_dir=tmp_path, attempt=2)
+    assert largest_difference(whole, resumed) == 0.0
+    torch.compiler.reset()
+
+
+def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(tower, "has_compiler", lambda device: True)
+    long, short = (settings(epochs=epochs, batch_size=100) for epochs in (10, 9))
+    assert [tower.compiles(train, 9_901, gpu) for train in (long, short)] == [True, False]
+    assert not tower.compiles(long, 9_901, cpu)
+    for fixed in (True, False):
+        assert tower.compiles(settings(compile=fixed), 100, cpu) is fixed
+    monkeypatch.setattr(tower, "has_compiler", lambda device: False)
+    assert not tower.compiles(long, 9_901, gpu)
+
+
+def test_what_auto_means_is_decided_once_for_a_study(tiny_clip, source, tmp_path, monkeypatch):
+    validation = (ImageSet("id_val", source.images, source.labels, source.sample_ids),)
+    inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
+    recipe = make_recipe(1, train={"learning_rate": 1e-3, "batch_size": 10})
+    for decides, key in ((True, "key"), (False, "key"), (False, "of another version")):
+        monkeypatch.setattr(training, "compiles", lambda *given, decides=decides: decides)
+        found = training.prepare(recipe, tmp_path, opened=dataclasses.replace(inputs, key=key))
+        assert "compile" not in found
+        assert training.is_compiled(recipe, tmp_path)
+    explicit = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
+    assert not training.is_compiled(explicit, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiler_that_fails_is_found_out_and_named(monkeypatch, tmp_path, caplog):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "nothing")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inductor, "fx_graph_cache", False)
+    torch.compiler.reset()
+    assert not tower.has_compiler(torch.device("cpu"))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("train.compile is off: torch cannot compile here: ")
     torch.compiler.reset()
 
 

@@ -20,11 +20,13 @@ from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.recipe.schema import Recipe
 
 
-def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device) -> dict[str, Any]:
+def shared_origin(
+    recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool = False
+) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data.
 
     ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
-    ``model`` (``weights_hash``) and ``preparation`` (``device``, ``threads``).
+    ``model`` (``weights_hash``) and ``preparation`` (``device``, ``threads``, ``compile``: what ``auto`` means).
 
     Raises:
         DataError: An image cannot be read.
@@ -45,7 +47,11 @@ def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device) ->
             "evaluation": clip.input_key,
         },
         "model": {"weights_hash": clip.weights_hash},
-        "preparation": {"device": device_name(device), "threads": torch.get_num_threads()},
+        "preparation": {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "compile": is_compiled,
+        },
     }
 
 
@@ -84,12 +90,13 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
     return contents
 
 
-def training_environment(device: torch.device, num_workers: int) -> dict[str, Any]:
-    """Returns with what one training was computed: code, torch, ``device``, ``threads`` and ``num_workers``.
+def training_environment(device: torch.device, num_workers: int, is_compiled: bool) -> dict[str, Any]:
+    """Returns with what one training was computed: code, torch, ``device``, ``threads``, ``num_workers``, ``compile``.
 
     Args:
         device: Where it ran.
         num_workers: Workers that shared it.
+        is_compiled: Its image tower was compiled.
     """
     return {
         **environment.code(),
@@ -97,6 +104,7 @@ def training_environment(device: torch.device, num_workers: int) -> dict[str, An
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "num_workers": num_workers,
+        "compile": is_compiled,
     }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from carft_ray import files
 from carft_ray.data.caching.arrays import DecodedSource
@@ -29,7 +28,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import shared_origin
 from carft_ray.evaluation.predictions import read_predictions, write_predictions
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
-from carft_ray.evaluation.training import RESULT_VERSION, device_of, prepare, run_training, target_store
+from carft_ray.evaluation.training import RESULT_VERSION, device_of, is_compiled, prepare, run_training, target_store
 from carft_ray.layout import HEADS, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
@@ -37,7 +36,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import LOG_EVERY, same_attention
 from carft_ray.learning.memory import micro_batch_of
 from carft_ray.learning.mixing import clean_views, mix_weights, recalibrate
-from carft_ray.learning.models.tower import shape_tower
+from carft_ray.learning.models.tower import compile_tower, compiles, shape_tower
 from carft_ray.learning.target_blocks import BLOCK
 from carft_ray.learning.targets import Targets
 from carft_ray.recipe.schema import Recipe
@@ -96,6 +95,8 @@ def probe_prepare(recipe: Recipe, folder: Path, say: Callable[[str], None] = lam
     origin_s = time.perf_counter() - again - open_s
     share = share_of(inputs, recipe, files.read_json(folder.parent / PROBE)["largest_batch"])
     marks: list[tuple[str, float]] = []
+    decided = {"compile": compiles(recipe.train, len(inputs.train), device)}  # as for the whole set
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
     prepare(recipe, folder, lambda text: marks.append((text, time.perf_counter())), share)
     marks.append(("end", time.perf_counter()))
     spent = [(text, after - at) for (text, at), (_, after) in itertools.pairwise(marks)]
@@ -154,7 +155,7 @@ def probe_training(
         storing_s += time.perf_counter() - at
         measured[name] = _timed(applied, out_dir / name, prepared_dir, context, share)
     others = _evaluation(recipe, out_dir / next(iter(measured)), prepared_dir, context, share)
-    others |= _input(recipe, load_tensors(prepared_dir / HEADS)["class_head"], context, share)
+    others |= _input(recipe, prepared_dir, context, share)
     result = {
         "format_version": RESULT_VERSION,
         "objective": 0.0,
@@ -173,7 +174,7 @@ def probe_training(
     return result
 
 
-def _input(recipe: Recipe, class_head_CD: Tensor, context: RunContext, share: SharedInputs) -> dict[str, float]:
+def _input(recipe: Recipe, prepared_dir: Path, context: RunContext, share: SharedInputs) -> dict[str, float]:
     """Returns ``view_s``, of one thread, and ``step_s``, of the device with views that are there: seconds an image.
 
     ``step_s`` is 0 on a CPU, where the same cores do both.
@@ -183,12 +184,12 @@ def _input(recipe: Recipe, class_head_CD: Tensor, context: RunContext, share: Sh
     ids, size = share.train.sample_ids[indices], share.clip.image_size
     views_BHWC = view_batch(share.train, indices, ids, train.seed, 0, train.crop_scale, size)
     view_s = (time.perf_counter() - began) / len(indices)
-    return {"view_s": view_s, "step_s": _step_s(recipe, class_head_CD, context, share, views_BHWC, device)}
+    return {"view_s": view_s, "step_s": _step_s(recipe, prepared_dir, context, share, views_BHWC, device)}
 
 
 def _step_s(
     recipe: Recipe,
-    class_head_CD: Tensor,
+    prepared_dir: Path,
     context: RunContext,
     share: SharedInputs,
     views_BHWC: PixelArray,
@@ -196,11 +197,12 @@ def _step_s(
 ) -> float:
     if device.type == "cpu":
         return 0.0
+    class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
     classifier = build_classifier(share.clip, class_head_CD, recipe.train, device).train()
     shape_tower(classifier, recipe.train)
-    if recipe.train.compile:
-        classifier.visual.compile()
     size = micro_batch_of(recipe.train, context.world_size)
+    if is_compiled(recipe, prepared_dir):
+        compile_tower(classifier, size)
     pixels_BHWC = torch.from_numpy(np.resize(views_BHWC, (size, *views_BHWC.shape[1:]))).to(device)
     began = 0.0
     for turn in range(NUM_STEPS + 2):  # the first two find their kernels

@@ -42,11 +42,12 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
 from carft_ray.learning.mixing import clean_views, load_mixture
-from carft_ray.learning.models.tower import check_tower
+from carft_ray.learning.models.tower import check_tower, compiles
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.targets import store_dir
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe, without_tests
 
@@ -94,10 +95,10 @@ def prepare(
     done = folder / layout.PREPARATION
     # those of an older version are made anew
     key = f"predictions {PREDICTIONS_VERSION}, views {VIEW_VERSION}: {inputs.key}"
-    content: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or a damaged one
-        before = json.loads(done.read_text())
-        content = before if before["key"] == key and "provenance" in before else None
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        before = files.read_object(done) or {}
+    content = before if before.get("key") == key and "provenance" in before else None
     if content is None:
         clip, device = inputs.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
@@ -107,17 +108,20 @@ def prepare(
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / layout.ZERO_SHOT_TABLE, table)
+        # decided once; not in a preparation of before there was such a choice
+        compiled = before.get("compile", False) if before else compiles(recipe.train, len(inputs.train), device)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
             "num_images": inputs.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(inputs.templates),
-            "provenance": shared_origin(recipe, inputs, device) if opened is None else {},
+            "compile": compiled,
+            "provenance": shared_origin(recipe, inputs, device, compiled) if opened is None else {},
         }
         files.write_json(done, content)
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
-    others = {k: v for k, v in content.items() if k not in ("key", "metrics")}
+    others = {k: v for k, v in content.items() if k not in ("key", "metrics", "compile")}
     return {**content["metrics"], **others, "provenance": provenance}
 
 
@@ -167,13 +171,14 @@ def run_training(
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
         recipe = without_tests(recipe)
-    training = _Training(recipe, inputs, heads, out_dir, context, store, views_NHWC, function)
+    compiled = is_compiled(recipe, prepared_dir)
+    training = _Training(recipe, inputs, heads, out_dir, context, store, views_NHWC, compiled, function)
     # where an earlier attempt has trained, only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
     result = _evaluate(training, fine_tuned, prepared_dir)
     result |= {
         "elapsed_s": round(time.perf_counter() - started, 3),
-        "environment": training_environment(device_of(recipe), context.world_size),
+        "environment": training_environment(device_of(recipe), context.world_size, compiled),
     }
     if function is not None:
         result["environment"]["function_source"] = source_of(function)
@@ -182,6 +187,13 @@ def run_training(
         files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
         files.write_json(result_path, result)
     return result
+
+
+def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
+    """Returns whether trainings compile their image tower; with ``compile: auto``, what the preparation has decided."""
+    if recipe.train.compile != "auto":
+        return recipe.train.compile
+    return bool(files.read_json(prepared_dir / layout.PREPARATION).get("compile", False))
 
 
 def target_store(recipe: Recipe, inputs: SharedInputs, context_head_TD: Tensor, prepared_dir: Path) -> Path | None:
@@ -206,7 +218,13 @@ class _Training:
     context: RunContext
     store: Path | None
     views_NHWC: PixelArray | None
+    is_compiled: bool
     function: OwnFunction | None = None
+
+    @property
+    def train(self) -> TrainConfig:
+        """The values of the training, with ``compile`` resolved."""
+        return self.recipe.train.model_copy(update={"compile": self.is_compiled})
 
     def mixtures(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> tuple[dict[str, Tensor], At]:
         """Returns the zero-shot state, and what gives the predictions for ``sets``."""
@@ -279,7 +297,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             heads["class_head"],
             heads["context_head"],
             inputs.train,
-            recipe.train,
+            training.train,
             recorded,
             device=device,
             checkpoint_dir=training.out_dir / layout.CHECKPOINTS,
@@ -302,7 +320,7 @@ def _train_own(
     with _recorder(training.out_dir, run_folder(training.out_dir, recipe), training.context) as recorded:
         return own_fine_tune(
             function,
-            recipe.train,
+            training.train,
             OwnInputs(inputs.clip, training.heads["class_head"], inputs.class_names, inputs.train, inputs.validation),
             recorded,
             device_of(recipe),

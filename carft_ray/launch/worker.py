@@ -23,7 +23,7 @@ from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import Runtime, not_visible
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.memory import is_out_of_memory
+from carft_ray.learning.memory import free_device, is_out_of_memory
 from carft_ray.recipe.schema import alone
 from carft_ray.recipe.spaces.shared_targets import with_targets
 from carft_ray.recipe.spaces.space import apply
@@ -57,6 +57,8 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
             return _run_worker(runtime, spec, folder, context, idle_s)
     except OutdatedAttemptError:
         return False
+    finally:
+        free_device()  # for the next training of this process, and for those of others that share the GPU
 
 
 def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, idle_s: float) -> bool:

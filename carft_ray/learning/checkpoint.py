@@ -4,15 +4,18 @@
                                         and average.safetensors with `ema_decay`
 
 A checkpoint folder appears under its name only whole. The newest valid one wins; an attempt writes only into its own
-folder, so an older one that still runs cannot overwrite a newer one's work.
+folder, so an older one that still runs cannot overwrite a newer one's work. A training copies its state to the host,
+and a thread writes the copies (``CheckpointWriter``).
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +55,77 @@ class Checkpoint:
     name: str = ""
 
 
+class CheckpointWriter:
+    """Writes the checkpoints of one attempt in a thread, one at a time: no step waits for the disk.
+
+    A context manager: leaving it waits for the last one, so that all is written inside the attempt's fence.
+
+    Args:
+        checkpoint_dir: Folder of all checkpoints of the training; None: none are written.
+        attempt: Number of the attempt.
+    """
+
+    def __init__(self, checkpoint_dir: Path | None, attempt: int) -> None:
+        self._save = None if checkpoint_dir is None else partial(save_checkpoint, checkpoint_dir, attempt)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()  # it waits, too
+
+    def write(self, make: Callable[[], Checkpoint]) -> None:
+        """Begins to write ``make()``, whose tensors nobody changes any more, once the checkpoint before it is written.
+
+        Raises:
+            StorageError: The one before could not be written.
+        """
+        if self._save is not None:
+            self.wait()  # first: memory holds the copies of one checkpoint
+            self._pending = self._pool.submit(self._save, make())
+
+    def check(self) -> None:
+        """Raises the ``StorageError`` of a checkpoint that could not be written; waits for none."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once everything is written.
+
+        Raises:
+            StorageError: It cannot be written; the checkpoints before it are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns the optimizer's tensors under flat names."""
+    """Returns copies of the optimizer's tensors on the CPU, under flat names."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value.cpu() for i, entry in state.items() for key, value in entry.items()}
+    return {f"{i}.{key}": value.to("cpu", copy=True) for i, entry in state.items() for key, value in entry.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts what ``optimizer_tensors`` returned back into a fresh optimizer of the same groups."""
+    """Puts what ``optimizer_tensors`` returned back into a fresh optimizer of the same groups.
+
+    Fused kernels pass over the memory of a parameter and of its moments in one order: all get the parameter's strides.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if value.shape == parameter.shape:
+                entry[key] = torch.empty_like(parameter).copy_(value)
 
 
 def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) -> Path:

@@ -58,6 +58,7 @@ class ImageClassifier(nn.Module):
         self.logit_scale = logit_scale
         self.form = form
         self.autocast_dtype = autocast_dtype
+        self.fixed_batch = 0  # images that the tower always gets, blank ones behind the given; 0: as many as there are
         # convolutions were measured a quarter faster with the channels last, on the CPU too
         self.memory_format = torch.contiguous_format if _needs_channels_first(visual) else torch.channels_last
         head_CD = class_head_CD.detach().clone()
@@ -72,12 +73,15 @@ class ImageClassifier(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Returns the un-normalised image embeddings [B, D] of normalised images [B, 3, H, W], float32 or wider."""
+        num_images, dtype = len(images_BCHW), self.autocast_dtype
+        if num_images < self.fixed_batch:
+            images_BCHW = functional.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, self.fixed_batch - num_images))
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
-        dtype = self.autocast_dtype
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype is not None):
             output = self.visual(images_BCHW)
         # CoCa's tower gives its tokens too
-        return at_least_float32(output[0] if isinstance(output, tuple) else output)
+        features_BD = output[0] if isinstance(output, tuple) else output
+        return at_least_float32(features_BD[:num_images])
 
     def logits(self, features_BD: Tensor) -> Tensor:
         """Returns the class logits [B, C] of embeddings [B, D], outside autocast."""
@@ -115,7 +119,7 @@ class ImageClassifier(nn.Module):
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of tensors on the CPU, without gradients."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _needs_channels_first(visual: nn.Module) -> bool:
@@ -165,4 +169,7 @@ def build_classifier(
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     form, bias = train.class_head_form, train.head_bias
     classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
-    return classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
+    classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
+    if device.type == "cuda":  # else cuDNN brings the weights into the order of the images in every pass
+        classifier.to(memory_format=classifier.memory_format)
+    return classifier

@@ -25,19 +25,20 @@ from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, St
 from carft_ray.learning import feeding
 from carft_ray.learning.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     load_checkpoint,
     load_optimizer_tensors,
     newest_checkpoint,
     optimizer_tensors,
-    save_checkpoint,
 )
 from carft_ray.learning.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.lora import trained_weights
 from carft_ray.learning.losses import Loss
+from carft_ray.learning.memory import micro_batch_of
 from carft_ray.learning.mixing import update_average
 from carft_ray.learning.models.clip import Clip
-from carft_ray.learning.models.tower import shape_tower
+from carft_ray.learning.models.tower import compile_tower, shape_tower
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
 from carft_ray.learning.target_blocks import BLOCK
@@ -90,15 +91,14 @@ class _Means:
 
 @dataclass
 class _Learner:
-    """What a training changes, and where its checkpoints are."""
+    """What a training changes, and what writes its checkpoints."""
 
     classifier: ImageClassifier
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # of the weights; empty without ``ema_decay``
     train: TrainConfig
     context: RunContext
-    checkpoint_dir: Path | None
-    attempt: int
+    writer: CheckpointWriter
     step: int = 0
     saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
@@ -124,13 +124,15 @@ class _Learner:
         return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
 
     def save(self) -> None:
-        """Writes a checkpoint, on rank 0."""
+        """Copies what a checkpoint holds, which is written beside the next steps."""
         self.saved_at = time.monotonic()
-        if self.checkpoint_dir is not None and self.context.rank == 0:
-            position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": self.means.totals}
-            weights, average = copies(self.classifier.state_dict()), copies(self.average)
-            checkpoint = Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
-            save_checkpoint(self.checkpoint_dir, self.attempt, checkpoint)
+        self.writer.write(self._checkpoint)
+
+    def _checkpoint(self) -> Checkpoint:
+        totals = dict(self.means.totals)
+        position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": totals}
+        weights, average = copies(self.classifier.state_dict()), copies(self.average)
+        return Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
 
     def resume(self, checkpoint_dir: Path) -> None:
         """Continues from the newest valid checkpoint, if any. Rank 0 finds it: others may still list an older one."""
@@ -219,7 +221,7 @@ def fine_tune(
         class_head_CD: Unit rows [C, D] of ``build_heads``.
         context_head_TD: Unit rows [T, D] of ``build_heads``.
         source: The training set; every epoch shows each image once.
-        train: Hyperparameters.
+        train: Hyperparameters; ``compile: auto`` is off here, the caller resolves it (``tower.compiles``).
         context: Rank, reports and stop flag; a single worker by default.
         device: Where to compute; the CPU by default.
         checkpoint_dir: Folder of the checkpoints; None: none are written.
@@ -244,15 +246,16 @@ def fine_tune(
     shape_tower(classifier, train)
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
-    learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, checkpoint_dir, attempt)
+    writer = CheckpointWriter(checkpoint_dir if context.rank == 0 else None, attempt)
+    learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, writer)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
-    if train.compile:
-        classifier.visual.compile()
+    if train.compile is True:
+        compile_tower(classifier, micro_batch_of(train, context.world_size))
     model: nn.Module = classifier
     if context.world_size > 1:
-        model = DistributedDataParallel(classifier, broadcast_buffers=False)
-    with Targets(clip, context_head_TD, source, train, device, target_store) as targets:
+        model = DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with Targets(clip, context_head_TD, source, train, device, target_store) as targets, writer:
         _train(learner, model, targets, on_epoch, num_threads)
     return learner.state()
 
@@ -284,6 +287,7 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
         row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}
         if context.rank == 0:
             context.progress({**row, **values, "images_per_s": speed})
+        learner.writer.check()
         if ends_epoch:
             metrics = on_epoch(learner.state, batch.epoch) if on_epoch is not None else {}
             if context.rank == 0:
@@ -294,6 +298,7 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
         if asked != CONTINUE and not ends_epoch:
             learner.save()
         if asked == STOP:
+            learner.writer.wait()
             raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
         window.zero_()
         window_images, clock = 0, time.perf_counter()
@@ -309,7 +314,7 @@ def _views(
     num_images = len(targets.source)
     first_epoch, first_batch = divmod(first_step, math.ceil(num_images / train.batch_size))
     part = math.ceil(train.batch_size / context.world_size)
-    view_threads, stream = feeding.num_view_threads(num_threads, targets.device), feeding.copy_stream(targets.device)
+    view_threads, stream = feeding.num_view_threads(num_threads, targets.device), targets.stream
 
     def parts() -> Iterator[tuple[int, IntArray, int, list[Part]]]:
         for epoch in range(first_epoch, train.epochs):

@@ -4,7 +4,9 @@ The loss is a sum over samples and predictions are per image, so no split into s
 """
 
 import contextlib
+import gc
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -99,6 +101,14 @@ def in_batches(
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()  # of what torch keeps in pieces that may be too small now; nothing without a GPU
     return parts
+
+
+def free_device() -> None:
+    """Gives back what torch keeps of a GPU after a training, in a process that lives on; nothing without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # modules that are distributed or compiled refer to themselves
+        torch.cuda.empty_cache()
 
 
 def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:

@@ -28,7 +28,7 @@ from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.errors import StorageError
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
-from carft_ray.learning.feeding import MakeViews
+from carft_ray.learning.feeding import MakeViews, Upload, arrived, copy_stream, upload
 from carft_ray.learning.losses import context_distribution
 from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.target_blocks import BLOCK, FORMAT_VERSION, Rows, num_blocks, read_block, write_block
@@ -49,8 +49,8 @@ class Block:
     indices: IntArray  # of its images [K]
     lock: threading.Lock = field(default_factory=threading.Lock)
     is_looked_up: bool = False
-    stored: Rows | None = None
     pixels_KHWC: PixelArray | None = None  # where it is not stored
+    uploaded: Upload | None = None  # its rows or pixels, on their way to the device
     p_KT: Tensor | None = None  # on the device
 
 
@@ -116,6 +116,7 @@ class Targets:
         self.context_head_TD = context_head_TD.to(device)
         self.context_scale = train.context_scale or clip.logit_scale
         self.store = self._write_to = store
+        self.stream = copy_stream(device)
         self.frozen: ImageClassifier | None = None
         self._live: dict[tuple[int, int], Block] = {}
         self._unwritten: deque[Future[None]] = deque()
@@ -205,9 +206,10 @@ class Targets:
             return None
         try:
             if not block.is_looked_up:
-                block.stored = self._read(block)
-                if block.stored is None:
+                stored = self._read(block)
+                if stored is None:
                     block.pixels_KHWC = self._views_of(block.indices, block.visit, make)
+                block.uploaded = upload([block.pixels_KHWC if stored is None else stored], self.stream)
                 block.is_looked_up = True
             return block.pixels_KHWC
         finally:
@@ -220,27 +222,29 @@ class Targets:
     def _read(self, block: Block) -> Rows | None:
         if self.store is None:
             return None
-        return read_block(self.store, block.visit, block.number, len(block.indices), len(self.context_head_TD))
+        stored = read_block(self.store, block.visit, block.number, len(block.indices), len(self.context_head_TD))
+        return None if stored is None else stored.copy()  # torch warns of arrays that are read-only
 
     def _of_block(self, block: Block) -> Tensor:
         if block.p_KT is None:
-            pixels_KHWC = self._looked_up(block)
+            is_stored = self._looked_up(block) is None
             # another training may have written it since the views were made
-            stored = block.stored if pixels_KHWC is None else self._read(block)
-            if stored is None:
-                block.p_KT = self._compute(pixels_KHWC)
+            if not is_stored and (stored := self._read(block)) is not None:
+                is_stored, block.uploaded = True, upload([stored], self.stream)
+            (on_device,) = arrived(block.uploaded)  # type: ignore[arg-type]  # it is looked up
+            block.p_KT = on_device if is_stored else self._compute(on_device)
+            block.uploaded = None
+            if not is_stored:
                 self._write(block, block.p_KT)
-            else:
-                block.p_KT = torch.tensor(stored, device=self.device)
         return block.p_KT
 
     @torch.no_grad()
-    def _compute(self, pixels_KHWC: PixelArray | None) -> Tensor:
+    def _compute(self, pixels_KHWC: Tensor) -> Tensor:
         if self.frozen is None:
             unused_head_CD = self.context_head_TD[:1]  # of classes: only the image tower runs
             frozen = build_classifier(self.clip, unused_head_CD, self.train, self.device)
             self.frozen = frozen.eval().requires_grad_(False)
-        features_KD = self.frozen.features(torch.from_numpy(pixels_KHWC).to(self.device))
+        features_KD = self.frozen.features(pixels_KHWC)
         return context_distribution(features_KD, self.context_head_TD, self.context_scale).exp().half()
 
     def _write(self, block: Block, p_KT: Tensor) -> None:

@@ -161,9 +161,17 @@ class TrainConfig(Config):
     grad_checkpointing: Flag = key(False, "true", MEMORY, not_searched=ONLY_SPEED)
     """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
     forward pass"""
-    compile: Flag = key(False, "true", ROUNDING, not_searched=ONLY_ROUNDING)
-    """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other
-    rounding"""
+    compile: Literal["auto", True, False] = key(
+        "auto",
+        "true",
+        ROUNDING,
+        type="text or bool",
+        range="`auto`, `true`, `false`",
+        not_searched=ONLY_ROUNDING,
+    )
+    """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other rounding;
+    auto: on a GPU with a compiler that works, where a training has at least 1,000 steps. It is decided once, before the
+    first training of a study"""
     checkpoint_every: Duration | None = key(
         900.0, "5m", SAVING, type="float or text", range="> 0; `30s`, `15m`, `1h30m`", not_searched=ONLY_SAVING
     )

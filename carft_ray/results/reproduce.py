@@ -165,7 +165,7 @@ def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:
 
 
 def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Recipe:
-    """Returns the recipe with the threads, workers and kind of device of the first time, and a cache of its own.
+    """Returns the recipe with what the first time computed with, and a cache of its own.
 
     One worker runs in this process, whatever the executor was: a test of the executors holds that nothing changes.
     """
@@ -180,7 +180,8 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
         }
     )
     data = recipe.data.model_copy(update={"cache_dir": str(out_dir / DECODED)})
-    return recipe.model_copy(update={"resources": resources, "data": data})
+    train = recipe.train.model_copy(update={"compile": where.get("compile", recipe.train.compile)})
+    return recipe.model_copy(update={"resources": resources, "data": data, "train": train})
 
 
 def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproduction:

@@ -208,6 +208,8 @@ def _is_free(found: Difference) -> bool:
     """Tells whether a difference of identity is one in words only: a file that has moved, a baseline that is added."""
     if found.path[:2] == ("search", "baselines"):
         return len(found.path) == 3 and found.old is MISSING
+    if found.path == ("train", "compile") and found.new == "auto":
+        return True  # what it means is decided once, and kept with the preparation
     if found.path == ("model", "pretrained"):
         return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
     if found.path[-1] in ("class_names", "exclude") and found.path[0] == "data":

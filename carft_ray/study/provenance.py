@@ -101,6 +101,11 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
         rule = f"the weights must be those of the manifest, hash {kept}"
         step = "Restore the weights, or begin anew in another folder."
         problems.append(Problem("model", rule, f"hash {found} now", next_step=step))
+    kept, found = (each.get("preparation", {}).get("compile") for each in (before, now))
+    if None not in (kept, found) and kept != found:
+        rule = f"must be {str(kept).lower()}, as it was decided before the first training"
+        step = "Restore the study's folder prepared, which says so, or begin anew in another folder."
+        problems.append(Problem("train.compile", rule, f"{str(found).lower()} here", next_step=step))
     kept, found = (each.get("augmentation", {}).get("view_version") for each in (before, now))
     if None not in (kept, found) and kept != found:
         rule = f"the training views must be those of the manifest, version {kept}"

@@ -11,11 +11,14 @@ configuration is known (``opening.image_tower``), and ``check_tower`` the model 
 
 import dataclasses
 import itertools
+import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +29,10 @@ from carft_ray.learning.models.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
+
+COMPILED_FROM = 1000  # steps of a training, below which ``compile: auto`` is off: compiling takes minutes
+
+logger = logging.getLogger(__name__)
 
 _TRUNK, _AFTER_TRUNK = "trunk.", "behind the trunk: "
 # Layers in timm's notation: names of the stem, then patterns of blocks, ordered by their numbers. Others come last.
@@ -100,6 +107,35 @@ def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
         add_corrections(visual, _adapted(visual, train.freeze_layers), train.lora_rank, scale, train.seed)
     if train.grad_checkpointing:
         visual.set_grad_checkpointing(True)  # type: ignore[operator]  # open_clip is untyped
+
+
+def compiles(train: TrainConfig, num_images: int, device: torch.device) -> bool:
+    """Returns what ``train.compile`` means for a training set of so many images on a device: ``auto`` is resolved."""
+    if train.compile != "auto":
+        return train.compile
+    num_steps = train.epochs * math.ceil(num_images / train.batch_size)
+    return device.type == "cuda" and num_steps >= COMPILED_FROM and has_compiler(device)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Tells whether torch can compile for a device, by compiling a sum of sines."""
+    try:
+        torch.compile(lambda numbers: numbers.sin().sum(), dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # of torch, of a compiler that is missing or fails, or of what it has built
+        logger.warning("train.compile is off: torch cannot compile here: %s", str(error).strip().partition("\n")[0])
+        return False
+    return True
+
+
+def compile_tower(classifier: ImageClassifier, micro_batch: int) -> None:
+    """Has the tower of a training compiled at its first step, for passes of ``micro_batch`` images, in place.
+
+    A pass of fewer images is filled up with blank ones: one shape is compiled, and the numbers of a training depend
+    neither on the step at which it resumes nor on what else the process has compiled.
+    """
+    torch.compiler.reset()  # a process compiles a function 8 times; then torch computes without a word as it is
+    classifier.fixed_batch = micro_batch
+    classifier.visual.compile(dynamic=False)
 
 
 def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
