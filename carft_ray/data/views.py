@@ -8,6 +8,7 @@ Shape letters: B images of a batch, N images of a set, H height, W width, S side
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -236,4 +237,5 @@ def _resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     if not crop_HWC.flags.writeable:
         crop_HWC = crop_HWC.copy()  # torch warns of arrays that are read-only
     crop_BCHW, view_BCHW = (torch.from_numpy(each[None].transpose(0, 3, 1, 2)) for each in (crop_HWC, view_HWC))
-    torch._C._nn._upsample_bicubic2d_aa(crop_BCHW, view_HWC.shape[:2], False, None, None, out=view_BCHW)
+    resize: Any = torch._C._nn._upsample_bicubic2d_aa  # torch's own declaration leaves ``out`` out
+    resize(crop_BCHW, view_HWC.shape[:2], False, None, None, out=view_BCHW)
