@@ -72,8 +72,8 @@ def killed(request, host, train, reference):
         for moment in moments(kinds, number):
             commands = [{"argv": train, "kill": (number, moment)}, {"argv": resume}]
             jobs.append({"name": f"{number:03d}-{kind}-{moment}", "commands": commands})
-    epochs = [number for number, kind in enumerate(late, start=1) if kind == "append"]
-    for number in range(epochs[0], len(late) + 1):  # where the order is another one
+    differing = [number for number, pair in enumerate(zip(kinds, late, strict=True), start=1) if len(set(pair)) == 2]
+    for number in range(differing[0], differing[-1] + 1):
         for moment in moments(late, number):
             commands = [{"argv": train, "kill": (number, moment), "writes": "late"}, {"argv": resume}]
             jobs.append({"name": f"{number:03d}-late-{moment}", "commands": commands})

@@ -83,7 +83,7 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     assert found["templates"] == list(recipe.prompts.templates)
     assert found["model"] == {"weights_hash": load_shared_inputs(recipe).clip.weights_hash}
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
-    assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores()}
+    assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores(), "compile": False}
     assert found["hardware"]["gpus"] == []
 
 

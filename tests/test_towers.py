@@ -557,6 +557,18 @@ def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
 # ---- torch.compile
 
 
+@pytest.fixture
+def without_compiler(monkeypatch, tmp_path):
+    """torch finds no C++ compiler, and nothing that one has built."""
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "nothing")), "fx_graph_cache": False}):
+        yield
+    torch.compiler.reset()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_compiled_tower_starts_at_kl_zero_and_trains_as_one_that_is_not(tiny_clip, heads, source, monkeypatch):
     # all but the last stage of the compiler: C++ for the tiny tower takes a minute
@@ -631,27 +643,14 @@ def test_what_auto_means_is_decided_once_for_a_study(tiny_clip, source, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_a_compiler_that_fails_is_found_out_and_named(monkeypatch, tmp_path, caplog):
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "nothing")))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor, "fx_graph_cache", False)
-    torch.compiler.reset()
+def test_a_compiler_that_fails_is_found_out_and_named(without_compiler, caplog):
     assert not tower.has_compiler(torch.device("cpu"))
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("train.compile is off: torch cannot compile here: ")
-    torch.compiler.reset()
+    (message,) = [record.getMessage() for record in caplog.records if record.name == tower.__name__]
+    assert message.startswith("train.compile is off: torch cannot compile here: InvalidCxxCompiler")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_without_a_compiler_the_message_says_what_to_do(tiny_clip, heads, source, monkeypatch, tmp_path):
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "nothing")))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor, "fx_graph_cache", False)
-    torch.compiler.reset()
+def test_without_a_compiler_the_message_says_what_to_do(tiny_clip, heads, source, without_compiler):
     with pytest.raises(RecipeError) as caught:
         fine_tune(tiny_clip, *heads, source, settings(compile=True, batch_size=11))
     assert str(caught.value).startswith(

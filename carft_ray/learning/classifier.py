@@ -171,5 +171,5 @@ def build_classifier(
     classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
     classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
     if device.type == "cuda":  # else cuDNN brings the weights into the order of the images in every pass
-        classifier.to(memory_format=classifier.memory_format)
+        classifier.to(memory_format=classifier.memory_format)  # type: ignore[call-overload]  # torch's form for it alone
     return classifier

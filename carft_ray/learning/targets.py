@@ -209,7 +209,9 @@ class Targets:
                 stored = self._read(block)
                 if stored is None:
                     block.pixels_KHWC = self._views_of(block.indices, block.visit, make)
-                block.uploaded = upload([block.pixels_KHWC if stored is None else stored], self.stream)
+                    block.uploaded = upload([block.pixels_KHWC], self.stream)
+                else:
+                    block.uploaded = upload([stored], self.stream)
                 block.is_looked_up = True
             return block.pixels_KHWC
         finally:

@@ -66,6 +66,12 @@ def _function(value: Any) -> Any:
     return value
 
 
+def _auto_or_flag(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
 class ModelConfig(Config):
     """Which CLIP to start from."""
 
@@ -161,7 +167,7 @@ class TrainConfig(Config):
     grad_checkpointing: Flag = key(False, "true", MEMORY, not_searched=ONLY_SPEED)
     """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
     forward pass"""
-    compile: Literal["auto", True, False] = key(
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_flag)] = key(
         "auto",
         "true",
         ROUNDING,

@@ -120,8 +120,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         allowed = keys_of(holder) or ()
         return Finding(path, rule, allowed=allowed, nearest=nearest_key(str(path[-1]), allowed))
     if what == "literal_error":
-        choices = get_args(core_type(kind))
-        allowed = tuple(choice if isinstance(choice, str) else shown(choice) for choice in choices)
+        allowed = tuple(str(choice) for choice in get_args(core_type(kind)))
         step = f"This version reads format {FORMAT_VERSION}." if path == ("format_version",) else ""
         return Finding(path, rule, value, allowed, nearest(str(details["input"]), allowed), step)
     if what in ("union_tag_invalid", "union_tag_not_found"):
