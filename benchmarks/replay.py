@@ -133,7 +133,7 @@ def by_hand(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[tuple[
     return found
 
 
-def needed_row(num_seeds: int = NUM_SEEDS, num_trials: int = 16, most: int = 32) -> Row:
+def needed_row(table: Path = TABLE, num_seeds: int = NUM_SEEDS, num_trials: int = 16, most: int = 32) -> Row:
     """Replays the product's search (profile) and the script's (alpha drawn), each from ``num_seeds`` seeds.
 
     What a search has found after n trainings is the noise-free objective of the one with the best noisy value. The row
@@ -144,7 +144,7 @@ def needed_row(num_seeds: int = NUM_SEEDS, num_trials: int = 16, most: int = 32)
     ours = covered(load_recipe(RECIPE, [f"search.trials={most}"]))
     drawn = ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
     script = covered(load_recipe(RECIPE, [f"search.trials={num_trials}", *drawn]))
-    landscape, lowest = read_landscape(TABLE, ours), ours.search.alpha.lowest
+    landscape, lowest = read_landscape(table, ours), ours.search.alpha.lowest
 
     def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
         return landscape.objective(values, lowest) + float(rng.normal(0, landscape.seed_sd))

@@ -29,6 +29,7 @@ from benchmarks import (
     startup,
     steps,
     towers,
+    whole,
 )
 from benchmarks.acceptance import (
     THRESHOLDS,
@@ -42,13 +43,17 @@ from benchmarks.acceptance import (
     spread_numbers,
     verdicts,
 )
+from benchmarks.peers import careful
 from benchmarks.rows import Row
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
+from carft_ray.evaluation.training import prepare
 from carft_ray.learning.loop import same_attention
+from carft_ray.learning.models.opening import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.sets import FolderSet
@@ -528,3 +533,28 @@ def test_a_loop_is_measured_against_a_resident_batch():
     found = steps.step_rows(1, 2)
     assert [row.target for row in found] == [0.97, 1.03, 1.36]
     assert all(0.1 < row.value < 10 for row in found)
+
+
+@pytest.mark.slow
+def test_the_script_by_hand_begins_from_the_same_model_and_trains(tmp_path, monkeypatch):
+    images = tmp_path / "sandbox_png"
+    for domain in (careful.TRAIN, careful.ID_VAL, *careful.OOD_VAL):
+        split = "train" if domain == careful.TRAIN else "val"
+        for name in sandbox.CLASSES:
+            folder = images / domain / name
+            folder.mkdir(parents=True)
+            for index in range(2):
+                pixels = sandbox.render(domain.removesuffix("_train").removesuffix("_id_val"), split, name, index)[0]
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "folders.yaml"
+    recipe.write_text(whole.FOLDERS.read_text())
+    settings = ["data.id_test=null", "data.ood_test={}", "train.batch_size=16", f"data.cache_dir={tmp_path / 'cache'}"]
+    expected = prepare(load_recipe(recipe, settings), tmp_path / "prepared")["objective"]
+    monkeypatch.setattr(careful, "EPOCHS", 1)
+    monkeypatch.setattr(careful, "LOADERS", 0)  # no processes
+    start = careful.open_start(images, SANDBOX_WEIGHTS, list(sandbox.TEMPLATES))
+    values = {"learning_rate": 1e-3, "kl_weight": 10.0, "alpha": 0.0}
+    # one image of 32 of a set more or less: its loader resizes in no other way, but rounds pixels otherwise
+    assert careful.fine_tune(values, start, in_group=False) == pytest.approx(expected, abs=1 / 32)
+    assert careful.fine_tune({**values, "alpha": 1.0}, start, in_group=False) != pytest.approx(expected, abs=1e-9)

@@ -105,7 +105,7 @@ def fine_tune(values: dict[str, float], start: Start, in_group: bool) -> float:
     model = Classifier(copy.deepcopy(frozen).requires_grad_(True), scale * start.class_head_CD).eval()
     zero_shot = copy.deepcopy(model.state_dict())
     data = ImageFolder(str(start.folder / TRAIN), start.augment)
-    loader = DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=LOADERS, persistent_workers=True)
+    loader = DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=LOADERS, persistent_workers=LOADERS > 0)
     trained: nn.Module = model
     if in_group:
         trained, loader = prepare_model(model), prepare_data_loader(loader)
