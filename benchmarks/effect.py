@@ -41,7 +41,7 @@ from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_pre
 from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import DEFAULT_GRID, Recipe
 from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
@@ -77,7 +77,7 @@ def space_of(recipe: Recipe) -> dict[str, FloatParameter]:
 
 def first_plan(recipe: Recipe) -> dict[str, list[Planned]]:
     """Returns all trainings that are known beforehand, by heading."""
-    grid, space = tuple(alpha for alpha in recipe.search.alpha.grid if alpha > 0), space_of(recipe)
+    grid, space = tuple(alpha for alpha in DEFAULT_GRID if alpha > 0), space_of(recipe)
     rates = space["learning_rate"]
     plain = [float(f"{rate:.3g}") for rate in np.geomspace(rates.low, rates.high, NUM_PLAIN)]
     points = acceptance.random_points(space, NUM_RANDOM, SPACE_SEED)

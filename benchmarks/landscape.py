@@ -23,7 +23,7 @@ from benchmarks.effect import space_of
 from benchmarks.table import SPACE
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema import DEFAULT_GRID, Recipe
 
 SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
 FOLDS = 10
@@ -128,7 +128,7 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         step = "Make it: python -m benchmarks.table (about 200 trainings)"
         raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
     rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
-    alphas, lowest = recipe.search.alpha.grid, recipe.search.alpha.lowest
+    alphas, lowest = DEFAULT_GRID, recipe.search.alpha.lowest
     found = np.array([_measured(row, alphas) for row in rows])
     n = len(alphas)
     zero = list(alphas).index(0.0)

@@ -19,9 +19,10 @@ from carft_ray.evaluation.alpha import (
     neighbour_se,
     objective_covariance,
 )
+from carft_ray.evaluation.curve import measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.training import _alphas_at_chance, _choose
+from carft_ray.evaluation.training import _alphas_at_chance
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.statistics.intervals import crossed
 
@@ -254,7 +255,8 @@ def steep_run(recipe, asked):
     luck = {name: rng.random(1000) for name in ("id_val", "sketch")}
     ids = {name: rng.integers(0, 2**64, 1000, dtype=np.uint64) for name in luck}
 
-    def at(alpha):
+    def at(alpha, rows=None):
+        assert rows is None  # two classes with one margin for all: no image is settled
         asked.append(alpha)
         rights = {
             name: each < np.interp(alpha, list(STEEP), [pair[i] for pair in STEEP.values()])
@@ -269,13 +271,14 @@ def steep_run(recipe, asked):
         return concat(tables)
 
     spec = ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.5)
-    return _choose(recipe, spec, (), at(0.0), at)
+    curve, choice, chosen_from = measure_curve(recipe, spec, (), at(0.0), at)
+    return curve.table(), choice, chosen_from, curve.points(spec, ())
 
 
 def test_the_lowest_alpha_is_measured_and_the_best_of_a_steep_curve_is_found():
     asked = []
     _, choice, chosen_from, curve = steep_run(curve_stand_in.make_recipe(objective={}, alpha={}), asked)
-    assert asked == [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 0.15]
+    assert asked == [0.0, 0.4, 1.0, 0.1, 0.2, 0.6, 0.8, 0.15]
     assert chosen_from == sorted(asked) == [point["alpha"] for point in curve]
     assert (choice.alpha, choice.fitted) == (0.1, False)
     assert choice.value == curve[1]["objective"] == pytest.approx(0.41, abs=0.03)

@@ -36,7 +36,7 @@ def table_of(set_name="id_val", alpha=1.0, **kwargs):
     return predictions_table(set_name, alpha, *random_set(**kwargs))
 
 
-@pytest.mark.parametrize("classes", [1, 3, 10, 16])
+@pytest.mark.parametrize("classes", [1, 3, 10, 11, 16, 300])
 def test_table_agrees_with_numpy(classes):
     ids, labels, logits = random_set(classes=classes)
     table = predictions_table("id_val", 0.6, ids, labels, logits)
@@ -58,6 +58,15 @@ def test_equal_logits_are_ordered_by_class_index():
     table = predictions_table("s", 0.0, np.arange(2, dtype=np.uint64), [2, 0], [[0, 7, 7, 7], [1, 1, 1, 1]])
     assert table["top_classes"].to_pylist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
     assert table["prediction"].to_pylist() == [1, 0]
+
+
+def test_equal_logits_at_the_end_of_the_ten_that_are_kept_are_ordered_by_class_index_too():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 6, (200, 40)).astype(np.float32)  # nearly every row has more equal ones than are kept
+    table = predictions_table("s", 0.0, np.arange(200, dtype=np.uint64), np.zeros(200, int), logits)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :10]
+    assert table["top_classes"].to_pylist() == order.tolist()
+    assert table["top_logits"].to_pylist() == np.take_along_axis(logits, order, 1).tolist()
 
 
 def test_log_sum_exp_does_not_overflow():

@@ -28,6 +28,7 @@ from carft_ray.evaluation.predictions import (
 from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema import DEFAULT_GRID
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
@@ -150,7 +151,7 @@ def test_a_fixed_alpha_stays_what_it_is(view):
 def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp_path):
     """The predictions are replaced: trial i is right in i of 4 cases on ID, and in 4 - i on the OOD sets."""
     view = read_study(copied(profiled, tmp_path))
-    grid = view.recipe.search.alpha.grid
+    grid = DEFAULT_GRID
     for row in view.trials:
         parts = [
             table_of(name, alpha, row.number if name == "id_val" else 4 - row.number)

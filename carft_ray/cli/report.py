@@ -141,7 +141,7 @@ def rescore(
     rows = [*answer["baselines"], *answer["trials"]]
     console.out.print(console.rescored_table(rows))
     if any(row["fitted"] or not row["measured"] for row in rows):
-        console.say(f"{console.FITTED}.")
+        console.say("~: of the fitted alpha curve or of a partial point, not measured on all images.")
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:

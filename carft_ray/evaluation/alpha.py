@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,15 @@ class AlphaProfile:
     noise_AA: FloatArray
     choice: AlphaChoice
     violations_KA: FloatArray | None = None
+
+
+def partial_alphas(result: Mapping[str, Any]) -> tuple[float, ...]:
+    """Returns the alphas of a training's curve at which a part of the images was evaluated (``curve``), rising.
+
+    Args:
+        result: Content of its ``result.json``.
+    """
+    return tuple(point["alpha"] for point in result.get("curve", ()) if "evaluated" in point)
 
 
 def choose_alpha(

@@ -9,7 +9,7 @@ import torch
 
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
-from carft_ray.evaluation.predictions import accuracy, concat, merge_shards, predictions_table, select
+from carft_ray.evaluation.predictions import BoolArray, accuracy, concat, merge_shards, predictions_table, select
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.feeding import images_ahead
@@ -20,12 +20,17 @@ Metrics = dict[str, float]
 
 
 def predict(
-    classifier: ImageClassifier, image_set: ImageSet, alpha: float, batch_size: int, context: RunContext
+    classifier: ImageClassifier,
+    image_set: ImageSet,
+    alpha: float,
+    batch_size: int,
+    context: RunContext,
+    rows: BoolArray | None = None,
 ) -> pa.Table:
-    """Returns the predictions for every image of a set, the same table on every worker.
+    """Returns the predictions for the images of a set, the same table on every worker.
 
-    Worker r of w evaluates the images r, r + w, r + 2 w, ...; the parts are put together by position, so counts are
-    exact whatever w is.
+    Worker r of w evaluates the images r, r + w, r + 2 w, ... of those wanted; the parts are put together by position,
+    so counts are exact whatever w is.
 
     Args:
         classifier: On the device where it is to run.
@@ -33,9 +38,12 @@ def predict(
         alpha: Written into the table.
         batch_size: Images per forward pass, fewer where they do not fit into memory.
         context: Rank and number of workers.
+        rows: Which images are wanted, bool [N]; None: all.
     """
     device = classifier.class_head.device
-    positions = np.arange(context.rank, len(image_set), context.world_size)
+    wanted = np.arange(len(image_set)) if rows is None else np.flatnonzero(rows)
+    mine = np.arange(context.rank, len(wanted), context.world_size)
+    positions = wanted[mine]
     classifier.eval()
 
     def logits_of(batch: np.ndarray) -> np.ndarray:
@@ -47,15 +55,32 @@ def predict(
         parts = in_batches(logits_of, positions, batch_size, image_set.images_NHWC.shape[1], device)
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     ids, labels = image_set.sample_ids[positions], image_set.labels[positions]
-    mine = predictions_table(image_set.name, alpha, ids, labels, logits_NC, image_set.groups)
-    return merge_shards(gather(context, (positions, mine)), len(image_set))
+    table = predictions_table(image_set.name, alpha, ids, labels, logits_NC, image_set.groups)
+    return merge_shards(gather(context, (mine, table)), len(wanted))
 
 
 def predict_all(
-    classifier: ImageClassifier, sets: Sequence[ImageSet], alpha: float, batch_size: int, context: RunContext
+    classifier: ImageClassifier,
+    sets: Sequence[ImageSet],
+    alpha: float,
+    batch_size: int,
+    context: RunContext,
+    rows: BoolArray | None = None,
 ) -> pa.Table:
-    """Returns the predictions for several sets in one table."""
-    return concat([predict(classifier, image_set, alpha, batch_size, context) for image_set in sets])
+    """Returns the predictions for several sets in one table, of all images or of some.
+
+    Args:
+        classifier, alpha, batch_size, context: As for ``predict``.
+        sets: One after the other.
+        rows: Which rows of the whole table are wanted; None: all.
+    """
+    starts = np.cumsum([len(image_set) for image_set in sets])[:-1]
+    parts = [None] * len(sets) if rows is None else np.split(rows, starts)
+    found = [
+        predict(classifier, image_set, alpha, batch_size, context, part)
+        for image_set, part in zip(sets, parts, strict=True)
+    ]
+    return concat(found)
 
 
 def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:

@@ -96,7 +96,7 @@ def predictions_table(
             raise ValueError("labels must be the first class of a group")
         logits_NC = np.stack([logits_NC[:, list(group)].max(axis=1) for group in groups], axis=1)
     num_kept = min(NUM_TOP_CLASSES, len(named_G))
-    top_NK = np.argsort(-logits_NC, axis=1, kind="stable")[:, :num_kept]
+    top_NK = _largest(logits_NC, num_kept)
     top_logits_NK = np.take_along_axis(logits_NC, top_NK, axis=1)
     largest_N1 = logits_NC.max(axis=1, keepdims=True).astype(np.float64)
     odds_NC = np.exp(logits_NC - largest_N1)  # p_c over the largest p
@@ -117,6 +117,20 @@ def predictions_table(
     ]
     schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION), "num_classes": str(num_classes)})
     return pa.table(columns, schema=schema)
+
+
+def _largest(values_NC: npt.NDArray[np.float32], num_kept: int) -> IntArray:
+    """Returns the columns of the ``num_kept`` largest values of each row, largest first, equal ones by column, [N, K].
+
+    They are the first of a stable sort of the whole row; no row is sorted whole but one with equal values at the end of
+    what is kept.
+    """
+    kept_NK = np.sort(np.argpartition(-values_NC, num_kept - 1, axis=1)[:, :num_kept], axis=1)
+    found_NK = np.take_along_axis(values_NC, kept_NK, axis=1)
+    order_NK = np.take_along_axis(kept_NK, np.argsort(-found_NK, axis=1, kind="stable"), axis=1)
+    is_tied_N = (values_NC >= found_NK.min(axis=1, keepdims=True)).sum(axis=1) > num_kept
+    order_NK[is_tied_N] = np.argsort(-values_NC[is_tied_N], axis=1, kind="stable")[:, :num_kept]
+    return order_NK
 
 
 def num_classes(table: pa.Table) -> int:
@@ -160,6 +174,33 @@ def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) 
     if num_samples and len(evaluated(table)) != 1:
         raise ValueError(f"the parts must be of one set and one alpha, but got {evaluated(table)}")
     return table.take(pa.array(np.argsort(positions)))
+
+
+def with_rows(table: pa.Table, alpha: float, rows: BoolArray, evaluated_there: pa.Table) -> pa.Table:
+    """Returns a table as if of another alpha, with some of its rows replaced by what was evaluated there.
+
+    Args:
+        table: N rows.
+        alpha: The other alpha.
+        rows: Which are replaced, [N].
+        evaluated_there: Predictions at that alpha for the images of these rows, in their order.
+    """
+    column = table.schema.names.index("alpha")
+    others = table.set_column(column, SCHEMA.field(column), pa.array(np.full(len(table), alpha, np.float64)))
+    order = np.arange(len(table))
+    order[rows] = len(table) + np.arange(len(evaluated_there))
+    return concat([others, evaluated_there]).take(pa.array(order))
+
+
+def margins(table: pa.Table) -> FloatArray:
+    """Returns the largest logit less the second of every row, [N]; 0 where there is one class."""
+    top_NK = pc.list_flatten(table["top_logits"]).to_numpy().reshape(len(table), -1).astype(np.float64)
+    return np.asarray(top_NK[:, 0] - top_NK[:, min(1, top_NK.shape[1] - 1)])
+
+
+def set_codes(table: pa.Table) -> IntArray:
+    """Returns a number for the set of every row, [N]."""
+    return np.asarray(table["set"].unify_dictionaries().combine_chunks().indices.to_numpy(), np.int64)
 
 
 def accuracy(table: pa.Table) -> float:

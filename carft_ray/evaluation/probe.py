@@ -283,7 +283,8 @@ def _timed(
         "look_s": sum(evaluations) / len(evaluations) if every else 0.0,
         "save_s": save_s,
         "rest_s": max(0.0, total_s - trained_s - sum(evaluations) - EPOCHS * save_s),
-        "num_alphas": len(result["curve"]) - float(not recipe.train.recalibrate_batches),
+        "num_alphas": sum(point.get("evaluated", 1.0) for point in result["curve"])
+        - float(not recipe.train.recalibrate_batches),
     }
 
 

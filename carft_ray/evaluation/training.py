@@ -25,15 +25,15 @@ from carft_ray import files, layout
 from carft_ray.data.source import ImageSet, PixelArray
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import DivergedError, Problem, StorageError
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, between, stepped_back
-from carft_ray.evaluation.constraints import Limit, stored_limits, violations_at
+from carft_ray.evaluation.constraints import stored_limits, violations_at
+from carft_ray.evaluation.curve import At, measure_curve
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
 from carft_ray.evaluation.heads import cached_heads
 from carft_ray.evaluation.metrics import is_above_chance
-from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
-from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import BoolArray, read_predictions, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
@@ -208,17 +208,16 @@ class _Training:
     views_NHWC: PixelArray | None
     function: OwnFunction | None = None
 
-    def mixtures(
-        self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]
-    ) -> tuple[dict[str, Tensor], Callable[[float], pa.Table]]:
-        """Returns the zero-shot state, and what gives the predictions for ``sets`` at an alpha."""
-        train, batch_size = self.recipe.train, self.recipe.evaluate.batch_size
-        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device_of(self.recipe))
+    def mixtures(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> tuple[dict[str, Tensor], At]:
+        """Returns the zero-shot state, and what gives the predictions for ``sets``."""
+        train, batch_size, device = self.recipe.train, self.recipe.evaluate.batch_size, device_of(self.recipe)
+        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device)
         zero_shot = classifier.state()
+        start, end = ({name: tensor.to(device) for name, tensor in s.items()} for s in (zero_shot, fine_tuned))
 
-        def at(alpha: float) -> pa.Table:
-            load_mixture(classifier, zero_shot, fine_tuned, alpha, self.views_NHWC)
-            return predict_all(classifier, sets, alpha, batch_size, self.context)
+        def at(alpha: float, rows: BoolArray | None = None) -> pa.Table:
+            load_mixture(classifier, start, end, alpha, self.views_NHWC)
+            return predict_all(classifier, sets, alpha, batch_size, self.context, rows)
 
         return zero_shot, at
 
@@ -229,8 +228,9 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     zero_shot, at = training.mixtures(fine_tuned, inputs.validation)
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
-    table, choice, chosen_from, curve = _choose(recipe, spec, bounds, start, at)
+    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0, None)
+    measured, choice, chosen_from = measure_curve(recipe, spec, bounds, start, at)
+    table, curve = measured.table(), measured.points(spec, bounds)
     at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
     if training.context.rank == 0:
         write_predictions(training.out_dir / layout.PREDICTIONS, table)
@@ -261,7 +261,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
         _, at = training.mixtures(state(), small)
-        found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
+        found = [{"alpha": alpha, **metrics_at(at(alpha, None), spec, alpha)} for alpha in alphas]
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
@@ -373,39 +373,6 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
-
-
-def _choose(
-    recipe: Recipe, spec: ObjectiveSpec, bounds: Sequence[Limit], start: pa.Table, at: Callable[[float], pa.Table]
-) -> tuple[pa.Table, AlphaChoice, list[float], list[dict[str, float]]]:
-    """Evaluates the alphas that are wanted; returns predictions, chosen alpha, what it was chosen from, and the curve.
-
-    A fixed ``train.alpha`` (or one that the search drew) is taken as it is; otherwise the grid with ``lowest`` is
-    evaluated, then the alphas that ``between`` asks for, and the fitted curve decides. A Pareto search evaluates fixed
-    alpha and grid: every point may be on its front. Predictions at a chosen alpha between the points are added; the
-    curve holds the points measured, with their violations of constraints.
-    """
-    fixed, lowest = recipe.train.alpha, recipe.search.alpha.lowest
-    is_pareto = recipe.search.objective.kind == "pareto"
-    wanted = set(recipe.search.alpha.measured) if fixed is None or is_pareto else {1.0}
-    tables = {0.0: start, **{alpha: at(alpha) for alpha in sorted((wanted | {fixed or 0.0}) - {0.0})}}
-    if fixed is None:
-        profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
-        if further := between(profile, lowest):
-            tables |= {alpha: at(alpha) for alpha in further}
-            profile = alpha_profile(concat(list(tables.values())), spec, lowest, bounds)
-        choice, chosen_from = profile.choice, list(profile.alphas)
-        if choice.alpha not in tables:
-            tables[choice.alpha] = at(choice.alpha)
-            choice = stepped_back(profile, violations_at(tables[choice.alpha], bounds, choice.alpha), lowest)
-    else:
-        value = metrics_at(tables[fixed], spec, fixed)["objective"]
-        choice, chosen_from = AlphaChoice(fixed, value, False, "alpha is fixed"), [fixed]
-    curve = [
-        {"alpha": alpha, **metrics_at(tables[alpha], spec, alpha), **violations_at(tables[alpha], bounds, alpha)}
-        for alpha in sorted(tables)
-    ]
-    return concat([tables[alpha] for alpha in sorted(tables)]), choice, chosen_from, curve
 
 
 def _alphas_at_chance(curve: Sequence[dict[str, float]], num_classes: int, num_images: int) -> list[float]:

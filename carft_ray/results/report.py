@@ -13,6 +13,7 @@ import numpy as np
 
 from carft_ray.data.shared.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.evaluation.alpha import partial_alphas
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.metrics import alpha_area
 from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
@@ -279,7 +280,8 @@ def curve_line(view: Overview, best: TrialRow) -> list[str]:
     text = f"Alpha curve: area under the objective {100 * area:.1f} %; best ID at alpha {_best(points, 'id_accuracy')}"
     if "ood_accuracy" in points[0]:
         text += f", best OOD mean at alpha {_best(points, 'ood_accuracy')}"
-    return [f"{text}; chosen {best.alpha or 0:.2f}."]
+    partial = ", ".join(f"{alpha:g}" for alpha in partial_alphas(view.result(best)))
+    return [f"{text}; chosen {best.alpha or 0:.2f}" + (f"; partial points: {partial}." if partial else ".")]
 
 
 def robustness(view: Overview, best: TrialRow, reference: Path | None) -> dict[str, list[Robustness]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from carft_ray.errors import CarftError, HoldOutError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation import predictions
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, stepped_back
+from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, partial_alphas, stepped_back
 from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
 from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
@@ -42,8 +42,8 @@ class Rescored:
         choice: Alpha and objective.
         accuracies: At that alpha, by set.
         violations: ``violation/<name>`` of every constraint at that alpha, interpolated where it is not measured.
-        measured: The accuracies were measured at that alpha; False: read from the fitted curves, since no predictions
-            at it are stored.
+        measured: The accuracies were measured at that alpha on all images; False: on a part of them, or read from the
+            fitted curves, since no predictions at it are stored.
     """
 
     choice: AlphaChoice
@@ -189,7 +189,8 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     if choice.alpha in stored:
         if choice.alpha not in profile.alphas:
             choice = stepped_back(profile, violations_at(table, bounds, choice.alpha), lowest)
-        return Rescored(choice, _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha))
+        by_set, missed = _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha)
+        return Rescored(choice, by_set, missed, choice.alpha not in partial_alphas(result))
     missed = {
         VIOLATION + limit.name: float(np.interp(choice.alpha, profile.alphas, along))
         for limit, along in zip(bounds, () if profile.violations_KA is None else profile.violations_KA, strict=True)
