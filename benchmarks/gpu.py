@@ -199,7 +199,7 @@ def open_bench(setup: Setup, folder: Path) -> Bench:
         torch.manual_seed(0)
         model = open_clip.CLIP(**TINY)
         open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 32})
-        clip = wrap_model(model, open_clip.SimpleTokenizer(context_length=16), TINY)
+        clip = wrap_model(model, lambda texts: torch.zeros(len(texts), 16, dtype=torch.long), TINY)
     else:
         clip = load_clip(ModelConfig(name=f"{setup.model}-quickgelu", pretrained="random"))
     num_images = tower.batch_size * loop.LOG_EVERY * (MOST + 2)

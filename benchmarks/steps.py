@@ -111,9 +111,9 @@ def loop_step_s(task: Task, kl_weight: float, store: Path | None = None) -> floa
     return (seen[last] - seen[first]) / (last - first)
 
 
-def step_rows(turns: int, epochs: int = 3) -> list[Row]:
+def step_rows(turns: int, epochs: int = 3, settings: Sequence[str] = ()) -> list[Row]:
     """Measures the loop and the KL term; the first turn, which fills the store, does not count."""
-    task = open_task([f"train.epochs={epochs}"])
+    task = open_task([f"train.epochs={epochs}", *settings])
     number, kl_weight = (epochs - 1) * task.steps_per_epoch, task.train.kl_weight
     found: dict[str, list[float]] = {"resident": [], "plain": [], "stored": [], "online": []}
     with tempfile.TemporaryDirectory(prefix="carft-steps-") as folder:
