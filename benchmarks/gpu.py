@@ -18,7 +18,6 @@ Without a GPU everything is tiny: it shows that the benchmark runs, and no numbe
 
 import argparse
 import contextlib
-import functools
 import json
 import shutil
 import sys
@@ -33,14 +32,13 @@ from unittest.mock import patch
 import numpy as np
 import open_clip
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.feeding import HEAVY, Pictures, pictures
 from benchmarks.rows import Row, as_data, machine, machine_line
 from benchmarks.towers import TOWERS, Tower, num_operations, peak_of
-from carft_ray.data.source import PixelArray
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
 from carft_ray.errors import CarftError
@@ -124,14 +122,15 @@ class Bench:
 
     def fine_tune(self, train: TrainConfig, source: Pictures, context: RunContext, store: Path | None) -> None:
         """Trains with random heads until the context says stop."""
-        draw = torch.Generator().manual_seed(0)
-        heads = [
-            normalize(torch.randn(n, self.tower.embed_dim, generator=draw), dim=-1) for n in (NUM_CLASSES, NUM_CONTEXTS)
-        ]
+        draw, width = torch.Generator().manual_seed(0), self.tower.embed_dim
+        class_head_CD, context_head_TD = (
+            normalize(torch.randn(number, width, generator=draw), dim=-1) for number in (NUM_CLASSES, NUM_CONTEXTS)
+        )
         with contextlib.suppress(loop.StoppedRun):
             loop.fine_tune(
                 self.clip,
-                *heads,
+                class_head_CD,
+                context_head_TD,
                 source,  # type: ignore[arg-type]  # it has all of a source that training asks for
                 train,
                 context,
@@ -267,11 +266,8 @@ def _activities(is_gpu: bool) -> list[ProfilerActivity]:
 @contextlib.contextmanager
 def _views_are_there(bench: Bench) -> Iterator[None]:
     """Has the loop take the same few views for all images, without decoding."""
-    number = np.arange(max(BLOCK, bench.tower.batch_size))
-    views = functools.partial(
-        view_batch, bench.source, seed=0, visit=0, crop_scale=0.9, image_size=bench.clip.image_size
-    )
-    made: PixelArray = views(indices=number, sample_ids=bench.source.sample_ids[number])  # type: ignore[call-arg]
+    source, number = bench.source, np.arange(max(BLOCK, bench.tower.batch_size))
+    made = view_batch(source, number, source.sample_ids[number], 0, 0, 0.9, bench.clip.image_size)  # type: ignore[arg-type]
     with patch.object(Targets, "_views_of", lambda self, indices, visit, make: made[: len(indices)]):
         yield
 
@@ -302,6 +298,7 @@ def measure(setup: Setup, say: Callable[[str], None] = lambda text: None) -> Rep
     """Measures everything; ``say`` gets a line of each."""
     on_gpu = torch.cuda.is_available()
     setup = setup if on_gpu else setup._replace(model="tiny", seconds=0.0)
+    torch.set_num_threads(setup.threads if on_gpu else 1)  # on a GPU as a training does
     cells, micro_batch = list[Measured](), TOWERS[setup.model].micro_batch
 
     def add(cell: Measured) -> None:

@@ -146,7 +146,11 @@ def objective(model: nn.Module, start: Start) -> float:
         model(images.contiguous(memory_format=torch.channels_last))[1].argmax(-1) == labels
         for images, labels in DataLoader(ConcatDataset(sets), EVALUATION_BATCH, num_workers=LOADERS)
     ]
-    id_val, *ood_val = (part.float().mean().item() for part in torch.cat(right).split([len(each) for each in sets]))
+    shares, found, start_of = [], torch.cat(right).float(), 0
+    for each in sets:
+        shares.append(found[start_of : start_of + len(each)].mean().item())
+        start_of += len(each)
+    id_val, *ood_val = shares
     return (id_val + sum(ood_val) / len(ood_val)) / 2
 
 
@@ -157,7 +161,7 @@ def trial(values: dict[str, float], start: Start) -> None:
 
 def nested_trial(values: dict[str, float], start: Start, storage: str) -> None:
     """A trial as a group of workers of Ray Train."""
-    trial_id = tune.get_context().get_trial_id()  # type: ignore[no-untyped-call]
+    trial_id = tune.get_context().get_trial_id()
     TorchTrainer(
         _worker,
         train_loop_config={"values": values, "start": start},
@@ -165,7 +169,7 @@ def nested_trial(values: dict[str, float], start: Start, storage: str) -> None:
         run_config=RunConfig(
             name=f"train-{trial_id}",
             storage_path=storage,
-            callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
+            callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call,list-item]  # typed as the older one
         ),
     ).fit()
 
