@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.photos import jpeg
+from benchmarks.rows import Row, median_row
 from carft_ray.data.images import decode_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.views import view_batch
@@ -43,27 +44,6 @@ LIGHT, HEAVY = (0.75, 90), (0.95, 94)  # detail and quality of the pictures: 46 
 NUM_CALLS = 300
 VIEW_TARGET, FED_TARGET, STEP_TARGET = 1.25, 0.9, 1.05
 CPU = torch.device("cpu")
-
-
-class Row(NamedTuple):
-    """One measurement with its target."""
-
-    name: str
-    value: float
-    target: float
-    at_most: bool
-    spread: tuple[float, float]
-
-    @property
-    def is_met(self) -> bool:
-        """Tells whether the target was reached."""
-        return self.value <= self.target if self.at_most else self.value >= self.target
-
-    def __str__(self) -> str:
-        """Returns the line that is printed."""
-        bound = f"{'at most' if self.at_most else 'at least'} {self.target:g}"
-        spread = f"{self.spread[0]:.2f} to {self.spread[1]:.2f}"
-        return f"{'PASS' if self.is_met else 'FAIL'}  {self.name}: {self.value:.2f} ({spread}), {bound}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +104,7 @@ def view_row(kind: tuple[float, int], num_pictures: int, repeats: int) -> Row:
             shown.append((ended - between) / num_pictures)
     size = sum(map(len, source.contents)) / num_pictures / 1000
     name = f"view / decoding, {size:.0f} kB ({1000 * statistics.median(shown):.2f} ms a view)"
-    return _row(name, ratios, VIEW_TARGET, True)
+    return median_row(name, ratios, VIEW_TARGET, True)
 
 
 def device_rows(num_threads: int, batch_size: int, num_batches: int, repeats: int, processes: bool) -> list[Row]:
@@ -149,8 +129,8 @@ def device_rows(num_threads: int, batch_size: int, num_batches: int, repeats: in
     rows = []
     for name in feeds:
         target = f"{num_threads} {name}, batches of {batch_size}"
-        rows.append(_row(f"fed, {target}: images/s / (threads / view time)", fed[name], FED_TARGET, False))
-        rows.append(_row(f"step, {target}: with views / without", steps[name], STEP_TARGET, True))
+        rows.append(median_row(f"fed, {target}: images/s / (threads / view time)", fed[name], FED_TARGET, False))
+        rows.append(median_row(f"step, {target}: with views / without", steps[name], STEP_TARGET, True))
     return rows
 
 
@@ -191,10 +171,6 @@ def _run(batches: Iterator[Tensor], sleep_s: float) -> float:
         time.sleep(sleep_s)
         steps += 1
     return (time.perf_counter() - began) / steps
-
-
-def _row(name: str, values: Sequence[float], target: float, at_most: bool) -> Row:
-    return Row(name, statistics.median(values), target, at_most, (min(values), max(values)))
 
 
 def rows(quick: bool, processes: bool = False) -> list[Row]:

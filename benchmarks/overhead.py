@@ -20,18 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.rows import Row
 from carft_ray import files
 from carft_ray.layout import RESULT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
 EXECUTORS = ("inline", "ray-train")
-NUM_TRIALS = 8
+NUM_TRIALS, NUM_QUICK = 8, 4
+INLINE_S, RAY_TRAIN_S, FURTHER_MB = 0.5, 2.0, 900.0  # targets
 SETTINGS = (
     "train.epochs=1",
     "evaluate.every_epochs=0",
     "search.baselines={}",
-    f"search.trials={NUM_TRIALS}",
     "resources.cpus_per_worker=0.1",  # admits all of them at once on any machine
 )
 LOOK_EVERY_S = 0.5
@@ -50,13 +51,14 @@ class Measured:
     overhead_s: float
 
 
-def measure(executor: str, concurrency: int) -> Measured:
-    """Runs a search of ``NUM_TRIALS`` short trials in a process of its own.
+def measure(executor: str, concurrency: int, num_trials: int = NUM_TRIALS) -> Measured:
+    """Runs a search of short trials in a process of its own.
 
     Raises:
         RuntimeError: It failed; with what it printed.
     """
-    settings = [*SETTINGS, f"search.max_concurrent_trials={concurrency}", f"resources.executor={executor}"]
+    settings = [*SETTINGS, f"search.trials={num_trials}"]
+    settings += [f"search.max_concurrent_trials={concurrency}", f"resources.executor={executor}"]
     with tempfile.TemporaryDirectory(prefix="carft-overhead-") as folder:
         study, printed = Path(folder) / "study", Path(folder) / "printed.txt"
         command = [sys.executable, "-m", "carft_ray.cli", "search", str(RECIPE), "--study", str(study)]
@@ -97,6 +99,18 @@ def memory_mb(pid: int) -> float:
             continue
         total += sum(float(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
     return total
+
+
+def rows(full: bool) -> list[Row]:
+    """Measures both executors, with fewer trials unless ``full``."""
+    number = NUM_TRIALS if full else NUM_QUICK
+    inline, nested = (measure(executor, 1, number) for executor in EXECUTORS)
+    further = (measure("ray-train", number, number).peak_mb - nested.peak_mb) / (number - 1)
+    return [
+        Row("overhead of a trial, inline, s", inline.overhead_s, INLINE_S),
+        Row("overhead of a trial after the first, ray-train, s", nested.overhead_s, RAY_TRAIN_S),
+        Row("memory of a further ray-train trial, MB", further, FURTHER_MB, digits=0),
+    ]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ from scipy import stats
 
 from benchmarks.effect import space_of
 from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_landscape
+from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray import console, files
 from carft_ray.errors import CarftError, DivergedError
@@ -40,6 +41,7 @@ from carft_ray.study.rows import best_row
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30
+NEEDED_TARGET = 0.5
 DIVERGES_ABOVE = 1e-3  # learning rate; half of the space on its log scale
 LARGEST_INFEASIBLE_SHARE = 0.40
 
@@ -114,6 +116,56 @@ def infeasible_shares(landscape: Landscape, recipe: Recipe, num_seeds: int) -> t
     ours = [share([row.values for row in search(recipe, objective_of, seed)]) for seed in range(num_seeds)]
     fail = [share(searched_with_fail(recipe, objective_of, seed)) for seed in range(num_seeds)]
     return np.array(ours), np.array(fail)
+
+
+def by_hand(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[tuple[dict[str, Any], float]]:
+    """Runs the search of ``peers.careful``: Optuna's TPE as Ray's ``OptunaSearch`` makes it, alpha drawn."""
+    rng, space = np.random.default_rng(seed), space_of(recipe)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    found = []
+    for _ in range(recipe.search.trials):
+        trial = study.ask()
+        values = {name: trial.suggest_float(name, p.low, p.high, log=p.log) for name, p in space.items()}
+        objective = objective_of(values, rng)
+        assert objective is not None
+        study.tell(trial, objective)
+        found.append((values, objective))
+    return found
+
+
+def needed_row(table: Path = TABLE, num_seeds: int = NUM_SEEDS, num_trials: int = 16, most: int = 32) -> Row:
+    """Replays the product's search (profile) and the script's (alpha drawn), each from ``num_seeds`` seeds.
+
+    What a search has found after n trainings is the noise-free objective of the one with the best noisy value. The row
+    is the fewest trainings after which the mean over seeds of the product's is at least that of the script's at its
+    end, relative to the script's trainings; infinite where ``most`` do not suffice.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ours = covered(load_recipe(RECIPE, [f"search.trials={most}"]))
+    drawn = ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
+    script = covered(load_recipe(RECIPE, [f"search.trials={num_trials}", *drawn]))
+    landscape, lowest = read_landscape(table, ours), ours.search.alpha.lowest
+
+    def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
+        return landscape.objective(values, lowest) + float(rng.normal(0, landscape.seed_sd))
+
+    def found_after(trials: Sequence[tuple[Mapping[str, Any], float]]) -> FloatArray:
+        noisy = np.array([objective for _, objective in trials])
+        best = [int(noisy[: n + 1].argmax()) for n in range(len(noisy))]
+        return np.array([landscape.objective(trials[index][0], lowest) for index in best])
+
+    by_product = [
+        [(row.values, row.objective) for row in search(ours, objective_of, seed) if row.objective is not None]
+        for seed in range(num_seeds)
+    ]
+    means = np.mean([found_after(trials) for trials in by_product], axis=0)
+    end = float(np.mean([found_after(by_hand(script, objective_of, seed))[-1] for seed in range(num_seeds)]))
+    reached = np.flatnonzero(means >= end)
+    number = float(reached[0] + 1) if len(reached) else float("inf")
+    name = (
+        f"trainings to reach the script's objective after {num_trials} ({100 * end:.2f} %, {num_seeds} replayed seeds)"
+    )
+    return Row(f"{name} / {num_trials}", number / num_trials, NEEDED_TARGET)
 
 
 def mean_with_interval(values: FloatArray) -> str:

@@ -5,12 +5,32 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from PIL import Image
+from torch.autograd import DeviceType
 
-from benchmarks import decoders, effect, engine, feeding, loader, overhead, pairs, photos, startup
+from benchmarks import __main__ as command
+from benchmarks import (
+    decoders,
+    effect,
+    engine,
+    feeding,
+    gpu,
+    loader,
+    overhead,
+    pairs,
+    photos,
+    rows,
+    startup,
+    steps,
+    towers,
+    whole,
+)
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,
@@ -23,11 +43,17 @@ from benchmarks.acceptance import (
     spread_numbers,
     verdicts,
 )
+from benchmarks.peers import careful
+from benchmarks.rows import Row
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
+from carft_ray.evaluation.training import prepare
+from carft_ray.learning.loop import same_attention
+from carft_ray.learning.models.opening import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.parameters import FloatParameter
 from carft_ray.recipe.sets import FolderSet
@@ -253,7 +279,18 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "main", [decoders.main, effect.main, feeding.main, loader.main, overhead.main, pairs.main, startup.main]
+    "main",
+    [
+        decoders.main,
+        effect.main,
+        feeding.main,
+        gpu.main,
+        steps.main,
+        loader.main,
+        overhead.main,
+        pairs.main,
+        startup.main,
+    ],
 )
 def test_help_says_what_it_is(main, capsys):
     with pytest.raises(SystemExit) as left:
@@ -406,3 +443,126 @@ def test_bytes_are_read_from_files_and_packed(tmp_path):
     times = loader.read_times(source, tmp_path / "cache", 1)
     assert list(times) == ["files, disk", "files, memory", "packed, disk", "packed, memory"]
     assert all(value > 0 for value in times.values())
+
+
+# ------------------------------------------------------------------------------------------------ rows with targets
+
+
+def test_a_row_says_whether_its_target_is_reached():
+    row = rows.median_row("ratio", [1.0, 1.2, 1.1], 1.1)
+    assert str(row) == "PASS  ratio: 1.10 (1.00 to 1.20), at most 1.1"
+    assert str(row._replace(value=1.11)).startswith("FAIL")
+    assert str(row._replace(at_most=False, value=math.nan)).startswith("FAIL")
+    assert str(Row("told", 1234.5, digits=0)) == "      told: 1,234"
+    assert rows.as_data(Row("told", 1.0))["is_met"] is None
+
+
+def test_every_part_is_measured_though_one_fails(monkeypatch, capsys):
+    parts = {
+        "good": command.Part("good", lambda full: [Row("size", 2.0 if full else 1.0, 1.0)]),
+        "bad": command.Part("bad", lambda full: 1 / 0),
+        "none": command.Part("none", lambda full: []),
+    }
+    monkeypatch.setattr(command, "PARTS", parts)
+    assert command.main(["--rows", "good", "none"]) == 0
+    assert "none: not here, which has no GPU" in capsys.readouterr().out
+    assert command.main(["--json"]) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)["parts"]
+    assert found["good"]["rows"][0]["is_met"] is True
+    assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
+    assert "FAIL  bad: ZeroDivisionError: division by zero" in err
+    assert command.main(["--full", "--rows", "good"]) == 1
+
+
+def test_operations_of_a_tower_are_those_that_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tower = towers.TOWERS["tiny"]
+    visual = open_clip.CLIP(**gpu.TINY).visual.eval()
+    plain = sdpa_kernel(SDPBackend.MATH)  # of attention in one piece it counts nothing on a CPU
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), same_attention(), plain:
+        visual(torch.zeros(1, 3, tower.image_size, tower.image_size))
+    assert counter.get_total_flops() == towers.num_operations(tower)
+    assert towers.num_operations(towers.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A30", 165e12),
+        ("NVIDIA A3000", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_card_is_known_or_not(name, peak):
+    assert towers.peak_of(name) == peak
+
+
+def test_time_busy_is_that_of_at_least_one_kernel():
+    def event(start, end, name="kernel", kind=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [event(0, 10), event(5, 12), event(6, 7), event(15, 20), event(12, 15, "Memcpy HtoD")]
+    events.append(event(0, 100, "aten::add", DeviceType.CPU))
+    assert gpu.busy_share(SimpleNamespace(events=lambda: events)) == pytest.approx(17 / 20)
+    assert gpu.busy_share(SimpleNamespace(events=lambda: events[-1:])) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures that card, for minutes")
+def test_the_gpu_benchmark_runs_without_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "_compiles", lambda: False)  # which takes a minute
+    assert gpu.main(["--threads", "1", "--json", "--trace", str(tmp_path / "trace.json")]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [(cell["what"], cell["targets"]) for cell in found["cells"]] == [
+        ("input", ""),
+        ("step", "stored"),
+        ("both", "stored"),
+        ("step", "online"),
+        ("both", "online"),
+    ]
+    assert all(cell["images_per_s"] > 0 and not cell["error"] for cell in found["cells"])
+    assert found["rows"] == []
+    assert 0 <= found["kl"]["fp32"] < 2e-4
+    assert "No number means anything" in err
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert gpu.rows(gpu.Report(gpu.Setup("tiny"), False, [], {})) == []
+
+
+@pytest.mark.slow
+def test_a_loop_is_measured_against_a_resident_batch():
+    found = steps.step_rows(1, 2, ["data.train.num_per_class=8"])
+    assert [row.target for row in found] == [0.97, 1.03, 1.36]
+    assert all(0.1 < row.value < 10 for row in found)
+
+
+@pytest.mark.slow
+def test_the_script_by_hand_begins_from_the_same_model_and_trains(tmp_path, monkeypatch):
+    images = tmp_path / "sandbox_png"
+    for domain in (careful.TRAIN, careful.ID_VAL, *careful.OOD_VAL):
+        split = "train" if domain == careful.TRAIN else "val"
+        for name in sandbox.CLASSES:
+            folder = images / domain / name
+            folder.mkdir(parents=True)
+            for index in range(2):
+                pixels = sandbox.render(domain.removesuffix("_train").removesuffix("_id_val"), split, name, index)[0]
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "folders.yaml"
+    recipe.write_text(whole.FOLDERS.read_text())
+    settings = ["data.id_test=null", "data.ood_test={}", "train.batch_size=16", f"data.cache_dir={tmp_path / 'cache'}"]
+    expected = prepare(load_recipe(recipe, settings), tmp_path / "prepared")["objective"]
+    monkeypatch.setattr(careful, "EPOCHS", 1)
+    monkeypatch.setattr(careful, "BATCH_SIZE", 16)
+    monkeypatch.setattr(careful, "LOADERS", 0)  # no processes
+    start = careful.open_start(images, SANDBOX_WEIGHTS, list(sandbox.TEMPLATES))
+    values = {"learning_rate": 1e-3, "kl_weight": 10.0, "alpha": 0.0}
+    # one image of 32 of a set more or less: its loader resizes in no other way, but rounds pixels otherwise
+    assert careful.fine_tune(values, start, in_group=False) == pytest.approx(expected, abs=1 / 32)
+    assert careful.fine_tune({**values, "alpha": 1.0}, start, in_group=False) != pytest.approx(expected, abs=1e-9)

@@ -114,6 +114,13 @@ def test_what_diverges_is_avoided_better_than_when_told_as_fail(landscape):
     assert ours.mean() < fail.mean()
 
 
+@pytest.mark.slow
+def test_trainings_needed_are_counted_from_the_first(table_path):
+    row = replay.needed_row(table_path, num_seeds=2, num_trials=3, most=6)
+    assert row.value in [n / 3 for n in range(1, 7)] or row.value == np.inf
+    assert row.target == 0.5
+
+
 def test_without_a_table_the_command_that_makes_it_is_named(tmp_path, capsys):
     assert replay.main(["--table", str(tmp_path / "none.parquet")]) == 5
     assert "python -m benchmarks.table" in capsys.readouterr().err

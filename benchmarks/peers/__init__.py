@@ -1,0 +1,1 @@
+"""Programs that the product is measured against; they use nothing of carft_ray."""

@@ -1,0 +1,76 @@
+"""Rows of a benchmark: a number with its target, and on which machine it was measured."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from datetime import date
+from typing import Any, NamedTuple
+
+import torch
+
+from carft_ray import environment
+
+
+class Row(NamedTuple):
+    """One measurement with its target.
+
+    Attributes:
+        name: What was measured, with what belongs to it.
+        value: The number.
+        target: None: it is told, not judged.
+        at_most: Whether the target is the largest value that is good; else the smallest.
+        spread: Least and largest value over the turns; None where it was measured once.
+        digits: Decimals shown.
+    """
+
+    name: str
+    value: float
+    target: float | None = None
+    at_most: bool = True
+    spread: tuple[float, float] | None = None
+    digits: int = 2
+
+    @property
+    def is_met(self) -> bool:
+        """Tells whether the target was reached; a value that is no number reaches none."""
+        if self.target is None:
+            return True
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    def __str__(self) -> str:
+        """Returns the line that is printed."""
+        value = f"{self.value:,.{self.digits}f}"
+        spread = "" if self.spread is None else " ({:,.{d}f} to {:,.{d}f})".format(*self.spread, d=self.digits)
+        if self.target is None:
+            return f"      {self.name}: {value}{spread}"
+        bound = f"{'at most' if self.at_most else 'at least'} {self.target:g}"
+        return f"{'PASS' if self.is_met else 'FAIL'}  {self.name}: {value}{spread}, {bound}"
+
+
+def median_row(name: str, values: Sequence[float], target: float | None, at_most: bool = True) -> Row:
+    """Returns the row of the median over turns."""
+    return Row(name, statistics.median(values), target, at_most, (min(values), max(values)))
+
+
+def as_data(row: Row) -> dict[str, Any]:
+    """Returns a row as plain data."""
+    return {**row._asdict(), "is_met": None if row.target is None else row.is_met}
+
+
+def machine() -> dict[str, Any]:
+    """Returns where and when something is measured."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": environment.cpu_model(),
+        "cpus": environment.usable_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "commit": environment.code()["commit"],
+        "load": [round(load, 1) for load in os.getloadavg()],
+    }
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    """Returns ``machine`` in one line, for people."""
+    gpu, loads = found["gpu"] or "no GPU", " ".join(map(str, found["load"]))
+    return f"{found['date']}, {found['processor']}, {found['cpus']} CPUs, {gpu}, torch {found['torch']}, load {loads}"
