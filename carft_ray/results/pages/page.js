@@ -472,15 +472,19 @@
     }));
     table.tBodies[0].replaceChildren(...ordered().map((trial) => make("tr", trial.name === best?.name ? { class: "best" } : {}, ...COLUMNS.map((column) => column.cell?.(trial) ?? make("td", column.number ? { class: "num" } : column.title === "reason" ? { title: textOf(column, trial) } : {}, textOf(column, trial))))));
   };
+
+  // tables are copied as they stand, filtered and sorted
   const copied = {
     csv: (rows) => rows.map((row) => row.map((text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",")).join("\n"),
-    markdown: ([head, ...rows]) => [head, head.map(() => "---"), ...rows].map((row) => `| ${row.map((text) => text.replaceAll("|", "\\|")).join(" | ")} |`).join("\n"),
-    latex: (rows) => [`\\begin{tabular}{${COLUMNS.map((column) => (column.number ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map((text) => text.replace(/[&%$#_{}]/g, "\\$&")).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
+    markdown: ([head, ...rows], isNumber) => [head, isNumber.map((is) => (is ? "---:" : "---")), ...rows].map((row) => `| ${row.map((text) => text.replaceAll("|", "\\|")).join(" | ")} |`).join("\n"),
+    latex: (rows, isNumber) => [`\\begin{tabular}{${isNumber.map((is) => (is ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map((text) => text.replace(/[&%$#_{}]/g, "\\$&")).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
   };
   for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", async () => {
-    const text = copied[button.dataset.copy]([COLUMNS.map((column) => column.title), ...ordered().map((trial) => COLUMNS.map((column) => textOf(column, trial)))]);
-    try { await navigator.clipboard.writeText(text); $("copied").textContent = "Copied."; } catch {
-      const area = make("textarea", {}, text); document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); $("copied").textContent = "Copied.";
+    const table = $(button.dataset.table), isNumber = [...table.tHead.rows[0].cells].map((cell) => cell.classList.contains("num"));
+    const rows = [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.replace(/\s+/g, " ").trim()));
+    const text = copied[button.dataset.copy](rows, isNumber), status = button.parentElement.querySelector("[role=status]");
+    try { await navigator.clipboard.writeText(text); status.textContent = "Copied."; } catch {
+      const area = make("textarea", {}, text); document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); status.textContent = "Copied.";
     }
   });
 
