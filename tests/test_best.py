@@ -215,7 +215,7 @@ def test_tensorboard_gets_the_figure_the_recipe_and_a_mark_for_each_trial_withou
         for number, outcome in enumerate(("complete", "diverged", "pruned", "error")):
             spec = study.next()
             folder = spec.folder(study_dir)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             if outcome == "complete":
                 write_result(study_dir, spec, 0.5)
             elif outcome == "pruned":
