@@ -397,7 +397,7 @@
   // one figure, all figures
   const PAPER = 680; // pixels of its width
   const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
-  const render = (id) => {
+  const render = (id, isFresh = false) => { // fresh: not with the width and the margins of before
     const element = $(id).querySelector(".canvas");
     const found = draw[id](shown(), element);
     const nothing = !found ? "No trial passes the filters." : found.none;
@@ -407,12 +407,12 @@
       return;
     }
     element.querySelector(".empty")?.remove();
-    if (isPrinting) Plotly.newPlot(element, found.traces, { ...found.layout, width: Math.min(PAPER, width(element)) }, CONFIG); // with margins of its own
-    else Plotly.react(element, found.traces, found.layout, CONFIG);
+    const draws = isFresh ? Plotly.newPlot : Plotly.react;
+    draws(element, found.traces, isPrinting ? { ...found.layout, width: Math.min(PAPER, width(element)) } : found.layout, CONFIG);
     element.dataset.points = found.traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
   };
   const FILTERED = new Set(["front", "alphas", "history", "slices", "contour", "parallel", "pruning", "timeline"]);
-  const renderAll = (only = doc.figures) => { for (const id of only) render(id); };
+  const renderAll = (only = doc.figures, isFresh = false) => { for (const id of only) render(id, isFresh); };
 
   for (const button of document.querySelectorAll("[data-save]")) button.addEventListener("click", () => {
     const figure = button.closest("figure"), element = figure.querySelector(".canvas"), { width, height } = element.getBoundingClientRect();
@@ -553,14 +553,13 @@
     root.dataset.theme = "light";
     document.body.style.width = `${PAPER}px`;
     isPrinting = true;
-    renderAll();
+    renderAll(doc.figures, true);
   });
   window.addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before; else delete root.dataset.theme;
     document.body.style.width = "";
     isPrinting = false;
-    for (const id of doc.figures) { const element = $(id).querySelector(".canvas"); if (element.data) Plotly.relayout(element, { width: null, autosize: true }); }
-    renderAll();
+    renderAll(doc.figures, true);
   });
 
   nameTheme();
